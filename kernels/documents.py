@@ -117,8 +117,10 @@ class Documents:
                 for run in part.runs[b]:
                     moved = run._replace(start=run.start + offset)
                     last = joined[-1] if joined else None
-                    if last and last.document == moved.document and (
-                        moved.is_padding or last.end_position == moved.position
+                    if (
+                        last
+                        and last.document == moved.document
+                        and (moved.is_padding or last.end_position == moved.position)
                     ):
                         joined[-1] = last._replace(length=last.length + moved.length)
                     else:

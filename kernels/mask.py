@@ -62,6 +62,10 @@ class Mask:
         pieces = tuple(self._pieces(queries, keys))
         return Tile(self, pieces, queries, keys) if pieces else None
 
+    def reaches(self, queries: Documents, keys: Documents) -> bool:
+        """Whether any query sees any key: what `tile` finds, without listing it."""
+        return next(self._pieces(queries, keys), None) is not None
+
     def _pieces(self, queries: Documents, keys: Documents) -> Iterator[Piece]:
         for row, (query_runs, key_runs) in enumerate(zip(queries.runs, keys.runs, strict=True)):
             by_document: dict[int, list[Run]] = {}

@@ -1,0 +1,128 @@
+"""Collectives on the ranks that share a row: gathers, halos, exchanges with neighbours, agreement on errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mesh import Mesh
+from .sequence import Sequence
+
+
+class Gathering:
+    """An all-gather under way: every rank's tensor of one shape, stacked by rank when waited for."""
+
+    def __init__(self, x: Tensor, seq: Sequence) -> None:
+        self._source = x.contiguous()
+        self._out = x.new_empty((seq.layout.ranks, *x.shape))
+        self._work = dist.all_gather_into_tensor(
+            self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """`[P, …]`."""
+        self._work.wait()
+        return self._out
+
+
+def gather_spans(x: Tensor, seq: Sequence) -> Gathering:
+    """Starts gathering one `[spans, …]` tensor a rank; `in_row_order` sorts what comes of it."""
+    return Gathering(x, seq)
+
+
+def in_row_order(gathered: Tensor, seq: Sequence) -> list[Tensor]:
+    """`[P, spans, …]` to one tensor a span, in the order of the row."""
+    layout = seq.layout
+    ordered: dict[int, Tensor] = {}
+    for rank in range(layout.ranks):
+        for turn, span in enumerate(layout.spans_of(rank)):
+            ordered[span] = gathered[rank, turn]
+    return [ordered[span] for span in range(layout.ranks * layout.spans)]
+
+
+class _Halo(torch.autograd.Function):
+    """Forward: the rows before each span. Backward: their gradients, added up at the spans that own the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor:
+        ctx.seq, ctx.width, ctx.shape = seq, width, x.shape
+        return seq.once(slot, lambda: _halo_forward(x, seq, width))
+
+    @staticmethod
+    def backward(ctx: Any, dhalo: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        seq, width = ctx.seq, ctx.width
+        layout, batch, length = seq.layout, ctx.shape[0] // seq.layout.spans, ctx.shape[1]
+        tail = min(width, length)
+        total = layout.ranks * layout.spans
+        dtails = dhalo.new_zeros(total, batch, tail, *ctx.shape[2:])
+        for span, part in zip(layout.spans_of(seq.rank), dhalo.chunk(layout.spans, dim=0), strict=True):
+            for before, rows, source in _halo_parts(span, width, tail):
+                dtails[before, :, source] += part[:, rows]
+        dist.all_reduce(dtails, group=seq.group)
+        dx = dhalo.new_zeros(ctx.shape)
+        mine = torch.stack([dtails[span] for span in layout.spans_of(seq.rank)])
+        dx[:, length - tail :] = mine.flatten(0, 1)
+        return dx, None, None, None
+
+
+def _halo_parts(span: int, width: int, tail: int) -> list[tuple[int, slice, slice]]:
+    """Which rows of a span's halo come from which earlier span's tail, nearest first: (span, halo rows, tail rows)."""
+    parts, filled, before = [], 0, span - 1
+    while filled < width and before >= 0:
+        take = min(tail, width - filled)
+        parts.append((before, slice(width - filled - take, width - filled), slice(tail - take, tail)))
+        filled += take
+        before -= 1
+    return parts
+
+
+def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
+    layout = seq.layout
+    tail = min(width, x.shape[1])
+    mine = x[:, x.shape[1] - tail :].unflatten(0, (layout.spans, -1))
+    tails = in_row_order(gather_spans(mine, seq).wait(), seq)
+    halo = x.new_zeros(layout.spans, mine.shape[1], width, *x.shape[2:])
+    for turn, span in enumerate(layout.spans_of(seq.rank)):
+        for before, rows, source in _halo_parts(span, width, tail):
+            halo[turn, :, rows] = tails[before][:, source]
+    return halo.flatten(0, 1)
+
+
+def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:
+    """The `width` rows before each folded span: `[spans * B, L, …]` to `[spans * B, width, …]`; None on one rank.
+
+    Rows before the start of the row are zero. Spans shorter than `width` take their halo from several spans. One
+    all-gather of `spans * min(width, L)` rows forward, one all-reduce of all spans' such rows backward.
+    """
+    if seq.layout.ranks == 1 or width == 0:
+        return None
+    return _Halo.apply(x, seq, width, slot)  # type: ignore[return-value]
+
+
+def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[dist.Work]:
+    """Starts point-to-point messages with ranks of the sequence group; every rank calls in the same order.
+
+    The tensors must be contiguous and stay untouched until the works are waited for.
+    """
+    if seq.group is None:
+        return []
+    ops = [dist.P2POp(dist.isend, t, group=seq.group, group_peer=peer) for t, peer in sends]
+    ops += [dist.P2POp(dist.irecv, t, group=seq.group, group_peer=peer) for t, peer in receives]
+    return dist.batch_isend_irecv(ops) if ops else []
+
+
+def agree(error: str | None, mesh: Mesh) -> None:
+    """Raises ValueError on every rank, with the first failing rank's message, if any rank has an error.
+
+    For checks before work starts: a rank that raised alone would leave the others waiting for it.
+    """
+    errors: list[str | None] = [error]
+    if mesh.world_size > 1:
+        errors = [None] * mesh.world_size
+        dist.all_gather_object(errors, error)
+    first = next((message for message in errors if message), None)
+    if first:
+        raise ValueError(first)

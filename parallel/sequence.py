@@ -1,0 +1,148 @@
+"""Sequence: the value that mixers hand to ops, saying which part of which rows this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.documents import Documents
+from .layout import Layout
+
+Result = TypeVar("Result")
+
+
+class DecodingCache:
+    """What the tokens decoded so far leave behind: a few tensors for each (layer, slot), owned by the caller.
+
+    `length` counts the tokens that every layer has seen; advance it once the whole model has run on new ones.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.entries: dict[tuple[int, str], tuple[Tensor, ...]] = {}
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the cached tensors take."""
+        return sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry)
+
+
+class Kept:
+    """What the mixing ops of one layer computed, handed back once when activation checkpointing recomputes it.
+
+    The first call for a slot computes and stores, the second takes: so a recomputation repeats no collective. A slot
+    is therefore used once in a layer's forward.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Any] = {}
+
+    def once(self, slot: Hashable, compute: Callable[[], Result]) -> Result:
+        if slot in self._results:
+            return self._results.pop(slot)
+        self._results[slot] = result = compute()
+        return result
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Rows of packed documents, of which this rank holds the spans that the layout gives it.
+
+    documents: the documents of the whole rows, on the host: every rank knows them, so that masks, states and
+        positions of other ranks' tokens are derived rather than sent.
+    layout: which spans of a row each rank holds.     rank, group: this rank among those that share the rows.
+    layer: the layer that calls.                      attention: the strategy of softmax attention ("ring").
+    backend: of the kernels ("auto", "reference", …). cache: what decoding carries, owned by the caller.
+    kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
+
+    An argument, never ambient state: recomputation under activation checkpointing runs on other threads.
+    """
+
+    documents: Documents
+    layout: Layout
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    layer: int = 0
+    attention: str = "ring"
+    backend: str = "auto"
+    cache: DecodingCache | None = None
+    kept: Kept | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.documents.length != self.layout.length:
+            raise ValueError(
+                f"documents must cover the layout's rows of {self.layout.length} tokens; got {self.documents.length}"
+            )
+        if self.attention not in STRATEGIES:
+            raise ValueError(f"parallel.attention must be one of {', '.join(STRATEGIES)}; got {self.attention!r}")
+        if (self.group is None) != (self.layout.ranks == 1):
+            raise ValueError(f"a group must come with more than one sequence rank; got {self.layout.ranks} rank(s)")
+
+    @classmethod
+    def single(cls, documents: Documents, *, backend: str = "auto") -> Sequence:
+        """Whole rows on one device."""
+        return cls(documents, Layout(documents.length), backend=backend)
+
+    @classmethod
+    def decoding(cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto") -> Sequence:
+        """The next `length` tokens of one document a row, after the `cache.length` tokens that the cache has seen."""
+        documents = Documents.whole(batch, length, position=cache.length)
+        return cls(documents, Layout(length), backend=backend, cache=cache)
+
+    def at(self, layer: int) -> Sequence:
+        """The same sequence as layer `layer` sees it."""
+        return replace(self, layer=layer)
+
+    @property
+    def local(self) -> Documents:
+        """Documents of the `[B, T]` tokens held here, span after span."""
+        return self.documents_of(self.rank)
+
+    def documents_of(self, rank: int) -> Documents:
+        """Documents of the tokens that `rank` holds."""
+        return self.derive(("documents", rank), lambda: self.layout.documents(self.documents, rank))
+
+    @property
+    def spans(self) -> Documents:
+        """Documents of this rank's spans folded into the batch: `[spans * B, span_length]`, span-major."""
+        if self.layout.ranks == 1:
+            return self.local
+        return self.derive("spans", lambda: Documents.stack(self.layout.span_documents(self.documents, self.rank)))
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """int32 `[B, T]`: in-document positions of the tokens held here."""
+        return self.local.positions(device)
+
+    def shard(self, x: Tensor) -> Tensor:
+        """`[B, N, …]` of the whole rows to the `[B, T, …]` held here."""
+        return self.layout.shard(x, self.rank)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """`[B, T, …]` to `[spans * B, span_length, …]`, the form in which recurrent ops see their segments."""
+        return x if self.layout.ranks == 1 else torch.cat(x.split(self.layout.span_length, dim=1), dim=0)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The inverse of `fold`."""
+        return x if self.layout.ranks == 1 else torch.cat(x.chunk(self.layout.spans, dim=0), dim=1)
+
+    def once(self, slot: str, compute: Callable[[], Result]) -> Result:
+        """`compute()`, or what it gave before if this is a recomputation that keeps the ops' results."""
+        return compute() if self.kept is None else self.kept.once(slot, compute)
+
+    def derive(self, key: Hashable, compute: Callable[[], Result]) -> Result:
+        """A host-side value that depends on documents and layout alone, computed once for all layers."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
+
+
+STRATEGIES = ("ring",)

@@ -1,0 +1,105 @@
+"""State passing: recurrent ops across ranks by one gather of segment summaries in each direction.
+
+A rank's spans are the segments. Each is run from zero and summarised by (transition, state); all summaries are
+gathered at once (LASP-2, Sun et al., 2025, arXiv 2502.07563) and every rank combines those before its segments. So
+the bytes sent do not depend on the length of the sequence, and no rank waits for its neighbour's work. Backward is
+the mirror image with the gradients of the states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.recurrence import Recurrence, Summary
+from .collectives import gather_spans, in_row_order
+from .sequence import Sequence
+
+Inputs = tuple[Tensor | None, ...]
+
+
+class StatePassing(torch.autograd.Function):
+    """A recurrence over the whole row; on one rank, over the tokens held, without any collective."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Recurrence, seq: Sequence, scale: float | None, slot: str, *inputs: Tensor | None
+    ) -> Tensor:
+        folded = _fold(inputs, seq)
+        out, initial, transitions = seq.once(slot, lambda: _forward(op, folded, seq, scale))
+        ctx.save_for_backward(initial, transitions, *inputs)
+        ctx.op, ctx.seq, ctx.scale = op, seq, scale
+        return seq.unfold(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        initial, transitions, *inputs = ctx.saved_tensors
+        op, seq, scale = ctx.op, ctx.seq, ctx.scale
+        folded, dout = _fold(tuple(inputs), seq), seq.fold(dout)
+        dfinal = None
+        if seq.layout.ranks > 1:
+            local = op.summarize_backward(dout, folded, seq.spans, scale=scale)
+            dfinal = _suffix(op, local, transitions, seq)
+        dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, scale=scale, backend=seq.backend)
+        unfolded = (
+            d if d is None or x is None or not _is_sequence(x) else seq.unfold(d)
+            for d, x in zip(dinputs, inputs, strict=True)
+        )
+        return None, None, None, None, *unfolded
+
+
+def _is_sequence(x: Tensor) -> bool:
+    """Whether an input has a time dimension: `[B, T, …]`, and not a constant a head."""
+    return x.dim() >= 3
+
+
+def _fold(inputs: Inputs, seq: Sequence) -> Inputs:
+    return tuple(x if x is None or not _is_sequence(x) else seq.fold(x) for x in inputs)
+
+
+def _forward(
+    op: Recurrence, folded: Inputs, seq: Sequence, scale: float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, state before each of this rank's segments, transitions of all segments of the row)."""
+    out, final = op.forward(folded, None, seq.spans, scale=scale, backend=seq.backend)
+    if seq.layout.ranks == 1:
+        return out, None, None
+    mine = op.summarize(folded, final, seq.spans)
+    summaries, transitions = _gather(mine, seq)
+    state = torch.zeros_like(summaries[0].state)
+    before = []
+    for summary in summaries:
+        before.append(state)
+        state = op.advance(summary, state)
+    initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
+    return op.correct(out, folded, initial, seq.spans, scale=scale), initial, transitions
+
+
+def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
+    """Summaries of all segments in the order of the row, and their transitions as one tensor; one message a rank."""
+    spans = seq.layout.spans
+    packed = torch.cat([part.unflatten(0, (spans, -1)).flatten(2) for part in (mine.transition, mine.state)], dim=-1)
+    split = mine.transition[0].numel()
+    segments = in_row_order(gather_spans(packed, seq).wait(), seq)
+    summaries = [
+        Summary(
+            s[:, :split].unflatten(1, mine.transition.shape[1:]),
+            s[:, split:].unflatten(1, mine.state.shape[1:]),
+        )
+        for s in segments
+    ]
+    return summaries, torch.stack([summary.transition for summary in summaries])
+
+
+def _suffix(op: Recurrence, local: Tensor, transitions: Tensor, seq: Sequence) -> Tensor:
+    """Gradient of the final state of each of this rank's segments, from what all segments after it ask for."""
+    spans = seq.layout.spans
+    gathered = in_row_order(gather_spans(local.unflatten(0, (spans, -1)).contiguous(), seq).wait(), seq)
+    dstate = torch.zeros_like(gathered[0])
+    after: dict[int, Tensor] = {}
+    for span in reversed(range(len(gathered))):
+        after[span] = dstate
+        dstate = op.retreat(Summary(transitions[span], gathered[span]), dstate, gathered[span])
+    return torch.cat([after[span] for span in seq.layout.spans_of(seq.rank)])
