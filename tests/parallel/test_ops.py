@@ -1,0 +1,146 @@
+"""Every op over gloo ranks against itself on one: outputs and all gradients, float64, packed documents."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longreach.kernels.documents import Documents
+from longreach.kernels.mask import Mask
+from longreach.parallel import ops
+from longreach.parallel.layout import Layout
+from longreach.parallel.sequence import Kept, Sequence
+from tests.distributed import run_ranks
+
+LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH = 96, 4, 2, 6, 10, 5
+# Two rows: one with documents that cross spans and padding at the end, one that is a single document.
+PACKED = Documents.from_lengths([[7, 41, 1, 30, 5], [LENGTH]], LENGTH)
+# Rows of which whole ranks are padding, or one-token documents.
+SPARSE = Documents.from_lengths([[3, 2], [1] * 20 + [60]], LENGTH)
+
+Op = Callable[..., Tensor]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def softmax_inputs(sinks: bool = False) -> list[Tensor]:
+    q, k, v = draw(2, LENGTH, HEADS, KEY), draw(2, LENGTH, GROUPS, KEY), draw(2, LENGTH, GROUPS, VALUE)
+    return [q, k, v, *([draw(HEADS)] if sinks else [])]
+
+
+def linear_inputs(*decay: int, heads: int = HEADS) -> list[Tensor]:
+    inputs = [draw(2, LENGTH, heads, KEY), draw(2, LENGTH, heads, KEY), draw(2, LENGTH, HEADS, VALUE)]
+    return inputs + ([-draw(*decay).abs() * 0.3] if decay else [])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None, *, seq: Sequence, **mask: int) -> Tensor:
+    return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sink_logits)
+
+
+CASES: dict[str, tuple[Op, Callable[[], list[Tensor]], dict[str, int]]] = {
+    "softmax": (attend, softmax_inputs, {}),
+    "window": (attend, softmax_inputs, {"window": 9}),
+    "short window": (attend, softmax_inputs, {"window": 1}),
+    "sinks": (attend, lambda: softmax_inputs(sinks=True), {"window": 5, "sink_tokens": 3}),
+    "undecayed": (ops.gated_linear_attention, linear_inputs, {}),
+    "constant decay": (ops.gated_linear_attention, lambda: linear_inputs(HEADS), {}),
+    "scalar decay": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS), {}),
+    "channel decay": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS, KEY), {}),
+    "grouped": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS, heads=GROUPS), {}),
+    "conv": (ops.short_conv, lambda: [draw(2, LENGTH, WIDTH), draw(WIDTH, 4)], {}),
+    "wide conv": (ops.short_conv, lambda: [draw(2, LENGTH, WIDTH), draw(WIDTH, 30)], {}),
+    "shift": (ops.token_shift, lambda: [draw(2, LENGTH, WIDTH)], {}),
+}
+
+
+def is_sequence(x: Tensor) -> bool:
+    return x.dim() >= 2 and x.shape[1] == LENGTH
+
+
+def one_rank(name: str, documents: Documents) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    op, make, settings = CASES[name]
+    inputs = [x.requires_grad_() for x in make()]
+    out = op(*inputs, seq=Sequence.single(documents), **settings)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    return out.detach(), [x.grad for x in inputs], dout, [x.detach() for x in inputs]
+
+
+def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> None:
+    for name in names:
+        for documents in (PACKED, SPARSE):
+            out, gradients, dout, inputs = one_rank(name, documents)
+            op, _, settings = CASES[name]
+            layout = Layout(LENGTH, world, spans)
+            seq = Sequence(documents, layout, rank, dist.group.WORLD, kept=Kept() if keep else None)
+            local = [(seq.shard(x) if is_sequence(x) else x).clone().requires_grad_() for x in inputs]
+            if keep:
+                result = torch.utils.checkpoint.checkpoint(lambda *x: op(*x, seq=seq, **settings), *local, use_reentrant=False)
+            else:
+                result = op(*local, seq=seq, **settings)
+            result.backward(seq.shard(dout))
+            torch.testing.assert_close(result, seq.shard(out), rtol=1e-9, atol=1e-9, msg=f"{name}: output")
+            for x, gradient in zip(local, gradients, strict=True):
+                if is_sequence(x):
+                    gradient = seq.shard(gradient)
+                else:
+                    dist.all_reduce(x.grad)
+                torch.testing.assert_close(x.grad, gradient, rtol=1e-9, atol=1e-9, msg=f"{name}: gradient")
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("spans", [1, 2, 4])
+def test_ranks_agree_with_one(world: int, spans: int) -> None:
+    run_ranks(world, compare, list(CASES), spans, False)
+
+
+def test_recomputation_repeats_no_collective() -> None:
+    run_ranks(2, counted, timeout=60)
+
+
+def counted(rank: int, world: int) -> None:
+    """Keeping results: the gradients are the same, and the second forward sends nothing."""
+    compare(rank, world, ["softmax", "scalar decay", "conv"], 2, True)
+    calls = 0
+    real = dist.all_gather_into_tensor
+
+    def counting(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return real(*args, **kwargs)
+
+    dist.all_gather_into_tensor = counting
+    try:
+        compare(rank, world, ["scalar decay"], 2, True)
+        kept = calls
+        calls = 0
+        compare(rank, world, ["scalar decay"], 2, False)
+        assert kept == calls
+    finally:
+        dist.all_gather_into_tensor = real
+
+
+def test_a_document_elsewhere_changes_nothing() -> None:
+    """Leak probe: no decay at all, one document perturbed, every other token's output bitwise as before."""
+    run_ranks(2, leak, timeout=60)
+
+
+def leak(rank: int, world: int) -> None:
+    for name in ("softmax", "window", "undecayed", "wide conv", "shift"):
+        torch.manual_seed(1)
+        op, make, settings = CASES[name]
+        inputs = make()
+        seq = Sequence(PACKED, Layout(LENGTH, world, 2), rank, dist.group.WORLD)
+        touched = PACKED.ids() == 1
+        moved = [torch.where(touched.view(2, LENGTH, *[1] * (x.dim() - 2)), x + 1.0, x) if is_sequence(x) else x for x in inputs]
+        before, after = (
+            op(*[seq.shard(x) if is_sequence(x) else x for x in xs], seq=seq, **settings) for xs in (inputs, moved)
+        )
+        changed = (before != after).flatten(2).any(-1)
+        assert not changed[~seq.shard(touched)].any(), name
+        assert changed[seq.shard(touched)].any(), name

@@ -1,0 +1,91 @@
+"""The structure that the project promises: dependency order, who may import what, what the wheel holds."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["kernels", "parallel", "models", "trainer", "launch"]
+PACKAGES = [*LAYERS, "conf"]
+
+
+def modules(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names that a module imports, relative imports resolved into `longreach.…`."""
+    package = ("longreach", *path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_what_lies_below_it(layer: str) -> None:
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    for path in modules(layer):
+        wrong = [n for n in imports(path) if any(n.startswith(f"longreach.{upper}") for upper in above)]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_kernels_and_parallel_import_torch_triton_and_the_standard_library_only() -> None:
+    allowed = {"torch", "triton", "longreach", "flash_attn", *sys.stdlib_module_names}
+    for path in modules("kernels", "parallel"):
+        wrong = [name for name in imports(path) if name.split(".")[0] not in allowed]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_torch_distributed_stays_in_parallel_and_trainer() -> None:
+    for path in modules("kernels", "models", "launch"):
+        wrong = [name for name in imports(path) if name.startswith("torch.distributed")]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+        assert "torch.distributed" not in path.read_text().replace("torch.distributed.run", ""), path
+
+
+def test_deepspeed_is_imported_by_the_engine_alone() -> None:
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in modules(*LAYERS)
+        if any(name.split(".")[0] == "deepspeed" for name in imports(path))
+    }
+    assert importers == {"trainer/engine.py"}
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    wrong = {"utils.py", "common.py", "helpers.py", "misc.py"}
+    assert not [path for path in modules(*PACKAGES, "tests", "benchmarks") if path.name in wrong]
+
+
+def test_modules_stay_readable() -> None:
+    for path in modules(*LAYERS):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400 or path.name == "triton.py", f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_setting_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy, so that nothing left over from an earlier build gets in
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"longreach/{path.relative_to(ROOT)}" for path in modules(*PACKAGES)} | {"longreach/__init__.py"}
+    expected |= {f"longreach/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert expected <= names, sorted(expected - names)
+    top_level = {name.split("/")[0] for name in names}
+    assert all(name == "longreach" or name.endswith(".dist-info") for name in top_level), top_level
+    assert not [name for name in names if name.startswith("longreach/tests")]
