@@ -1,0 +1,96 @@
+"""What a linear recurrence offers besides its public op, so that any of them can be run on parts of a sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from .documents import Documents
+
+Inputs: TypeAlias = tuple[Tensor | None, ...]
+"""The tensors of an op in the order of its positional arguments; what was not given is None."""
+
+
+class Summary(NamedTuple):
+    """What a stretch of tokens does to a state: `state_after = transition (*) state_before + state`.
+
+    `(*)` is the op's own product: elementwise with broadcasting for diagonal recurrences, a matrix product for
+    delta rules. `transition` is exactly 0 where nothing of the state before survives, as at a document's start.
+    Both tensors are float32, or float64 for float64 inputs, and have the batch as dimension 0.
+    """
+
+    transition: Tensor
+    state: Tensor
+
+
+class Recurrence(Protocol):
+    """A recurrence that can be run on stretches of a row and put together across them.
+
+    All methods run without autograd on explicit tensors. `documents` are those of the tokens given, row by row; a
+    state enters a row only where its first token continues a document begun before (`documents.continues`), and the
+    final state is the one after the row's last token (0 where that is padding). With segments of a row in order, a
+    diagonal recurrence runs
+
+        out, state = forward(inputs, None, documents)                 every segment at once, from zero
+        summary = summarize(inputs, state, documents)                 what is gathered
+        before = advance(summary_s, before) for the earlier s         the state that enters
+        out = correct(out, inputs, before, documents)
+
+    and its gradient the mirror image: `summarize_backward` in every segment, one gather, `retreat` from right to
+    left, then one `backward` given the state that enters and the gradient of the state that leaves.
+    """
+
+    def forward(
+        self,
+        inputs: Inputs,
+        initial_state: Tensor | None,
+        documents: Documents,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """The output of every token and the state after each row's last token."""
+        ...
+
+    def summarize(self, inputs: Inputs, final_state_from_zero: Tensor, documents: Documents) -> Summary:
+        """The rows' summaries, given the final state of a run from zero."""
+        ...
+
+    def combine(self, later: Summary, earlier: Summary) -> Summary:
+        """The summary of `earlier` followed by `later`; associative."""
+        ...
+
+    def advance(self, summary: Summary, state: Tensor) -> Tensor:
+        """The state after the summarized tokens, given the state before them."""
+        ...
+
+    def correct(
+        self, out: Tensor, inputs: Inputs, state: Tensor, documents: Documents, *, scale: float | None = None
+    ) -> Tensor:
+        """Adds to `out`, computed from zero, what the entering `state` contributes: in place, and returned."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        dfinal_state: Tensor | None,
+        inputs: Inputs,
+        initial_state: Tensor | None,
+        documents: Documents,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> tuple[Inputs, Tensor]:
+        """The gradients of the inputs (None for an input that is None) and of the initial state."""
+        ...
+
+    def summarize_backward(
+        self, dout: Tensor, inputs: Inputs, documents: Documents, *, scale: float | None = None
+    ) -> Tensor:
+        """The gradient of the initial state that the rows' own outputs give, as if the final state had none."""
+        ...
+
+    def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
+        """The gradient of the state before the summarized tokens, given that of the state after them."""
+        ...
