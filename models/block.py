@@ -1,0 +1,59 @@
+"""Blocks: a mixer and a feed-forward layer, joined by a residual scheme."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..parallel.sequence import Sequence
+from .mixer import Mixer
+from .normalisation import RMSNorm
+
+
+class Block(nn.Module):
+    """Pre-norm residual block.
+
+        x = x + mixer(norm(x))        x = x + feed_forward(norm(x))
+
+    `[B, T, width]` to the same.
+    """
+
+    def __init__(self, *, mixer: Mixer, feed_forward: nn.Module, width: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(width, norm_eps)
+        self.mixer = mixer
+        self.feed_forward_norm = RMSNorm(width, norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), seq)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class MiniMaxBlock(Block):
+    """The residual scheme of MiniMax-01 (arXiv 2501.08313), after DeepNorm (Wang et al., 2022, arXiv 2203.00555).
+
+        x = norm(x)    x = alpha * x + beta * mixer(x)    x = norm(x)    x = alpha * x + beta * feed_forward(x)
+
+    The residual path carries the normed value. alpha: (2 * depth)^(1/4) unless given.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixer: Mixer,
+        feed_forward: nn.Module,
+        width: int,
+        depth: int,
+        alpha: float | None = None,
+        beta: float = 1.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(mixer=mixer, feed_forward=feed_forward, width=width, norm_eps=norm_eps)
+        self.alpha = (2 * depth) ** 0.25 if alpha is None else alpha
+        self.beta = beta
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        x = self.mixer_norm(x)
+        x = self.alpha * x + self.beta * self.mixer(x, seq)
+        x = self.feed_forward_norm(x)
+        return self.alpha * x + self.beta * self.feed_forward(x)

@@ -1,0 +1,27 @@
+"""Feed-forward layers: what a block does with each token by itself."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..kernels.pointwise import swiglu
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer, 2020, arXiv 2002.05202).
+
+        y = W_down (silu(W_gate x) * W_up x)
+
+    `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
+    """
+
+    def __init__(self, *, width: int, hidden: int) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"feed_forward.hidden must be at least 1; got {hidden}. About 8/3 of the width is usual")
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x), self.up(x)))

@@ -1,0 +1,200 @@
+"""LanguageModel: a pattern of mixers becomes blocks, and tokens become logits or a loss."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.documents import Documents
+from ..kernels.pointwise import cross_entropy
+from ..parallel.sequence import Kept, Sequence
+from .block import Block
+from .mixer import Mixer, construct
+from .normalisation import RMSNorm
+
+NO_TARGET = -100
+CHECKPOINTING = ("none", "full", "mixing")
+
+Part = Callable[..., nn.Module]
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+
+
+class Head(nn.Linear):
+    """The output layer; given targets it returns their loss, so that the logits of a sequence never exist at once.
+
+    hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
+    losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
+    gathers the weight.
+    """
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__(width, vocabulary, bias=False)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(hidden)
+        return cross_entropy(hidden, self.weight, targets)
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks by a pattern of mixers, norm and head.
+
+    vocabulary, width, depth: tokens, size of the residual stream, number of blocks.
+    pattern: names of `mixers`, with `name*n` for repetition; tiled to `depth`.
+    mixers, feed_forward, block: partials (`_partial_: true` in YAML), called with those of `width`, `depth`, `layer`
+        and `norm_eps` that their signatures declare; `block` (default pre-norm) also with `mixer` and `feed_forward`.
+    tied_embeddings: the head's weight is the embedding's.
+    activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
+        keeps what the mixing ops computed, so that no collective is repeated.
+    initial_std: of the normal distribution of weights; see `initialise`.
+
+    Raises ValueError for settings that do not fit; each layer checks its own before it allocates anything.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        width: int,
+        depth: int,
+        pattern: list[str],
+        mixers: dict[str, Part],
+        feed_forward: Part,
+        block: Part | None = None,
+        norm_eps: float = 1e-6,
+        tied_embeddings: bool = False,
+        activation_checkpointing: str = "none",
+        initial_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        for name, value in (("vocabulary", vocabulary), ("width", width), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"model.{name} must be at least 1; got {value}")
+        if activation_checkpointing not in CHECKPOINTING:
+            known = ", ".join(CHECKPOINTING)
+            raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
+        self.layout = expand_pattern(pattern, depth, list(mixers))
+        self.vocabulary, self.width, self.depth = vocabulary, width, depth
+        self.activation_checkpointing = activation_checkpointing
+        self.initial_std = initial_std
+
+        def build(layer: int) -> nn.Module:
+            name = self.layout[layer]
+            context = {"width": width, "depth": depth, "layer": layer, "norm_eps": norm_eps}
+            mixer = construct(mixers[name], f"model.mixers.{name}", **context)
+            rest = construct(feed_forward, "model.feed_forward", **context)
+            return construct(block or Block, "model.block", mixer=mixer, feed_forward=rest, **context)
+
+        self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.norm = RMSNorm(width, norm_eps)
+        self.head = Head(width, vocabulary)
+        if tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, tokens: Tensor, seq: Sequence, targets: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of the tokens held here.
+
+        tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero
+        that every parameter is connected to.
+        """
+        hidden = self.hidden(tokens, seq)
+        if targets is None:
+            return self.head(hidden)
+        return self.head(hidden, targets), (targets != NO_TARGET).sum()
+
+    def hidden(self, tokens: Tensor, seq: Sequence) -> Tensor:
+        """`[B, T, D]`: what the head reads."""
+        x = self.embedding(tokens)
+        recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            here = seq.at(layer)
+            if not recompute:
+                x = block(x, here)
+                continue
+            if self.activation_checkpointing == "mixing":
+                here = replace(here, kept=Kept())
+            x = cast(Tensor, checkpoint(block, x, here, use_reentrant=False, preserve_rng_state=False))
+        return self.norm(x)
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer."""
+        return [cast(Mixer, block.mixer) for block in self.blocks]
+
+    def parameter_count(self) -> int:
+        """Parameters, shared ones once. Under ZeRO-3 the tensors are empty and carry their size in `ds_numel`."""
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters())
+
+    def flops(self, documents: Documents) -> int:
+        """Forward FLOPs on whole rows: linear layers at 2 a weight and token, padding included, and the mixers' ops."""
+        seq = Sequence.single(documents)
+        weights = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
+        linear = 2 * weights * documents.batch * documents.length
+        return linear + sum(mixer.mixing_flops(seq) for mixer in self.mixers)
+
+    @torch.no_grad()
+    def initialise(self, seed: int, gather: Gather | None = None) -> None:
+        """Gives every parameter its initial value, which depends on the seed and the parameter's name alone.
+
+        Weights are normal with `initial_std`, those that write to the residual stream (a mixer's `output`, a feed-
+        forward layer's `down`) divided by sqrt(2 * depth); norms start at 1 and biases at 0; a layer may set its own
+        in `initialise_parameter`. Values are drawn on the CPU in float32, whatever the device and dtype. `gather`
+        is entered with one parameter at a time, so that no rank holds the whole of a ZeRO-3 model.
+        """
+        for name, parameter in self.named_parameters():
+            with gather([parameter]) if gather else nullcontext():
+                parameter.copy_(self._initial_value(name, parameter.shape, seed))
+
+    def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+        value = torch.empty(shape, dtype=torch.float32, device="cpu")
+        path = name.split(".")
+        for cut in range(1, len(path)):  # from the outermost module inwards: a mixer knows more than its layers
+            module = self.get_submodule(".".join(path[:cut]))
+            own = getattr(module, "initialise_parameter", None)
+            if own is not None and own(".".join(path[cut:]), value, generator):
+                return value
+        if path[-1] == "bias":
+            return value.zero_()
+        if value.dim() < 2:
+            raise ValueError(f"{name} must get its value from initialise_parameter of its layer; it is not a matrix")
+        writes_residual = path[-3:-1] == ["mixer", "output"] or path[-3:-1] == ["feed_forward", "down"]
+        scale = 1 / math.sqrt(2 * self.depth) if writes_residual else 1.0
+        return value.normal_(0.0, self.initial_std * scale, generator=generator)
+
+
+def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str]:
+    """The mixer of each layer: `["lightning*7", "softmax"]` is eight names, repeated to `depth`.
+
+    Raises ValueError for unknown names, for mixers that the pattern does not use, and for a depth that it does not
+    divide.
+    """
+    names: list[str] = []
+    for item in pattern:
+        name, star, times = item.partition("*")
+        if name not in known:
+            raise ValueError(f"model.pattern must use names of model.mixers ({', '.join(known)}); got {name!r}")
+        if star and (not times.isdecimal() or int(times) < 1):
+            raise ValueError(f"model.pattern must repeat a name by a positive number, as in {name}*3; got {item!r}")
+        names += [name] * (int(times) if star else 1)
+    unused = [name for name in known if name not in names]
+    if unused:
+        raise ValueError(f"model.mixers must all occur in model.pattern; got {', '.join(unused)} besides. Remove them")
+    if not names or depth % len(names):
+        raise ValueError(
+            f"model.depth must be a multiple of the pattern's {len(names)} layers; got {depth}. "
+            "Change model.depth or model.pattern"
+        )
+    return names * (depth // len(names))

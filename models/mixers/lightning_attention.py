@@ -1,0 +1,66 @@
+"""Lightning attention as MiniMax-01 uses it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.gated_linear import flops
+from ...parallel import ops
+from ...parallel.sequence import Sequence
+from ..mixer import Mixer, head_size
+from ..normalisation import RMSNorm
+
+
+class LightningAttention(Mixer):
+    """Linear attention with a fixed decay a head (MiniMax-01, 2025, arXiv 2501.08313; Qin et al., arXiv 2401.04658).
+
+        S_t = exp(-slope_h) S_(t-1) + k_t^T v_t        o_t = q_t S_t        q, k, v = silu(W x)
+        slope_h = 2^(-8 (h + 1) / H) * (1 - layer / (depth - 1 + 1e-5) + 1e-5)        h = 0 … H - 1
+        y = W_o (sigmoid(W_g x) * RMSNorm(o))           the norm spans all heads
+
+    `layer` counts from 0 over the whole model: later layers forget more slowly. No positions, and no scale on q
+    (other implementations of lightning attention have both another slope rule and a scale).
+    Raises ValueError if heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        layer: int,
+        depth: int,
+        head_dim: int | None = None,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
+        self.heads, self.head_dim = heads, head_dim
+        self.layer_factor = 1 - layer / (depth - 1 + 1e-5) + 1e-5
+        inner = heads * head_dim
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(width, inner, bias=False)
+        self.value = nn.Linear(width, inner, bias=False)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.norm = RMSNorm(inner, norm_eps)
+        self.output = nn.Linear(inner, width, bias=False)
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """`[H]` on x's device, in float32 or, for float64, float64. Computed, for a cast would spoil a buffer."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        head = torch.arange(1, self.heads + 1, device=x.device, dtype=dtype)
+        return torch.exp2(head * (-8 / self.heads)) * self.layer_factor
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        q, k, v = (
+            F.silu(project(x)).unflatten(-1, (self.heads, self.head_dim))
+            for project in (self.query, self.key, self.value)
+        )
+        out = ops.gated_linear_attention(q, k, v, -self.slopes(x), seq=seq, scale=1.0)
+        return self.output(torch.sigmoid(self.gate(x)) * self.norm(out.flatten(-2)))
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        tokens = seq.local.batch * seq.local.length
+        return flops(tokens, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)

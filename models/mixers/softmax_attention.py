@@ -1,0 +1,101 @@
+"""Softmax attention: multi-head, grouped and multi-query, with or without positions, windows and sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.mask import Mask
+from ...kernels.softmax import flops
+from ...parallel import ops
+from ...parallel.sequence import Sequence
+from ..mixer import Mixer, head_size
+from ..normalisation import RMSNorm
+from ..rotary import Rotary
+
+QK_NORMS = (None, "head", "full")
+
+
+class SoftmaxAttention(Mixer):
+    """Causal softmax attention with grouped heads (Ainslie et al., 2023, arXiv 2305.13245).
+
+        o_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j        j <= i in i's document, and within the window
+
+    heads, kv_heads: query heads, and the key/value heads that groups of them share (default: as many).
+    rope_base: None for no positions. rope_fraction: the part of a head's dims that turns. rope_scaling: settings of
+        `RopeScaling`, for models extended by Llama-3's rule or YaRN.
+    qk_norm: RMS norm of queries and keys before rotation: "head" over each head with one weight (Qwen3, Gemma 3),
+        "full" over all heads at once (MiniMax-M2).
+    window: keys that a query sees, itself included. sink_tokens: first tokens of the document that stay visible.
+    sink_logits: a learned logit a head in the softmax's denominator.
+    Raises ValueError for sizes that do not divide and for settings without effect.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_base: float | None = 10000.0,
+        rope_fraction: float = 1.0,
+        rope_scaling: dict[str, Any] | None = None,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        sink_logits: bool = False,
+        bias: bool = False,
+        output_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads={heads}; got {kv_heads}")
+        if rope_base is None and (rope_fraction != 1.0 or rope_scaling):
+            raise ValueError("rope_fraction and rope_scaling must come with a rope_base; got rope_base=None")
+        if qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm must be one of {', '.join(map(str, QK_NORMS))}; got {qk_norm!r}")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.mask = Mask(window=window, sink_tokens=sink_tokens)
+        self.rotary = None if rope_base is None else Rotary(head_dim, rope_base, rope_fraction, rope_scaling)
+        self.qk_norm = qk_norm
+        self.query = nn.Linear(width, heads * head_dim, bias=bias)
+        self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.output = nn.Linear(heads * head_dim, width, bias=output_bias)
+        if qk_norm is not None:
+            self.query_norm = RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps)
+            self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps)
+        self.sink_logits = nn.Parameter(torch.zeros(heads)) if sink_logits else None
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.qk_norm == "full":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotary is not None:
+            positions = seq.positions(x.device)
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        out = ops.softmax_attention(q, k, v, seq=seq, mask=self.mask, sink_logits=self.sink_logits)
+        return self.output(out.flatten(-2))
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        def count() -> int:
+            tile = self.mask.tile(seq.local, seq.documents)
+            return 0 if tile is None else tile.pairs
+
+        pairs = seq.derive(("pairs", self.mask, seq.rank), count)
+        return flops(pairs, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        if name != "sink_logits":
+            return False
+        tensor.zero_()
+        return True
