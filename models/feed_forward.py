@@ -15,13 +15,13 @@ class SwiGLU(nn.Module):
     `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
     """
 
-    def __init__(self, *, width: int, hidden: int) -> None:
+    def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
         if hidden < 1:
             raise ValueError(f"feed_forward.hidden must be at least 1; got {hidden}. About 8/3 of the width is usual")
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate(x), self.up(x)))
