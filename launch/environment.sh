@@ -1,0 +1,61 @@
+# Sourced by the other scripts: finds or makes the Python environment, installs what is missing, and sets $PYTHON.
+#
+# An active environment (a virtual environment, conda, or a `python` that already imports torch) is used as it is: what
+# is missing is installed into it, its torch is never replaced. Without one, .venv is made in the checkout.
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+find_python() {
+    local name
+    if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then echo "$VIRTUAL_ENV/bin/python"; return; fi
+    if [ -n "${CONDA_PREFIX:-}" ] && [ -x "$CONDA_PREFIX/bin/python" ]; then echo "$CONDA_PREFIX/bin/python"; return; fi
+    for name in python python3; do
+        if "$name" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    if [ ! -x "$repository/.venv/bin/python" ]; then
+        for name in python3.12 python3.13 python3.11 python3 python; do
+            if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+                echo "making $repository/.venv with $("$name" --version)" >&2
+                "$name" -m venv "$repository/.venv" >&2 || return 1
+                break
+            fi
+        done
+    fi
+    if [ ! -x "$repository/.venv/bin/python" ]; then
+        echo "LongReach needs Python 3.11 or later; none was found. Install one, or activate an environment." >&2
+        return 1
+    fi
+    echo "$repository/.venv/bin/python"
+}
+
+PYTHON=$(find_python) || exit 1
+PATH="$(dirname "$PYTHON"):$PATH"
+export PATH PYTHON
+
+# The checkout's own kernels/, models/, trainer/ must never be found as top-level packages.
+export PYTHONSAFEPATH=1
+
+# install_missing [extra]: the distribution's requirements, and those of the extra ("dev" for the tests).
+install_missing() {
+    "$PYTHON" "$repository/launch/install.py" "$repository" "$@" || exit 1
+    # Another checkout may be installed here: this one's code goes first, and the other's installation is left alone.
+    if ! (cd / && "$PYTHON" -c "import longreach, os, sys; sys.exit(not os.path.samefile(longreach.__path__[0], sys.argv[1]))" \
+        "$repository" 2>/dev/null); then
+        mkdir -p "$repository/.cache/import"
+        ln -sfn "$repository" "$repository/.cache/import/longreach"
+        export PYTHONPATH="$repository/.cache/import${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+}
+
+# The number of CUDA devices that torch sees.
+count_gpus() { (cd / && "$PYTHON" -c "import torch; print(torch.cuda.device_count())"); }
+
+# threads_for RANKS: cores for each rank of this machine.
+threads_for() {
+    local cores
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    echo $((cores > $1 ? cores / $1 : 1))
+}

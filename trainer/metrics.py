@@ -1,0 +1,136 @@
+"""Metrics: the lines of metrics.jsonl, and the meters behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.documents import Documents
+from ..kernels.mask import Mask
+from ..parallel.layout import Layout
+
+# Dense peak FLOPs a second by part of the device's name, from the makers' data sheets, for matrix multiplies without
+# sparsity: (bfloat16, float32 as torch computes it by default, without TF32). The first part that fits counts.
+PEAK_FLOPS = {
+    "GB200": (2.5e15, 80e12),
+    "B200": (2.25e15, 80e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10G": (70e12, 31.5e12),
+    "4090": (165e12, 82.6e12),
+    "MI300X": (1307e12, 163e12),
+}
+
+
+class MetricsFile:
+    """One JSON object a line, each line flushed as it is written, so that a kill loses none.
+
+    `resume_at(step)` drops what came after that step, and a line that a kill has torn.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resume_at(self, step: int) -> None:
+        """Keeps the lines up to `step`; written aside and renamed, so that a kill here loses nothing either."""
+        if not self.path.exists():
+            return
+        kept = [line for line, record in _records(self.path) if record["step"] <= step]
+        aside = self.path.with_suffix(".jsonl.partial")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        return [record for _, record in _records(self.path)] if self.path.exists() else []
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield line, record
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one data-parallel rank's rows of a step amount to; adds up over ranks and micro-batches.
+
+    targets: tokens with a target.                tokens: tokens that are not padding.
+    places: tokens and padding together.          flops: forward FLOPs of the model on them, by the ops' own count.
+    heaviest, mean: visible causal (query, key) pairs of the busiest sequence rank, and of the average one.
+    """
+
+    targets: int = 0
+    tokens: int = 0
+    places: int = 0
+    flops: int = 0
+    heaviest: float = 0.0
+    mean: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self.numbers, other.numbers, strict=True)))  # type: ignore[arg-type]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return self.targets, self.tokens, self.places, self.flops, self.heaviest, self.mean
+
+    @property
+    def padding(self) -> float:
+        """The fraction of places that hold no token."""
+        return 1 - self.tokens / self.places
+
+    @property
+    def imbalance(self) -> float:
+        """Attention work of the busiest sequence rank over that of the average one; 1 is even."""
+        return self.heaviest / self.mean if self.mean else 1.0
+
+
+def work_of(documents: Documents, targets: int, layout: Layout, flops: int) -> Work:
+    """The work of one micro-batch, from the host's description of its rows alone."""
+    tokens = sum(run.length for row in documents.runs for run in row if not run.is_padding)
+    pairs = attention_pairs(documents, layout)
+    return Work(targets, tokens, documents.batch * documents.length, flops, max(pairs), sum(pairs) / len(pairs))
+
+
+def attention_pairs(documents: Documents, layout: Layout) -> list[int]:
+    """Visible pairs of plain causal attention that each sequence rank computes."""
+    mask = Mask()
+    tiles = [mask.tile(layout.documents(documents, rank), documents) for rank in range(layout.ranks)]
+    return [tile.pairs if tile else 0 for tile in tiles]
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The device's peak FLOPs a second in `dtype`; None where it is not known, as on every CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, (bfloat16, float32) in PEAK_FLOPS.items():
+        if part in name:
+            return bfloat16 if dtype == "bfloat16" else float32
+    return None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: what torch allocated on CUDA, the resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

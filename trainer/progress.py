@@ -1,0 +1,78 @@
+"""Progress: a live bar on the first rank's terminal, plain lines where there is none, nothing on other ranks."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class RunProgress:
+    """Shows step, loss, tokens/s and time left; `say` prints a message above the bar, in one write."""
+
+    def __init__(self, steps: int, first: int, every: int, *, quiet: bool, console: Console | None = None) -> None:
+        self.steps, self.every, self.quiet = steps, every, quiet
+        # A wide line where the output is a file: wrapping is the reader's business.
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._seconds: deque[float] = deque(maxlen=50)
+        self._first = first
+        self._bar: Progress | None = None
+        self._task: Any = None
+        if not quiet and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=first, figures="")
+            self._bar.start()
+
+    def step(self, step: int, record: dict[str, Any], seconds: float) -> None:
+        """Reports a finished step, `record` being its line of metrics."""
+        if self.quiet:
+            return
+        self._seconds.append(seconds)
+        left = duration(sum(self._seconds) / len(self._seconds) * (self.steps - step))
+        rate = count(record["tokens_per_second"])
+        if self._bar is not None:
+            figures = f"loss {record['loss']:.4f}  {rate} tokens/s  {left} left"
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif step == self._first + 1 or step % self.every == 0 or step == self.steps:
+            self.say(
+                f"step {step}/{self.steps}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  "
+                f"learning_rate {record['learning_rate']:.2e}  {rate} tokens/s  {left} left"
+            )
+
+    def say(self, message: str) -> None:
+        if not self.quiet:
+            self.console.print(message, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3:05 min, 2:10 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def count(number: float) -> str:
+    """874, 12.3k, 1.20M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.1f}{suffix}" if scaled >= 10 else f"{scaled:.2f}{suffix}"
+    return f"{number:.0f}"

@@ -1,0 +1,210 @@
+"""Settings: the schema of the whole configuration, and the checks that need no data and no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..parallel.layout import Layout
+from ..parallel.mesh import check_sequence_ranks
+from ..parallel.sequence import STRATEGIES
+from .data import DataSettings
+from .engine import EngineSettings, OptimizerSettings
+from .schedule import Schedule, ScheduleSettings
+
+DTYPES = ("float32", "bfloat16")
+LAYOUTS = {"contiguous": 1, "zigzag": 2}  # spans a rank by default
+CHECKPOINTING = ("none", "full", "mixing")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass
+class TrainerSettings:
+    """How long, with which numbers, from which seed."""
+
+    steps: int = 1000
+    seed: int = 0
+    dtype: str = "float32"  # or bfloat16, with float32 master weights
+    clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
+    activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
+    compile: bool = False  # torch.compile what is local to a token
+    profile_start: int = 0  # first step that torch.profiler records into run.dir/profile; 0 = none
+    profile_steps: int = 3  # how many
+
+
+@dataclass
+class ParallelSettings:
+    """How the ranks share the rows: `sequence` ranks hold one row together; the rest is data parallel."""
+
+    sequence: int = 1
+    layout: str = "contiguous"  # or zigzag
+    spans: int | None = None  # pieces of a row that a rank holds; null: 1 for contiguous, 2 for zigzag
+    attention: str = "ring"  # the strategy of softmax attention
+    timeout_minutes: float = 10.0  # a rank that has been silent for so long in a collective ends the run
+
+
+@dataclass
+class EvaluationSettings:
+    """Validation on held-out documents, and a sample of text."""
+
+    every: int = 100  # steps; 0 = never
+    rows: int | None = 16  # held-out rows; null = all of them
+    context: int | None = None  # at the end, also score every held-out token from its last so many tokens alone
+    baselines: bool = False  # at the end, also count unigrams and bigrams of the training text
+    prompt: str = ""  # the sample begins with it; empty: with the start of a document
+    sample_tokens: int = 128  # length of the sample; 0 = none
+    temperature: float = 0.8
+
+
+@dataclass
+class CheckpointSettings:
+    """Checkpoints: when, how many, and which one to start from."""
+
+    every: int = 500  # steps, and at the end; 0 = never
+    keep: int = 2  # the newest so many
+    resume: str = "auto"  # auto: the newest complete one of run.dir; none; or the path of one
+
+
+@dataclass
+class WandbSettings:
+    """Weights & Biases: `auto` is online when logged in, offline otherwise."""
+
+    mode: str = "auto"  # or online, offline, disabled
+    project: str = "longreach"
+    entity: str | None = None
+    name: str | None = None  # null: the name of run.dir
+
+
+@dataclass
+class LoggerSettings:
+    """What the run tells while it goes; run.dir/metrics.jsonl is always written."""
+
+    print_every: int = 10  # steps between lines where the output is not a terminal
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+
+
+@dataclass
+class RunSettings:
+    """Where the run lives: null = runs/<name>/<time>, chosen by the first rank."""
+
+    dir: str | None = None
+    name: str | None = None  # null: the experiment, or the model
+
+
+@dataclass
+class Settings:
+    """Everything; `model` is the configuration of a class (`_target_` and its arguments)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    init_from: str | None = None  # a Hugging Face checkpoint, of which model, weights and tokenizer are taken
+
+
+def spans_of(parallel: ParallelSettings) -> int:
+    """Spans that a rank holds of each row."""
+    return LAYOUTS[parallel.layout] if parallel.spans is None else parallel.spans
+
+
+def layout_of(settings: Settings) -> Layout:
+    """The layout of the training rows."""
+    return Layout(settings.data.sequence_length, settings.parallel.sequence, spans_of(settings.parallel))
+
+
+def micro_batches(settings: Settings, data_ranks: int) -> int:
+    """Micro-batches that each data-parallel rank computes in a step."""
+    return settings.data.rows_per_step // (data_ranks * settings.data.rows_per_micro_batch)
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """Raises ValueError, naming setting and remedy, for what can be known without data, model or device."""
+    _check_trainer(settings.trainer)
+    _check_parallel(settings, world_size)
+    _check_rows(settings, world_size // settings.parallel.sequence)
+    _check_engine(settings)
+    Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
+    _at_least("evaluation.every", settings.evaluation.every, 0)
+    _at_least("evaluation.rows", settings.evaluation.rows, 1)
+    _at_least("evaluation.context", settings.evaluation.context, 1)
+    _at_least("evaluation.sample_tokens", settings.evaluation.sample_tokens, 0)
+    _at_least("evaluation.temperature", settings.evaluation.temperature, 0)
+    _at_least("checkpoint.every", settings.checkpoint.every, 0)
+    _at_least("checkpoint.keep", settings.checkpoint.keep, 1)
+    _at_least("logger.print_every", settings.logger.print_every, 1)
+    _one_of("logger.wandb.mode", settings.logger.wandb.mode, WANDB_MODES)
+
+
+def _check_trainer(trainer: TrainerSettings) -> None:
+    _at_least("trainer.steps", trainer.steps, 1)
+    _at_least("trainer.seed", trainer.seed, 0)
+    _one_of("trainer.dtype", trainer.dtype, DTYPES)
+    _at_least("trainer.clip", trainer.clip, 0)
+    _one_of("trainer.activation_checkpointing", trainer.activation_checkpointing, CHECKPOINTING)
+    _at_least("trainer.profile_start", trainer.profile_start, 0)
+    _at_least("trainer.profile_steps", trainer.profile_steps, 1)
+
+
+def _check_parallel(settings: Settings, world_size: int) -> None:
+    parallel = settings.parallel
+    _one_of("parallel.layout", parallel.layout, tuple(LAYOUTS))
+    _one_of("parallel.attention", parallel.attention, STRATEGIES)
+    _at_least("parallel.spans", parallel.spans, 1)
+    if parallel.timeout_minutes <= 0:
+        raise ValueError(f"parallel.timeout_minutes must be positive; got {parallel.timeout_minutes}")
+    if parallel.layout == "contiguous" and parallel.spans not in (None, 1):
+        raise ValueError(
+            f"parallel.spans must be 1 with parallel.layout=contiguous; got {parallel.spans}. "
+            "Use parallel.layout=zigzag for more"
+        )
+    if parallel.layout == "zigzag" and parallel.spans == 1:
+        raise ValueError("parallel.spans must be at least 2 with parallel.layout=zigzag; got 1. Use contiguous for 1")
+    check_sequence_ranks(parallel.sequence, world_size)
+    _at_least("data.sequence_length", settings.data.sequence_length, 2)
+    length, cuts = settings.data.sequence_length, parallel.sequence * spans_of(parallel)
+    if length % cuts:
+        raise ValueError(
+            f"data.sequence_length must be a multiple of {cuts} (parallel.sequence={parallel.sequence} ranks times "
+            f"{spans_of(parallel)} spans of parallel.layout={parallel.layout}); got {length}. "
+            f"Use {length // cuts * cuts or cuts} or {(length // cuts + 1) * cuts}"
+        )
+
+
+def _check_rows(settings: Settings, data_ranks: int) -> None:
+    data = settings.data
+    _at_least("data.rows_per_step", data.rows_per_step, 1)
+    _at_least("data.rows_per_micro_batch", data.rows_per_micro_batch, 1)
+    at_once = data_ranks * data.rows_per_micro_batch
+    if data.rows_per_step % at_once:
+        raise ValueError(
+            f"data.rows_per_step must be a multiple of {at_once} ({data_ranks} data-parallel rank(s) times "
+            f"data.rows_per_micro_batch={data.rows_per_micro_batch}); got {data.rows_per_step}. "
+            f"Use {(data.rows_per_step // at_once + 1) * at_once}, or let more ranks share a row (parallel.sequence)"
+        )
+
+
+def _check_engine(settings: Settings) -> None:
+    stage = settings.engine.zero_stage
+    _one_of("engine.zero_stage", stage, (0, 1, 2, 3))
+    if stage == 0 and settings.trainer.dtype == "bfloat16":
+        raise ValueError(
+            "engine.zero_stage must be 1, 2 or 3 with trainer.dtype=bfloat16; got 0, which would keep no float32 "
+            "master weights. Use engine.zero_stage=1"
+        )
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def _at_least(name: str, value: float | None, minimum: int) -> None:
+    if value is not None and not value >= minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
