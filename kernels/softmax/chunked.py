@@ -1,0 +1,78 @@
+"""Softmax attention by rectangles: fused where the device has a kernel, and never a whole matrix of scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..mask import Tile
+from .rectangle import FlashRectangles, Gradient, PlainRectangles
+from .tiling import rectangles
+
+Routine = type[FlashRectangles] | type[PlainRectangles]
+
+
+def routine_for(device: torch.device) -> Routine:
+    """Which routine computes a rectangle on `device`."""
+    return FlashRectangles if device.type == "cpu" else PlainRectangles
+
+
+def merge_weight(lse_a: Tensor, lse_b: Tensor) -> Tensor:
+    """exp(lse_b) / (exp(lse_a) + exp(lse_b)), and 0 where both are −inf."""
+    return torch.sigmoid(lse_b - lse_a).masked_fill_(lse_b == float("-inf"), 0.0)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float, routine: Routine | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `longreach.kernels.softmax.attend`. Rectangles merge into (out, lse) in the order of the tile's cut."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=dtype)
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
+    if tile is None:
+        return out, lse
+    routine = routine or routine_for(q.device)
+    inside = routine(q, k, v, mask=tile.mask, scale=scale)
+    rows, written = (0, 0), bytearray()
+    for at in rectangles(tile, inside.limit):
+        if at.rows != rows:
+            rows, written = at.rows, bytearray(q.shape[1])
+        first, last = at.queries
+        held = slice(*at.rows), slice(first, last)
+        out_here, lse_here = inside.forward(at)
+        if written.find(1, first, last) < 0:  # nothing to merge with yet
+            out[held], lse[held] = out_here, lse_here
+        else:
+            out[held].lerp_(out_here, merge_weight(lse[held], lse_here).unsqueeze(-1))
+            lse[held] = torch.logaddexp(lse[held], lse_here)
+        written[first:last] = b"\x01" * (last - first)
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    tile: Tile | None,
+    scale: float,
+    dlse: Tensor | None = None,
+    routine: Routine | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `longreach.kernels.softmax.attend_backward`. Sums in the order of the tile's cut: the same at every run."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if tile is None:
+        return dq, dk, dv
+    routine = routine or routine_for(q.device)
+    inside = routine(q, k, v, mask=tile.mask, scale=scale, gradient=Gradient(dout, out, lse, dlse))
+    for at in rectangles(tile, inside.limit):
+        dq_here, dk_here, dv_here = inside.backward(at)
+        rows = slice(*at.rows)
+        dq[rows, slice(*at.queries)] += dq_here
+        dk[rows, slice(*at.keys)] += dk_here
+        dv[rows, slice(*at.keys)] += dv_here
+    return dq, dk, dv

@@ -1,0 +1,156 @@
+"""Attention inside one rectangle of queries and keys: torch's fused CPU kernel, or explicit matmuls on any device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..mask import Mask
+from .tiling import Rectangle
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Gradient(NamedTuple):
+    """What the backward of every tile is given: the final (out, lse) and the gradients that came for them."""
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None = None
+
+
+class _Rectangles:
+    """Inputs of a tile, in the type of the partial results, from which rectangles are taken. Heads stay grouped."""
+
+    limit: int | None = None
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> None:
+        self.mask, self.scale = mask, scale
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.key_dim, self.value_dim = q.shape[-1], v.shape[-1]
+        self.q, self.k, self.v = (x.to(self.dtype) for x in (q, k, v))
+        self._bands: dict[tuple[int, int, int], Tensor] = {}
+
+    def band(self, at: Rectangle) -> Tensor:
+        """0 where visible and −inf elsewhere, `[queries, keys]`; some are kept, since most bands of a tile are alike."""
+        n, m = at.queries[1] - at.queries[0], at.keys[1] - at.keys[0]
+        key = (n, m, at.lead)
+        if key not in self._bands:
+            if len(self._bands) == 16:  # the ends of many documents differ, and not all may stay in memory
+                self._bands.clear()
+            device = self.q.device
+            i, j = torch.arange(n, device=device) + at.lead, torch.arange(m, device=device)
+            hidden = ~Mask(window=self.mask.window).visible(i, j)
+            self._bands[key] = torch.zeros(n, m, dtype=self.dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return self._bands[key]
+
+
+def _take(x: Tensor, rows: tuple[int, int], span: tuple[int, int]) -> Tensor:
+    return x[rows[0] : rows[1], span[0] : span[1]]
+
+
+class FlashRectangles(_Rectangles):
+    """By torch's flash attention for CPU, which returns the log-sum-exp and whose backward takes a merged one.
+
+    It needs one dim for keys and values and contiguous heads (it reads other strides wrongly, in silence): inputs are
+    padded with zeros once a tile. Its backward knows no gradient of the log-sum-exp; one more value column, 0 in v, 1
+    in dout and −dlse in out, puts −dlse into the row sums of dout·out and changes nothing else.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, gradient: Gradient | None = None
+    ) -> None:
+        super().__init__(q, k, v, mask=mask, scale=scale)
+        columns = self.value_dim
+        if gradient is not None:
+            dout, out = gradient.dout.to(self.dtype), gradient.out.to(self.dtype)
+            if gradient.dlse is not None:
+                columns += 1
+                dout = torch.cat([dout, torch.ones_like(dout[..., :1])], dim=-1)
+                out = torch.cat([out, -gradient.dlse.to(self.dtype).unsqueeze(-1)], dim=-1)
+        self.dim = max(self.key_dim, columns)
+        self.q, self.k, self.v = (self._padded(x) for x in (self.q, self.k, self.v))
+        if gradient is not None:
+            self.gradient = self._padded(dout), self._padded(out), gradient.lse.to(self.dtype)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self.dim - x.shape[-1])) if x.shape[-1] < self.dim else x
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    def forward(self, at: Rectangle) -> tuple[Tensor, Tensor]:
+        out, lse = _flash(*self._inputs(at), 0.0, at.shape == "causal", attn_mask=self._bias(at), scale=self.scale)
+        return out.transpose(1, 2)[..., : self.value_dim], lse.transpose(1, 2)
+
+    def backward(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
+        dout, out, lse = (_take(x, at.rows, at.queries).transpose(1, 2) for x in self.gradient)
+        dq, dk, dv = _flash_backward(
+            dout, *self._inputs(at), out, lse, 0.0, at.shape == "causal", attn_mask=self._bias(at), scale=self.scale
+        )
+        dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+        return dq[..., : self.key_dim], dk[..., : self.key_dim], dv[..., : self.value_dim]
+
+    def _bias(self, at: Rectangle) -> Tensor | None:
+        return self.band(at) if at.shape == "band" else None
+
+    def _inputs(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
+        q = _take(self.q, at.rows, at.queries)
+        k, v = (_take(x, at.rows, at.keys) for x in (self.k, self.v))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class PlainRectangles(_Rectangles):
+    """By explicit matmuls on any device, over rectangles small enough that their scores may be held."""
+
+    limit = 1024
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, gradient: Gradient | None = None
+    ) -> None:
+        super().__init__(q, k, v, mask=mask, scale=scale)
+        if gradient is not None:
+            dout = gradient.dout.to(self.dtype)
+            delta = (dout * gradient.out.to(self.dtype)).sum(-1, keepdim=True)
+            if gradient.dlse is not None:
+                delta = delta - gradient.dlse.to(self.dtype).unsqueeze(-1)
+            self.gradient = dout, delta, gradient.lse.to(self.dtype).unsqueeze(-1)
+
+    def forward(self, at: Rectangle) -> tuple[Tensor, Tensor]:
+        q, k, v = self._inputs(at)
+        scores = self._scores(q, k, at)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = scores.sub_(lse).exp_() @ v
+        return self._ungrouped(out, at), self._ungrouped(lse, at).squeeze(-1)
+
+    def backward(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._inputs(at)
+        dout, delta, lse = (self._grouped(_take(x, at.rows, at.queries)) for x in self.gradient)
+        p = self._scores(q, k, at).sub_(lse).exp_()
+        ds = (dout @ v.mT).sub_(delta).mul_(p).mul_(self.scale)
+        dk, dv = ds.mT @ q, p.mT @ dout
+        return self._ungrouped(ds @ k, at), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _inputs(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = (_take(x, at.rows, at.keys).transpose(1, 2) for x in (self.k, self.v))
+        return self._grouped(_take(self.q, at.rows, at.queries)), k, v
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """`[b, t, H, X]` to `[b, G, R·t, X]`: the heads of a group one after the other against its keys."""
+        return x.unflatten(2, (self.k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def _ungrouped(self, x: Tensor, at: Rectangle) -> Tensor:
+        return x.unflatten(2, (-1, at.queries[1] - at.queries[0])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _scores(self, q: Tensor, k: Tensor, at: Rectangle) -> Tensor:
+        scores = (q @ k.mT).mul_(self.scale)
+        n, m = at.queries[1] - at.queries[0], at.keys[1] - at.keys[0]
+        if at.shape == "causal":
+            hidden = torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(1)
+            scores.unflatten(2, (-1, n)).masked_fill_(hidden, float("-inf"))
+        elif at.shape == "band":
+            scores.unflatten(2, (-1, n)).add_(self.band(at))
+        return scores
