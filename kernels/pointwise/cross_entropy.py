@@ -1,0 +1,104 @@
+"""Cross entropy over a large vocabulary, from hidden states, in chunks: the logits of a sequence never exist at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_TARGET = -100
+
+
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int = 512,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """The sum over tokens of −log softmax(logits)[target], logits = logit_scale (hidden weightᵀ + bias).
+
+    hidden `[B, T, D]`, weight `[Vocab, D]`, targets int64 `[B, T]` with −100 for tokens without one, bias `[Vocab]`.
+    Returns a scalar, float32 (float64 for float64): a sum, so that the caller divides by the targets of the whole
+    global batch. The logits of at most `chunk` tokens exist at a time, in forward and again in backward, which
+    recomputes them; what is kept is the inputs and one number a token. `weight` is kept as the very parameter that was
+    given, for engines that shard it between forward and backward. A target outside the vocabulary is undefined on an
+    accelerator and an IndexError or RuntimeError on CPU. Raises ValueError where shapes do not fit.
+    """
+    if hidden.shape[:-1] != targets.shape or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            "hidden must be [B, T, D], weight [Vocab, D] and targets [B, T]; "
+            f"got {list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be one for each of {weight.shape[0]} tokens; got {list(bias.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    return _CrossEntropy.apply(hidden, weight, targets, bias, chunk, logit_scale)  # type: ignore[return-value]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    logits = hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
+    logits = logits.to(dtype)
+    return logits if scale == 1.0 else logits.mul_(scale)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, scale: float
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        rows, ids = hidden.flatten(0, -2), targets.flatten()
+        lse, picked = (torch.empty(rows.shape[0], dtype=dtype, device=hidden.device) for _ in range(2))
+        for start in range(0, rows.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(rows[part], weight, bias, scale, dtype)
+            lse[part] = logits.logsumexp(-1)
+            picked[part] = logits.gather(-1, ids[part].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        ctx.save_for_backward(hidden, weight, targets, bias, lse)
+        ctx.chunk, ctx.scale = chunk, scale
+        return (lse - picked).masked_fill_(ids == NO_TARGET, 0.0).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, lse = ctx.saved_tensors
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+        dtype = lse.dtype
+        rows, ids = hidden.flatten(0, -2), targets.flatten()
+        dhidden = torch.empty_like(rows) if needs_hidden else None
+        dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        dbias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        for start in range(0, rows.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            dlogits = _logits(rows[part], weight, bias, ctx.scale, dtype).sub_(lse[part].unsqueeze(-1)).exp_()
+            chosen = ids[part].clamp(min=0).unsqueeze(-1)
+            dlogits.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=dtype))
+            factor = (dloss * ctx.scale).expand(dlogits.shape[0]).masked_fill(ids[part] == NO_TARGET, 0.0)
+            dlogits.mul_(factor.unsqueeze(-1))
+            if dbias is not None:
+                dbias += dlogits.sum(0)
+            dlogits = dlogits.to(weight.dtype)
+            if dhidden is not None:
+                dhidden[part] = dlogits @ weight
+            if dweight is not None:
+                _accumulate(dweight, dlogits, rows[part])
+        return (
+            None if dhidden is None else dhidden.view_as(hidden),
+            None if dweight is None else dweight.to(weight.dtype),
+            None,
+            None if dbias is None or bias is None else dbias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _accumulate(dweight: Tensor, dlogits: Tensor, rows: Tensor) -> None:
+    if dlogits.dtype == dweight.dtype:
+        dweight.addmm_(dlogits.t(), rows)
+    else:
+        dweight += dlogits.t() @ rows

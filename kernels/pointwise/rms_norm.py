@@ -1,0 +1,52 @@
+"""RMS norm with a backward that keeps its input and one number a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm over the last dim (Zhang and Sennrich, 2019, arXiv 1910.07467).
+
+        y = x / sqrt(mean(x^2) + eps) * (offset + weight)
+
+    x `[..., D]`, weight `[D]` or None (no weight, and then no offset). Computed in float32 (float64 for float64); y is
+    in x's type. Raises ValueError where the weight does not fit.
+    """
+    if weight is None and offset:
+        raise ValueError(f"offset must come with a weight; got offset={offset} and no weight. Leave it at 0")
+    if weight is not None and tuple(weight.shape) != (x.shape[-1],):
+        raise ValueError(f"weight must be of shape [{x.shape[-1]}], x's last dim; got {tuple(weight.shape)}")
+    return _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        y = wide * inverse
+        if weight is not None:
+            y = y.mul_(weight.to(wide.dtype) + offset)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """With n = x·inverse and g = dy·(offset + weight):  dx = inverse (g − n mean(g·n)),  dweight = Σ dy·n."""
+        x, weight, inverse = ctx.saved_tensors
+        g = dy.to(inverse.dtype)
+        n = x.to(inverse.dtype) * inverse
+        dweight = None
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                dweight = (g * n).flatten(0, -2).sum(0).to(weight.dtype)
+            g = g * (weight.to(inverse.dtype) + ctx.offset)
+        along = (g * n).mean(-1, keepdim=True)
+        dx = n.mul_(along).neg_().add_(g).mul_(inverse)
+        return dx.to(x.dtype), dweight, None, None

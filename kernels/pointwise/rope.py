@@ -1,0 +1,150 @@
+"""Rotary positions: the rotation, and the frequencies that long-context models scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What each kind of scaling reads beside `factor`, with its default (None: must be given).
+_SETTINGS: dict[str, dict[str, float | None]] = {
+    "linear": {},
+    "llama3": {"original_length": None, "low_frequency_factor": 1.0, "high_frequency_factor": 4.0},
+    "yarn": {"original_length": None, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": math.nan},
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of a model trained at `original_length` are stretched by `factor`.
+
+    linear: all of them (Chen et al., 2023, arXiv 2306.15595). llama3: those whose wavelength exceeds
+    original_length / low_frequency_factor (default 1), none below original_length / high_frequency_factor (default 4),
+    blended in between (Llama 3.1, arXiv 2407.21783). yarn: by the number of turns over original_length, from those of
+    fewer than `beta_slow` (default 1) to those of more than `beta_fast` (default 32), and queries and keys grow by
+    `attention_factor` (default 0.1 ln factor + 1; Peng et al., 2023, arXiv 2309.00071).
+    Raises ValueError for an unknown kind and for a setting that is missing or that the kind does not read.
+    """
+
+    kind: str
+    factor: float
+    original_length: int | None = None
+    low_frequency_factor: float | None = None
+    high_frequency_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _SETTINGS:
+            raise ValueError(f"rope scaling kind must be one of {', '.join(_SETTINGS)}; got {self.kind!r}")
+        if not self.factor >= 1:
+            raise ValueError(f"rope scaling factor must be at least 1; got {self.factor}")
+        reads = _SETTINGS[self.kind]
+        for name in {name for kind in _SETTINGS.values() for name in kind}:
+            value = getattr(self, name)
+            if value is not None and name not in reads:
+                raise ValueError(f"{name} must not be given with kind={self.kind!r}, which ignores it; got {value}")
+            if value is None and name in reads and reads[name] is None:
+                raise ValueError(f"{name} must be given with kind={self.kind!r}; got none")
+        if self.kind == "llama3" and not self.setting("low_frequency_factor") < self.setting("high_frequency_factor"):
+            raise ValueError(
+                "low_frequency_factor must be below high_frequency_factor; "
+                f"got {self.setting('low_frequency_factor')} and {self.setting('high_frequency_factor')}"
+            )
+
+    def setting(self, name: str) -> float:
+        """A setting that this kind reads, or its default."""
+        value = getattr(self, name)
+        return float(_SETTINGS[self.kind][name] if value is None else value)  # type: ignore[arg-type]
+
+
+def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
+    """Inverse frequencies base^(−2i/dim), float32 `[dim/2]`, scaled, and the factor of rotated queries and keys.
+
+    The factor is 1 except for YaRN. Raises ValueError for an odd dim. Su et al., 2021, arXiv 2104.09864.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"rope dim must be even and at least 2; got {dim}. Change head_dim or rope_fraction")
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if scaling is None:
+        return frequencies, 1.0
+    stretched = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return stretched, 1.0
+    if scaling.kind == "llama3":
+        low, high = scaling.setting("low_frequency_factor"), scaling.setting("high_frequency_factor")
+        turns = scaling.setting("original_length") * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return torch.lerp(stretched, frequencies, kept), 1.0
+    kept = _yarn_kept(dim, base, scaling)
+    factor = scaling.setting("attention_factor")
+    return torch.lerp(stretched, frequencies, kept), 0.1 * math.log(scaling.factor) + 1 if math.isnan(
+        factor
+    ) else factor
+
+
+def _yarn_kept(dim: int, base: float, scaling: RopeScaling) -> Tensor:
+    """The share of each frequency that is not stretched: 1 down to 0 along the dims between the two numbers of turns."""
+
+    def index_of(turns: float) -> float:
+        return dim * math.log(scaling.setting("original_length") / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(index_of(scaling.setting("beta_fast"))), 0)
+    high = min(math.ceil(index_of(scaling.setting("beta_slow"))), dim - 1)
+    width = max(high - low, 0.001)
+    return 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+
+
+def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention_factor: float = 1.0) -> Tensor:
+    """Rotates the first R = 2·len(inverse_frequencies) dims of each head by its token's position; passes the rest.
+
+        angle_i = position * inverse_frequencies_i
+        y_i = x_i cos(angle_i) − x_{i+R/2} sin(angle_i);  y_{i+R/2} = x_{i+R/2} cos(angle_i) + x_i sin(angle_i)
+
+    x `[B, T, H, K]`, positions `[B, T]`; half-split pairing, as in GPT-NeoX and Llama's published form. Rotated dims
+    are multiplied by `attention_factor`. Angles are float64, since at a million tokens the float32 product is off by a
+    thirtieth of a radian; the rotation is float32 (float64 for float64) and y in x's type. Raises ValueError where
+    shapes do not fit. Su et al., 2021, arXiv 2104.09864.
+    """
+    if tuple(positions.shape) != tuple(x.shape[:2]):
+        raise ValueError(f"positions must be {list(x.shape[:2])}, one a token; got {list(positions.shape)}")
+    if 2 * inverse_frequencies.shape[0] > x.shape[-1]:
+        raise ValueError(
+            f"inverse_frequencies must be at most half of the head's {x.shape[-1]} dims; "
+            f"got {inverse_frequencies.shape[0]}"
+        )
+    return _Rope.apply(x, positions, inverse_frequencies, attention_factor)  # type: ignore[return-value]
+
+
+class _Rope(torch.autograd.Function):
+    """The transpose of a rotation is the rotation back, so that backward keeps the positions and no activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor, inverse_frequencies: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(positions, inverse_frequencies)
+        ctx.factor = factor
+        return _rotate(x, positions, inverse_frequencies, factor, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotate(dy, *ctx.saved_tensors, ctx.factor, -1.0), None, None, None
+
+
+def _rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, factor: float, direction: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    angles = positions.to(torch.float64)[..., None, None] * inverse_frequencies.to(torch.float64)
+    if dtype == torch.float32:
+        angles = angles.remainder_(2 * math.pi).to(dtype)
+    cos, sin = angles.cos().mul_(factor), angles.sin().mul_(factor * direction)
+    half = inverse_frequencies.shape[0]
+    first, second = (x[..., i * half : (i + 1) * half].to(dtype) for i in range(2))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y[..., :half] = first * cos - second * sin
+    y[..., half : 2 * half] = second * cos + first * sin
+    y[..., 2 * half :] = x[..., 2 * half :]
+    return y
