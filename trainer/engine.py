@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..parallel.mesh import Mesh
+from .engine_config import configuration
+from .masters import Fragment, Masters
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -22,3 +35,180 @@ class EngineSettings:
 
     zero_stage: int = 1
     config: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """A model whose optimizer states (stage 1), gradients (2) and parameters (3) are split over all ranks of `mesh`.
+
+    model_factory: makes the model; on stage 3 each parameter is split as soon as its layer is made.
+    dtype: "float32", or "bfloat16" with float32 masters, moments and accumulated gradients.
+    clip: largest norm of the gradient; 0 does not clip.
+    load: `load(model, gather)` gives the parameters their values in place of `model.initialise(seed, gather)`; to
+        write parameters it enters `gather` with them, which on stage 3 makes them whole meanwhile.
+
+    Every rank makes the engine and calls its methods, in the same order. The default process group must exist
+    (trainer/processes.py). Raises ValueError for settings that contradict one another, before the model is made.
+    """
+
+    def __init__(
+        self,
+        model_factory: Callable[[], nn.Module],
+        *,
+        settings: EngineSettings,
+        optimizer: OptimizerSettings,
+        dtype: str = "float32",
+        clip: float = 0.0,
+        mesh: Mesh,
+        device: torch.device,
+        seed: int = 0,
+        load: Callable[[nn.Module, Gather], None] | None = None,
+    ) -> None:
+        self.zero_stage, self.mesh, self.device = settings.zero_stage, mesh, device
+        config = configuration(settings.zero_stage, dtype, clip, dict(settings.config))
+        self._deepspeed = _import_deepspeed(device)
+        try:
+            self._deepspeed.DeepSpeedConfig(config)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"engine.config must be what DeepSpeed understands; it says: {error}") from None
+        model = self._make(model_factory, config, getattr(torch, dtype))
+        if load is not None:
+            load(model, self._gather_to_write)
+        else:
+            model.initialise(seed, self._gather_to_write)  # type: ignore[operator]
+        self._adam = torch.optim.AdamW(
+            parameter_groups(model, optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=tuple(optimizer.betas),  # type: ignore[arg-type]
+            eps=optimizer.eps,
+            fused=device.type == "cuda",  # the others need temporaries as large as a rank's whole share
+        )
+        # DeepSpeed rounds buffers to bfloat16 with the parameters; frequencies and decays must stay as they are.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._adam, config=config)
+        for name, buffer in buffers.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer)
+        self.module = model
+        self._masters = Masters(self._adam, self._engine.optimizer, self.zero_stage, mesh.rank)
+        self._clip, self._norm = clip, 0.0
+        if self.zero_stage == 0:
+            self._adam.register_step_pre_hook(self._before_adam)
+
+    def __call__(self, *args: Any) -> Any:
+        """The model's forward."""
+        return self._engine(*args)
+
+    forward = __call__
+
+    def backward(self, loss_sum: Tensor, normaliser: float) -> None:
+        """Adds the gradient of loss_sum / normaliser, summed over the ranks, to that of the step.
+
+        loss_sum: this rank's sum over its tokens (with a graph even if it has no target); normaliser: the number of
+        targets over all ranks and micro-batches of the step.
+        """
+        # DeepSpeed averages over the ranks.
+        self._engine.backward(loss_sum / normaliser * self.mesh.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, steps and clears the gradient; returns its norm over all ranks, before it was clipped.
+
+        A gradient that is not finite steps nothing, and its norm is returned as inf.
+        """
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return self._norm if self.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+
+    def gather(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
+        """A context in which every rank holds these parameters whole, to read them."""
+        if self.zero_stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, by name, in the model's order."""
+        return self.module.named_parameters()
+
+    def fragment(self, parameter: nn.Parameter, kind: str) -> Fragment:
+        """What this rank holds of the float32 "parameter", "exp_avg" or "exp_avg_sq": a view, to read and to write."""
+        return self._masters.fragment(parameter, kind)
+
+    def create_moments(self, steps: int | None = None) -> None:
+        """Makes the Adam states before AdamW's own first step does, and, if given, sets the number of steps taken."""
+        self._masters.create_moments(steps)
+
+    @property
+    def adam_steps(self) -> int:
+        """Steps that AdamW has taken."""
+        return self._masters.steps
+
+    @torch.no_grad()
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets what the model computes with; the float32 masters are set through `fragment`. Every rank calls it."""
+        with self._gather_to_write([parameter]):
+            if self.zero_stage < 3 or self.mesh.rank == 0:
+                parameter.copy_(value)
+
+    def _make(self, model_factory: Callable[[], nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+        with torch.device(self.device):
+            if self.zero_stage < 3:
+                return model_factory().to(self.device)
+            with _split_as_made(self._deepspeed, config, dtype):
+                return model_factory().to(self.device)
+
+    def _gather_to_write(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
+        if self.zero_stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+    def _before_adam(self, *_: Any) -> None:
+        # Stage 0 only: the gradients are reduced by now, and DeepSpeed keeps no norm of them.
+        gradients = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._norm = float(norm)
+        if not torch.isfinite(norm):
+            self._norm = float("inf")
+            for group in self._adam.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # which AdamW passes over
+        elif self._clip:
+            torch._foreach_mul_(gradients, min(1.0, self._clip / (self._norm + 1e-6)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that decay (matrices and embeddings) and those that do not (norms, biases, all of one dim)."""
+    decaying, others = [], []
+    for parameter in model.parameters():
+        (decaying if len(shape_of(parameter)) > 1 else others).append(parameter)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def _split_as_made(deepspeed: Any, config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    class Init(deepspeed.zero.Init):
+        # DeepSpeed would cast every tensor that a constructor makes; only the parameters shall be of `dtype`.
+        def _zero_init_param(self, param: nn.Parameter) -> None:
+            param.data = param.data.to(dtype)
+            super()._zero_init_param(param)
+
+    with Init(config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False, tensor_overrides=()):
+        yield
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    # Both have to be said before the import: what it runs on, and that it does not compile a shared-memory op, which
+    # takes a minute and a compiler.
+    os.environ["DS_ACCELERATOR"] = device.type
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed

@@ -1,0 +1,61 @@
+"""A model with everything an engine can trip over, small: tied weights, two parameter groups, odd sizes, a buffer."""
+
+import hashlib
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+VOCABULARY, WIDTH, ROWS, LENGTH = 23, 10, 8, 7
+SUM = {"reduction": "sum", "ignore_index": -100}
+
+
+class Layer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 3 * width + 1)
+        self.down = nn.Linear(3 * width + 1, width, bias=False)
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.up(self.norm(x)))) * self.gain
+
+
+class SmallModel(nn.Module):
+    def __init__(self, width=WIDTH, vocabulary=VOCABULARY, recompute=False):
+        super().__init__()
+        self.recompute = recompute
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(2))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("factor", torch.tensor(1 / 3))
+
+    def forward(self, tokens, targets):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+        logits = self.head(x).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **SUM)
+        return loss + 0 * logits.sum()
+
+    @torch.no_grad()
+    def initialise(self, seed, gather=None):
+        for name, parameter in self.named_parameters():
+            with gather([parameter]) if gather else nullcontext():
+                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+
+
+def batch(step, rows=ROWS):
+    """Tokens and targets [rows, LENGTH] of a global batch; row 0 has no target, the others differ in how many."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    targets = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    for row in range(rows):
+        targets[row, : LENGTH - row % LENGTH] = -100
+    return tokens, targets

@@ -1,0 +1,227 @@
+"""The engine against AdamW in one process: gradients by their norms and parameters after some steps, on every stage."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from distributed import RankError, run_ranks
+from longreach.parallel.mesh import Mesh
+from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings, parameter_groups
+from small_model import SmallModel, batch
+
+ADAM = OptimizerSettings(learning_rate=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+STEPS = 4
+CPU = torch.device("cpu")
+
+
+def rate(step):
+    return 0.02 / (1 + step)
+
+
+def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0):
+    return Engine(
+        model,
+        settings=EngineSettings(stage, config or {}),
+        optimizer=ADAM,
+        dtype=dtype,
+        clip=clip,
+        mesh=Mesh.create(),
+        device=CPU,
+        seed=seed,
+    )
+
+
+def train_step(engine, step, rank, world, accumulation):
+    tokens, targets = batch(step)
+    normaliser = int((targets != -100).sum())
+    rows = len(tokens) // (world * accumulation)
+    for micro in range(accumulation):
+        start = (rank * accumulation + micro) * rows
+        loss = engine(tokens[start : start + rows], targets[start : start + rows])
+        engine.backward(loss, normaliser)
+    return engine.step(rate(step))
+
+
+def full(engine, kind="parameter"):
+    """Every rank's whole float32 state, by name."""
+    engine.create_moments()
+    result = {}
+    for name, parameter in engine.named_parameters():
+        start, values = engine.fragment(parameter, kind)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        whole = torch.zeros(shape.numel(), dtype=torch.int32)
+        whole[start : start + len(values)] = values.view(torch.int32)
+        if engine.zero_stage:
+            torch.distributed.all_reduce(whole)
+        result[name] = whole.view(torch.float32).view(shape)
+    return result
+
+
+def train(rank, world, stage, accumulation, clip, dtype, config, recompute):
+    engine = make_engine(stage, model=lambda: SmallModel(recompute=recompute), clip=clip, dtype=dtype, config=config)
+    norms = [train_step(engine, step, rank, world, accumulation) for step in range(STEPS)]
+    visible = {}
+    for name, parameter in engine.named_parameters():
+        with engine.gather([parameter]):
+            visible[name] = parameter.detach().clone()
+    return norms, full(engine), visible, engine.module.factor
+
+
+def reference(clip):
+    model = SmallModel()
+    model.initialise(0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, ADAM.weight_decay), betas=ADAM.betas, eps=ADAM.eps)
+    norms = []
+    for step in range(STEPS):
+        tokens, targets = batch(step)
+        (model(tokens, targets) / (targets != -100).sum()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def check(results, clip, tolerance, visible_tolerance):
+    norms, parameters = reference(clip)
+    for got_norms, masters, visible, _ in results:
+        torch.testing.assert_close(got_norms, norms, rtol=tolerance, atol=0)
+        for name, value in parameters.items():
+            torch.testing.assert_close(masters[name], value, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(visible[name].float(), value, rtol=visible_tolerance, atol=visible_tolerance)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_equals_one_process(stage, world):
+    clip = 0.2  # below every norm of the reference
+    assert min(reference(0.0)[0]) > clip
+    for accumulation, this_clip, recompute in [(1, 0.0, False), (2, clip, False), (2, clip, True)]:
+        results = run_ranks(world, train, stage, accumulation, this_clip, "float32", {}, recompute)
+        check(results, this_clip, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_keeps_float32_masters_and_equal_norms_on_every_stage(stage):
+    results = run_ranks(2, train, stage, 2, 0.2, "bfloat16", {}, False)
+    check(results, 0.2, 3e-2, 3e-2)
+    norms, masters, visible, factor = results[0]
+    assert factor.dtype == torch.float32
+    assert factor == torch.tensor(1 / 3)
+    others = run_ranks(2, train, 1 + stage % 3, 2, 0.2, "bfloat16", {}, False)[0]
+    torch.testing.assert_close(norms, others[0], rtol=1e-4, atol=0)
+    for name, value in masters.items():
+        assert visible[name].dtype == torch.bfloat16
+        assert torch.equal(visible[name], value.bfloat16())
+        torch.testing.assert_close(value, others[1][name], rtol=1e-4, atol=1e-4)
+    assert any((value.bfloat16().float() != value).any() for value in masters.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizer_states(stage):
+    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    check(run_ranks(2, train, stage, 2, 0.2, "float32", config, False), 0.2, 1e-5, 1e-5)
+
+
+def step_on_nan(rank, world, stage, dtype):
+    engine = make_engine(stage, dtype=dtype, clip=1.0)
+    train_step(engine, 0, rank, world, 1)
+    before = full(engine)
+    tokens, targets = batch(1)
+    engine.backward(engine(tokens, targets) * (float("nan") if rank == 0 else 1.0), 7)
+    norm = engine.step(0.1)
+    unchanged = all(torch.equal(value, before[name]) for name, value in full(engine).items())
+    return norm, unchanged, train_step(engine, 2, rank, world, 1)
+
+
+EVERY_KIND = [(0, "float32"), *((stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16"))]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), EVERY_KIND)
+def test_a_gradient_that_is_not_finite_steps_nothing(stage, dtype):
+    for norm, unchanged, next_norm in run_ranks(2, step_on_nan, stage, dtype):
+        assert norm == float("inf")
+        assert unchanged
+        assert 0 < next_norm < float("inf")
+
+
+def largest_held(rank, world, stage):
+    held = []
+
+    class Watched(SmallModel):
+        def initialise(self, seed, gather=None):
+            def watch(parameters):
+                held.append(sum(p.numel() for p in self.parameters()))
+                return gather(parameters)
+
+            super().initialise(seed, watch)
+
+    make_engine(stage, model=Watched)
+    return max(held), sum(p.numel() for p in SmallModel().parameters())
+
+
+def test_no_rank_holds_a_whole_model_on_stage_3_while_it_is_made():
+    for held, total in run_ranks(2, largest_held, 3):
+        assert held == 0, total
+    for held, total in run_ranks(2, largest_held, 2):
+        assert held == total
+
+
+def initial_values(rank, world, stage, seed):
+    return full(make_engine(stage, seed=seed))
+
+
+def test_initial_values_depend_on_the_seed_alone():
+    expected = SmallModel()
+    expected.initialise(5)
+    for world, stage in [(1, 0), (2, 1), (4, 3)]:
+        for values in run_ranks(world, initial_values, stage, 5):
+            assert all(torch.equal(values[name], p) for name, p in expected.named_parameters())
+
+
+def output_of_an_engine(rank, world):
+    captured = io.StringIO()
+    with contextlib.redirect_stdout(captured), contextlib.redirect_stderr(captured):
+        engine = make_engine(2)
+        train_step(engine, 0, rank, world, 1)
+    return captured.getvalue()
+
+
+def test_deepspeed_is_silent():
+    assert run_ranks(2, output_of_an_engine) == ["", ""]
+
+
+def make_with(rank, world, stage, dtype, config):
+    make_engine(stage, dtype=dtype, config=config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "config", "message"),
+    [
+        (0, "bfloat16", {}, "engine.zero_stage must be 1, 2 or 3 with trainer.dtype=bfloat16"),
+        (4, "float32", {}, "engine.zero_stage must be 0, 1, 2 or 3; got 4"),
+        (1, "float16", {}, "trainer.dtype must be one of float32, bfloat16; got 'float16'"),
+        (1, "float32", {"zero_optimization": {"stage": 2}}, "engine.config.zero_optimization.stage must be 1.*got 2"),
+        (1, "float32", {"gradient_clipping": 1.0}, "engine.config.gradient_clipping must not be given.*trainer.clip"),
+        (1, "float32", {"optimizer": {"type": "Adam"}}, r"engine.config.optimizer must not .*optimizer\.\*"),
+        (1, "float32", {"zero_optimisation": {}}, "got zero_optimisation. Did you mean zero_optimization"),
+        (1, "float32", {"zero_optimization": {"overlap": True}}, "(?s)engine.config must be what DeepSpeed .*overlap"),
+        (1, "bfloat16", {"communication_data_type": "bf16"}, "communication_data_type must be 'fp32'"),
+        (
+            3,
+            "float32",
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "offload_param.device must be cpu",
+        ),
+    ],
+)
+def test_settings_that_contradict_are_refused_by_name(stage, dtype, config, message):
+    with pytest.raises(RankError, match=message):
+        run_ranks(1, make_with, stage, dtype, config)
+
+
+def test_more_settings_reach_deepspeed():
+    config = {"zero_optimization": {"reduce_bucket_size": 50, "stage": 3, "stage3_param_persistence_threshold": 0}}
+    check(run_ranks(2, train, 3, 2, 0.2, "float32", config, False), 0.2, 1e-5, 1e-5)

@@ -1,0 +1,118 @@
+"""The DeepSpeed configuration: what LongReach's settings say, merged with `engine.config`."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+
+# What DeepSpeed calls by another name than LongReach does, or what would do nothing here.
+OWNED = {
+    "optimizer": "optimizer.*",
+    "scheduler": "schedule",
+    "gradient_clipping": "trainer.clip",
+    "bf16": "trainer.dtype",
+    "fp16": "trainer.dtype",
+    "amp": "trainer.dtype",
+    "torch_autocast": "trainer.dtype",
+    "data_types": "trainer.dtype",
+    "train_batch_size": "data.rows_per_step",
+    "train_micro_batch_size_per_gpu": "data.rows_per_micro_batch",
+    "gradient_accumulation_steps": "data.rows_per_micro_batch",
+    "sequence_parallel_size": "parallel.sequence",
+    "activation_checkpointing": "trainer.activation_checkpointing",
+    "compile": "trainer.compile",
+    "checkpoint": "checkpoint.*",
+    "wandb": "logger.wandb",
+}
+# Further settings that have an effect.
+ALLOWED = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+    "flops_profiler",
+    "comms_logger",
+    "tensorboard",
+    "csv_monitor",
+    "aio",
+    "timers",
+)
+
+
+def check(zero_stage: int, dtype: str) -> None:
+    """Raises ValueError for a stage or a dtype that does not exist, and for bfloat16 without ZeRO."""
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"engine.zero_stage must be 0, 1, 2 or 3; got {zero_stage}")
+    if dtype not in DTYPES:
+        raise ValueError(f"trainer.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if dtype == "bfloat16" and zero_stage == 0:
+        raise ValueError(
+            "engine.zero_stage must be 1, 2 or 3 with trainer.dtype=bfloat16; got 0, which would keep no float32 "
+            "master weights. Use engine.zero_stage=1"
+        )
+
+
+def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary that DeepSpeed gets; `extra` is `engine.config`.
+
+    Raises ValueError, naming the key, where `extra` contradicts what LongReach sets, names what LongReach has a setting
+    for, or names nothing that DeepSpeed would act on.
+    """
+    check(zero_stage, dtype)
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # The loop says when a step ends, by calling step.
+        "managed_gradient_accumulation": False,
+        # On stage 0 the engine clips, because it also needs the norm that DeepSpeed does not tell.
+        "gradient_clipping": float(clip) if zero_stage else 0.0,
+        # Offloaded states are stepped by torch's AdamW too: DeepSpeed's own would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's own linear layer rounds bfloat16 gradients otherwise than torch's, so that stages would differ.
+        "zero_optimization": {"stage": zero_stage, "memory_efficient_linear": False},
+    }
+    if dtype == "bfloat16":
+        ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+        ours["communication_data_type"] = "fp32"
+    for key in extra:
+        if key in OWNED:
+            raise ValueError(f"engine.config.{key} must not be given; got {extra[key]!r}. Use {OWNED[key]}")
+        if key not in ours and key not in ALLOWED:
+            near = difflib.get_close_matches(key, ALLOWED, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(ALLOWED)}"
+            raise ValueError(f"engine.config must name settings of DeepSpeed that act here; got {key}. {hint}")
+    _refuse_nvme(extra)
+    return _merge(ours, extra, "engine.config")
+
+
+def _merge(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        here = f"{path}.{key}"
+        if isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(merged[key], value, here)
+        elif key in merged and merged[key] != value:
+            remedy = "Use engine.zero_stage" if here.endswith("zero_optimization.stage") else "Leave it out"
+            raise ValueError(f"{here} must be {merged[key]!r}, which LongReach sets; got {value!r}. {remedy}")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _refuse_nvme(extra: dict[str, Any]) -> None:
+    zero = extra.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+    for key in ("offload_optimizer", "offload_param"):
+        part = zero.get(key)
+        if isinstance(part, dict) and part.get("device") == "nvme":
+            raise ValueError(
+                f"engine.config.zero_optimization.{key}.device must be cpu or none; got nvme, whose states checkpoints "
+                "cannot reach"
+            )

@@ -1,0 +1,60 @@
+"""Processes: the default process group, whichever launcher started this process, or none."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(timeout_minutes: float = 10.0, device: str = "auto") -> torch.device:
+    """Joins the processes of torchrun, of deepspeed or of a Slurm step into one group; returns this rank's device.
+
+    Without a launcher the group is this process alone, and no port is opened. `device` is `auto` (CUDA where there is
+    any), `cuda` or `cpu`. Collectives on the host's memory work on every device. A rank that is silent in a collective
+    for `timeout_minutes` ends the run. Does nothing more than name the device where a group exists.
+    Raises ValueError for a device that is not there and for an incomplete environment.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+    here = _device(device)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if dist.is_initialized():
+        return here
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if not missing:
+        dist.init_process_group(backend, timeout=timeout)
+    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        raise ValueError(
+            f"the launcher must set {', '.join(LAUNCHED)}; {', '.join(missing)} is not set although WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}. Start the run with torchrun or deepspeed"
+        )
+    return here
+
+
+def end() -> None:
+    """Leaves the default process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device must be auto, cuda or cpu; got {name!r}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device must be cpu on a machine without CUDA; got cuda")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"processes on one machine must not exceed its {count} GPU(s); got local rank {local}")
+    return torch.device("cuda", local)
