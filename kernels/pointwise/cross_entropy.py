@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary, from hidden states, in chunks: the logits of a sequence never exist at once."""
+"""Cross entropy from hidden states, in chunks of tokens: the logits of a sequence never exist at once."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ def cross_entropy(
     Returns a scalar, float32 (float64 for float64): a sum, so that the caller divides by the targets of the whole
     global batch. The logits of at most `chunk` tokens exist at a time, in forward and again in backward, which
     recomputes them; what is kept is the inputs and one number a token. `weight` is kept as the very parameter that was
-    given, for engines that shard it between forward and backward. A target outside the vocabulary is undefined on an
-    accelerator and an IndexError or RuntimeError on CPU. Raises ValueError where shapes do not fit.
+    given, for engines that shard it between forward and backward. A target outside the vocabulary is torch's
+    RuntimeError (a device assertion on an accelerator). Raises ValueError where shapes do not fit.
     """
     if hidden.shape[:-1] != targets.shape or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             "hidden must be [B, T, D], weight [Vocab, D] and targets [B, T]; "
             f"got {list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and weight must have one dtype; got {hidden.dtype} and {weight.dtype}. Cast them alike"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must be one for each of {weight.shape[0]} tokens; got {list(bias.shape)}")
@@ -46,6 +50,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, d
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
+def _present(ids: Tensor) -> Tensor:
+    """Targets `[n, 1]` to gather by, any at all where there is none."""
+    return ids.masked_fill(ids == NO_TARGET, 0).unsqueeze(-1)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -58,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = _logits(rows[part], weight, bias, scale, dtype)
             lse[part] = logits.logsumexp(-1)
-            picked[part] = logits.gather(-1, ids[part].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            picked[part] = logits.gather(-1, _present(ids[part])).squeeze(-1)
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
         ctx.chunk, ctx.scale = chunk, scale
         return (lse - picked).masked_fill_(ids == NO_TARGET, 0.0).sum()
@@ -76,7 +85,7 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, rows.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             dlogits = _logits(rows[part], weight, bias, ctx.scale, dtype).sub_(lse[part].unsqueeze(-1)).exp_()
-            chosen = ids[part].clamp(min=0).unsqueeze(-1)
+            chosen = _present(ids[part])
             dlogits.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=dtype))
             factor = (dloss * ctx.scale).expand(dlogits.shape[0]).masked_fill(ids[part] == NO_TARGET, 0.0)
             dlogits.mul_(factor.unsqueeze(-1))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What each kind of scaling reads beside `factor`, with its default (None: must be given).
-_SETTINGS: dict[str, dict[str, float | None]] = {
-    "linear": {},
-    "llama3": {"original_length": None, "low_frequency_factor": 1.0, "high_frequency_factor": 4.0},
-    "yarn": {"original_length": None, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": math.nan},
+# What each kind of scaling reads beside `factor`; what has no default must be given.
+_READS = {
+    "linear": (),
+    "llama3": ("original_length", "low_frequency_factor", "high_frequency_factor"),
+    "yarn": ("original_length", "beta_fast", "beta_slow", "attention_factor"),
 }
+_DEFAULTS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,16 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _SETTINGS:
-            raise ValueError(f"rope scaling kind must be one of {', '.join(_SETTINGS)}; got {self.kind!r}")
+        if self.kind not in _READS:
+            raise ValueError(f"rope scaling kind must be one of {', '.join(_READS)}; got {self.kind!r}")
         if not self.factor >= 1:
             raise ValueError(f"rope scaling factor must be at least 1; got {self.factor}")
-        reads = _SETTINGS[self.kind]
-        for name in {name for kind in _SETTINGS.values() for name in kind}:
+        for name in sorted({name for names in _READS.values() for name in names}):
             value = getattr(self, name)
-            if value is not None and name not in reads:
+            if value is not None and name not in _READS[self.kind]:
                 raise ValueError(f"{name} must not be given with kind={self.kind!r}, which ignores it; got {value}")
-            if value is None and name in reads and reads[name] is None:
-                raise ValueError(f"{name} must be given with kind={self.kind!r}; got none")
+        if self.original_length is None and "original_length" in _READS[self.kind]:
+            raise ValueError(f"original_length must be given with kind={self.kind!r}; got none")
         if self.kind == "llama3" and not self.setting("low_frequency_factor") < self.setting("high_frequency_factor"):
             raise ValueError(
                 "low_frequency_factor must be below high_frequency_factor; "
@@ -57,9 +57,9 @@ class RopeScaling:
             )
 
     def setting(self, name: str) -> float:
-        """A setting that this kind reads, or its default."""
+        """A setting as given, or its default."""
         value = getattr(self, name)
-        return float(_SETTINGS[self.kind][name] if value is None else value)  # type: ignore[arg-type]
+        return float(_DEFAULTS[name] if value is None else value)
 
 
 def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
@@ -80,15 +80,13 @@ def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) 
         turns = scaling.setting("original_length") * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return torch.lerp(stretched, frequencies, kept), 1.0
-    kept = _yarn_kept(dim, base, scaling)
-    factor = scaling.setting("attention_factor")
-    return torch.lerp(stretched, frequencies, kept), 0.1 * math.log(scaling.factor) + 1 if math.isnan(
-        factor
-    ) else factor
+    grown = scaling.attention_factor
+    grown = 0.1 * math.log(scaling.factor) + 1 if grown is None else grown
+    return torch.lerp(stretched, frequencies, _yarn_kept(dim, base, scaling)), grown
 
 
 def _yarn_kept(dim: int, base: float, scaling: RopeScaling) -> Tensor:
-    """The share of each frequency that is not stretched: 1 down to 0 along the dims between the two numbers of turns."""
+    """How much of each frequency is kept: from 1 down to 0 along the dims between the two numbers of turns."""
 
     def index_of(turns: float) -> float:
         return dim * math.log(scaling.setting("original_length") / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -132,7 +130,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotate(dy, *ctx.saved_tensors, ctx.factor, -1.0), None, None, None
+        positions, inverse_frequencies = ctx.saved_tensors
+        return _rotate(dy, positions, inverse_frequencies, ctx.factor, -1.0), None, None, None
 
 
 def _rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, factor: float, direction: float) -> Tensor:
