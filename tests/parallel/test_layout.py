@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from longreach.kernels.documents import Documents
 from longreach.parallel.layout import Layout
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Kept, Sequence
+from torch import Tensor
+
 from tests.distributed import run_ranks
 
 LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH = 96, 4, 2, 6, 10, 5
@@ -80,17 +80,23 @@ def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> 
             seq = Sequence(documents, layout, rank, dist.group.WORLD, kept=Kept() if keep else None)
             local = [(seq.shard(x) if is_sequence(x) else x).clone().requires_grad_() for x in inputs]
             if keep:
-                result = torch.utils.checkpoint.checkpoint(lambda *x: op(*x, seq=seq, **settings), *local, use_reentrant=False)
+                result = torch.utils.checkpoint.checkpoint(
+                    lambda *x: op(*x, seq=seq, **settings), *local, use_reentrant=False
+                )
             else:
                 result = op(*local, seq=seq, **settings)
             result.backward(seq.shard(dout))
-            torch.testing.assert_close(result, seq.shard(out), rtol=1e-9, atol=1e-9, msg=f"{name}: output")
-            for x, gradient in zip(local, gradients, strict=True):
-                if is_sequence(x):
+            torch.testing.assert_close(
+                result, seq.shard(out), rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}, output: {m}"
+            )
+            for x, whole, gradient in zip(local, inputs, gradients, strict=True):
+                if is_sequence(whole):
                     gradient = seq.shard(gradient)
                 else:
                     dist.all_reduce(x.grad)
-                torch.testing.assert_close(x.grad, gradient, rtol=1e-9, atol=1e-9, msg=f"{name}: gradient")
+                torch.testing.assert_close(
+                    x.grad, gradient, rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}, gradient: {m}"
+                )
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
@@ -137,7 +143,10 @@ def leak(rank: int, world: int) -> None:
         inputs = make()
         seq = Sequence(PACKED, Layout(LENGTH, world, 2), rank, dist.group.WORLD)
         touched = PACKED.ids() == 1
-        moved = [torch.where(touched.view(2, LENGTH, *[1] * (x.dim() - 2)), x + 1.0, x) if is_sequence(x) else x for x in inputs]
+        moved = [
+            torch.where(touched.view(2, LENGTH, *[1] * (x.dim() - 2)), x + 1.0, x) if is_sequence(x) else x
+            for x in inputs
+        ]
         before, after = (
             op(*[seq.shard(x) if is_sequence(x) else x for x in xs], seq=seq, **settings) for xs in (inputs, moved)
         )
