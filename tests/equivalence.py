@@ -104,10 +104,10 @@ def main() -> None:
     page = [
         "# Same loss, same gradients, whatever the topology",
         "",
-        f"Each row trains `minimax_01_tiny` for {STEPS} steps on the same global batches under another topology, and gives",
-        "the worst relative difference over those steps from one process with ZeRO-0. Losses must agree to "
-        f"{LOSS_TOLERANCE:g},",
-        f"gradient norms (before clipping) to {NORM_TOLERANCE:g}. float32, gloo, CPU. Made by `python -m tests.equivalence`.",
+        f"Each row trains `minimax_01_tiny` for {STEPS} steps on the same global batches under another topology, and",
+        "gives the worst relative difference over those steps from one process with ZeRO-0. Losses must agree to",
+        f"{LOSS_TOLERANCE:g}, gradient norms (before clipping) to {NORM_TOLERANCE:g}. float32, gloo, CPU.",
+        "Made by `python -m tests.equivalence`.",
         "",
         "Settings: `" + " ".join(SETTINGS) + "`",
         "",

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from longreach.kernels.documents import Documents
 from longreach.parallel.layout import Layout
 

@@ -1,8 +1,8 @@
 import pytest
 import torch.distributed as dist
+
 from longreach.parallel.collectives import agree
 from longreach.parallel.mesh import Mesh, check_sequence_ranks
-
 from tests.distributed import run_ranks
 
 

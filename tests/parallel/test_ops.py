@@ -5,13 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Kept, Sequence
-from torch import Tensor
-
 from tests.distributed import run_ranks
 
 LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH = 96, 4, 2, 6, 10, 5
@@ -71,6 +72,10 @@ def one_rank(name: str, documents: Documents) -> tuple[Tensor, list[Tensor], Ten
     return out.detach(), [x.grad for x in inputs], dout, [x.detach() for x in inputs]
 
 
+def agrees(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{what}: {m}")
+
+
 def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> None:
     for name in names:
         for documents in (PACKED, SPARSE):
@@ -80,23 +85,17 @@ def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> 
             seq = Sequence(documents, layout, rank, dist.group.WORLD, kept=Kept() if keep else None)
             local = [(seq.shard(x) if is_sequence(x) else x).clone().requires_grad_() for x in inputs]
             if keep:
-                result = torch.utils.checkpoint.checkpoint(
-                    lambda *x: op(*x, seq=seq, **settings), *local, use_reentrant=False
-                )
+                result = checkpoint(lambda *x: op(*x, seq=seq, **settings), *local, use_reentrant=False)
             else:
                 result = op(*local, seq=seq, **settings)
             result.backward(seq.shard(dout))
-            torch.testing.assert_close(
-                result, seq.shard(out), rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}, output: {m}"
-            )
+            agrees(result, seq.shard(out), f"{name}, output")
             for x, whole, gradient in zip(local, inputs, gradients, strict=True):
                 if is_sequence(whole):
                     gradient = seq.shard(gradient)
                 else:
                     dist.all_reduce(x.grad)
-                torch.testing.assert_close(
-                    x.grad, gradient, rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}, gradient: {m}"
-                )
+                agrees(x.grad, gradient, f"{name}, gradient")
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
