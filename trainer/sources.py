@@ -227,7 +227,9 @@ def _parquet_chunks(file: Path, column: str, accepted: Callable[[pa.DataType], b
     parquet = _open_parquet(file, column)
     kind = parquet.schema_arrow.field(column).type
     if not accepted(kind):
-        raise ValueError(f"data.column must be a column of {want}; got {column!r}, which is {kind} in {file}. Change it")
+        raise ValueError(
+            f"data.column must be a column of {want}; got {column!r}, which is {kind} in {file}. Change it"
+        )
     try:
         for batch in parquet.iter_batches(batch_size=ROWS_READ_AT_ONCE, columns=[column]):
             yield batch.column(0)
@@ -261,14 +263,14 @@ def _read_token_ids(
     for file in files:
         row = 0
         for chunk in _parquet_chunks(file, column, _is_id_list, "integer lists"):
-            lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
+            lengths = pc.fill_null(pc.call_function("list_value_length", [chunk]), 0).to_numpy(zero_copy_only=False)
             values = chunk.flatten()
             ids = values.to_numpy(zero_copy_only=False).astype(np.int64) if not values.null_count else None
             if ids is None or (ids.size and (ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary))):
                 found = "an empty id" if ids is None else f"ids from {ids.min()} to {ids.max()}"
                 raise ValueError(
-                    f"data.column must hold ids of data.tokenizer, 0 to {(vocabulary or 0) - 1}; got {found} in {file}, "
-                    f"rows {row} to {row + len(chunk) - 1}. Name the tokenizer that made the ids"
+                    f"data.column must hold ids of data.tokenizer, 0 to {(vocabulary or 0) - 1}; got {found} "
+                    f"in {file}, rows {row} to {row + len(chunk) - 1}. Name the tokenizer that made the ids"
                 )
             yield from np.split(ids, np.cumsum(lengths)[:-1])
             row += len(chunk)
@@ -308,9 +310,7 @@ def _stream(identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import datasets  # a second to import, which only this source has to spend
 
     try:
-        yield from datasets.load_dataset(
-            identity["name"], identity["subset"], split=identity["split"], streaming=True
-        )
+        yield from datasets.load_dataset(identity["name"], identity["subset"], split=identity["split"], streaming=True)
     except Exception as error:  # the hub's client raises errors of many kinds
         raise ValueError(
             f"data.name must be a data set that can be read from the hub or its cache; got {identity['name']} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>", "<|im_end|>")
+USUAL_ENDS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+)
 TOKENIZER_FILE = "tokenizer.json"
 CARRIED_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -93,7 +101,7 @@ def train_bpe(batches: Iterable[list[str]], vocabulary_size: int) -> Tokenizer:
         show_progress=False,
     )
     library.train_from_iterator(batches, trainer)
-    return Tokenizer(library, library.token_to_id(END_OF_TEXT), _own_files())
+    return Tokenizer(library, 0, _own_files())
 
 
 def check_vocabulary_size(size: int) -> None:
@@ -140,7 +148,7 @@ def _download(name: str) -> Path:
     except Exception as error:  # the hub's client raises errors of many kinds
         raise ValueError(
             f"data.tokenizer must be bytes, bpe, or the path or name of a Hugging Face tokenizer; got {name!r}: "
-            f"{type(error).__name__}: {error}. Check the name, the network and HF_HUB_OFFLINE={os.getenv('HF_HUB_OFFLINE', '')}"
+            f"{type(error).__name__}: {error}. Check the name, the network and HF_HUB_OFFLINE"
         ) from None
 
 
