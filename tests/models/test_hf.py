@@ -1,0 +1,561 @@
+"""Hugging Face checkpoints: transformers is the oracle, both ways."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
+
+from longreach.kernels.documents import Documents
+from longreach.models import hf
+from longreach.models.hf import llama
+from longreach.parallel.sequence import Sequence
+
+ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4 * ORIGINAL,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+    "rope_theta": 5e5,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4}
+YARN_DEEPSEEK = dict(YARN, mscale=1.2, mscale_all_dim=0.7, beta_fast=24.0, beta_slow=2.0)
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+CASES = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama_one_head_a_group": (
+        "llama",
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}},
+    ),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama_head_dim": ("llama", {"head_dim": 16, "num_key_value_heads": 1}),
+    "llama_llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN_DEEPSEEK, "head_dim": 16}),
+    "llama_linear": ("llama", {"rope_parameters": LINEAR}),
+    "qwen3": ("qwen3", {"head_dim": 24, "rms_norm_eps": 1e-2}),
+    "qwen3_tied_yarn": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3_llama3_bias": ("qwen3", {"head_dim": 16, "rope_parameters": LLAMA3, "attention_bias": True}),
+    "qwen3_odd_heads": ("qwen3", {"head_dim": 10, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "qwen3_windows": (
+        "qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3_mixed_windows": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+def config_of(case):
+    transformers = pytest.importorskip("transformers")
+    family, more = CASES[case]
+    kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[family]
+    return kind(**{**SMALL, **json.loads(json.dumps(more))}, attn_implementation="sdpa")
+
+
+@pytest.fixture
+def reference(request):
+    """A small transformers model whose every parameter, norms and biases too, is far from its neutral value."""
+    config = config_of(request.param)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.3 if parameter.dim() > 1 else 0.5))
+    return model
+
+
+every_case = pytest.mark.parametrize("reference", CASES, indirect=True)
+some_cases = pytest.mark.parametrize("reference", ["llama_llama3", "qwen3_tied_yarn"], indirect=True)
+
+
+def load(path, dtype=torch.float32):
+    model = instantiate(hf.read_settings(path), _convert_="all").to(dtype)
+    hf.load(path, model)
+    return model.eval()
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens, Sequence.single(Documents.whole(*tokens.shape)))
+
+
+def their_logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def tokens():
+    return torch.randint(SMALL["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def make_exact(model):
+    """transformers computes norms and rotations in float32 whatever the type: in float64 the oracle does not."""
+    model.double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+
+            def norm(x, m=module):
+                return m.weight * x / (x.square().mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
+
+            module.forward = norm
+    rotary = model.model.rotary_emb
+
+    def rotate(x, position_ids):
+        angles = position_ids[..., None].double() * rotary.inv_freq.double()
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+    rotary.forward = rotate
+
+
+def saved(model, path, **more):
+    model.save_pretrained(path, **more)
+    return path
+
+
+@every_case
+def test_logits_are_those_of_transformers(reference, tmp_path):
+    ours = load(saved(reference, tmp_path))
+    expected = their_logits(reference, tokens())
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits(ours, tokens()), expected, atol=1e-4, rtol=1e-4)
+
+
+@every_case
+def test_logits_are_those_of_transformers_in_float64(reference, tmp_path):
+    ours = load(saved(reference, tmp_path), torch.float64)
+    make_exact(reference)
+    torch.testing.assert_close(logits(ours, tokens()), their_logits(reference, tokens()), atol=1e-9, rtol=1e-9)
+
+
+def write(model, settings, path, **more):
+    hf.write(model.named_parameters(), settings, path, max_positions=4 * ORIGINAL, **more)
+    return path
+
+
+@every_case
+def test_transformers_loads_what_is_written(reference, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    settings = hf.read_settings(saved(reference, tmp_path / "theirs"))
+    model = instantiate(settings, _convert_="all")
+    model.initialise(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # larger than at the start of training, so that the logits are not all alike
+    path = write(model, settings, tmp_path / "ours")
+    theirs, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(theirs) is type(reference)
+    assert theirs.config.max_position_embeddings == 4 * ORIGINAL
+    expected = logits(model, tokens())
+    assert expected.std() > 0.1
+    torch.testing.assert_close(their_logits(theirs, tokens()), expected, atol=1e-4, rtol=1e-4)
+
+
+@every_case
+def test_round_trip_keeps_every_bit_and_setting(reference, tmp_path):
+    theirs = saved(reference, tmp_path / "theirs")
+    ours = write(load(theirs), hf.read_settings(theirs), tmp_path / "ours")
+    before, after = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert hf.read_settings(ours) == hf.read_settings(theirs)
+    again = type(reference.config).from_pretrained(ours)
+    for key in ("layer_types", "sliding_window", "head_dim", "tie_word_embeddings", "mlp_bias", "attention_bias"):
+        assert getattr(again, key, None) == getattr(reference.config, key, None), key
+
+
+@some_cases
+def test_shards_both_ways(reference, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs = saved(reference, tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list(theirs.glob("*.safetensors"))) > 2
+    model = load(theirs)
+    ours = write(model, hf.read_settings(theirs), tmp_path / "ours", shard_bytes=20_000)
+    shards = sorted(ours.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 20_000 for file in shards)
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    again = AutoModelForCausalLM.from_pretrained(ours)
+    for (name, a), (_, b) in zip(reference.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("reference", ["qwen3"], indirect=True)
+def test_a_type_asked_for_is_written_and_read(reference, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs = saved(reference, tmp_path / "theirs")
+    ours = write(load(theirs), hf.read_settings(theirs), tmp_path / "ours", dtype=torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(ours, dtype="auto").dtype == torch.bfloat16
+    for (name, a), (_, b) in zip(load(ours).named_parameters(), load(theirs).named_parameters(), strict=True):
+        assert a.dtype == torch.float32, name
+        assert torch.equal(a, b.bfloat16().float()), name
+
+
+def test_the_tokenizer_is_carried_along(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eos>": 2}, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    theirs = tmp_path / "theirs"
+    tokenizer.save_pretrained(theirs)
+    transformers.GenerationConfig(temperature=0.5, do_sample=True).save_pretrained(theirs)
+    settings = settings_of(tiny_config())
+    files = hf.tokenizer_files(theirs)
+    ours = write(instantiate(settings, _convert_="all"), settings, tmp_path / "ours", files=files)
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
+        file.name for file in ours.iterdir()
+    }
+    again = transformers.AutoTokenizer.from_pretrained(ours)
+    assert again.encode("b a b") == [1, 0, 1]
+    assert again.eos_token_id == 2
+    assert transformers.AutoModelForCausalLM.from_pretrained(ours).generation_config.temperature == 0.5
+
+
+# What follows needs no transformers: config.json as it is found on disk.
+
+
+def tiny_config(**changes):
+    config = dict(
+        SMALL, model_type="llama", hidden_act="silu", architectures=["LlamaForCausalLM"], torch_dtype="bfloat16"
+    )
+    config = {**config, "num_hidden_layers": 2, **changes}
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+def settings_of(config):
+    return llama.settings(config)
+
+
+def rope_of(**changes):
+    mixers = settings_of(tiny_config(**changes))["mixers"]
+    (mixer,) = mixers.values()
+    return mixer["rope_base"], mixer["rope_scaling"]
+
+
+def test_rotary_settings_in_the_old_and_the_new_format():
+    llama3 = {
+        "kind": "llama3",
+        "factor": 8.0,
+        "original_length": 8192,
+        "low_frequency_factor": 1.0,
+        "high_frequency_factor": 4.0,
+    }
+    written = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    assert rope_of() == (10000.0, None)
+    assert rope_of(rope_theta=500000) == (500000.0, None)
+    assert rope_of(rope_theta=5e5, rope_scaling=None) == (5e5, None)
+    assert rope_of(rope_parameters={"rope_type": "default", "rope_theta": 5e5}) == (5e5, None)
+    assert rope_of(rope_theta=5e5, rope_scaling=dict(written, rope_type="llama3")) == (5e5, llama3)
+    assert rope_of(rope_parameters=dict(written, rope_type="llama3", rope_theta=5e5)) == (5e5, llama3)
+    assert rope_of(rope_scaling={"type": "linear", "factor": 2}) == (1e4, {"kind": "linear", "factor": 2.0})
+
+
+def test_yarn_takes_transformers_defaults():
+    expected = {"kind": "yarn", "factor": 4.0, "original_length": 32, "beta_fast": 32.0, "beta_slow": 1.0}
+    assert rope_of(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}) == (
+        1e4,
+        expected,
+    )
+    # Without a length in the scaling, the config's own: first the key beside it, then the model's length.
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    assert rope_of(rope_scaling=scaling, original_max_position_embeddings=32) == (1e4, expected)
+    assert rope_of(rope_scaling=scaling)[1]["original_length"] == SMALL["max_position_embeddings"]
+    without_factor = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32}
+    assert rope_of(rope_scaling=without_factor) == (1e4, expected)
+
+
+def test_keys_without_meaning_are_named_in_a_warning(caplog):
+    settings_of(tiny_config(is_llama_config=True, _name_or_path="here"))
+    assert "is_llama_config" in caplog.text
+    assert "_name_or_path" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'.*got 'gelu'"),
+        ({"hidden_size": ...}, "hidden_size must be a positive integer; got None"),
+        ({"hidden_size": "32"}, "hidden_size must be a positive integer; got '32'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer; got 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads = 4; got 3"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            "num_attention_heads must divide hidden_size = 32; got 5",
+        ),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number; got -1.0"),
+        ({"attention_bias": "yes"}, "attention_bias must be true or false; got 'yes'"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0.*got 0.1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config must be absent.*dequantised"),
+        ({"rope_interleaved": True}, "rope_interleaved must be absent"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0; got 0.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must be one of.*got 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type must be one of.*got 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a positive number; got None"),
+        ({"rope_scaling": dict(YARN, truncate=False)}, "rope_scaling.truncate must be true; got False"),
+        ({"rope_scaling": dict(YARN, short_factor=[1.0])}, "rope_scaling of type yarn must not hold short_factor"),
+        ({"rope_parameters": {"full_attention": dict(LLAMA3)}}, "rope_parameters must be one for all layers"),
+        ({"rope_parameters": dict(LLAMA3, low_freq_factor=0)}, "low_freq_factor must be a positive number; got 0"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name one of .* for each of 2 layers"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types must be all full_attention unless"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias must be false in a qwen3 model"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0},
+            "sliding_window must be a positive integer; got 0",
+        ),
+        ({"hidden_act": "relu", "rms_norm_eps": 0}, "rms_norm_eps must be .*; hidden_act must be"),
+    ],
+)
+def test_unsupported_models_are_refused_by_the_name_of_the_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(tiny_config(**changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model as a folder, written by us."""
+    return written(tmp_path / "model")
+
+
+def written(path, **changes):
+    settings = settings_of(tiny_config(**changes))
+    model = instantiate(settings, _convert_="all")
+    model.initialise(seed=0)
+    return write(model, settings, path)
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(folder):
+    def edit(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+        tensors["lm_head.weight"] = torch.zeros(60, 32)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # old checkpoints hold it
+
+    change(folder, edit)
+    with pytest.raises(ValueError, match="must hold the tensors of its config") as error:
+        load(folder)
+    assert "missing: model.layers.1.mlp.up_proj.weight;" in str(error.value)
+    assert "unexpected: model.layers.0.self_attn.q_proj.bias;" in str(error.value)
+    assert "lm_head.weight [60, 32] for head.weight [61, 32]" in str(error.value)
+    assert "inv_freq" not in str(error.value)
+
+
+def test_quantised_tensors_are_refused(folder):
+    change(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match=r"lm_head.weight of type F8_E4M3"):
+        load(folder)
+
+
+def test_a_second_copy_of_tied_embeddings_must_be_equal(tmp_path):
+    folder = written(tmp_path / "model", tie_word_embeddings=True)
+    expected = load(folder)
+    change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = load(folder)
+    assert torch.equal(model.head.weight, expected.embedding.weight)
+    assert model.head.weight is model.embedding.weight
+    change(folder, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(ValueError, match=r"lm_head.weight unlike model.embed_tokens.weight, though config.json ties"):
+        load(folder)
+
+
+def test_an_untied_model_without_a_head_is_refused(tmp_path):
+    folder = written(tmp_path / "model", tie_word_embeddings=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight"):
+        load(folder)
+
+
+def test_another_model_than_the_checkpoint_describes_is_refused(folder):
+    settings = {**hf.read_settings(folder), "tied_embeddings": True}
+    with pytest.raises(ValueError, match=r"they differ in head.weight. Leave the model's settings to init_from"):
+        hf.load(folder, instantiate(settings, _convert_="all"))
+
+
+def test_truncated_files_and_missing_shards(tmp_path, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors must be a whole safetensors file"):
+        load(folder)
+    settings = hf.read_settings(folder)
+    sharded = write(instantiate(settings, _convert_="all"), settings, tmp_path / "sharded", shard_bytes=10_000)
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["extra"] = "model-00001-of-00001.safetensors"
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"must hold the shard model-00001-of-00001.safetensors that its index names"):
+        load(sharded)
+    index["weight_map"]["extra"] = index["weight_map"]["lm_head.weight"]
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"must name tensors that .* holds; got extra"):
+        load(sharded)
+
+
+def test_pickles_hub_names_and_other_families_are_refused(tmp_path, folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"with pytorch_model.bin. Pickles are not read: convert them"):
+        load(folder)
+    with pytest.raises(ValueError, match=r"init_from must be a folder .* got meta-llama/Llama-3.2-1B. Download"):
+        hf.read_settings("meta-llama/Llama-3.2-1B")
+    with pytest.raises(ValueError, match=r"with config.json; got .* without it"):
+        hf.read_settings(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ValueError, match=r"model_type must be one of llama, qwen3.*; got 'mamba'"):
+        hf.read_settings(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json must be JSON"):
+        hf.read_settings(folder)
+
+
+def test_weights_are_loaded_one_gathered_parameter_at_a_time(folder):
+    """ZeRO-3 as the loader sees it: empty parameters that are whole only inside `gather`."""
+    expected = load(folder)
+    model = instantiate(hf.read_settings(folder), _convert_="all")
+    held, order, open_now = {}, [], []
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+
+    @contextmanager
+    def gather(parameters):
+        open_now.extend(parameters)
+        assert len(open_now) == 1
+        (parameter,) = parameters
+        parameter.data = torch.full(parameter.ds_shape, torch.nan)
+        yield
+        held[parameter] = parameter.data
+        parameter.data = torch.empty(0)
+        order.append(parameter)
+        open_now.clear()
+
+    hf.load(folder, model, gather)
+    assert [id(p) for p in order] == [id(p) for p in model.parameters()]
+    for (name, parameter), value in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(held[parameter], value), name
+
+    def never(parameters):
+        raise AssertionError("gather must not be entered for a checkpoint that does not fit")
+
+    change(folder, lambda t: t.update({"lm_head.weight": torch.zeros(60, 32)}))
+    with pytest.raises(ValueError, match=r"lm_head.weight \[60, 32\] for head.weight \[61, 32\]"):
+        hf.load(folder, model, never)
+
+
+SOFTMAX = "longreach.models.mixers.softmax_attention.SoftmaxAttention"
+
+
+def with_mixer(**changes):
+    settings = settings_of(tiny_config())
+    (name,) = settings["mixers"]
+    settings["mixers"] = {name: {**settings["mixers"][name], **changes}}
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda: with_mixer(_target_="longreach.models.mixers.retnet.RetNet"), "mixers longreach.*RetNet"),
+        (lambda: with_mixer(sink_logits=True), "sink_logits=True"),
+        (lambda: with_mixer(rope_fraction=0.5), "rope_fraction=0.5"),
+        (lambda: with_mixer(rope_base=None), "rope_base=None"),
+        (lambda: with_mixer(qk_norm="full"), "qk_norm='full'"),
+        (lambda: with_mixer(bias=True), "bias=True with output_bias=False"),
+        (lambda: with_mixer(window=8), "window without qk_norm='head'"),
+        (lambda: with_mixer(qk_norm="head", norm_eps=1e-3), "norm_eps=1e-05 with .*0.001"),
+        (lambda: with_mixer(heads=6, kv_heads=2, head_dim=8), "heads=6, which transformers' Llama wants to divide"),
+        (lambda: {**with_mixer(), "block": {"_target_": "longreach.models.block.MiniMaxBlock"}}, "MiniMaxBlock"),
+    ],
+)
+def test_models_that_no_family_expresses_are_not_written(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        hf.write(iter(()), settings(), tmp_path / "out", max_positions=64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hybrid_of_two_rotary_bases_is_not_written(tmp_path):
+    settings = with_mixer(qk_norm="head")
+    (mixer,) = settings["mixers"].values()
+    settings |= {"pattern": ["a", "b"], "mixers": {"a": mixer, "b": {**mixer, "rope_base": 1e6}}}
+    with pytest.raises(ValueError, match=r"rope_base of .*, which must be one for all layers"):
+        hf.write(iter(()), settings, tmp_path / "out", max_positions=64)
+
+
+@pytest.mark.parametrize(
+    "scaling", [None] + [{"kind": kind, "factor": 4.0, "original_length": ORIGINAL} for kind in ("llama3", "yarn")]
+)
+def test_settings_by_their_defaults_are_written_in_full(scaling, tmp_path):
+    """A preset that leaves out what is neutral, as in conf/model, is the same model."""
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "_target_": "longreach.models.language_model.LanguageModel",
+        "vocabulary": 61,
+        "width": 32,
+        "depth": 4,
+        "pattern": ["attention*2"],
+        "mixers": {"attention": {"_target_": SOFTMAX, "_partial_": True, "heads": 4, "rope_scaling": scaling}},
+        "feed_forward": {"_target_": "longreach.models.feed_forward.SwiGLU", "_partial_": True, "hidden": 40},
+    }
+    model = instantiate(settings, _convert_="all")
+    model.initialise(seed=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(write(model, settings, tmp_path / "out"))
+    torch.testing.assert_close(their_logits(theirs, tokens()), logits(model, tokens()), atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_or_wrong_write_leaves_nothing(tmp_path, folder):
+    settings = hf.read_settings(folder)
+    state = list(load(folder).named_parameters())
+    for wrong, message in ((state[:-1], "missing: head.weight"), ([*state, ("more", state[0][1])], "got more")):
+        with pytest.raises(ValueError, match=message):
+            hf.write(iter(wrong), settings, tmp_path / "out", max_positions=64)
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}
+    with pytest.raises(ValueError, match="path must be a new or empty folder"):
+        hf.write(iter(state), settings, folder, max_positions=64)
+    with pytest.raises(ValueError, match="config must not hold what the settings say; got vocab_size"):
+        hf.write(iter(state), settings, tmp_path / "out", max_positions=64, config={"vocab_size": 3})
+
+
+def test_transformers_is_not_needed():
+    code = "import sys, longreach.models.hf as hf; hf._architectures(); sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
