@@ -81,13 +81,13 @@ class LanguageModel(nn.Module):
         if activation_checkpointing not in CHECKPOINTING:
             known = ", ".join(CHECKPOINTING)
             raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
-        self.layout = expand_pattern(pattern, depth, list(mixers))
+        names = expand_pattern(pattern, depth, list(mixers))
         self.vocabulary, self.width, self.depth = vocabulary, width, depth
         self.activation_checkpointing = activation_checkpointing
         self.initial_std = initial_std
 
         def build(layer: int) -> nn.Module:
-            name = self.layout[layer]
+            name = names[layer]
             context = {"width": width, "depth": depth, "layer": layer, "norm_eps": norm_eps}
             mixer = construct(mixers[name], f"model.mixers.{name}", **context)
             rest = construct(feed_forward, "model.feed_forward", **context)
@@ -100,9 +100,7 @@ class LanguageModel(nn.Module):
         if tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(
-        self, tokens: Tensor, seq: Sequence, targets: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, seq: Sequence, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of the tokens held here.
 
         tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero

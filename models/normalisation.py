@@ -10,7 +10,7 @@ from ..kernels.pointwise import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, computed in float32 at least (Zhang and Sennrich, 2019, arXiv 1910.07467).
+    """Root-mean-square norm over the last dim, in float32 at least (Zhang and Sennrich, 2019, arXiv 1910.07467).
 
         y = x / sqrt(mean(x^2) + eps) * (offset + weight)
 

@@ -51,9 +51,7 @@ class GatedLinearAttention(Mixer):
         self.output = nn.Linear(values, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value)
-        )
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
         decay = self.decay(x)
         decay = decay.to(torch.promote_types(decay.dtype, torch.float32))  # sums of it over many tokens are exponents
         log_decay = (F.logsigmoid(decay) / self.gate_normaliser).unflatten(-1, (self.heads, -1))

@@ -55,9 +55,7 @@ class RetNet(Mixer):
         return torch.log1p(-torch.exp2(-5 - head))
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value)
-        )
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
         positions = seq.positions(x.device)
         q, k = self.rotary(q, positions), self.rotary(k, positions)
         out = ops.gated_linear_attention(q, k, v, self.log_decay(x), seq=seq)

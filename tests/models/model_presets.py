@@ -1,0 +1,79 @@
+"""The mixers and models that conf/ describes, built small and filled with values that leave nothing near zero."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from longreach.models.language_model import LanguageModel
+from longreach.models.mixer import Mixer, construct
+from longreach.parallel.sequence import DecodingCache, Sequence
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+WIDTH = 32
+
+
+def mixer_partial(name: str) -> Callable[..., nn.Module]:
+    return instantiate(OmegaConf.load(CONF / "mixer" / f"{name}.yaml"), _convert_="all")
+
+
+def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
+    mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6).to(dtype)
+    assert isinstance(mixer, Mixer)
+    randomise(mixer)
+    return mixer
+
+
+def build_model(preset: str = "quickstart", *, vocabulary: int = 61, **changes: Any) -> LanguageModel:
+    settings = OmegaConf.load(CONF / "model" / f"{preset}.yaml")
+    changes = {"vocabulary": vocabulary, "_partial_": True, **changes}  # called here, so that errors come as they are
+    return instantiate(OmegaConf.merge(settings, changes), _convert_="all")()
+
+
+def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> LanguageModel:
+    """Two layers of the mixer `name`, each followed by one of softmax attention."""
+    softmax = mixer_partial("softmax_attention")
+    settings: dict[str, Any] = {
+        "vocabulary": 61,
+        "width": WIDTH,
+        "depth": 4,
+        "pattern": [name, "softmax"],
+        "mixers": {name: mixer_partial(name), "softmax": softmax},
+        "feed_forward": feed_forward(48),
+        **changes,
+    }
+    model = LanguageModel(**settings).to(dtype)
+    randomise(model)
+    return model
+
+
+def feed_forward(hidden: int) -> Callable[..., nn.Module]:
+    target = "longreach.models.feed_forward.SwiGLU"
+    return instantiate({"_target_": target, "_partial_": True, "hidden": hidden})
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise * parameter.shape[1] ** -0.5)
+
+
+def tokens(batch: int, length: int, vocabulary: int = 61) -> Tensor:
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def in_pieces(run: Callable[[Tensor, Sequence], Tensor], x: Tensor, lengths: list[int]) -> Tensor:
+    """`run` over x cut along the time, each piece continuing from the cache that the earlier ones left."""
+    cache, parts = DecodingCache(), []
+    for piece in x.split(lengths, dim=1):
+        parts.append(run(piece, Sequence.decoding(cache, piece.shape[0], piece.shape[1])))
+        cache.advance(piece.shape[1])
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,224 @@
+"""The language model: pattern, loss, initial values, recomputation, cost."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from model_presets import MIXERS, build_model, mixer_partial, small_hybrid, tokens
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from longreach.kernels.documents import Documents
+from longreach.kernels.gated_linear import flops as gated_linear_flops
+from longreach.kernels.gated_linear import recurrence
+from longreach.models.language_model import expand_pattern
+from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.parallel.sequence import Sequence
+
+LENGTH = 40
+PACKED = Documents.from_lengths([[9, 22, 6], [LENGTH]], LENGTH)  # the first row ends in padding
+
+
+def packed_targets():
+    targets = tokens(2, LENGTH).roll(-1, dims=1)
+    for row, runs in enumerate(PACKED.runs):
+        for run in runs:
+            targets[row, run.start if run.is_padding else run.stop - 1 : run.stop] = -100
+    return targets
+
+
+def test_the_pattern_is_tiled_to_the_depth():
+    assert expand_pattern(["a*3", "b"], 8, ["a", "b"]) == ["a", "a", "a", "b"] * 2
+    assert expand_pattern(["a"], 3, ["a"]) == ["a"] * 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "depth", "message"),
+    [
+        (["a*3", "b"], 6, "depth must be a multiple of the pattern's 4 layers; got 6"),
+        ([], 4, "model.mixers must all occur"),
+        (["a", "c"], 4, r"names of model.mixers \(a, b\); got 'c'"),
+        (["a*0", "b"], 4, "positive number, as in a\\*3; got 'a\\*0'"),
+        (["a*x", "b"], 4, "positive number"),
+        (["a*", "b"], 4, "positive number"),
+        (["a"], 4, "got b besides"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(pattern, depth, message):
+    with pytest.raises(ValueError, match=message):
+        expand_pattern(pattern, depth, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, "model.width must be at least 1; got 0"),
+        ({"vocabulary": 0}, "model.vocabulary must be at least 1"),
+        ({"activation_checkpointing": "some"}, "must be one of none, full, mixing; got 'some'"),
+        (
+            {"mixers": {"softmax": {"head": 8}}},
+            "model.mixers.softmax must use settings of SoftmaxAttention; got 'head'",
+        ),
+        ({"mixers": {"lightning": {"heads": 7}}}, "heads must divide width=256; got 7"),
+        ({"feed_forward": {"hidden": 0}}, "feed_forward.hidden must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(**changes)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ValueError, match=r"model.mixers.softmax must give heads; got nothing"):
+        small_hybrid("softmax_attention", pattern=["softmax"], mixers={"softmax": SoftmaxAttention})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_is_the_sum_of_the_targets_cross_entropies(tied):
+    model = small_hybrid("lightning_attention", tied_embeddings=tied)
+    assert (model.head.weight is model.embedding.weight) == tied
+    inputs, targets, seq = tokens(2, LENGTH), packed_targets(), Sequence.single(PACKED)
+    loss, count = model(inputs, seq, targets)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    logits = model(inputs, seq)
+    assert logits.shape == (2, LENGTH, 61)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    assert count == (targets >= 0).sum() == 8 + 21 + 5 + LENGTH - 1
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+def test_no_target_gives_a_zero_that_reaches_every_parameter():
+    model = small_hybrid("lightning_attention")
+    loss, count = model(tokens(2, LENGTH), Sequence.single(PACKED), torch.full((2, LENGTH), -100))
+    assert loss.item() == 0
+    assert count.item() == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("checkpointing", ["full", "mixing"])
+def test_recomputation_changes_no_gradient(name, checkpointing):
+    results = []
+    for setting in ("none", checkpointing):
+        model = small_hybrid(name, activation_checkpointing=setting)
+        loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("checkpointing", "runs"), [("none", 2), ("full", 4), ("mixing", 2)])
+def test_mixing_ops_run_again_only_under_full_recomputation(checkpointing, runs, monkeypatch):
+    calls, forward = [], recurrence.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(recurrence, "forward", counted)
+    model = small_hybrid("lightning_attention", activation_checkpointing=checkpointing)
+    loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
+    loss.backward()
+    assert len(calls) == runs
+
+
+def test_full_recomputation_keeps_fewer_activations_than_none():
+    def kept(checkpointing):
+        model, sizes = small_hybrid("lightning_attention", activation_checkpointing=checkpointing), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
+        return sum(sizes)
+
+    assert kept("full") < kept("none") / 3
+
+
+def initial_values(seed=0, order=1, dtype=torch.float32, **changes):
+    model = small_hybrid("lightning_attention", dtype=dtype, **changes)
+    if order == -1:  # the same parameters, registered in another order
+        for module in model.modules():
+            module._parameters = dict(reversed(module._parameters.items()))
+            module._modules = dict(reversed(module._modules.items()))
+    model.initialise(seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    plain = initial_values()
+    reordered, wide, other = initial_values(order=-1), initial_values(dtype=torch.float64), initial_values(seed=1)
+    assert list(reordered) != list(plain)
+    for name, value in plain.items():
+        assert torch.equal(reordered[name], value)
+        assert torch.equal(wide[name].float(), value)
+        assert torch.equal(other[name], value) == (value.dim() == 1), name
+    half = initial_values(dtype=torch.bfloat16)
+    assert all(torch.equal(half[name], value.bfloat16()) for name, value in plain.items())
+    deeper = initial_values(depth=8)
+    assert torch.equal(deeper["blocks.1.mixer.query.weight"], plain["blocks.1.mixer.query.weight"])
+    matrices = [value.flatten()[:8] for value in plain.values() if value.dim() > 1]
+    assert len({tuple(m.tolist()) for m in matrices}) == len(matrices)
+
+
+def test_initial_values_have_their_scales():
+    values = initial_values(initial_std=0.1)
+    assert values["embedding.weight"].std().item() == pytest.approx(0.1, rel=0.05)
+    assert values["blocks.0.mixer.query.weight"].std().item() == pytest.approx(0.1, rel=0.1)
+    for name in ("blocks.0.mixer.output.weight", "blocks.2.feed_forward.down.weight"):
+        assert values[name].std().item() == pytest.approx(0.1 / 8**0.5, rel=0.1)
+    assert all((values[name] == 1).all() for name in values if "norm" in name)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_knows_its_initial_values(name):
+    model = small_hybrid(name)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    model.initialise(0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_initialisation_gathers_one_parameter_at_a_time():
+    model, seen = small_hybrid("lightning_attention"), []
+
+    @contextmanager
+    def gather(parameters):
+        seen.append(parameters)
+        yield
+
+    model.initialise(0, gather)
+    assert all(len(parameters) == 1 for parameters in seen)
+    assert {id(parameters[0]) for parameters in seen} == {id(parameter) for parameter in model.parameters()}
+
+
+def test_flops_are_a_hand_count():
+    model = small_hybrid("lightning_attention", tied_embeddings=True)
+    width, hidden, vocabulary, row_tokens = 32, 48, 61, 2 * LENGTH
+    pairs = sum(n * (n + 1) // 2 for n in (9, 22, 6, LENGTH))
+    lightning = 5 * width * width
+    softmax = 2 * width * width + 2 * width * 16  # 4 heads of 8, 2 of keys and values
+    weights = 2 * (lightning + softmax) + 4 * 3 * width * hidden + width * vocabulary
+    ops = 2 * gated_linear_flops(row_tokens, heads=4, key_dim=8, value_dim=8) + 2 * (2 * pairs * 4 * (8 + 8))
+    assert model.flops(PACKED) == 2 * weights * row_tokens + ops
+    assert model.parameter_count() == weights + 32 * (2 * 4 + 2 + 1)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_flops_of_linear_layers_are_those_that_torch_counts(name):
+    model = small_hybrid(name)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens(2, LENGTH), Sequence.single(PACKED))
+    linear = {f"LanguageModel.{path}" for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    counted = sum(sum(counts.values()) for path, counts in counter.get_flop_counts().items() if path in linear)
+    ops = sum(mixer.mixing_flops(Sequence.single(PACKED)) for mixer in model.mixers)
+    assert model.flops(PACKED) - ops == counted > 0
+
+
+def test_packing_costs_less_attention_than_one_document():
+    model = small_hybrid(
+        "softmax_attention", mixers={"softmax": mixer_partial("softmax_attention")}, pattern=["softmax"]
+    )
+    assert model.flops(PACKED) < model.flops(Documents.whole(2, LENGTH))

@@ -1,0 +1,135 @@
+"""What every mixer promises, for every file in conf/mixer."""
+
+import pytest
+import torch
+from distributed import run_ranks
+from model_presets import MIXERS, WIDTH, build_mixer, in_pieces
+
+from longreach.kernels.documents import Documents
+from longreach.parallel.layout import Layout
+from longreach.parallel.sequence import Sequence
+
+LENGTH = 48
+PACKED = [[9, 22, 1, 11], [LENGTH]]
+
+
+def draw(batch=2, length=LENGTH):
+    return torch.randn(batch, length, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def packed():
+    return Sequence.single(Documents.from_lengths(PACKED, LENGTH))
+
+
+def whole(batch=2, length=LENGTH):
+    return Sequence.single(Documents.whole(batch, length))
+
+
+def test_every_mixer_of_this_package_has_a_file():
+    assert {"softmax_attention", "lightning_attention", "gated_linear_attention", "retnet"} <= set(MIXERS)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_shape_and_dtype(name, dtype):
+    mixer = build_mixer(name, dtype)
+    out = mixer(draw().to(dtype), packed())
+    assert out.shape == (2, LENGTH, WIDTH)
+    assert out.dtype == dtype
+    exact = build_mixer(name)
+    expected = exact(draw(), packed())
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_is_causal(name):
+    mixer, x, at = build_mixer(name), draw(), 20
+    other = x.clone()
+    other[:, at] += 1
+    moved = (mixer(x, whole()) - mixer(other, whole())).abs().amax(-1)
+    assert moved[:, :at].max() < 1e-12
+    assert (moved[:, at : at + 5] > 1e-6).all()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_documents_of_a_row_do_not_see_each_other(name):
+    mixer, x = build_mixer(name), draw()
+    other = x.clone()
+    other[0, 9:31] += 1  # the second document of the first row
+    moved = (mixer(x, packed()) - mixer(other, packed())).abs().amax(-1)
+    assert moved[0, 9:31].min() > 1e-6
+    moved[0, 9:31] = 0
+    assert moved.max() == 0
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_a_packed_document_gives_what_it_gives_alone(name):
+    mixer, x = build_mixer(name), draw()
+    out, start = mixer(x, packed())[0], 0
+    for length in PACKED[0]:
+        alone = mixer(x[:1, start : start + length], whole(1, length))[0]
+        torch.testing.assert_close(out[start : start + length], alone, atol=1e-9, rtol=1e-9)
+        start += length
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "lengths", [[1] * LENGTH, [7, 1, 25, 1, 1, 13], [LENGTH - 1, 1]], ids=["steps", "mixed", "last"]
+)
+@torch.no_grad()
+def test_decoding_in_pieces_gives_the_full_forward(name, lengths):
+    mixer, x = build_mixer(name), draw()
+    torch.testing.assert_close(in_pieces(mixer, x, lengths), mixer(x, whole()), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_and_the_input_get_a_gradient(name):
+    mixer, x = build_mixer(name), draw().requires_grad_()
+    mixer(x, packed()).square().sum().backward()
+    for label, tensor in [("input", x), *mixer.named_parameters()]:
+        assert tensor.grad is not None, label
+        assert tensor.grad.abs().max() > 1e-6, label
+
+
+def forward_and_gradients(mixer, x, seq):
+    """Output, gradient of the input, and gradients of the parameters for a loss that weighs every element."""
+    x = x.clone().requires_grad_()
+    mixer.zero_grad()
+    out = mixer(x, seq)
+    (out * seq.shard(draw().roll(1, dims=0))).sum().backward()
+    return [out.detach(), x.grad], [parameter.grad for parameter in mixer.parameters()]
+
+
+def on_one_of(rank, world, name, spans):
+    seq = Sequence(
+        Documents.from_lengths(PACKED, LENGTH), Layout(LENGTH, world, spans), rank, torch.distributed.group.WORLD
+    )
+    mixer = build_mixer(name)
+    return forward_and_gradients(mixer, seq.shard(draw()), seq)
+
+
+@pytest.mark.parametrize("spans", [1, 2])
+@pytest.mark.parametrize("name", MIXERS)
+def test_four_ranks_give_what_one_gives(name, spans):
+    layout = Layout(LENGTH, 4, spans)
+    results = run_ranks(4, on_one_of, name, spans)
+    tensors, gradients = forward_and_gradients(build_mixer(name), draw(), packed())
+    for index, expected in enumerate(tensors):
+        gathered = layout.unshard([local[index] for local, _ in results])
+        torch.testing.assert_close(gathered, expected, atol=1e-9, rtol=1e-9)
+    for index, expected in enumerate(gradients):
+        total = torch.stack([local[index] for _, local in results]).sum(0)
+        torch.testing.assert_close(total, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_ranks_parts_of_the_work_make_the_whole(name):
+    mixer, documents = build_mixer(name), Documents.from_lengths(PACKED, LENGTH)
+    group = object()  # counting talks to nobody
+    parts = [mixer.mixing_flops(Sequence(documents, Layout(LENGTH, 4, 2), rank, group)) for rank in range(4)]
+    assert min(parts) > 0
+    assert sum(parts) == mixer.mixing_flops(Sequence.single(documents))

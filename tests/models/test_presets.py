@@ -1,0 +1,96 @@
+"""Every file in conf/model builds, has the size that its name states, and learns when it is tiny."""
+
+import pytest
+import torch
+from model_presets import MODELS, build_model, tokens
+
+from longreach.kernels.documents import Documents
+from longreach.models.block import Block, MiniMaxBlock
+from longreach.models.mixers.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.parallel.sequence import Sequence
+
+SIZES = {"125m": (125e6, 32_768), "1b": (1e9, 32_768), "8b": (8e9, 131_072)}
+FAMILIES = ("llama", "minimax_01", "sliding_window")
+SMALL = [f"{family}_tiny" for family in FAMILIES] + ["quickstart"]
+
+
+def on_meta(preset, vocabulary=4096):
+    with torch.device("meta"):
+        return build_model(preset, vocabulary=vocabulary)
+
+
+def test_every_family_comes_in_every_size():
+    assert set(MODELS) == {f"{family}_{size}" for family in FAMILIES for size in ("tiny", *SIZES)} | {"quickstart"}
+
+
+@pytest.mark.parametrize("preset", MODELS)
+def test_has_the_size_that_its_name_states(preset):
+    size = preset.rsplit("_", 1)[-1]
+    if size in SIZES:
+        stated, vocabulary = SIZES[size]
+        assert on_meta(preset, vocabulary).parameter_count() == pytest.approx(stated, rel=0.15)
+        return
+    model = on_meta(preset)
+    vocabulary = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}
+    assert 1e6 < model.parameter_count() - sum(vocabulary.values()) < 4e6
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_learns_a_few_rows_by_heart(preset):
+    torch.manual_seed(0)
+    model = build_model(preset)
+    model.initialise(0)
+    documents = Documents.from_lengths([[40, 24], [64]], 64)
+    inputs = tokens(2, 64)
+    targets = inputs.roll(-1, dims=1)
+    targets[:, -1] = targets[0, 39] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss, count = model(inputs, Sequence.single(documents), targets)
+        optimizer.zero_grad()
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append((loss / count).item())
+    assert losses[0] == pytest.approx(torch.tensor(61.0).log().item(), abs=0.4)
+    assert losses[-1] < losses[0] - 1.5
+
+
+def test_minimax_01_has_its_pattern_and_residuals():
+    model = on_meta("minimax_01_1b")
+    kinds = [type(mixer) for mixer in model.mixers]
+    assert kinds == ([LightningAttention] * 7 + [SoftmaxAttention]) * 3
+    assert all(isinstance(block, MiniMaxBlock) for block in model.blocks)
+    assert model.blocks[5].alpha == pytest.approx((2 * 24) ** 0.25)
+    assert model.mixers[7].rotary.rotated == model.mixers[7].head_dim // 2
+    factors = [mixer.layer_factor for mixer in model.mixers if isinstance(mixer, LightningAttention)]
+    assert factors[7] == pytest.approx(1 - 8 / 23, abs=1e-4)  # the ninth layer of the whole model
+
+
+def test_sliding_window_has_two_rope_bases():
+    model = on_meta("sliding_window_8b")
+    windows = [mixer.mask.window for mixer in model.mixers]
+    assert windows == ([1024] * 5 + [None]) * 6
+    assert {(mixer.mask.window, mixer.rotary.base) for mixer in model.mixers} == {(1024, 1e4), (None, 1e6)}
+    assert all(mixer.qk_norm == "head" for mixer in model.mixers)
+
+
+def test_residual_schemes_are_their_formulas():
+    class Doubling(torch.nn.Module):
+        def forward(self, x, seq=None):
+            return 2 * x
+
+    def normed(x):
+        return torch.nn.functional.rms_norm(x, (8,), eps=1e-6)
+
+    x, seq = torch.randn(1, 3, 8, dtype=torch.float64), Sequence.single(Documents.whole(1, 3))
+    parts = {"mixer": Doubling(), "feed_forward": Doubling(), "width": 8, "norm_eps": 1e-6}
+    middle = x + 2 * normed(x)
+    torch.testing.assert_close(Block(**parts).double()(x, seq), middle + 2 * normed(middle))
+    alpha = 16**0.25
+    middle = (alpha + 2 * 0.5) * normed(x)
+    expected = (alpha + 2 * 0.5) * normed(middle)
+    torch.testing.assert_close(MiniMaxBlock(**parts, depth=8, beta=0.5).double()(x, seq), expected)
+    assert MiniMaxBlock(**parts, depth=80).alpha == pytest.approx(3.5565588200778455, abs=1e-12)
