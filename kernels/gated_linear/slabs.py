@@ -1,0 +1,177 @@
+"""How chunked sweeps cut their work: blocks of rows and heads, slabs of chunks in time, masks where documents meet.
+
+A slab is a few chunks of every lane (a row and head) of a block, copied as `[chunks, rows, heads, C, D]` into
+workspaces that stay in cache: batched products run at full speed there, and at half once a batch spans the sequence.
+Chunks lie on a regular grid whatever the packing. A chunk in which documents meet has masks instead: which tokens see
+one another, which see the state that enters the chunk, which reach the state that leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..documents import Documents
+
+CHUNK = 64
+MATRICES = 32  # chunks times lanes in a slab: what keeps a slab's workspaces within a core's caches
+
+
+class Block(NamedTuple):
+    """A part of the rows and heads that is swept over the whole sequence by itself."""
+
+    rows: slice
+    heads: slice
+
+    def of(self, x: Tensor, heads: int) -> Tensor:
+        """The block's part of `[B, T, G, …]`, where G groups stand for `heads` heads."""
+        repeats = heads // x.shape[2]
+        return x[self.rows, :, self.heads.start // repeats : self.heads.stop // repeats]
+
+    def of_state(self, state: Tensor) -> Tensor:
+        return state[self.rows, self.heads]
+
+
+def blocks(batch: int, heads: int, groups: int) -> Iterator[Block]:
+    """Blocks of at most MATRICES lanes, or as few as whole groups of heads allow."""
+    repeats = heads // groups
+    sizes = [n for n in range(repeats, heads + 1, repeats) if heads % n == 0]
+    heads_each = max([n for n in sizes if n <= MATRICES], default=repeats)
+    rows_each = max(1, MATRICES // heads_each)
+    for row in range(0, batch, rows_each):
+        for head in range(0, heads, heads_each):
+            yield Block(slice(row, min(row + rows_each, batch)), slice(head, head + heads_each))
+
+
+class Slab(NamedTuple):
+    """Tokens `start..stop` as `chunks` chunks, the last of them padded where the sequence ends."""
+
+    start: int
+    stop: int
+    chunks: int
+
+
+class Masks(NamedTuple):
+    """0/1 factors for chunks in which documents meet, each broadcastable over `[chunks, rows, heads, …]`."""
+
+    same: Tensor  # [chunks, rows, 1, C, C]: query i and key j <= i are of one document
+    enter: Tensor  # [chunks, rows, 1, C, 1]: the state that enters the chunk is of this token's document
+    leave: Tensor  # [chunks, rows, 1, C, 1]: this token is of the document that the chunk ends in
+    through: Tensor  # [chunks, rows, 1, 1, 1]: the entering state's document goes on beyond the chunk
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The slabs of one block: `rows` and `heads` lanes of `length` tokens in chunks of `chunk`."""
+
+    rows: int
+    heads: int
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def chunk(self) -> int:
+        """C: a power of two, and no longer than the sequence makes useful."""
+        return min(CHUNK, 1 << max(0, self.length - 1).bit_length())
+
+    @property
+    def lanes(self) -> int:
+        return self.rows * self.heads
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in a full slab."""
+        return min(max(1, MATRICES // self.lanes), -(-self.length // self.chunk))
+
+    def slabs(self, limit: int | None = None) -> list[Slab]:
+        """All slabs in order, or those that hold the first `limit` tokens."""
+        size, end = self.chunks * self.chunk, self.length if limit is None else limit
+        stops = [(start, min(start + size, self.length)) for start in range(0, end, size)]
+        return [Slab(start, stop, -(-(stop - start) // self.chunk)) for start, stop in stops]
+
+    def workspace(self, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        """`[chunks, rows, heads, C, dim]`, uninitialised."""
+        shape = (self.chunks, self.rows, self.heads, self.chunk, dim)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def states(self, key_dim: int, value_dim: int) -> Tensor:
+        """`[chunks + 1, lanes, K, V]`: the states, or their gradients, at the borders of a slab's chunks."""
+        shape = (self.chunks + 1, self.lanes, key_dim, value_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+def load(workspace: Tensor, x: Tensor, slab: Slab) -> Tensor:
+    """Copies a slab of `[B, T, G, D]` to `[chunks·lanes, C, D]`; groups become heads, what is past the end 0."""
+    n, rows, heads, size, dim = workspace.shape
+    groups = x.shape[2]
+    target = workspace.view(n, rows, groups, heads // groups, size, dim)
+    whole, rest = divmod(slab.stop - slab.start, size)
+    cut = slab.start + whole * size
+    if whole:
+        target[:whole].copy_(x[:, slab.start : cut].unflatten(1, (whole, size)).permute(1, 0, 3, 2, 4).unsqueeze(3))
+    if rest:
+        target[whole, ..., :rest, :].copy_(x[:, cut : slab.stop].permute(0, 2, 1, 3).unsqueeze(2))
+        target[whole, ..., rest:, :].zero_()
+    return workspace[: slab.chunks].view(-1, size, dim)
+
+
+def store(x: Tensor, lanes: Tensor, slab: Slab, *, add: bool = False) -> None:
+    """Writes `[chunks·lanes, C, D]` to a slab of `[B, T, G, D]`, or adds it; heads of a group are summed."""
+    rows, _, groups, dim = x.shape
+    size = lanes.shape[1]
+    source = lanes.view(slab.chunks, rows, groups, -1, size, dim)
+    source = source.sum(3) if source.shape[3] > 1 else source.squeeze(3)
+    whole, rest = divmod(slab.stop - slab.start, size)
+    cut = slab.start + whole * size
+    pairs = []
+    if whole:
+        target = x[:, slab.start : cut].unflatten(1, (whole, size))
+        pairs.append((target, source[:whole].permute(1, 0, 3, 2, 4)))
+    if rest:
+        pairs.append((x[:, cut : slab.stop], source[whole, ..., :rest, :].permute(0, 2, 1, 3)))
+    for target, part in pairs:
+        if add:
+            target.add_(part)
+        else:
+            target.copy_(part)
+
+
+class Borders:
+    """Where the documents of a block's rows meet, or end in padding."""
+
+    def __init__(self, documents: Documents, grid: Grid) -> None:
+        self.grid = grid
+        ids = documents.ids("cpu")
+        marked = (ids < 0).any(0)
+        marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
+        self.marked = marked
+        self.ids: Tensor | None = None
+        if bool(marked.any()):
+            size = grid.chunks * grid.chunk
+            tail = -documents.length % size
+            own = documents.ids(grid.device)
+            # One id before the first token, so that every chunk can look back; the last token's beyond the end.
+            self.ids = torch.cat([own[:, :1], own, own[:, -1:].expand(-1, tail)], dim=1)
+
+    def masks(self, slab: Slab) -> Masks | None:
+        """The masks of a slab, or None where each of its rows goes on through it in one document."""
+        if self.ids is None or not bool(self.marked[slab.start : slab.stop].any()):
+            return None
+        size, dtype = self.grid.chunk, self.grid.dtype
+        end = slab.start + slab.chunks * size
+        ids = self.ids[:, slab.start + 1 : end + 1].unflatten(1, (slab.chunks, size)).transpose(0, 1)
+        before = self.ids[:, slab.start : end : size].T.unsqueeze(-1)
+        real = ids >= 0
+        same = ((ids.unsqueeze(-1) == ids.unsqueeze(-2)) & real.unsqueeze(-1)).tril()
+        enter, leave = (ids == before) & real, (ids == ids[..., -1:]) & real
+        return Masks(
+            same[:, :, None].to(dtype),
+            enter[:, :, None, :, None].to(dtype),
+            leave[:, :, None, :, None].to(dtype),
+            enter[:, :, None, -1:, None].to(dtype),
+        )
