@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import resource
 import sys
@@ -36,11 +38,13 @@ PEAK_FLOPS = {
 class MetricsFile:
     """One JSON object a line, each line flushed as it is written, so that a kill loses none.
 
-    `resume_at(step)` drops what came after that step, and a line that a kill has torn.
+    `resume_at(step)` drops what came after that step, and a line that a kill has torn. Lines that the disk had no room
+    for are kept and written with the next one. Numbers that JSON does not have (inf, nan) become null.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._unwritten: list[str] = []
 
     def resume_at(self, step: int) -> None:
         """Keeps the lines up to `step`; written aside and renamed, so that a kill here loses nothing either."""
@@ -52,8 +56,20 @@ class MetricsFile:
         os.replace(aside, self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds a line. Raises OSError where it cannot be written yet."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._unwritten.append(json.dumps(finite) + "\n")
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            data = "".join(self._unwritten).encode()
+            try:
+                written = file.write(data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(end)  # no half line stays
+                raise
+        self._unwritten.clear()
 
     def read(self) -> list[dict[str, Any]]:
         return [record for _, record in _records(self.path)] if self.path.exists() else []

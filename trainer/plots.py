@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 def plot_loss(records: Iterable[dict[str, Any]], path: Path, title: str = "") -> None:
     """Draws training and validation loss over the steps of `records` (lines of metrics.jsonl) into `path`."""
     records = list(records)
-    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     if training:

@@ -21,6 +21,7 @@ def start(timeout_minutes: float = 10.0, device: str = "auto") -> torch.device:
     Raises ValueError for a device that is not there and for an incomplete environment.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, without a launcher too
     here = _device(device)
     if here.type == "cuda":
         torch.cuda.set_device(here)

@@ -20,7 +20,10 @@ class RunProgress:
         self._first = first
         self._bar: Progress | None = None
         self._task: Any = None
-        if not quiet and self.console.is_terminal:
+
+    def start(self) -> None:
+        """Shows the bar, where there is a terminal."""
+        if not self.quiet and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]step"),
                 MofNCompleteColumn(),
@@ -30,7 +33,7 @@ class RunProgress:
                 console=self.console,
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task("train", total=steps, completed=first, figures="")
+            self._task = self._bar.add_task("train", total=self.steps, completed=self._first, figures="")
             self._bar.start()
 
     def step(self, step: int, record: dict[str, Any], seconds: float) -> None:

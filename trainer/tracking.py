@@ -6,6 +6,7 @@ import html
 import netrc
 import os
 import urllib.parse
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Tracker:
         # An offline resume makes a new directory of the same id: `wandb sync` joins them, since each step is named.
         identity = run_dir / "wandb" / "run-id.txt"
         identity.parent.mkdir(parents=True, exist_ok=True)
-        run_id = identity.read_text().strip() if identity.exists() else wandb.util.generate_id()
+        run_id = identity.read_text().strip() if identity.exists() else uuid.uuid4().hex[:8]
         identity.write_text(run_id + "\n")
         self._run = wandb.init(
             project=settings.project,
@@ -76,7 +77,7 @@ class Tracker:
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # wandb raises its own, requests', OSError: none of them may end a run
+        except Exception as error:  # its own, those of requests, OSError: none may end a run
             self._say(
                 f"W&B: {type(error).__name__}: {error}. metrics.jsonl has everything; training goes on without it"
             )

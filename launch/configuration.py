@@ -1,0 +1,160 @@
+"""Configuration: Hydra's schema, command lines as the launchers leave them, and errors with near matches."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGURATIONS = "../conf"
+ConfigurationError = (HydraException, OmegaConfBaseException)
+
+
+def register(name: str, schema: type) -> None:
+    """Makes a dataclass known to Hydra as the schema `name`, so that wrong names and types are refused."""
+    node = OmegaConf.structured(schema)
+    for group in node:
+        # Groups of frozen dataclasses would refuse every override.
+        if isinstance(node._get_node(group), DictConfig):
+            OmegaConf.set_readonly(node._get_node(group), None)
+    ConfigStore.instance().store(name=name, node=node)
+
+
+def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...]) -> None:
+    """Calls a function made by `hydra.main`; configuration errors become one message, of the first rank alone.
+
+    texts: settings whose values are taken as they are written, whatever Hydra's grammar makes of their characters.
+
+    The other ranks wait for the launcher to end them: one that left first would have the first ended unheard.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come here rather than to Hydra's own printing
+    sys.argv[1:] = [quoted(argument, texts) for argument in without_launcher_arguments(sys.argv[1:])]
+    try:
+        compose()
+    except ConfigurationError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(explain(error, config_name, sys.argv[1:]), file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
+        sys.exit(1)
+
+
+def without_launcher_arguments(arguments: list[str]) -> list[str]:
+    """The arguments without the `--local_rank=N` that DeepSpeed's launcher adds and Hydra would refuse."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif re.fullmatch(r"--local[_-]rank", argument):
+            skip = True
+        elif not re.match(r"--local[_-]rank=", argument):
+            kept.append(argument)
+    return kept
+
+
+def quoted(argument: str, texts: tuple[str, ...]) -> str:
+    """The override with its value in quotes, if it sets one of `texts` and is neither null nor quoted already.
+
+    A path with a comma would otherwise be a sweep, and a prompt with a parenthesis a function call.
+    """
+    name, equals, value = argument.partition("=")
+    if not equals or name.lstrip("+") not in texts or value == "null":
+        return argument
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return argument
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m.group(1) * 2 + ("\\'" if m.group(2) else ""), value)
+    return f"{name}='{escaped.replace('${', chr(92) + '${')}'"
+
+
+def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
+    """Hydra's message, with its cause, and the names that are near the one it did not find."""
+    lines = [str(error).strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause).splitlines():
+        first = str(cause).splitlines()[0].strip()
+        if first not in lines[0]:
+            lines.append(first)
+    lines += _near(lines[0] + "\n" + "\n".join(lines[1:]), config_name, overrides)
+    return "\n".join(lines)
+
+
+def _near(message: str, config_name: str, overrides: list[str]) -> list[str]:
+    missing_option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
+    if missing_option:
+        group, name = missing_option.groups()
+        options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
+        return _suggest(name, options, lambda option: f"{group}={option}")
+    missing_key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)'", message)
+    if not missing_key:
+        return []
+    key = missing_key.group(1)
+    known = settings_names(config_name, overrides)
+    near = _suggest(key, known, str)
+    if near:
+        return near
+    prefix, last = (key.rpartition(".")[0], key.rpartition(".")[2])
+    elsewhere = [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.8)]
+    if elsewhere:
+        return _suggestion(elsewhere[:3])
+    siblings = [name for name in known if name.rpartition(".")[0] == prefix]
+    return [f"Known: {', '.join(siblings)}"] if siblings else []
+
+
+def _suggest(name: str, known: list[str], form: Callable[[str], str]) -> list[str]:
+    return _suggestion([form(match) for match in difflib.get_close_matches(name, known, n=3, cutoff=0.7)])
+
+
+def _suggestion(names: list[str]) -> list[str]:
+    return [f"Did you mean {' or '.join(names)}?"] if names else []
+
+
+def settings_names(config_name: str, overrides: list[str]) -> list[str]:
+    """Every dotted name of the configuration, with the groups chosen in `overrides` where those compose."""
+    groups = [item for item in overrides if re.match(r"[\w/]+=", item)]
+    for chosen in (groups, []):
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize(version_base="1.3", config_path=CONFIGURATIONS):
+                composed = hydra.compose(config_name=config_name, overrides=chosen)
+            return _names(OmegaConf.to_container(composed, resolve=False), "")
+        except ConfigurationError:
+            continue
+    return []
+
+
+def _names(value: Any, prefix: str) -> list[str]:
+    if not isinstance(value, dict):
+        return [prefix]
+    names = [] if not prefix else [prefix]
+    for key, item in value.items():
+        names += _names(item, f"{prefix}.{key}" if prefix else str(key))
+    return names
+
+
+def choices() -> dict[str, Any]:
+    """The option that was chosen of each group."""
+    return dict(HydraConfig.get().runtime.choices)
+
+
+def overrides() -> list[str]:
+    """What the command line changed."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries' chatter off the terminal; their warnings stay."""
+    for name in ("datasets", "huggingface_hub", "urllib3", "matplotlib", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,144 @@
+"""python -m longreach.launch.generate checkpoint=PATH prompt="..." — text from a checkpoint, as it is drawn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from ..models.decoding import generate as draw
+from ..models.language_model import LanguageModel
+from ..trainer import checkpoint
+from ..trainer.run_directory import locate
+from ..trainer.tokenizers import Tokenizer, load_tokenizer
+from . import configuration
+from .build import build
+
+
+@dataclass
+class GenerationSettings:
+    """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken."""
+
+    checkpoint: str | None = None
+    prompt: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.8  # 0 takes the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
+    stop: list[str] = field(default_factory=list)  # texts at which to end; the end of a document always ends
+    seed: int = 0
+    device: str = "auto"  # or cpu, cuda
+
+
+configuration.register("generation", GenerationSettings)
+
+
+@hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="generate")
+def _compose(config: DictConfig) -> None:
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, GenerationSettings)
+    try:
+        generate(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+
+
+def generate(settings: GenerationSettings) -> None:
+    """Prints the prompt and what the model adds, piece by piece. Raises ValueError for what cannot be."""
+    if not settings.checkpoint:
+        raise ValueError("checkpoint must be given; got none. Name a run or a checkpoint: checkpoint=runs/NAME/TIME")
+    if not settings.prompt:
+        raise ValueError('prompt must be a text for the model to continue; got none. Give prompt="..."')
+    if any(not text for text in settings.stop):
+        raise ValueError("stop must be texts that are not empty; got an empty one. Remove it")
+    device = _device(settings.device)
+    model, tokenizer = load(locate(settings.checkpoint, "checkpoint"), device)
+    drawn = draw(
+        model,
+        tokenizer.encode(settings.prompt),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop=(tokenizer.end_of_text,),
+        seed=settings.seed,
+        device=device,
+    )
+    sys.stdout.write(settings.prompt)
+    for piece in until(text_pieces(tokenizer, settings.prompt, drawn), settings.stop):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
+    """The model and the tokenizer of a checkpoint, from its folder alone."""
+    checkpoint.verify(path)
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        model_settings = dict(config["model"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"checkpoint must hold the config.yaml of its run; got {path}: {error}") from None
+    model_settings.pop("activation_checkpointing", None)
+    with device:
+        model = build(model_settings)
+    checkpoint.load_weights(path, model)
+    return model.eval(), load_tokenizer(path / "tokenizer")
+
+
+def text_pieces(tokenizer: Tokenizer, prompt: str, ids: Iterable[int]) -> Iterator[str]:
+    """The text that each id adds; a character whose bytes are not all there yet waits for the next id."""
+    before = tokenizer.encode(prompt)[-8:]  # some tokenizers write a word's space only after another word
+    shown, held = tokenizer.decode(before), list(before)
+    for token in ids:
+        held.append(token)
+        text = tokenizer.decode(held)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            held = held[-8:]
+            shown = tokenizer.decode(held)
+    rest = tokenizer.decode(held)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """The pieces up to the first of the texts in `stops`, which may span several; what could begin one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    yield held
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda; got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu on a machine without CUDA; got cuda")
+    return torch.device(name)
+
+
+def main() -> None:
+    configuration.quiet_libraries()
+    configuration.run_main(_compose, "generate", ("checkpoint", "prompt"))
+
+
+if __name__ == "__main__":
+    main()

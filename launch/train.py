@@ -1,0 +1,72 @@
+"""python -m longreach.launch.train — alone, under torchrun, under deepspeed, under Slurm."""
+
+from __future__ import annotations
+
+import os
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from ..parallel.mesh import Mesh
+from ..trainer import failure, processes
+from ..trainer.report import launch_command
+from ..trainer.settings import Settings, check
+from ..trainer.trainer import Trainer
+from . import configuration
+from .build import build
+
+TEXTS = ("data.path", "data.cache_dir", "data.tokenizer", "run.dir", "checkpoint.resume", "init_from")
+TEXTS += ("evaluation.prompt", "logger.wandb.name")
+
+configuration.register("settings", Settings)
+
+
+@hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="train")
+def _compose(config: DictConfig) -> None:
+    given = configuration.overrides()
+    try:
+        train(to_settings(config, given, configuration.choices()), given)
+    except BaseException as error:
+        failure.report(error, started=False)
+        failure.leave()
+
+
+def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
+    """The schema's objects; what depends on whether a setting was given is settled here.
+
+    Raises ValueError for a model given beside `init_from`, which brings its own.
+    """
+    if OmegaConf.is_missing(config.model, "vocabulary"):
+        config.model.vocabulary = None  # the tokenizer's
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, Settings)
+    if settings.run.name is None:
+        settings.run.name = (choices.get("experiment") or choices.get("model") or "run").replace("/", "-")
+    if settings.init_from is not None:
+        if models := [item for item in overrides if item.lstrip("+~").startswith(("model=", "model."))]:
+            raise ValueError(
+                f"model must not be given with init_from, which brings its own; got {', '.join(models)}. Remove one"
+            )
+        if not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
+            settings.data.tokenizer = settings.init_from
+    return settings
+
+
+def train(settings: Settings, arguments: list[str]) -> None:
+    """Joins the ranks and runs the trainer on this one."""
+    failure.catch_termination()
+    check(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    device = processes.start(settings.parallel.timeout_minutes)
+    mesh = Mesh.create(settings.parallel.sequence)
+    command = launch_command("longreach.launch.train", arguments)
+    Trainer(settings, build, mesh, device, command).run()
+    processes.end()
+
+
+def main() -> None:
+    configuration.quiet_libraries()
+    configuration.run_main(_compose, "train", TEXTS)
+
+
+if __name__ == "__main__":
+    main()

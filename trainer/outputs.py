@@ -1,0 +1,91 @@
+"""Outputs: what the first rank shows and keeps of a run; the other ranks' are silent."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from .metrics import MetricsFile
+from .plots import plot_loss
+from .progress import RunProgress
+from .run_directory import RunDirectory
+from .settings import Settings
+from .tracking import Tracker
+
+
+class Outputs:
+    """Terminal, metrics.jsonl, samples.txt, plots and W&B of the first rank.
+
+    A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on.
+    """
+
+    def __init__(self, settings: Settings, directory: RunDirectory, *, first: bool, step: int) -> None:
+        self.directory, self.first = directory, first
+        self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
+        self.metrics = MetricsFile(directory.metrics)
+        self.tracker: Tracker | None = None
+        self._failing = False
+        if first:
+            self.metrics.resume_at(step)
+            directory.write_config(asdict(settings))
+            self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say)
+            self.progress.start()
+
+    def say(self, message: str) -> None:
+        self.progress.say(message)
+
+    def training(self, record: dict[str, Any], seconds: float) -> None:
+        """A finished step."""
+        self._record(record)
+        self.progress.step(record["step"], record, seconds)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self._record(record)
+        loss, bits = record["validation_loss"], record["bits_per_byte"]
+        self.say(f"step {record['step']}  validation loss {loss:.4f}  {bits:.4f} bits per byte")
+        self.plot()
+
+    def sample(self, step: int, text: str) -> None:
+        if self.first:
+            self._keep(lambda: self.directory.add_sample(step, text))
+            if self.tracker is not None:
+                self.tracker.sample(step, text)
+
+    def plot(self) -> None:
+        if self.first:
+            title = self.directory.path.name
+            self._keep(lambda: plot_loss(self.metrics.read(), self.directory.plot, title))
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.first:
+            self._keep(lambda: self.metrics.write(record))
+            if self.tracker is not None:
+                self.tracker.log(record)
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self.say(f"run.dir cannot be written: {error}. The run goes on; free space")
+            self._failing = True
+
+
+def show_log(first: bool) -> None:
+    """LongReach's own log on the terminal: of the first rank all, of the others errors."""
+    log = logging.getLogger("longreach")
+    log.setLevel(logging.INFO if first else logging.ERROR)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

@@ -1,0 +1,96 @@
+"""Preparation: from settings to a model under its engine, with everything checked before weights are allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import hf
+from ..models.language_model import LanguageModel
+from ..parallel.mesh import Mesh
+from . import engine_config
+from .data import Corpus
+from .engine import Engine, Gather
+from .exchange import from_first_rank, together
+from .run_directory import RunDirectory, find_checkpoint
+from .settings import Settings
+
+Build = Callable[[dict[str, Any]], LanguageModel]
+
+
+def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) -> Path | None:
+    """The checkpoint to start from, as the first rank sees the file system."""
+    resume = settings.checkpoint.resume
+    found = together(mesh, lambda: find_checkpoint(resume, directory) if mesh.rank == 0 else None)
+    return from_first_rank(found, mesh)
+
+
+def model_settings(settings: Settings, corpus: Corpus) -> dict[str, Any]:
+    """The model's configuration, complete: of `model`, or of the Hugging Face checkpoint that training starts from.
+
+    Raises ValueError where the vocabulary does not hold the tokenizer's.
+    """
+    model = hf.read_settings(settings.init_from) if settings.init_from else dict(settings.model)
+    if not model.get("_target_"):
+        raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
+    if settings.trainer.activation_checkpointing != "none":
+        model["activation_checkpointing"] = settings.trainer.activation_checkpointing
+    tokens = corpus.tokenizer.vocabulary_size
+    if model.get("vocabulary") is None:
+        model["vocabulary"] = tokens
+    if model["vocabulary"] < tokens:
+        raise ValueError(
+            f"model.vocabulary must be at least the tokenizer's {tokens}; got {model['vocabulary']}. "
+            "Leave it out, or choose another data.tokenizer"
+        )
+    return model
+
+
+def check_model(build: Build, model: dict[str, Any]) -> LanguageModel:
+    """The model without memory: what does not fit shows here, and the meters count by it."""
+    with torch.device("meta"):
+        return build(model)
+
+
+def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.device, *, resuming: bool) -> Engine:
+    """The engine, with weights by the seed or of `init_from`; resuming, with whatever, since they are loaded next."""
+    trainer = settings.trainer
+    together(
+        mesh,
+        lambda: engine_config.configuration(
+            settings.engine.zero_stage, trainer.dtype, trainer.clip, dict(settings.engine.config)
+        ),
+    )
+
+    def from_hugging_face(model: nn.Module, gather: Gather) -> None:
+        hf.load(str(settings.init_from), model, gather)
+
+    def nothing(model: nn.Module, gather: Gather) -> None:
+        pass
+
+    load = nothing if resuming else from_hugging_face if settings.init_from else None
+    engine = Engine(
+        lambda: build(settings.model),
+        settings=settings.engine,
+        optimizer=settings.optimizer,
+        dtype=trainer.dtype,
+        clip=trainer.clip,
+        mesh=mesh,
+        device=device,
+        seed=trainer.seed,
+        load=load,
+    )
+    if trainer.compile:
+        compile_blocks(engine.module)
+    return engine
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile of what is local to a token: feed-forward layers and norms. Mixing ops run as they are."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        for part in (block.feed_forward, block.mixer_norm, block.feed_forward_norm):  # type: ignore[union-attr]
+            part.compile(dynamic=False)

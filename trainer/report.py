@@ -1,0 +1,73 @@
+"""Report: what a finished run shows in the terminal."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .baselines import Baselines
+from .run_directory import RunDirectory
+
+
+def comparison(record: dict[str, Any], baselines: Baselines | None) -> list[str]:
+    """Bits per byte of the held-out text: counting models, the model, and the model with its context cut short."""
+    rows: list[tuple[str, float]] = []
+    if baselines is not None:
+        names = {"byte_unigram": "byte unigram", "token_unigram": "token unigram", "token_bigram": "token bigram"}
+        rows += [(names[key], value) for key, value in asdict(baselines).items()]
+    if "truncated_bits_per_byte" in record:
+        rows.append((f"this model, last {record['truncated_context']} tokens", record["truncated_bits_per_byte"]))
+    rows.append(("this model", record["bits_per_byte"]))
+    lines = ["held-out text, bits per byte (less is better)"]
+    own = record["bits_per_byte"]
+    for name, value in rows:
+        share = "" if name == "this model" else f"   this model needs {100 * own / value:.1f} % of it"
+        lines.append(f"  {name:<28} {value:7.4f}{share}")
+    return lines
+
+
+def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple[str, Path | None]) -> list[str]:
+    """Where the run's files are."""
+    lines = [f"run           {directory.path}", f"loss curve    {directory.plot}", f"samples       {directory.samples}"]
+    mode, folder = tracked
+    if mode == "offline" and folder is not None:
+        lines.append(f"W&B offline   {folder}   (send it: wandb sync {shlex.quote(str(folder))})")
+    if checkpoint is not None:
+        lines.append(f"checkpoint    {checkpoint}")
+    return lines
+
+
+def commands(
+    command: list[str], directory: RunDirectory, checkpoint: Path | None, steps: int, prompt: str
+) -> list[str]:
+    """How to generate from the run and how to go on with it."""
+    lines = []
+    if checkpoint is not None:
+        text = prompt.replace("\\", "\\\\").replace('"', '\\"')
+        where = shlex.quote(str(checkpoint))
+        lines.append(f'more text     python -m longreach.launch.generate checkpoint={where} prompt="{text}"')
+        lines.append(f"to resume     {resume_command(command, directory, steps=2 * steps)}")
+    return lines
+
+
+def resume_command(command: list[str], directory: RunDirectory, steps: int | None = None) -> str:
+    """`command` (launcher, module and overrides) with this run's folder, and with more steps if given."""
+    replaced = ("run.dir=", "trainer.steps=") if steps else ("run.dir=",)
+    kept = [word for word in command if not word.startswith(replaced)]
+    more = [f"run.dir={directory.path}"] + ([f"trainer.steps={steps}"] if steps else [])
+    return shlex.join(kept + more)
+
+
+def launch_command(module: str, arguments: list[str]) -> list[str]:
+    """The command line that started this process: the script that said so, torchrun, or python."""
+    if script := os.environ.get("LONGREACH_COMMAND"):
+        return [*shlex.split(script), *arguments]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc-per-node", ranks, "-m", module, *arguments]
+    if "RANK" in os.environ:
+        return ["deepspeed", "--num_gpus", ranks, "--module", module, *arguments]
+    return ["python", "-m", module, *arguments]

@@ -1,0 +1,85 @@
+"""The run's folder: chosen by the first rank, shared by all; what lies where in it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..parallel.mesh import Mesh
+from . import checkpoint
+from .exchange import from_first_rank
+from .settings import RunSettings
+
+
+class RunDirectory:
+    """run.dir and its contents: config.yaml, metrics.jsonl, samples.txt, checkpoints/, plots/, profile/, wandb/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.txt"
+        self.plot = path / "plots" / "loss.png"
+        self.checkpoints = path / "checkpoints"
+        self.profile = path / "profile"
+
+    @classmethod
+    def choose(cls, settings: RunSettings, mesh: Mesh) -> RunDirectory:
+        """run.dir, or runs/<name>/<time> by the first rank's clock."""
+        named = settings.dir or f"runs/{settings.name or 'run'}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        return cls(Path(from_first_rank(named, mesh)))
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    def add_sample(self, step: int, text: str) -> None:
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n\n")
+
+
+def find_checkpoint(resume: str, directory: RunDirectory) -> Path | None:
+    """The checkpoint to start from: `auto` is the newest complete one of the run, None where there is none yet.
+
+    Raises ValueError for a path that is no complete checkpoint, and where going on would mix two runs in one folder.
+    """
+    newest = checkpoint.latest(directory.checkpoints)
+    present = sorted(path for path in directory.checkpoints.glob("step-*") if path.is_dir())
+    if resume == "auto":
+        if newest is None and present:
+            checkpoint.verify(present[-1])  # says what is wrong with it
+        return newest
+    if resume == "none":
+        if present:
+            raise ValueError(
+                f"run.dir must be a new folder with checkpoint.resume=none; got {directory.path}, which holds "
+                f"{present[-1].name}. Give another run.dir, or checkpoint.resume=auto to go on"
+            )
+        return None
+    found = locate(resume, "checkpoint.resume")
+    if newest is not None and newest.name > found.name:
+        raise ValueError(
+            f"run.dir must not hold checkpoints newer than checkpoint.resume={resume}; got {directory.path} with "
+            f"{newest.name}. Give another run.dir"
+        )
+    return found
+
+
+def passed_over(found: Path | None, directory: RunDirectory) -> list[str]:
+    """Names of the run's checkpoints that are newer than the one found, and so are not complete."""
+    names = sorted(path.name for path in directory.checkpoints.glob("step-*"))
+    return [name for name in names if found is not None and found.parent == directory.checkpoints and name > found.name]
+
+
+def locate(path: str | Path, setting: str) -> Path:
+    """The complete checkpoint at `path`, or the newest one where `path` is a run or its folder of checkpoints."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{setting} must be a checkpoint's folder, or a run's; got {path}. Check the path")
+    for folder in (path / "checkpoints", path):
+        if (newest := checkpoint.latest(folder)) is not None:
+            return newest
+    checkpoint.verify(path)
+    return path

@@ -1,0 +1,257 @@
+"""Trainer: the loop. Rows in; loss and gradient of the whole global batch, metrics, evaluation and checkpoints out."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..parallel.mesh import Mesh
+from ..parallel.sequence import Sequence
+from . import checkpoint, failure, report
+from .baselines import text_baselines
+from .data import open_corpus
+from .evaluation import Loss, evaluate, evaluate_truncated
+from .exchange import gather_numbers, together
+from .metrics import Work, peak_flops, peak_memory_bytes, work_of
+from .outputs import Outputs, show_log
+from .packing import NO_TARGET, Batch, batch
+from .preparation import Build, check_model, found_checkpoint, make_engine, model_settings
+from .profiler import Profiler
+from .progress import count
+from .run_directory import RunDirectory, passed_over
+from .sample import draw_sample
+from .schedule import Schedule
+from .settings import Settings, check, layout_of, micro_batches
+
+
+class Trainer:
+    """Trains the model of `settings` on this rank's part of the mesh.
+
+    build: makes a model of its configuration. command: the command line, for the advice on how to go on.
+    Every rank makes one and calls `run`. What can be checked is checked in the constructor, before weights are
+    allocated, and all ranks raise the same ValueError.
+    """
+
+    def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, command: list[str]) -> None:
+        together(mesh, lambda: check(settings, mesh.world_size))
+        self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
+        self.layout = layout_of(settings)
+        self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
+        self.directory = RunDirectory.choose(settings.run, mesh)
+        settings.run.dir = str(self.directory.path)
+        show_log(first=mesh.rank == 0)
+        found = found_checkpoint(settings, self.directory, mesh)
+        self.corpus = together(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
+        settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
+        self.shape = together(mesh, lambda: check_model(build, settings.model))
+        torch.manual_seed(settings.trainer.seed)
+        self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
+        self.step, self.tokens, self.row = 0, 0, 0
+        if found is not None:
+            state = checkpoint.load(self.engine, found)
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.row = together(mesh, lambda: self.corpus.train.resume(state["data"]))
+        if mesh.rank == 0:
+            self.directory.path.mkdir(parents=True, exist_ok=True)
+        self.outputs = Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step)
+        self.peak = peak_flops(device, settings.trainer.dtype)
+        self.saved, self.text = found, ""
+        self._introduce(found)
+
+    def run(self) -> None:
+        """Trains to the last step. On an error one rank says why, and it is raised on."""
+        chosen = self.settings.trainer
+        profiler = Profiler(
+            chosen.profile_start, chosen.profile_steps, self.directory.profile, self.mesh.rank, self.device
+        )
+        try:
+            while self.step < chosen.steps:
+                profiler.before(self.step + 1)
+                self._train_step()
+                profiler.after(self.step)
+                self._after_step()
+            self._conclude()
+        except BaseException as error:
+            advice = report.resume_command(self.command, self.directory)
+            hint = f"to resume from {self.saved.name}: {advice}" if self.saved else "no checkpoint was saved yet"
+            failure.report(error, started=True, hint=hint)
+            raise
+        finally:
+            profiler.close()
+            self.outputs.close()
+
+    def _train_step(self) -> None:
+        started = time.perf_counter()
+        parts = self._read_step()
+        work = self._sum_of_work(parts)
+        if work.targets == 0:
+            raise ValueError(f"data must hold documents of two tokens or more; step {self.step + 1} has no target")
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part, seq in parts:
+            tokens, targets = (seq.shard(x).to(self.device, non_blocking=True) for x in (part.tokens, part.targets))
+            loss, _ = self.engine(tokens, seq, targets)
+            self.engine.backward(loss, work.targets)
+            total += loss.detach()
+        losses = gather_numbers([float(total), peak_memory_bytes(self.device)], self.mesh)
+        loss = float(losses[:, 0].sum()) / work.targets
+        if not math.isfinite(loss):
+            raise ArithmeticError(
+                f"the loss must be finite; got {loss} at step {self.step + 1}. Lower optimizer.learning_rate, or set "
+                "trainer.clip"
+            )
+        rate = self.schedule(self.step)
+        norm = self.engine.step(rate)
+        self.step += 1
+        self.row += self.settings.data.rows_per_step
+        self.tokens += int(work.tokens)
+        seconds = time.perf_counter() - started
+        self.outputs.training(self._record(loss, norm, rate, seconds, work, int(losses[:, 1].max())), seconds)
+        if not math.isfinite(norm):
+            self.outputs.say(f"step {self.step}: the gradient is not finite; the weights stay as they are")
+
+    def _read_step(self) -> list[tuple[Batch, Sequence]]:
+        """This rank's micro-batches: its data rank's share of the step's rows, in the order of the rows."""
+        data, mesh = self.settings.data, self.mesh
+        share = data.rows_per_step // mesh.data_ranks
+        first = self.row + mesh.data_rank * share
+        parts = []
+        for index in range(micro_batches(self.settings, mesh.data_ranks)):
+            start = first + index * data.rows_per_micro_batch
+            part = batch(self.corpus.train, range(start, start + data.rows_per_micro_batch))
+            parts.append((part, self._sequence(part)))
+        return parts
+
+    def _sequence(self, part: Batch) -> Sequence:
+        mesh = self.mesh
+        return Sequence(
+            part.documents,
+            self.layout,
+            mesh.sequence_rank,
+            mesh.sequence_group,
+            attention=self.settings.parallel.attention,
+        )
+
+    def _sum_of_work(self, parts: list[tuple[Batch, Sequence]]) -> Work:
+        """Of the whole global batch; ranks that share rows count them once."""
+        mine = Work()
+        if self.mesh.sequence_rank == 0:
+            for part, _ in parts:
+                targets = int((part.targets != NO_TARGET).sum())
+                mine += work_of(part.documents, targets, self.layout, self.shape.flops(part.documents))
+        return Work(*gather_numbers(list(mine.numbers), self.mesh).sum(dim=0).tolist())
+
+    def _record(self, loss: float, norm: float, rate: float, seconds: float, work: Work, memory: int) -> dict[str, Any]:
+        flops = 3 * work.flops / seconds  # backward costs twice as much as forward; recomputation does not count
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": work.tokens / seconds,
+            "peak_memory_bytes": memory,
+            "seconds": seconds,
+            "flops_per_second": flops,
+            "mfu": flops / self.mesh.world_size / self.peak if self.peak else None,
+            "padding": work.padding,
+            "attention_imbalance": work.imbalance,
+        }
+
+    def _after_step(self) -> None:
+        evaluation, every = self.settings.evaluation, self.settings.checkpoint.every
+        last = self.step == self.settings.trainer.steps
+        if evaluation.every and (self.step % evaluation.every == 0 or last):
+            self._validate(last)
+        if evaluation.sample_tokens and (last or (evaluation.every and self.step % evaluation.every == 0)):
+            self._sample()
+        if every and (self.step % every == 0 or last):
+            self._save()
+
+    def _validate(self, last: bool) -> None:
+        """Writes a validation line; after the last step also the comparisons that the settings ask for."""
+        chosen, data = self.settings.evaluation, self.settings.data
+        stream = self.corpus.validation
+        rows = min(stream.rows or 0, chosen.rows or math.inf)
+        scale = self.corpus.bytes_per_token("validation")
+        loss = evaluate(
+            self.engine, stream, self.layout, self.settings.parallel.attention, int(rows), data.rows_per_micro_batch
+        )
+        record = {"step": self.step, "validation_loss": loss.mean, "bits_per_byte": loss.bits_per_byte(scale)}
+        if last and chosen.context is not None:
+            self.outputs.say(f"scoring every held-out token from its last {chosen.context} tokens alone")
+            places = self.layout.local_length * data.rows_per_micro_batch
+            cut: Loss = evaluate_truncated(self.engine, stream, int(rows), chosen.context, places)
+            record |= {"truncated_context": chosen.context, "truncated_bits_per_byte": cut.bits_per_byte(scale)}
+        self.outputs.validation(record)
+        if last and self.mesh.rank == 0 and (chosen.baselines or chosen.context is not None):
+            baselines = text_baselines(self.corpus) if chosen.baselines else None
+            self.outputs.say("\n".join(["", *report.comparison(record, baselines)]))
+
+    def _sample(self) -> None:
+        chosen = self.settings.evaluation
+        self.text = draw_sample(
+            self.engine,
+            self.corpus,
+            chosen.prompt,
+            tokens=chosen.sample_tokens,
+            temperature=chosen.temperature,
+            seed=self.settings.trainer.seed,
+        )
+        self.outputs.sample(self.step, self.text)
+
+    def _save(self) -> None:
+        """Saves a checkpoint; one that cannot be written is told, and the run goes on."""
+        state = {"step": self.step, "tokens": self.tokens, "data": self.corpus.train.state(self.row)}
+        try:
+            self.saved = checkpoint.save(
+                self.engine, self.directory.checkpoints, state, self.settings.checkpoint.keep, self._write_beside
+            )
+        except checkpoint.CheckpointError as error:
+            self.outputs.say(f"{error}. The run goes on")
+
+    def _write_beside(self, folder: Path) -> None:
+        """What generation needs besides the weights."""
+        self.corpus.tokenizer.save(folder / "tokenizer")
+        text = yaml.safe_dump(asdict(self.settings), sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def _introduce(self, found: Path | None) -> None:
+        settings, mesh, say = self.settings, self.mesh, self.outputs.say
+        parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
+        say(f"run           {self.directory.path}")
+        say(f"model         {count(self.shape.parameter_count())} parameters, {settings.trainer.dtype}")
+        train = self.corpus.train
+        say(
+            f"data          {settings.data.source}: {count(train.tokens)} training tokens, "
+            f"{count(self.corpus.validation.tokens)} held out, vocabulary {self.corpus.tokenizer.vocabulary_size}"
+        )
+        say(
+            f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
+            f"{parallel}, ZeRO-{settings.engine.zero_stage}, {self.device.type}"
+        )
+        for name in passed_over(found, self.directory):
+            say(f"{name} is not complete and is passed over")
+        if found is not None:
+            say(f"going on after step {self.step} from {found}")
+        if self.step >= settings.trainer.steps:
+            say(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
+
+    def _conclude(self) -> None:
+        self.outputs.plot()
+        if self.mesh.rank:
+            return
+        tracker = self.outputs.tracker
+        tracked = (tracker.mode, tracker.directory) if tracker else ("disabled", None)
+        lines = [""]
+        if self.text:
+            lines += ["sample", *(f"  {line}" for line in self.text.splitlines()), ""]
+        lines += report.whereabouts(self.directory, self.saved, tracked)
+        prompt = self.settings.evaluation.prompt or "Once"
+        lines += report.commands(self.command, self.directory, self.saved, self.settings.trainer.steps, prompt)
+        self.outputs.say("\n".join(lines))
