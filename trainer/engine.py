@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..parallel.mesh import Mesh
 from .engine_config import configuration
-from .masters import Fragment, Masters
+from .masters import Fragment, Masters, shape_of
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
@@ -182,11 +182,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         (decaying if len(shape_of(parameter)) > 1 else others).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextmanager

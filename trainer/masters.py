@@ -1,7 +1,7 @@
 """Masters: where each ZeRO stage keeps a parameter's float32 value and Adam moments, in the part this rank holds.
 
-DeepSpeed's own accessors lack the moments of a fresh engine and, on stages 1 and 2, those of the later parameter groups.
-So the flat tensors are read directly, by the names of DeepSpeed 0.19.8, which the checkpoint tests pin.
+DeepSpeed's own accessors lack the moments of a fresh engine and, on stages 1 and 2, those of the later parameter
+groups. So the flat tensors are read directly, by the names of DeepSpeed 0.19.8, which the checkpoint tests pin.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("parameter", *MOMENTS)
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class Fragment(NamedTuple):

@@ -1,4 +1,7 @@
-"""A model with everything an engine can trip over, small: tied weights, two parameter groups, odd sizes, a buffer."""
+"""A model with everything an engine can trip over, small: tied weights, two parameter groups, odd sizes, a buffer.
+
+With it, the steps that the tests of engine and checkpoint take on ranks.
+"""
 
 import hashlib
 from contextlib import nullcontext
@@ -7,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from longreach.parallel.mesh import Mesh
+from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 23, 10, 8, 7
 SUM = {"reduction": "sum", "ignore_index": -100}
@@ -59,3 +65,49 @@ def batch(step, rows=ROWS):
     for row in range(rows):
         targets[row, : LENGTH - row % LENGTH] = -100
     return tokens, targets
+
+
+ADAM = OptimizerSettings(learning_rate=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+
+
+def rate(step):
+    return 0.02 / (1 + step)
+
+
+def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0):
+    return Engine(
+        model,
+        settings=EngineSettings(stage, config or {}),
+        optimizer=ADAM,
+        dtype=dtype,
+        clip=clip,
+        mesh=Mesh.create(),
+        device=torch.device("cpu"),
+        seed=seed,
+    )
+
+
+def train_step(engine, step, rank, world, accumulation):
+    tokens, targets = batch(step)
+    normaliser = int((targets != -100).sum())
+    rows = len(tokens) // (world * accumulation)
+    for micro in range(accumulation):
+        start = (rank * accumulation + micro) * rows
+        loss = engine(tokens[start : start + rows], targets[start : start + rows])
+        engine.backward(loss, normaliser)
+    return engine.step(rate(step))
+
+
+def full(engine, kind="parameter"):
+    """Every rank's whole float32 state, by name."""
+    engine.create_moments()
+    result = {}
+    for name, parameter in engine.named_parameters():
+        start, values = engine.fragment(parameter, kind)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        whole = torch.zeros(shape.numel(), dtype=torch.int32)
+        whole[start : start + len(values)] = values.view(torch.int32)
+        if engine.zero_stage:
+            torch.distributed.all_reduce(whole)
+        result[name] = whole.view(torch.float32).view(shape)
+    return result

@@ -6,56 +6,11 @@ import io
 import pytest
 import torch
 from distributed import RankError, run_ranks
-from longreach.parallel.mesh import Mesh
-from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings, parameter_groups
-from small_model import SmallModel, batch
+from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
-ADAM = OptimizerSettings(learning_rate=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+from longreach.trainer.engine import parameter_groups
+
 STEPS = 4
-CPU = torch.device("cpu")
-
-
-def rate(step):
-    return 0.02 / (1 + step)
-
-
-def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0):
-    return Engine(
-        model,
-        settings=EngineSettings(stage, config or {}),
-        optimizer=ADAM,
-        dtype=dtype,
-        clip=clip,
-        mesh=Mesh.create(),
-        device=CPU,
-        seed=seed,
-    )
-
-
-def train_step(engine, step, rank, world, accumulation):
-    tokens, targets = batch(step)
-    normaliser = int((targets != -100).sum())
-    rows = len(tokens) // (world * accumulation)
-    for micro in range(accumulation):
-        start = (rank * accumulation + micro) * rows
-        loss = engine(tokens[start : start + rows], targets[start : start + rows])
-        engine.backward(loss, normaliser)
-    return engine.step(rate(step))
-
-
-def full(engine, kind="parameter"):
-    """Every rank's whole float32 state, by name."""
-    engine.create_moments()
-    result = {}
-    for name, parameter in engine.named_parameters():
-        start, values = engine.fragment(parameter, kind)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        whole = torch.zeros(shape.numel(), dtype=torch.int32)
-        whole[start : start + len(values)] = values.view(torch.int32)
-        if engine.zero_stage:
-            torch.distributed.all_reduce(whole)
-        result[name] = whole.view(torch.float32).view(shape)
-    return result
 
 
 def train(rank, world, stage, accumulation, clip, dtype, config, recompute):
