@@ -196,7 +196,9 @@ recurrence = GatedLinearRecurrence()
 
 def _problem(inputs: Inputs, documents: Documents, scale: float | None) -> chunked.Problem:
     q, k, v, log_decay = inputs
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     _check_documents(v, documents)
     return chunked.Problem(q, k, v, log_decay, documents, k.shape[-1] ** -0.5 if scale is None else scale)
 

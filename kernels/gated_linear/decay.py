@@ -192,7 +192,7 @@ class ChannelDecay:
             scores.view(-1, self.grid.rows, self.grid.heads, *scores.shape[1:]).mul_(self.masks.same)
 
     def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
-        """dg_t = Σ_{s>=t} moment_s + Σ_v S_end ⊙ dS_end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` `[N, K]`."""
+        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
         if self.masks is None:
             size = moments.shape[1]
             later = moments.new_ones(size, size).triu_()

@@ -61,7 +61,9 @@ def backward(
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in (*inputs, initial_state)]
         q, k, v, log_decay, state = leaves
-        assert q is not None and k is not None and v is not None
+        assert q is not None
+        assert k is not None
+        assert v is not None
         out, final_state = forward(q, k, v, log_decay, state, documents, scale)
         dfinal = torch.zeros_like(final_state) if dfinal_state is None else dfinal_state.to(final_state.dtype)
         wanted = [x for x in leaves if x is not None]
