@@ -100,7 +100,7 @@ def find_files(path: str | None, kind: str) -> list[Path]:
         raise ValueError(f"data.path must hold {wanted}; got {path}, which holds none. Name another path")
     if not files:
         raise ValueError(f"data.path must be a file, a folder or a pattern that matches files; got {path}. Check it")
-    return [file.resolve() for file in files]
+    return [file.absolute() for file in files]
 
 
 def _walk(root: Path, skipped: frozenset[str] | set[str] = frozenset()) -> list[Path]:
@@ -183,7 +183,7 @@ def _read_jsonl(files: list[Path], column: str, skipped: Counter[str]) -> Iterat
                         skipped["invalid UTF-8"] += 1
                         continue
                     if text.strip():
-                        yield _json_field(text, column, f"{file}:{number}")
+                        yield _json_field(text.rstrip(), column, f"{file}:{number}")
         except (OSError, EOFError, zlib.error) as error:
             raise _unreadable(file, error) from None
 

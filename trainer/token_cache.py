@@ -85,7 +85,11 @@ def open_token_cache(
         except OSError as error:
             message = f"data.cache_dir must be a folder with room that can be written; got {directory.parent}: {error}"
             raise ValueError(f"{message}. Name another") from None
-    return TokenCache(directory)
+    try:
+        return TokenCache(directory)
+    except (OSError, ValueError, KeyError) as error:  # Arrow's and JSON's complaints are ValueErrors
+        message = f"data.cache_dir must hold whole token caches; got {directory}: {error}. Delete that folder"
+        raise ValueError(message) from None
 
 
 def _build_once(directory: Path, build: Callable[[Path], None], wait_s: float) -> None:

@@ -226,5 +226,6 @@ def _encode(batch: list[Entry], tokenizer: Tokenizer, skipped: Counter[str]) -> 
     encoded = tokenizer.encode_documents(texts) if texts else [np.asarray(entry.content) for entry in batch]
     # A tokenizer that normalises can leave nothing of a text but its end.
     pairs = [(entry, ids) for entry, ids in zip(batch, encoded, strict=True) if len(ids) > 1]
-    skipped["blank"] += len(batch) - len(pairs)
+    if len(pairs) < len(batch):
+        skipped["blank"] += len(batch) - len(pairs)
     return [entry for entry, _ in pairs], [ids for _, ids in pairs]
