@@ -1,0 +1,177 @@
+"""From a Hugging Face folder through the engine and a checkpoint to another one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from distributed import run_ranks
+from safetensors.torch import load_file
+
+from longreach.launch.build import build
+from longreach.launch.export import ExportSettings, export
+from longreach.models import hf
+from longreach.parallel.mesh import Mesh
+from longreach.trainer import checkpoint
+from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
+from longreach.trainer.settings import Settings
+from longreach.trainer.tokenizers import byte_tokenizer
+
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 264,  # more than the tokenizer's 257, as real models have
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A Hugging Face folder with a tokenizer."""
+    from longreach.models.hf import llama
+
+    settings = llama.settings(CONFIG)
+    model = build(settings)
+    model.initialise(seed=4)
+    folder = tmp_path_factory.mktemp("origin")
+    byte_tokenizer().save(folder / "tokenizer")
+    (folder / "tokenizer" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    hf.write(
+        model.named_parameters(),
+        settings,
+        folder / "model",
+        hf.tokenizer_files(folder / "tokenizer"),
+        max_positions=512,
+    )
+    return folder / "model"
+
+
+def read_and_save(rank, world, origin, folder, stage, model=None):
+    """An engine with the weights of `origin`, and a checkpoint of it as the trainer writes one."""
+    settings = Settings(model=model or hf.read_settings(origin), init_from=str(origin))
+    settings.data.sequence_length, settings.data.tokenizer = 64, str(origin)
+    engine = Engine(
+        lambda: build(settings.model),
+        settings=EngineSettings(stage),
+        optimizer=OptimizerSettings(),
+        mesh=Mesh.create(),
+        device=torch.device("cpu"),
+        load=None if model else partial(hf.load, origin),
+    )
+
+    def beside(path):
+        byte_tokenizer().save(path / "tokenizer")
+        (path / "config.yaml").write_text(yaml.safe_dump(asdict(settings)))
+
+    return checkpoint.save(engine, folder, {"step": 3}, keep=1, beside=beside)
+
+
+@pytest.fixture
+def saved(origin, tmp_path):
+    return run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1)[0]
+
+
+def same_tensors(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
+def test_what_is_read_into_an_engine_and_exported_keeps_every_bit(origin, world, stage, tmp_path):
+    run_ranks(world, read_and_save, origin, tmp_path / "run" / "checkpoints", stage)
+    out = export(ExportSettings(checkpoint=str(tmp_path / "run"), path=str(tmp_path / "out")))
+    assert same_tensors(origin, out)
+    assert hf.read_settings(out) == hf.read_settings(origin)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (origin, out))
+    assert after == {**before, "eos_token_id": 256, "bos_token_id": None}
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "model.safetensors"}
+    assert {file.name for file in out.iterdir()} == names
+
+
+def test_transformers_generates_from_what_was_exported(saved, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = ExportSettings(str(saved), str(tmp_path / "out"), dtype="bfloat16", max_positions=96, shard_bytes=4000)
+    out = export(settings)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.config.max_position_embeddings == 96
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 256
+    ids = tokenizer("Ähnlich", return_tensors="pt").input_ids
+    assert ids.tolist() == [list("Ähnlich".encode())]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1] == ids.shape[1] + 3
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tmp_path):
+    good = ExportSettings(str(saved), str(tmp_path / "out"))
+    for changes, message in (
+        ({"checkpoint": None}, "checkpoint must be given"),
+        ({"checkpoint": str(tmp_path / "none")}, "checkpoint must be a checkpoint's folder"),
+        ({"path": None}, "path must be a new folder"),
+        ({"path": str(origin)}, "path must be a new or empty folder"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        ({"max_positions": 0}, "max_positions must be at least 1; got 0"),
+        ({"shard_bytes": 0}, "shard_bytes must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(replace(good, **changes))
+    weights = next(saved.glob("weights-*"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"checkpoint must be undamaged; .* bytes of .* have changed"):
+        export(good)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_hybrid_is_not_exported(origin, tmp_path):
+    model = hf.read_settings(origin)
+    mixers = {"retnet": {"_target_": "longreach.models.mixers.retnet.RetNet", "_partial_": True, "heads": 2}}
+    model |= {"pattern": ["full", "retnet"], "mixers": {**model["mixers"], **mixers}}
+    (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
+    with pytest.raises(ValueError, match=r"must be a Llama or a Qwen3; it is not, by mixers .*RetNet"):
+        export(ExportSettings(str(saved), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_training_continues_comes_out_as_it_went_in(origin, tmp_path):
+    """Two sequence ranks, ZeRO-3, one step that moves nothing: init_from, train and export by their commands."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.txt").write_text(f"{number} is a number. " * 40)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    train = [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "longreach.launch.train"),
+        *(f"init_from={origin}", "data=text", f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}"),
+        *("data.sequence_length=256", "data.rows_per_step=1", "parallel.sequence=2", "engine.zero_stage=3"),
+        *("trainer.steps=1", "optimizer.learning_rate=1e-30", "logger.wandb.mode=disabled"),
+        *(f"run.dir={tmp_path / 'run'}", "evaluation.sample_tokens=4"),
+    ]
+    subprocess.run([sys.executable, *train], check=True, env=environment, cwd=tmp_path, timeout=300)
+    out = tmp_path / "out"
+    command = ["-m", "longreach.launch.export", f"checkpoint={tmp_path / 'run'}", f"path={out}"]
+    done = subprocess.run([sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"written to {out}"
+    assert same_tensors(origin, out)
+    again = subprocess.run([sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: path must be a new or empty folder")
+    assert Path(out, "tokenizer.json").is_file()
