@@ -1,0 +1,117 @@
+"""Chunked cross entropy against torch's over the whole logits, and the memory that it promises."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longreach.kernels.pointwise import cross_entropy
+
+
+def inputs(tokens=63, width=12, vocabulary=40, dtype=torch.float64, batch=2):
+    hidden = torch.randn(batch, tokens, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    bias = torch.randn(vocabulary, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (batch, tokens))
+    targets[torch.rand(batch, tokens) < 0.3] = -100
+    return hidden, weight, bias, targets
+
+
+def whole(hidden, weight, bias, targets, logit_scale=1.0):
+    logits = logit_scale * F.linear(hidden, weight, bias)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 512])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_equals_torch_with_gradients(with_bias, logit_scale, chunk):
+    hidden, weight, bias, targets = inputs()
+    bias = bias if with_bias else None
+    tensors = [x for x in (hidden, weight, bias) if x is not None]
+    got = cross_entropy(hidden, weight, targets, bias=bias, chunk=chunk, logit_scale=logit_scale)
+    want = whole(hidden, weight, bias, targets, logit_scale)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    for a, b in zip(torch.autograd.grad(got / 7, tensors), torch.autograd.grad(want / 7, tensors), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_gradcheck():
+    hidden, weight, bias, targets = inputs(tokens=3, width=2, vocabulary=4)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: cross_entropy(h, w, targets, bias=b, chunk=2, logit_scale=0.7), (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_inputs_get_no_gradient(frozen):
+    tensors = [x.detach() for x in inputs()[:2]]
+    targets = inputs()[3]
+    trained = tensors[1 - frozen].requires_grad_()
+    (got,) = torch.autograd.grad(cross_entropy(tensors[0], tensors[1], targets, chunk=10), trained)
+    (want,) = torch.autograd.grad(whole(tensors[0], tensors[1], None, targets), trained)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+def test_without_any_target_the_loss_is_zero_with_zero_gradients():
+    hidden, weight, _, targets = inputs()
+    loss = cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    assert loss.item() == 0.0
+    assert not any(g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_bfloat16_sums_in_float32():
+    hidden, weight, _, targets = inputs(tokens=300, width=32, dtype=torch.bfloat16)
+    loss = cross_entropy(hidden, weight, targets, chunk=100)
+    assert loss.dtype == torch.float32
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = whole(*wide, None, targets)
+    assert abs(loss.item() - want.item()) / want.item() < 0.01
+    got = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(want, wide), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).norm() / b.norm() < 0.02
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        return result
+
+
+def test_logits_of_a_chunk_are_the_most_that_exists():
+    hidden, weight, _, targets = inputs(tokens=1000, width=8, vocabulary=300, dtype=torch.float32)
+    with Largest() as largest:
+        cross_entropy(hidden, weight, targets, chunk=64).backward()
+    assert largest.numel == 64 * 300
+
+
+def test_the_weight_is_kept_as_the_parameter_itself():
+    hidden, weight, _, targets = inputs()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        cross_entropy(hidden, weight, targets)
+    assert any(x is weight for x in kept)
+    assert max(x.numel() for x in kept if x is not weight) == hidden.numel()
+
+
+def test_bad_input():
+    hidden, weight, bias, targets = inputs()
+    for bad, message in [
+        (lambda: cross_entropy(hidden, weight, targets[:, 1:]), "hidden must be"),
+        (lambda: cross_entropy(hidden, weight[:, 1:], targets), "hidden must be"),
+        (lambda: cross_entropy(hidden, weight.float(), targets), "one dtype"),
+        (lambda: cross_entropy(hidden, weight, targets, bias=bias[1:]), "bias must be one for each of 40"),
+        (lambda: cross_entropy(hidden, weight, targets, chunk=0), "chunk must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bad()
+    for outside in (40, -1):
+        with pytest.raises(RuntimeError):
+            cross_entropy(hidden, weight, torch.full_like(targets, outside))
