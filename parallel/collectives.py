@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,26 +12,22 @@ from torch import Tensor
 from .mesh import Mesh
 from .sequence import Sequence
 
+# torch 2.13 renamed it; 2.11 has only the old name.
+_all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Gathering:
-    """An all-gather under way: every rank's tensor of one shape, stacked by rank when waited for."""
+    """An all-gather under way, of one `[spans, …]` tensor a rank; `in_row_order` sorts what comes of it."""
 
     def __init__(self, x: Tensor, seq: Sequence) -> None:
         self._source = x.contiguous()
         self._out = x.new_empty((seq.layout.ranks, *x.shape))
-        self._work = dist.all_gather_into_tensor(
-            self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True
-        )
+        self._work = _all_gather(self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True)
 
     def wait(self) -> Tensor:
-        """`[P, …]`."""
+        """`[P, spans, …]`."""
         self._work.wait()
         return self._out
-
-
-def gather_spans(x: Tensor, seq: Sequence) -> Gathering:
-    """Starts gathering one `[spans, …]` tensor a rank; `in_row_order` sorts what comes of it."""
-    return Gathering(x, seq)
 
 
 def in_row_order(gathered: Tensor, seq: Sequence) -> list[Tensor]:
@@ -83,7 +80,7 @@ def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
     layout = seq.layout
     tail = min(width, x.shape[1])
     mine = x[:, x.shape[1] - tail :].unflatten(0, (layout.spans, -1))
-    tails = in_row_order(gather_spans(mine, seq).wait(), seq)
+    tails = in_row_order(Gathering(mine, seq).wait(), seq)
     halo = x.new_zeros(layout.spans, mine.shape[1], width, *x.shape[2:])
     for turn, span in enumerate(layout.spans_of(seq.rank)):
         for before, rows, source in _halo_parts(span, width, tail):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Recurrence, Summary
-from .collectives import gather_spans, in_row_order
+from .collectives import Gathering, in_row_order
 from .sequence import Sequence
 
 Inputs = tuple[Tensor | None, ...]
@@ -82,7 +82,7 @@ def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
     spans = seq.layout.spans
     packed = torch.cat([part.unflatten(0, (spans, -1)).flatten(2) for part in (mine.transition, mine.state)], dim=-1)
     split = mine.transition[0].numel()
-    segments = in_row_order(gather_spans(packed, seq).wait(), seq)
+    segments = in_row_order(Gathering(packed, seq).wait(), seq)
     summaries = [
         Summary(
             s[:, :split].unflatten(1, mine.transition.shape[1:]),
@@ -96,7 +96,7 @@ def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
 def _suffix(op: Recurrence, local: Tensor, transitions: Tensor, seq: Sequence) -> Tensor:
     """Gradient of the final state of each of this rank's segments, from what all segments after it ask for."""
     spans = seq.layout.spans
-    gathered = in_row_order(gather_spans(local.unflatten(0, (spans, -1)).contiguous(), seq).wait(), seq)
+    gathered = in_row_order(Gathering(local.unflatten(0, (spans, -1)).contiguous(), seq).wait(), seq)
     dstate = torch.zeros_like(gathered[0])
     after: dict[int, Tensor] = {}
     for span in reversed(range(len(gathered))):

@@ -1,6 +1,6 @@
 """The first promise, on the command line: ranks, layouts and ZeRO stages change no loss and no gradient norm.
 
-`python -m tests.equivalence` trains the same model on the same data under every topology, with the launcher that users
+`python tests/equivalence.py` trains the same model on the same data under every topology, with the launcher that users
 have, and writes `docs/equivalence.md`. `tests/trainer/test_equivalence.py` checks a choice of the same topologies.
 """
 
@@ -107,7 +107,7 @@ def main() -> None:
         f"Each row trains `minimax_01_tiny` for {STEPS} steps on the same global batches under another topology, and",
         "gives the worst relative difference over those steps from one process with ZeRO-0. Losses must agree to",
         f"{LOSS_TOLERANCE:g}, gradient norms (before clipping) to {NORM_TOLERANCE:g}. float32, gloo, CPU.",
-        "Made by `python -m tests.equivalence`.",
+        "Made by `python tests/equivalence.py`.",
         "",
         "Settings: `" + " ".join(SETTINGS) + "`",
         "",

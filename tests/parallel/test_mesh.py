@@ -1,9 +1,9 @@
 import pytest
 import torch.distributed as dist
+from distributed import run_ranks
 
 from longreach.parallel.collectives import agree
 from longreach.parallel.mesh import Mesh, check_sequence_ranks
-from tests.distributed import run_ranks
 
 
 def test_one_process_needs_no_group() -> None:

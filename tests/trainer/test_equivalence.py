@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-
-from tests.equivalence import LOSS_TOLERANCE, NORM_TOLERANCE, Topology, differences, train
+from equivalence import LOSS_TOLERANCE, NORM_TOLERANCE, Topology, differences, train
 
 CHOICE = [
     Topology(1, 1, "contiguous", 3),
