@@ -1,8 +1,9 @@
 """Ranks for tests: `run_ranks` runs a function on gloo ranks that stay alive from one test to the next.
 
-A forkserver with torch loaded makes one pool of processes a world size; a pool keeps its process group (a FileStore, so
-no ports), one thread a rank. The limit is kept by the parent: a pool that does not answer in time, or in which a rank
-failed, is killed and made anew, and the report says where each silent rank stood.
+A forkserver with torch loaded (and its compiler, where tests of the trainer run too) makes one pool of processes a
+world size; a pool keeps its process group (a FileStore, so no ports), one thread a rank. The limit is kept by the
+parent: a pool that does not answer in time, or in which a rank failed, is killed and made anew, and the report says
+where each silent rank stood.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from types import ModuleType
 from typing import Any
 
 GRACE_SECONDS = 2.0  # what the others get to finish after one rank failed: they may wait for it in a collective
-START_SECONDS = 60.0  # what a pool gets to start, apart from the limit of the function
+START_SECONDS = 180.0  # what a pool gets to start, apart from the limit of the function
 
 
 class RankError(AssertionError):
     """A rank raised, died or did not end in time; the message holds every rank's report."""
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Runs `function(rank, world, *args)` on `world` ranks of torch.distributed (gloo); returns the results by rank.
 
     `function` must stand at module level of its file; arguments and results are pickled. Raises RankError where a rank
@@ -54,7 +55,7 @@ class _Pool:
     def __init__(self, world: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="longreach-ranks-"))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(_preload())
         self.processes, self.connections = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -112,6 +113,14 @@ class _Pool:
         for process in self.processes:
             process.join(5)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _preload() -> list[str]:
+    modules = ["torch", "torch.distributed"]
+    if "longreach.trainer.engine" in sys.modules:
+        # DeepSpeed brings in torch's compiler, which takes each process seconds.
+        modules += ["torch._dynamo", "torch._inductor.compile_fx"]
+    return modules
 
 
 _pools: dict[int, _Pool] = {}

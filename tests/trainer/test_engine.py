@@ -48,7 +48,7 @@ def check(results, clip, tolerance, visible_tolerance):
             torch.testing.assert_close(visible[name].float(), value, rtol=visible_tolerance, atol=visible_tolerance)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_equals_one_process(stage, world):
     clip = 0.2  # below every norm of the reference
