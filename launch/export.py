@@ -42,7 +42,7 @@ configuration.register("export_settings", ExportSettings)
 
 
 @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="export")
-def _compose(config: DictConfig) -> None:
+def compose(config: DictConfig) -> None:
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, ExportSettings)
     try:
@@ -126,7 +126,7 @@ def _max_positions(run: dict[str, Any]) -> int:
 
 def main() -> None:
     configuration.quiet_libraries()
-    configuration.run_main(_compose, "export")
+    configuration.run_main(compose, "export", ("checkpoint", "path"))
 
 
 if __name__ == "__main__":
