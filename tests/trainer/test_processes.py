@@ -1,0 +1,54 @@
+"""Processes find one another under a launcher and do without one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import torch
+import torch.distributed as dist
+from longreach.trainer import processes
+device = processes.start(0.5, "cpu")
+total = torch.ones(1, device=device)
+dist.all_reduce(total)
+print("ranks", int(total), dist.get_world_size(), flush=True)
+processes.end()
+assert not dist.is_initialized()
+processes.end()
+"""
+
+
+def run(program, *launcher, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    kept.update(OMP_NUM_THREADS="1", PYTHONSAFEPATH="1", **environment)
+    return subprocess.run([sys.executable, *launcher, *program], env=kept, capture_output=True, text=True, timeout=120)
+
+
+def test_one_process_needs_no_launcher_and_no_port():
+    result = run(["-c", PROGRAM])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "ranks 1 1\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.slow
+def test_torchrun_ranks_find_one_another(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = run([str(tmp_path / "program.py")], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("ranks 2 2\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "environment", "message"),
+    [
+        (PROGRAM, {"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not set although WORLD_SIZE is 2"),
+        (PROGRAM.replace('"cpu"', '"tpu"'), {}, "device must be auto, cuda or cpu; got 'tpu'"),
+    ],
+)
+def test_a_wrong_start_is_told(program, environment, message):
+    result = run(["-c", program], **environment)
+    assert result.returncode == 1
+    assert message in result.stderr
