@@ -6,6 +6,9 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -20,8 +23,15 @@ from .ring import RingAttention
 from .sequence import DecodingCache, Sequence
 from .state_passing import StatePassing
 
+Op = TypeVar("Op", bound=Callable)
 
-@torch.compiler.disable
+
+def _eager(op: Op) -> Op:
+    """Keeps an op out of torch.compile's graphs, and its signature in sight of type checkers."""
+    return torch.compiler.disable(op)  # type: ignore[return-value]
+
+
+@_eager
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -43,7 +53,7 @@ def softmax_attention(
     check_softmax(q, k, v, sink_logits)
     if seq.cache is not None:
         k, v, keys = _extend_keys(k, v, mask, seq, seq.cache, slot)
-        return attend_here(
+        return attend_here(  # type: ignore[return-value]
             q, k, v, mask=mask, documents=seq.local, key_documents=keys, scale=scale, sink_logits=sink_logits,
             backend=seq.backend,
         )  # fmt: skip
@@ -81,7 +91,7 @@ def _trim(x: Tensor, mask: Mask) -> Tensor:
     return torch.cat([x[:, : mask.sink_tokens], latest], dim=1)
 
 
-@torch.compiler.disable
+@_eager
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -107,7 +117,7 @@ def gated_linear_attention(
     return out
 
 
-@torch.compiler.disable
+@_eager
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -126,7 +136,7 @@ def short_conv(
     return seq.unfold(out)
 
 
-@torch.compiler.disable
+@_eager
 def token_shift(x: Tensor, *, seq: Sequence, slot: str = "shift") -> Tensor:
     """The previous token of each of `[B, T, D]`, zero at a document's start."""
     folded, history = _with_history(x, seq, 1, slot)
