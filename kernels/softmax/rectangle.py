@@ -37,7 +37,7 @@ class _Rectangles:
         self._bands: dict[tuple[int, int, int], Tensor] = {}
 
     def band(self, at: Rectangle) -> Tensor:
-        """0 where visible and −inf elsewhere, `[queries, keys]`; some are kept, since most bands of a tile are alike."""
+        """0 where visible and −inf elsewhere, `[queries, keys]`; a few are kept, since most bands are alike."""
         n, m = at.queries[1] - at.queries[0], at.keys[1] - at.keys[0]
         key = (n, m, at.lead)
         if key not in self._bands:

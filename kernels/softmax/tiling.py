@@ -8,6 +8,8 @@ from typing import NamedTuple
 from ..documents import Run
 from ..mask import Mask, Tile
 
+NARROW = 512  # windows up to this many keys are cut into bands alone
+
 
 class Rectangle(NamedTuple):
     """Rows, queries and keys (half-open index ranges) that one call of an attention routine takes.
@@ -96,7 +98,9 @@ def _causal(a: int, b: int, c: int, d: int) -> Iterator[_Cut]:
 
 
 def _window(a: int, b: int, c: int, d: int, window: int) -> Iterator[_Cut]:
-    """Blocks of queries: the keys that leave the window inside the block, those that all see, the diagonal."""
+    """Blocks of queries against their keys: in one band where the window is narrow, since calls and merges cost more
+    than a few hidden pairs; else the keys that leave the window inside the block, those that all see, the diagonal.
+    """
     if c >= d:
         return
     if b - c <= window:  # the last query still sees the first key
@@ -107,8 +111,8 @@ def _window(a: int, b: int, c: int, d: int, window: int) -> Iterator[_Cut]:
     for low in range(first, last, step):
         high = min(low + step, last)
         oldest, kept = max(c, low - window + 1), max(c, high - window)
-        if high - low > window:
-            yield _Cut(low, high, oldest, min(d, high), "band")
+        if window <= NARROW or high - low > window:
+            yield _Cut(low, high, oldest, min(d, high), "band" if high - low > 1 else "full")
             continue
         if oldest < kept:
             leaving = min(kept, d)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longreach.kernels.pointwise import cross_entropy
 
@@ -74,20 +73,9 @@ def test_bfloat16_sums_in_float32():
         assert (a - b).norm() / b.norm() < 0.02
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
-        return result
-
-
 def test_logits_of_a_chunk_are_the_most_that_exists():
     hidden, weight, _, targets = inputs(tokens=1000, width=8, vocabulary=300, dtype=torch.float32)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         cross_entropy(hidden, weight, targets, chunk=64).backward()
     assert largest.numel == 64 * 300
 
