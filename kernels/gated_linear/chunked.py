@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..documents import Documents
 from .decay import ChannelDecay, TokenDecay
-from .slabs import Block, Borders, Grid, Slab, blocks, load, store
+from .slabs import Block, Borders, Grid, Lanes, Slab, States, blocks
 
 
 @dataclass(frozen=True)
@@ -74,39 +75,42 @@ class Problem:
 
 
 class Sweep:
-    """One block of rows and heads: its parts of the inputs, its grid of slabs, its workspaces."""
+    """One block of rows and heads: its grid of slabs, its parts of tensors, its workspaces."""
 
     def __init__(self, problem: Problem, block: Block) -> None:
-        self.block, self.scale, self.heads = block, problem.scale, problem.heads
-        self.q, self.k, self.v = (block.of(x, problem.heads) for x in (problem.q, problem.k, problem.v))
-        rows, length, heads, self.value_dim = self.v.shape
-        self.key_dim = self.k.shape[-1]
+        self.block, self.problem = block, problem
+        rows, length, heads, self.value_dim = problem.v[block.rows, :, block.heads].shape
+        self.key_dim = problem.k.shape[-1]
         self.grid = Grid(rows, heads, length, problem.dtype, problem.q.device)
         self.borders = Borders(problem.documents.rows(block.rows.start, block.rows.stop), self.grid)
         self.decay = self._decay(problem.log_decay)
-        self.works: dict[str, Tensor] = {}
+        self.sources = {name: self.part(x) for name, x in zip("qkv", (problem.q, problem.k, problem.v), strict=True)}
+        self.works: dict[tuple[str, int], Tensor] = {}
 
     def _decay(self, log_decay: Tensor | None) -> TokenDecay | ChannelDecay:
-        if log_decay is not None and log_decay.dim() == 4:
-            return ChannelDecay(self.block.of(log_decay, self.heads), self.grid)
-        if log_decay is not None and log_decay.dim() == 3:
-            return TokenDecay(self.block.of(log_decay, self.heads), self.grid)
-        constant = self.v.new_zeros(self.grid.heads) if log_decay is None else log_decay[self.block.heads]
+        if log_decay is not None and log_decay.dim() > 1:
+            kind = ChannelDecay if log_decay.dim() == 4 else TokenDecay
+            return kind(self.block.of(log_decay, self.problem.heads), self.grid)
+        constant = self.problem.v.new_zeros(self.grid.heads) if log_decay is None else log_decay[self.block.heads]
         return TokenDecay(constant.expand(self.grid.rows, self.grid.length, -1), self.grid, constant)
+
+    def part(self, x: Tensor) -> Lanes:
+        """The block's part of a tensor `[B, T, heads or groups, D]`."""
+        return Lanes(self.block.of(x, self.problem.heads), self.grid)
 
     def work(self, name: str, dim: int, slab: Slab) -> Tensor:
         """The workspace `name` for a slab, `[N, C, dim]`; zero when first used."""
-        if name not in self.works:
-            self.works[name] = self.grid.workspace(dim).zero_()
-        return self.works[name][: slab.chunks].view(-1, self.grid.chunk, dim)
-
-    def load(self, name: str, x: Tensor, slab: Slab) -> Tensor:
-        self.work(name, x.shape[-1], slab)
-        return load(self.works[name], x, slab)
+        key = name, slab.chunks
+        if key not in self.works:
+            whole = self.works.get((name, 0))
+            if whole is None:
+                whole = self.works[name, 0] = self.grid.workspace(dim)
+            self.works[key] = whole[: slab.chunks].view(-1, self.grid.chunk, dim)
+        return self.works[key]
 
     def load_queries(self, slab: Slab) -> Tensor:
-        q = self.load("q", self.q, slab)
-        return q if self.scale == 1.0 else q.mul_(self.scale)
+        q = self.sources["q"].load(slab)
+        return q if self.problem.scale == 1.0 else q.mul_(self.problem.scale)
 
     def prepare(self, slab: Slab, *, scores: bool = True) -> None:
         self.decay.load(slab, self.borders.masks(slab), scores=scores)
@@ -116,17 +120,20 @@ class Sweep:
         self.decay.scores(q, k, scores)
         return scores
 
-    def advance(self, states: Tensor, keys: Tensor, v: Tensor, slab: Slab) -> None:
-        """Fills `states[1:]` from `states[0]` and the slab's decayed keys and values."""
-        torch.bmm(keys.mT, v, out=states[1 : slab.chunks + 1].view(-1, self.key_dim, self.value_dim))
-        for n in range(slab.chunks):
-            states[n + 1].addcmul_(states[n], self.decay.through[n])
+    def new_states(self) -> States:
+        return States(self.grid, self.key_dim, self.value_dim)
 
-    def retreat(self, dstates: Tensor, queries: Tensor, dout: Tensor, slab: Slab) -> None:
-        """Fills `dstates[:chunks]` from `dstates[chunks]` and the slab's decayed queries and output gradients."""
-        torch.bmm(queries.mT, dout, out=dstates[: slab.chunks].view(-1, self.key_dim, self.value_dim))
+    def advance(self, states: States, keys: Tensor, v: Tensor, slab: Slab) -> None:
+        """Fills the states after each chunk from the one before the first, the slab's decayed keys and its values."""
+        torch.bmm(keys.mT, v, out=states.after[slab.chunks])
+        for n in range(slab.chunks):
+            states.at[n + 1].addcmul_(states.at[n], self.decay.through[n])
+
+    def retreat(self, dstates: States, queries: Tensor, dout: Tensor, slab: Slab) -> None:
+        """Fills the gradients before each chunk from the one after the last, and the slab's decayed queries."""
+        torch.bmm(queries.mT, dout, out=dstates.before[slab.chunks])
         for n in reversed(range(slab.chunks)):
-            dstates[n].addcmul_(dstates[n + 1], self.decay.through[n])
+            dstates.at[n].addcmul_(dstates.at[n + 1], self.decay.through[n])
 
     def lanes(self, state: Tensor) -> Tensor:
         """The block's part of a state `[B, H, K, V]` as `[lanes, K, V]`."""
@@ -136,27 +143,23 @@ class Sweep:
         part = self.block.of_state(state)
         part.copy_(lanes.view_as(part))
 
-    def flat(self, states: Tensor) -> Tensor:
-        return states.reshape(-1, self.key_dim, self.value_dim)
-
 
 def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out in q's type, final state)."""
     out = torch.empty(problem.v.shape, dtype=problem.q.dtype, device=problem.q.device)
     entering, final = problem.entering(initial_state), problem.new_states()
     for sweep in problem.sweeps():
-        states = sweep.grid.states(sweep.key_dim, sweep.value_dim)
-        states[0] = sweep.lanes(entering)
-        part = sweep.block.of(out, problem.heads)
+        states, part = sweep.new_states(), sweep.part(out)
+        states.at[0].copy_(sweep.lanes(entering))
         for slab in sweep.grid.slabs():
-            q, k, v = sweep.load_queries(slab), sweep.load("k", sweep.k, slab), sweep.load("v", sweep.v, slab)
+            q, k, v = sweep.load_queries(slab), sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
             sweep.prepare(slab)
-            o = torch.bmm(sweep.scored(slab, q, k), v, out=sweep.work("o", sweep.value_dim, slab))
+            o = torch.bmm(sweep.scored(slab, q, k), v, out=part.flat[slab.chunks])
             sweep.advance(states, k.mul_(sweep.decay.leave), v, slab)
-            o.baddbmm_(q.mul_(sweep.decay.enter), sweep.flat(states[: slab.chunks]))
-            store(part, o, slab)
-            states[0] = states[slab.chunks]
-        sweep.put(final, states[0])
+            o.baddbmm_(q.mul_(sweep.decay.enter), states.before[slab.chunks])
+            part.store(slab)
+            states.at[0].copy_(states.at[slab.chunks])
+        sweep.put(final, states.at[0])
     return out, final
 
 
@@ -164,18 +167,16 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
     """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches."""
     entering = problem.entering(state)
     for sweep in problem.sweeps():
-        states = sweep.grid.states(sweep.key_dim, sweep.value_dim)
-        states[0] = sweep.lanes(entering)
-        part = sweep.block.of(out, problem.heads)
+        states, part = sweep.new_states(), sweep.part(out)
+        states.at[0].copy_(sweep.lanes(entering))
         for slab in sweep.grid.slabs(problem.reach):
             q = sweep.load_queries(slab)
             sweep.prepare(slab, scores=False)
             for n in range(slab.chunks):
-                torch.mul(states[n], sweep.decay.through[n], out=states[n + 1])
-            o = sweep.work("o", sweep.value_dim, slab)
-            torch.bmm(q.mul_(sweep.decay.enter), sweep.flat(states[: slab.chunks]), out=o)
-            store(part, o, slab, add=True)
-            states[0] = states[slab.chunks]
+                torch.mul(states.at[n], sweep.decay.through[n], out=states.at[n + 1])
+            torch.bmm(q.mul_(sweep.decay.enter), states.before[slab.chunks], out=part.flat[slab.chunks])
+            part.store(slab, add=True)
+            states.at[0].copy_(states.at[slab.chunks])
     return out
 
 
@@ -183,14 +184,13 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
     """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches."""
     dinitial = problem.new_states()
     for sweep in problem.sweeps():
-        dstates = sweep.grid.states(sweep.key_dim, sweep.value_dim)
-        dpart = sweep.block.of(dout, problem.heads)
+        dstates, dpart = sweep.new_states(), sweep.part(dout)
         for slab in reversed(sweep.grid.slabs(problem.reach)):
-            dstates[slab.chunks] = dstates[0]
-            q, do = sweep.load_queries(slab), sweep.load("do", dpart, slab)
+            dstates.at[slab.chunks].copy_(dstates.at[0])
+            q, do = sweep.load_queries(slab), dpart.load(slab)
             sweep.prepare(slab, scores=False)
             sweep.retreat(dstates, q.mul_(sweep.decay.enter), do, slab)
-        sweep.put(dinitial, dstates[0])
+        sweep.put(dinitial, dstates.at[0])
     return problem.entering(dinitial)
 
 
@@ -205,26 +205,34 @@ def backward(
         dlog_decay = torch.zeros_like(log_decay, dtype=torch.float64 if log_decay.dim() == 1 else None)
     entering, dinitial = problem.entering(initial_state), problem.new_states()
     for sweep in problem.sweeps():
-        targets = [sweep.block.of(x, problem.heads) for x in (dq, dk, dv)]
-        dstates = sweep.grid.states(sweep.key_dim, sweep.value_dim)
+        parts = Gradients(*(sweep.part(x) for x in (dq, dk, dv)))
+        ddecay = None if dlog_decay is None else DecayGradient(sweep, dlog_decay)
+        given, states, dstates = sweep.part(dout), sweep.new_states(), sweep.new_states()
         if dfinal_state is not None:
-            dstates[0] = sweep.lanes(dfinal_state)
+            dstates.at[0].copy_(sweep.lanes(dfinal_state))
         starts = _slab_starts(sweep, sweep.lanes(entering))
-        states = sweep.grid.states(sweep.key_dim, sweep.value_dim)
         for slab, start in zip(reversed(sweep.grid.slabs()), reversed(starts), strict=True):
-            states[0] = start
-            dstates[slab.chunks] = dstates[0]
-            do = sweep.load("do", sweep.block.of(dout, problem.heads), slab)
-            gradients = _slab_backward(sweep, slab, do, states, dstates)
-            if dlog_decay is not None:
-                _add_decay_gradient(sweep, slab, gradients[0], gradients[1], states, dstates, dlog_decay)
-            gradients[0].mul_(problem.scale)
-            for target, gradient in zip(targets, gradients, strict=True):
-                store(target, gradient, slab)
-        sweep.put(dinitial, dstates[0])
+            states.at[0].copy_(start)
+            dstates.at[slab.chunks].copy_(dstates.at[0])
+            _slab_backward(sweep, slab, given.load(slab), states, dstates, parts)
+            if ddecay is not None:
+                ddecay.add(slab, parts, states, dstates)
+            if problem.scale != 1.0:
+                parts.q.flat[slab.chunks].mul_(problem.scale)
+            for part in parts:
+                part.store(slab)
+        sweep.put(dinitial, dstates.at[0])
     if dlog_decay is not None and log_decay is not None:
         dlog_decay = dlog_decay.to(log_decay.dtype)
     return (dq, dk, dv, dlog_decay), problem.entering(dinitial)
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of q, k and v go."""
+
+    q: Lanes
+    k: Lanes
+    v: Lanes
 
 
 def _slab_starts(sweep: Sweep, state: Tensor) -> list[Tensor]:
@@ -232,55 +240,56 @@ def _slab_starts(sweep: Sweep, state: Tensor) -> list[Tensor]:
     slabs = sweep.grid.slabs()
     starts = torch.empty(len(slabs), *state.shape, dtype=state.dtype, device=state.device)
     starts[0] = state
-    states = sweep.grid.states(sweep.key_dim, sweep.value_dim)
+    states = sweep.new_states()
     for number, slab in enumerate(slabs[:-1]):
-        states[0] = starts[number]
-        k, v = sweep.load("k", sweep.k, slab), sweep.load("v", sweep.v, slab)
+        states.at[0].copy_(starts[number])
+        k, v = sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
         sweep.prepare(slab, scores=False)
         sweep.advance(states, k.mul_(sweep.decay.leave), v, slab)
-        starts[number + 1] = states[slab.chunks]
+        starts[number + 1] = states.at[slab.chunks]
     return list(starts)
 
 
-def _slab_backward(
-    sweep: Sweep, slab: Slab, do: Tensor, states: Tensor, dstates: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq of the scaled queries, dk, dv) as workspaces; completes the slab's `states` and `dstates`."""
-    n, key_dim, value_dim = slab.chunks, sweep.key_dim, sweep.value_dim
-    q, k, v = sweep.load_queries(slab), sweep.load("k", sweep.k, slab), sweep.load("v", sweep.v, slab)
+def _slab_backward(sweep: Sweep, slab: Slab, do: Tensor, states: States, dstates: States, parts: Gradients) -> None:
+    """Fills the slab's gradients, that of the scaled queries among them, and completes `states` and `dstates`."""
+    n = slab.chunks
+    q, k, v = sweep.load_queries(slab), sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
+    dq, dk, dv = (part.flat[n] for part in parts)
     sweep.prepare(slab)
     enter, leave = sweep.decay.enter, sweep.decay.leave
-    dq, dk, spare = (sweep.work(name, key_dim, slab) for name in ("dq", "dk", "spare"))
 
-    scores = sweep.scored(slab, q, k)
-    dv = torch.bmm(scores.mT, do, out=sweep.work("o", value_dim, slab))
+    torch.bmm(sweep.scored(slab, q, k).mT, do, out=dv)
     dscores = torch.bmm(do, v.mT, out=sweep.work("dscores", sweep.grid.chunk, slab))
     sweep.decay.scores_backward(dscores, q, k, dq, dk)
 
+    spare = sweep.work("spare", sweep.key_dim, slab)
+    sweep.retreat(dstates, torch.mul(q, enter, out=spare), do, slab)
     keys = torch.mul(k, leave, out=spare)
     sweep.advance(states, keys, v, slab)
-    queries = torch.mul(q, enter, out=sweep.work("queries", key_dim, slab))
-    sweep.retreat(dstates, queries, do, slab)
-    dv.baddbmm_(keys, sweep.flat(dstates[1 : n + 1]))
-    dq.addcmul_(torch.bmm(do, sweep.flat(states[:n]).mT, out=spare), enter)
-    dk.addcmul_(torch.bmm(v, sweep.flat(dstates[1 : n + 1]).mT, out=spare), leave)
-    return dq, dk, dv
+    dv.baddbmm_(keys, dstates.after[n])
+    dq.addcmul_(torch.bmm(do, states.before[n].mT, out=spare), enter)
+    dk.addcmul_(torch.bmm(v, dstates.after[n].mT, out=spare), leave)
 
 
-def _add_decay_gradient(
-    sweep: Sweep, slab: Slab, dq: Tensor, dk: Tensor, states: Tensor, dstates: Tensor, dlog_decay: Tensor
-) -> None:
-    """Writes the slab's part of the decay's gradient, or adds it to that of a constant."""
-    q, k = (sweep.work(name, sweep.key_dim, slab) for name in ("q", "k"))
-    moments = torch.mul(q, dq, out=sweep.work("spare", sweep.key_dim, slab)).addcmul_(k, dk, value=-1.0)
-    inner = slice(1, slab.chunks + 1)
-    ends = torch.linalg.vecdot(states[inner], dstates[inner]).flatten(0, 1)
-    gradient = sweep.decay.gradient(moments, ends)
-    if dlog_decay.dim() == 1:
-        by_head = gradient.view(slab.chunks, sweep.grid.rows, sweep.grid.heads, -1)
-        real = slab.stop - slab.start
-        by_token = by_head.permute(0, 3, 1, 2).flatten(0, 1)[:real]
-        dlog_decay[sweep.block.heads] += by_token.sum((0, 1))
-    else:
-        part = sweep.block.of(dlog_decay, sweep.heads)
-        store(part if part.dim() == 4 else part.unsqueeze(-1), gradient, slab)
+class DecayGradient:
+    """Where the gradient of log_decay goes: its block's part, or the sum over tokens for a constant."""
+
+    def __init__(self, sweep: Sweep, dlog_decay: Tensor) -> None:
+        self.sweep, self.constant = sweep, None
+        if dlog_decay.dim() == 1:
+            self.constant = dlog_decay[sweep.block.heads]
+        else:
+            self.part = sweep.part(dlog_decay if dlog_decay.dim() == 4 else dlog_decay.unsqueeze(-1))
+
+    def add(self, slab: Slab, gradients: Gradients, states: States, dstates: States) -> None:
+        sweep, n = self.sweep, slab.chunks
+        q, k = sweep.sources["q"].flat[n], sweep.sources["k"].flat[n]
+        spare = sweep.work("spare", sweep.key_dim, slab)
+        moments = torch.mul(q, gradients.q.flat[n], out=spare).addcmul_(k, gradients.k.flat[n], value=-1.0)
+        gradient = sweep.decay.gradient(moments, torch.linalg.vecdot(states.after[n], dstates.after[n]))
+        if self.constant is None:
+            self.part.flat[n].copy_(gradient)
+            self.part.store(slab)
+            return
+        by_head = gradient.view(n, sweep.grid.rows, sweep.grid.heads, -1).permute(2, 1, 0, 3).flatten(2)
+        self.constant += by_head[..., : slab.stop - slab.start].sum((1, 2))

@@ -12,8 +12,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .slabs import Grid, Masks, Slab, load
+from .slabs import Grid, Lanes, Masks, Slab
 
 # Two factors at the floor still multiply to a normal number.
 FLOOR = {torch.float32: -40.0, torch.float64: -300.0}
@@ -29,29 +30,33 @@ class TokenDecay:
     """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
-        self.log_decay, self.grid = log_decay.unsqueeze(-1), grid
-        self.work = grid.workspace(1, torch.float64)
-        self.between = grid.workspace(grid.chunk)  # e^{G_i − G_j}
+        self.grid, size = grid, grid.chunk
+        padded = F.pad(log_decay.double(), (0, 0, 0, -grid.length % size)).unflatten(1, (-1, size))
+        # Sums in float64, as differences of long sums follow: [all chunks, rows, heads, C, 1].
+        self.sums = padded.cumsum(2).permute(1, 0, 3, 2).unsqueeze(-1).contiguous()
+        ends = self.sums[..., -1:, :]
+        self.entering, self.leaving = factor(self.sums.clone(), grid.dtype), factor(ends - self.sums, grid.dtype)
+        self.passing = factor(ends.clone(), grid.dtype)
+        self.between = grid.workspace(size).flatten(0, 2)  # e^{G_i − G_j}
         self.fixed = None
         if constant is not None:
-            steps = torch.arange(grid.chunk, dtype=torch.float64, device=grid.device)
+            steps = torch.arange(size, dtype=torch.float64, device=grid.device)
             exponents = constant.double()[:, None, None] * (steps[:, None] - steps).clamp_(min=0)
             self.fixed = factor(exponents, grid.dtype).tril_()
 
     def load(self, slab: Slab, masks: Masks | None, *, scores: bool = True) -> None:
-        """Computes `enter` and `leave` `[N, C, 1]`, `through` `[chunks, lanes, 1, 1]`, and what scores need."""
-        total = load(self.work, self.log_decay, slab).cumsum(1)  # float64: differences of long sums
-        dtype = self.grid.dtype
-        n, shape = slab.chunks, (slab.chunks, self.grid.rows, self.grid.heads)
-        self.enter, self.leave = factor(total.clone(), dtype), factor(total[:, -1:] - total, dtype)
-        self.through = factor(total[:, -1:].clone(), dtype).view(n, -1, 1, 1)
-        self.masks, self.scored = masks, self.between[:n].view(-1, *self.between.shape[-2:])
-        if scores and self.fixed is None:
-            torch.sub(total, total.mT, out=self.scored)
-            self.scored.clamp_(min=FLOOR[dtype], max=0.0).exp_().tril_()
+        """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and what scores need."""
+        dtype, chunks = self.grid.dtype, slice(slab.first, slab.first + slab.chunks)
+        enter, leave, through = self.entering[chunks], self.leaving[chunks], self.passing[chunks]
         if masks is not None:
-            for own, mask in zip((self.enter, self.leave, self.through), masks[1:], strict=True):
-                own.view(*shape, *mask.shape[3:]).mul_(mask)
+            enter, leave, through = enter * masks.enter, leave * masks.leave, through * masks.through
+        self.masks = masks
+        self.enter, self.leave = enter.flatten(0, 2), leave.flatten(0, 2)
+        self.through = through.flatten(1, 2).unbind(0)
+        if scores and self.fixed is None:
+            sums = self.sums[chunks].flatten(0, 2)
+            self.scored = torch.sub(sums, sums.mT, out=self.between[: len(sums)])
+            self.scored.clamp_(min=FLOOR[dtype], max=0.0).exp_().tril_()
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
         """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0."""
@@ -64,30 +69,20 @@ class TokenDecay:
         torch.bmm(dscores.mT, q, out=dk)
 
     def _decay(self, scores: Tensor) -> None:
-        by_head = scores.view(-1, self.grid.rows, self.grid.heads, *scores.shape[1:])
-        by_head.mul_(self.scored.view_as(by_head) if self.fixed is None else self.fixed)
+        if self.fixed is None:
+            scores.mul_(self.scored)
+        else:
+            scores.view(-1, *self.fixed.shape).mul_(self.fixed)
         if self.masks is not None:
-            by_head.mul_(self.masks.same)
+            _by_row(scores, self.grid).mul_(self.masks.same)
 
     def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
-        """dg_t = Σ_{s>=t} moment_s + Σ S_end ⊙ dS_end, for `moments` = q·dq − k·dk `[N, C, K]`, `ends` `[N, K]`."""
-        own = moments.sum(-1, keepdim=True, dtype=torch.float64)
+        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
+        own = moments.sum(-1, keepdim=True).double()
         end = ends.sum(-1, dtype=torch.float64)[:, None, None]
         if self.masks is None:
             return own.flip(1).cumsum_(1).flip(1).add_(end)
-        return _later(own, self.masks.same.double()) + end * _spread(self.masks.leave, self.grid).double()
-
-
-def _later(moments: Tensor, same: Tensor) -> Tensor:
-    """Σ over the tokens from t on that are of t's document."""
-    n, rows, _, size, _ = same.shape
-    by_row = moments.view(n, rows, -1, size, moments.shape[-1])
-    return torch.matmul(same.mT, by_row).view_as(moments)
-
-
-def _spread(mask: Tensor, grid: Grid) -> Tensor:
-    """A mask of rows for every head: `[N, …]`."""
-    return mask.expand(-1, -1, grid.heads, -1, -1).reshape(-1, *mask.shape[3:])
+        return _later(own, self.masks, self.grid).addcmul_(end, _spread(self.masks.leave, self.grid).double())
 
 
 class ChannelDecay:
@@ -100,53 +95,56 @@ class ChannelDecay:
     """
 
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
-        self.log_decay, self.grid = log_decay, grid
-        keys, size = log_decay.shape[-1], grid.chunk
-        self.leaf = min(LEAF, size)
-        self.levels = []
-        reach = self.leaf
-        while reach < size:
-            self.levels.append((reach, grid.workspace(keys)))
-            reach *= 2
-        self.prefix, self.suffix = grid.workspace(keys), grid.workspace(keys)
+        self.grid, keys = grid, log_decay.shape[-1]
+        self.log_decay = Lanes(log_decay, grid)
+        self.leaf = min(LEAF, grid.chunk)
+        self.leaves = grid.chunk // self.leaf
+        self.reaches = [self.leaf << level for level in range(self.leaves.bit_length() - 1)]
+        self.works = [grid.workspace(keys).flatten(0, 2) for _ in range(len(self.reaches) + 4)]
+        within = torch.ones(self.leaf, self.leaf, dtype=grid.dtype, device=grid.device)
+        self.upto, self.beyond = within.tril(), within.triu(1)
+        self.others = _leaves_between(self.leaves, [reach // self.leaf for reach in self.reaches]).to(within)
+        self.later = grid.workspace(0).new_ones(grid.chunk, grid.chunk).triu_()
 
     def load(self, slab: Slab, masks: Masks | None, *, scores: bool = True) -> None:
-        """Computes `enter` and `leave` `[N, C, K]`, `through` `[chunks, lanes, K, 1]`, and what scores need."""
-        dtype, n = self.grid.dtype, slab.chunks
-        upto = load(self.prefix, self.log_decay, slab)  # becomes the sum of the block's log decays up to a token
-        beyond = self.suffix[:n].view_as(upto).zero_()  # … and that of those behind it
+        """Sets `enter` and `leave` `[N, C, K]`, `through` (`[lanes, K, 1]` a chunk), and what scores need."""
+        dtype, floor = self.grid.dtype, math.exp(FLOOR[self.grid.dtype])
+        decays = self.log_decay.load(slab)
+        n, _, keys = decays.shape
+        upto, beyond, enter, leave, *works = (work[:n] for work in self.works)
+        by_leaf = decays.view(-1, self.leaf, keys)
+        torch.bmm(self.upto.expand(len(by_leaf), -1, -1), by_leaf, out=upto.view_as(by_leaf))
+        torch.bmm(self.beyond.expand(len(by_leaf), -1, -1), by_leaf, out=beyond.view_as(by_leaf))
+        shape = (n, self.leaves, self.leaf, keys)
+        totals = upto.view(shape)[:, :, -1]
+        others = factor(torch.matmul(self.others, totals), dtype).view(n, -1, self.leaves, 1, keys)
+        upto, beyond = factor(upto, dtype).view(shape), factor(beyond, dtype).view(shape)
+        self.masks, self.factors = masks, {}
         if scores:
-            self.steps = self._steps(upto)
-        factors = {reach: work[:n].view_as(upto) for reach, work in self.levels} if scores else {}
-        reach = 1
-        while reach < upto.shape[1]:
-            upto_pairs, beyond_pairs = _pairs(upto, reach), _pairs(beyond, reach)
-            if reach in factors:
-                pairs = _pairs(factors[reach], reach)
-                pairs[:, :, 0].copy_(beyond_pairs[:, :, 0])
-                pairs[:, :, 1].copy_(upto_pairs[:, :, 1])
-                factor(factors[reach], dtype)
-            beyond_pairs[:, :, 0] += upto_pairs[:, :, 1, -1:]
-            upto_pairs[:, :, 1] += upto_pairs[:, :, 0, -1:]
-            reach *= 2
-        self.factors, self.masks = factors, masks
-        self.enter, self.leave = factor(upto, dtype), factor(beyond, dtype)
-        self.through = upto[:, -1].reshape(n, -1, upto.shape[-1], 1)
+            self.steps = self._steps(decays, floor)
+            for level, (reach, work) in enumerate(zip(self.reaches, works, strict=True)):
+                earlier, later = _halves(work.view(shape), reach // self.leaf)
+                other = _halves(others[:, level], reach // self.leaf)
+                torch.mul(_halves(beyond, reach // self.leaf)[0], other[0], out=earlier)
+                torch.mul(_halves(upto, reach // self.leaf)[1], other[1], out=later)
+                self.factors[reach] = work.clamp_(min=floor)
+        torch.mul(upto, others[:, -2], out=enter.view(shape))
+        torch.mul(beyond, others[:, -1], out=leave.view(shape))
+        self.enter, self.leave = enter.clamp_(min=floor), leave.clamp_(min=floor)
+        through = enter[:, -1].reshape(slab.chunks, self.grid.rows, self.grid.heads, keys, 1)
         if masks is not None:
-            shape = (n, self.grid.rows, self.grid.heads)
-            self.enter.view(*shape, *upto.shape[1:]).mul_(masks.enter)
-            self.leave.view(*shape, *upto.shape[1:]).mul_(masks.leave)
-            self.through = (self.through.view(*shape, -1, 1) * masks.through).view_as(self.through)
+            through = through * masks.through
+            _by_row(enter, self.grid).mul_(masks.enter)
+            _by_row(leave, self.grid).mul_(masks.leave)
+        self.through = through.flatten(1, 2).unbind(0)
 
-    def _steps(self, log_decay: Tensor) -> list[Tensor]:
-        """For offsets d = 1 … leaf − 1: e^{g_{i−d+1} + … + g_i} for the tokens i >= d of each leaf."""
-        floor = math.exp(FLOOR[self.grid.dtype])
-        step = factor(log_decay.clone(), self.grid.dtype).unflatten(1, (-1, self.leaf))
+    def _steps(self, log_decay: Tensor, floor: float) -> list[Tensor]:
+        """For offsets d = 1 … leaf − 1: e^{g_{i−d+1} + … + g_i} for i >= d in each leaf; changes its input."""
+        step = factor(log_decay, self.grid.dtype).unflatten(1, (-1, self.leaf))
         reached, steps = step[:, :, 1:], []
         for offset in range(1, self.leaf):
             if offset > 1:
-                reached = torch.mul(reached[:, :, :-1], step[:, :, offset:])
-                reached.clamp_(min=floor)
+                reached = torch.mul(reached[:, :, :-1], step[:, :, offset:]).clamp_(min=floor)
             steps.append(reached)
         return steps
 
@@ -176,33 +174,62 @@ class ChannelDecay:
         for reach, decay in self.factors.items():
             later, earlier = self._about(q, k, decay, reach)
             given = _border_blocks(dscores, reach).reshape(-1, reach, reach)
-            halves, dlater = _pairs(decay, reach), _pairs(dq, reach)[:, :, 1]
-            dlater.addcmul_(torch.bmm(given, earlier).view_as(dlater), halves[:, :, 1])
-            dearlier = _pairs(dk, reach)[:, :, 0]
-            dearlier.addcmul_(torch.bmm(given.mT, later).view_as(dearlier), halves[:, :, 0])
+            before, after = _halves(decay, reach)
+            dlater, dearlier = _halves(dq, reach)[1], _halves(dk, reach)[0]
+            dlater.addcmul_(torch.bmm(given, earlier).view_as(dlater), after)
+            dearlier.addcmul_(torch.bmm(given.mT, later).view_as(dearlier), before)
 
     def _about(self, q: Tensor, k: Tensor, decay: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Queries of each later block decayed from the border on, keys of each earlier one decayed up to it."""
-        halves = _pairs(decay, reach)
-        later, earlier = _pairs(q, reach)[:, :, 1] * halves[:, :, 1], _pairs(k, reach)[:, :, 0] * halves[:, :, 0]
+        before, after = _halves(decay, reach)
+        later, earlier = _halves(q, reach)[1] * after, _halves(k, reach)[0] * before
         return later.flatten(0, 1), earlier.flatten(0, 1)
 
     def _mask(self, scores: Tensor) -> None:
         if self.masks is not None:
-            scores.view(-1, self.grid.rows, self.grid.heads, *scores.shape[1:]).mul_(self.masks.same)
+            _by_row(scores, self.grid).mul_(self.masks.same)
 
     def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
         """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
         if self.masks is None:
-            size = moments.shape[1]
-            later = moments.new_ones(size, size).triu_()
-            return torch.bmm(later.expand(len(moments), -1, -1), moments).add_(ends[:, None])
-        return _later(moments, self.masks.same) + ends[:, None] * _spread(self.masks.leave, self.grid)
+            return torch.bmm(self.later.expand(len(moments), -1, -1), moments).add_(ends[:, None])
+        return _later(moments, self.masks, self.grid).addcmul_(ends[:, None], _spread(self.masks.leave, self.grid))
 
 
-def _pairs(x: Tensor, reach: int) -> Tensor:
-    """`[N, C, D]` as `[N, C / 2h, 2, h, D]`: neighbouring blocks of h = `reach` tokens, two by two."""
-    return x.view(x.shape[0], -1, 2, reach, x.shape[-1])
+def _by_row(x: Tensor, grid: Grid) -> Tensor:
+    """`[N, …]` as `[chunks, rows, heads, …]`."""
+    return x.view(-1, grid.rows, grid.heads, *x.shape[1:])
+
+
+def _later(moments: Tensor, masks: Masks, grid: Grid) -> Tensor:
+    """Σ over the tokens from t on that are of t's document."""
+    return torch.matmul(masks.same.mT.to(moments.dtype), _by_row(moments, grid)).view_as(moments)
+
+
+def _spread(mask: Tensor, grid: Grid) -> Tensor:
+    """A mask of rows for every head: `[N, …]`."""
+    return mask.expand(-1, -1, grid.heads, -1, -1).flatten(0, 2)
+
+
+def _leaves_between(leaves: int, reaches: list[int]) -> Tensor:
+    """0/1 rows `[(levels + 2) leaves, leaves]`: which other leaves lie between a leaf and what it is measured to.
+
+    For each reach that is the border between its pair of blocks of so many leaves; then the chunk's start and end.
+    """
+    index = torch.arange(leaves)
+    before, after = index < index[:, None], index > index[:, None]
+    rows = []
+    for reach in reaches:
+        block = index // reach
+        side = torch.where((block % 2 == 1)[:, None], before, after)
+        rows.append(side & (block == block[:, None]))
+    return torch.cat([*rows, before, after])
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Dimension 1 of x as pairs of neighbouring blocks of `size`: the earlier and the later ones `[N, P, size, …]`."""
+    pairs = x.unflatten(1, (-1, 2, size))
+    return pairs[:, :, 0], pairs[:, :, 1]
 
 
 def _border_blocks(scores: Tensor, reach: int) -> Tensor:

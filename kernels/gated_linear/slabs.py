@@ -52,6 +52,7 @@ class Slab(NamedTuple):
 
     start: int
     stop: int
+    first: int  # index of its first chunk
     chunks: int
 
 
@@ -92,53 +93,66 @@ class Grid:
         """All slabs in order, or those that hold the first `limit` tokens."""
         size, end = self.chunks * self.chunk, self.length if limit is None else limit
         stops = [(start, min(start + size, self.length)) for start in range(0, end, size)]
-        return [Slab(start, stop, -(-(stop - start) // self.chunk)) for start, stop in stops]
+        return [Slab(start, stop, start // self.chunk, -(-(stop - start) // self.chunk)) for start, stop in stops]
 
-    def workspace(self, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        """`[chunks, rows, heads, C, dim]`, uninitialised."""
+    def workspace(self, dim: int) -> Tensor:
+        """Zeros `[chunks, rows, heads, C, dim]`."""
         shape = (self.chunks, self.rows, self.heads, self.chunk, dim)
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def states(self, key_dim: int, value_dim: int) -> Tensor:
-        """`[chunks + 1, lanes, K, V]`: the states, or their gradients, at the borders of a slab's chunks."""
-        shape = (self.chunks + 1, self.lanes, key_dim, value_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
-def load(workspace: Tensor, x: Tensor, slab: Slab) -> Tensor:
-    """Copies a slab of `[B, T, G, D]` to `[chunks·lanes, C, D]`; groups become heads, what is past the end 0."""
-    n, rows, heads, size, dim = workspace.shape
-    groups = x.shape[2]
-    target = workspace.view(n, rows, groups, heads // groups, size, dim)
-    whole, rest = divmod(slab.stop - slab.start, size)
-    cut = slab.start + whole * size
-    if whole:
-        target[:whole].copy_(x[:, slab.start : cut].unflatten(1, (whole, size)).permute(1, 0, 3, 2, 4).unsqueeze(3))
-    if rest:
-        target[whole, ..., :rest, :].copy_(x[:, cut : slab.stop].permute(0, 2, 1, 3).unsqueeze(2))
-        target[whole, ..., rest:, :].zero_()
-    return workspace[: slab.chunks].view(-1, size, dim)
+class Lanes:
+    """A tensor `[B, T, G, D]` of a block, read and written slab by slab as `[N, C, D]` with N = chunks * lanes.
+
+    Groups become heads on reading and are summed on writing; what is past the end is read as 0.
+    """
+
+    def __init__(self, x: Tensor, grid: Grid) -> None:
+        rows, length, groups, dim = x.shape
+        size = grid.chunk
+        self.size, self.whole = size, length // size
+        cut = self.whole * size
+        self.chunks = x[:, :cut].unflatten(1, (self.whole, size)).permute(1, 0, 3, 2, 4).unsqueeze(3)
+        self.rest = x[:, cut:].permute(0, 2, 1, 3).unsqueeze(2)
+        self.work = grid.workspace(dim)
+        self.grouped = self.work.view(-1, rows, groups, grid.heads // groups, size, dim)
+        self.flat = {n: self.work[:n].view(-1, size, dim) for n in {slab.chunks for slab in grid.slabs()}}
+
+    def load(self, slab: Slab) -> Tensor:
+        """The slab, copied to the workspace."""
+        whole = min(slab.chunks, self.whole - slab.first)
+        if whole:
+            self.grouped[:whole].copy_(self.chunks[slab.first : slab.first + whole])
+        if whole < slab.chunks:
+            rest = self.rest.shape[-2]
+            self.grouped[whole, ..., :rest, :].copy_(self.rest)
+            self.grouped[whole, ..., rest:, :].zero_()
+        return self.flat[slab.chunks]
+
+    def store(self, slab: Slab, *, add: bool = False) -> None:
+        """Writes the workspace to the slab, or adds it."""
+        values = self.grouped.sum(3, keepdim=True) if self.grouped.shape[3] > 1 else self.grouped
+        whole = min(slab.chunks, self.whole - slab.first)
+        parts = [(self.chunks[slab.first : slab.first + whole], values[:whole])] if whole else []
+        if whole < slab.chunks:
+            parts.append((self.rest, values[whole, ..., : self.rest.shape[-2], :]))
+        for target, part in parts:
+            if add:
+                target.add_(part)
+            else:
+                target.copy_(part)
 
 
-def store(x: Tensor, lanes: Tensor, slab: Slab, *, add: bool = False) -> None:
-    """Writes `[chunks·lanes, C, D]` to a slab of `[B, T, G, D]`, or adds it; heads of a group are summed."""
-    rows, _, groups, dim = x.shape
-    size = lanes.shape[1]
-    source = lanes.view(slab.chunks, rows, groups, -1, size, dim)
-    source = source.sum(3) if source.shape[3] > 1 else source.squeeze(3)
-    whole, rest = divmod(slab.stop - slab.start, size)
-    cut = slab.start + whole * size
-    pairs = []
-    if whole:
-        target = x[:, slab.start : cut].unflatten(1, (whole, size))
-        pairs.append((target, source[:whole].permute(1, 0, 3, 2, 4)))
-    if rest:
-        pairs.append((x[:, cut : slab.stop], source[whole, ..., :rest, :].permute(0, 2, 1, 3)))
-    for target, part in pairs:
-        if add:
-            target.add_(part)
-        else:
-            target.copy_(part)
+class States:
+    """States, or their gradients, at the borders of a slab's chunks: `[chunks + 1, lanes, K, V]`."""
+
+    def __init__(self, grid: Grid, key_dim: int, value_dim: int) -> None:
+        shape = (grid.chunks + 1, grid.lanes, key_dim, value_dim)
+        self.each = torch.zeros(shape, dtype=grid.dtype, device=grid.device)
+        self.at = self.each.unbind(0)
+        sizes = {slab.chunks for slab in grid.slabs()}
+        self.before = {n: self.each[:n].view(-1, key_dim, value_dim) for n in sizes}  # each chunk's entering state
+        self.after = {n: self.each[1 : n + 1].view(-1, key_dim, value_dim) for n in sizes}  # … and its leaving one
 
 
 class Borders:
