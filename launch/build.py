@@ -19,10 +19,14 @@ def build(model: dict[str, Any]) -> LanguageModel:
     try:
         built = instantiate(model, _convert_="all")
     except InstantiationException as error:
-        cause = error.__cause__
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
         if isinstance(cause, ValueError):
             raise ValueError(str(cause)) from None
-        raise ValueError(f"model must be a configuration that can be made: {error}") from error
+        if isinstance(cause, ImportError | AttributeError | TypeError):
+            raise ValueError(f"model must name classes and settings that exist; {cause}. Check model.*") from error
+        raise
     if not isinstance(built, LanguageModel):
         raise ValueError(f"model._target_ must be a LanguageModel; got {type(built).__name__}")
     return built

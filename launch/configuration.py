@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -9,17 +10,18 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGURATIONS = "../conf"
+Schema = TypeVar("Schema")
 ConfigurationError = (HydraException, OmegaConfBaseException)
 
 
@@ -33,7 +35,7 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
-def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...]) -> None:
+def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...] = ()) -> None:
     """Calls a function made by `hydra.main`; configuration errors become one message, of the first rank alone.
 
     texts: settings whose values are taken as they are written, whatever Hydra's grammar makes of their characters.
@@ -81,13 +83,16 @@ def quoted(argument: str, texts: tuple[str, ...]) -> str:
 
 def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     """Hydra's message, with its cause, and the names that are near the one it did not find."""
-    lines = [str(error).strip()]
+    lines = [str(error).partition("\nConfig search path")[0].strip()]
+    if isinstance(error, OverrideParseException):
+        override = error.override
+        return f"The override {override!r} cannot be read: {lines[0]}\nPut the value in quotes: \"name='value'\""
     cause = error.__cause__
     if cause is not None and str(cause).splitlines():
         first = str(cause).splitlines()[0].strip()
         if first not in lines[0]:
             lines.append(first)
-    lines += _near(lines[0] + "\n" + "\n".join(lines[1:]), config_name, overrides)
+    lines += _near("\n".join(lines), config_name, overrides)
     return "\n".join(lines)
 
 
@@ -101,7 +106,7 @@ def _near(message: str, config_name: str, overrides: list[str]) -> list[str]:
     if not missing_key:
         return []
     key = missing_key.group(1)
-    known = settings_names(config_name, overrides)
+    known = [name for name in settings_names(config_name, overrides) if not key.startswith(f"{name}.")]
     near = _suggest(key, known, str)
     if near:
         return near
@@ -114,7 +119,7 @@ def _near(message: str, config_name: str, overrides: list[str]) -> list[str]:
 
 
 def _suggest(name: str, known: list[str], form: Callable[[str], str]) -> list[str]:
-    return _suggestion([form(match) for match in difflib.get_close_matches(name, known, n=3, cutoff=0.7)])
+    return _suggestion([form(match) for match in difflib.get_close_matches(name, known, n=3, cutoff=0.6)])
 
 
 def _suggestion(names: list[str]) -> list[str]:
@@ -142,6 +147,27 @@ def _names(value: Any, prefix: str) -> list[str]:
     for key, item in value.items():
         names += _names(item, f"{prefix}.{key}" if prefix else str(key))
     return names
+
+
+def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
+    """The schema's object, with plain lists and dicts. Raises ValueError for names that `+` has added to it."""
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, schema)
+    _refuse_unknown(settings, "")
+    return settings
+
+
+def _refuse_unknown(settings: Any, prefix: str) -> None:
+    known = [field.name for field in dataclasses.fields(settings)]
+    for name, value in vars(settings).items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(prefix + name for name in known)}"
+            )
+            raise ValueError(f"{prefix}{name} must be a setting; got a name that nothing reads. {hint}")
+        if dataclasses.is_dataclass(value):
+            _refuse_unknown(value, f"{prefix}{name}.")
 
 
 def choices() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
@@ -36,20 +36,6 @@ class GenerationSettings:
 
 
 configuration.register("generation", GenerationSettings)
-
-
-@hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="generate")
-def _compose(config: DictConfig) -> None:
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, GenerationSettings)
-    try:
-        generate(settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
 
 
 def generate(settings: GenerationSettings) -> None:
@@ -137,7 +123,19 @@ def _device(name: str) -> torch.device:
 
 def main() -> None:
     configuration.quiet_libraries()
-    configuration.run_main(_compose, "generate", ("checkpoint", "prompt"))
+
+    @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="generate")
+    def compose(config: DictConfig) -> None:
+        try:
+            generate(configuration.to_schema(config, GenerationSettings))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print()
+            sys.exit(130)
+
+    configuration.run_main(compose, "generate", ("checkpoint", "prompt"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -21,16 +22,6 @@ TEXTS += ("evaluation.prompt", "logger.wandb.name")
 configuration.register("settings", Settings)
 
 
-@hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="train")
-def _compose(config: DictConfig) -> None:
-    given = configuration.overrides()
-    try:
-        train(to_settings(config, given, configuration.choices()), given)
-    except BaseException as error:
-        failure.report(error, started=False)
-        failure.leave()
-
-
 def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
     """The schema's objects; what depends on whether a setting was given is settled here.
 
@@ -38,8 +29,7 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
     """
     if OmegaConf.is_missing(config.model, "vocabulary"):
         config.model.vocabulary = None  # the tokenizer's
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, Settings)
+    settings = configuration.to_schema(config, Settings)
     if settings.run.name is None:
         settings.run.name = (choices.get("experiment") or choices.get("model") or "run").replace("/", "-")
     if settings.init_from is not None:
@@ -52,20 +42,29 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
     return settings
 
 
-def train(settings: Settings, arguments: list[str]) -> None:
-    """Joins the ranks and runs the trainer on this one."""
+def train(settings: Settings, command: list[str]) -> None:
+    """Joins the ranks and runs the trainer on this one; `command` is what started it."""
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
     device = processes.start(settings.parallel.timeout_minutes)
     mesh = Mesh.create(settings.parallel.sequence)
-    command = launch_command("longreach.launch.train", arguments)
     Trainer(settings, build, mesh, device, command).run()
     processes.end()
 
 
 def main() -> None:
     configuration.quiet_libraries()
-    configuration.run_main(_compose, "train", TEXTS)
+    command = launch_command("longreach.launch.train", configuration.without_launcher_arguments(sys.argv[1:]))
+
+    @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="train")
+    def compose(config: DictConfig) -> None:
+        try:
+            train(to_settings(config, configuration.overrides(), configuration.choices()), command)
+        except BaseException as error:
+            failure.report(error, started=False)
+            failure.leave()
+
+    configuration.run_main(compose, "train", TEXTS)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..parallel.layout import Layout
@@ -130,6 +131,12 @@ def check(settings: Settings, world_size: int) -> None:
     _check_parallel(settings, world_size)
     _check_rows(settings, world_size // settings.parallel.sequence)
     _check_engine(settings)
+    _check_optimizer(settings.optimizer)
+    if settings.init_from is not None and not Path(settings.init_from).expanduser().is_dir():
+        raise ValueError(
+            f"init_from must be a folder with a Hugging Face model; got {settings.init_from}. Check the path, or "
+            "download a model of the hub first: hf download NAME --local-dir PATH"
+        )
     Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
     _at_least("evaluation.every", settings.evaluation.every, 0)
     _at_least("evaluation.rows", settings.evaluation.rows, 1)
@@ -198,6 +205,14 @@ def _check_engine(settings: Settings) -> None:
             "engine.zero_stage must be 1, 2 or 3 with trainer.dtype=bfloat16; got 0, which would keep no float32 "
             "master weights. Use engine.zero_stage=1"
         )
+
+
+def _check_optimizer(optimizer: OptimizerSettings) -> None:
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {list(optimizer.betas)}")
+    if optimizer.eps <= 0:
+        raise ValueError(f"optimizer.eps must be positive; got {optimizer.eps}")
+    _at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
