@@ -61,15 +61,15 @@ def test_draws_depend_on_the_seed_alone():
     model = small_hybrid("lightning_attention")
 
     def draw(seed, **settings):
-        return list(generate(model, [3, 1], max_new_tokens=20, temperature=2.0, seed=seed, **settings))
+        return list(generate(model, [3, 1], max_new_tokens=10, temperature=2.0, seed=seed, **settings))
 
     first = draw(5)
     torch.manual_seed(99)
     assert draw(5) == first
     assert draw(6) != first
-    assert len(first) == 20
+    assert len(first) == 10
     assert all(0 <= token < 61 for token in first)
-    assert draw(5, top_p=1e-9) == list(generate(model, [3, 1], max_new_tokens=20, temperature=0.0))
+    assert draw(5, top_p=1e-9) == list(generate(model, [3, 1], max_new_tokens=10, temperature=0.0))
 
 
 def test_stop_ends_before_its_token():
@@ -81,7 +81,7 @@ def test_stop_ends_before_its_token():
     assert list(generate(model, [3, 1], max_new_tokens=0)) == []
 
 
-def counts(logits, temperature, top_p, draws=4000):
+def counts(logits, temperature, top_p, draws=1500):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.tensor([_draw(logits, temperature, top_p, generator) for _ in range(draws)])
     return drawn.bincount(minlength=len(logits)) / draws
@@ -89,13 +89,13 @@ def counts(logits, temperature, top_p, draws=4000):
 
 def test_draws_follow_the_temperature():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    torch.testing.assert_close(counts(logits, 0.7, 1.0), (logits / 0.7).softmax(0), atol=0.03, rtol=0)
+    torch.testing.assert_close(counts(logits, 0.7, 1.0), (logits / 0.7).softmax(0), atol=0.05, rtol=0)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
-    torch.testing.assert_close(counts(logits, 1.0, 0.65), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=0.03, rtol=0)
-    torch.testing.assert_close(counts(logits, 1.0, 0.75), torch.tensor([0, 4 / 9, 3 / 9, 2 / 9]), atol=0.03, rtol=0)
+    torch.testing.assert_close(counts(logits, 1.0, 0.65), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(counts(logits, 1.0, 0.75), torch.tensor([0, 4 / 9, 3 / 9, 2 / 9]), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

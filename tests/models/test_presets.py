@@ -47,7 +47,7 @@ def test_learns_a_few_rows_by_heart(preset):
     targets[:, -1] = targets[0, 39] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(8):
         loss, count = model(inputs, Sequence.single(documents), targets)
         optimizer.zero_grad()
         (loss / count).backward()
@@ -55,7 +55,7 @@ def test_learns_a_few_rows_by_heart(preset):
         optimizer.step()
         losses.append((loss / count).item())
     assert losses[0] == pytest.approx(torch.tensor(61.0).log().item(), abs=0.4)
-    assert losses[-1] < losses[0] - 1.5
+    assert losses[-1] < losses[0] - 1
 
 
 def test_minimax_01_has_its_pattern_and_residuals():
