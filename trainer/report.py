@@ -67,7 +67,7 @@ def launch_command(module: str, arguments: list[str]) -> list[str]:
         return [*shlex.split(script), *arguments]
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", "--nproc-per-node", ranks, "-m", module, *arguments]
+        return ["torchrun", "--standalone", "--nproc-per-node", ranks, "-m", module, *arguments]
     if "RANK" in os.environ:
         return ["deepspeed", "--num_gpus", ranks, "--module", module, *arguments]
     return ["python", "-m", module, *arguments]

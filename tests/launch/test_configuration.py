@@ -1,0 +1,156 @@
+"""Overrides as users write them, and what they are told when they are wrong."""
+
+import io
+import sys
+from contextlib import redirect_stderr
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from longreach.launch import configuration
+from longreach.launch.generate import GenerationSettings
+from longreach.launch.train import TEXTS, to_settings
+from longreach.trainer.settings import Settings
+
+
+def compose(*overrides: str, name: str = "train") -> DictConfig:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module(version_base="1.3", config_module="longreach.conf"):
+        return hydra.compose(config_name=name, overrides=list(overrides))
+
+
+def settings(*overrides: str) -> Settings:
+    return to_settings(compose(*overrides), list(overrides), {"model": "llama_tiny", "experiment": None})  # type: ignore[dict-item]
+
+
+def complaint(monkeypatch: pytest.MonkeyPatch, *overrides: str, rank: int = 0) -> str:
+    """What `run_main` prints for these overrides."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(configuration.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys, "argv", ["train", *overrides])
+    printed = io.StringIO()
+    with redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+        configuration.run_main(lambda: compose(*overrides), "train", TEXTS)
+    assert ended.value.code == 1
+    return printed.getvalue()
+
+
+def test_the_contract_names_exist() -> None:
+    got = settings(
+        "model=minimax_01_tiny", "data=text", "data.path=/x", "data.sequence_length=64", "data.rows_per_step=4",
+        "data.rows_per_micro_batch=2", "optimizer.learning_rate=1e-3", "schedule=wsd", "evaluation.every=7",
+        "trainer.steps=3", "trainer.seed=5", "trainer.dtype=bfloat16", "trainer.clip=0.5",
+        "trainer.activation_checkpointing=mixing", "trainer.compile=true", "parallel.sequence=2",
+        "parallel.layout=zigzag", "parallel.spans=4", "parallel.attention=ring", "engine.zero_stage=3",
+        "+engine.config.zero_optimization.overlap_comm=true", "checkpoint.every=9", "checkpoint.keep=4",
+        "checkpoint.resume=none", "logger.wandb.mode=offline", "run.dir=runs/x",
+    )  # fmt: skip
+    assert (got.data.source, got.data.path, got.schedule.kind) == ("text", "/x", "wsd")
+    assert got.optimizer.learning_rate == 1e-3
+    assert got.engine.config == {"zero_optimization": {"overlap_comm": True}}
+    assert (got.parallel.sequence, got.parallel.layout, got.parallel.spans) == (2, "zigzag", 4)
+    assert (got.checkpoint.every, got.checkpoint.keep, got.checkpoint.resume) == (9, 4, "none")
+    assert got.model["_target_"].endswith("LanguageModel")
+    assert got.model["vocabulary"] is None
+
+
+def options(group: str) -> list[str]:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module(version_base="1.3", config_module="longreach.conf"):
+        return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "data", "optimizer", "schedule", "parallel", "engine", "logger", "experiment"]
+)
+def test_every_choice_of_a_group_composes(group: str) -> None:
+    chosen = options(group)
+    assert chosen
+    for name in chosen:
+        assert isinstance(settings(f"{group}={name}"), Settings)
+
+
+def test_the_quickstart_is_what_it_promises() -> None:
+    short, long = settings("experiment=quickstart"), settings("experiment=quickstart_long")
+    for got in (short, long):
+        assert got.parallel.sequence == 2
+        assert got.engine.zero_stage == 1
+        assert got.data.sequence_length >= 4096
+        assert got.evaluation.context == 16
+        assert got.evaluation.baselines
+    assert long.trainer.steps > 4 * short.trainer.steps
+    assert settings("experiment=quickstart", "trainer.steps=3").trainer.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trainer.stepps=3", ["Could not override 'trainer.stepps'", "Did you mean trainer.steps"]),
+        ("learning_rate=3", ["Could not override 'learning_rate'", "Did you mean optimizer.learning_rate?"]),
+        ("data.seqence_length=4", ["Did you mean data.sequence_length?"]),
+        ("model.widht=4", ["Did you mean model.width"]),
+        ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny?"]),
+        ("schedule=wds", ["Available options", "Did you mean schedule=wsd?"]),
+        ("trainer.steps=abc", ["trainer.steps=abc", "could not be converted to Integer"]),
+        ("trainer.steps", ["'trainer.steps' cannot be read"]),
+    ],
+)
+def test_wrong_overrides_are_named_with_what_is_near(
+    monkeypatch: pytest.MonkeyPatch, override: str, parts: list[str]
+) -> None:
+    printed = complaint(monkeypatch, override)
+    for part in parts:
+        assert part in printed
+    assert "Traceback" not in printed
+
+
+def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert complaint(monkeypatch, "trainer.stepps=3", rank=1) == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+trainer.stepps=4"], "trainer.stepps must be a setting; .* Did you mean trainer.steps?"),
+        (["+foo=4"], "foo must be a setting"),
+        (["init_from=/x", "model=llama_tiny"], "model must not be given with init_from"),
+        (["init_from=/x", "model.width=8"], r"model must not be given with init_from.* got model\.width=8"),
+    ],
+)
+def test_settings_without_effect_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(*overrides)
+
+
+def test_the_tokenizer_comes_with_init_from_unless_it_is_given() -> None:
+    assert settings("init_from=/x").data.tokenizer == "/x"
+    assert settings("init_from=/x", "data.tokenizer=bytes").data.tokenizer == "bytes"
+
+
+def test_what_launchers_add_is_taken_away() -> None:
+    given = ["--local_rank=1", "a=1", "--local-rank=2", "--local_rank", "0", "b=2", "--cfg", "job"]
+    assert configuration.without_launcher_arguments(given) == ["a=1", "b=2", "--cfg", "job"]
+
+
+AWKWARD = "def f(x): | it's | a\\ | a\\'b | x,y | ${x} | line\nbreak || 42 | say \"hi\" | a=b | [1,2] | {a: b} | \\ | \\\\' | *.txt | ×"
+
+
+@pytest.mark.parametrize("text", [*AWKWARD.split(" | "), " lead "])
+def test_texts_arrive_as_they_are_written(text: str) -> None:
+    override = OverridesParser.create().parse_override(configuration.quoted(f"prompt={text}", ("prompt",)))
+    assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+def test_other_values_keep_their_grammar() -> None:
+    assert configuration.quoted("data.path=null", TEXTS) == "data.path=null"
+    assert configuration.quoted("run.dir='a,b'", TEXTS) == "run.dir='a,b'"
+    assert configuration.quoted("optimizer.betas=[0.9,0.99]", TEXTS) == "optimizer.betas=[0.9,0.99]"
+
+
+def test_generation_has_a_schema_too() -> None:
+    got = configuration.to_schema(compose("temperature=0", "stop=[a,'b,c']", name="generate"), GenerationSettings)
+    assert got.stop == ["a", "b,c"]
+    assert got.temperature == 0

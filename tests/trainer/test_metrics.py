@@ -1,0 +1,102 @@
+"""Lines that survive kills and full disks, and meters against what they count."""
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from longreach.kernels.documents import Documents
+from longreach.kernels.mask import Mask
+from longreach.parallel.layout import Layout
+from longreach.trainer.metrics import MetricsFile, Work, attention_pairs, peak_flops, peak_memory_bytes, work_of
+from longreach.trainer.plots import plot_loss, smoothed
+
+
+def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in range(1, 6):
+        file.write({"step": step, "loss": 1.0 / step})
+    file.write({"step": 4, "validation_loss": 2.0})
+    with path.open("a") as end:
+        end.write('{"step": 3, "lo')
+    before = path.read_text().splitlines()
+    MetricsFile(path).resume_at(4)
+    assert path.read_text().splitlines() == [*before[:4], before[5]]
+    assert [record["step"] for record in MetricsFile(path).read()] == [1, 2, 3, 4, 4]
+    MetricsFile(path).resume_at(0)
+    assert path.read_text() == ""
+    MetricsFile(tmp_path / "absent.jsonl").resume_at(3)
+
+
+def test_lines_that_the_disk_refused_come_later_and_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    file = MetricsFile(folder / "metrics.jsonl")
+    with pytest.raises(OSError, match="No such file"):
+        file.write({"step": 1})
+    folder.mkdir()
+    file.write({"step": 2})
+    assert [record["step"] for record in file.read()] == [1, 2]
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "note": "x" * 40})
+    size = file.path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # room for part of a line
+    try:
+        for step in (2, 3):
+            with pytest.raises(OSError, match="No space left"):
+                file.write({"step": step, "note": "y" * 40})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.path.stat().st_size == size
+    file.write({"step": 4})
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "grad_norm": math.inf})
+    assert json.loads(file.path.read_text(), parse_constant=pytest.fail) == {"step": 1, "grad_norm": None}
+
+
+@pytest.mark.parametrize("spans", [1, 2, 4])
+def test_attention_work_is_that_of_the_dense_mask(spans: int) -> None:
+    documents = Documents.from_lengths([[5, 30, 13], [40]], 48)
+    layout = Layout(48, 3, spans)
+    dense = Mask().dense(documents, documents)
+    expected = [int(layout.shard(dense, rank).sum()) for rank in range(3)]
+    assert attention_pairs(documents, layout) == expected
+    work = work_of(documents, 80, layout, 7)
+    assert work.imbalance == pytest.approx(max(expected) / (sum(expected) / 3))
+    assert (work.tokens, work.places) == (88, 96)
+    assert work.padding == pytest.approx(8 / 96)
+
+
+def test_work_adds_up() -> None:
+    total = Work(1, 2, 3, 4, 5.0, 6.0) + Work(10, 20, 30, 40, 50.0, 60.0)
+    assert total.numbers == (11, 22, 33, 44, 55.0, 66.0)
+    assert Work().imbalance == 1.0
+
+
+def test_what_is_not_known_is_not_invented() -> None:
+    assert peak_flops(torch.device("cpu"), "float32") is None
+    assert peak_memory_bytes(torch.device("cpu")) > 10_000_000
+
+
+def test_the_plot_holds_both_curves(tmp_path: Path) -> None:
+    records = [{"step": step, "loss": 5.0 / step} for step in range(1, 50)] + [{"step": 20, "loss": None}]
+    plot_loss([*records, {"step": 25, "validation_loss": 1.0}], tmp_path / "plots" / "loss.png")
+    assert (tmp_path / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plot_loss([], tmp_path / "empty.png")  # a run that ended before its first step
+
+
+def test_smoothing_keeps_a_constant_and_lags_little() -> None:
+    assert smoothed([(step, 2.0) for step in range(100)]) == [(step, pytest.approx(2.0)) for step in range(100)]
+    line = smoothed([(step, float(step)) for step in range(400)])
+    assert 380 < line[-1][1] < 399

@@ -1,0 +1,71 @@
+"""What can be known without data or model is refused before anything starts."""
+
+import dataclasses
+
+import pytest
+
+from longreach.trainer.engine import OptimizerSettings
+from longreach.trainer.settings import Settings, check, layout_of, micro_batches
+
+
+def changed(**values: object) -> Settings:
+    """Settings with some values changed; `trainer__steps` is trainer.steps."""
+    settings = Settings()
+    for name, value in values.items():
+        group, _, key = name.rpartition("__")
+        owner = getattr(settings, group) if group else settings
+        if group:
+            setattr(settings, group, dataclasses.replace(owner, **{key: value}))
+        else:
+            setattr(settings, key, value)
+    return settings
+
+
+def test_the_defaults_fit_one_process() -> None:
+    check(Settings(), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "message"),
+    [
+        (changed(parallel__sequence=4), 2, "parallel.sequence must divide the number of processes, 2; got 4"),
+        (changed(parallel__sequence=2), 3, "parallel.sequence must divide the number of processes, 3; got 2"),
+        (
+            changed(parallel__sequence=4, data__sequence_length=1002),
+            4,
+            "data.sequence_length must be a multiple of 4 .* got 1002. Use 1000 or 1004",
+        ),
+        (
+            changed(parallel__sequence=2, parallel__layout="zigzag", parallel__spans=3, data__sequence_length=16),
+            2,
+            "multiple of 6 .*2 ranks times 3 spans.* got 16. Use 12 or 18",
+        ),
+        (changed(data__rows_per_step=3), 2, "data.rows_per_step must be a multiple of 2 .* got 3. Use 4"),
+        (changed(data__rows_per_step=4, data__rows_per_micro_batch=3), 1, "data.rows_per_step must be a multiple of 3"),
+        (changed(parallel__layout="spiral"), 1, "parallel.layout must be one of contiguous, zigzag; got 'spiral'"),
+        (changed(parallel__spans=2), 1, "parallel.spans must be 1 with parallel.layout=contiguous; got 2"),
+        (changed(parallel__layout="zigzag", parallel__spans=1), 1, "parallel.spans must be at least 2"),
+        (changed(parallel__attention="tree"), 1, "parallel.attention must be one of ring"),
+        (changed(trainer__dtype="float16"), 1, "trainer.dtype must be one of float32, bfloat16; got 'float16'"),
+        (changed(trainer__dtype="bfloat16", engine__zero_stage=0), 1, "engine.zero_stage must be 1, 2 or 3"),
+        (changed(engine__zero_stage=4), 1, "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),
+        (changed(trainer__steps=0), 1, "trainer.steps must be at least 1; got 0"),
+        (changed(trainer__activation_checkpointing="some"), 1, "trainer.activation_checkpointing must be one of"),
+        (changed(optimizer=OptimizerSettings(betas=(0.9, 1.0))), 1, "optimizer.betas must be two numbers"),
+        (changed(init_from="/nowhere"), 1, "init_from must be a folder .* got /nowhere"),
+        (changed(evaluation__rows=0), 1, "evaluation.rows must be at least 1; got 0"),
+        (changed(checkpoint__keep=0), 1, "checkpoint.keep must be at least 1; got 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(settings: Settings, world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(settings, world)
+
+
+def test_layout_and_micro_batches_follow() -> None:
+    settings = changed(
+        parallel__sequence=2, parallel__layout="zigzag", data__rows_per_step=12, data__rows_per_micro_batch=2
+    )
+    check(settings, 6)
+    assert (layout_of(settings).ranks, layout_of(settings).spans) == (2, 2)
+    assert micro_batches(settings, 3) == 2

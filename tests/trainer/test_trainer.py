@@ -1,0 +1,278 @@
+"""The loop on small real text: the loss falls, resuming is exact, faults cost nothing that was saved."""
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from longreach.kernels.documents import Documents
+from longreach.launch.build import build
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Sequence
+from longreach.trainer import checkpoint
+from longreach.trainer.data import DataSettings
+from longreach.trainer.engine import EngineSettings, OptimizerSettings
+from longreach.trainer.evaluation import evaluate, evaluate_truncated
+from longreach.trainer.packing import NO_TARGET
+from longreach.trainer.schedule import ScheduleSettings
+from longreach.trainer.settings import (
+    CheckpointSettings,
+    EvaluationSettings,
+    LoggerSettings,
+    ParallelSettings,
+    RunSettings,
+    Settings,
+    TrainerSettings,
+    WandbSettings,
+)
+from longreach.trainer.trainer import Trainer
+
+MIXERS = "longreach.models.mixers"
+MODEL = {
+    "_target_": "longreach.models.language_model.LanguageModel",
+    "width": 32,
+    "depth": 2,
+    "pattern": ["lightning", "softmax"],
+    "mixers": {
+        "lightning": {"_target_": f"{MIXERS}.lightning_attention.LightningAttention", "_partial_": True, "heads": 2},
+        "softmax": {"_target_": f"{MIXERS}.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
+    },
+    "feed_forward": {"_target_": "longreach.models.feed_forward.SwiGLU", "_partial_": True, "hidden": 48},
+}
+EXACT = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss", "bits_per_byte")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real text: the standard library's own sources around argparse, as far as they are short."""
+    folder = tmp_path_factory.mktemp("texts")
+    library = Path(argparse.__file__).parent
+    for source in sorted(library.glob("[a-h]*.py")):
+        if source.stat().st_size < 20_000:
+            shutil.copy(source, folder / f"{source.stem}.txt")
+    return folder
+
+
+def settings(texts: Path, run: Path, **changes: Any) -> Settings:
+    """Small settings; `engine__zero_stage=3` changes one of a group."""
+    made = Settings(
+        model=dict(MODEL),
+        data=DataSettings(
+            source="text",
+            path=str(texts),
+            tokenizer="bytes",
+            sequence_length=96,
+            rows_per_step=4,
+            validation_fraction=0.2,
+            cache_dir=str(texts.parent / "cache"),
+        ),
+        optimizer=OptimizerSettings(learning_rate=1e-2),
+        schedule=ScheduleSettings("wsd", warmup_steps=2),
+        trainer=TrainerSettings(steps=8),
+        parallel=ParallelSettings(),
+        engine=EngineSettings(zero_stage=1),
+        evaluation=EvaluationSettings(every=4, rows=3, prompt="def ", sample_tokens=8),
+        checkpoint=CheckpointSettings(every=2, keep=2),
+        logger=LoggerSettings(wandb=WandbSettings(mode="disabled")),
+        run=RunSettings(dir=str(run)),
+    )
+    for name, value in changes.items():
+        group, key = name.split("__")
+        setattr(made, group, dataclasses.replace(getattr(made, group), **{key: value}))
+    return made
+
+
+def train(rank: int, world: int, chosen: Settings, stop_after: int | None = None) -> int:
+    """Runs a trainer on this rank, up to a planned failure after a step if asked for."""
+    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+    first = trainer.step
+    if stop_after is not None:
+        finish = trainer._after_step
+
+        def fail() -> None:
+            finish()
+            if trainer.step == stop_after:
+                raise KeyboardInterrupt
+
+        trainer._after_step = fail  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+    else:
+        trainer.run()
+    return first
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(run: Path) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in EXACT if key in line} for line in lines(run)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    run_ranks(2, train, settings(texts, run, parallel__sequence=2))
+    return run
+
+
+def test_a_run_learns_and_leaves_what_it_should(uninterrupted: Path) -> None:
+    records = lines(uninterrupted)
+    training = [line for line in records if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    assert [line["tokens"] for line in training] == [384 * step for step in range(1, 9)]
+    assert training[0]["loss"] == pytest.approx(math.log(257), rel=0.05)
+    assert training[-1]["loss"] < 0.85 * training[0]["loss"]
+    for key in ("grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes", "flops_per_second"):
+        assert all(line[key] > 0 for line in training)
+    assert all(line["attention_imbalance"] >= 1 and line["padding"] == 0 for line in training)
+    validation = [line for line in records if "validation_loss" in line]
+    assert [line["step"] for line in validation] == [4, 8]
+    assert validation[1]["validation_loss"] < validation[0]["validation_loss"]
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
+        "step-00000006",
+        "step-00000008",
+    ]
+    assert (uninterrupted / "plots" / "loss.png").stat().st_size > 1000
+    assert "trainer:" in (uninterrupted / "config.yaml").read_text()
+    samples = (uninterrupted / "samples.txt").read_text()
+    assert samples.startswith("--- step 4\ndef ")
+    assert "--- step 8\ndef " in samples
+
+
+def test_resuming_after_a_failure_is_bitwise(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    chosen = settings(texts, tmp_path / "run", parallel__sequence=2)
+    run_ranks(2, train, chosen, 7)
+    assert lines(tmp_path / "run")[-1]["step"] == 7  # beyond the newest checkpoint, at 6
+    assert run_ranks(2, train, chosen) == [6, 6]
+    assert exact(tmp_path / "run") == exact(uninterrupted)
+
+
+@pytest.mark.parametrize(("world", "sequence", "stage"), [(1, 1, 0), pytest.param(4, 2, 3, marks=pytest.mark.slow)])
+def test_other_ranks_and_stages_go_on_to_rounding(
+    texts: Path, uninterrupted: Path, tmp_path: Path, world: int, sequence: int, stage: int
+) -> None:
+    chosen = settings(
+        texts,
+        tmp_path / "run",
+        parallel__sequence=sequence,
+        engine__zero_stage=stage,
+        checkpoint__resume=str(uninterrupted / "checkpoints" / "step-00000006"),
+    )
+    run_ranks(world, train, chosen)
+    got, expected = lines(tmp_path / "run"), [line for line in lines(uninterrupted) if line["step"] > 6]
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    for line, other in zip(got, expected, strict=True):
+        for key in EXACT:
+            if key in other:
+                assert line[key] == pytest.approx(other[key], rel=1e-4)
+
+
+def train_on_a_full_disk(rank: int, world: int, chosen: Settings) -> str:
+    """Every write of a checkpoint fails from the second one on."""
+    real, calls, said = checkpoint.TensorWriter, [], []
+
+    class Full(real):  # type: ignore[misc, valid-type]
+        def write(self, name: str, piece: torch.Tensor) -> None:
+            calls.append(name)
+            if "step-00000002" not in str(self.path):
+                raise OSError(28, "No space left on device")
+            super().write(name, piece)
+
+    checkpoint.TensorWriter = Full  # type: ignore[misc]
+    try:
+        trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+        trainer.outputs.say = said.append  # type: ignore[method-assign]
+        trainer.run()
+    finally:
+        checkpoint.TensorWriter = real  # type: ignore[misc]
+    assert calls
+    return "\n".join(said)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(texts: Path, tmp_path: Path) -> None:
+    chosen = settings(texts, tmp_path / "run", trainer__steps=5)
+    (said,) = run_ranks(1, train_on_a_full_disk, chosen)
+    assert said.count("No space left on device (rank 0). Earlier ones stay; free space or check run.dir") == 2
+    assert lines(tmp_path / "run")[-1]["step"] == 5
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def refuse(rank: int, world: int, chosen: Settings) -> str:
+    with pytest.raises((ValueError, ArithmeticError)) as error:
+        train(rank, world, chosen)
+    return str(error.value)
+
+
+def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    bad = [
+        (settings(texts, tmp_path, data__sequence_length=97, parallel__sequence=2), "data.sequence_length must be a"),
+        (settings(tmp_path / "nothing", tmp_path), "data.path must be"),
+        (settings(texts, tmp_path, checkpoint__resume=str(tmp_path / "none")), "checkpoint.resume must be"),
+        (settings(texts, uninterrupted, checkpoint__resume="none"), "run.dir must be a new folder"),
+        (settings(texts, uninterrupted, trainer__seed=5), "seed must be 5; got 0"),
+        (settings(texts, uninterrupted, data__sequence_length=64), "sequence_length must be 64; got 96"),
+    ]
+    heads = settings(texts, tmp_path)
+    heads.model["mixers"] = {**MODEL["mixers"], "softmax": {**MODEL["mixers"]["softmax"], "heads": 5}}  # type: ignore[dict-item]
+    wide = settings(texts, uninterrupted)
+    wide.model["width"] = 64
+    small = settings(texts, tmp_path)
+    small.model["vocabulary"] = 100
+    bad += [
+        (heads, "heads must divide width=32; got 5"),
+        (wide, "must be of this model"),
+        (small, "model.vocabulary must be at least the tokenizer's 257; got 100"),
+    ]
+    for chosen, message in bad:
+        first, second = run_ranks(2, refuse, chosen)
+        assert message in first
+        assert first == second
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(texts: Path, tmp_path: Path) -> None:
+    chosen = settings(texts, tmp_path, optimizer__learning_rate=1e12, trainer__clip=0.0, trainer__steps=30)
+    (message,) = run_ranks(1, refuse, chosen)
+    assert "the loss must be finite; got" in message
+    assert "Lower optimizer.learning_rate" in message
+
+
+def truncated(rank: int, world: int, chosen: Settings, context: int) -> tuple[float, float, int]:
+    """evaluate_truncated, and the same by one forward for each target."""
+    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+    stream, model = trainer.corpus.validation, trainer.engine.module
+    got = evaluate_truncated(trainer.engine, stream, 2, context, 64)
+    whole = evaluate(trainer.engine, stream, trainer.layout, "ring", 2, 1)
+    assert whole.targets == got.targets
+    total, count = 0.0, 0
+    for number in range(2):
+        row, start = stream.row(number), 0
+        for length in row.lengths:
+            for end in range(start + 1, start + length + 1):
+                if row.targets[end - 1] == NO_TARGET:
+                    continue
+                seen = torch.from_numpy(row.tokens[max(start, end - context) : end])[None]
+                with torch.no_grad():
+                    logits = model(seen, Sequence.single(Documents.whole(1, seen.shape[1])))
+                total -= float(logits[0, -1].log_softmax(-1)[int(row.targets[end - 1])])
+                count += 1
+            start += length
+    trainer.outputs.close()
+    return got.total, total, got.targets - count
+
+
+def test_the_truncated_context_is_exactly_the_last_tokens(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    chosen = settings(
+        texts, tmp_path, parallel__sequence=2, checkpoint__resume=str(uninterrupted), evaluation__sample_tokens=0
+    )
+    for got, expected, surplus in run_ranks(2, truncated, chosen, 7):
+        assert got == pytest.approx(expected, rel=1e-4)
+        assert surplus == 0
