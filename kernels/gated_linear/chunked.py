@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents
-from .decay import ChannelDecay, TokenDecay
+from .channel import ChannelDecay
+from .decay import TokenDecay, Wanted
 from .slabs import Block, Borders, Grid, Lanes, Slab, States, blocks
 
 
@@ -112,8 +113,8 @@ class Sweep:
         q = self.sources["q"].load(slab)
         return q if self.problem.scale == 1.0 else q.mul_(self.problem.scale)
 
-    def prepare(self, slab: Slab, *, scores: bool = True) -> None:
-        self.decay.load(slab, self.borders.masks(slab), scores=scores)
+    def prepare(self, slab: Slab, wanted: Wanted = "all") -> None:
+        self.decay.load(slab, self.borders.masks(slab), wanted)
 
     def scored(self, slab: Slab, q: Tensor, k: Tensor) -> Tensor:
         scores = self.work("scores", self.grid.chunk, slab)
@@ -171,7 +172,7 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
         states.at[0].copy_(sweep.lanes(entering))
         for slab in sweep.grid.slabs(problem.reach):
             q = sweep.load_queries(slab)
-            sweep.prepare(slab, scores=False)
+            sweep.prepare(slab, "enter")
             for n in range(slab.chunks):
                 torch.mul(states.at[n], sweep.decay.through[n], out=states.at[n + 1])
             torch.bmm(q.mul_(sweep.decay.enter), states.before[slab.chunks], out=part.flat[slab.chunks])
@@ -188,7 +189,7 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
         for slab in reversed(sweep.grid.slabs(problem.reach)):
             dstates.at[slab.chunks].copy_(dstates.at[0])
             q, do = sweep.load_queries(slab), dpart.load(slab)
-            sweep.prepare(slab, scores=False)
+            sweep.prepare(slab, "enter")
             sweep.retreat(dstates, q.mul_(sweep.decay.enter), do, slab)
         sweep.put(dinitial, dstates.at[0])
     return problem.entering(dinitial)
@@ -244,7 +245,7 @@ def _slab_starts(sweep: Sweep, state: Tensor) -> list[Tensor]:
     for number, slab in enumerate(slabs[:-1]):
         states.at[0].copy_(starts[number])
         k, v = sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
-        sweep.prepare(slab, scores=False)
+        sweep.prepare(slab, "leave")
         sweep.advance(states, k.mul_(sweep.decay.leave), v, slab)
         starts[number + 1] = states.at[slab.chunks]
     return list(starts)

@@ -1,0 +1,298 @@
+"""Decay per key channel within the chunks of a slab."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decay import FLOOR, Wanted, by_row, factor, later_of, spread
+from .slabs import Grid, Lanes, Masks, Slab
+
+LEAF = 8  # tokens whose decays are multiplied step by step; longer reaches have a reference point
+
+
+class ChannelDecay:
+    """One decay a token, head and key channel: `log_decay [B, T, H, K]`; the interface is that of TokenDecay.
+
+    e^{G_i − G_j} does not split into a factor of i and one of j without overflow, but it does about a point between
+    them: the pairs of two neighbouring blocks of h tokens meet at the border between the blocks, for h = LEAF, 2 LEAF,
+    …, C/2, and become one product a pair of blocks. Pairs nearer than that go offset by offset. All exponents are sums
+    of log decays over the very tokens between, so none is a difference of longer sums.
+    """
+
+    def __init__(self, log_decay: Tensor, grid: Grid) -> None:
+        self.grid, keys = grid, log_decay.shape[-1]
+        self.log_decay = Lanes(log_decay, grid)
+        self.leaf = min(LEAF, grid.chunk)
+        self.leaves = grid.chunk // self.leaf
+        self.reaches = [self.leaf << level for level in range(self.leaves.bit_length() - 1)]
+        # All that is as large as a slab is written to these: what is allocated anew costs more than its arithmetic.
+        names = ("upto", "beyond", "enter", "leave", "product", "past")
+        self.works = {name: grid.workspace(keys).flatten(0, 2) for name in names}
+        self.works["blocks"] = grid.workspace(grid.chunk // 4 or 1).flatten(0, 2)
+        self.levels = {reach: grid.workspace(keys).flatten(0, 2) for reach in self.reaches}
+        self.about = {reach: grid.workspace(keys).flatten(0, 2) for reach in self.reaches}
+        self.steps = {offset: grid.workspace(keys).flatten(0, 2) for offset in range(1, self.leaf)}
+        self.views = Views()
+        within = torch.ones(self.leaf, self.leaf, dtype=grid.dtype, device=grid.device)
+        self.upto, self.beyond = within.tril(), within.triu(1)
+        self.others = _leaves_between(self.leaves, [reach // self.leaf for reach in self.reaches]).to(within)
+        self.later = within.new_ones(grid.chunk, grid.chunk).triu_()
+
+    def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
+        """Sets `enter` and `leave` `[N, C, K]`, `through` (`[lanes, K, 1]` a chunk), and for "all" what scores need."""
+        decays, dtype = self.log_decay.load(slab), self.grid.dtype
+        self.masks, count = masks, len(decays)
+        upto = self._within(decays, self.upto, "upto")
+        totals = self.views(_leaf_ends, upto, self.leaf)
+        others = torch.matmul(self.others, totals).view(count, -1, self.leaves, 1, totals.shape[-1])
+        factor(others, dtype)
+        through = factor(totals.sum(1), dtype).view(slab.chunks, self.grid.rows, self.grid.heads, -1, 1)
+        factor(upto, dtype)
+        if wanted != "leave":
+            self.enter = self._to_border(upto, others[:, -2], "enter", None if masks is None else masks.enter)
+        if wanted != "enter":
+            beyond = factor(self._within(decays, self.beyond, "beyond"), dtype)
+            self.leave = self._to_border(beyond, others[:, -1], "leave", None if masks is None else masks.leave)
+            if wanted == "all":
+                self._load_levels(upto, beyond, others)
+                self._load_steps(decays)
+        self.through = (through if masks is None else through * masks.through).flatten(1, 2).unbind(0)
+
+    @property
+    def floor(self) -> float:
+        return math.exp(FLOOR[self.grid.dtype])
+
+    def _within(self, decays: Tensor, tokens: Tensor, name: str) -> Tensor:
+        """Sums of log decays over the 0/1 `tokens` of each leaf."""
+        by_leaf = self.views(_by_leaf, decays, self.leaf)
+        out = self.views(_first, self.works[name], len(decays))
+        expanded = self.views(_expanded, tokens, len(by_leaf))
+        torch.bmm(expanded, by_leaf, out=self.views(_by_leaf, out, self.leaf))
+        return out
+
+    def _to_border(self, near: Tensor, others: Tensor, name: str, mask: Tensor | None) -> Tensor:
+        """Factors between tokens and a border of the chunk, from those within leaves and those of other leaves."""
+        out = self.views(_first, self.works[name], len(near))
+        torch.mul(self.views(_leaf_tail, near, self.leaf, 0), others, out=self.views(_leaf_tail, out, self.leaf, 0))
+        out.clamp_(min=self.floor)
+        if mask is not None:
+            by_row(out, self.grid).mul_(mask)
+        return out
+
+    def _load_levels(self, upto: Tensor, beyond: Tensor, others: Tensor) -> None:
+        """For each reach the factors to the border of the token's pair of blocks."""
+        leaf = self.leaf
+        for level, (reach, work) in enumerate(self.levels.items()):
+            out = self.views(_first, work, len(upto))
+            other = _halves(others[:, level], reach // leaf)
+            earlier, later = self.views(_leaf_halves, out, reach, leaf)
+            torch.mul(self.views(_leaf_halves, beyond, reach, leaf)[0], other[0], out=earlier)
+            torch.mul(self.views(_leaf_halves, upto, reach, leaf)[1], other[1], out=later)
+            out.clamp_(min=self.floor)
+
+    def _load_steps(self, decays: Tensor) -> None:
+        """For offsets d = 1 … leaf − 1: e^{g_{i−d+1} + … + g_i} for i >= d in each leaf; changes its input."""
+        factor(decays, self.grid.dtype)
+        for offset in range(1, self.leaf):
+            step = self.views(_leaf_tail, decays, self.leaf, offset)
+            out = self._step(offset, len(decays))
+            if offset == 1:
+                out.copy_(step)
+            else:
+                shorter = self._step(offset - 1, len(decays))
+                torch.mul(self.views(_but_last, shorter), step, out=out).clamp_(min=self.floor)
+
+    def _step(self, offset: int, count: int) -> Tensor:
+        return self.views(_leaf_room, self.steps[offset], count, self.leaf, offset)
+
+    def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
+        """out_ij = Σ_c q_ic k_jc e^{G_ic − G_jc} for j <= i of one document; above the diagonal `out` stays 0."""
+        views, leaf, count = self.views, self.leaf, len(q)
+        for reach in self.reaches:
+            later, earlier = self._about(q, k, reach)
+            blocks = views(_square_room, self.works["blocks"], count, reach)
+            torch.bmm(later, views(_transposed, earlier), out=blocks)
+            target = views(_border_blocks, out, reach)
+            target.copy_(views(_shaped_as, blocks, target))
+        for offset in range(leaf):
+            product = views(_leaf_room, self.works["product"], count, leaf, offset)
+            past = views(_leaf_head, k, leaf, offset)
+            if offset:
+                past = torch.mul(
+                    past, self._step(offset, count), out=views(_leaf_room, self.works["past"], count, leaf, offset)
+                )
+            torch.mul(views(_leaf_tail, q, leaf, offset), past, out=product)
+            views(_leaf_diagonal, out, leaf, offset).copy_(product.sum(-1))
+        self._mask(out)
+
+    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
+        views, leaf, count = self.views, self.leaf, len(q)
+        self._mask(dscores)
+        for offset in range(leaf):
+            given = views(_leaf_diagonal_column, dscores, leaf, offset)
+            q_now, dq_now = views(_leaf_tail, q, leaf, offset), views(_leaf_tail, dq, leaf, offset)
+            k_past, dk_past = views(_leaf_head, k, leaf, offset), views(_leaf_head, dk, leaf, offset)
+            if offset == 0:
+                torch.mul(k_past, given, out=dq_now)
+                torch.mul(q_now, given, out=dk_past)
+                continue
+            room = views(_leaf_room, self.works["product"], count, leaf, offset)
+            decayed = torch.mul(self._step(offset, count), given, out=room)
+            dq_now.addcmul_(decayed, k_past)
+            dk_past.addcmul_(decayed, q_now)
+        for reach, level in self.levels.items():
+            later, earlier = views(_two_rooms, self.about[reach], count, reach)
+            before, after = views(_halves, views(_first, level, count), reach)
+            given = views(_square_room, self.works["blocks"], count, reach)
+            border = views(_border_blocks, dscores, reach)
+            views(_shaped_as, given, border).copy_(border)
+            dlater, dearlier = views(_halves, dq, reach)[1], views(_halves, dk, reach)[0]
+            room = views(_two_rooms, self.works["product"], count, reach)[0]
+            shaped = views(_shaped_as, room, dlater)
+            torch.bmm(given, earlier, out=room)
+            dlater.addcmul_(shaped, after)
+            torch.bmm(views(_transposed, given), later, out=room)
+            dearlier.addcmul_(shaped, before)
+
+    def _about(self, q: Tensor, k: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """Queries of each later block decayed from the border on, keys of each earlier one decayed up to it."""
+        views = self.views
+        before, after = views(_halves, views(_first, self.levels[reach], len(q)), reach)
+        later, earlier = views(_two_rooms, self.about[reach], len(q), reach)
+        torch.mul(views(_halves, q, reach)[1], after, out=views(_shaped_as, later, after))
+        torch.mul(views(_halves, k, reach)[0], before, out=views(_shaped_as, earlier, before))
+        return later, earlier
+
+    def _mask(self, scores: Tensor) -> None:
+        if self.masks is not None:
+            by_row(scores, self.grid).mul_(self.masks.same)
+
+    def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
+        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
+        if self.masks is None:
+            room = self.views(_first, self.works["product"], len(moments))
+            expanded = self.views(_expanded, self.later, len(moments))
+            return torch.bmm(expanded, moments, out=room).add_(ends[:, None])
+        return later_of(moments, self.masks, self.grid).addcmul_(ends[:, None], spread(self.masks.leave, self.grid))
+
+
+class Views:
+    """Views of workspaces, each made once: a slab takes hundreds, and making one costs as much as a small product."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
+
+    def __call__(self, make: Callable[..., Any], x: Tensor, *settings: Any) -> Any:
+        key = (make, id(x), *(id(s) if isinstance(s, Tensor) else s for s in settings))
+        found = self.known.get(key)
+        if found is None:
+            # The tensors are kept with their view, so that no other can come to have their id.
+            found = self.known[key] = ((x, *settings), make(x, *settings))
+        return found[1]
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    return x[:count]
+
+
+def _expanded(x: Tensor, count: int) -> Tensor:
+    return x.expand(count, -1, -1)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.mT
+
+
+def _but_last(x: Tensor) -> Tensor:
+    return x[:, :, :-1]
+
+
+def _shaped_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.view(other.shape)
+
+
+def _by_leaf(x: Tensor, leaf: int) -> Tensor:
+    return x.view(-1, leaf, x.shape[-1])
+
+
+def _leaf_ends(x: Tensor, leaf: int) -> Tensor:
+    return x[:, leaf - 1 :: leaf]
+
+
+def _leaf_tail(x: Tensor, leaf: int, offset: int) -> Tensor:
+    """`[N, C / leaf, leaf − offset, D]`: the tokens of each leaf that have one `offset` before them in it."""
+    return x.unflatten(1, (-1, leaf))[:, :, offset:]
+
+
+def _leaf_head(x: Tensor, leaf: int, offset: int) -> Tensor:
+    """`[N, C / leaf, leaf − offset, D]`: the tokens `offset` before those of `_leaf_tail`."""
+    return x.unflatten(1, (-1, leaf))[:, :, : leaf - offset]
+
+
+def _leaf_room(workspace: Tensor, count: int, leaf: int, offset: int) -> Tensor:
+    """Contiguous room for what has the shape of `_leaf_tail`."""
+    _, size, dim = workspace.shape
+    shape = (count, size // leaf, leaf - offset, dim)
+    return workspace.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _two_rooms(workspace: Tensor, count: int, reach: int) -> tuple[Tensor, Tensor]:
+    """Contiguous room `[N · C / 2h, h, D]`, twice, for a half of all blocks of h = `reach` tokens each."""
+    first, second = workspace[:count].view(2, -1, reach, workspace.shape[-1])
+    return first, second
+
+
+def _square_room(workspace: Tensor, count: int, reach: int) -> Tensor:
+    """Contiguous room `[N · C / 2h, h, h]`."""
+    shape = (count * workspace.shape[1] // (2 * reach), reach, reach)
+    return workspace.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Dimension 1 of x as pairs of neighbouring blocks of `size`: the earlier and the later ones `[N, P, size, …]`."""
+    pairs = x.unflatten(1, (-1, 2, size))
+    return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _leaf_halves(x: Tensor, reach: int, leaf: int) -> tuple[Tensor, Tensor]:
+    """The same of `[N, C, D]` with the tokens of each leaf in a dimension of their own."""
+    return _halves(x.unflatten(1, (-1, leaf)), reach // leaf)
+
+
+def _leaves_between(leaves: int, reaches: list[int]) -> Tensor:
+    """0/1 rows `[(levels + 2) leaves, leaves]`: which other leaves lie between a leaf and what it is measured to.
+
+    For each reach that is the border between its pair of blocks of so many leaves; then the chunk's start and end.
+    """
+    index = torch.arange(leaves)
+    before, after = index < index[:, None], index > index[:, None]
+    rows = []
+    for reach in reaches:
+        block = index // reach
+        side = torch.where((block % 2 == 1)[:, None], before, after)
+        rows.append(side & (block == block[:, None]))
+    return torch.cat([*rows, before, after])
+
+
+def _border_blocks(scores: Tensor, reach: int) -> Tensor:
+    """The view `[N, C / 2h, h, h]` of scores `[N, C, C]`: later blocks' queries against their earlier blocks' keys."""
+    size = scores.shape[1]
+    square = scores.view(-1, size // (2 * reach), 2, reach, size // (2 * reach), 2, reach)[:, :, 1, :, :, 0]
+    return square.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _leaf_diagonal(scores: Tensor, leaf: int, offset: int) -> Tensor:
+    """The view `[N, C / leaf, leaf − offset]` of scores: each leaf's queries against keys `offset` tokens before."""
+    size = scores.shape[1]
+    blocks = scores.view(-1, size // leaf, leaf, size // leaf, leaf).diagonal(dim1=1, dim2=3)
+    return blocks.diagonal(-offset, dim1=1, dim2=2)
+
+
+def _leaf_diagonal_column(scores: Tensor, leaf: int, offset: int) -> Tensor:
+    return _leaf_diagonal(scores, leaf, offset).unsqueeze(-1)
