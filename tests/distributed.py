@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -139,6 +140,7 @@ def _serve(rank: int, world: int, folder: str, connection: Connection) -> None:
     stack_file = open(Path(folder, f"stack-{rank}"), "w")  # noqa: SIM115 (faulthandler writes to it as long as we live)
     faulthandler.register(signal.SIGUSR1, file=stack_file)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as pytest is told to
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     store = distributed.FileStore(str(Path(folder, "store")), world)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +85,8 @@ class Engine:
         )
         # DeepSpeed rounds buffers to bfloat16 with the parameters; frequencies and decays must stay as they are.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._adam, config=config)
+        with redirect_stdout(io.StringIO()):  # stage 1 in bfloat16 prints the machine's memory, asked or not
+            self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._adam, config=config)
         for name, buffer in buffers.items():
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, buffer)

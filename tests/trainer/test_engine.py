@@ -8,6 +8,7 @@ import torch
 from distributed import RankError, run_ranks
 from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
+from longreach.trainer import processes
 from longreach.trainer.engine import parameter_groups
 
 STEPS = 4
@@ -136,16 +137,18 @@ def test_initial_values_depend_on_the_seed_alone():
             assert all(torch.equal(values[name], p) for name, p in expected.named_parameters())
 
 
-def output_of_an_engine(rank, world):
+def output_of_an_engine(rank, world, stage, dtype):
+    processes.start(device="cpu")
     captured = io.StringIO()
     with contextlib.redirect_stdout(captured), contextlib.redirect_stderr(captured):
-        engine = make_engine(2)
+        engine = make_engine(stage, dtype=dtype)
         train_step(engine, 0, rank, world, 1)
     return captured.getvalue()
 
 
-def test_deepspeed_is_silent():
-    assert run_ranks(2, output_of_an_engine) == ["", ""]
+@pytest.mark.parametrize(("stage", "dtype"), EVERY_KIND)
+def test_deepspeed_is_silent(stage, dtype):
+    assert run_ranks(2, output_of_an_engine, stage, dtype) == ["", ""]
 
 
 def make_with(rank, world, stage, dtype, config):
