@@ -135,10 +135,24 @@ def test_what_launchers_add_is_taken_away() -> None:
     assert configuration.without_launcher_arguments(given) == ["a=1", "b=2", "--cfg", "job"]
 
 
-AWKWARD = "def f(x): | it's | a\\ | a\\'b | x,y | ${x} | line\nbreak || 42 | say \"hi\" | a=b | [1,2] | {a: b} | \\ | \\\\' | *.txt | ×"
+AWKWARD = [
+    "def f(x):",
+    "it's",
+    "a\\",
+    "a\\'b",
+    "x,y",
+    "${x}",
+    "line\nbreak",
+    "",
+    "42",
+    'say "hi"',
+    "a=b",
+    "[1,2]",
+    "{a: b}",
+]
 
 
-@pytest.mark.parametrize("text", [*AWKWARD.split(" | "), " lead "])
+@pytest.mark.parametrize("text", [*AWKWARD, "\\", "\\\\'", " lead ", "*.txt", "×"])
 def test_texts_arrive_as_they_are_written(text: str) -> None:
     override = OverridesParser.create().parse_override(configuration.quoted(f"prompt={text}", ("prompt",)))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text

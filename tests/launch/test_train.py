@@ -1,0 +1,161 @@
+"""Whole runs from the command line: every launcher, a killed rank, and text from a checkpoint on its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+LAUNCHERS = {
+    "alone": [sys.executable, "-m"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--module"],
+}
+SETTINGS = (
+    "model=minimax_01_tiny",
+    "model.width=64",
+    "model.mixers.lightning.heads=2",
+    "model.mixers.softmax.heads=2",
+    "data.tokenizer=bytes",
+    "data.sequence_length=128",
+    "data.rows_per_step=2",
+    "evaluation.sample_tokens=4",
+    "evaluation.prompt=def ",
+    "logger.wandb.mode=offline",
+    "logger.print_every=1",
+)
+
+
+def command(launcher: str, run: Path, *overrides: str) -> list[str]:
+    ranks = 1 if launcher == "alone" else 2
+    more = [f"parallel.sequence={ranks}", f"run.dir={run}", *overrides]
+    return [*LAUNCHERS[launcher], "longreach.launch.train", *SETTINGS, *more]
+
+
+def train(launcher: str, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = {**ENVIRONMENT, "MASTER_PORT": "29571", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        command(launcher, run, *overrides), env=environment, capture_output=True, text=True, timeout=300, cwd=run.parent
+    )
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps on two ranks, with an awkward name."""
+    folder = tmp_path_factory.mktemp("launch") / "a run, of six × steps"
+    done = train("torchrun", folder, "trainer.steps=6", "evaluation.every=3", "evaluation.rows=2", "checkpoint.every=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said in ("step 1/6", "validation loss", "bits per byte", "W&B offline", "loss curve", "to resume     torchrun"):
+        assert said in done.stdout
+    return folder
+
+
+def test_a_run_leaves_the_files_of_the_contract(run: Path) -> None:
+    present = {path.name for path in run.iterdir()}
+    assert present == {"config.yaml", "metrics.jsonl", "checkpoints", "plots", "samples.txt", "wandb"}
+    assert (run / "plots" / "loss.png").exists()
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    training = [line for line in lines(run) if "loss" in line]
+    wanted = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes"}
+    assert all(wanted <= set(line) for line in training)
+    validation = [line for line in lines(run) if "validation_loss" in line]
+    assert all({"step", "validation_loss", "bits_per_byte"} <= set(line) for line in validation)
+
+
+@pytest.mark.parametrize("launcher", ["alone", "deepspeed"])
+def test_every_launcher_trains_the_same(run: Path, tmp_path: Path, launcher: str) -> None:
+    done = train(launcher, tmp_path / "run", "trainer.steps=6", "evaluation.every=0", "checkpoint.every=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [line for line in lines(run) if "loss" in line]
+    for line, other in zip(lines(tmp_path / "run"), expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the ranks")
+def test_a_killed_rank_ends_the_run_which_then_resumes(run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    more = ("trainer.steps=6", "evaluation.every=3", "evaluation.rows=2", "checkpoint.every=2")
+    # Killed once a checkpoint is there: slow enough to be met in between, as each step is printed and flushed.
+    process = subprocess.Popen(
+        command("torchrun", target, *more), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not (target / "checkpoints" / "step-00000002").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    ranks = sorted(children(process.pid))
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "SIGKILL" in said or "lost another rank" in said
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    done = train("torchrun", target, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after step" in done.stdout
+    exact = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss", "bits_per_byte")
+    got = [{key: line.get(key) for key in exact} for line in lines(target)]
+    assert got == [{key: line.get(key) for key in exact} for line in lines(run)]
+
+
+def generate(*overrides: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-X", "importtime", "-m", "longreach.launch.generate", *overrides]
+    return subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_checkpoint_alone_is_enough_to_generate(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "somewhere else"
+    shutil.copytree(run / "checkpoints" / "step-00000006", moved)
+    shown = generate(f"checkpoint={moved}", "prompt=def f(x):", "max_new_tokens=12", "temperature=0.9", "seed=3")
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    assert shown.stdout.startswith("def f(x):")
+    assert len(shown.stdout) > len("def f(x):\n")
+    assert "deepspeed" not in shown.stderr  # which lists all that was imported
+    again = generate(f"checkpoint={run}", "prompt=def f(x):", "max_new_tokens=12", "temperature=0.9", "seed=3")
+    assert again.stdout == shown.stdout
+
+
+def test_generation_says_what_is_wrong(run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "checkpoints" / "step-00000006", broken)
+    shard = next(broken.glob("weights-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    for overrides, message in (
+        ([f"checkpoint={broken}", "prompt=a"], "must be complete and undamaged"),
+        ([f"checkpoint={tmp_path / 'none'}", "prompt=a"], "checkpoint must be a checkpoint's folder"),
+        ([f"checkpoint={run}"], "prompt must be a text"),
+        ([f"checkpoint={run}", "prompt=a", "temprature=1"], "Did you mean temperature?"),
+    ):
+        shown = generate(*overrides)
+        assert shown.returncode == 1
+        assert message in shown.stderr
+        assert "Traceback" not in shown.stderr

@@ -1,0 +1,87 @@
+"""One rank says why, once; what it says depends on who is to blame."""
+
+import io
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from longreach.parallel.mesh import Mesh
+from longreach.trainer import failure
+from longreach.trainer.exchange import from_first_rank, gather_numbers, together
+from longreach.trainer.run_directory import RunDirectory, find_checkpoint, locate, passed_over
+
+
+def fail(rank: int, world: int) -> str:
+    failure.GRACE_SECONDS = 0.0
+    printed = io.StringIO()
+    error = RuntimeError(f"rank {rank} is broken")
+    with redirect_stderr(printed):
+        failure.report(error, started=True, hint="try again")
+        failure.report(error, started=True, hint="try again")
+    return printed.getvalue()
+
+
+def test_one_rank_reports_and_once() -> None:
+    printed = [text for text in run_ranks(3, fail) if text]
+    assert len(printed) == 1
+    assert printed[0].count("is broken") == 2  # the traceback's last line, and the summary
+    assert printed[0].rstrip().endswith("try again")
+
+
+@pytest.mark.parametrize(
+    ("error", "started", "expected"),
+    [
+        (ValueError("trainer.steps must be 1"), False, "error: trainer.steps must be 1"),
+        (KeyboardInterrupt(), True, "interrupted\nresume so"),
+        (failure.Stopped(), True, "ended by SIGTERM\nresume so"),
+        (RuntimeError("[..] Connection closed by peer [1.2.3.4]:5"), True, "has lost another rank"),
+    ],
+)
+def test_what_is_said(error: BaseException, started: bool, expected: str) -> None:
+    text = failure.message(error, started=started, hint="resume so")
+    assert expected in text
+    assert "Traceback" not in text
+
+
+def test_a_bug_keeps_its_traceback_and_lack_of_memory_its_remedies() -> None:
+    try:
+        raise torch.OutOfMemoryError("no memory")
+    except torch.OutOfMemoryError as error:
+        text = failure.message(error, started=True)
+    assert "Traceback" in text
+    assert "data.rows_per_micro_batch" in text
+
+
+def exchange(rank: int, world: int) -> tuple[list[list[float]], str, str]:
+    mesh = Mesh.create(world)
+
+    def check() -> None:
+        if rank == 1:
+            raise ValueError("only rank 1 sees this")
+
+    with pytest.raises(ValueError, match="only rank 1") as error:
+        together(mesh, check)
+    return gather_numbers([rank, 2.5], mesh).tolist(), from_first_rank(f"from {rank}", mesh), str(error.value)
+
+
+def test_values_and_errors_are_shared() -> None:
+    for numbers, chosen, error in run_ranks(3, exchange):
+        assert numbers == [[0.0, 2.5], [1.0, 2.5], [2.0, 2.5]]
+        assert chosen == "from 0"
+        assert error == "only rank 1 sees this"
+
+
+def test_incomplete_checkpoints_are_never_a_silent_new_start(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert find_checkpoint("auto", directory) is None
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"step-00000004 must be complete and undamaged; index\.json cannot be read"):
+        find_checkpoint("auto", directory)
+    with pytest.raises(ValueError, match=r"checkpoint\.resume must be a checkpoint's folder.* got .*nowhere"):
+        locate(tmp_path / "nowhere", "checkpoint.resume")
+    with pytest.raises(ValueError, match="must be complete"):
+        locate(tmp_path, "checkpoint")
+    assert passed_over(tmp_path / "checkpoints" / "step-00000002", directory) == ["step-00000004"]
