@@ -28,87 +28,61 @@ class ChannelDecay:
         self.grid, keys = grid, log_decay.shape[-1]
         self.log_decay = Lanes(log_decay, grid)
         self.leaf = min(LEAF, grid.chunk)
-        self.leaves = grid.chunk // self.leaf
-        self.reaches = [self.leaf << level for level in range(self.leaves.bit_length() - 1)]
+        self.reaches = [self.leaf << level for level in range((grid.chunk // self.leaf).bit_length() - 1)]
         # All that is as large as a slab is written to these: what is allocated anew costs more than its arithmetic.
-        names = ("upto", "beyond", "enter", "leave", "product", "past")
-        self.works = {name: grid.workspace(keys).flatten(0, 2) for name in names}
+        names = ("enter", "leave", "product", "past", *self.reaches)
+        self.works: dict[str | int, Tensor] = {name: grid.workspace(keys).flatten(0, 2) for name in names}
         self.works["blocks"] = grid.workspace(grid.chunk // 4 or 1).flatten(0, 2)
-        self.levels = {reach: grid.workspace(keys).flatten(0, 2) for reach in self.reaches}
         self.about = {reach: grid.workspace(keys).flatten(0, 2) for reach in self.reaches}
-        self.steps = {offset: grid.workspace(keys).flatten(0, 2) for offset in range(1, self.leaf)}
+        self.steps = {offset: grid.workspace(keys).flatten(0, 2) for offset in range(2, self.leaf)}
         self.views = Views()
-        within = torch.ones(self.leaf, self.leaf, dtype=grid.dtype, device=grid.device)
-        self.upto, self.beyond = within.tril(), within.triu(1)
-        self.others = _leaves_between(self.leaves, [reach // self.leaf for reach in self.reaches]).to(within)
-        self.later = within.new_ones(grid.chunk, grid.chunk).triu_()
+        whole = torch.ones(grid.chunk, grid.chunk, dtype=grid.dtype, device=grid.device)
+        self.later = whole.triu()
+        # 0/1: the tokens whose decays lie between a token and the chunk's start or end, or the border at `reach`.
+        self.between = {"enter": whole.tril(), "leave": whole.triu(1)}
+        self.between |= {reach: _to_border(reach).to(whole) for reach in self.reaches}
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
         """Sets `enter` and `leave` `[N, C, K]`, `through` (`[lanes, K, 1]` a chunk), and for "all" what scores need."""
-        decays, dtype = self.log_decay.load(slab), self.grid.dtype
-        self.masks, count = masks, len(decays)
-        upto = self._within(decays, self.upto, "upto")
-        totals = self.views(_leaf_ends, upto, self.leaf)
-        others = torch.matmul(self.others, totals).view(count, -1, self.leaves, 1, totals.shape[-1])
-        factor(others, dtype)
-        through = factor(totals.sum(1), dtype).view(slab.chunks, self.grid.rows, self.grid.heads, -1, 1)
-        factor(upto, dtype)
-        if wanted != "leave":
-            self.enter = self._to_border(upto, others[:, -2], "enter", None if masks is None else masks.enter)
-        if wanted != "enter":
-            beyond = factor(self._within(decays, self.beyond, "beyond"), dtype)
-            self.leave = self._to_border(beyond, others[:, -1], "leave", None if masks is None else masks.leave)
-            if wanted == "all":
-                self._load_levels(upto, beyond, others)
-                self._load_steps(decays)
+        dtype = self.grid.dtype
+        decays = self.log_decay.load(slab).clamp_(min=FLOOR[dtype])  # -inf would make NaN of what it is not part of
+        self.masks = masks
+        through = factor(decays.sum(1), dtype).view(slab.chunks, self.grid.rows, self.grid.heads, -1, 1)
         self.through = (through if masks is None else through * masks.through).flatten(1, 2).unbind(0)
+        if wanted != "leave":
+            self.enter = self._factors(decays, "enter", None if masks is None else masks.enter)
+        if wanted != "enter":
+            self.leave = self._factors(decays, "leave", None if masks is None else masks.leave)
+        if wanted == "all":
+            for reach in self.reaches:
+                self._factors(decays, reach)
+            self._load_steps(decays)
 
     @property
     def floor(self) -> float:
         return math.exp(FLOOR[self.grid.dtype])
 
-    def _within(self, decays: Tensor, tokens: Tensor, name: str) -> Tensor:
-        """Sums of log decays over the 0/1 `tokens` of each leaf."""
-        by_leaf = self.views(_by_leaf, decays, self.leaf)
-        out = self.views(_first, self.works[name], len(decays))
-        expanded = self.views(_expanded, tokens, len(by_leaf))
-        torch.bmm(expanded, by_leaf, out=self.views(_by_leaf, out, self.leaf))
-        return out
-
-    def _to_border(self, near: Tensor, others: Tensor, name: str, mask: Tensor | None) -> Tensor:
-        """Factors between tokens and a border of the chunk, from those within leaves and those of other leaves."""
-        out = self.views(_first, self.works[name], len(near))
-        torch.mul(self.views(_leaf_tail, near, self.leaf, 0), others, out=self.views(_leaf_tail, out, self.leaf, 0))
-        out.clamp_(min=self.floor)
+    def _factors(self, decays: Tensor, border: str | int, mask: Tensor | None = None) -> Tensor:
+        """The factors between the tokens and a border, `[N, C, K]`."""
+        between = self.between[border]
+        out = self.views(_first, self.works[border], len(decays))
+        by_block = self.views(_by_block, decays, len(between))
+        torch.bmm(self.views(_expanded, between, len(by_block)), by_block, out=self.views(_by_block, out, len(between)))
+        factor(out, self.grid.dtype)
         if mask is not None:
             by_row(out, self.grid).mul_(mask)
         return out
 
-    def _load_levels(self, upto: Tensor, beyond: Tensor, others: Tensor) -> None:
-        """For each reach the factors to the border of the token's pair of blocks."""
-        leaf = self.leaf
-        for level, (reach, work) in enumerate(self.levels.items()):
-            out = self.views(_first, work, len(upto))
-            other = _halves(others[:, level], reach // leaf)
-            earlier, later = self.views(_leaf_halves, out, reach, leaf)
-            torch.mul(self.views(_leaf_halves, beyond, reach, leaf)[0], other[0], out=earlier)
-            torch.mul(self.views(_leaf_halves, upto, reach, leaf)[1], other[1], out=later)
-            out.clamp_(min=self.floor)
-
     def _load_steps(self, decays: Tensor) -> None:
         """For offsets d = 1 … leaf − 1: e^{g_{i−d+1} + … + g_i} for i >= d in each leaf; changes its input."""
-        factor(decays, self.grid.dtype)
-        for offset in range(1, self.leaf):
-            step = self.views(_leaf_tail, decays, self.leaf, offset)
-            out = self._step(offset, len(decays))
-            if offset == 1:
-                out.copy_(step)
-            else:
-                shorter = self._step(offset - 1, len(decays))
-                torch.mul(self.views(_but_last, shorter), step, out=out).clamp_(min=self.floor)
-
-    def _step(self, offset: int, count: int) -> Tensor:
-        return self.views(_leaf_room, self.steps[offset], count, self.leaf, offset)
+        step, count = factor(decays, self.grid.dtype), len(decays)
+        reached = self.views(_leaf_tail, step, self.leaf, 1)
+        self.reached = [reached]
+        for offset in range(2, self.leaf):
+            out = self.views(_leaf_room, self.steps[offset], count, self.leaf, offset)
+            torch.mul(self.views(_but_last, reached), self.views(_leaf_tail, step, self.leaf, offset), out=out)
+            reached = out.clamp_(min=self.floor)
+            self.reached.append(reached)
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
         """out_ij = Σ_c q_ic k_jc e^{G_ic − G_jc} for j <= i of one document; above the diagonal `out` stays 0."""
@@ -124,7 +98,7 @@ class ChannelDecay:
             past = views(_leaf_head, k, leaf, offset)
             if offset:
                 past = torch.mul(
-                    past, self._step(offset, count), out=views(_leaf_room, self.works["past"], count, leaf, offset)
+                    past, self.reached[offset - 1], out=views(_leaf_room, self.works["past"], count, leaf, offset)
                 )
             torch.mul(views(_leaf_tail, q, leaf, offset), past, out=product)
             views(_leaf_diagonal, out, leaf, offset).copy_(product.sum(-1))
@@ -143,12 +117,12 @@ class ChannelDecay:
                 torch.mul(q_now, given, out=dk_past)
                 continue
             room = views(_leaf_room, self.works["product"], count, leaf, offset)
-            decayed = torch.mul(self._step(offset, count), given, out=room)
+            decayed = torch.mul(self.reached[offset - 1], given, out=room)
             dq_now.addcmul_(decayed, k_past)
             dk_past.addcmul_(decayed, q_now)
-        for reach, level in self.levels.items():
+        for reach in self.reaches:
             later, earlier = views(_two_rooms, self.about[reach], count, reach)
-            before, after = views(_halves, views(_first, level, count), reach)
+            before, after = views(_halves, views(_first, self.works[reach], count), reach)
             given = views(_square_room, self.works["blocks"], count, reach)
             border = views(_border_blocks, dscores, reach)
             views(_shaped_as, given, border).copy_(border)
@@ -163,7 +137,7 @@ class ChannelDecay:
     def _about(self, q: Tensor, k: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Queries of each later block decayed from the border on, keys of each earlier one decayed up to it."""
         views = self.views
-        before, after = views(_halves, views(_first, self.levels[reach], len(q)), reach)
+        before, after = views(_halves, views(_first, self.works[reach], len(q)), reach)
         later, earlier = views(_two_rooms, self.about[reach], len(q), reach)
         torch.mul(views(_halves, q, reach)[1], after, out=views(_shaped_as, later, after))
         torch.mul(views(_halves, k, reach)[0], before, out=views(_shaped_as, earlier, before))
@@ -217,12 +191,8 @@ def _shaped_as(x: Tensor, other: Tensor) -> Tensor:
     return x.view(other.shape)
 
 
-def _by_leaf(x: Tensor, leaf: int) -> Tensor:
-    return x.view(-1, leaf, x.shape[-1])
-
-
-def _leaf_ends(x: Tensor, leaf: int) -> Tensor:
-    return x[:, leaf - 1 :: leaf]
+def _by_block(x: Tensor, size: int) -> Tensor:
+    return x.view(-1, size, x.shape[-1])
 
 
 def _leaf_tail(x: Tensor, leaf: int, offset: int) -> Tensor:
@@ -255,29 +225,17 @@ def _square_room(workspace: Tensor, count: int, reach: int) -> Tensor:
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Dimension 1 of x as pairs of neighbouring blocks of `size`: the earlier and the later ones `[N, P, size, …]`."""
+    """Dimension 1 of x as pairs of neighbouring blocks of `size`: the earlier and the later ones `[N, P, size, D]`."""
     pairs = x.unflatten(1, (-1, 2, size))
     return pairs[:, :, 0], pairs[:, :, 1]
 
 
-def _leaf_halves(x: Tensor, reach: int, leaf: int) -> tuple[Tensor, Tensor]:
-    """The same of `[N, C, D]` with the tokens of each leaf in a dimension of their own."""
-    return _halves(x.unflatten(1, (-1, leaf)), reach // leaf)
-
-
-def _leaves_between(leaves: int, reaches: list[int]) -> Tensor:
-    """0/1 rows `[(levels + 2) leaves, leaves]`: which other leaves lie between a leaf and what it is measured to.
-
-    For each reach that is the border between its pair of blocks of so many leaves; then the chunk's start and end.
-    """
-    index = torch.arange(leaves)
-    before, after = index < index[:, None], index > index[:, None]
-    rows = []
-    for reach in reaches:
-        block = index // reach
-        side = torch.where((block % 2 == 1)[:, None], before, after)
-        rows.append(side & (block == block[:, None]))
-    return torch.cat([*rows, before, after])
+def _to_border(reach: int) -> Tensor:
+    """bool `[2h, 2h]`: the tokens of two blocks of h = `reach` whose decays lie between a token and their border."""
+    token = torch.arange(2 * reach)
+    later = token >= reach
+    after, upto = token > token[:, None], token <= token[:, None]
+    return torch.where(later[:, None], later & upto, ~later & after)
 
 
 def _border_blocks(scores: Tensor, reach: int) -> Tensor:

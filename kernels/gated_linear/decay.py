@@ -32,7 +32,8 @@ class TokenDecay:
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
         self.grid, size = grid, grid.chunk
-        padded = F.pad(log_decay.double(), (0, 0, 0, -grid.length % size)).unflatten(1, (-1, size))
+        finite = log_decay.double().clamp(min=FLOOR[torch.float64])  # so that sums can be subtracted
+        padded = F.pad(finite, (0, 0, 0, -grid.length % size)).unflatten(1, (-1, size))
         # Sums in float64, as differences of long sums follow: [all chunks, rows, heads, C, 1].
         self.sums = padded.cumsum(2).permute(1, 0, 3, 2).unsqueeze(-1).contiguous()
         ends = self.sums[..., -1:, :]
@@ -42,7 +43,9 @@ class TokenDecay:
         self.fixed = None
         if constant is not None:
             steps = torch.arange(size, dtype=torch.float64, device=grid.device)
-            exponents = constant.double()[:, None, None] * (steps[:, None] - steps).clamp_(min=0)
+            exponents = constant.double().clamp(min=FLOOR[torch.float64])[:, None, None] * (
+                steps[:, None] - steps
+            ).clamp_(min=0)
             self.fixed = factor(exponents, grid.dtype).tril_()
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:

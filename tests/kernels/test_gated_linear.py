@@ -1,0 +1,384 @@
+"""Gated linear attention against its recurrence and other people's code: op, gradients, parts, segments of a row."""
+
+import copy
+
+import pytest
+import torch
+from largest_tensor import LargestTensor
+
+from longreach.kernels.documents import Documents
+from longreach.kernels.gated_linear import bytes_sent, flops, gated_linear_attention, recurrence, state_bytes
+from longreach.kernels.recurrence import Summary
+
+DECAYS = ("none", "constant", "token", "channel")
+STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
+PACKINGS = {
+    "1 token": Documents.whole(2, 1),
+    "63 tokens": Documents.whole(2, 63),
+    "130 tokens": Documents.whole(1, 130),
+    "continued": Documents.whole(2, 70, position=9),
+    "packed": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [128, 64], [200]], 210),
+    "one-token documents": Documents.from_lengths([[1] * 80, [64, 64]], 140),
+    "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [300], [30, 270]], 300).slice(40, 230),
+    "all padding": Documents.from_lengths([[7], []], 7),
+}
+
+
+def draw(documents, decay, strength=0.1, heads=4, query_groups=4, key_groups=4, keys=6, values=10):
+    """(q, k, v, log_decay), initial state, and gradients of the output and of the final state, in float64."""
+    torch.manual_seed(0)
+    batch, length = documents.batch, documents.length
+    shapes = {"constant": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, keys)}
+    # Decays of all sizes: what is decayed little comes after what is decayed much.
+    log_decay = None if decay == "none" else -strength * torch.rand(shapes[decay], dtype=torch.float64) ** 4
+    q, k, v, state, dout, dstate = (
+        torch.randn(shape, dtype=torch.float64)
+        for shape in (
+            (batch, length, query_groups, keys),
+            (batch, length, key_groups, keys),
+            (batch, length, heads, values),
+            (batch, heads, keys, values),
+            (batch, length, heads, values),
+            (batch, heads, keys, values),
+        )
+    )
+    return (q, k, v, log_decay), state, dout, dstate
+
+
+def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64, scale=None):
+    """Output, final state and the gradients of all inputs and of the initial state."""
+    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
+    out, final = gated_linear_attention(
+        *leaves[:4], initial_state=leaves[4], documents=documents, backend=backend, scale=scale
+    )
+    wanted = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
+    return out.detach(), final.detach(), *gradients
+
+
+def assert_near(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
+@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documents, strength):
+    drawn = draw(documents, decay, strength)
+    inputs, state, *given = drawn
+    expected = run(inputs, state, documents, *given, backend="reference")
+    with nan_in_fresh_memory():
+        assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+        assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
+
+
+@pytest.mark.parametrize("decay", ["constant", "channel"])
+def test_a_thousand_tokens(decay):
+    documents = Documents.whole(1, 1000)
+    inputs, state, *given = draw(documents, decay, heads=2, query_groups=1, key_groups=2)
+    expected = run(inputs, state, documents, *given, backend="reference")
+    assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+
+
+class nan_in_fresh_memory:
+    """What is allocated without values holds NaN, so that reading it before writing it shows."""
+
+    def __enter__(self):
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_recurrence_passes_gradcheck(decay):
+    documents = Documents.from_lengths([[3, 2], [4]], 5)
+    inputs, state, *_ = draw(documents, decay, heads=2, query_groups=1, key_groups=1, keys=2, values=3)
+    leaves = [x.clamp(max=-1e-3) if x is inputs[3] else x for x in (*inputs, state) if x is not None]
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def op(q, k, v, *rest):
+        log_decay = rest[0] if len(rest) == 2 else None
+        return gated_linear_attention(
+            q, k, v, log_decay, initial_state=rest[-1], documents=documents.slice(1, 5), backend="reference"
+        )
+
+    leaves[:3] = [x.detach()[:, 1:].requires_grad_() for x in leaves[:3]]
+    if decay in ("token", "channel"):
+        leaves[3] = leaves[3].detach()[:, 1:].requires_grad_()
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+GROUPINGS = {"both grouped": (2, 2), "one key group": (4, 1), "one group": (1, 1), "queries grouped": (2, 4)}
+
+
+@pytest.mark.parametrize("groups", GROUPINGS.values(), ids=GROUPINGS)
+@pytest.mark.parametrize("decay", ["constant", "channel"])
+def test_grouped_heads(decay, groups):
+    documents = PACKINGS["packed"]
+    inputs, state, *given = draw(documents, decay, query_groups=groups[0], key_groups=groups[1])
+    expected = run(inputs, state, documents, *given, backend="reference")
+    assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+
+
+MANY_LANES = {"heads in blocks": (1, 48, 48), "one group": (1, 40, 1), "rows in blocks": (5, 16, 8)}
+
+
+@pytest.mark.parametrize("sizes", MANY_LANES.values(), ids=MANY_LANES)
+@pytest.mark.parametrize("decay", ["constant", "token", "channel"])
+def test_more_lanes_than_a_slab_holds(decay, sizes):
+    rows, heads, groups = sizes
+    documents = Documents.from_lengths([[40 + row, 30 - row] for row in range(rows)], 75)
+    inputs, state, *given = draw(documents, decay, heads=heads, query_groups=heads, key_groups=groups, keys=3, values=2)
+    expected = run(inputs, state, documents, *given, backend="reference")
+    assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_bfloat16_is_computed_in_float32(decay):
+    documents = PACKINGS["packed"]
+    inputs, state, *given = draw(documents, decay)
+    rounded = [x if x is None else x.bfloat16().double() for x in inputs]
+    expected = run(rounded, state, documents, given[0].bfloat16().double(), given[1], backend="reference")
+    leaves = [x if x is None else x.bfloat16().requires_grad_() for x in inputs]
+    out, final = gated_linear_attention(*leaves, initial_state=state.float(), documents=documents)
+    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+    gradients = torch.autograd.grad(
+        [out, final], [x for x in leaves if x is not None], [given[0].bfloat16(), given[1].float()]
+    )
+    for found, right in zip((out, final, *gradients), expected, strict=False):
+        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_strong_decay_neither_overflows_nor_forgets_the_present(decay):
+    documents = Documents.whole(1, 200)
+    inputs, state, *given = draw(documents, decay)
+    if inputs[3] is not None:
+        inputs = (*inputs[:3], torch.full_like(inputs[3], -20.0))
+    found = run(inputs, state, documents, *given, dtype=torch.float32)
+    assert_near(found, run(inputs, state, documents, *given, backend="reference"), 1e-4)
+
+
+def test_decays_of_minus_infinity_forget_everything():
+    inputs, _, *given = draw(PACKINGS["63 tokens"], "channel")
+    q, k, v, log_decay = inputs
+    found = run((q, k, v, torch.full_like(log_decay, -torch.inf)), None, PACKINGS["63 tokens"], *given)
+    only_now = q.shape[-1] ** -0.5 * (q * k).sum(-1, keepdim=True) * v
+    assert_near(found[:1], [only_now], 1e-9)
+    assert all(bool(x.isfinite().all()) for x in found)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_document_moves_another(decay):
+    documents = Documents.from_lengths([[5, 70, 1, 130, 40]], 256)
+    inputs, _, *given = draw(documents, decay, strength=1e-3)
+    before = run(inputs, None, documents, *given, dtype=torch.float32)
+    run_ = documents.runs[0][3]
+    moved = [x if x is None else x.clone() for x in inputs]
+    for x in moved[:3]:
+        x[:, run_.start : run_.stop] += 100.0
+    after = run(moved, None, documents, *given, dtype=torch.float32)
+    outside = torch.ones(256, dtype=torch.bool)
+    outside[run_.start : run_.stop] = False
+    for number in (0, 2, 3, 4):  # out, dq, dk, dv
+        assert torch.equal(before[number][:, outside], after[number][:, outside])
+
+
+def test_a_state_enters_only_where_a_document_goes_on():
+    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
+    inputs, state, *given = draw(documents, "token")
+    state[0] = torch.nan
+    out, _, *_, dstate = run(inputs, state, documents, *given)
+    assert bool(out.isfinite().all())
+    assert not dstate[0].any()
+    assert dstate[1].all()
+    without = run(inputs, None, documents, *given)[0]
+    assert torch.equal(out[0], without[0])
+    assert not torch.allclose(out[1], without[1])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_token_by_token_is_the_whole(decay):
+    documents = Documents.whole(2, 37)
+    (q, k, v, log_decay), *_ = draw(documents, decay)
+    out, final = gated_linear_attention(q, k, v, log_decay)
+    state, steps = None, []
+    for t in range(37):
+        now = [x if x is None or x.dim() == 1 else x[:, t : t + 1] for x in (q, k, v, log_decay)]
+        step, state = gated_linear_attention(*now, initial_state=state)
+        steps.append(step)
+    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+
+
+ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
+CUTS = {"2": (150, 300), "3": (60, 181, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_segments_put_together_are_the_whole_row(decay, cuts):
+    inputs, _, dout, dfinal = draw(ROWS, decay)
+    whole = run(inputs, None, ROWS, dout, dfinal)
+    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
+    segments = [[x if x is None or x.dim() == 1 else x[:, a:b] for x in inputs] for a, b in bounds]
+    documents = [ROWS.slice(a, b) for a, b in bounds]
+
+    outs, summaries, states = [], [], [torch.zeros_like(dfinal)]
+    for segment, held in zip(segments, documents, strict=True):
+        out, final = recurrence.forward(tuple(segment), None, held)
+        summaries.append(recurrence.summarize(tuple(segment), final, held))
+        out = recurrence.correct(out, tuple(segment), states[-1], held)
+        alone, final = recurrence.forward(tuple(segment), states[-1], held)
+        assert_near([out], [alone], 1e-9)
+        outs.append(out)
+        states.append(recurrence.advance(summaries[-1], states[-1]))
+        assert_near([states[-1]], [final], 1e-9)
+    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
+
+    total = summaries[0]
+    for summary in summaries[1:]:
+        total = recurrence.combine(summary, total)
+    assert_near([recurrence.advance(total, torch.zeros_like(dfinal))], [whole[1]], 1e-9)
+
+    dstate, parts = dfinal, []
+    for number in reversed(range(len(segments))):
+        a, b = bounds[number]
+        given = tuple(segments[number]), documents[number]
+        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, given[0], states[number], given[1])
+        local = recurrence.summarize_backward(dout[:, a:b], *given)
+        dstate = recurrence.retreat(summaries[number], dstate, local)
+        assert_near([dstate], [dinitial], 1e-9)
+        parts.insert(0, gradients)
+    joined = [torch.cat(x, 1) for x in list(zip(*parts, strict=True))[:3]]
+    if decay != "none":
+        decays = [gradients[3] for gradients in parts]
+        joined.append(sum(decays) if decay == "constant" else torch.cat(decays, 1))
+    assert_near(joined, whole[2:], 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_backward_given_a_state_and_the_gradient_of_the_last(backend):
+    documents = PACKINGS["cut from rows"]
+    inputs, state, dout, dstate = draw(documents, "channel")
+    expected = run(inputs, state, documents, dout, dstate, backend="reference")
+    gradients, dinitial = recurrence.backward(dout, dstate, inputs, state, documents, backend=backend)
+    assert_near([*gradients, dinitial], expected[2:], 1e-9)
+
+
+def test_transitions_are_zero_unless_one_document_goes_through():
+    inputs, state, *_ = draw(ROWS, "channel")
+    summary = recurrence.summarize(inputs, state, ROWS)
+    assert not summary.transition.any()  # every row starts a document
+    held = ROWS.slice(160, 300)
+    cut = tuple(x[:, 160:300] for x in inputs)
+    transition = recurrence.summarize(cut, state, held).transition
+    assert [bool(row.any()) for row in transition] == [True, True, False, True]
+    torch.testing.assert_close(transition[0, :, :, 0], inputs[3][0, 160:300].sum(0).exp())
+
+
+def test_combining_is_associative():
+    torch.manual_seed(0)
+    a, b, c = (
+        Summary(torch.rand(2, 3, 4, 1, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64))
+        for _ in range(3)
+    )
+    left = recurrence.combine(recurrence.combine(c, b), a)
+    right = recurrence.combine(c, recurrence.combine(b, a))
+    assert_near(left, right, 1e-12)
+
+
+def test_gradients_come_through_the_final_state_alone():
+    documents = PACKINGS["packed"]
+    inputs, _, dout, dstate = draw(documents, "token")
+    found = run(inputs, None, documents, torch.zeros_like(dout), dstate)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    _, final = gated_linear_attention(*leaves, documents=documents)
+    gradients = torch.autograd.grad(final, leaves[1:], dstate)
+    assert_near(gradients, found[3:], 1e-12)
+
+
+def test_no_tensor_is_larger_than_an_input():
+    documents = Documents.from_lengths([[3000, 1096]])
+    torch.manual_seed(0)
+    q, k, v, log_decay = (torch.randn(1, 4096, heads, 16, requires_grad=True) for heads in (2, 2, 8, 8))
+    with LargestTensor() as largest:
+        out, _ = gated_linear_attention(q, k, v, -log_decay.exp(), documents=documents)
+        out.sum().backward()
+    assert largest.numel <= v.numel()
+
+
+def test_constant_decay_is_lightning_attention_of_minimax():
+    modeling = pytest.importorskip("transformers.models.minimax.modeling_minimax", reason="needs the extra hf")
+    config = modeling.MiniMaxConfig(
+        hidden_size=24, num_attention_heads=4, head_dim=6, num_hidden_layers=2, block_size=32,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = modeling.MiniMaxLightningAttention(config, layer_idx=0).double()
+    x = torch.randn(2, 75, 24, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    q, k, v = torch.nn.functional.silu(ours.qkv_proj(x)).unflatten(-1, (4, 18)).split(6, dim=-1)
+    out, state = gated_linear_attention(q, k, v, -theirs.slope_rate.double().flatten(), scale=1.0)
+    out = ours.out_proj(torch.sigmoid(ours.output_gate(x)) * ours.norm(out.flatten(-2)))
+    expected, expected_state = theirs(x, None, None)
+    # Their decay factors are computed in float32.
+    assert_near([out, state], [expected, expected_state], 1e-6)
+
+
+@pytest.mark.parametrize("decay", ["none", "token", "channel"])
+def test_flash_linear_attention_agrees(decay):
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed; it is an oracle here and nothing else")
+    (q, k, v, log_decay), state, *_ = draw(Documents.whole(2, 150, position=1), decay)
+    q, k, v, state = q.float(), k.float(), v.float(), state.float()
+    if decay == "none":
+        from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
+
+        expected, final = naive_recurrent_linear_attn(
+            q, k, v, initial_state=state, output_final_state=True, normalize=False
+        )
+    elif decay == "token":
+        from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+
+        expected, final = naive_recurrent_simple_gla(
+            q, k, v, log_decay.float(), initial_state=state, output_final_state=True
+        )
+    else:
+        from fla.ops.gla.naive import naive_recurrent_gla
+
+        expected, final = naive_recurrent_gla(q, k, v, log_decay.float(), initial_state=state, output_final_state=True)
+    out, found = gated_linear_attention(
+        q, k, v, log_decay if log_decay is None else log_decay.float(), initial_state=state
+    )
+    assert_near([out, found], [expected, final], 1e-4)
+
+
+WRONG = {
+    "q and k must": lambda q, k, v, g: gated_linear_attention(q[..., :3, :], k, v, g),
+    "q, k and v must": lambda q, k, v, g: gated_linear_attention(q[0], k, v, g),
+    "log_decay must be": lambda q, k, v, g: gated_linear_attention(q, k, v, g[:, :3]),
+    "log_decay must not be positive": lambda q, k, v, g: gated_linear_attention(q, k, v, -g),
+    "initial_state must": lambda q, k, v, g: gated_linear_attention(q, k, v, g, initial_state=v),
+    "documents must describe": lambda q, k, v, g: gated_linear_attention(q, k, v, g, documents=Documents.whole(2, 5)),
+    "documents must start at position 0": lambda q, k, v, g: gated_linear_attention(
+        q, k, v, g, documents=Documents.concatenate([Documents.whole(2, 10), Documents.whole(2, 10, position=50)])
+    ),
+    "at least one token": lambda q, k, v, g: gated_linear_attention(q[:, :0], k[:, :0], v[:, :0]),
+    "backend must": lambda q, k, v, g: gated_linear_attention(q, k, v, g, backend="fast"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_input_is_named(message):
+    inputs, *_ = draw(Documents.whole(2, 20), "token")
+    with pytest.raises(ValueError, match=message):
+        WRONG[message](*inputs)
+
+
+def test_costs():
+    assert flops(10, heads=2, key_dim=3, value_dim=5, chunk=8) == 10 * 2 * (4 * 15 + 2 * 8 * 8)
+    assert state_bytes(batch=2, heads=3, key_dim=4, value_dim=5) == 2 * 3 * 4 * 5 * 4
+    sent = {"batch": 1, "heads": 2, "key_dim": 4, "value_dim": 5}
+    assert bytes_sent(**sent, ranks=1) == 0
+    assert bytes_sent(**sent, ranks=3, decay_dim=4) == 2 * 2 * (20 + 4 + 20) * 4
