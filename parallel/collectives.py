@@ -13,7 +13,7 @@ from .mesh import Mesh
 from .sequence import Sequence
 
 # torch 2.13 renamed it; 2.11 has only the old name.
-_all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Gathering:
@@ -22,7 +22,7 @@ class Gathering:
     def __init__(self, x: Tensor, seq: Sequence) -> None:
         self._source = x.contiguous()
         self._out = x.new_empty((seq.layout.ranks, *x.shape))
-        self._work = _all_gather(self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True)
+        self._work = all_gather(self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True)
 
     def wait(self) -> Tensor:
         """`[P, spans, …]`."""

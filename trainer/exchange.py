@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parallel.collectives import agree
+from ..parallel.collectives import agree, all_gather
 from ..parallel.mesh import Mesh
 
 Result = TypeVar("Result")
@@ -21,7 +21,7 @@ def gather_numbers(numbers: list[float], mesh: Mesh) -> Tensor:
     if mesh.world_size == 1:
         return mine.unsqueeze(0)
     gathered = torch.empty(mesh.world_size, len(numbers), dtype=torch.float64)
-    dist.all_gather_into_tensor(gathered.view(-1), mine)
+    all_gather(gathered.view(-1), mine)
     return gathered
 
 

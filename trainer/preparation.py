@@ -12,7 +12,7 @@ from torch import nn
 from ..models import hf
 from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
-from . import engine_config
+from . import checkpoint, engine_config
 from .data import Corpus
 from .engine import Engine, Gather
 from .exchange import from_first_rank, together
@@ -48,6 +48,22 @@ def model_settings(settings: Settings, corpus: Corpus) -> dict[str, Any]:
             "Leave it out, or choose another data.tokenizer"
         )
     return model
+
+
+def check_same_model(found: Path, model: dict[str, Any]) -> None:
+    """Raises ValueError, naming the settings, if a checkpoint is of a model that is configured otherwise."""
+    saved = checkpoint.verify(found).state["model"]
+    free = ("activation_checkpointing",)  # changes what is kept in memory, not what is computed
+    differing = [
+        f"{name} was {saved.get(name)!r} and is {model.get(name)!r}"
+        for name in sorted({*saved, *model})
+        if name not in free and saved.get(name) != model.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"model must be that of checkpoint {found}; {'; '.join(differing)}. Leave the model as it was, or start a "
+            "new run.dir"
+        )
 
 
 def check_model(build: Build, model: dict[str, Any]) -> LanguageModel:

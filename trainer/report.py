@@ -14,19 +14,22 @@ from .run_directory import RunDirectory
 
 def comparison(record: dict[str, Any], baselines: Baselines | None) -> list[str]:
     """Bits per byte of the held-out text: counting models, the model, and the model with its context cut short."""
-    rows: list[tuple[str, float]] = []
+    lines = []
     if baselines is not None:
         names = {"byte_unigram": "byte unigram", "token_unigram": "token unigram", "token_bigram": "token bigram"}
-        rows += [(names[key], value) for key, value in asdict(baselines).items()]
+        counted = [(names[key], value) for key, value in asdict(baselines).items()]
+        lines += _table("held-out text", counted, ("this model", record["bits_per_byte"]))
     if "truncated_bits_per_byte" in record:
-        rows.append((f"this model, last {record['truncated_context']} tokens", record["truncated_bits_per_byte"]))
-    rows.append(("this model", record["bits_per_byte"]))
-    lines = ["held-out text, bits per byte (less is better)"]
-    own = record["bits_per_byte"]
-    for name, value in rows:
-        share = "" if name == "this model" else f"   this model needs {100 * own / value:.1f} % of it"
-        lines.append(f"  {name:<28} {value:7.4f}{share}")
+        title = f"is context used? {record['truncated_rows']} held-out rows"
+        cut = (f"this model, last {record['truncated_context']} tokens", record["truncated_bits_per_byte"])
+        lines += _table(title, [cut], ("this model, whole context", record["untruncated_bits_per_byte"]))
     return lines
+
+
+def _table(title: str, others: list[tuple[str, float]], own: tuple[str, float]) -> list[str]:
+    lines = [f"{title}, bits per byte (less is better)"]
+    lines += [f"  {name:<28} {value:7.4f}   the model needs {own[1] / value:.1%} of it" for name, value in others]
+    return [*lines, f"  {own[0]:<28} {own[1]:7.4f}"]
 
 
 def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple[str, Path | None]) -> list[str]:

@@ -50,7 +50,8 @@ class EvaluationSettings:
 
     every: int = 100  # steps; 0 = never
     rows: int | None = 16  # held-out rows; null = all of them
-    context: int | None = None  # at the end, also score every held-out token from its last so many tokens alone
+    context: int | None = None  # at the end, also score held-out tokens from their last so many tokens alone
+    context_rows: int = 8  # held-out rows that this is done on; costs `context` times as much as with whole rows
     baselines: bool = False  # at the end, also count unigrams and bigrams of the training text
     prompt: str = ""  # the sample begins with it; empty: with the start of a document
     sample_tokens: int = 128  # length of the sample; 0 = none
@@ -141,6 +142,7 @@ def check(settings: Settings, world_size: int) -> None:
     _at_least("evaluation.every", settings.evaluation.every, 0)
     _at_least("evaluation.rows", settings.evaluation.rows, 1)
     _at_least("evaluation.context", settings.evaluation.context, 1)
+    _at_least("evaluation.context_rows", settings.evaluation.context_rows, 1)
     _at_least("evaluation.sample_tokens", settings.evaluation.sample_tokens, 0)
     _at_least("evaluation.temperature", settings.evaluation.temperature, 0)
     _at_least("checkpoint.every", settings.checkpoint.every, 0)

@@ -21,7 +21,7 @@ from .exchange import gather_numbers, together
 from .metrics import Work, peak_flops, peak_memory_bytes, work_of
 from .outputs import Outputs, show_log
 from .packing import NO_TARGET, Batch, batch
-from .preparation import Build, check_model, found_checkpoint, make_engine, model_settings
+from .preparation import Build, check_model, check_same_model, found_checkpoint, make_engine, model_settings
 from .profiler import Profiler
 from .progress import count
 from .run_directory import RunDirectory, passed_over
@@ -49,6 +49,8 @@ class Trainer:
         found = found_checkpoint(settings, self.directory, mesh)
         self.corpus = together(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
+        if found is not None:
+            together(mesh, lambda: check_same_model(found, settings.model))
         self.shape = together(mesh, lambda: check_model(build, settings.model))
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
@@ -177,17 +179,26 @@ class Trainer:
         """Writes a validation line; after the last step also the comparisons that the settings ask for."""
         chosen, data = self.settings.evaluation, self.settings.data
         stream = self.corpus.validation
-        rows = min(stream.rows or 0, chosen.rows or math.inf)
         scale = self.corpus.bytes_per_token("validation")
-        loss = evaluate(
-            self.engine, stream, self.layout, self.settings.parallel.attention, int(rows), data.rows_per_micro_batch
-        )
+
+        def whole(most: int | None) -> Loss:
+            rows = min(stream.rows or 0, most or math.inf)
+            attention = self.settings.parallel.attention
+            return evaluate(self.engine, stream, self.layout, attention, int(rows), data.rows_per_micro_batch)
+
+        loss = whole(chosen.rows)
         record = {"step": self.step, "validation_loss": loss.mean, "bits_per_byte": loss.bits_per_byte(scale)}
         if last and chosen.context is not None:
-            self.outputs.say(f"scoring every held-out token from its last {chosen.context} tokens alone")
+            rows = min(stream.rows or 0, chosen.context_rows)
+            self.outputs.say(f"scoring {rows} held-out rows, each token from its last {chosen.context} tokens alone")
             places = self.layout.local_length * data.rows_per_micro_batch
-            cut: Loss = evaluate_truncated(self.engine, stream, int(rows), chosen.context, places)
-            record |= {"truncated_context": chosen.context, "truncated_bits_per_byte": cut.bits_per_byte(scale)}
+            cut = evaluate_truncated(self.engine, stream, rows, chosen.context, places)
+            record |= {
+                "truncated_context": chosen.context,
+                "truncated_rows": rows,
+                "truncated_bits_per_byte": cut.bits_per_byte(scale),
+                "untruncated_bits_per_byte": whole(rows).bits_per_byte(scale),
+            }
         self.outputs.validation(record)
         if last and self.mesh.rank == 0 and (chosen.baselines or chosen.context is not None):
             baselines = text_baselines(self.corpus) if chosen.baselines else None
@@ -207,7 +218,12 @@ class Trainer:
 
     def _save(self) -> None:
         """Saves a checkpoint; one that cannot be written is told, and the run goes on."""
-        state = {"step": self.step, "tokens": self.tokens, "data": self.corpus.train.state(self.row)}
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "data": self.corpus.train.state(self.row),
+            "model": self.settings.model,
+        }
         try:
             self.saved = checkpoint.save(
                 self.engine, self.directory.checkpoints, state, self.settings.checkpoint.keep, self._write_beside

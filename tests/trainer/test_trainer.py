@@ -229,7 +229,7 @@ def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path
     small.model["vocabulary"] = 100
     bad += [
         (heads, "heads must divide width=32; got 5"),
-        (wide, "must be of this model"),
+        (wide, "width was 32 and is 64"),
         (small, "model.vocabulary must be at least the tokenizer's 257; got 100"),
     ]
     for chosen, message in bad:
@@ -276,3 +276,19 @@ def test_the_truncated_context_is_exactly_the_last_tokens(texts: Path, uninterru
     for got, expected, surplus in run_ranks(2, truncated, chosen, 7):
         assert got == pytest.approx(expected, rel=1e-4)
         assert surplus == 0
+
+
+def resume_otherwise(rank: int, world: int, chosen: Settings) -> str:
+    with pytest.raises(ValueError, match="model must be that of checkpoint") as refused:
+        Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+    return str(refused.value)
+
+
+def test_a_checkpoint_of_a_model_with_other_settings_is_refused(
+    texts: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    path = str(uninterrupted / "checkpoints" / "step-00000008")
+    chosen = settings(texts, tmp_path / "run", checkpoint__resume=path)
+    chosen.model["norm_eps"] = 1e-3  # no tensor tells
+    (message,) = run_ranks(1, resume_otherwise, chosen)
+    assert "norm_eps was 1e-06 and is 0.001" in message or "norm_eps was None and is 0.001" in message
