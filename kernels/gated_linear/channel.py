@@ -39,7 +39,7 @@ class ChannelDecay:
         whole = torch.ones(grid.chunk, grid.chunk, dtype=grid.dtype, device=grid.device)
         self.later = whole.triu()
         # 0/1: the tokens whose decays lie between a token and the chunk's start or end, or the border at `reach`.
-        self.between = {"enter": whole.tril(), "leave": whole.triu(1)}
+        self.between: dict[str | int, Tensor] = {"enter": whole.tril(), "leave": whole.triu(1)}
         self.between |= {reach: _to_border(reach).to(whole) for reach in self.reaches}
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
