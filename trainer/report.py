@@ -34,7 +34,11 @@ def _table(title: str, others: list[tuple[str, float]], own: tuple[str, float]) 
 
 def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple[str, Path | None]) -> list[str]:
     """Where the run's files are."""
-    lines = [f"run           {directory.path}", f"loss curve    {directory.plot}", f"samples       {directory.samples}"]
+    lines = [
+        f"run           {directory.path}",
+        f"loss curve    {directory.plot}",
+        *([f"samples       {directory.samples}"] if directory.samples.exists() else []),
+    ]
     mode, folder = tracked
     if mode == "offline" and folder is not None:
         lines.append(f"W&B offline   {folder}   (send it: wandb sync {shlex.quote(str(folder))})")

@@ -264,6 +264,7 @@ class Trainer:
             return
         tracker = self.outputs.tracker
         tracked = (tracker.mode, tracker.directory) if tracker else ("disabled", None)
+        self.outputs.progress.close()
         lines = [""]
         if self.text:
             lines += ["sample", *(f"  {line}" for line in self.text.splitlines()), ""]
