@@ -102,9 +102,9 @@ class GatedLinearRecurrence:
                     f"log_decay must be [H], [B, T, H] or [B, T, H, K] = {' or '.join(str(list(s)) for s in shapes)}; "
                     f"got {list(log_decay.shape)}. Project it to one of these"
                 )
-            if log_decay.device.type == "cpu" and bool((log_decay > 0).any()):
+            if log_decay.device.type == "cpu" and float(greatest := log_decay.detach().max()) > 0:
                 raise ValueError(
-                    f"log_decay must not be positive; got {float(log_decay.max())}. Pass the logarithm of the decay"
+                    f"log_decay must not be positive; got {float(greatest)}. Pass the logarithm of the decay"
                 )
         if initial_state is not None and initial_state.shape != (batch, heads, k.shape[-1], v.shape[-1]):
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .decay import FLOOR, Wanted, by_row, factor, later_of, spread
 from .slabs import Grid, Lanes, Masks, Slab
 
+CHUNK = 32  # shorter than for one decay a token: a slab has three times the workspaces to keep in cache
 LEAF = 8  # tokens whose decays are multiplied step by step; longer reaches have a reference point
 
 

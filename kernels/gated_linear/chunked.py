@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents
+from .channel import CHUNK as CHANNEL_CHUNK
 from .channel import ChannelDecay
 from .decay import TokenDecay, Wanted
-from .slabs import Block, Borders, Grid, Lanes, Slab, States, blocks
+from .slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Problem:
     @property
     def heads(self) -> int:
         return self.v.shape[2]
+
+    @property
+    def per_channel(self) -> bool:
+        return self.log_decay is not None and self.log_decay.dim() == 4
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -82,7 +87,8 @@ class Sweep:
         self.block, self.problem = block, problem
         rows, length, heads, self.value_dim = problem.v[block.rows, :, block.heads].shape
         self.key_dim = problem.k.shape[-1]
-        self.grid = Grid(rows, heads, length, problem.dtype, problem.q.device)
+        chunk = CHANNEL_CHUNK if problem.per_channel else CHUNK
+        self.grid = Grid(rows, heads, length, problem.dtype, problem.q.device, chunk)
         self.borders = Borders(problem.documents.rows(block.rows.start, block.rows.stop), self.grid)
         self.decay = self._decay(problem.log_decay)
         self.sources = {name: self.part(x) for name, x in zip("qkv", (problem.q, problem.k, problem.v), strict=True)}
@@ -90,7 +96,7 @@ class Sweep:
 
     def _decay(self, log_decay: Tensor | None) -> TokenDecay | ChannelDecay:
         if log_decay is not None and log_decay.dim() > 1:
-            kind = ChannelDecay if log_decay.dim() == 4 else TokenDecay
+            kind = ChannelDecay if self.problem.per_channel else TokenDecay
             return kind(self.block.of(log_decay, self.problem.heads), self.grid)
         constant = self.problem.v.new_zeros(self.grid.heads) if log_decay is None else log_decay[self.block.heads]
         return TokenDecay(constant.expand(self.grid.rows, self.grid.length, -1), self.grid, constant)

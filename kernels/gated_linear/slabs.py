@@ -74,11 +74,12 @@ class Grid:
     length: int
     dtype: torch.dtype
     device: torch.device
+    longest_chunk: int = CHUNK
 
     @property
     def chunk(self) -> int:
         """C: a power of two, and no longer than the sequence makes useful."""
-        return min(CHUNK, 1 << max(0, self.length - 1).bit_length())
+        return min(self.longest_chunk, 1 << max(0, self.length - 1).bit_length())
 
     @property
     def lanes(self) -> int:
