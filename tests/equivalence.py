@@ -1,18 +1,25 @@
-"""The first promise, on the command line: ranks, layouts and ZeRO stages change no loss and no gradient norm.
+"""The first promise: ranks, layouts and ZeRO stages change no loss and no gradient norm.
 
-`python tests/equivalence.py` trains the same model on the same data under every topology, with the launcher that users
-have, and writes `docs/equivalence.md`. `tests/trainer/test_equivalence.py` checks a choice of the same topologies.
+`python tests/equivalence.py` trains the same model on the same data under every topology, from the overrides that users
+write, and writes `docs/equivalence.md`. `tests/trainer/test_equivalence.py` checks a choice of the same topologies.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import hydra
+import torch
+from distributed import run_ranks
+
+from longreach.launch.build import build
+from longreach.launch.train import to_settings
+from longreach.parallel.mesh import Mesh
+from longreach.trainer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSS_TOLERANCE = 1e-5
@@ -30,6 +37,7 @@ SETTINGS = (
     "trainer.dtype=float32",
     "trainer.seed=7",
     "evaluation.every=0",
+    "evaluation.sample_tokens=0",
     "checkpoint.every=0",
     "logger.wandb.mode=disabled",
 )
@@ -65,21 +73,21 @@ SHAPES = [(1, 1, "contiguous")] + [
 EVERY = [Topology(*shape, zero) for shape in SHAPES for zero in range(4)]
 
 
-def train(topology: Topology, folder: Path, *overrides: str, timeout: float = 300) -> list[dict[str, float]]:
+def train(topology: Topology, folder: Path) -> list[dict[str, float]]:
     """The training lines of metrics.jsonl of one run under a topology."""
-    run_dir = folder / str(topology).replace(" ", "-")
-    command = [sys.executable]
-    if topology.processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={topology.processes}"]
-    command += ["-m", "longreach.launch.train", *SETTINGS, *topology.overrides, *overrides, f"run.dir={run_dir}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder)
-    if result.returncode:
-        raise RuntimeError(
-            f"{topology} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-        )
+    run_dir = folder / "-".join(map(str, (topology.processes, topology.sequence, topology.layout, topology.zero)))
+    overrides = [*SETTINGS, *topology.overrides, f"run.dir={run_dir}"]
+    run_ranks(topology.processes, train_on_rank, overrides, timeout=300)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def train_on_rank(rank: int, world: int, overrides: list[str]) -> None:
+    """What `python -m longreach.launch.train` does with these overrides once the ranks have met."""
+    with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
+        settings = to_settings(hydra.compose("train", overrides), overrides, {})
+    mesh = Mesh.create(settings.parallel.sequence)
+    Trainer(settings, build, mesh, torch.device("cpu"), ["train"]).run()
 
 
 def differences(run: list[dict[str, float]], base: list[dict[str, float]]) -> tuple[float, float]:
