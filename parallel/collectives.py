@@ -13,7 +13,7 @@ from .mesh import Mesh
 from .sequence import Sequence
 
 # torch 2.13 renamed it; 2.11 has only the old name.
-all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Gathering:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 
@@ -33,7 +34,7 @@ class Mesh:
         if sequence == world:
             return cls(rank, world, sequence, dist.group.WORLD)
         groups = [dist.new_group(list(range(start, start + sequence))) for start in range(0, world, sequence)]
-        return cls(rank, world, sequence, groups[rank // sequence])
+        return cls(rank, world, sequence, cast(dist.ProcessGroup, groups[rank // sequence]))
 
     @property
     def data_ranks(self) -> int:

@@ -181,11 +181,11 @@ def _backward(
         travel.start(step)
         part: _Block | None = None
         if tile is not None:
-            partial = attend_backward(
+            dq_part, dk_part, dv_part = attend_backward(
                 dout, q, *travel.block(step), out, lse, tile=tile, scale=scale, backend=seq.backend
             )
-            dq += partial[0]
-            part = _Block.pack(*partial[1:])
+            dq += dq_part
+            part = _Block.pack(dk_part, dv_part)
         if step == 0:
             if part is not None:
                 dkv.flat += part.flat

@@ -30,7 +30,7 @@ class DataSettings:
     setting which the chosen source would ignore can be refused.
     """
 
-    source: str = "stdlib"
+    source: str = "stdlib"  # or text, jsonl, parquet, hub, pretokenized; data= chooses it with its defaults
     path: str | None = None  # file, folder or glob pattern: text, jsonl, parquet, pretokenized
     name: str | None = None  # hub: the data set, "owner/name"
     subset: str | None = None  # hub: its configuration

@@ -24,18 +24,18 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 class OptimizerSettings:
     """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101); norms, biases and other 1-D parameters do not decay."""
 
-    learning_rate: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    learning_rate: float = 3e-4  # at its peak; the schedule does the rest
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # of matrices and embeddings
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """`zero_stage` 0..3, and `config`: more DeepSpeed settings, merged with those that LongReach sets."""
 
-    zero_stage: int = 1
-    config: dict[str, Any] = field(default_factory=dict)
+    zero_stage: int = 1  # what is split over all ranks: 1 optimizer states, 2 gradients too, 3 parameters too
+    config: dict[str, Any] = field(default_factory=dict)  # more DeepSpeed settings; conflicts are refused
 
 
 class Engine:

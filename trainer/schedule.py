@@ -14,7 +14,7 @@ class ScheduleSettings:
     (Hu et al., 2024, arXiv 2404.06395), which stays at the peak and falls linearly over the last `decay_steps`.
     """
 
-    kind: str = "cosine"
+    kind: str = "cosine"  # or wsd: warm-up, stable, decay
     warmup_steps: int | None = None  # null: a fiftieth of trainer.steps, at least 1
     decay_steps: int | None = None  # wsd only; null: a fifth of trainer.steps
     final_fraction: float = 0.1  # learning rate of the last step, as a fraction of the peak

@@ -23,8 +23,8 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 class TrainerSettings:
     """How long, with which numbers, from which seed."""
 
-    steps: int = 1000
-    seed: int = 0
+    steps: int = 1000  # of the optimizer
+    seed: int = 0  # of initial values, order of the data and sample
     dtype: str = "float32"  # or bfloat16, with float32 master weights
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
@@ -37,7 +37,7 @@ class TrainerSettings:
 class ParallelSettings:
     """How the ranks share the rows: `sequence` ranks hold one row together; the rest is data parallel."""
 
-    sequence: int = 1
+    sequence: int = 1  # ranks that share a row; the others are data parallel
     layout: str = "contiguous"  # or zigzag
     spans: int | None = None  # pieces of a row that a rank holds; null: 1 for contiguous, 2 for zigzag
     attention: str = "ring"  # the strategy of softmax attention
@@ -55,7 +55,7 @@ class EvaluationSettings:
     baselines: bool = False  # at the end, also count unigrams and bigrams of the training text
     prompt: str = ""  # the sample begins with it; empty: with the start of a document
     sample_tokens: int = 128  # length of the sample; 0 = none
-    temperature: float = 0.8
+    temperature: float = 0.8  # of the sample; 0 = the likeliest token
 
 
 @dataclass
@@ -72,8 +72,8 @@ class WandbSettings:
     """Weights & Biases: `auto` is online when logged in, offline otherwise."""
 
     mode: str = "auto"  # or online, offline, disabled
-    project: str = "longreach"
-    entity: str | None = None
+    project: str = "longreach"  # where W&B files the run
+    entity: str | None = None  # W&B team; null: your own
     name: str | None = None  # null: the name of run.dir
 
 
@@ -89,7 +89,7 @@ class LoggerSettings:
 class RunSettings:
     """Where the run lives: null = runs/<name>/<time>, chosen by the first rank."""
 
-    dir: str | None = None
+    dir: str | None = None  # the run's folder; null: runs/<name>/<time>
     name: str | None = None  # null: the experiment, or the model
 
 
