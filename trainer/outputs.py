@@ -59,10 +59,10 @@ class Outputs:
             title = self.directory.path.name
             self._keep(lambda: plot_loss(self.metrics.read(), self.directory.plot, title))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self.progress.close()
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(failed=failed)
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.first:

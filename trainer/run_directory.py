@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ class RunDirectory:
         """run.dir, or runs/<name>/<time> by the first rank's clock."""
         named = settings.dir or f"runs/{settings.name or 'run'}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         return cls(Path(from_first_rank(named, mesh)))
+
+    def check(self) -> None:
+        """Raises ValueError if the folder can be neither made nor written; makes nothing yet."""
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"run.dir must be a folder that can be written; got {self.path}. Name another")
+
+    def make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run.dir must be a folder that can be made; {error}. Name another") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

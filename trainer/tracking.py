@@ -69,9 +69,10 @@ class Tracker:
             page = wandb.Html(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>")
             self._guard(lambda: self._run.log({"sample": page}, step=step))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the W&B run, as failed if so."""
         if self._run is not None:
-            self._guard(lambda: self._run.finish())
+            self._guard(lambda: self._run.finish(exit_code=int(failed)))
             self._run = None
 
     def _guard(self, action: Callable[[], Any]) -> None:

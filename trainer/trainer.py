@@ -46,6 +46,7 @@ class Trainer:
         self.directory = RunDirectory.choose(settings.run, mesh)
         settings.run.dir = str(self.directory.path)
         show_log(first=mesh.rank == 0)
+        together(mesh, lambda: self.directory.check() if mesh.rank == 0 else None)
         found = found_checkpoint(settings, self.directory, mesh)
         self.corpus = together(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
@@ -59,8 +60,7 @@ class Trainer:
             state = checkpoint.load(self.engine, found)
             self.step, self.tokens = state["step"], state["tokens"]
             self.row = together(mesh, lambda: self.corpus.train.resume(state["data"]))
-        if mesh.rank == 0:
-            self.directory.path.mkdir(parents=True, exist_ok=True)
+        together(mesh, lambda: self.directory.make() if mesh.rank == 0 else None)
         self.outputs = Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step)
         self.peak = peak_flops(device, settings.trainer.dtype)
         self.saved, self.text = found, ""
@@ -72,6 +72,7 @@ class Trainer:
         profiler = Profiler(
             chosen.profile_start, chosen.profile_steps, self.directory.profile, self.mesh.rank, self.device
         )
+        failed = True
         try:
             while self.step < chosen.steps:
                 profiler.before(self.step + 1)
@@ -79,6 +80,7 @@ class Trainer:
                 profiler.after(self.step)
                 self._after_step()
             self._conclude()
+            failed = False
         except BaseException as error:
             advice = report.resume_command(self.command, self.directory)
             hint = f"to resume from {self.saved.name}: {advice}" if self.saved else "no checkpoint was saved yet"
@@ -86,7 +88,7 @@ class Trainer:
             raise
         finally:
             profiler.close()
-            self.outputs.close()
+            self.outputs.close(failed=failed)
 
     def _train_step(self) -> None:
         started = time.perf_counter()

@@ -213,7 +213,9 @@ def refuse(rank: int, world: int, chosen: Settings) -> str:
 
 
 def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
     bad = [
+        (settings(texts, tmp_path / "file" / "run"), "run.dir must be a folder that can be written; got"),
         (settings(texts, tmp_path, data__sequence_length=97, parallel__sequence=2), "data.sequence_length must be a"),
         (settings(tmp_path / "nothing", tmp_path), "data.path must be"),
         (settings(texts, tmp_path, checkpoint__resume=str(tmp_path / "none")), "checkpoint.resume must be"),
