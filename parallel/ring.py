@@ -158,7 +158,8 @@ def _forward(
         dtype = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
         result = out, q.new_full(q.shape[:-1], float("-inf"), dtype=dtype)
-    return result if sink_logits is None else apply_sink(*result, sink_logits)
+    out, lse = result
+    return result if sink_logits is None else apply_sink(out, lse, sink_logits)
 
 
 def _backward(
