@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 ENVIRONMENT := . launch/environment.sh && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-check:  ## style, types and the fast tests
-	$(ENVIRONMENT) && ruff check . && ruff format --check . && pyright && $$PYTHON -m pytest -m "not slow"
+check:  ## style, types, import order and the fast tests
+	$(ENVIRONMENT) && ruff check . && ruff format --check . && pyright && (cd / && lint-imports --no-cache --config $(CURDIR)/pyproject.toml) && $$PYTHON -m pytest -m "not slow"
 
 fix:  ## what ruff can repair by itself
 	$(ENVIRONMENT) && ruff check --fix . && ruff format .
