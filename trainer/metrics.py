@@ -19,7 +19,7 @@ from ..kernels.documents import Documents
 from ..kernels.mask import Mask
 from ..parallel.layout import Layout
 
-# Dense peak FLOPs a second by part of the device's name, from the makers' data sheets, for matrix multiplies without
+# Dense peak FLOPs a second by part of the device's name, as its maker publishes it, for matrix multiplies without
 # sparsity: (bfloat16, float32 as torch computes it by default, without TF32). The first part that fits counts.
 PEAK_FLOPS = {
     "GB200": (2.5e15, 80e12),
@@ -29,8 +29,6 @@ PEAK_FLOPS = {
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
     "L40S": (362e12, 91.6e12),
-    "A10G": (70e12, 31.5e12),
-    "4090": (165e12, 82.6e12),
     "MI300X": (1307e12, 163e12),
 }
 
