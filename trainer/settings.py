@@ -9,7 +9,7 @@ from typing import Any
 from ..parallel.layout import Layout
 from ..parallel.mesh import check_sequence_ranks
 from ..parallel.sequence import STRATEGIES
-from .data import DataSettings
+from .data_settings import DataSettings
 from .engine import EngineSettings, OptimizerSettings
 from .schedule import Schedule, ScheduleSettings
 

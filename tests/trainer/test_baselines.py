@@ -7,7 +7,8 @@ import pytest
 
 from longreach.trainer import baselines
 from longreach.trainer.baselines import text_baselines
-from longreach.trainer.data import Corpus, DataSettings, open_corpus
+from longreach.trainer.data import Corpus, open_corpus
+from longreach.trainer.data_settings import DataSettings
 
 
 def corpus_of(tmp_path: Path, texts: list[str]) -> Corpus:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longreach.trainer import sources
-from longreach.trainer.data import Corpus, DataSettings, open_corpus
+from longreach.trainer.data import Corpus, open_corpus
+from longreach.trainer.data_settings import DataSettings
 from longreach.trainer.sources import Source
 from longreach.trainer.token_cache import open_token_cache
 from longreach.trainer.tokenization import held_out
@@ -433,7 +434,7 @@ class TestBuildingOnce:
         write_texts(tmp_path / "texts", [text * 50 for text in TEXTS])
         program = (
             "import logging, sys; logging.basicConfig(level='INFO');"
-            "from longreach.trainer.data import DataSettings, open_corpus;"
+            "from longreach.trainer.data import open_corpus; from longreach.trainer.data_settings import DataSettings;"
             "c = open_corpus(DataSettings('text', sys.argv[1], vocabulary_size=300), sys.argv[2], 1);"
             "print(c.fingerprint, c.train.row(7).tokens.sum())"
         )

@@ -17,7 +17,7 @@ from longreach.launch.build import build
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.trainer import checkpoint
-from longreach.trainer.data import DataSettings
+from longreach.trainer.data_settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
 from longreach.trainer.evaluation import evaluate, evaluate_truncated
 from longreach.trainer.packing import NO_TARGET
