@@ -23,6 +23,8 @@ from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 from longreach.trainer.settings import Settings
 from longreach.trainer.tokenizers import byte_tokenizer
 
+pytestmark = pytest.mark.slow  # engines on several ranks: a minute together
+
 CONFIG = {
     "model_type": "qwen3",
     "vocab_size": 264,  # more than the tokenizer's 257, as real models have

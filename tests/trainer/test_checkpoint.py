@@ -16,6 +16,8 @@ from longreach.trainer import checkpoint
 from longreach.trainer.checkpoint import CheckpointError, assign, latest, load, load_weights, save, verify
 from longreach.trainer.masters import KINDS
 
+pytestmark = pytest.mark.slow  # engines on several ranks: a minute together
+
 EVERY_KIND = [(0, "float32"), *((stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16"))]
 
 

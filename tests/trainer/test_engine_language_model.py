@@ -19,6 +19,8 @@ from longreach.parallel.sequence import Sequence
 from longreach.trainer.checkpoint import load, load_weights, save
 from longreach.trainer.engine import parameter_groups
 
+pytestmark = pytest.mark.slow  # engines on several ranks: a minute together
+
 LENGTH, VOCABULARY, ROWS, STEPS, CLIP = 24, 31, 4, 3, 0.1
 LENGTHS = [[7, 17], [24], [1, 2, 21], [12, 12]]
 
