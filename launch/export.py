@@ -11,14 +11,13 @@ from typing import Any
 
 import hydra
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..models import hf
 from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
-from ..trainer.run_directory import locate
+from ..trainer.run_directory import locate, read_config
 from ..trainer.tensor_files import checksum
 from ..trainer.tokenizers import load_tokenizer
 from . import configuration
@@ -68,7 +67,7 @@ def export(settings: ExportSettings) -> Path:
     if settings.max_positions is not None and settings.max_positions < 1:
         raise ValueError(f"max_positions must be at least 1; got {settings.max_positions}")
     source = locate(settings.checkpoint, "checkpoint")
-    run = _read_run(source)
+    run = read_config(source)
     with torch.device("meta"):
         model = build(run["model"])
     out = Path(settings.path).expanduser()
@@ -83,15 +82,6 @@ def export(settings: ExportSettings) -> Path:
         shard_bytes=settings.shard_bytes,
     )
     return out
-
-
-def _read_run(source: Path) -> dict[str, Any]:
-    """The configuration of the run, which lies beside the weights."""
-    try:
-        run = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
-        return {**run, "model": dict(run["model"])}
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"checkpoint must hold the config.yaml of its run; got {source}: {error}") from None
 
 
 def _weights(stored: checkpoint.Stored, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import hydra
 import torch
-import yaml
 from omegaconf import DictConfig
 
 from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
-from ..trainer.run_directory import locate
+from ..trainer.run_directory import locate, read_config
 from ..trainer.tokenizers import Tokenizer, load_tokenizer
 from . import configuration
 from .build import build
@@ -68,11 +67,7 @@ def generate(settings: GenerationSettings) -> None:
 def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
     """The model and the tokenizer of a checkpoint, from its folder alone."""
     checkpoint.verify(path)
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        model_settings = dict(config["model"])
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"checkpoint must hold the config.yaml of its run; got {path}: {error}") from None
+    model_settings = read_config(path)["model"]
     model_settings.pop("activation_checkpointing", None)
     with device:
         model = build(model_settings)

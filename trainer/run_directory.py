@@ -96,3 +96,15 @@ def locate(path: str | Path, setting: str) -> Path:
             return newest
     checkpoint.verify(path)
     return path
+
+
+def read_config(found: Path) -> dict[str, Any]:
+    """The configuration of the run that a checkpoint is of, which lies beside its weights.
+
+    Raises ValueError where it is missing or names no model.
+    """
+    try:
+        run = yaml.safe_load((found / "config.yaml").read_text(encoding="utf-8"))
+        return {**run, "model": dict(run["model"])}
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"checkpoint must hold the config.yaml of its run; got {found}: {error}") from None
