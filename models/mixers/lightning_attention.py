@@ -11,6 +11,7 @@ from ...parallel import ops
 from ...parallel.sequence import Sequence
 from ..mixer import Mixer, head_size
 from ..normalisation import RMSNorm
+from ..short_convolution import ShortConvolution
 
 
 class LightningAttention(Mixer):
@@ -21,7 +22,8 @@ class LightningAttention(Mixer):
         y = W_o (sigmoid(W_g x) * RMSNorm(o))           the norm spans all heads
 
     `layer` counts from 0 over the whole model: later layers forget more slowly. No positions, and no scale on q
-    (other implementations of lightning attention have both another slope rule and a scale).
+    (other implementations of lightning attention have both another slope rule and a scale). conv_size: taps of a short
+    causal convolution over q, k and v before the SiLU; MiniMax-01 has none (None).
     Raises ValueError if heads do not divide the width.
     """
 
@@ -33,6 +35,7 @@ class LightningAttention(Mixer):
         layer: int,
         depth: int,
         head_dim: int | None = None,
+        conv_size: int | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -43,6 +46,7 @@ class LightningAttention(Mixer):
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(width, inner, bias=False)
+        self.conv = None if conv_size is None else ShortConvolution(3 * inner, conv_size)
         self.gate = nn.Linear(width, inner, bias=False)
         self.norm = RMSNorm(inner, norm_eps)
         self.output = nn.Linear(inner, width, bias=False)
@@ -54,10 +58,10 @@ class LightningAttention(Mixer):
         return torch.exp2(head * (-8 / self.heads)) * self.layer_factor
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q, k, v = (
-            F.silu(project(x)).unflatten(-1, (self.heads, self.head_dim))
-            for project in (self.query, self.key, self.value)
-        )
+        parts = self.query(x), self.key(x), self.value(x)
+        if self.conv is not None:
+            parts = self.conv.of_parts(parts, seq)
+        q, k, v = (F.silu(part).unflatten(-1, (self.heads, self.head_dim)) for part in parts)
         out = ops.gated_linear_attention(q, k, v, -self.slopes(x), seq=seq, scale=1.0)
         return self.output(torch.sigmoid(self.gate(x)) * self.norm(out.flatten(-2)))
 

@@ -14,6 +14,7 @@ from ...parallel.sequence import Sequence
 from ..mixer import Mixer, head_size
 from ..normalisation import RMSNorm
 from ..rotary import Rotary
+from ..short_convolution import ShortConvolution
 
 QK_NORMS = (None, "head", "full")
 
@@ -30,6 +31,8 @@ class SoftmaxAttention(Mixer):
         "full" over all heads at once (MiniMax-M2).
     window: keys that a query sees, itself included. sink_tokens: first tokens of the document that stay visible.
     sink_logits: a learned logit a head in the softmax's denominator.
+    conv_size: taps of a short causal convolution over queries, keys and values, before norms and rotation, so that
+        one layer can match what came before a token (the Canon-B layers of Allen-Zhu, 2025). None for none.
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
 
@@ -48,6 +51,7 @@ class SoftmaxAttention(Mixer):
         window: int | None = None,
         sink_tokens: int = 0,
         sink_logits: bool = False,
+        conv_size: int | None = None,
         bias: bool = False,
         output_bias: bool = False,
     ) -> None:
@@ -68,6 +72,7 @@ class SoftmaxAttention(Mixer):
         self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(width, kv_heads * head_dim, bias=bias)
         self.output = nn.Linear(heads * head_dim, width, bias=output_bias)
+        self.conv = None if conv_size is None else ShortConvolution((heads + 2 * kv_heads) * head_dim, conv_size)
         if qk_norm is not None:
             self.query_norm = RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps)
             self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps)
@@ -75,6 +80,8 @@ class SoftmaxAttention(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.conv is not None:
+            q, k, v = self.conv.of_parts((q, k, v), seq)
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
