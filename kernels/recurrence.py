@@ -29,17 +29,34 @@ class Recurrence(Protocol):
 
     All methods run without autograd on explicit tensors. `documents` are those of the tokens given, row by row; a
     state enters a row only where its first token continues a document begun before (`documents.continues`), and the
-    final state is the one after the row's last token (0 where that is padding). With segments of a row in order, a
-    diagonal recurrence runs
+    final state is the one after the row's last token (`nothing` where that is padding). With segments of a row in
+    order, a diagonal recurrence runs
 
-        out, state = forward(inputs, None, documents)                 every segment at once, from zero
+        out, state = forward(inputs, None, documents)                 every segment at once, from nothing
         summary = summarize(inputs, state, documents)                 what is gathered
         before = advance(summary_s, before) for the earlier s         the state that enters
         out = correct(out, inputs, before, documents)
 
-    and its gradient the mirror image: `summarize_backward` in every segment, one gather, `retreat` from right to
-    left, then one `backward` given the state that enters and the gradient of the state that leaves.
+    One whose transition is a matrix has no cheap correction, and summarizes first:
+
+        summary = summarize(inputs, None, documents)
+        before = advance(summary_s, before) for the earlier s
+        out, state = forward(inputs, before, documents)
+
+    The gradient is the mirror image for both: `summarize_backward` in every segment, one gather, `retreat` from right
+    to left, then one `backward` given the state that enters and the gradient of the state that leaves.
+
+    Variants of an op that are not tensors (how a state is read, say) are fields of the object.
     """
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether `correct` exists: whether a run from nothing can be mended once the entering state is known."""
+        ...
+
+    def nothing(self, state: Tensor) -> Tensor:
+        """The state before any token, shaped like `state`."""
+        ...
 
     def forward(
         self,
@@ -53,8 +70,10 @@ class Recurrence(Protocol):
         """The output of every token and the state after each row's last token."""
         ...
 
-    def summarize(self, inputs: Inputs, final_state_from_zero: Tensor, documents: Documents) -> Summary:
-        """The rows' summaries, given the final state of a run from zero."""
+    def summarize(
+        self, inputs: Inputs, final_state: Tensor | None, documents: Documents, *, backend: str = "auto"
+    ) -> Summary:
+        """The rows' summaries; a diagonal recurrence is given the final state of its run from nothing."""
         ...
 
     def combine(self, later: Summary, earlier: Summary) -> Summary:
@@ -66,9 +85,16 @@ class Recurrence(Protocol):
         ...
 
     def correct(
-        self, out: Tensor, inputs: Inputs, state: Tensor, documents: Documents, *, scale: float | None = None
+        self,
+        out: Tensor,
+        inputs: Inputs,
+        state: Tensor,
+        documents: Documents,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
     ) -> Tensor:
-        """Adds to `out`, computed from zero, what the entering `state` contributes: in place, and returned."""
+        """Adds to `out`, computed from nothing, what the entering `state` contributes: in place, and returned."""
         ...
 
     def backward(
@@ -86,7 +112,14 @@ class Recurrence(Protocol):
         ...
 
     def summarize_backward(
-        self, dout: Tensor, inputs: Inputs, documents: Documents, *, scale: float | None = None
+        self,
+        dout: Tensor,
+        inputs: Inputs,
+        initial_state: Tensor | None,
+        documents: Documents,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """The gradient of the initial state that the rows' own outputs give, as if the final state had none."""
         ...

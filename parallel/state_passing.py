@@ -1,9 +1,9 @@
 """State passing: recurrent ops across ranks by one gather of segment summaries in each direction.
 
-A rank's spans are the segments. Each is run from zero and summarised by (transition, state); all summaries are
-gathered at once (LASP-2, Sun et al., 2025, arXiv 2502.07563) and every rank combines those before its segments. So
-the bytes sent do not depend on the length of the sequence, and no rank waits for its neighbour's work. Backward is
-the mirror image with the gradients of the states.
+A rank's spans are the segments. Each is summarised by (transition, state); all summaries are gathered at once (LASP-2,
+Sun et al., 2025, arXiv 2502.07563) and every rank combines those before its segments. So the bytes sent do not depend
+on the length of the sequence, and no rank waits for its neighbour's work. Backward is the mirror image with the
+gradients of the states.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StatePassing(torch.autograd.Function):
         folded, dout = _fold(tuple(inputs), seq), seq.fold(dout)
         dfinal = None
         if seq.layout.ranks > 1:
-            local = op.summarize_backward(dout, folded, seq.spans, scale=scale)
+            local = op.summarize_backward(dout, folded, initial, seq.spans, scale=scale, backend=seq.backend)
             dfinal = _suffix(op, local, transitions, seq)
         dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, scale=scale, backend=seq.backend)
         unfolded = (
@@ -63,18 +63,24 @@ def _forward(
     op: Recurrence, folded: Inputs, seq: Sequence, scale: float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, state before each of this rank's segments, transitions of all segments of the row)."""
-    out, final = op.forward(folded, None, seq.spans, scale=scale, backend=seq.backend)
+    settings: dict[str, Any] = {"scale": scale, "backend": seq.backend}
     if seq.layout.ranks == 1:
-        return out, None, None
-    mine = op.summarize(folded, final, seq.spans)
-    summaries, transitions = _gather(mine, seq)
-    state = torch.zeros_like(summaries[0].state)
+        return op.forward(folded, None, seq.spans, **settings)[0], None, None
+    out = final = None
+    if op.diagonal:
+        out, final = op.forward(folded, None, seq.spans, **settings)
+    summaries, transitions = _gather(op.summarize(folded, final, seq.spans, backend=seq.backend), seq)
+    state = op.nothing(summaries[0].state)
     before = []
     for summary in summaries:
         before.append(state)
         state = op.advance(summary, state)
     initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
-    return op.correct(out, folded, initial, seq.spans, scale=scale), initial, transitions
+    if out is None:
+        out, _ = op.forward(folded, initial, seq.spans, **settings)
+    else:
+        out = op.correct(out, folded, initial, seq.spans, **settings)
+    return out, initial, transitions
 
 
 def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:

@@ -81,6 +81,12 @@ class _GatedLinearAttention(torch.autograd.Function):
 class GatedLinearRecurrence:
     """The parts of the op, as `kernels.recurrence.Recurrence` describes them; inputs are (q, k, v, log_decay)."""
 
+    diagonal = True
+
+    def nothing(self, state: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(state)
+
     def check(self, inputs: Inputs, initial_state: Tensor | None = None) -> None:
         """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
         q, k, v, log_decay = inputs
@@ -130,7 +136,9 @@ class GatedLinearRecurrence:
         return chunked.forward(problem, initial_state)
 
     @torch.no_grad()
-    def summarize(self, inputs: Inputs, final_state_from_zero: Tensor, documents: Documents) -> Summary:
+    def summarize(
+        self, inputs: Inputs, final_state: Tensor | None, documents: Documents, *, backend: str = "auto"
+    ) -> Summary:
         """transition = e^{sum of the row's log decays} as `[B, H, 1 or K, 1]`; 0 unless one document goes through."""
         problem = _problem(inputs, documents, None)
         log_decay, v = problem.log_decay, problem.v
@@ -143,7 +151,8 @@ class GatedLinearRecurrence:
         transition = total.exp().to(problem.dtype).reshape(v.shape[0], v.shape[2], -1, 1)
         through = [c and len(row) == 1 for c, row in zip(documents.continues, documents.runs, strict=True)]
         keep = torch.tensor(through, device=v.device)[:, None, None, None]
-        return Summary(torch.where(keep, transition, 0.0), final_state_from_zero)
+        assert final_state is not None  # of a run from nothing
+        return Summary(torch.where(keep, transition, 0.0), final_state)
 
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """`earlier` followed by `later`."""
@@ -155,7 +164,14 @@ class GatedLinearRecurrence:
 
     @torch.no_grad()
     def correct(
-        self, out: Tensor, inputs: Inputs, state: Tensor, documents: Documents, *, scale: float | None = None
+        self,
+        out: Tensor,
+        inputs: Inputs,
+        state: Tensor,
+        documents: Documents,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Adds scale (q_t ⊙ e^{G_t}) state to `out` in place, in rows that continue a document, and returns it."""
         return chunked.correct(_problem(inputs, documents, scale), out, state)
@@ -181,7 +197,14 @@ class GatedLinearRecurrence:
 
     @torch.no_grad()
     def summarize_backward(
-        self, dout: Tensor, inputs: Inputs, documents: Documents, *, scale: float | None = None
+        self,
+        dout: Tensor,
+        inputs: Inputs,
+        initial_state: Tensor | None,
+        documents: Documents,
+        *,
+        scale: float | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t `[B, H, K, V]` over the tokens that an entering state reaches."""
         return chunked.summarize_backward(_problem(inputs, documents, scale), dout)

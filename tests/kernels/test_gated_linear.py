@@ -247,7 +247,7 @@ def test_segments_put_together_are_the_whole_row(decay, cuts):
         a, b = bounds[number]
         given = tuple(segments[number]), documents[number]
         gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, given[0], states[number], given[1])
-        local = recurrence.summarize_backward(dout[:, a:b], *given)
+        local = recurrence.summarize_backward(dout[:, a:b], given[0], None, given[1])
         dstate = recurrence.retreat(summaries[number], dstate, local)
         assert_near([dstate], [dinitial], 1e-9)
         parts.insert(0, gradients)
