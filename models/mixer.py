@@ -20,7 +20,12 @@ class Mixer(nn.Module):
     Subclasses take plain keyword arguments: `width` always, and `layer` (index in the whole model, from 0) and `depth`
     if they declare them. They import token mixing from `parallel.ops` alone, so that they never see a rank, and end
     in a linear layer called `output`, whose initial values are scaled down with the model's depth.
+
+    no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
+        though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
     """
+
+    no_weight_decay: tuple[str, ...] = ()
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         """`[B, T, D]` of the tokens held here to the same shape."""

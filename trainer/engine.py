@@ -178,10 +178,17 @@ class Engine:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that decay (matrices and embeddings) and those that do not (norms, biases, all of one dim)."""
+    """The parameters that decay (matrices and embeddings) and those that do not.
+
+    The latter are norms, biases, all of one dim, and what a module names in `no_weight_decay` (see `Mixer`).
+    """
+    exempt = {
+        id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
+    }
     decaying, others = [], []
     for parameter in model.parameters():
-        (decaying if len(shape_of(parameter)) > 1 else others).append(parameter)
+        decays = len(shape_of(parameter)) > 1 and id(parameter) not in exempt
+        (decaying if decays else others).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

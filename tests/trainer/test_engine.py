@@ -183,3 +183,22 @@ def test_settings_that_contradict_are_refused_by_name(stage, dtype, config, mess
 def test_more_settings_reach_deepspeed():
     config = {"zero_optimization": {"reduce_bucket_size": 50, "stage": 3, "stage3_param_persistence_threshold": 0}}
     check(run_ranks(2, train, 3, 2, 0.2, "float32", config, False), 0.2, 1e-5, 1e-5)
+
+
+def test_weight_decay_leaves_out_what_has_one_dim_and_what_a_module_names():
+    class Part(torch.nn.Module):
+        no_weight_decay = ("rates", "inner.weight")
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+            self.rates = torch.nn.Parameter(torch.zeros(2, 2))
+
+    model = torch.nn.Sequential(Part())
+    decaying, others = parameter_groups(model, 0.1)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert [x is model[0].outer.weight for x in decaying["params"]] == [True]
+    assert len(others["params"]) == 4
+    Part.no_weight_decay = ("rate",)
+    with pytest.raises(AttributeError, match="rate"):
+        parameter_groups(model, 0.1)
