@@ -8,30 +8,42 @@ import torch
 
 logger = logging.getLogger("longreach")
 
-# What every op of this package has; `triton` joins op by op, as its kernels are written.
-IMPLEMENTATIONS = ("chunked", "reference")
+# What every op of this package has.
+IMPLEMENTATIONS = ("triton", "chunked", "reference")
 
 _logged: set[tuple[str, str, str]] = set()
 
 
-def resolve(op: str, backend: str, tensor_device: torch.device | str) -> str:
-    """The implementation of `op` that runs for tensors on `tensor_device`: "chunked" or "reference".
+def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of IMPLEMENTATIONS.
 
-    "auto" is chunked torch on every device; "reference", the recurrence or the dense matrix as it is written, runs by
-    request only. Nothing falls back in silence: a backend that is unknown or that cannot run raises ValueError. The
-    choice is logged once for each op, backend and kind of device, to the logger "longreach".
+    "auto" is Triton on CUDA and chunked torch elsewhere, and for float64, which the kernels do not take. "reference",
+    the recurrence or the dense matrix as it is written, runs by request only. "triton" by request runs on other devices
+    under Triton's interpreter. Nothing falls back in silence: a backend that is unknown or that cannot run raises
+    ValueError. The choice is logged once for each op, backend and kind of device, to the logger "longreach".
     """
     device = torch.device(tensor_device).type
-    if backend == "triton":
-        raise ValueError(
-            f"backend must be one that {op} has on {device}; got 'triton', for which {op} has no kernels. "
-            f"Use 'auto' or one of {', '.join(IMPLEMENTATIONS)}"
-        )
     if backend != "auto" and backend not in IMPLEMENTATIONS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {backend!r}. Choose one")
-    chosen = "chunked" if backend == "auto" else backend
+    best = "triton" if device == "cuda" and dtype != torch.float64 else "chunked"
+    chosen = best if backend == "auto" else backend
+    if backend == "triton":
+        if dtype == torch.float64:
+            raise ValueError(f"backend must not be 'triton' for float64 tensors; {op} got them. Use 'chunked' there")
+        if device != "cuda" and not interpreted():
+            raise ValueError(
+                f"backend must be one that runs on {device}; {op} got 'triton', which needs CUDA or Triton's "
+                "interpreter (TRITON_INTERPRET=1 before Python starts). Use 'auto' or 'chunked'"
+            )
     if (op, chosen, device) not in _logged:
         _logged.add((op, chosen, device))
         why = "chosen for this device" if backend == "auto" else "by request"
         logger.info("%s on %s: %s, %s", op, device, chosen, why)
     return chosen
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run under its interpreter in this process, on tensors of any device."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -1,24 +1,40 @@
-"""Which implementation runs: by device, by request, and never in silence."""
+"""Which implementation runs: by device and type, by request, and never in silence."""
 
 import logging
 
 import pytest
+import torch
 
 from longreach.kernels import dispatch
 from longreach.kernels.dispatch import resolve
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_auto_is_triton_on_cuda_but_for_float64(device):
+    assert resolve("some_op", "auto", device) == "triton"
+    assert resolve("some_op", "auto", device, torch.float64) == "chunked"
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
-def test_auto_is_chunked_and_the_reference_runs_by_request_only(device):
-    assert resolve("some_op", "auto", device) == "chunked"
+def test_what_is_asked_for_runs(device):
     assert resolve("some_op", "chunked", device) == "chunked"
     assert resolve("some_op", "reference", device) == "reference"
+    assert resolve("some_op", "auto", "cpu") == "chunked"
+
+
+def test_triton_off_cuda_runs_under_its_interpreter_only(monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+    assert resolve("some_op", "triton", "cpu") == "triton"
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    assert resolve("some_op", "triton", "cuda") == "triton"
+    with pytest.raises(ValueError, match="some_op got 'triton', which needs CUDA or Triton's interpreter"):
+        resolve("some_op", "triton", "cpu")
 
 
 def test_what_cannot_run_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="some_op has no kernels"):
-        resolve("some_op", "triton", "cuda")
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of chunked, reference; got 'flash'"):
+    with pytest.raises(ValueError, match="must not be 'triton' for float64 tensors; some_op"):
+        resolve("some_op", "triton", "cuda", torch.float64)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of triton, chunked, reference; got 'flash'"):
         resolve("some_op", "flash", "cpu")
 
 

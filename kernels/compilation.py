@@ -1,0 +1,167 @@
+"""Ahead-of-time compilation: every Triton kernel, for GPUs that are not at hand, with what it would take of them.
+
+    python -m longreach.kernels.compilation [op …]
+
+prints the table, and exits with 1 where a kernel does not fit. Compiling needs no GPU, but TRITON_INTERPRET unset.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OPS = (
+    "softmax",
+    "block_sparse",
+    "select_blocks",
+    "gated_linear",
+    "delta_rule",
+    "diagonal_scan",
+    "selective_scan",
+    "short_conv",
+)
+
+# Shared memory that one block of threads may take, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel at one production shape.
+
+    signature: Triton's type of every argument that is no constant, as "*bf16", "i32". constants: values of the
+    constexpr arguments. divisible: arguments known to be multiples of 16 (aligned pointers, strides).
+    rows: rows of its matrix tiles, 0 for a kernel without matrix products; from 64 on, wgmma is expected on sm_90
+    unless `note` says why not. variant: what tells it from the kernel's other compilations.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...] = ()
+    warps: int = 4
+    stages: int = 2
+    rows: int = 0
+    note: str = ""
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__name__} {self.variant}".strip()
+
+
+class Report(NamedTuple):
+    """What a compiled kernel takes: bytes of shared memory, registers a thread, bytes spilled, matrix instructions."""
+
+    shared: int
+    registers: int
+    spills: int
+    wgmma: int
+    mma: int
+
+
+def report(compilation: Compilation, capability: int) -> Report:
+    """Compiles for compute capability 80, 90 or 100; `wgmma` counts the chip's own instruction, `mma` the older one."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = compilation.kernel.arg_names
+    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
+    missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in compilation.constants]
+    if missing:
+        raise ValueError(f"{compilation.name} must have a type or a value for each argument; got none for {missing}")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in compilation.divisible}
+    compiled = triton.compile(
+        ASTSource(compilation.kernel, signature, compilation.constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": compilation.warps, "num_stages": compilation.stages},
+    )
+    ptx = compiled.asm["ptx"]
+    registers, spills = _resources(ptx, capability)
+    own = 0 if capability == 80 else ptx.count(MATRIX_INSTRUCTION[capability])
+    return Report(compiled.metadata.shared, registers, spills, own, ptx.count("mma.sync"))
+
+
+def _resources(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, as the assembler that comes with Triton says."""
+    import triton
+
+    name = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(assembler), "-v", f"-arch={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = said.stderr + said.stdout
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)]
+    return max(registers), sum(spills)
+
+
+def faults(compilation: Compilation, capability: int, found: Report) -> list[str]:
+    """What keeps a compiled kernel from production: too much shared memory, spills or plain arithmetic on sm_90."""
+    problems = []
+    if found.shared > SHARED[capability]:
+        problems.append(f"{found.shared} bytes of shared memory exceed {SHARED[capability]}")
+    if capability == 90 and found.spills:
+        problems.append(f"{found.spills} bytes spilled")
+    if capability == 90 and compilation.rows >= 64 and not found.wgmma and not compilation.note:
+        problems.append("no wgmma though its tiles have 64 rows or more")
+    if compilation.rows and not found.wgmma and not found.mma:
+        problems.append("no tensor-core instruction")
+    return problems
+
+
+def compilations(op: str) -> list[Compilation]:
+    """The compilations that an op's `triton.py` lists."""
+    return importlib.import_module(f"..{op}.triton", __name__).compilations()
+
+
+def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """A line of the table, and the faults found, for each kernel and chip."""
+    yield f"{'kernel':58} {'chip':>6} {'shared':>8} {'regs':>5} {'spills':>6} {'wgmma':>5} {'mma':>4}  remarks", []
+    for op in ops:
+        for compilation in compilations(op):
+            for capability in SHARED:
+                found = report(compilation, capability)
+                problems = faults(compilation, capability, found)
+                note = compilation.note if capability == 90 and not found.wgmma else ""
+                remarks = "; ".join(["FAULT: " + p for p in problems] + ([note] if note else []))
+                yield (
+                    (
+                        f"{op + '/' + compilation.name:58} {'sm_' + str(capability):>6} {found.shared:8} {found.registers:5} "
+                        f"{found.spills:6} {found.wgmma:5} {found.mma:4}  {remarks}"
+                    ).rstrip(),
+                    problems,
+                )
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table for the ops named, or all; 1 where a kernel has a fault."""
+    unknown = [op for op in arguments if op not in OPS]
+    if unknown:
+        print(f"ops must be among {', '.join(OPS)}; got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    failed = 0
+    for line, problems in table(tuple(arguments) or OPS):
+        failed += bool(problems)
+        print(line, flush=True)
+    if failed:
+        print(f"{failed} compilations have faults", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
