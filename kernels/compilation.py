@@ -139,13 +139,8 @@ def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
                 problems = faults(compilation, capability, found)
                 note = compilation.note if capability == 90 and not found.wgmma else ""
                 remarks = "; ".join(["FAULT: " + p for p in problems] + ([note] if note else []))
-                yield (
-                    (
-                        f"{op + '/' + compilation.name:58} {'sm_' + str(capability):>6} {found.shared:8} {found.registers:5} "
-                        f"{found.spills:6} {found.wgmma:5} {found.mma:4}  {remarks}"
-                    ).rstrip(),
-                    problems,
-                )
+                numbers = f"{found.shared:8} {found.registers:5} {found.spills:6} {found.wgmma:5} {found.mma:4}"
+                yield f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}".rstrip(), problems
 
 
 def main(arguments: list[str]) -> int:
