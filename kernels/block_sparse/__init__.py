@@ -1,0 +1,232 @@
+"""Block-sparse attention: softmax attention over the key blocks listed for each query, and its parts."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import resolve
+from ..documents import Documents
+from ..mask import Mask
+from ..softmax import bytes_sent, check_inputs, merge, state_bytes
+from . import chunked, reference
+from .blocks import Block, BlockLayout, BlockTile
+from .visits import visits
+
+__all__ = [
+    "Block",
+    "BlockLayout",
+    "BlockTile",
+    "attend",
+    "attend_backward",
+    "block_sparse_attention",
+    "bytes_sent",
+    "check_blocks",
+    "count_visits",
+    "flops",
+    "merge",
+    "most_visits",
+    "state_bytes",
+]
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    *,
+    block_size: int,
+    query_block: int = 1,
+    mask: Mask | None = None,
+    documents: Documents | None = None,
+    key_documents: Documents | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the key blocks that are listed for each query, or block of queries, and head.
+
+        s_ij = scale * q_i . k_j for j in a listed block and visible;  lse_i = log sum_j exp(s_ij)
+        o_i = sum_j exp(s_ij - lse_i) v_j
+
+    q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, G dividing H. `blocks` int32 `[B, L, J, M]`: the blocks of
+    L = ceil(T/query_block) runs of `query_block` consecutive queries, for each of J = G (all heads of a group share)
+    or H heads; −1 is none, in any place. Blocks are of `block_size` tokens, restart at every document, and are
+    numbered document by document over the row (`BlockLayout`). `mask` is `Mask()`, causal, where none is given: it
+    compares positions, so that the block a query is in may be listed, and it hides what is listed of later tokens and
+    of other documents. `documents` are those of the queries (default: a row is one document), `key_documents` those of
+    the keys, whole rows (default: `documents`, for S = T). A list names a block once: on the CPU, where lists can be
+    looked at for nothing, one that names it twice or that names a block the row does not have raises ValueError; on
+    other devices the first counts twice and the second is none.
+
+    Returns out `[B, T, H, V]` in q's type and, with `return_lse`, lse `[B, T, H]` in float32 (float64 for float64);
+    both carry gradients to q, k and v, never to `blocks`. A query that sees nothing has out 0 and lse −inf. Time and
+    memory follow what is listed: nothing of size T·S exists, and the same inputs give the same bits at every run.
+    Raises ValueError for shapes that do not fit and for a backend that cannot run.
+
+    Yuan et al., 2025, "Native Sparse Attention", arXiv 2502.11089; Lu et al., 2025, "MoBA", arXiv 2502.13189.
+    """
+    check_inputs(q, k, v)
+    if documents is None:
+        documents = Documents.whole(q.shape[0], q.shape[1])
+    if key_documents is None:
+        key_documents = documents
+    for name, held, x in (("documents", documents, q), ("key_documents", key_documents, k)):
+        if (held.batch, held.length) != tuple(x.shape[:2]):
+            raise ValueError(
+                f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {held.batch} of {held.length}. "
+                "Pass documents for the queries, and key_documents where keys are other tokens than the queries"
+            )
+    layout = BlockLayout(key_documents, block_size)
+    tile = BlockTile(layout, documents, key_documents, Mask() if mask is None else mask, query_block)
+    check_blocks(blocks, tile, heads=q.shape[2], kv_heads=k.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    reached = tile if tile.mask.reaches(documents, key_documents) else None
+    out, lse = _BlockSparseAttention.apply(q, k, v, blocks, reached, scale, backend)  # type: ignore[misc]
+    return (out, lse) if return_lse else out
+
+
+class _BlockSparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Tensor,
+        tile: BlockTile | None,
+        scale: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = attend(q, k, v, blocks, tile=tile, scale=scale, backend=backend)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, blocks)
+        ctx.tile, ctx.scale, ctx.backend = tile, scale, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, blocks = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq, dk, dv = attend_backward(
+            dout, q, k, v, out, lse, blocks, tile=ctx.tile, scale=ctx.scale, dlse=dlse, backend=ctx.backend
+        )
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def check_blocks(blocks: Tensor, tile: BlockTile, *, heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless `blocks` are lists for the tile's queries; looks at ids only of lists on the host."""
+    shape = (tile.queries.batch, tile.lists)
+    if blocks.dtype != torch.int32 or blocks.dim() != 4 or tuple(blocks.shape[:2]) != shape:
+        raise ValueError(
+            f"blocks must be int32 [B, L, J, M] with B, L = {shape[0]}, {shape[1]} for query_block={tile.query_block}; "
+            f"got {blocks.dtype} {tuple(blocks.shape)}"
+        )
+    if blocks.shape[2] not in (heads, kv_heads):
+        raise ValueError(f"blocks must have lists for {kv_heads} or {heads} heads; got {blocks.shape[2]}")
+    if blocks.device.type != "cpu" or not blocks.numel():
+        return
+    if int(blocks.min()) < -1:
+        raise ValueError(f"blocks must be ids, or −1 for none; got {int(blocks.min())}")
+    counts = torch.tensor(tile.layout.counts, dtype=torch.int32)
+    if bool((blocks.amax((1, 2, 3)) >= counts).any()):
+        row = int((blocks.amax((1, 2, 3)) >= counts).nonzero()[0])
+        raise ValueError(
+            f"blocks must be below the number of blocks of their row; row {row} has {int(counts[row])} of "
+            f"{tile.layout.block_size} tokens and got {int(blocks[row].max())}. Number them as BlockLayout does"
+        )
+    ordered = blocks.sort(-1).values
+    if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+        raise ValueError("blocks must name a block at most once a list; got one twice. Leave −1 in its place")
+
+
+def _implementation(backend: str, q: Tensor) -> ModuleType:
+    chosen = resolve("block_sparse_attention", backend, q.device, q.dtype)
+    if chosen == "triton":
+        from . import triton as kernels
+
+        return kernels
+    return reference if chosen == "reference" else chunked
+
+
+@torch.no_grad()
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention over what the tile's keys hold of the listed blocks: out `[B, T, H, V]`, lse `[B, T, H]`.
+
+    Float32 (float64 for float64). The keys may be any part of the rows: tiles over parts that make up the rows give,
+    merged, attention over the whole blocks. Queries that see nothing have out 0 and lse −inf, the neutral element of
+    `merge`; `tile=None` is a tile in which no query sees anything. No gradient flows through the results.
+    """
+    return _implementation(backend, q).attend(q, k, v, blocks, tile=tile, scale=scale)
+
+
+@torch.no_grad()
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor,
+    *,
+    tile: BlockTile | None,
+    scale: float,
+    dlse: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of one tile, given the final (out, lse), merged over all tiles.
+
+        p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
+
+    Float32 (float64 for float64). `dlse` `[B, T, H]` is the gradient of lse. The gradients of tiles add up.
+    """
+    return _implementation(backend, q).attend_backward(
+        dout, q, k, v, out, lse, blocks, tile=tile, scale=scale, dlse=dlse
+    )
+
+
+def count_visits(blocks: Tensor, tile: BlockTile, *, kv_heads: int) -> int:
+    """How many (query, head with lists, block) the lists make a tile work on: those of which some key is visible.
+
+    A block whose tokens are held in several pieces counts once a piece. Reads the lists, so that it waits for their
+    device.
+    """
+    return len(visits(blocks, tile, kv_heads).rows)
+
+
+def most_visits(documents: Documents, *, block_size: int, count: int) -> int:
+    """The visits of a head with lists where each query lists `count` blocks, or all up to its own while there are less.
+
+    What meters count before lists exist: sum over tokens of min(count, position // block_size + 1).
+    """
+    total = 0
+    for row in documents.runs:
+        for run in row:
+            if not run.is_padding:
+                total += _listed_before(run.end_position, block_size, count)
+                total -= _listed_before(run.position, block_size, count)
+    return total
+
+
+def _listed_before(position: int, block_size: int, count: int) -> int:
+    """Sum over positions below `position` of min(count, position // block_size + 1)."""
+    rising = min(position, (count - 1) * block_size)
+    blocks, rest = divmod(rising, block_size)
+    return block_size * blocks * (blocks + 1) // 2 + rest * (blocks + 1) + (position - rising) * count
+
+
+def flops(visits: int, *, block_size: int, heads_a_list: int, key_dim: int, value_dim: int) -> int:
+    """Forward FLOPs of that many visits (`count_visits`, `most_visits`); a backward does 2.5 times as many.
+
+    Every visit counts as a whole block for each of the `heads_a_list` heads that share the list.
+    """
+    return 2 * visits * block_size * heads_a_list * (key_dim + value_dim)

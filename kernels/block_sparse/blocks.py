@@ -1,0 +1,166 @@
+"""Blocks: how the documents of whole rows are cut into numbered blocks, and which of them a set of keys holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..documents import Documents, Run
+from ..mask import Mask
+
+
+class Block(NamedTuple):
+    """Consecutive tokens of one document: `length` from row index `start`, the first at `position` in the document."""
+
+    document: int
+    start: int
+    length: int
+    position: int
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The blocks of whole rows: `block_size` tokens each, restarting at every document, whose last may be short.
+
+    Ids number the blocks of a row document by document, from 0 in each row; padding is in no block. `documents` are
+    those of the whole rows, whatever part of them is held where: an id means the same tokens on every rank. Raises
+    ValueError where a document does not begin in its row, since its blocks could not be numbered.
+    """
+
+    documents: Documents
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1; got {self.block_size}")
+        for row in self.documents.runs:
+            for run in row:
+                if run.position:
+                    raise ValueError(
+                        f"documents of whole rows must begin at position 0; got position {run.position} at token "
+                        f"{run.start}. Pass the documents of the whole row, and the tokens held as a tile"
+                    )
+
+    @cached_property
+    def first(self) -> tuple[dict[int, int], ...]:
+        """For each row, the id of every document's first block."""
+        rows = []
+        for row in self.documents.runs:
+            first, count = {}, 0
+            for run in row:
+                if not run.is_padding:
+                    first[run.document] = count
+                    count += self._blocks_in(run.length)
+            rows.append(first)
+        return tuple(rows)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many blocks each row has."""
+        return tuple(
+            sum(self._blocks_in(run.length) for run in row if not run.is_padding) for row in self.documents.runs
+        )
+
+    @property
+    def count(self) -> int:
+        """The most blocks of any row: ids are below it."""
+        return max(self.counts, default=0)
+
+    def row(self, row: int) -> Iterator[Block]:
+        """The blocks of one row in the order of their ids."""
+        for run in self.documents.runs[row]:
+            if not run.is_padding:
+                for position in range(0, run.length, self.block_size):
+                    length = min(self.block_size, run.length - position)
+                    yield Block(run.document, run.start + position, length, position)
+
+    def ids(self, held: Documents, device: torch.device | str = "cpu") -> Tensor:
+        """int32 `[B, T]`: the block of each token of `held`, any tokens of these rows; −1 for padding."""
+        ids = torch.full((held.batch, held.length), -1, dtype=torch.int32)
+        for row, runs in enumerate(held.runs):
+            for run in runs:
+                if not run.is_padding:
+                    positions = torch.arange(run.position, run.end_position, dtype=torch.int32)
+                    ids[row, run.start : run.stop] = positions // self.block_size + self._first(row, run)
+        return ids.to(device)
+
+    def pieces(self, held: Documents) -> Tensor:
+        """int32 `[R, B, count, 4]`: where the blocks lie in `held`, as (start, length, position, document).
+
+        A block of which several ranks or spans hold a part has up to R pieces among the tokens held here, and those
+        that it lacks have length 0.
+        """
+        table = torch.zeros(1, held.batch, self.count, 4, dtype=torch.int32)
+        taken = torch.zeros(held.batch, self.count, dtype=torch.int64)
+        for row, runs in enumerate(held.runs):
+            for run in runs:
+                if run.is_padding:
+                    continue
+                first, size = self._first(row, run), self.block_size
+                blocks = torch.arange(run.position // size, (run.end_position - 1) // size + 1)
+                low = (blocks * size).clamp(min=run.position)
+                high = ((blocks + 1) * size).clamp(max=run.end_position)
+                piece = torch.stack((low + run.start - run.position, high - low, low, low * 0 + run.document), dim=-1)
+                layer = taken[row, blocks + first]
+                if int(layer.max()) == table.shape[0]:
+                    table = torch.cat([table, torch.zeros_like(table[:1])])
+                table[layer, row, blocks + first] = piece.int()
+                taken[row, blocks + first] += 1
+        return table
+
+    def _blocks_in(self, length: int) -> int:
+        return -(-length // self.block_size)
+
+    def _first(self, row: int, run: Run) -> int:
+        first = self.first[row].get(run.document)
+        if first is None:
+            raise ValueError(f"tokens held must be of the rows' documents; row {row} has no document {run.document}")
+        return first
+
+
+@dataclass(frozen=True)
+class BlockTile:
+    """Held queries against held keys, through lists of the rows' blocks: what `attend` works on.
+
+    layout: the blocks of the whole rows, by which the lists are numbered.
+    queries, keys: the tokens held, any part of those rows; a listed block is attended by what `keys` holds of it.
+    mask: compares positions inside the listed blocks.
+    query_block: how many consecutive held queries share a list.
+    """
+
+    layout: BlockLayout
+    queries: Documents
+    keys: Documents
+    mask: Mask = Mask()
+    query_block: int = 1
+    _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.query_block < 1:
+            raise ValueError(f"query_block must be at least 1; got {self.query_block}")
+
+    @classmethod
+    def of(
+        cls, layout: BlockLayout, queries: Documents, keys: Documents, *, mask: Mask | None = None, query_block: int = 1
+    ) -> BlockTile | None:
+        """The tile, or None where the mask hides every key from every query, whatever is listed."""
+        mask = Mask() if mask is None else mask
+        return cls(layout, queries, keys, mask, query_block) if mask.reaches(queries, keys) else None
+
+    @property
+    def lists(self) -> int:
+        """How many lists the queries held have."""
+        return -(-self.queries.length // self.query_block)
+
+    def pieces(self, device: torch.device | str = "cpu") -> Tensor:
+        """int32 `[R, B, count, 4]`: see `BlockLayout.pieces`."""
+        for key in (("pieces", "cpu"), ("pieces", str(device))):
+            if key not in self._tensors:
+                host = self._tensors.get(("pieces", "cpu"))
+                self._tensors[key] = self.layout.pieces(self.keys) if host is None else host.to(device)
+        return self._tensors["pieces", str(device)]

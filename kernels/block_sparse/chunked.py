@@ -1,0 +1,156 @@
+"""Block-sparse attention by blocks: each block meets all the queries that list it in a few matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..softmax.chunked import merge_weight
+from .blocks import BlockTile
+from .visits import Group, Visits, visits
+
+SCORES = 1 << 17  # of a product held at once: they stay in cache between the passes over them
+KEYS = 512
+
+
+class _Problem:
+    """The tensors in the order in which rows are gathered: heads of a list together, keys of a head together."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, tile: BlockTile, scale: float) -> None:
+        self.tile, self.scale = tile, scale
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.batch, self.length, self.heads, self.key_dim = q.shape
+        self.value_dim, self.list_heads = v.shape[3], blocks.shape[2]
+        self.heads_a_list = self.heads // self.list_heads
+        self.q = self.rows(q).mul_(scale) if q.dtype != self.dtype else self.rows(q) * scale
+        self.k, self.v = (x.to(self.dtype).transpose(1, 2).contiguous() for x in (k, v))
+        self.visits: Visits = visits(blocks, tile, k.shape[2])
+        self.positions = tile.queries.positions(q.device).long()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`[B, T, H, X]` (or `[B, T, H]`) to `[B·J·T, R·X]`, J heads with lists and R heads a list."""
+        x = x.to(self.dtype).reshape(self.batch, self.length, self.list_heads, -1)
+        return x.transpose(1, 2).flatten(0, 2)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`, with the heads apart: `[B, T, H, X]`."""
+        x = rows.view(self.batch, self.list_heads, self.length, self.heads_a_list, -1)
+        return x.transpose(1, 2).flatten(2, 3)
+
+    def zeros(self, dim: int) -> Tensor:
+        return self.q.new_zeros(self.q.shape[0], self.heads_a_list * dim)
+
+    def key_tiles(self, group: Group) -> Iterator[tuple[int, int]]:
+        """A group's keys, by (offset, length)."""
+        for offset in range(0, group.length, KEYS):
+            yield offset, min(KEYS, group.length - offset)
+
+    def query_tiles(self, group: Group) -> Iterator[Tensor]:
+        """A group's rows, as many at once as give `SCORES` scores against a tile of keys."""
+        step = max(1, SCORES // (min(group.length, KEYS) * self.heads_a_list))
+        for first in range(group.first, group.last, step):
+            yield self.visits.rows[first : min(first + step, group.last)]
+
+    def hidden(self, group: Group, rows: Tensor, offset: int, length: int) -> Tensor | None:
+        """bool `[rows, 1, length]` for a group that does not see its keys whole."""
+        if group.full:
+            return None
+        query = self.positions[group.row].index_select(0, rows % self.length)
+        key = torch.arange(length, device=rows.device) + (group.position + offset)
+        return ~self.tile.mask.visible(query, key).unsqueeze(1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `longreach.kernels.block_sparse.attend`. Blocks merge into (out, lse) in the order of their ids."""
+    if tile is None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=dtype)
+        return out, q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
+    inside = _Problem(q, k, v, blocks, tile, scale)
+    out, lse = inside.zeros(inside.value_dim), inside.zeros(1).fill_(float("-inf"))
+    for group in inside.visits.groups:
+        for offset, width in inside.key_tiles(group):
+            keys = slice(group.start + offset, group.start + offset + width)
+            for rows in inside.query_tiles(group):
+                hidden = inside.hidden(group, rows, offset, width)
+                if hidden is not None and bool(hidden.all()):
+                    continue
+                _merge(inside, (out, lse), rows, inside.k[group.row, group.group, keys],
+                       inside.v[group.row, group.group, keys], hidden)  # fmt: skip
+    return inside.tokens(out), inside.tokens(lse).squeeze(-1)
+
+
+def _merge(
+    inside: _Problem, into: tuple[Tensor, Tensor], rows: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None
+) -> None:
+    """Attention of the rows over a tile of keys, merged into what they have."""
+    out, lse = into
+    scores = inside.q.index_select(0, rows).view(-1, inside.key_dim) @ k.T
+    if hidden is not None:
+        scores.view(len(rows), -1, len(k)).masked_fill_(hidden, float("-inf"))
+    most = scores.amax(-1, keepdim=True)
+    if hidden is not None:
+        most.clamp_(min=-1e30)  # of a row that sees nothing here: its weights below are exp(−inf) = 0
+    total = scores.sub_(most).exp_().sum(-1, keepdim=True)
+    out_here = (scores @ v).div_(total.clamp(min=1e-30) if hidden is not None else total)
+    lse_here = most.add_(total.log_()).view(len(rows), -1)
+    lse_there = lse.index_select(0, rows)
+    merged = out.index_select(0, rows)
+    weight = merge_weight(lse_there, lse_here).view(-1, 1)
+    merged.view(-1, inside.value_dim).lerp_(out_here, weight)
+    out.index_copy_(0, rows, merged)
+    lse.index_copy_(0, rows, torch.logaddexp(lse_there, lse_here))
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor,
+    *,
+    tile: BlockTile | None,
+    scale: float,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `longreach.kernels.block_sparse.attend_backward`. A block's dk and dv are summed in the order of queries."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if tile is None:
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        return dq, dk, dv
+    inside = _Problem(q, k, v, blocks, tile, scale)
+    dout = dout.to(dtype)
+    delta = (dout * out.to(dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse.to(dtype)
+    dout, delta, lse = inside.rows(dout), inside.rows(delta), inside.rows(lse)
+    dq, dk, dv = inside.zeros(inside.key_dim), torch.zeros_like(inside.k), torch.zeros_like(inside.v)
+    for group in inside.visits.groups:
+        for offset, width in inside.key_tiles(group):
+            keys = slice(group.start + offset, group.start + offset + width)
+            k_here, v_here, dk_here, dv_here = (
+                x[group.row, group.group, keys] for x in (inside.k, inside.v, dk, dv)
+            )
+            for rows in inside.query_tiles(group):
+                hidden = inside.hidden(group, rows, offset, width)
+                if hidden is not None and bool(hidden.all()):
+                    continue
+                q_here = inside.q.index_select(0, rows).view(-1, inside.key_dim)
+                dout_here = dout.index_select(0, rows).view(-1, inside.value_dim)
+                lse_here, delta_here = (x.index_select(0, rows).view(-1, 1) for x in (lse, delta))
+                p = torch.addmm(lse_here, q_here, k_here.T, beta=-1)
+                if hidden is not None:
+                    p.view(len(rows), -1, width).masked_fill_(hidden, float("-inf"))
+                p.exp_()
+                dv_here.addmm_(p.T, dout_here)
+                ds = torch.addmm(delta_here, dout_here, v_here.T, beta=-1).mul_(p)
+                dk_here.addmm_(ds.T, q_here)
+                # The rows of a tile are distinct, so that the sum has one order.
+                dq.index_add_(0, rows, (ds @ k_here).view(len(rows), -1))
+    return inside.tokens(dq.mul_(scale)), dk.transpose(1, 2), dv.transpose(1, 2)

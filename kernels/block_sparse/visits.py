@@ -1,0 +1,107 @@
+"""Visits: the (query, block) pairs that lists make, sorted by block, so that each block meets its queries at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..mask import Mask
+from .blocks import BlockTile
+
+
+class Group(NamedTuple):
+    """The queries of one piece of a block: `rows[first:last]`, all of whom see all of it where `full`."""
+
+    row: int
+    group: int
+    start: int
+    length: int
+    position: int
+    first: int
+    last: int
+    full: bool
+
+
+class Visits(NamedTuple):
+    """Every (token, head with lists, piece of a block) of which some key is visible, sorted by piece.
+
+    rows: int64 `[visits]`, indices into `[B · J · T]`, J heads with lists; ascending within a group.
+    groups: what one piece gives, in the order of `rows`.
+    """
+
+    rows: Tensor
+    groups: list[Group]
+
+
+def seen(mask: Mask, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Whether a query at `position` sees any of the keys at positions start..stop of its document."""
+    if not mask.causal:
+        return start < stop
+    any_key = (start < stop) & (position >= start)
+    if mask.window is None:
+        return any_key
+    latest = torch.minimum(position, stop - 1)
+    return any_key & ((position - latest < mask.window) | (start < mask.sink_tokens))
+
+
+def seen_whole(mask: Mask, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Whether a query at `position` sees all of the keys at positions start..stop of its document."""
+    if not mask.causal:
+        return torch.ones_like(start, dtype=torch.bool)
+    every = position >= stop - 1
+    if mask.window is None:
+        return every
+    behind_sinks = start.clamp(min=mask.sink_tokens)
+    return every & ((position - behind_sinks < mask.window) | (stop <= mask.sink_tokens))
+
+
+def by_token(blocks: Tensor, tile: BlockTile) -> Tensor:
+    """Lists `[B, L, J, M]` as one for each token, `[B, T, J, M]`."""
+    if tile.query_block == 1:
+        return blocks
+    return blocks.repeat_interleave(tile.query_block, dim=1)[:, : tile.queries.length]
+
+
+def visits(blocks: Tensor, tile: BlockTile, groups: int) -> Visits:
+    """The visits of lists `[B, L, J, M]` to what the tile's keys, of `groups` heads, hold of the blocks."""
+    device = blocks.device
+    ids = by_token(blocks, tile).long()
+    batch, length, list_heads, _ = ids.shape
+    table = tile.pieces(device)
+    parts, _, count, _ = table.shape
+    listed = (ids >= 0) & (ids < count)
+    row = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    flat = (row * count + ids.clamp(0, max(count - 1, 0))).flatten()
+    position = tile.queries.positions(device).view(batch, length, 1, 1)
+    document = tile.queries.ids(device).view(batch, length, 1, 1)
+    group = torch.arange(list_heads, device=device).view(-1, 1) // (list_heads // groups)
+    keys, rows = [], []
+    for part in range(parts if count else 0):
+        columns = table[part].flatten(0, 1).T.contiguous()
+        start, width, owner = (columns[i].index_select(0, flat).view(ids.shape) for i in (2, 1, 3))
+        stop = start + width
+        some = listed & (owner == document) & seen(tile.mask, position, start, stop)
+        whole = seen_whole(tile.mask, position, start, stop)
+        at = some.flatten().nonzero().squeeze(1)
+        piece = ((row * groups + group) * count + ids) * parts + part
+        keys.append((piece * 2 + whole).flatten().index_select(0, at))
+        token, head = at // (list_heads * ids.shape[3]), at // ids.shape[3] % list_heads
+        rows.append((token // length * list_heads + head) * length + token % length)
+    if not keys:
+        return Visits(ids.new_empty(0), [])
+    key, order = torch.cat(keys).sort(stable=True)
+    return Visits(torch.cat(rows).index_select(0, order), _groups(key, table, groups))
+
+
+def _groups(key: Tensor, table: Tensor, groups: int) -> list[Group]:
+    parts, _, count, _ = table.shape
+    distinct, lengths = torch.unique_consecutive(key, return_counts=True)
+    whole, piece = distinct % 2, distinct // 2
+    part, block = piece % parts, piece // parts % count
+    group, row = piece // (parts * count) % groups, piece // (parts * count * groups)
+    lasts = lengths.cumsum(0)
+    found = table[part, row, block, :3].long()
+    columns = torch.cat([torch.stack([row, group], 1), found, torch.stack([lasts - lengths, lasts, whole], 1)], 1)
+    return [Group(*values[:7], bool(values[7])) for values in columns.tolist()]
