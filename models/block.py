@@ -14,7 +14,7 @@ class Block(nn.Module):
 
         x = x + mixer(norm(x))        x = x + feed_forward(norm(x))
 
-    `[B, T, width]` to the same.
+    `[B, T, width]`, and what the mixer reads, to the same and a tuple of what the mixer publishes.
     """
 
     def __init__(self, *, mixer: Mixer, feed_forward: nn.Module, width: int, norm_eps: float = 1e-6) -> None:
@@ -24,9 +24,15 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(width, norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), seq)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        mixed, published = self.mix(self.mixer_norm(x), seq, read)
+        x = x + mixed
+        return x + self.feed_forward(self.feed_forward_norm(x)), published
+
+    def mix(self, x: Tensor, seq: Sequence, read: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The mixer's output, and what it publishes."""
+        result = self.mixer(x, seq, *read)
+        return (result[0], result[1:]) if self.mixer.publishes else (result, ())
 
 
 class MiniMaxBlock(Block):
@@ -52,8 +58,8 @@ class MiniMaxBlock(Block):
         self.alpha = (2 * depth) ** 0.25 if alpha is None else alpha
         self.beta = beta
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = self.mixer_norm(x)
-        x = self.alpha * x + self.beta * self.mixer(x, seq)
-        x = self.feed_forward_norm(x)
-        return self.alpha * x + self.beta * self.feed_forward(x)
+        mixed, published = self.mix(x, seq, read)
+        x = self.feed_forward_norm(self.alpha * x + self.beta * mixed)
+        return self.alpha * x + self.beta * self.feed_forward(x), published

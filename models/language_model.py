@@ -49,8 +49,9 @@ class LanguageModel(nn.Module):
 
     vocabulary, width, depth: tokens, size of the residual stream, number of blocks.
     pattern: names of `mixers`, with `name*n` for repetition; tiled to `depth`.
-    mixers, feed_forward, block: partials (`_partial_: true` in YAML), called with those of `width`, `depth`, `layer`
-        and `norm_eps` that their signatures declare; `block` (default pre-norm) also with `mixer` and `feed_forward`.
+    mixers, feed_forward, block: partials (`_partial_: true` in YAML), called with those of `width`, `depth`, `layer`,
+        `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare; `block` (default pre-norm) also with
+        `mixer` and `feed_forward`.
     tied_embeddings: the head's weight is the embedding's.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
         keeps what the mixing ops computed, so that no collective is repeated.
@@ -88,12 +89,16 @@ class LanguageModel(nn.Module):
 
         def build(layer: int) -> nn.Module:
             name = names[layer]
-            context = {"width": width, "depth": depth, "layer": layer, "norm_eps": norm_eps}
+            occurrence = names[:layer].count(name)
+            context = {
+                "width": width, "depth": depth, "layer": layer, "occurrence": occurrence, "norm_eps": norm_eps,
+            }  # fmt: skip
             mixer = construct(mixers[name], f"model.mixers.{name}", **context)
             rest = construct(feed_forward, "model.feed_forward", **context)
             return construct(block or Block, "model.block", mixer=mixer, feed_forward=rest, **context)
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
+        check_reads(self.mixers)
         self.embedding = nn.Embedding(vocabulary, width)
         self.norm = RMSNorm(width, norm_eps)
         self.head = Head(width, vocabulary)
@@ -114,15 +119,19 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: Tensor, seq: Sequence) -> Tensor:
         """`[B, T, D]`: what the head reads."""
         x = self.embedding(tokens)
+        shared: dict[str, Tensor] = {}  # what mixers gave to later layers
         recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, mixer) in enumerate(zip(self.blocks, self.mixers, strict=True)):
             here = seq.at(layer)
+            read = [shared[name] for name in mixer.reads]
             if not recompute:
-                x = block(x, here)
-                continue
-            if self.activation_checkpointing == "mixing":
-                here = replace(here, kept=Kept())
-            x = cast(Tensor, checkpoint(block, x, here, use_reentrant=False, preserve_rng_state=False))
+                x, published = block(x, here, *read)
+            else:
+                if self.activation_checkpointing == "mixing":
+                    here = replace(here, kept=Kept())
+                outputs = checkpoint(block, x, here, *read, use_reentrant=False, preserve_rng_state=False)
+                x, published = cast(tuple[Tensor, tuple[Tensor, ...]], outputs)
+            shared.update(zip(mixer.publishes, published, strict=True))
         return self.norm(x)
 
     @property
@@ -171,6 +180,19 @@ class LanguageModel(nn.Module):
         writes_residual = path[-3:-1] == ["mixer", "output"] or path[-3:-1] == ["feed_forward", "down"]
         scale = 1 / math.sqrt(2 * self.depth) if writes_residual else 1.0
         return value.normal_(0.0, self.initial_std * scale, generator=generator)
+
+
+def check_reads(mixers: list[Mixer]) -> None:
+    """Raises ValueError for a mixer that reads what no earlier layer publishes."""
+    published: set[str] = set()
+    for layer, mixer in enumerate(mixers):
+        missing = [name for name in mixer.reads if name not in published]
+        if missing:
+            raise ValueError(
+                f"model.pattern must publish what layer {layer} reads before it; got no {', '.join(missing)} from the "
+                f"layers before {type(mixer).__name__}. Put a layer that publishes it first"
+            )
+        published.update(mixer.publishes)
 
 
 def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str]:

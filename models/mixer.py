@@ -17,17 +17,22 @@ from ..parallel.sequence import Sequence
 class Mixer(nn.Module):
     """Projections and gates around an op of `parallel.ops`.
 
-    Subclasses take plain keyword arguments: `width` always, and `layer` (index in the whole model, from 0) and `depth`
-    if they declare them. They import token mixing from `parallel.ops` alone, so that they never see a rank, and end
-    in a linear layer called `output`, whose initial values are scaled down with the model's depth.
+    Subclasses take plain keyword arguments: `width` always, and if they declare them `layer` (index in the whole model,
+    from 0), `depth` and `occurrence` (how many earlier layers have the same name in the pattern). They import token
+    mixing from `parallel.ops` alone, so that they never see a rank, and end in a linear layer called `output`, whose
+    initial values are scaled down with the model's depth.
 
+    publishes, reads: names of tensors that the mixer gives to later layers, and of those it takes from earlier ones.
+        `forward` takes what it reads after `seq`, and returns what it publishes after its output, as a tuple.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
     """
 
+    publishes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`[B, T, D]` of the tokens held here to the same shape."""
         raise NotImplementedError
 

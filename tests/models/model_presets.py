@@ -26,6 +26,8 @@ def mixer_partial(name: str) -> Callable[..., nn.Module]:
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
     mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6).to(dtype)
     assert isinstance(mixer, Mixer)
+    if mixer.publishes:
+        mixer.register_forward_hook(lambda module, arguments, outputs: outputs[0])
     randomise(mixer)
     return mixer
 

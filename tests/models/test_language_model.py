@@ -1,6 +1,7 @@
 """The language model: pattern, loss, initial values, recomputation, cost."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -222,3 +223,49 @@ def test_packing_costs_less_attention_than_one_document():
         "softmax_attention", mixers={"softmax": mixer_partial("softmax_attention")}, pattern=["softmax"]
     )
     assert model.flops(PACKED) < model.flops(Documents.whole(2, LENGTH))
+
+
+class Publishing(SoftmaxAttention):
+    """Gives its input to the later layers of its name, which add a part of it."""
+
+    def __init__(self, *, width, heads=4, occurrence=0):
+        super().__init__(width=width, heads=heads)
+        self.publishes, self.reads = (("seen",), ()) if occurrence == 0 else ((), ("seen",))
+
+    def forward(self, x, seq, *read):
+        return (super().forward(x, seq), x) if self.publishes else super().forward(x + 0.3 * read[0], seq)
+
+
+def publishing_model(**changes):
+    mixers = {"publishing": partial(Publishing), "softmax": mixer_partial("softmax_attention")}
+    pattern = ["publishing", "softmax", "publishing"]
+    return small_hybrid("publishing", **{"mixers": mixers, "pattern": pattern, "depth": 6, **changes})
+
+
+def test_what_a_layer_publishes_reaches_the_layers_that_read_it_and_gradients_come_back():
+    results = []
+    for checkpointing in ("none", "full", "mixing"):
+        model = publishing_model(activation_checkpointing=checkpointing)
+        loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-9, rtol=1e-9)
+
+    x = model.embedding(tokens(2, LENGTH))
+    seq = Sequence.single(PACKED)
+    x, (seen,) = model.blocks[0](x, seq)
+    for layer, block in enumerate(model.blocks):
+        if layer > 0:
+            x, _ = block(x, seq.at(layer), *([seen] if model.mixers[layer].reads else []))
+    torch.testing.assert_close(model.norm(x), model.hidden(tokens(2, LENGTH), seq), atol=1e-9, rtol=1e-9)
+
+
+def test_a_layer_that_reads_what_nobody_gave_is_refused():
+    class Reading(Publishing):
+        def __init__(self, *, width):
+            super().__init__(width=width, occurrence=1)
+
+    mixers = {"reading": partial(Reading), "softmax": mixer_partial("softmax_attention")}
+    with pytest.raises(ValueError, match="got no seen from the layers before Reading"):
+        publishing_model(mixers=mixers, pattern=["softmax", "reading"], depth=2)
