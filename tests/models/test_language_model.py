@@ -236,10 +236,10 @@ class Publishing(SoftmaxAttention):
         return (super().forward(x, seq), x) if self.publishes else super().forward(x + 0.3 * read[0], seq)
 
 
-def publishing_model(**changes):
+def publishing_model(pattern=("publishing", "softmax", "publishing"), depth=6, **changes):
     mixers = {"publishing": partial(Publishing), "softmax": mixer_partial("softmax_attention")}
-    pattern = ["publishing", "softmax", "publishing"]
-    return small_hybrid("publishing", **{"mixers": mixers, "pattern": pattern, "depth": 6, **changes})
+    settings = {"mixers": mixers, "pattern": list(pattern), "depth": depth, **changes}
+    return small_hybrid("softmax_attention", **settings)
 
 
 def test_what_a_layer_publishes_reaches_the_layers_that_read_it_and_gradients_come_back():
@@ -268,4 +268,4 @@ def test_a_layer_that_reads_what_nobody_gave_is_refused():
 
     mixers = {"reading": partial(Reading), "softmax": mixer_partial("softmax_attention")}
     with pytest.raises(ValueError, match="got no seen from the layers before Reading"):
-        publishing_model(mixers=mixers, pattern=["softmax", "reading"], depth=2)
+        publishing_model(["softmax", "reading"], 2, mixers=mixers)
