@@ -14,7 +14,7 @@ from ..mask import Mask
 from ..softmax import bytes_sent, check_inputs, merge, state_bytes
 from . import chunked, reference
 from .blocks import Block, BlockLayout, BlockTile
-from .visits import visits
+from .visits import visits_of
 
 __all__ = [
     "Block",
@@ -200,7 +200,7 @@ def count_visits(blocks: Tensor, tile: BlockTile, *, kv_heads: int) -> int:
     A block whose tokens are held in several pieces counts once a piece. Reads the lists, so that it waits for their
     device.
     """
-    return len(visits(blocks, tile, kv_heads).rows)
+    return len(visits_of(blocks, tile, kv_heads).rows)
 
 
 def most_visits(documents: Documents, *, block_size: int, count: int) -> int:

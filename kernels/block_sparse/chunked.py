@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..softmax.chunked import merge_weight
 from .blocks import BlockTile
-from .visits import Group, Visits, visits
+from .visits import Group, Visits, visits_of
 
 SCORES = 1 << 17  # of a product held at once: they stay in cache between the passes over them
 KEYS = 512
@@ -26,7 +26,7 @@ class _Problem:
         self.heads_a_list = self.heads // self.list_heads
         self.q = self.rows(q).mul_(scale) if q.dtype != self.dtype else self.rows(q) * scale
         self.k, self.v = (x.to(self.dtype).transpose(1, 2).contiguous() for x in (k, v))
-        self.visits: Visits = visits(blocks, tile, k.shape[2])
+        self.visits: Visits = visits_of(blocks, tile, k.shape[2])
         self.positions = tile.queries.positions(q.device).long()
 
     def rows(self, x: Tensor) -> Tensor:

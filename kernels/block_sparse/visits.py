@@ -64,7 +64,7 @@ def by_token(blocks: Tensor, tile: BlockTile) -> Tensor:
     return blocks.repeat_interleave(tile.query_block, dim=1)[:, : tile.queries.length]
 
 
-def visits(blocks: Tensor, tile: BlockTile, groups: int) -> Visits:
+def visits_of(blocks: Tensor, tile: BlockTile, groups: int) -> Visits:
     """The visits of lists `[B, L, J, M]` to what the tile's keys, of `groups` heads, hold of the blocks."""
     device = blocks.device
     ids = by_token(blocks, tile).long()
