@@ -1,0 +1,206 @@
+"""What is erased and written: by one key and a beta, or by the vectors of a general diagonal-plus-low-rank step.
+
+Both solve (I + L) Z = R − Ê S in each chunk; they differ in the rows e and columns b of L, and in what else is written.
+A rule's `columns` are b, its `enter` the factors of Ê.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..gated_linear.decay import by_row
+from ..gated_linear.slabs import Lanes, Slab, States
+
+if TYPE_CHECKING:
+    from .sweep import Sweep
+
+
+class BetaRule:
+    """e = beta k, b = k, R = beta v: the value at k is moved towards v by beta. Without beta, it becomes v."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.keys, self.values = sweep.sources["k"], sweep.sources["v"]
+        self.beta = sweep.sources.get("beta")
+
+    def load(self, slab: Slab) -> None:
+        sweep, keys = self.sweep, self.sweep.key_dim
+        self.columns, v = self.keys.load(slab), self.values.load(slab)
+        right, erase = sweep.work("right", sweep.value_dim, slab), sweep.work("erase", keys, slab)
+        if right.shape[-1] > v.shape[-1]:
+            right[..., v.shape[-1] :] = 0.0
+        right = right[..., : v.shape[-1]]
+        if self.beta is None:
+            self.rows = self.columns
+            right.copy_(v)
+        else:
+            beta = self.beta.load(slab)
+            self.rows = torch.mul(self.columns, beta, out=sweep.work("rows", keys, slab))
+            torch.mul(v, beta, out=right)
+        self.enter = sweep.decay.enter
+        sweep.decay.scores(self.rows, self.columns, sweep.work("system", sweep.grid.chunk, slab))
+        torch.mul(self.rows, self.enter, out=erase)
+        torch.mul(self.columns, sweep.decay.leave, out=sweep.work("write", keys, slab))
+
+    def load_reads(self, slab: Slab, q: Tensor) -> None:
+        """Nothing is read but what Z writes."""
+
+    def write(self, slab: Slab, states: States) -> None:
+        """Nothing is written but Z."""
+        states.each[1 : slab.chunks + 1].zero_()
+
+    def read(self, slab: Slab, out: Tensor) -> None:
+        """Nothing is read but what Z writes."""
+
+    def dcolumns(self, slab: Slab, parts: dict[str, Lanes]) -> Tensor:
+        return parts["k"].flat[slab.chunks]
+
+    def add_system_gradient(
+        self, slab: Slab, dsystem: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor
+    ) -> None:
+        """Adds to the gradients of rows and `columns` that of their scores, `dsystem` below the diagonal."""
+        dsystem.diagonal(dim1=-2, dim2=-1).zero_()
+        self.sweep.decay.add_gradients(dsystem, self.rows, columns, drows, dcolumns)
+
+    def differentiate(
+        self,
+        slab: Slab,
+        dout: Tensor,
+        dright: Tensor,
+        drows: Tensor,
+        dstates: States,
+        parts: dict[str, Lanes],
+        moments: Tensor | None,
+    ) -> None:
+        """Completes the gradients of k, v and beta, and fills `moments` with what all but the queries add."""
+        n, v = slab.chunks, self.values.flat[slab.chunks]
+        dk = parts["k"].flat[n]
+        if moments is not None:
+            torch.mul(self.rows, drows, out=moments).addcmul_(self.columns, dk, value=-1.0)
+        if self.beta is None:
+            parts["v"].flat[n].copy_(dright)
+            dk.add_(drows)
+            return
+        beta = self.beta.flat[n]
+        torch.mul(dright, beta, out=parts["v"].flat[n])
+        dbeta = torch.linalg.vecdot(drows, self.columns).add_(torch.linalg.vecdot(dright, v))
+        parts["beta"].flat[n].copy_(dbeta.unsqueeze(-1))
+        dk.addcmul_(drows, beta)
+
+
+class EraseRule:
+    """e = −a, read before the token's own decay, and k and v written besides b: R = −P V with P_ij = e_i · k_j, j < i.
+
+    The score of e_i, which lacks the decay of token i, is that of row i − 1 with e_i in place of e_{i−1}: so e is kept
+    shifted to the row before, and what comes from it is shifted back.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.keys, self.values, self.a, self.b = (sweep.sources[name] for name in ("k", "v", "a", "b"))
+        self.wide = sweep.value_dim > sweep.problem.v.shape[-1]
+
+    def load(self, slab: Slab) -> None:
+        sweep, keys, size = self.sweep, self.sweep.key_dim, self.sweep.grid.chunk
+        k, v, a = self.keys.load(slab), self.values.load(slab), self.a.load(slab)
+        self.columns = self.b.load(slab)
+        rows = sweep.work("rows", keys, slab)
+        torch.neg(a[:, 1:], out=rows[:, :-1])
+        self._load_enter(slab)
+        torch.mul(a, self.enter, out=sweep.work("erase", keys, slab)).neg_()
+        torch.mul(self.columns, sweep.decay.leave, out=sweep.work("write", keys, slab))
+        torch.mul(k, sweep.decay.leave, out=sweep.work("keys", keys, slab))
+        self._scores(slab, self.columns, sweep.work("system", size, slab))
+        erased = self._scores(slab, k, sweep.work("erased keys", size, slab))
+        right = sweep.work("right", sweep.value_dim, slab)
+        if self.wide:
+            right.zero_()
+        right = right[..., : v.shape[-1]]
+        right.copy_(torch.bmm(erased, v)).neg_()
+
+    def _load_enter(self, slab: Slab) -> None:
+        """The factors of the state that enters, without the decay of the token itself."""
+        sweep = self.sweep
+        enter = sweep.decay.enter
+        self.enter = sweep.work("enter", enter.shape[-1], slab)
+        self.enter[:, 1:] = enter[:, :-1]
+        self.enter[:, 0] = 1.0
+        if sweep.masks is not None:
+            by_row(self.enter, sweep.grid).mul_(sweep.masks.enter)
+
+    def _scores(self, slab: Slab, columns: Tensor, out: Tensor) -> Tensor:
+        """out_ij = e_i · column_j for j < i."""
+        sweep = self.sweep
+        size = sweep.grid.chunk
+        shifted = sweep.work("shifted", size, slab)
+        sweep.decay.scores(sweep.work("rows", sweep.key_dim, slab), columns, shifted)
+        out[:, 1:] = shifted[:, :-1]
+        if sweep.masks is not None:
+            by_row(out, sweep.grid).mul_(sweep.masks.same)
+        return out
+
+    def load_reads(self, slab: Slab, q: Tensor) -> None:
+        scores = self.sweep.work("key scores", self.sweep.grid.chunk, slab)
+        self.sweep.decay.scores(q, self.keys.flat[slab.chunks], scores)
+
+    def write(self, slab: Slab, states: States) -> None:
+        """The states after each chunk as the written keys and values alone would have them."""
+        v, keys = self.values.flat[slab.chunks], self.sweep.work("keys", self.sweep.key_dim, slab)
+        if self.wide:
+            states.each[1 : slab.chunks + 1].zero_()
+            states.after[slab.chunks][..., : v.shape[-1]] = torch.bmm(keys.mT, v)
+        else:
+            torch.bmm(keys.mT, v, out=states.after[slab.chunks])
+
+    def read(self, slab: Slab, out: Tensor) -> None:
+        out.baddbmm_(self.sweep.work("key scores", self.sweep.grid.chunk, slab), self.values.flat[slab.chunks])
+
+    def dcolumns(self, slab: Slab, parts: dict[str, Lanes]) -> Tensor:
+        return parts["b"].flat[slab.chunks]
+
+    def add_system_gradient(
+        self, slab: Slab, dsystem: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor
+    ) -> None:
+        """Adds to the gradients of rows and `columns` that of their scores, `dsystem` below the diagonal."""
+        sweep = self.sweep
+        size = sweep.grid.chunk
+        shifted, rows = sweep.work("dshifted", size, slab), sweep.work("rows", sweep.key_dim, slab)
+        spare = sweep.work("drows before", sweep.key_dim, slab).zero_()
+        if sweep.masks is not None:
+            by_row(dsystem, sweep.grid).mul_(sweep.masks.same)
+        shifted[:, :-1] = dsystem[:, 1:]
+        shifted[:, -1] = 0.0
+        sweep.decay.add_gradients(shifted, rows, columns, spare, dcolumns)
+        drows[:, 1:] += spare[:, :-1]
+
+    def differentiate(
+        self,
+        slab: Slab,
+        dout: Tensor,
+        dright: Tensor,
+        drows: Tensor,
+        dstates: States,
+        parts: dict[str, Lanes],
+        moments: Tensor | None,
+    ) -> None:
+        """Completes the gradients of all but the decays, and fills `moments` with what all but the queries add."""
+        sweep, n, size = self.sweep, slab.chunks, self.sweep.grid.chunk
+        k, v, after = self.keys.flat[n], self.values.flat[n], dstates.after[n]
+        dk, dv = parts["k"].flat[n], parts["v"].flat[n]
+        torch.bmm(v, after.mT, out=dk).mul_(sweep.decay.leave)
+        dscores = torch.bmm(dout, v.mT, out=sweep.work("dscores", size, slab))
+        sweep.decay.add_gradients(dscores, sweep.sources["q"].flat[n], k, parts["q"].flat[n], dk)
+        torch.baddbmm(dscores, dright, v.mT, beta=0.0, alpha=-1.0, out=dscores)
+        self.add_system_gradient(slab, dscores, drows, k, dk)
+
+        torch.bmm(sweep.work("key scores", size, slab).mT, dout, out=dv)
+        dv.baddbmm_(sweep.work("erased keys", size, slab).mT, dright, alpha=-1.0)
+        dv.baddbmm_(sweep.work("keys", sweep.key_dim, slab), after)
+        torch.neg(drows, out=parts["a"].flat[n])
+        if moments is not None:
+            torch.mul(self.columns, parts["b"].flat[n], out=moments).addcmul_(k, dk).neg_()
+            # A row meets the state without its own decay: what it says is of the decays up to the token before.
+            moments[:, :-1].addcmul_(self.a.flat[n][:, 1:], parts["a"].flat[n][:, 1:])
