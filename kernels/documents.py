@@ -87,6 +87,23 @@ class Documents:
         """Whether every row is a single run, so that no reset happens inside any row."""
         return all(len(row) <= 1 for row in self.runs)
 
+    def require(self, batch: int, length: int) -> None:
+        """Raises ValueError unless these are `batch` rows of `length` tokens whose documents start within the row.
+
+        Only a row's first token may continue a document: what recurrences ask for.
+        """
+        if (self.batch, self.length) != (batch, length):
+            raise ValueError(
+                f"documents must describe {batch} rows of {length} tokens; got {self.batch} rows of {self.length}. "
+                "Build them for the tokens passed"
+            )
+        late = [run for row in self.runs for run in row[1:] if run.position > 0]
+        if late:
+            raise ValueError(
+                f"documents must start at position 0 inside a row; got position {late[0].position} at token "
+                f"{late[0].start}. Pass spans that are apart in the document as rows of their own"
+            )
+
     def slice(self, start: int, stop: int) -> Documents:
         """The documents of tokens `start..stop` of every row; a cut document keeps its id and its positions."""
         if not 0 <= start <= stop <= self.length:

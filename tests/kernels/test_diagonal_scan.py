@@ -1,0 +1,292 @@
+"""The diagonal scan against its recurrence and another's code: op, gradients, parts, segments of a row."""
+
+import pytest
+import torch
+from largest_tensor import LargestTensor
+
+from longreach.kernels.diagonal_scan import bytes_sent, chunked, diagonal_scan, flops, recurrence, state_bytes
+from longreach.kernels.documents import Documents
+from longreach.kernels.recurrence import Summary
+
+DECAYS = ("token", "constant")
+STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
+PACKINGS = {
+    "1 token": Documents.whole(2, 1),
+    "63 tokens": Documents.whole(2, 63),
+    "130 tokens": Documents.whole(1, 130),
+    "continued": Documents.whole(2, 70, position=9),
+    "packed": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [128, 64], [200]], 210),
+    "one-token documents": Documents.from_lengths([[1] * 80, [64, 64]], 140),
+    "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [300], [30, 270]], 300).slice(40, 230),
+    "all padding": Documents.from_lengths([[7], []], 7),
+}
+
+
+WIDTHS = {"lanes": 4096, "few lanes": 40, "one lane, channels in blocks": 3}
+
+
+def draw(documents, decay="token", strength=0.1, channels=(5,)):
+    """(x, log_decay), initial state, and gradients of the output and of the final state, in float64."""
+    torch.manual_seed(0)
+    shape = documents.batch, documents.length, *channels
+    # Decays of all sizes: what is decayed little comes after what is decayed much.
+    log_decay = -strength * torch.rand(shape if decay == "token" else channels, dtype=torch.float64) ** 4
+    x, dout = torch.randn(2, *shape, dtype=torch.float64)
+    state, dstate = torch.randn(2, shape[0], *channels, dtype=torch.float64)
+    return (x, log_decay), state, dout, dstate
+
+
+def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64):
+    """Output, final state and the gradients of all inputs and of the initial state."""
+    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
+    out, final = diagonal_scan(*leaves[:2], initial_state=leaves[2], documents=documents, backend=backend)
+    wanted = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
+    return out.detach(), final.detach(), *gradients
+
+
+def assert_near(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+
+
+class nan_in_fresh_memory:
+    """What is allocated without values holds NaN, so that reading it before writing it shows."""
+
+    def __enter__(self):
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
+@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documents, strength, monkeypatch):
+    inputs, state, *given = draw(documents, decay, strength)
+    expected = run(inputs, state, documents, *given, backend="reference")
+    for width in WIDTHS.values():
+        monkeypatch.setattr(chunked, "WIDTH", width)
+        with nan_in_fresh_memory():
+            assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+    assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
+
+
+def test_a_thousand_tokens_and_channels_of_several_dims():
+    documents = Documents.whole(1, 1000)
+    inputs, state, *given = draw(documents, channels=(3, 2))
+    flat = [x.flatten(-2) for x in (*inputs, state, *given)]
+    expected = run(flat[:2], flat[2], documents, *flat[3:], backend="reference")
+    found = run(inputs, state, documents, *given)
+    assert found[0].shape == (1, 1000, 3, 2)
+    assert_near([x.flatten(-2) for x in found], expected, 1e-9)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_recurrence_passes_gradcheck(decay):
+    documents = Documents.from_lengths([[3, 2], [4]], 5).slice(1, 5)
+    (x, log_decay), state, *_ = draw(documents, decay, channels=(2,))
+    leaves = [leaf.requires_grad_() for leaf in (x, log_decay.clamp(max=-1e-3), state)]
+    assert torch.autograd.gradcheck(
+        lambda x, log_decay, state: diagonal_scan(
+            x, log_decay, initial_state=state, documents=documents, backend="reference"
+        ),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_bfloat16_is_computed_in_float32(decay):
+    documents = PACKINGS["packed"]
+    inputs, state, *given = draw(documents, decay)
+    rounded = [x.bfloat16().double() for x in inputs]
+    expected = run(rounded, state, documents, given[0].bfloat16().double(), given[1], backend="reference")
+    leaves = [x.bfloat16().requires_grad_() for x in inputs]
+    out, final = diagonal_scan(*leaves, initial_state=state.float(), documents=documents)
+    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+    gradients = torch.autograd.grad([out, final], leaves, [given[0].bfloat16(), given[1].float()])
+    assert [x.dtype for x in gradients] == [torch.bfloat16] * 2
+    for found, right in zip((out, final, *gradients), expected, strict=False):
+        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+
+
+@pytest.mark.parametrize("strength", [-20.0, -200.0, -torch.inf])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_strong_decay_neither_overflows_nor_forgets_the_present(decay, strength):
+    documents = Documents.whole(1, 200)
+    (x, log_decay), state, *given = draw(documents, decay)
+    inputs = x, torch.full_like(log_decay, strength)
+    found = run(inputs, state, documents, *given, dtype=torch.float32)
+    assert_near(found[:3], [x, x[:, -1], given[0] + torch.nn.functional.pad(given[1][:, None], (0, 0, 199, 0))], 1e-6)
+    assert all(bool(tensor.isfinite().all()) for tensor in found)
+
+
+def test_gradients_of_decays_are_exact_however_strong():
+    """Where a decay is e^-20, its gradient is e^-20 h dh, and no difference of larger numbers."""
+    documents = Documents.whole(1, 200)
+    (x, log_decay), state, *given = draw(documents)
+    inputs = x, log_decay - 20
+    expected = run(inputs, state, documents, *given, backend="reference")[3]
+    found = run(inputs, state, documents, *given, dtype=torch.float32)[3]
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_no_document_moves_another():
+    documents = Documents.from_lengths([[5, 70, 1, 130, 40]], 256)
+    inputs, _, *given = draw(documents, strength=1e-3)
+    before = run(inputs, None, documents, *given, dtype=torch.float32)
+    moved = documents.runs[0][3]
+    x = inputs[0].clone()
+    x[:, moved.start : moved.stop] += 100.0
+    after = run((x, inputs[1]), None, documents, *given, dtype=torch.float32)
+    outside = torch.ones(256, dtype=torch.bool)
+    outside[moved.start : moved.stop] = False
+    for number in (0, 2, 3):  # out, dx, dlog_decay
+        assert torch.equal(before[number][:, outside], after[number][:, outside])
+
+
+def test_a_state_enters_only_where_a_document_goes_on():
+    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
+    inputs, state, *given = draw(documents)
+    state[0] = torch.nan
+    out, _, *_, dstate = run(inputs, state, documents, *given)
+    assert bool(out.isfinite().all())
+    assert not dstate[0].any()
+    assert dstate[1].all()
+    without = run(inputs, None, documents, *given)[0]
+    assert torch.equal(out[0], without[0])
+    assert not torch.allclose(out[1], without[1])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_token_by_token_is_the_whole(decay):
+    (x, log_decay), *_ = draw(Documents.whole(2, 37), decay)
+    out, final = diagonal_scan(x, log_decay)
+    state, steps = None, []
+    for t in range(37):
+        now = log_decay if decay == "constant" else log_decay[:, t : t + 1]
+        step, state = diagonal_scan(x[:, t : t + 1], now, initial_state=state)
+        steps.append(step)
+    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+
+
+ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
+CUTS = {"2": (150, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
+    monkeypatch.setattr(chunked, "WIDTH", width)
+    inputs, _, dout, dfinal = draw(ROWS, decay)
+    whole = run(inputs, None, ROWS, dout, dfinal)
+    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
+    segments = [tuple(x if x.dim() == 1 else x[:, a:b] for x in inputs) for a, b in bounds]
+    documents = [ROWS.slice(a, b) for a, b in bounds]
+
+    outs, summaries, states = [], [], [torch.zeros_like(dfinal)]
+    for segment, held in zip(segments, documents, strict=True):
+        out, final = recurrence.forward(segment, None, held)
+        summaries.append(recurrence.summarize(segment, final, held))
+        out = recurrence.correct(out, segment, states[-1], held)
+        alone, final = recurrence.forward(segment, states[-1], held)
+        assert_near([out], [alone], 1e-9)
+        outs.append(out)
+        states.append(recurrence.advance(summaries[-1], states[-1]))
+        assert_near([states[-1]], [final], 1e-9)
+    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
+
+    total = summaries[0]
+    for summary in summaries[1:]:
+        total = recurrence.combine(summary, total)
+    assert_near([recurrence.advance(total, recurrence.nothing(dfinal))], [whole[1]], 1e-9)
+
+    dstate, parts = dfinal, []
+    for number in reversed(range(len(segments))):
+        a, b = bounds[number]
+        given = segments[number], states[number], documents[number]
+        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, *given)
+        local = recurrence.summarize_backward(dout[:, a:b], *given)
+        dstate = recurrence.retreat(summaries[number], dstate, local)
+        assert_near([dstate], [dinitial], 1e-9)
+        parts.insert(0, gradients)
+    dx, ddecay = zip(*parts, strict=True)
+    assert_near([torch.cat(dx, 1), sum(ddecay) if decay == "constant" else torch.cat(ddecay, 1)], whole[2:], 1e-9)
+
+
+def test_transitions_are_zero_unless_one_document_goes_through():
+    inputs, state, *_ = draw(ROWS)
+    assert not recurrence.summarize(inputs, state, ROWS).transition.any()  # every row starts a document
+    cut = tuple(x[:, 160:300] for x in inputs)
+    transition = recurrence.summarize(cut, state, ROWS.slice(160, 300)).transition
+    assert [bool(row.any()) for row in transition] == [True, True, False, True]
+    torch.testing.assert_close(transition[0], inputs[1][0, 160:300].sum(0).exp())
+
+
+def test_combining_is_associative():
+    torch.manual_seed(0)
+    a, b, c = (Summary(torch.rand(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)) for _ in range(3))
+    left = recurrence.combine(recurrence.combine(c, b), a)
+    right = recurrence.combine(c, recurrence.combine(b, a))
+    assert_near(left, right, 1e-12)
+
+
+def test_gradients_come_through_the_final_state_alone():
+    documents = PACKINGS["packed"]
+    inputs, _, dout, dstate = draw(documents)
+    found = run(inputs, None, documents, torch.zeros_like(dout), dstate)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    _, final = diagonal_scan(*leaves, documents=documents)
+    assert_near(torch.autograd.grad(final, leaves, dstate), found[2:], 1e-12)
+
+
+def test_no_tensor_is_larger_than_an_input():
+    documents = Documents.from_lengths([[3000, 1096]])
+    torch.manual_seed(0)
+    x, log_decay = (torch.randn(1, 4096, 64, requires_grad=True) for _ in range(2))
+    with LargestTensor() as largest:
+        out, _ = diagonal_scan(x, -log_decay.exp(), documents=documents)
+        out.sum().backward()
+    assert largest.numel <= max(x.numel(), 64 * chunked.WIDTH)
+
+
+def test_flash_linear_attention_agrees():
+    """HGRN's recurrence, with the decays and inputs as its layer makes them."""
+    naive = pytest.importorskip(
+        "fla.ops.hgrn.naive", reason="flash-linear-attention is not installed; it is an oracle here and nothing else"
+    )
+    (x, log_decay), state, *_ = draw(Documents.whole(2, 150, position=1), strength=1.0)
+    x = (1 - log_decay.exp()) * torch.nn.functional.silu(x)
+    expected, final = naive.naive_recurrent_hgrn(x.float(), log_decay.float(), state.float(), output_final_state=True)
+    assert_near(diagonal_scan(x.float(), log_decay.float(), initial_state=state.float()), [expected, final], 1e-4)
+
+
+WRONG = {
+    "x must be": lambda x, a: diagonal_scan(x[0], a),
+    "log_decay must be like x": lambda x, a: diagonal_scan(x, a[:, :3]),
+    "at most two dims": lambda x, a: diagonal_scan(x.view(2, 20, 5, 1, 1), a[0, 0].view(5, 1, 1)),
+    "log_decay must not be positive": lambda x, a: diagonal_scan(x, -a),
+    "initial_state must": lambda x, a: diagonal_scan(x, a, initial_state=x),
+    "documents must describe": lambda x, a: diagonal_scan(x, a, documents=Documents.whole(2, 5)),
+    "documents must start at position 0": lambda x, a: diagonal_scan(
+        x, a, documents=Documents.concatenate([Documents.whole(2, 10), Documents.whole(2, 10, position=50)])
+    ),
+    "at least one token": lambda x, a: diagonal_scan(x[:, :0], a[:, :0]),
+    "backend must": lambda x, a: diagonal_scan(x, a, backend="fast"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_input_is_named(message):
+    inputs, *_ = draw(Documents.whole(2, 20))
+    with pytest.raises(ValueError, match=message):
+        WRONG[message](*inputs)
+
+
+def test_costs():
+    assert flops(10, channels=6) == 3 * 10 * 6
+    assert state_bytes(batch=2, channels=3) == 2 * 3 * 4
+    assert bytes_sent(batch=1, channels=5, ranks=1) == 0
+    assert bytes_sent(batch=1, channels=5, ranks=3, spans=2) == 2 * 2 * 3 * 5 * 4
