@@ -134,9 +134,7 @@ def attend_backward(
     for group in inside.visits.groups:
         for offset, width in inside.key_tiles(group):
             keys = slice(group.start + offset, group.start + offset + width)
-            k_here, v_here, dk_here, dv_here = (
-                x[group.row, group.group, keys] for x in (inside.k, inside.v, dk, dv)
-            )
+            k_here, v_here, dk_here, dv_here = (x[group.row, group.group, keys] for x in (inside.k, inside.v, dk, dv))
             for rows in inside.query_tiles(group):
                 hidden = inside.hidden(group, rows, offset, width)
                 if hidden is not None and bool(hidden.all()):

@@ -1,0 +1,113 @@
+"""Selection of blocks: which blocks of its document each query lists, by its scores against summaries of windows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..block_sparse.blocks import BlockLayout
+from ..dispatch import resolve
+from ..documents import Documents
+from . import chunked, reference
+from .rule import Rule
+from .windows import WindowLayout
+
+__all__ = ["Rule", "WindowLayout", "bytes_sent", "flops", "select_blocks", "state_bytes"]
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    summaries: Tensor,
+    *,
+    rule: Rule,
+    documents: Documents | None = None,
+    row_documents: Documents | None = None,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The blocks that each query lists: int32 `[B, T, J, n]`, ascending, then −1; J = G if `rule.pooled`, else H.
+
+        s_ti = scale * q_t . summary_i  over the windows i of t's document that end at or before t
+        p_ti = softmax_i(s_ti), or s_ti;   P_ti = sum over the group's heads of p_ti, if pooled
+        score_tb = sum_i overlap(i, b) P_ti / stride, or max_i P_ti over the windows that touch block b
+
+    Listed are the forced blocks (`rule.initial` first ones, `rule.local` latest up to the query's own) and, up to
+    `rule.count` in all, those of the highest scores among the blocks that a window seen touches; of equal scores the
+    lower id. q `[B, T, H, K]`; `summaries` `[B, N, G, K]` in the order of `WindowLayout(row_documents, rule.span,
+    rule.step)`, G dividing H. `documents` are those of the queries (default: a row is one document), `row_documents`
+    those of the whole rows, by which windows and blocks are numbered (default: `documents`): a rank's own queries can
+    choose among the blocks of the whole row. `scale` is K^(-1/2) by default. `lse` `[B, T, H]` is the log-sum-exp of
+    the scores, where compression attention has found it. Scores are float32 (float64 for float64). Nothing of size
+    T·N exists, and no gradient flows. Raises ValueError for shapes that do not fit and for a backend that cannot run.
+    """
+    documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
+    row_documents = documents if row_documents is None else row_documents
+    windows = WindowLayout(row_documents, rule.span, rule.step)
+    layout = BlockLayout(row_documents, rule.block_size)
+    _check(q, summaries, documents, windows, rule, lse)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    given = {"rule": rule, "documents": documents, "windows": windows, "layout": layout, "scale": scale, "lse": lse}
+    chosen = resolve("select_blocks", backend, q.device, q.dtype)
+    if chosen == "triton":
+        from . import triton as kernels
+
+        return kernels.select(q, summaries, **given)
+    return (reference if chosen == "reference" else chunked).select(q, summaries, **given)
+
+
+def _check(
+    q: Tensor, summaries: Tensor, documents: Documents, windows: WindowLayout, rule: Rule, lse: Tensor | None
+) -> None:
+    if q.dim() != 4 or summaries.dim() != 4 or q.shape[0] != summaries.shape[0] or q.shape[3] != summaries.shape[3]:
+        raise ValueError(
+            f"summaries must be [B, N, G, K] for q [B, T, H, K]; got {tuple(summaries.shape)} and {tuple(q.shape)}"
+        )
+    if q.dtype != summaries.dtype:
+        raise ValueError(f"q and summaries must have one dtype; got {q.dtype} and {summaries.dtype}. Cast them alike")
+    if summaries.shape[2] == 0 or q.shape[2] % summaries.shape[2]:
+        raise ValueError(f"heads of summaries must divide the query heads ({q.shape[2]}); got {summaries.shape[2]}")
+    if (documents.batch, documents.length) != tuple(q.shape[:2]) or windows.documents.batch != q.shape[0]:
+        raise ValueError(
+            f"documents must describe {q.shape[0]} rows of {q.shape[1]} queries; got {documents.batch} of "
+            f"{documents.length}, and {windows.documents.batch} whole rows"
+        )
+    if summaries.shape[1] != windows.count:
+        raise ValueError(
+            f"summaries must be one for each window of {windows.size} tokens at every {windows.stride}th, "
+            f"{windows.count} a row; got {summaries.shape[1]}. Order them as WindowLayout does"
+        )
+    if lse is not None and (rule.score != "softmax" or lse.shape != q.shape[:3]):
+        raise ValueError(
+            f"lse must be [B, T, H] = {tuple(q.shape[:3])} and come with score='softmax'; "
+            f"got {tuple(lse.shape)} and {rule.score!r}"
+        )
+
+
+def flops(documents: Documents, *, rule: Rule, heads: int, key_dim: int, has_lse: bool = False) -> int:
+    """FLOPs of the scores of every query against the windows it sees, twice where the normaliser is to be found too."""
+    pairs = 0
+    for row in documents.runs:
+        for run in row:
+            if not run.is_padding:
+                pairs += _windows_below(run.end_position, rule) - _windows_below(run.position, rule)
+    passes = 2 if rule.score == "softmax" and not has_lse else 1
+    return 2 * pairs * heads * key_dim * passes
+
+
+def _windows_below(position: int, rule: Rule) -> int:
+    """Sum over queries below `position` of the complete windows they see."""
+    queries = max(0, position - rule.span + 1)  # from the first that sees a window on; each `step` see one more
+    full, rest = divmod(queries, rule.step)
+    return rule.step * full * (full + 1) // 2 + rest * (full + 1)
+
+
+def state_bytes(tokens: int, *, rule: Rule, kv_heads: int, key_dim: int, element_bytes: int = 2) -> int:
+    """Bytes of the summaries that decoding keeps for one row after `tokens` tokens."""
+    return max(0, (tokens - rule.span) // rule.step + 1) * kv_heads * key_dim * element_bytes
+
+
+def bytes_sent(tokens: int, *, rule: Rule, kv_heads: int, key_dim: int, ranks: int, element_bytes: int = 2) -> int:
+    """Bytes that a rank holding `tokens` tokens sends forward: its summaries to all others."""
+    return (ranks - 1) * (tokens // rule.step) * kv_heads * key_dim * element_bytes

@@ -1,0 +1,148 @@
+"""Selection by tiles: a few queries against a few windows at a time, and the best blocks so far."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..block_sparse.blocks import BlockLayout
+from ..documents import Documents
+from .rule import Rule
+from .windows import WindowLayout
+
+SCORES = 1 << 20  # window scores held at once
+BLOCKS = 512  # blocks whose scores are held at once
+
+
+class _Queries(NamedTuple):
+    """Queries of one document against its windows: `q` `[G, R·C, K]`, C tokens at positions from `position` on.
+
+    `seen` `[C]` is the last window that each sees, −1 or less for none.
+    """
+
+    q: Tensor
+    summaries: Tensor
+    position: int
+    tokens: int
+    scale: float
+    seen: Tensor
+    lse: Tensor | None
+
+
+def select(
+    q: Tensor,
+    summaries: Tensor,
+    *,
+    rule: Rule,
+    documents: Documents,
+    windows: WindowLayout,
+    layout: BlockLayout,
+    scale: float,
+    lse: Tensor | None,
+) -> Tensor:
+    """See `longreach.kernels.select_blocks`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, length, heads, _ = q.shape
+    groups = summaries.shape[2]
+    lists = q.new_full((batch, length, groups if rule.pooled else heads, rule.count), -1, dtype=torch.int32)
+    for row, runs in enumerate(documents.runs):
+        by_group = summaries[row].to(dtype).transpose(0, 1).contiguous()
+        for run in runs:
+            if run.is_padding:
+                continue
+            first = windows.first[row][run.document]
+            most = max(1, min(windows.windows_in(run.end_position), BLOCKS * rule.windows_a_block))
+            step = min(512, max(16, SCORES // (heads * most)))
+            for offset in range(0, run.length, step):
+                tokens = min(step, run.length - offset)
+                position, at = run.position + offset, slice(run.start + offset, run.start + offset + tokens)
+                held = by_group[:, first : first + windows.windows_in(position + tokens)]
+                here = q[row, at].to(dtype).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+                normaliser = None
+                if lse is not None:
+                    normaliser = lse[row, at].to(dtype).T.reshape(groups, -1, 1)
+                positions = torch.arange(position, position + tokens, device=q.device)
+                seen = torch.div(positions + 1 - windows.size, windows.stride, rounding_mode="floor")
+                chosen = _choose(_Queries(here, held, position, tokens, scale, seen, normaliser), rule)
+                found = chosen + layout.first[row][run.document]
+                lists[row, at] = torch.where(chosen < 0, chosen, found).transpose(0, 1).int()
+    return lists
+
+
+def _choose(queries: _Queries, rule: Rule) -> Tensor:
+    """Blocks of the document `[J, C, count]`, ascending, then −1."""
+    if rule.score == "softmax" and queries.lse is None:
+        queries = queries._replace(lse=_normaliser(queries, rule))
+    heads = queries.q.shape[0] * (1 if rule.pooled else queries.q.shape[1] // queries.tokens)
+    best = queries.q.new_empty(heads, queries.tokens, 0)
+    ids = best.long()
+    last = (queries.position + queries.tokens - 1) // rule.block_size
+    for low in range(0, last + 1, BLOCKS):
+        high = min(low + BLOCKS, last + 1)
+        scores = _block_scores(queries, rule, low, high)
+        names = torch.arange(low, high, device=scores.device).expand(scores.shape)
+        # Earlier blocks stand first, and those kept are in order of their ids where scores are equal.
+        order = torch.cat([best, scores], dim=-1).sort(dim=-1, descending=True, stable=True)
+        best = order.values[..., : rule.count]
+        ids = torch.cat([ids, names], dim=-1).gather(-1, order.indices[..., : rule.count])
+    none = last + 1
+    ids = ids.masked_fill(best == float("-inf"), none).sort(-1).values
+    ids = ids.masked_fill_(ids == none, -1)
+    return torch.nn.functional.pad(ids, (0, rule.count - ids.shape[-1]), value=-1)
+
+
+def _normaliser(queries: _Queries, rule: Rule) -> Tensor:
+    """Log-sum-exp over all windows seen, `[G, R·C, 1]`."""
+    lse = queries.q.new_full((*queries.q.shape[:2], 1), float("-inf"))
+    step = BLOCKS * rule.windows_a_block
+    for low in range(0, queries.summaries.shape[1], step):
+        high = min(low + step, queries.summaries.shape[1])
+        scores = _window_scores(queries, low, high, float("-inf"))
+        lse = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
+    return lse
+
+
+def _window_scores(queries: _Queries, low: int, high: int, unseen: float) -> Tensor:
+    """scale q · summary for windows low..high, `[G, R·C, high − low]`."""
+    scores = (queries.q @ queries.summaries[:, low:high].mT).mul_(queries.scale)
+    if high - 1 > int(queries.seen[0]):
+        hidden = torch.arange(low, high, device=scores.device) > queries.seen.unsqueeze(1)
+        scores.unflatten(1, (-1, queries.tokens)).masked_fill_(hidden, unseen)
+    return scores
+
+
+def _block_scores(queries: _Queries, rule: Rule, low: int, high: int) -> Tensor:
+    """Scores of the document's blocks low..high, `[J, C, high − low]`: +inf if forced, −inf if not to be listed."""
+    per, lead = rule.windows_a_block, rule.lead
+    first, last = low * per - lead, high * per
+    begin, end = max(first, 0), max(0, min(last, queries.summaries.shape[1]))
+    begin = min(begin, end)
+    scores = _window_scores(queries, begin, end, float("-inf") if rule.score == "softmax" else 0.0)
+    if rule.score == "softmax":
+        assert queries.lse is not None
+        # A query that sees no window has lse −inf; its scores, all hidden, are to be 0.
+        scores = scores.sub_(queries.lse.clamp(min=-1e30)).exp_()
+    scores = scores.unflatten(1, (-1, queries.tokens))
+    scores = scores.sum(1) if rule.pooled else scores.flatten(0, 1)
+    blocks = torch.arange(low, high, device=scores.device)
+    seen = queries.seen.unsqueeze(1)
+    if rule.aggregate == "max" and rule.windows_a_block + lead > 1:
+        hidden = torch.arange(begin, end, device=scores.device) > seen
+        scores = scores.masked_fill(hidden, float("-inf"))
+    fill = 0.0 if rule.aggregate == "sum" else float("-inf")
+    scores = torch.nn.functional.pad(scores, (begin - first, last - max(end, begin)), value=fill)
+    total: Tensor | None = None
+    for at, weight in enumerate(rule.weights):
+        part = scores[..., at : at + (high - low - 1) * per + 1 : per]
+        if rule.aggregate == "max":
+            total = part if total is None else torch.maximum(total, part)
+        else:
+            total = part * weight if total is None else total.add(part, alpha=weight)
+    assert total is not None
+    positions = torch.arange(queries.position, queries.position + queries.tokens, device=scores.device)
+    own = (positions // rule.block_size).unsqueeze(1)
+    total = total.masked_fill((blocks * per - lead).clamp(min=0) > seen, float("-inf"))
+    forced = ((blocks < rule.initial) | (blocks > own - rule.local)) & (blocks <= own)
+    return total.masked_fill_(forced, float("inf")).masked_fill_(blocks > own, float("-inf"))
