@@ -1,0 +1,382 @@
+"""The selective scan a few tokens at a time: forward, a hand-written backward, and what an entering state adds.
+
+The states of a slab of tokens are `[tokens, rows, N, channels]` in a workspace that stays in cache, filled by a
+product over all of them and a step for each token. A block of rows and channels is swept over the whole sequence
+before the next one; what is as long as the sequence never has the dim N but for states at the starts of slabs, which
+backward keeps of one block at a time. With dh_t the whole gradient of h_t,
+
+    dh_t = c_t dy_t + decay_{t+1} dh_{t+1}         dc_t = h_t dy_t        du_t = dh_t b_t        db_t = dh_t u_t
+    dg_t = decay_t h_{t−1} dh_t                    u_t = Δ_t x_t          g_t = Δ_t a, the log decay
+    dΔ_t = dg_t a + x_t du_t                       da = Σ_t Δ_t dg_t      dx_t = Δ_t du_t
+
+summed over the dims that the left side lacks. Longhorn's decay is 1 − Δ_t b_t², which takes no exponential.
+No exponent is below the floor of its type, as products with subnormal numbers take a hundred times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..documents import Documents
+
+SLAB = 16  # tokens whose states are held at once
+WIDTH = 8192  # rows × channels × N of a token's step: enough to hide its call, few enough to keep a slab in cache
+FLOOR = {torch.float32: -40.0, torch.float64: -300.0}
+
+
+class Block(NamedTuple):
+    """Rows and channels that are swept over the whole sequence by themselves."""
+
+    rows: slice
+    channels: slice
+
+
+def blocks(batch: int, channels: int, size: int) -> Iterator[Block]:
+    """Blocks of as many channels as WIDTH has room for states of `size`, or of as many rows."""
+    channels_each = min(channels, max(1, WIDTH // size))
+    rows_each = max(1, WIDTH // (size * channels))
+    for row in range(0, batch, rows_each):
+        for channel in range(0, channels, channels_each):
+            rows = slice(row, min(row + rows_each, batch))
+            yield Block(rows, slice(channel, min(channel + channels_each, channels)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A whole call: x, delta `[B, T, D]`; a `[D, N]`, None for Longhorn; b, c `[B, T, N]`."""
+
+    x: Tensor
+    delta: Tensor
+    a: Tensor | None
+    b: Tensor
+    c: Tensor
+    documents: Documents
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 for float64."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
+    def reach(self) -> int:
+        """The tokens up to which an entering state reaches in some row."""
+        rows = zip(self.documents.runs, self.documents.continues, strict=True)
+        return max((row[0].stop for row, continues in rows if continues), default=0)
+
+    def new_states(self) -> Tensor:
+        shape = (self.x.shape[0], self.x.shape[2], self.b.shape[2])
+        return torch.zeros(shape, dtype=self.dtype, device=self.x.device)
+
+    def entering(self, state: Tensor | None) -> Tensor:
+        """The state `[B, D, N]` that enters each row: zero where a row does not continue a document."""
+        if state is None:
+            return self.new_states()
+        keep = torch.tensor(self.documents.continues, device=state.device)[:, None, None]
+        return torch.where(keep, state.to(self.dtype), 0.0)
+
+    def sweeps(self) -> Iterator[Sweep]:
+        for block in blocks(self.x.shape[0], self.x.shape[2], self.b.shape[2]):
+            yield Sweep(self, block)
+
+
+class Slab(NamedTuple):
+    """Tokens `start..stop`."""
+
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+class Masks(NamedTuple):
+    """Where documents of a slab meet, or end in padding."""
+
+    keeps: Tensor  # 0/1 `[tokens, rows, 1, 1]`: the token goes on with the document of the token before it
+    padding: Tensor  # bool `[tokens, rows, 1]`: the token is padding
+
+
+class Sweep:
+    """One block: its slabs, its parts of tensors, its workspaces `[tokens, rows, N, channels]`."""
+
+    def __init__(self, problem: Problem, block: Block) -> None:
+        self.block, self.dtype, self.device = block, problem.dtype, problem.x.device
+        self.x, self.delta = self.part(problem.x), self.part(problem.delta)
+        self.b, self.c = problem.b[block.rows], problem.c[block.rows]
+        rows, self.length, channels = self.x.shape
+        self.state_shape = (rows, problem.b.shape[2], channels)
+        self.works: dict[str, Tensor] = {}
+        self.documents = problem.documents.rows(block.rows.start, block.rows.stop)
+        self.marked = _marked(self.documents)
+        self.a = None
+        if problem.a is not None:
+            self.a = problem.a[block.channels].T.to(self.dtype).contiguous()
+            # Once for the block, so that most models need no pass for it.
+            strongest = float(self.delta.amax().double() * self.a.amin().double())
+            self.floored = not strongest >= FLOOR[self.dtype]
+
+    def part(self, x: Tensor) -> Tensor:
+        """The block's part of `[B, T, D]`."""
+        return x[self.block.rows, :, self.block.channels]
+
+    def lanes(self, state: Tensor) -> Tensor:
+        """The block's part of states `[B, D, N]`, as `[rows, N, channels]`."""
+        return state[self.block.rows, self.block.channels].mT
+
+    def slabs(self, limit: int | None = None) -> list[Slab]:
+        """All slabs in order, or those that hold the first `limit` tokens."""
+        end = self.length if limit is None else limit
+        return [Slab(start, min(start + SLAB, self.length)) for start in range(0, end, SLAB)]
+
+    def work(self, name: str, tokens: int) -> Tensor:
+        """The workspace `name`; the states have room for one token more, the one before."""
+        if name not in self.works:
+            shape = (min(SLAB, self.length) + 1, *self.state_shape)
+            self.works[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self.works[name][:tokens]
+
+    def of(self, source: Tensor, slab: Slab) -> Tensor:
+        """The slab's tokens of `[rows, T, …]`, time first."""
+        return source[:, slab.start : slab.stop].transpose(0, 1).to(self.dtype).contiguous()
+
+    def store(self, values: Tensor, target: Tensor, slab: Slab, *, add: bool = False) -> None:
+        """Writes, or adds, `[tokens * rows, …]` to the slab's tokens of `[rows, T, …]`."""
+        tokens = target[:, slab.start : slab.stop].transpose(0, 1)
+        values = values.reshape(tokens.shape)
+        if add:
+            tokens.add_(values)
+        else:
+            tokens.copy_(values)
+
+    def masks(self, slab: Slab) -> Masks | None:
+        """The masks of a slab, or None where each of its rows goes on through it in one document."""
+        if not bool(self.marked[slab.start : slab.stop].any()):
+            return None
+        ids = self.documents.ids(self.device).T
+        here, previous = ids[slab.start : slab.stop], ids[max(0, slab.start - 1) : slab.stop - 1]
+        if slab.start == 0:
+            previous = torch.cat([ids[:1], previous])
+        real = here >= 0
+        return Masks(((here == previous) & real)[..., None, None].to(self.dtype), ~real[..., None])
+
+
+def _marked(documents: Documents) -> Tensor:
+    """Tokens, on the host, at which some row does not go on with the document of the token before."""
+    ids = documents.ids("cpu")
+    marked = (ids < 0).any(0)
+    marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
+    return marked
+
+
+class Loaded:
+    """A slab's inputs: decays in a workspace, u = Δ x, and the rest time first."""
+
+    def __init__(self, sweep: Sweep, slab: Slab) -> None:
+        self.sweep, self.slab, self.masks = sweep, slab, sweep.masks(slab)
+        self.delta, self.b = sweep.of(sweep.delta, slab), sweep.of(sweep.b, slab)
+        self.squares = self.b.square() if sweep.a is None else self.b
+
+    def log_decay(self) -> Tensor:
+        """g in the workspace of the decays."""
+        work = self.sweep.work("decay", self.slab.tokens)
+        if self.sweep.a is None:
+            return torch.mul(self.delta.unsqueeze(2), self.squares.unsqueeze(3), out=work).neg_().log1p_()
+        return torch.mul(self.delta.unsqueeze(2), self.sweep.a, out=work)
+
+    def decay(self) -> Tensor:
+        """e^g, 0 where a document starts."""
+        if self.sweep.a is None:
+            work, one = self.sweep.work("decay", self.slab.tokens), self.delta.new_ones(())
+            torch.addcmul(one, self.delta.unsqueeze(2), self.squares.unsqueeze(3), value=-1.0, out=work)
+        else:
+            work = self.log_decay()
+            if self.sweep.floored:
+                work.clamp_(min=FLOOR[self.sweep.dtype])
+            work.exp_()
+        return work if self.masks is None else work.mul_(self.masks.keeps)
+
+    def states(self, before: Tensor, decay: Tensor) -> Tensor:
+        """h of the token before the slab, `before`, and of its tokens."""
+        x = self.sweep.of(self.sweep.x, self.slab)
+        if self.masks is not None:
+            x = x.masked_fill(self.masks.padding, 0.0)
+        self.x, self.u = x, x * self.delta
+        h = self.sweep.work("h", self.slab.tokens + 1)
+        h[0] = before
+        torch.mul(self.u.unsqueeze(2), self.b.unsqueeze(3), out=h[1:])
+        at = h.unbind(0)
+        for t, factor in enumerate(decay.unbind(0)):
+            at[t + 1].addcmul_(at[t], factor)
+        return h
+
+    def read(self, h: Tensor) -> Tensor:
+        """y = Σ_n h c, `[tokens * rows, 1, channels]`."""
+        return torch.bmm(self.sweep.of(self.sweep.c, self.slab).flatten(0, 1).unsqueeze(1), h.flatten(0, 1))
+
+
+def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y in x's type, final state)."""
+    out, state = torch.empty_like(problem.x), problem.entering(initial_state)
+    for sweep in problem.sweeps():
+        carry, target = sweep.lanes(state), sweep.part(out)
+        before = carry.contiguous()
+        for slab in sweep.slabs():
+            loaded = Loaded(sweep, slab)
+            h = loaded.states(before, loaded.decay())
+            sweep.store(loaded.read(h[1:]), target, slab)
+            before = h[-1]
+        carry.copy_(before)
+    return out, state
+
+
+class RunningSum:
+    """e^{g_1 + … + g_t} over a row's first document, slab after slab."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        rows, size, channels = sweep.state_shape
+        shape = (rows, size, channels) if sweep.a is None else (rows, channels)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=sweep.device)
+        self.stops = torch.tensor([row[0].stop for row in sweep.documents.runs])
+
+    def factors(self, loaded: Loaded) -> Tensor:
+        """In the workspace of the decays; 0 beyond the first document."""
+        work = self.sweep.work("decay", loaded.slab.tokens)
+        if self.sweep.a is None:
+            sums = loaded.log_decay().cumsum(0, dtype=torch.float64).add_(self.total)
+            work.copy_(sums)
+        else:
+            sums = loaded.delta.cumsum(0, dtype=torch.float64).add_(self.total)
+            torch.mul(sums.unsqueeze(2).to(work.dtype), self.sweep.a, out=work)
+        self.total = sums[-1]
+        work.clamp_(min=FLOOR[self.sweep.dtype]).exp_()
+        if loaded.slab.stop <= int(self.stops.min()):
+            return work
+        tokens = torch.arange(loaded.slab.start, loaded.slab.stop)[:, None]
+        return work.mul_((tokens < self.stops)[..., None, None].to(work))
+
+
+def total_decay(problem: Problem) -> Tensor:
+    """e^{g_1 + … + g_T} `[B, D, N]`."""
+    total = problem.new_states()
+    for sweep in problem.sweeps():
+        sums = torch.zeros(sweep.state_shape, dtype=torch.float64, device=sweep.device)
+        for slab in sweep.slabs():
+            sums += Loaded(sweep, slab).log_decay().sum(0, dtype=torch.float64)
+        sweep.lanes(total).copy_(sums.exp_())
+    return total
+
+
+def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
+    """Adds Σ_n e^{g_1 + … + g_t} state c_t to the outputs that the entering state reaches."""
+    entering = problem.entering(state)
+    for sweep in problem.sweeps():
+        before, target, sums = sweep.lanes(entering), sweep.part(out), RunningSum(sweep)
+        for slab in sweep.slabs(problem.reach):
+            loaded = Loaded(sweep, slab)
+            sweep.store(loaded.read(sums.factors(loaded).mul_(before)), target, slab, add=True)
+    return out
+
+
+def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+    """Σ_t e^{g_1 + … + g_t} c_t dy_t `[B, D, N]` over the tokens that an entering state reaches."""
+    dinitial = problem.new_states()
+    for sweep in problem.sweeps():
+        gradient, given, sums = sweep.lanes(dinitial), sweep.part(dout), RunningSum(sweep)
+        for slab in sweep.slabs(problem.reach):
+            factors = sums.factors(Loaded(sweep, slab)).mul_(sweep.of(given, slab).unsqueeze(2))
+            gradient += factors.mul_(sweep.of(sweep.c, slab).unsqueeze(3)).sum(0)
+    return problem.entering(dinitial)
+
+
+@dataclass
+class Gradients:
+    """Where the gradients of the inputs go; those of b and c are sums over blocks, that of a over tokens too."""
+
+    x: Tensor
+    delta: Tensor
+    a: Tensor | None
+    b: Tensor
+    c: Tensor
+
+
+def backward(
+    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]:
+    """The gradients of (x, delta, a, b, c), in their types, and of the initial state."""
+    found = Gradients(
+        torch.empty_like(problem.x),
+        torch.empty_like(problem.delta),
+        None if problem.a is None else torch.zeros_like(problem.a, dtype=torch.float64),
+        *(torch.zeros_like(tensor, dtype=problem.dtype) for tensor in (problem.b, problem.c)),
+    )
+    dstate = problem.new_states() if dfinal_state is None else dfinal_state.to(problem.dtype, copy=True)
+    for row, runs in enumerate(problem.documents.runs):
+        if runs[-1].is_padding:
+            dstate[row] = 0.0  # such a row's final state is 0, whatever the inputs
+    entering = problem.entering(initial_state)
+    for sweep in problem.sweeps():
+        slabs, carry, given = sweep.slabs(), sweep.lanes(dstate), sweep.part(dout)
+        starts = _slab_starts(sweep, slabs, sweep.lanes(entering))
+        after = carry.contiguous()
+        for number in reversed(range(len(slabs))):
+            after = _slab_backward(sweep, slabs[number], given, starts[number], after, found)
+        carry.copy_(after)
+    da = None if problem.a is None or found.a is None else found.a.to(problem.a.dtype)
+    db, dc = found.b.to(problem.b.dtype), found.c.to(problem.c.dtype)
+    return (found.x, found.delta, da, db, dc), problem.entering(dstate)
+
+
+def _slab_starts(sweep: Sweep, slabs: list[Slab], state: Tensor) -> Tensor:
+    """The states before all slabs, `[slabs, rows, N, channels]`."""
+    starts = torch.empty(len(slabs), *sweep.state_shape, dtype=sweep.dtype, device=sweep.device)
+    starts[0] = state
+    for number, slab in enumerate(slabs[:-1]):
+        loaded = Loaded(sweep, slab)
+        starts[number + 1] = loaded.states(starts[number], loaded.decay())[-1]
+    return starts
+
+
+def _slab_backward(sweep: Sweep, slab: Slab, given: Tensor, before: Tensor, after: Tensor, found: Gradients) -> Tensor:
+    """Writes a slab's gradients, given what later tokens ask of its last h; returns what it asks of the h before."""
+    loaded = Loaded(sweep, slab)
+    decay = loaded.decay()
+    h = loaded.states(before, decay)
+    dy = sweep.of(given, slab)
+    if loaded.masks is not None:
+        dy = dy.masked_fill(loaded.masks.padding, 0.0)
+    dh = torch.mul(dy.unsqueeze(2), sweep.of(sweep.c, slab).unsqueeze(3), out=sweep.work("dh", slab.tokens))
+    at, factors = dh.unbind(0), decay.unbind(0)
+    at[-1].add_(after)
+    for t in reversed(range(slab.tokens - 1)):
+        at[t].addcmul_(at[t + 1], factors[t + 1])
+
+    rows = sweep.block.rows
+    columns = (tensor.flatten(0, 1).unsqueeze(2) for tensor in (dy, loaded.u))
+    sweep.store(torch.bmm(h[1:].flatten(0, 1), next(columns)), found.c[rows], slab, add=True)
+    db = torch.bmm(dh.flatten(0, 1), next(columns))
+    du = torch.bmm(loaded.b.flatten(0, 1).unsqueeze(1), dh.flatten(0, 1)).view_as(dy)
+    sweep.store(du * loaded.delta, sweep.part(found.x), slab)
+    earlier = at[0] * factors[0]
+    ddelta = du.mul_(loaded.x)
+    if sweep.a is None:
+        dh.mul_(h[:-1])
+        if loaded.masks is not None:
+            dh.mul_(loaded.masks.keeps)
+        flat = dh.flatten(0, 1)
+        ddelta.sub_(torch.bmm(loaded.squares.flatten(0, 1).unsqueeze(1), flat).view_as(ddelta))
+        db.addcmul_(torch.bmm(flat, loaded.delta.flatten(0, 1).unsqueeze(2)), loaded.b.view_as(db), value=-2.0)
+    else:
+        assert found.a is not None
+        dh.mul_(h[:-1]).mul_(decay)
+        ddelta.add_(torch.mul(dh, sweep.a, out=decay).sum(2))
+        found.a[sweep.block.channels] += dh.mul_(loaded.delta.unsqueeze(2)).sum((0, 1)).T
+    sweep.store(db, found.b[rows], slab, add=True)
+    sweep.store(ddelta, sweep.part(found.delta), slab)
+    return earlier
