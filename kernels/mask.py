@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,12 +107,16 @@ def _pairs_at_or_below(query: Run, low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """Non-empty work of held queries against held keys, cut into pieces of one document each."""
+    """Non-empty work of held queries against held keys, cut into pieces of one document each.
+
+    `derived` is for backends that keep what they work out from a tile, such as lists of blocks on a device.
+    """
 
     mask: Mask
     pieces: tuple[Piece, ...]
     queries: Documents
     keys: Documents
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def pairs(self) -> int:

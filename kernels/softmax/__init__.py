@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..dispatch import resolve
 from ..documents import Documents
 from ..mask import Mask, Tile
-from . import chunked, reference
+from . import chunked, library, reference
 
 __all__ = [
     "apply_sink",
@@ -24,8 +25,6 @@ __all__ = [
     "softmax_attention",
     "state_bytes",
 ]
-
-_BACKENDS = {"chunked": chunked, "reference": reference}
 
 
 def softmax_attention(
@@ -50,8 +49,11 @@ def softmax_attention(
     `key_documents` those of the keys (default: `documents`, for S = T). `scale` is K^(-1/2) by default. `sink_logits`
     `[H]` is one more logit with no value in each head's denominator. Returns out `[B, T, H, V]` in q's type and, with
     `return_lse`, lse `[B, T, H]` in float32 (float64 for float64); both carry gradients to every input. A query that
-    sees nothing has out 0 and lse −inf (or its sink logit). Raises ValueError for shapes that do not fit and for a
-    backend that cannot run. Dao et al., 2022, "FlashAttention", arXiv 2205.14135; grouped heads: Ainslie et al.,
+    sees nothing has out 0 and lse −inf (or its sink logit). On CUDA "auto" takes flash-attn where it is installed, else
+    cuDNN or torch's flash attention, and the Triton kernels for what these do not serve; "library" takes them or
+    raises. Raises ValueError for shapes that do not fit and for a backend that cannot run.
+
+    Dao et al., 2022, "FlashAttention", arXiv 2205.14135; grouped heads: Ainslie et al.,
     2023, arXiv 2305.13245; sink logits: Xiao et al., 2023, arXiv 2309.17453.
     """
     check_inputs(q, k, v, sink_logits)
@@ -137,7 +139,7 @@ def attend(
     Queries that see nothing in the tile have out 0 and lse −inf, the neutral element of `merge`; `tile=None` is a tile
     in which no query sees anything. No gradient flows through the results.
     """
-    return _BACKENDS[resolve("softmax_attention", backend, q.device)].attend(q, k, v, tile=tile, scale=scale)
+    return _implementation(backend, q, k, v, tile).attend(q, k, v, tile=tile, scale=scale)
 
 
 @torch.no_grad()
@@ -159,11 +161,34 @@ def attend_backward(
         p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
 
     Float32 (float64 for float64). `dlse` `[B, T, H]` is the gradient of lse. The gradients of tiles add up. The same
-    inputs give the same bits at every run.
+    inputs give the same bits at every run. Libraries know no `dlse`: with one, "library" is the Triton kernels.
     """
-    return _BACKENDS[resolve("softmax_attention", backend, q.device)].attend_backward(
-        dout, q, k, v, out, lse, tile=tile, scale=scale, dlse=dlse
-    )
+    if backend == "library" and dlse is not None:
+        backend = "auto"
+    run = _implementation(backend, q, k, v, tile, has_dlse=dlse is not None)
+    if run is library:
+        return library.attend_backward(dout, q, k, v, out, lse, tile=tile, scale=scale)
+    return run.attend_backward(dout, q, k, v, out, lse, tile=tile, scale=scale, dlse=dlse)
+
+
+def _implementation(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile | None, *, has_dlse: bool = False
+) -> ModuleType:
+    """The module that runs a tile. Raises ValueError where the backend asked for by name cannot."""
+    if backend == "library" or (backend == "auto" and q.device.type == "cuda" and not has_dlse):
+        refusal = None if tile is None else library.refusal(q, k, v, tile)
+        if refusal is None:
+            return library
+        if backend == "library":
+            raise ValueError(
+                f"backend must be one that can run; got 'library': {refusal}. Use 'auto', or 'triton' on CUDA"
+            )
+    chosen = resolve("softmax_attention", backend, q.device, q.dtype)
+    if chosen == "triton":
+        from . import triton as kernels
+
+        return kernels
+    return chunked if chosen == "chunked" else reference
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

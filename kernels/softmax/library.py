@@ -1,0 +1,407 @@
+"""Softmax attention by the kernels of libraries on CUDA: flash-attn where it is installed, else those inside torch.
+
+A tile is cut into calls of sequences that lie one after the other, as libraries take packed rows, and the calls merge
+by log-sum-exp. Names and meanings of these routines shift between versions; so no version is looked at: a provider is
+used for a kind of problem once it has agreed with the reference on a small one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..documents import Documents, Run
+from ..mask import Mask, Piece, Tile
+from . import reference
+from .chunked import merge_weight
+
+logger = logging.getLogger("longreach")
+
+MAX_CALLS = 8  # a tile in more parts than that spends its time on merging
+UNLIMITED = -1
+
+
+class Span(NamedTuple):
+    """Queries and keys (half-open index ranges in a row) in which every query sees some key."""
+
+    row: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+
+class Call(NamedTuple):
+    """Spans that one call takes; with n queries and m keys, query i sees keys i+m−n−left … i+m−n+right of its span.
+
+    −1 is no limit. No token is in two spans of a call.
+    """
+
+    left: int
+    right: int
+    spans: tuple[Span, ...]
+
+    @property
+    def kind(self) -> str:
+        """What a provider must be able to mask."""
+        if (self.left, self.right) == (UNLIMITED, UNLIMITED):
+            return "full"
+        return "causal" if (self.left, self.right) == (UNLIMITED, 0) else "band"
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        return [s.queries[1] - s.queries[0] for s in self.spans], [s.keys[1] - s.keys[0] for s in self.spans]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the spans are equally long, and square where they are causal, so that they stack to a batch."""
+        n, m = self.lengths
+        return len({*n}) == len({*m}) == 1 and (self.kind == "full" or (self.kind == "causal" and n == m))
+
+
+def plan(tile: Tile) -> tuple[Call, ...]:
+    """The calls that cover every visible pair of a tile once."""
+    calls: list[tuple[tuple[int, int], list[Span], set[tuple[int, int, int]]]] = []
+    for piece in tile.pieces:
+        for limits, span in _spans(tile.mask, piece):
+            runs = {(0, span.row, piece.query.start), (1, span.row, piece.key.start)}
+            fitting = (call for call in calls if call[0] == limits and not runs & call[2])
+            call = next(fitting, None)
+            if call is None:
+                calls.append(call := (limits, [], set()))
+            call[1].append(span)
+            call[2].update(runs)
+    return tuple(Call(*limits, tuple(spans)) for limits, spans, _ in calls)
+
+
+def _spans(mask: Mask, piece: Piece) -> Iterator[tuple[tuple[int, int], Span]]:
+    """Limits and span of what a piece's mask leaves: sinks and window apart, without tokens that see nothing."""
+    row, query, key = piece
+    if mask.window is None:
+        windows: list[tuple[int, int, int | None]] = [(key.position, key.end_position, None)]
+    else:
+        behind = min(max(mask.sink_tokens, key.position), key.end_position)
+        windows = [(key.position, behind, None), (behind, key.end_position, mask.window)]
+    for c, d, window in windows:
+        a, b = query.position, query.end_position
+        if mask.causal:
+            a, d = max(a, c), min(d, b)
+        if window is not None:
+            b, c = min(b, d - 1 + window), max(c, a - window + 1)
+        if a < b and c < d:
+            yield _limits(mask.causal, window, a, b, c, d), Span(row, _held(query, a, b), _held(key, c, d))
+
+
+def _limits(causal: bool, window: int | None, a: int, b: int, c: int, d: int) -> tuple[int, int]:
+    """(left, right) for queries at positions a..b and keys at c..d <= b, counted from the last query and key."""
+    reach = UNLIMITED if window is None or b - 1 - c < window else window - 1 - (b - d)
+    ahead = UNLIMITED if not causal or d - 1 <= a else b - d
+    # With a limit on one side alone the other one is unlimited; with none every pair is visible.
+    return reach, ahead
+
+
+def _held(run: Run, first: int, stop: int) -> tuple[int, int]:
+    shift = run.start - run.position
+    return first + shift, stop + shift
+
+
+class Problem(NamedTuple):
+    """A call on its own tokens: q `[N, H, K]`, k `[M, G, K]`, v `[M, G, V]`, spans one after the other."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    call: Call
+    scale: float
+
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """int32 starts of the spans' queries and keys, and their ends."""
+        sums = [torch.tensor([0, *lengths]).cumsum(0) for lengths in self.call.lengths]
+        queries, keys = (x.to(torch.int32).to(self.q.device, non_blocking=True) for x in sums)
+        return queries, keys
+
+    def longest(self) -> tuple[int, int]:
+        n, m = self.call.lengths
+        return max(n), max(m)
+
+    def batch(self, x: Tensor) -> Tensor:
+        """`[N, heads, dim]` of a dense call to `[spans, heads, tokens, dim]`."""
+        return x.unflatten(0, (len(self.call.spans), -1)).transpose(1, 2)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Provider(NamedTuple):
+    """One library: whether it is built for a call, `(out [N, H, V], lse [N, H])`, and the gradients given both."""
+
+    name: str
+    takes: Callable[[Call, torch.device], bool]
+    forward: Callable[[Problem], tuple[Tensor, Tensor]]
+    backward: Callable[[Problem, Tensor, Tensor, Tensor], Gradients]
+
+
+def _limits_given(call: Call) -> dict[str, int | bool]:
+    return {"causal": call.kind == "causal", "window_size_left": call.left, "window_size_right": call.right}
+
+
+def _flash_attn_forward(at: Problem) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_interface as library  # type: ignore[import-not-found]
+
+    out, lse, *_ = library._flash_attn_varlen_forward(
+        at.q, at.k, at.v, *at.offsets(), *at.longest(), dropout_p=0.0, softmax_scale=at.scale, **_limits_given(at.call)
+    )
+    return out, lse.T
+
+
+def _flash_attn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    from flash_attn import flash_attn_interface as library  # type: ignore[import-not-found]
+
+    dq, dk, dv = (torch.empty_like(x) for x in (at.q, at.k, at.v))
+    library._flash_attn_varlen_backward(
+        dout, at.q, at.k, at.v, out, lse.T.contiguous(), dq, dk, dv, *at.offsets(), *at.longest(), dropout_p=0.0,
+        softmax_scale=at.scale, softcap=0.0, alibi_slopes=None, deterministic=True, **_limits_given(at.call),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _cudnn_forward(at: Problem) -> tuple[Tensor, Tensor]:
+    q, k, v = (at.batch(x) for x in (at.q, at.k, at.v))
+    causal = at.call.kind == "causal"
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=at.scale
+    )
+    lse = lse.reshape(q.shape[:3])
+    return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _cudnn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    q, k, v, dout, out = (at.batch(x) for x in (at.q, at.k, at.v, dout, out))
+    lse = at.batch(lse.unsqueeze(-1)).squeeze(-1).contiguous()
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, at.call.kind == "causal",
+        scale=at.scale,
+    )  # fmt: skip
+    dq, dk, dv = (x.transpose(1, 2).flatten(0, 1) for x in found)
+    return dq, dk, dv
+
+
+def _torch_limits(call: Call) -> dict[str, int]:
+    return {} if call.kind != "band" else {"window_size_left": call.left, "window_size_right": call.right}
+
+
+def _torch_forward(at: Problem) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        at.q, at.k, at.v, *at.offsets(), *at.longest(), 0.0, at.call.kind == "causal", False, scale=at.scale,
+        **_torch_limits(at.call),
+    )  # fmt: skip
+    return out, lse.T
+
+
+def _torch_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    state = torch.zeros(2, dtype=torch.uint64, device=at.q.device)  # of dropout, which there is none of
+    return torch.ops.aten._flash_attention_backward(
+        dout, at.q, at.k, at.v, out, lse.T.contiguous(), *at.offsets(), *at.longest(), 0.0, at.call.kind == "causal",
+        state, state[:1], scale=at.scale, **_torch_limits(at.call),
+    )  # fmt: skip
+
+
+def _on_cuda(call: Call, device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+PROVIDERS = [
+    Provider("flash-attn", _on_cuda, _flash_attn_forward, _flash_attn_backward),
+    Provider("cuDNN", lambda call, device: device.type == "cuda" and call.is_dense, _cudnn_forward, _cudnn_backward),
+    Provider("torch's flash attention", _on_cuda, _torch_forward, _torch_backward),
+]
+
+_tested: dict[tuple[object, ...], bool] = {}
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Libraries sum gradients in the order of arrival unless torch is told not to."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = fill and before
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        memory.fill_uninitialized_memory = fill
+
+
+def provider_for(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Provider | None:
+    """The first provider that takes the call and was right on a small problem of its kind; None where there is none."""
+    for provider in PROVIDERS:
+        if provider.takes(call, q.device) and _agrees(provider, call, q, k, v):
+            return provider
+    return None
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> str | None:
+    """Why no library can serve the tile, or None where one can."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"libraries take float16 and bfloat16, not {q.dtype}"
+    calls = _plan(tile)
+    if len(calls) > MAX_CALLS:
+        return f"the tile would take {len(calls)} calls"
+    for call in calls:
+        if provider_for(call, q, k, v) is None:
+            return (
+                f"no library is installed that serves {call.kind} attention on {q.device.type} in {q.dtype} with "
+                f"{q.shape[2]} heads on {k.shape[2]}, key dim {q.shape[3]} and value dim {v.shape[3]}"
+            )
+    return None
+
+
+def _plan(tile: Tile) -> tuple[Call, ...]:
+    if "library" not in tile.derived:
+        tile.derived["library"] = plan(tile)
+    return tile.derived["library"]
+
+
+def _indices(tile: Tile, number: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Where a call's queries and keys lie in the flattened `[B·T]` and `[B·S]`; None where they are all, in order."""
+    key = ("library", number, str(device))
+    if key not in tile.derived:
+        spans = _plan(tile)[number].spans
+        found = []
+        for held, side in ((tile.queries, [s.queries for s in spans]), (tile.keys, [s.keys for s in spans])):
+            ranges = [
+                (s.row * held.length + first, s.row * held.length + stop)
+                for s, (first, stop) in zip(spans, side, strict=True)
+            ]
+            found.append(_index(ranges, held.batch * held.length, device))
+        tile.derived[key] = tuple(found)
+    return tile.derived[key]
+
+
+def _index(ranges: Sequence[tuple[int, int]], total: int, device: torch.device) -> Tensor | None:
+    at = 0
+    for first, stop in ranges:
+        if first != at:
+            return torch.cat([torch.arange(*r) for r in ranges]).to(device, non_blocking=True)
+        at = stop
+    return None if at == total else torch.arange(at).to(device, non_blocking=True)
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    flat = x.flatten(0, 1)
+    return flat.contiguous() if index is None else flat.index_select(0, index)
+
+
+def _problems(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float
+) -> Iterator[tuple[Problem, Tensor | None, Tensor | None]]:
+    for number, call in enumerate(_plan(tile)):
+        queries, keys = _indices(tile, number, q.device)
+        yield Problem(_take(q, queries), _take(k, keys), _take(v, keys), call, scale), queries, keys
+
+
+def _provider(problem: Problem, provider: Provider | None) -> Provider:
+    found = provider or provider_for(problem.call, problem.q[None], problem.k[None], problem.v[None])
+    if found is None:
+        raise ValueError("backend must not be 'library' for a tile that no library serves; ask `refusal` first")
+    return found
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float, provider: Provider | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `longreach.kernels.softmax.attend`. Each call's out is rounded to q's type; they merge in float32."""
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    if tile is None:
+        return out, lse
+    rows, levels = out.flatten(0, 1), lse.flatten(0, 1)
+    for number, (problem, queries, _) in enumerate(_problems(q, k, v, tile, scale)):
+        found, level = _provider(problem, provider).forward(problem)
+        found, level = found.float(), level.float()
+        if number:
+            before, level_before = _take(out, queries), _take(lse, queries)
+            found = before.lerp(found, merge_weight(level_before, level).unsqueeze(-1))
+            level = torch.logaddexp(level_before, level)
+        _put(rows, queries, found)
+        _put(levels, queries, level)
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    tile: Tile | None,
+    scale: float,
+    provider: Provider | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `longreach.kernels.softmax.attend_backward`; libraries know no gradient of lse, so there is none here."""
+    sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
+    if tile is not None:
+        dout, out = dout.to(q.dtype), out.to(q.dtype)
+        for number, (problem, queries, keys) in enumerate(_problems(q, k, v, tile, scale)):
+            given = (_take(dout, queries), _take(out, queries), _take(lse, queries).float())
+            with _deterministic():
+                found = _provider(problem, provider).backward(problem, *given)
+            for total, part, index in zip(sums, found, (queries, keys, keys), strict=True):
+                part = part.float()
+                _put(total.flatten(0, 1), index, part + _take(total, index) if number else part)
+    return sums[0], sums[1], sums[2]
+
+
+def _put(rows: Tensor, index: Tensor | None, values: Tensor) -> None:
+    if index is None:
+        rows.copy_(values)
+    else:
+        rows.index_copy_(0, index, values)
+
+
+def _agrees(provider: Provider, call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a provider gives the reference's results on a small problem like this one; asked once a process."""
+    group = q.shape[2] // k.shape[2]
+    key = (provider.name, call.kind, str(q.device), q.dtype, group, q.shape[3], v.shape[3])
+    if key not in _tested:
+        try:
+            error = _error(provider, call.kind, q, group, v.shape[3])
+        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as reason:
+            logger.info("softmax_attention: %s not used for %s attention: %s", provider.name, call.kind, reason)
+            error = float("inf")
+        _tested[key] = error < 0.02
+        if _tested[key]:
+            logger.info("softmax_attention on %s: %s for %s attention", q.device.type, provider.name, call.kind)
+        elif error < float("inf"):
+            logger.warning("softmax_attention: %s is off by %.2g and not used", provider.name, error)
+    return _tested[key]
+
+
+def _error(provider: Provider, kind: str, like: Tensor, group: int, value_dim: int) -> float:
+    """The largest relative error over out, lse and gradients, these for an (out, lse) as after a merge."""
+    documents = Documents.from_lengths([[80, 80]])
+    mask = {"full": Mask(causal=False), "causal": Mask(), "band": Mask(window=33)}[kind]
+    tile = mask.tile(documents, documents)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, dim: int) -> Tensor:
+        return torch.randn(1, 160, heads, dim, generator=generator).to(like.device, like.dtype)
+
+    dim = like.shape[3]
+    q, k, v, dout = draw(group, dim), draw(1, dim), draw(1, value_dim), draw(group, value_dim)
+    out, lse = reference.attend(q, k, v, tile=tile, scale=dim**-0.5)
+    merged = (out / 4, lse + 2 * torch.log(torch.tensor(2.0)))  # as if three such tiles of no value were merged in
+    found = (
+        *attend(q, k, v, tile=tile, scale=dim**-0.5, provider=provider),
+        *attend_backward(dout, q, k, v, *merged, tile=tile, scale=dim**-0.5, provider=provider),
+    )
+    expected = (out, lse, *reference.attend_backward(dout, q, k, v, *merged, tile=tile, scale=dim**-0.5))
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
