@@ -54,6 +54,14 @@ class Recurrence(Protocol):
         """Whether `correct` exists: whether a run from nothing can be mended once the entering state is known."""
         ...
 
+    def check(self, inputs: Inputs, initial_state: Tensor | None = None) -> None:
+        """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
+        ...
+
+    def like(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty tensors of the shapes and types of the output, the state and the transition for such inputs."""
+        ...
+
     def nothing(self, state: Tensor) -> Tensor:
         """The state before any token, shaped like `state`."""
         ...

@@ -7,31 +7,26 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels import short_conv as conv_kernels
+from ..kernels.delta_rule import DeltaRecurrence
 from ..kernels.documents import Documents, Run
-from ..kernels.gated_linear import recurrence
+from ..kernels.gated_linear import GatedLinearRecurrence
 from ..kernels.mask import Mask
+from ..kernels.recurrence import Inputs, Recurrence
 from ..kernels.softmax import check_inputs as check_softmax
 from ..kernels.softmax import softmax_attention as attend_here
 from .collectives import halo
+from .operation import Composed, Setting, mix
 from .ring import RingAttention
 from .sequence import DecodingCache, Sequence
 from .state_passing import StatePassing
 
-Op = TypeVar("Op", bound=Callable)
 
-
-def _eager(op: Op) -> Op:
-    """Keeps an op out of torch.compile's graphs, and its signature in sight of type checkers."""
-    return torch.compiler.disable(op)  # type: ignore[return-value]
-
-
-@_eager
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -51,13 +46,14 @@ def softmax_attention(
     mask = Mask() if mask is None else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_softmax(q, k, v, sink_logits)
-    if seq.cache is not None:
-        k, v, keys = _extend_keys(k, v, mask, seq, seq.cache, slot)
-        return attend_here(  # type: ignore[return-value]
-            q, k, v, mask=mask, documents=seq.local, key_documents=keys, scale=scale, sink_logits=sink_logits,
-            backend=seq.backend,
-        )  # fmt: skip
-    return RingAttention.apply(q, k, v, sink_logits, mask, seq, scale, slot)  # type: ignore[return-value]
+    if seq.cache is None:
+        settings = (mask.causal, mask.window, mask.sink_tokens, scale)
+        return mix(RingAttention, settings, (q, k, v, sink_logits), seq, slot)
+    k, v, keys = _extend_keys(k, v, mask, seq, seq.cache, slot)
+    return attend_here(  # type: ignore[return-value]
+        q, k, v, mask=mask, documents=seq.local, key_documents=keys, scale=scale, sink_logits=sink_logits,
+        backend=seq.backend,
+    )  # fmt: skip
 
 
 def _extend_keys(
@@ -91,7 +87,6 @@ def _trim(x: Tensor, mask: Mask) -> Tensor:
     return torch.cat([x[:, : mask.sink_tokens], latest], dim=1)
 
 
-@_eager
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -99,25 +94,70 @@ def gated_linear_attention(
     log_decay: Tensor | None = None,
     *,
     seq: Sequence,
+    value_log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    log_input: Tensor | None = None,
+    read: str = "inclusive",
+    normaliser: str | None = None,
     scale: float | None = None,
     slot: str = "state",
 ) -> Tensor:
     """S_t = diag(e^{g_t}) S_{t−1} + k_tᵀ v_t;  o_t = scale q_t S_t over the whole row: `[B, T, H, V]` in q's type.
 
-    q, k `[B, T, H or G, K]`, v `[B, T, H, V]`; `log_decay` None, `[H]`, `[B, T, H]` or `[B, T, H, K]`. See
-    `longreach.kernels.gated_linear`.
+    q, k `[B, T, H or G, K]`, v `[B, T, H, V]`; `log_decay` None, `[H]`, `[H, K]`, `[B, T, H]` or `[B, T, H, K]`. For
+    these and the variants see `longreach.kernels.gated_linear`.
     """
-    inputs = (q, k, v, log_decay)
-    recurrence.check(inputs)
+    settings = (read, normaliser, log_input is not None)
+    inputs = (q, k, v, log_decay, value_log_decay, bonus, log_input)
+    raw = _recurrent(GatedLinearRecurrence, settings, inputs, seq, scale, slot)
+    return GatedLinearRecurrence(*settings).finish(raw, q.dtype)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    *,
+    seq: Sequence,
+    erase: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    slot: str = "state",
+) -> Tensor:
+    """S_t = (I − β_t k_tᵀk_t) diag(e^{g_t}) S_{t−1} + β_t k_tᵀ v_t;  o_t = scale q_t S_t over the whole row.
+
+    q, k `[B, T, H or G, K]`, v `[B, T, H, V]`, `beta` `[B, T, H]`; `log_decay` None, `[B, T, H]` or `[B, T, H, K]`;
+    `erase` = (a, b), shaped like k, in place of beta for (diag(e^{g_t}) + b_tᵀ a_t) S_{t−1} + k_tᵀ v_t. Returns
+    `[B, T, H, V]` in q's type. See `longreach.kernels.delta_rule`.
+    """
+    a, b = (None, None) if erase is None else erase
+    return _recurrent(DeltaRecurrence, (), (q, k, v, beta, log_decay, a, b), seq, scale, slot)
+
+
+def _recurrent(
+    build: Callable[..., Recurrence],
+    settings: tuple[Setting, ...],
+    inputs: Inputs,
+    seq: Sequence,
+    scale: float | None,
+    slot: str,
+) -> Tensor:
+    """The recurrence `build(*settings)` over the whole row, or continued from the decoding cache."""
     if seq.cache is None:
-        return StatePassing.apply(recurrence, seq, scale, slot, *inputs)  # type: ignore[return-value]
+        return mix(_state_passing, (scale, build, *settings), inputs, seq, slot)
+    recurrence = build(*settings)
+    recurrence.check(inputs)
     state = seq.cache.entries.get((seq.layer, slot), (None,))[0]
     out, final = recurrence.forward(inputs, state, seq.local, scale=scale, backend=seq.backend)
     seq.cache.entries[seq.layer, slot] = (final,)
     return out
 
 
-@_eager
+def _state_passing(scale: float | None, build: Callable[..., Recurrence], *settings: Setting) -> StatePassing:
+    return StatePassing(build(*settings), scale)
+
+
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -128,6 +168,14 @@ def short_conv(
     slot: str = "conv",
 ) -> Tensor:
     """Causal depthwise convolution of `[B, T, D]` with `weight [D, W]`; taps never cross a document's start."""
+    if torch.compiler.is_compiling():
+        return mix(_short_conv_operation, (activation, slot), (x, weight, bias), seq, slot)
+    return _short_conv(x, weight, bias, seq=seq, activation=activation, slot=slot)
+
+
+def _short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, seq: Sequence, activation: str | None, slot: str
+) -> Tensor:
     width = weight.shape[1] - 1
     folded, history = _with_history(x, seq, width, slot)
     out = conv_kernels.short_conv(
@@ -136,9 +184,22 @@ def short_conv(
     return seq.unfold(out)
 
 
-@_eager
+def _short_conv_operation(activation: str | None, slot: str) -> Composed:
+    return Composed(partial(_short_conv, activation=activation, slot=slot))
+
+
 def token_shift(x: Tensor, *, seq: Sequence, slot: str = "shift") -> Tensor:
     """The previous token of each of `[B, T, D]`, zero at a document's start."""
+    if torch.compiler.is_compiling():
+        return mix(_token_shift_operation, (slot,), (x,), seq, slot)
+    return _token_shift(x, seq=seq, slot=slot)
+
+
+def _token_shift_operation(slot: str) -> Composed:
+    return Composed(partial(_token_shift, slot=slot))
+
+
+def _token_shift(x: Tensor, *, seq: Sequence, slot: str) -> Tensor:
     folded, history = _with_history(x, seq, 1, slot)
     return seq.unfold(conv_kernels.token_shift(folded, documents=seq.spans, history=history, backend=seq.backend))
 

@@ -7,7 +7,6 @@ Liu et al., 2023, "Ring Attention with Blockwise Transformers", arXiv 2310.01889
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..kernels.mask import Mask, Tile
 from ..kernels.softmax import apply_sink, attend, attend_backward, merge, sink_backward
 from .collectives import exchange
+from .operation import Tensors
 from .sequence import Sequence
 
 
@@ -105,41 +105,56 @@ class _Travel:
         return self.here.unpack()
 
 
-class RingAttention(torch.autograd.Function):
+@dataclass(frozen=True)
+class RingAttention:
     """softmax(scale q kᵀ + mask) v over keys and values of all sequence ranks; on one rank, over those held.
 
     Forward sends each block once round as far as the mask lets it be seen. Backward circulates keys and values again
     with the final log-sum-exp, rather than keeping every block alive, and each rank sends the gradient of a block
     straight to its owner, which adds them in the order of distance: the result is the same at every run. Keys and
     values travel in their own type, which loses nothing; partial results and gradients are float32 (float64).
+
+    An `Operation`; its inputs are (q, k, v, sink_logits or None). It saves the output in float32, where it is not
+    already, and the log-sum-exp.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink_logits: Tensor | None,
-        mask: Mask,
-        seq: Sequence,
-        scale: float,
-        slot: str,
-    ) -> Tensor:
-        out, lse = seq.once(slot, lambda: _forward(q, k, v, sink_logits, mask, seq, scale))
-        ctx.save_for_backward(q, k, v, sink_logits, out, lse)
-        ctx.mask, ctx.seq, ctx.scale = mask, seq, scale
-        return out.to(q.dtype)
+    causal: bool
+    window: int | None
+    sink_tokens: int
+    scale: float
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, sink_logits, out, lse = ctx.saved_tensors
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.causal, self.window, self.sink_tokens)
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+        q, k, v, sink_logits = _present(inputs)
+        out, lse = _forward(q, k, v, sink_logits, self.mask, seq, self.scale)
+        return out.to(q.dtype), (None if out.dtype == q.dtype else out, lse)
+
+    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+        q, k, v, sink_logits = _present(inputs)
+        exact, lse = saved
+        assert lse is not None
+        out = out if exact is None else exact
         dout = dout.to(out.dtype)
-        dsink = None
-        if sink_logits is not None and ctx.needs_input_grad[3]:
-            dsink = sink_backward(dout, out, lse, sink_logits)
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, ctx.mask, ctx.seq, ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None, None, None
+        dsink = None if sink_logits is None else sink_backward(dout, out, lse, sink_logits)
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, self.mask, seq, self.scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        q, _, v, _ = _present(inputs)
+        shape, exact = (*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+        out = None if exact == q.dtype else q.new_empty(shape, dtype=exact)
+        return q.new_empty(shape), (out, q.new_empty(shape[:-1], dtype=exact))
+
+
+def _present(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    q, k, v, sink_logits = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return q, k, v, sink_logits
 
 
 def _forward(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -35,6 +37,26 @@ class DecodingCache:
         return sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry)
 
 
+class _Derived(dict[Hashable, Any]):
+    """What was derived from documents and layout, shared by the sequences of all layers, and how to make them again."""
+
+    def handed(self, seq: Sequence) -> None:
+        """Notes the first sequence that it belongs to, for as long as that one's handle lives."""
+        if not hasattr(self, "origin"):
+            names = ("documents", "layout", "rank", "group", "attention", "backend")
+            self.origin = {name: getattr(seq, name) for name in names}
+            _live[int(seq.handle)] = self
+            seq.handle.derived = self  # type: ignore[attr-defined]  # backward holds the handle, and so all this
+
+
+_live: WeakValueDictionary[int, _Derived] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _new_handle() -> Tensor:
+    return torch.tensor(next(_numbers), device="cpu")
+
+
 class Kept:
     """What the mixing ops of one layer computed, handed back once when activation checkpointing recomputes it.
 
@@ -61,6 +83,7 @@ class Sequence:
     layout: which spans of a row each rank holds.     rank, group: this rank among those that share the rows.
     layer: the layer that calls.                      attention: the strategy of softmax attention ("ring").
     backend: of the kernels ("auto", "reference", …). cache: what decoding carries, owned by the caller.
+    handle: a number, as a tensor on the host, by which compiled graphs name the sequence.
     kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
 
     An argument, never ambient state: recomputation under activation checkpointing runs on other threads.
@@ -75,7 +98,8 @@ class Sequence:
     backend: str = "auto"
     cache: DecodingCache | None = None
     kept: Kept | None = None
-    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _derived: _Derived = field(default_factory=lambda: _Derived(), repr=False, compare=False)
+    handle: Tensor = field(default_factory=lambda: _new_handle(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.documents.length != self.layout.length:
@@ -86,6 +110,13 @@ class Sequence:
             raise ValueError(f"parallel.attention must be one of {', '.join(STRATEGIES)}; got {self.attention!r}")
         if (self.group is None) != (self.layout.ranks == 1):
             raise ValueError(f"a group must come with more than one sequence rank; got {self.layout.ranks} rank(s)")
+        self._derived.handed(self)
+
+    @classmethod
+    def of(cls, handle: Tensor) -> Sequence:
+        """The sequence that a compiled graph was given, whatever the layer, by its `handle`."""
+        derived = _live[int(handle)]
+        return cls(**derived.origin, _derived=derived, handle=handle)
 
     @classmethod
     def single(cls, documents: Documents, *, backend: str = "auto") -> Sequence:
@@ -120,6 +151,8 @@ class Sequence:
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, T]`: in-document positions of the tokens held here."""
+        if torch.compiler.is_compiling():
+            return _positions(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
         return self.local.positions(device)
 
     def shard(self, x: Tensor) -> Tensor:
@@ -146,3 +179,14 @@ class Sequence:
 
 
 STRATEGIES = ("ring",)
+
+
+@torch.library.custom_op("longreach::positions", mutates_args=())
+def _positions(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    """Positions as compiled graphs see them: of the sequence that the handle stands for, not of the one traced."""
+    return Sequence.of(handle).positions(device).clone()
+
+
+@_positions.register_fake
+def _(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.empty(batch, length, dtype=torch.int32, device=device)

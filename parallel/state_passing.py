@@ -8,46 +8,54 @@ gradients of the states.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.recurrence import Recurrence, Summary
+from ..kernels.recurrence import Inputs, Recurrence, Summary
 from .collectives import Gathering, in_row_order
 from .sequence import Sequence
 
-Inputs = tuple[Tensor | None, ...]
 
+@dataclass(frozen=True)
+class StatePassing:
+    """A recurrence over the whole row; on one rank, over the tokens held, without any collective.
 
-class StatePassing(torch.autograd.Function):
-    """A recurrence over the whole row; on one rank, over the tokens held, without any collective."""
+    An `Operation`; its inputs are the recurrence's. It saves the states that enter this rank's segments and the
+    transitions of all.
+    """
 
-    @staticmethod
-    def forward(
-        ctx: Any, op: Recurrence, seq: Sequence, scale: float | None, slot: str, *inputs: Tensor | None
-    ) -> Tensor:
-        folded = _fold(inputs, seq)
-        out, initial, transitions = seq.once(slot, lambda: _forward(op, folded, seq, scale))
-        ctx.save_for_backward(initial, transitions, *inputs)
-        ctx.op, ctx.seq, ctx.scale = op, seq, scale
-        return seq.unfold(out)
+    op: Recurrence
+    scale: float | None
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        initial, transitions, *inputs = ctx.saved_tensors
-        op, seq, scale = ctx.op, ctx.seq, ctx.scale
-        folded, dout = _fold(tuple(inputs), seq), seq.fold(dout)
+    def forward(self, inputs: Inputs, seq: Sequence) -> tuple[Tensor, Inputs]:
+        self.op.check(inputs)
+        out, initial, transitions = _forward(self.op, _fold(inputs, seq), seq, self.scale)
+        return seq.unfold(out), (initial, transitions)
+
+    def backward(self, dout: Tensor, inputs: Inputs, out: Tensor, saved: Inputs, seq: Sequence) -> Inputs:
+        initial, transitions = saved
+        op, settings = self.op, {"scale": self.scale, "backend": seq.backend}
+        folded, dout = _fold(inputs, seq), seq.fold(dout)
         dfinal = None
-        if seq.layout.ranks > 1:
-            local = op.summarize_backward(dout, folded, initial, seq.spans, scale=scale, backend=seq.backend)
+        if transitions is not None:
+            local = op.summarize_backward(dout, folded, initial, seq.spans, **settings)
             dfinal = _suffix(op, local, transitions, seq)
-        dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, scale=scale, backend=seq.backend)
-        unfolded = (
+        dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, **settings)
+        return tuple(
             d if d is None or x is None or not _is_sequence(x) else seq.unfold(d)
             for d, x in zip(dinputs, inputs, strict=True)
         )
-        return None, None, None, None, *unfolded
+
+    def like(self, inputs: Inputs, ranks: int, spans: int) -> tuple[Tensor, Inputs]:
+        out, state, transition = self.op.like(inputs)
+        if ranks == 1:
+            return out, (None, None)
+        batch, rest = state.shape[0], transition.shape[1:]
+        initial = state.new_empty(spans * batch, *state.shape[1:])
+        return out, (initial, transition.new_empty(ranks * spans, batch, *rest))
 
 
 def _is_sequence(x: Tensor) -> bool:

@@ -1,0 +1,67 @@
+"""torch.compile traces every mixer whole, on one rank and on two, and compiles once for all batches."""
+
+import pytest
+import torch
+from distributed import run_ranks
+from model_presets import MIXERS, WIDTH, build_mixer
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from longreach.kernels.documents import Documents
+from longreach.parallel import sequence
+from longreach.parallel.layout import Layout
+from longreach.parallel.sequence import Sequence
+
+LENGTH = 48
+BATCHES = ([[9, 22, 1, 16], [LENGTH]], [[30, 18], [47, 1]], [[LENGTH], [5, 20]])
+
+
+def draw(seed):
+    return torch.randn(2, LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def results(call, mixer, seq, seed):
+    x = seq.shard(draw(seed)).clone().requires_grad_()
+    mixer.zero_grad()
+    out = call(x, seq)
+    (out * seq.shard(draw(seed + 1))).sum().backward()
+    return [out.detach(), x.grad, *(parameter.grad for parameter in mixer.parameters())]
+
+
+def compare(name, sequences):
+    """Compiled against eager on every sequence: how many graphs were compiled."""
+    torch._dynamo.reset()
+    mixer, counter = build_mixer(name), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixer, fullgraph=True, backend=counter)
+    for seed, seq in enumerate(sequences):
+        expected = results(mixer, mixer, seq, seed)
+        torch.testing.assert_close(results(compiled, mixer, seq, seed), expected, atol=1e-9, rtol=1e-9)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_one_graph_serves_every_batch(name):
+    sequences = [Sequence.single(Documents.from_lengths(lengths, LENGTH)) for lengths in BATCHES]
+    assert compare(name, sequences) == 1
+
+
+def on_a_rank(rank, world, name):
+    group = torch.distributed.group.WORLD
+    layout = Layout(LENGTH, world, 2)
+    documents = [Documents.from_lengths(lengths, LENGTH) for lengths in BATCHES]
+    return compare(name, [Sequence(each, layout, rank, group) for each in documents])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
+def test_two_ranks_have_one_graph_each(name):
+    assert run_ranks(2, on_a_rank, name, timeout=300) == [1, 1]
+
+
+def test_a_sequence_is_kept_by_its_handle_and_no_longer():
+    seq = Sequence.single(Documents.whole(1, 8)).at(3)
+    handle = seq.handle
+    del seq
+    assert Sequence.of(handle).documents.length == 8
+    number = int(handle)
+    del handle
+    assert number not in sequence._live
