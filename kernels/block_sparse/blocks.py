@@ -136,7 +136,7 @@ class BlockTile:
     layout: BlockLayout
     queries: Documents
     keys: Documents
-    mask: Mask = Mask()
+    mask: Mask = field(default_factory=Mask)
     query_block: int = 1
     _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -34,7 +34,7 @@ def _scores(q_BTHK: Tensor, k_BSGK: Tensor, blocks_BLJM: Tensor, tile: BlockTile
 def attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out_i = Σ_j exp(s_ij − lse_i) v_j,  lse_i = log Σ_j exp(s_ij),  s_ij = scale·q_i·k_j where j is listed, visible."""
+    """out_i = Σ_j exp(s_ij − lse_i) v_j,  lse_i = log Σ_j exp(s_ij),  s_ij = scale·q_i·k_j where j is shown."""
     s_BHTS = _scores(q, k, blocks, tile, scale)
     lse_BHT = s_BHTS.logsumexp(-1)
     p_BHTS = (s_BHTS - lse_BHT.unsqueeze(-1)).exp().masked_fill(s_BHTS == float("-inf"), 0.0)

@@ -65,7 +65,7 @@ class WindowLayout:
         return max(self.counts, default=0)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
-        """int32 `[B, count, 3]`: document, first position and row index of the first token; document −1 past the end."""
+        """int32 `[B, count, 3]`: document, first position and row index of the first token; −1 past the end."""
         table = torch.full((self.documents.batch, self.count, 3), -1, dtype=torch.int32)
         for row, runs in enumerate(self.documents.runs):
             for run in runs:
