@@ -105,8 +105,34 @@ class ChannelDecay:
             views(_leaf_diagonal, out, leaf, offset).copy_(product.sum(-1))
         self._mask(out)
 
+    def mix(self, scores: Tensor, k: Tensor, out: Tensor) -> None:
+        """out_i = Σ_{j<=i} scores_ij k_j ⊙ e^{G_i − G_j}, for scores that are 0 above the diagonal."""
+        views, leaf, count = self.views, self.leaf, len(k)
+        for offset in range(leaf):
+            given = views(_leaf_diagonal_column, scores, leaf, offset)
+            now, past = views(_leaf_tail, out, leaf, offset), views(_leaf_head, k, leaf, offset)
+            if offset == 0:
+                torch.mul(past, given, out=now)
+            else:
+                room = views(_leaf_room, self.works["product"], count, leaf, offset)
+                now.addcmul_(torch.mul(self.reached[offset - 1], given, out=room), past)
+        for reach in self.reaches:
+            before, after = views(_halves, views(_first, self.works[reach], count), reach)
+            later, earlier = views(_two_rooms, self.about[reach], count, reach)
+            torch.mul(views(_halves, k, reach)[0], before, out=views(_shaped_as, earlier, before))
+            given, border = (
+                views(_square_room, self.works["blocks"], count, reach),
+                views(_border_blocks, scores, reach),
+            )
+            views(_shaped_as, given, border).copy_(border)
+            torch.bmm(given, earlier, out=later)
+            views(_halves, out, reach)[1].addcmul_(views(_shaped_as, later, after), after)
+
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
+        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed.
+
+        So dq is `mix(dscores, k)`, and dk the same backwards in time.
+        """
         views, leaf, count = self.views, self.leaf, len(q)
         self._mask(dscores)
         for offset in range(leaf):

@@ -9,6 +9,10 @@ With S_n the state that enters chunk n, and the factors `enter`, `leave`, `throu
     dQ = dA's part + enter ⊙ (dO S_nᵀ)       dK = dA's part + leave ⊙ (V dS_{n+1}ᵀ)
     dg_t = Σ_{s>=t} (q_s ⊙ dq_s − k_s ⊙ dk_s) + Σ_v S_{n+1} ⊙ dS_{n+1}     over the rest of the chunk
 
+A decay w per value channel does to V and O what g does to K and Q, with factors of its own: then o_i = Σ_j A_ij v_j ⊙
+e^{W_i − W_j} + …, and dw_t sums o_s ⊙ do_s − v_s ⊙ dv_s. What other variants of the op there are is made of this in
+`variants.py`.
+
 (Hua et al., 2022; Yang et al., 2024, arXiv 2312.06635). Backward sweeps once from the left for the states at the
 starts of slabs, then from the right, where each slab recomputes its own: no more states than that are ever kept.
 """
@@ -17,7 +21,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +42,8 @@ class Problem:
     log_decay: Tensor | None
     documents: Documents
     scale: float
+    value_log_decay: Tensor | None = None  # [B, T, H, V]
+    wide: bool = False  # whether outputs stay in what is computed in, for arithmetic on them to follow
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,7 +56,14 @@ class Problem:
 
     @property
     def per_channel(self) -> bool:
-        return self.log_decay is not None and self.log_decay.dim() == 4
+        return self.log_decay is not None and self.log_decay.dim() in (2, 4)
+
+    @property
+    def longest_chunk(self) -> int:
+        return CHANNEL_CHUNK if self.per_channel or self.value_log_decay is not None else CHUNK
+
+    def new_output(self) -> Tensor:
+        return self.v.new_empty(self.v.shape, dtype=self.dtype if self.wide else self.q.dtype)
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -75,6 +87,15 @@ class Problem:
         rows = zip(self.documents.runs, self.documents.continues, strict=True)
         return max((row[0].stop for row, continues in rows if continues), default=0)
 
+    def cut(self, length: int) -> Problem:
+        """The first tokens of every row."""
+        q, k, v = (x[:, :length] for x in (self.q, self.k, self.v))
+        log_decay, value_log_decay = (
+            x if x is None or x.dim() < 3 else x[:, :length] for x in (self.log_decay, self.value_log_decay)
+        )
+        documents = self.documents.slice(0, length)
+        return Problem(q, k, v, log_decay, documents, self.scale, value_log_decay, self.wide)
+
     def sweeps(self) -> list[Sweep]:
         repeats = math.lcm(self.heads // self.q.shape[2], self.heads // self.k.shape[2])
         return [Sweep(self, block) for block in blocks(self.v.shape[0], self.heads, self.heads // repeats)]
@@ -87,14 +108,19 @@ class Sweep:
         self.block, self.problem = block, problem
         rows, length, heads, self.value_dim = problem.v[block.rows, :, block.heads].shape
         self.key_dim = problem.k.shape[-1]
-        chunk = CHANNEL_CHUNK if problem.per_channel else CHUNK
-        self.grid = Grid(rows, heads, length, problem.dtype, problem.q.device, chunk)
+        self.grid = Grid(rows, heads, length, problem.dtype, problem.q.device, problem.longest_chunk)
         self.borders = Borders(problem.documents.rows(block.rows.start, block.rows.stop), self.grid)
         self.decay = self._decay(problem.log_decay)
+        self.value_decay = None
+        if problem.value_log_decay is not None:
+            self.value_decay = ChannelDecay(block.of(problem.value_log_decay, problem.heads), self.grid)
         self.sources = {name: self.part(x) for name, x in zip("qkv", (problem.q, problem.k, problem.v), strict=True)}
         self.works: dict[tuple[str, int], Tensor] = {}
 
     def _decay(self, log_decay: Tensor | None) -> TokenDecay | ChannelDecay:
+        if log_decay is not None and log_decay.dim() == 2:
+            shape = self.problem.v.shape[0], self.grid.length, -1, -1
+            log_decay = log_decay.expand(shape)  # read slab by slab, never held
         if log_decay is not None and log_decay.dim() > 1:
             kind = ChannelDecay if self.problem.per_channel else TokenDecay
             return kind(self.block.of(log_decay, self.problem.heads), self.grid)
@@ -120,12 +146,45 @@ class Sweep:
         return q if self.problem.scale == 1.0 else q.mul_(self.problem.scale)
 
     def prepare(self, slab: Slab, wanted: Wanted = "all") -> None:
-        self.decay.load(slab, self.borders.masks(slab), wanted)
+        masks = self.borders.masks(slab)
+        self.decay.load(slab, masks, wanted)
+        self.through = self.decay.through
+        if self.value_decay is not None:
+            self.value_decay.load(slab, masks, wanted)
+            across = zip(self.decay.through, self.value_decay.through, strict=True)
+            self.through = [keys * values.mT for keys, values in across]
 
     def scored(self, slab: Slab, q: Tensor, k: Tensor) -> Tensor:
         scores = self.work("scores", self.grid.chunk, slab)
         self.decay.scores(q, k, scores)
         return scores
+
+    def mixed(self, slab: Slab, scores: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """What the scores make of the slab's own values; writes `out`."""
+        if self.value_decay is None:
+            return torch.bmm(scores, v, out=out)
+        self.value_decay.mix(scores, v, out)
+        return out
+
+    def leaving(self, slab: Slab, v: Tensor) -> Tensor:
+        """The slab's values as they leave their chunks."""
+        if self.value_decay is None:
+            return v
+        return torch.mul(v, self.value_decay.leave, out=self.work("leaving", self.value_dim, slab))
+
+    def entered(self, slab: Slab, dout: Tensor) -> Tensor:
+        """The outputs' gradients as they come to the states that enter the chunks."""
+        if self.value_decay is None:
+            return dout
+        return torch.mul(dout, self.value_decay.enter, out=self.work("entered", self.value_dim, slab))
+
+    def read(self, slab: Slab, out: Tensor, queries: Tensor, states: Tensor) -> None:
+        """Adds to `out` what decayed queries read of the states that enter the chunks."""
+        if self.value_decay is None:
+            out.baddbmm_(queries, states)
+        else:
+            found = torch.bmm(queries, states, out=self.work("found", self.value_dim, slab))
+            out.addcmul_(found, self.value_decay.enter)
 
     def new_states(self) -> States:
         return States(self.grid, self.key_dim, self.value_dim)
@@ -134,13 +193,13 @@ class Sweep:
         """Fills the states after each chunk from the one before the first, the slab's decayed keys and its values."""
         torch.bmm(keys.mT, v, out=states.after[slab.chunks])
         for n in range(slab.chunks):
-            states.at[n + 1].addcmul_(states.at[n], self.decay.through[n])
+            states.at[n + 1].addcmul_(states.at[n], self.through[n])
 
     def retreat(self, dstates: States, queries: Tensor, dout: Tensor, slab: Slab) -> None:
         """Fills the gradients before each chunk from the one after the last, and the slab's decayed queries."""
         torch.bmm(queries.mT, dout, out=dstates.before[slab.chunks])
         for n in reversed(range(slab.chunks)):
-            dstates.at[n].addcmul_(dstates.at[n + 1], self.decay.through[n])
+            dstates.at[n].addcmul_(dstates.at[n + 1], self.through[n])
 
     def lanes(self, state: Tensor) -> Tensor:
         """The block's part of a state `[B, H, K, V]` as `[lanes, K, V]`."""
@@ -151,9 +210,9 @@ class Sweep:
         part.copy_(lanes.view_as(part))
 
 
-def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out in q's type, final state)."""
-    out = torch.empty(problem.v.shape, dtype=problem.q.dtype, device=problem.q.device)
+def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, written to `out` where given, else new in q's type; final state)."""
+    out = problem.new_output() if out is None else out
     entering, final = problem.entering(initial_state), problem.new_states()
     for sweep in problem.sweeps():
         states, part = sweep.new_states(), sweep.part(out)
@@ -161,9 +220,9 @@ def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Ten
         for slab in sweep.grid.slabs():
             q, k, v = sweep.load_queries(slab), sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
             sweep.prepare(slab)
-            o = torch.bmm(sweep.scored(slab, q, k), v, out=part.flat[slab.chunks])
-            sweep.advance(states, k.mul_(sweep.decay.leave), v, slab)
-            o.baddbmm_(q.mul_(sweep.decay.enter), states.before[slab.chunks])
+            o = sweep.mixed(slab, sweep.scored(slab, q, k), v, part.flat[slab.chunks])
+            sweep.advance(states, k.mul_(sweep.decay.leave), sweep.leaving(slab, v), slab)
+            sweep.read(slab, o, q.mul_(sweep.decay.enter), states.before[slab.chunks])
             part.store(slab)
             states.at[0].copy_(states.at[slab.chunks])
         sweep.put(final, states.at[0])
@@ -180,8 +239,10 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
             q = sweep.load_queries(slab)
             sweep.prepare(slab, "enter")
             for n in range(slab.chunks):
-                torch.mul(states.at[n], sweep.decay.through[n], out=states.at[n + 1])
-            torch.bmm(q.mul_(sweep.decay.enter), states.before[slab.chunks], out=part.flat[slab.chunks])
+                torch.mul(states.at[n], sweep.through[n], out=states.at[n + 1])
+            o = torch.bmm(q.mul_(sweep.decay.enter), states.before[slab.chunks], out=part.flat[slab.chunks])
+            if sweep.value_decay is not None:
+                o.mul_(sweep.value_decay.enter)
             part.store(slab, add=True)
             states.at[0].copy_(states.at[slab.chunks])
     return out
@@ -196,24 +257,21 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
             dstates.at[slab.chunks].copy_(dstates.at[0])
             q, do = sweep.load_queries(slab), dpart.load(slab)
             sweep.prepare(slab, "enter")
-            sweep.retreat(dstates, q.mul_(sweep.decay.enter), do, slab)
+            sweep.retreat(dstates, q.mul_(sweep.decay.enter), sweep.entered(slab, do), slab)
         sweep.put(dinitial, dstates.at[0])
     return problem.entering(dinitial)
 
 
 def backward(
     problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """The gradients of (q, k, v, log_decay), in their types, and of the initial state."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The gradients of (q, k, v, log_decay, value_log_decay), in their types, and of the initial state."""
     dq, dk, dv = (torch.empty_like(x) for x in (problem.q, problem.k, problem.v))
-    log_decay = problem.log_decay
-    dlog_decay = None
-    if log_decay is not None:
-        dlog_decay = torch.zeros_like(log_decay, dtype=torch.float64 if log_decay.dim() == 1 else None)
+    decays = problem.log_decay, problem.value_log_decay
+    ddecay, dvalue_decay = (None if x is None else new_gradient(x) for x in decays)
     entering, dinitial = problem.entering(initial_state), problem.new_states()
     for sweep in problem.sweeps():
-        parts = Gradients(*(sweep.part(x) for x in (dq, dk, dv)))
-        ddecay = None if dlog_decay is None else DecayGradient(sweep, dlog_decay)
+        into = Gradients(sweep, dq, dk, dv, ddecay, dvalue_decay)
         given, states, dstates = sweep.part(dout), sweep.new_states(), sweep.new_states()
         if dfinal_state is not None:
             dstates.at[0].copy_(sweep.lanes(dfinal_state))
@@ -221,25 +279,17 @@ def backward(
         for slab, start in zip(reversed(sweep.grid.slabs()), reversed(starts), strict=True):
             states.at[0].copy_(start)
             dstates.at[slab.chunks].copy_(dstates.at[0])
-            _slab_backward(sweep, slab, given.load(slab), states, dstates, parts)
-            if ddecay is not None:
-                ddecay.add(slab, parts, states, dstates)
-            if problem.scale != 1.0:
-                parts.q.flat[slab.chunks].mul_(problem.scale)
-            for part in parts:
-                part.store(slab)
+            _slab_backward(sweep, slab, given.load(slab), states, dstates, into)
+            into.store(slab, states, dstates)
         sweep.put(dinitial, dstates.at[0])
-    if dlog_decay is not None and log_decay is not None:
-        dlog_decay = dlog_decay.to(log_decay.dtype)
-    return (dq, dk, dv, dlog_decay), problem.entering(dinitial)
+    if ddecay is not None and problem.log_decay is not None:
+        ddecay = ddecay.to(problem.log_decay.dtype)
+    return (dq, dk, dv, ddecay, dvalue_decay), problem.entering(dinitial)
 
 
-class Gradients(NamedTuple):
-    """Where the gradients of q, k and v go."""
-
-    q: Lanes
-    k: Lanes
-    v: Lanes
+def new_gradient(log_decay: Tensor) -> Tensor:
+    """Zeros for the gradient of a decay; that of a constant is a sum over all tokens, in float64."""
+    return torch.zeros_like(log_decay, dtype=torch.float64 if log_decay.dim() < 3 else None)
 
 
 def _slab_starts(sweep: Sweep, state: Tensor) -> list[Tensor]:
@@ -252,51 +302,93 @@ def _slab_starts(sweep: Sweep, state: Tensor) -> list[Tensor]:
         states.at[0].copy_(starts[number])
         k, v = sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
         sweep.prepare(slab, "leave")
-        sweep.advance(states, k.mul_(sweep.decay.leave), v, slab)
+        sweep.advance(states, k.mul_(sweep.decay.leave), sweep.leaving(slab, v), slab)
         starts[number + 1] = states.at[slab.chunks]
     return list(starts)
 
 
-def _slab_backward(sweep: Sweep, slab: Slab, do: Tensor, states: States, dstates: States, parts: Gradients) -> None:
+def _slab_backward(sweep: Sweep, slab: Slab, do: Tensor, states: States, dstates: States, into: Gradients) -> None:
     """Fills the slab's gradients, that of the scaled queries among them, and completes `states` and `dstates`."""
     n = slab.chunks
     q, k, v = sweep.load_queries(slab), sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
-    dq, dk, dv = (part.flat[n] for part in parts)
+    dq, dk, dv = into.q.flat[n], into.k.flat[n], into.v.flat[n]
     sweep.prepare(slab)
-    enter, leave = sweep.decay.enter, sweep.decay.leave
+    enter, leave, value_decay = sweep.decay.enter, sweep.decay.leave, sweep.value_decay
 
-    torch.bmm(sweep.scored(slab, q, k).mT, do, out=dv)
-    dscores = torch.bmm(do, v.mT, out=sweep.work("dscores", sweep.grid.chunk, slab))
+    scores = sweep.scored(slab, q, k)
+    dscores = sweep.work("dscores", sweep.grid.chunk, slab)
+    if value_decay is None:
+        torch.bmm(scores.mT, do, out=dv)
+        torch.bmm(do, v.mT, out=dscores)
+    else:
+        value_decay.scores(do, v, dscores)
+        value_decay.scores_backward(scores, do, v, sweep.work("out", sweep.value_dim, slab), dv)
     sweep.decay.scores_backward(dscores, q, k, dq, dk)
 
     spare = sweep.work("spare", sweep.key_dim, slab)
-    sweep.retreat(dstates, torch.mul(q, enter, out=spare), do, slab)
-    keys = torch.mul(k, leave, out=spare)
-    sweep.advance(states, keys, v, slab)
-    dv.baddbmm_(keys, dstates.after[n])
-    dq.addcmul_(torch.bmm(do, states.before[n].mT, out=spare), enter)
-    dk.addcmul_(torch.bmm(v, dstates.after[n].mT, out=spare), leave)
+    do_entered, v_leaving = sweep.entered(slab, do), sweep.leaving(slab, v)
+    queries = torch.mul(q, enter, out=spare)
+    sweep.retreat(dstates, queries, do_entered, slab)
+    keys = queries if value_decay is None else sweep.work("keys", sweep.key_dim, slab)
+    torch.mul(k, leave, out=keys)
+    sweep.advance(states, keys, v_leaving, slab)
+    if value_decay is None:
+        dv.baddbmm_(keys, dstates.after[n])
+    else:
+        sweep.read(slab, sweep.work("out", sweep.value_dim, slab), queries, states.before[n])
+        found = torch.bmm(keys, dstates.after[n], out=sweep.work("found", sweep.value_dim, slab))
+        dv.addcmul_(found, value_decay.leave)
+        into.of_values(slab, do, v, dv, sweep.work("out", sweep.value_dim, slab))
+    dq.addcmul_(torch.bmm(do_entered, states.before[n].mT, out=spare), enter)
+    dk.addcmul_(torch.bmm(v_leaving, dstates.after[n].mT, out=spare), leave)
 
 
-class DecayGradient:
-    """Where the gradient of log_decay goes: its block's part, or the sum over tokens for a constant."""
+class Gradients:
+    """Where a block's gradients go: its parts of those of q, k, v and, where there are any, of the decays."""
 
-    def __init__(self, sweep: Sweep, dlog_decay: Tensor) -> None:
-        self.sweep, self.constant = sweep, None
-        if dlog_decay.dim() == 1:
-            self.constant = dlog_decay[sweep.block.heads]
-        else:
-            self.part = sweep.part(dlog_decay if dlog_decay.dim() == 4 else dlog_decay.unsqueeze(-1))
+    def __init__(
+        self, sweep: Sweep, dq: Tensor, dk: Tensor, dv: Tensor, ddecay: Tensor | None, dvalue_decay: Tensor | None
+    ) -> None:
+        self.sweep = sweep
+        self.q, self.k, self.v = (sweep.part(x) for x in (dq, dk, dv))
+        self.decay = self.value_decay = self.constant = None
+        if ddecay is not None and ddecay.dim() < 3:
+            self.constant = ddecay[sweep.block.heads]
+        elif ddecay is not None:
+            self.decay = sweep.part(ddecay if ddecay.dim() == 4 else ddecay.unsqueeze(-1))
+        if dvalue_decay is not None:
+            self.value_decay = sweep.part(dvalue_decay)
 
-    def add(self, slab: Slab, gradients: Gradients, states: States, dstates: States) -> None:
+    def of_values(self, slab: Slab, do: Tensor, v: Tensor, dv: Tensor, out: Tensor) -> None:
+        """Keeps what the gradient of the value channels' decays is the sum of, in the place of `out`."""
+        self.moments = out.mul_(do).addcmul_(v, dv, value=-1.0)
+
+    def store(self, slab: Slab, states: States, dstates: States) -> None:
+        """Writes the slab's gradients, given its states and the gradients of those; scales that of the queries."""
+        sweep, n = self.sweep, slab.chunks
+        if self.decay is not None or self.constant is not None:
+            self._store_decay(slab, states, dstates)
+        if self.value_decay is not None and sweep.value_decay is not None:
+            ends = (states.after[n] * dstates.after[n]).sum(1)
+            self.value_decay.flat[n].copy_(sweep.value_decay.gradient(self.moments, ends))
+            self.value_decay.store(slab)
+        if sweep.problem.scale != 1.0:
+            self.q.flat[n].mul_(sweep.problem.scale)
+        for part in (self.q, self.k, self.v):
+            part.store(slab)
+
+    def _store_decay(self, slab: Slab, states: States, dstates: States) -> None:
         sweep, n = self.sweep, slab.chunks
         q, k = sweep.sources["q"].flat[n], sweep.sources["k"].flat[n]
         spare = sweep.work("spare", sweep.key_dim, slab)
-        moments = torch.mul(q, gradients.q.flat[n], out=spare).addcmul_(k, gradients.k.flat[n], value=-1.0)
+        moments = torch.mul(q, self.q.flat[n], out=spare).addcmul_(k, self.k.flat[n], value=-1.0)
         gradient = sweep.decay.gradient(moments, torch.linalg.vecdot(states.after[n], dstates.after[n]))
-        if self.constant is None:
-            self.part.flat[n].copy_(gradient)
-            self.part.store(slab)
-            return
-        by_head = gradient.view(n, sweep.grid.rows, sweep.grid.heads, -1).permute(2, 1, 0, 3).flatten(2)
-        self.constant += by_head[..., : slab.stop - slab.start].sum((1, 2))
+        if self.decay is not None:
+            self.decay.flat[n].copy_(gradient)
+            self.decay.store(slab)
+        if self.constant is not None:
+            # Without what is past the end: [heads, rows, tokens, 1 or K].
+            grid = sweep.grid
+            by_head = gradient.view(n, grid.rows, grid.heads, grid.chunk, -1).permute(2, 1, 0, 3, 4).flatten(2, 3)
+            total = by_head[:, :, : slab.stop - slab.start].sum((1, 2), dtype=torch.float64)
+            self.constant += total.view_as(self.constant)

@@ -34,11 +34,10 @@ class TokenDecay:
         self.grid, size = grid, grid.chunk
         finite = log_decay.double().clamp(min=FLOOR[torch.float64])  # so that sums can be subtracted
         padded = F.pad(finite, (0, 0, 0, -grid.length % size)).unflatten(1, (-1, size))
-        # Sums in float64, as differences of long sums follow: [all chunks, rows, heads, C, 1].
-        self.sums = padded.cumsum(2).permute(1, 0, 3, 2).unsqueeze(-1).contiguous()
-        ends = self.sums[..., -1:, :]
-        self.entering, self.leaving = factor(self.sums.clone(), grid.dtype), factor(ends - self.sums, grid.dtype)
-        self.passing = factor(ends.clone(), grid.dtype)
+        # [all chunks, rows, heads, C, 1], in float64, as differences of long sums follow.
+        self.steps = padded.permute(1, 0, 3, 2).unsqueeze(-1).contiguous()
+        self.sums = self.steps.cumsum(-2)
+        self.entering, self.leaving, self.passing = self._factors(self.sums)
         self.between = grid.workspace(size).flatten(0, 2)  # e^{G_i − G_j}
         self.fixed = None
         if constant is not None:
@@ -48,17 +47,27 @@ class TokenDecay:
             ).clamp_(min=0)
             self.fixed = factor(exponents, grid.dtype).tril_()
 
+    def _factors(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the start of the chunk to each token, from there to the end, and through the chunk."""
+        ends, dtype = sums[..., -1:, :], self.grid.dtype
+        return factor(sums.clone(), dtype), factor(ends - sums, dtype), factor(ends.clone(), dtype)
+
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
         """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
         dtype, chunks = self.grid.dtype, slice(slab.first, slab.first + slab.chunks)
-        enter, leave, through = self.entering[chunks], self.leaving[chunks], self.passing[chunks]
+        sums, factors = self.sums[chunks], (self.entering[chunks], self.leaving[chunks], self.passing[chunks])
+        if masks is not None:
+            # Sums over the own document alone, so that no bit of an output depends on another.
+            sums = torch.matmul(masks.same.double(), self.steps[chunks])
+            factors = self._factors(sums)
+        enter, leave, through = factors
         if masks is not None:
             enter, leave, through = enter * masks.enter, leave * masks.leave, through * masks.through
         self.masks = masks
         self.enter, self.leave = enter.flatten(0, 2), leave.flatten(0, 2)
         self.through = through.flatten(1, 2).unbind(0)
         if wanted == "all" and self.fixed is None:
-            sums = self.sums[chunks].flatten(0, 2)
+            sums = sums.flatten(0, 2)
             self.scored = torch.sub(sums, sums.mT, out=self.between[: len(sums)])
             self.scored.clamp_(min=FLOOR[dtype], max=0.0).exp_().tril_()
 
