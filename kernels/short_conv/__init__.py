@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..dispatch import resolve
@@ -43,8 +45,7 @@ def short_conv(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or 'silu'; got {activation!r}. Apply another one outside")
     documents, history = _complete(x, documents, history, weight.shape[1] - 1)
-    run = reference if resolve("short_conv", backend, x.device) == "reference" else chunked
-    return run.short_conv(x, weight, bias, documents, history, activation)
+    return _implementation("short_conv", backend, x).short_conv(x, weight, bias, documents, history, activation)
 
 
 def token_shift(
@@ -63,8 +64,16 @@ def token_shift(
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}. Flatten heads into one dimension")
     documents, history = _complete(x, documents, history, 1)
-    run = reference if resolve("token_shift", backend, x.device) == "reference" else chunked
-    return run.token_shift(x, documents, history)
+    return _implementation("token_shift", backend, x).token_shift(x, documents, history)
+
+
+def _implementation(op: str, backend: str, x: Tensor) -> ModuleType:
+    chosen = resolve(op, backend, x.device, x.dtype)
+    if chosen == "triton":
+        from . import triton as kernels
+
+        return kernels
+    return reference if chosen == "reference" else chunked
 
 
 def _complete(x: Tensor, documents: Documents | None, history: Tensor | None, width: int) -> tuple[Documents, Tensor]:

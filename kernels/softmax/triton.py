@@ -53,8 +53,8 @@ HALF = {
     1024: Blockings(Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1)),
 }
 SINGLE = {
-    128: Blockings(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-    256: Blockings(Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1)),
+    128: Blockings(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    256: Blockings(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1)),
     512: Blockings(Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
     1024: Blockings(Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
 }
