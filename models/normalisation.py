@@ -53,3 +53,12 @@ class HeadNorm(nn.Module):
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0 if name == "weight" else 0.0)
         return True
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dim, in float32 at least: what keeps keys of a delta rule at length 1.
+
+    `[..., D]` to the same shape and dtype; a zero vector stays zero, with a finite gradient.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -55,14 +55,13 @@ class TokenDecay:
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
         """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
         dtype, chunks = self.grid.dtype, slice(slab.first, slab.first + slab.chunks)
-        sums, factors = self.sums[chunks], (self.entering[chunks], self.leaving[chunks], self.passing[chunks])
+        sums = self.sums[chunks]
+        enter, leave, through = self.entering[chunks], self.leaving[chunks], self.passing[chunks]
         if masks is not None:
             # Sums over the own document alone, so that no bit of an output depends on another.
             sums = torch.matmul(masks.same.double(), self.steps[chunks])
-            factors = self._factors(sums)
-        enter, leave, through = factors
-        if masks is not None:
-            enter, leave, through = enter * masks.enter, leave * masks.leave, through * masks.through
+            enter, leave, through = self._factors(sums)
+            enter, leave, through = enter.mul_(masks.enter), leave.mul_(masks.leave), through.mul_(masks.through)
         self.masks = masks
         self.enter, self.leave = enter.flatten(0, 2), leave.flatten(0, 2)
         self.through = through.flatten(1, 2).unbind(0)

@@ -1,0 +1,40 @@
+"""The forget gate of Mamba's descendants: a learned rate a head times a softplus of a projection."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DecayGate(nn.Module):
+    """log decay = -exp(A_log) softplus(x + dt_bias), in float32 at least: never positive.
+
+    `[B, T, heads * channels]` to `[B, T, heads, channels]`, or to `[B, T, heads]` for channels=1. Rates exp(A_log), one
+    a head, start uniform within `rates`; dt_bias such that softplus(dt_bias) is log-uniform within 0.001 … 0.1. As in
+    Mamba-2 (Dao and Gu, 2024, arXiv 2405.21060).
+    """
+
+    def __init__(self, heads: int, channels: int = 1, rates: tuple[float, float] = (0.01, 16.0)) -> None:
+        super().__init__()
+        self.heads, self.channels, self.rates = heads, channels, rates
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads * channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums of it over many tokens are exponents
+        step = F.softplus(x.to(wide) + self.dt_bias.to(wide))
+        rate = self.A_log.to(wide).exp()
+        if self.channels == 1:
+            return -rate * step
+        return -rate[:, None] * step.unflatten(-1, (self.heads, self.channels))
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        if name == "A_log":
+            tensor.uniform_(*self.rates, generator=generator).log_()
+        else:
+            step = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        return True
