@@ -38,6 +38,20 @@ def linear_inputs(*decay: int, heads: int = HEADS) -> list[Tensor]:
     return inputs + ([-draw(*decay).abs() * 0.3] if decay else [])
 
 
+def delta_inputs(*decay: int, erase: bool = False, heads: int = HEADS) -> list[Tensor]:
+    """q, k, v, and a beta or a pair to erase; erased directions have length 1, as all users of the rule make them."""
+    q, k, v = draw(2, LENGTH, heads, KEY), draw(2, LENGTH, heads, KEY), draw(2, LENGTH, HEADS, VALUE)
+    direction = torch.nn.functional.normalize(k, dim=-1)
+    log_decay = [-draw(*decay).abs() * 0.3] if decay else []
+    if erase:
+        return [q, draw(2, LENGTH, heads, KEY), v, -direction, direction * torch.rand_like(k), *log_decay]
+    return [q, direction, v, draw(2, LENGTH, HEADS).sigmoid(), *log_decay]
+
+
+def erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *log_decay: Tensor, seq: Sequence) -> Tensor:
+    return ops.delta_rule(q, k, v, None, *log_decay, erase=(a, b), seq=seq)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None, *, seq: Sequence, **mask: int) -> Tensor:
     return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sink_logits)
 
@@ -52,6 +66,10 @@ CASES: dict[str, tuple[Op, Callable[[], list[Tensor]], dict[str, int]]] = {
     "scalar decay": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS), {}),
     "channel decay": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS, KEY), {}),
     "grouped": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS, heads=GROUPS), {}),
+    "delta": (ops.delta_rule, delta_inputs, {}),
+    "gated delta": (ops.delta_rule, lambda: delta_inputs(2, LENGTH, HEADS, heads=GROUPS), {}),
+    "channel delta": (ops.delta_rule, lambda: delta_inputs(2, LENGTH, HEADS, KEY), {}),
+    "general delta": (erase, lambda: delta_inputs(2, LENGTH, HEADS, KEY, erase=True), {}),
     "conv": (ops.short_conv, lambda: [draw(2, LENGTH, WIDTH), draw(WIDTH, 4)], {}),
     "wide conv": (ops.short_conv, lambda: [draw(2, LENGTH, WIDTH), draw(WIDTH, 30)], {}),
     "shift": (ops.token_shift, lambda: [draw(2, LENGTH, WIDTH)], {}),
