@@ -126,7 +126,7 @@ def faults(compilation: Compilation, capability: int, found: Report) -> list[str
 
 def compilations(op: str) -> list[Compilation]:
     """The compilations that an op's `triton.py` lists."""
-    return importlib.import_module(f"..{op}.triton", __name__).compilations()
+    return importlib.import_module(f".{op}.triton", __package__).compilations()
 
 
 def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:

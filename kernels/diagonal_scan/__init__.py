@@ -104,6 +104,14 @@ class DiagonalRecurrence:
                 "Pass the final state of the tokens before"
             )
 
+    def like(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty tensors of the shapes and types of the output, the state and the transition for such inputs."""
+        x = inputs[0]
+        assert x is not None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        state, transition = (x.new_empty(x.shape[:1] + x.shape[2:], dtype=dtype) for _ in range(2))
+        return torch.empty_like(x), state, transition
+
     @torch.no_grad()
     def forward(
         self,
@@ -121,13 +129,8 @@ class DiagonalRecurrence:
         entering = None if initial_state is None else initial_state.flatten(1)
         if backend == "reference":
             out, final = reference.forward(problem.x, problem.log_decay, entering, documents)
-        elif backend == "triton":
-            from . import triton as kernels
-
-            out, final = kernels.forward(problem, entering)
         else:
-            out = torch.empty_like(problem.x)
-            final = chunked.forward(problem, entering, out)
+            out, final = _kernels(backend).forward(problem, entering)
         return out.view(given.shape), final.view_as(given[:, 0])
 
     @torch.no_grad()
@@ -167,7 +170,11 @@ class DiagonalRecurrence:
         backend: str = "auto",
     ) -> Tensor:
         """Adds e^{a_1 + … + a_t} state to `out` in place, in rows that continue a document, and returns it."""
-        chunked.correct(_problem(inputs, documents, scale), out.view(*out.shape[:2], -1), state.flatten(1))
+        problem = _problem(inputs, documents, scale)
+        flat = out.view(*out.shape[:2], -1)
+        _kernels(resolve("diagonal_scan", backend, out.device, problem.x.dtype)).correct(
+            problem, flat, state.flatten(1)
+        )
         return out
 
     @torch.no_grad()
@@ -192,12 +199,8 @@ class DiagonalRecurrence:
         backend = resolve("diagonal_scan", backend, x.device, x.dtype)
         if backend == "reference":
             found = reference.backward(dout, dfinal, problem.x, problem.log_decay, entering, documents)
-        elif backend == "triton":
-            from . import triton as kernels
-
-            found = kernels.backward(problem, dout, dfinal, entering)
         else:
-            found = chunked.backward(problem, dout, dfinal, entering)
+            found = _kernels(backend).backward(problem, dout, dfinal, entering)
         dx, dlog_decay, dinitial = found
         return (dx.view(x.shape), dlog_decay.view(log_decay.shape)), dinitial.view_as(x[:, 0])
 
@@ -213,8 +216,9 @@ class DiagonalRecurrence:
         backend: str = "auto",
     ) -> Tensor:
         """Σ_t e^{a_1 + … + a_t} dout_t over the tokens that an entering state reaches."""
-        local = chunked.summarize_backward(_problem(inputs, documents, scale), dout.flatten(2))
-        return local.view_as(dout[:, 0])
+        problem = _problem(inputs, documents, scale)
+        kernels = _kernels(resolve("diagonal_scan", backend, dout.device, problem.x.dtype))
+        return kernels.summarize_backward(problem, dout.flatten(2)).view_as(dout[:, 0])
 
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """transition ⊙ dstate + local."""
@@ -222,6 +226,15 @@ class DiagonalRecurrence:
 
 
 recurrence = DiagonalRecurrence()
+
+
+def _kernels(backend: str) -> Any:
+    """The module that runs a backend; the reference has no parts of its own but forward and backward."""
+    if backend == "triton":
+        from . import triton
+
+        return triton
+    return chunked
 
 
 def _problem(inputs: Inputs, documents: Documents, scale: float | None) -> chunked.Problem:

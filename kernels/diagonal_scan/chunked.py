@@ -238,7 +238,13 @@ def _ids(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
     return marked, torch.cat([own[:, :1], own], dim=1)
 
 
-def forward(problem: Problem, initial_state: Tensor | None, out: Tensor) -> Tensor:
+def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(every h in x's type, final state)."""
+    out = torch.empty_like(problem.x)
+    return out, _run(problem, initial_state, out)
+
+
+def _run(problem: Problem, initial_state: Tensor | None, out: Tensor) -> Tensor:
     """Writes every h_t to `out` `[B, T, D]` of any type; the state after each row's last token."""
     state = problem.entering(initial_state)
     for sweep in problem.sweeps():
@@ -326,7 +332,7 @@ def backward(
     x, log_decay, dtype = problem.x, problem.log_decay, problem.dtype
     dx, constant = torch.empty_like(x), log_decay.dim() == 1
     states = torch.empty(x.shape, dtype=dtype, device=x.device)
-    forward(problem, initial_state, states)
+    _run(problem, initial_state, states)
     # The states of tokens to the right are not needed any more: there the gradient of log_decay may lie.
     shares = not constant and log_decay.dtype == dtype
     ddecay = (
