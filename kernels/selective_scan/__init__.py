@@ -136,6 +136,16 @@ class SelectiveRecurrence:
             # What rounding to bfloat16 may add is let through.
             raise ValueError(f"delta b^2 must not exceed 1; got {float(greatest)}. Divide delta by 1 + delta |b|^2")
 
+    def like(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty tensors of the shapes and types of the output, the state and the transition for such inputs."""
+        x, b = inputs[0], inputs[3]
+        assert x is not None
+        assert b is not None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        state = x.new_empty((x.shape[0], x.shape[2], b.shape[2]), dtype=dtype)
+        transition = state.new_empty(state.shape[:2] if self.decay == "exponential" else state.shape)
+        return torch.empty_like(x), state, transition
+
     @torch.no_grad()
     def forward(
         self,
