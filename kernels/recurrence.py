@@ -84,6 +84,14 @@ class Recurrence(Protocol):
         """The rows' summaries; a diagonal recurrence is given the final state of its run from nothing."""
         ...
 
+    def received(self, summary: Summary, inputs: Inputs) -> Summary:
+        """A gathered summary in the form that `combine`, `advance` and `retreat` take, given any segment's inputs.
+
+        What `summarize` returns is what travels; most ops need nothing more. Constants among the inputs may make a
+        transition of fewer numbers.
+        """
+        ...
+
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """The summary of `earlier` followed by `later`; associative."""
         ...

@@ -42,7 +42,7 @@ class StatePassing:
         dfinal = None
         if transitions is not None:
             local = op.summarize_backward(dout, folded, initial, seq.spans, **settings)
-            dfinal = _suffix(op, local, transitions, seq)
+            dfinal = _suffix(op, local, transitions, folded, seq)
         dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, **settings)
         return tuple(
             d if d is None or x is None or not _is_sequence(x) else seq.unfold(d)
@@ -82,7 +82,7 @@ def _forward(
     before = []
     for summary in summaries:
         before.append(state)
-        state = op.advance(summary, state)
+        state = op.advance(op.received(summary, folded), state)
     initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
     if out is None:
         out, _ = op.forward(folded, initial, seq.spans, **settings)
@@ -107,7 +107,7 @@ def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
     return summaries, torch.stack([summary.transition for summary in summaries])
 
 
-def _suffix(op: Recurrence, local: Tensor, transitions: Tensor, seq: Sequence) -> Tensor:
+def _suffix(op: Recurrence, local: Tensor, transitions: Tensor, folded: Inputs, seq: Sequence) -> Tensor:
     """Gradient of the final state of each of this rank's segments, from what all segments after it ask for."""
     spans = seq.layout.spans
     gathered = in_row_order(Gathering(local.unflatten(0, (spans, -1)).contiguous(), seq).wait(), seq)
@@ -115,5 +115,6 @@ def _suffix(op: Recurrence, local: Tensor, transitions: Tensor, seq: Sequence) -
     after: dict[int, Tensor] = {}
     for span in reversed(range(len(gathered))):
         after[span] = dstate
-        dstate = op.retreat(Summary(transitions[span], gathered[span]), dstate, gathered[span])
+        summary = op.received(Summary(transitions[span], gathered[span]), folded)
+        dstate = op.retreat(summary, dstate, gathered[span])
     return torch.cat([after[span] for span in seq.layout.spans_of(seq.rank)])

@@ -188,6 +188,10 @@ class DeltaRecurrence:
             *(reference.summarize(inputs, documents) if backend == "reference" else chunked.summarize(problem))
         )
 
+    def received(self, summary: Summary, inputs: Inputs) -> Summary:
+        """The summary as it is."""
+        return summary
+
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """`earlier` followed by `later`."""
         return Summary(later.transition @ earlier.transition, self.advance(later, earlier.state))

@@ -150,6 +150,10 @@ class DiagonalRecurrence:
         keep = torch.tensor(through, device=x.device).view(-1, *[1] * (x.dim() - 2))
         return Summary(torch.where(keep, total.exp().to(final_state.dtype), 0.0), final_state)
 
+    def received(self, summary: Summary, inputs: Inputs) -> Summary:
+        """The summary as it is."""
+        return summary
+
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """`earlier` followed by `later`."""
         return Summary(later.transition * earlier.transition, self.advance(later, earlier.state))

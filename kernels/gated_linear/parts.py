@@ -143,6 +143,10 @@ class GatedLinearRecurrence:
             return Summary(torch.where(keep, total, -torch.inf).to(dtype), final_state)
         return Summary(torch.where(keep, total.exp().to(dtype), 0.0), final_state)
 
+    def received(self, summary: Summary, inputs: Inputs) -> Summary:
+        """The summary as it is."""
+        return summary
+
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """`earlier` followed by `later`."""
         if self.stabilised:
