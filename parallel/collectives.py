@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .mesh import Mesh
+from .operation import Tensors, mix
 from .sequence import Sequence
 
 # torch 2.13 renamed it; 2.11 has only the old name.
@@ -40,29 +42,41 @@ def in_row_order(gathered: Tensor, seq: Sequence) -> list[Tensor]:
     return [ordered[span] for span in range(layout.ranks * layout.spans)]
 
 
-class _Halo(torch.autograd.Function):
-    """Forward: the rows before each span. Backward: their gradients, added up at the spans that own the rows."""
+@dataclass(frozen=True)
+class Halo:
+    """The `width` rows before each folded span: `[spans * B, L, …]` to `[spans * B, width, …]`.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor:
-        ctx.seq, ctx.width, ctx.shape = seq, width, x.shape
-        return seq.once(slot, lambda: _halo_forward(x, seq, width))
+    Rows before the start of the row are zero. Spans shorter than `width` take their halo from several spans. An
+    `Operation`: one all-gather of `spans * min(width, L)` rows forward; backward one all-reduce of all spans' such
+    rows, whose gradients are added up at the spans that own them.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, dhalo: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        seq, width = ctx.seq, ctx.width
-        layout, batch, length = seq.layout, ctx.shape[0] // seq.layout.spans, ctx.shape[1]
-        tail = min(width, length)
-        total = layout.ranks * layout.spans
-        dtails = dhalo.new_zeros(total, batch, tail, *ctx.shape[2:])
-        for span, part in zip(layout.spans_of(seq.rank), dhalo.chunk(layout.spans, dim=0), strict=True):
-            for before, rows, source in _halo_parts(span, width, tail):
+    width: int
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        return _halo_forward(x, seq, self.width), ()
+
+    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+        (x,) = inputs
+        assert x is not None
+        layout, batch, length = seq.layout, x.shape[0] // seq.layout.spans, x.shape[1]
+        tail = min(self.width, length)
+        dtails = dout.new_zeros(layout.ranks * layout.spans, batch, tail, *x.shape[2:])
+        for span, part in zip(layout.spans_of(seq.rank), dout.chunk(layout.spans, dim=0), strict=True):
+            for before, rows, source in _halo_parts(span, self.width, tail):
                 dtails[before, :, source] += part[:, rows]
         dist.all_reduce(dtails, group=seq.group)
-        dx = dhalo.new_zeros(ctx.shape)
+        dx = dout.new_zeros(x.shape)
         mine = torch.stack([dtails[span] for span in layout.spans_of(seq.rank)])
         dx[:, length - tail :] = mine.flatten(0, 1)
-        return dx, None, None, None
+        return (dx,)
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        return x.new_empty(x.shape[0], self.width, *x.shape[2:]), ()
 
 
 def _halo_parts(span: int, width: int, tail: int) -> list[tuple[int, slice, slice]]:
@@ -89,14 +103,10 @@ def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
 
 
 def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:
-    """The `width` rows before each folded span: `[spans * B, L, …]` to `[spans * B, width, …]`; None on one rank.
-
-    Rows before the start of the row are zero. Spans shorter than `width` take their halo from several spans. One
-    all-gather of `spans * min(width, L)` rows forward, one all-reduce of all spans' such rows backward.
-    """
+    """What `Halo` gives, `[spans * B, width, …]`; None on one rank, whose rows have nothing before them."""
     if seq.layout.ranks == 1 or width == 0:
         return None
-    return _Halo.apply(x, seq, width, slot)  # type: ignore[return-value]
+    return mix(Halo, (width,), (x,), seq, slot)
 
 
 def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[dist.Work]:

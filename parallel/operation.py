@@ -8,7 +8,6 @@ document border, and are not compiled anew for the next batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -51,31 +50,6 @@ def mix(
     return _Mix.apply(build(*settings), seq, slot, *inputs)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Composed:
-    """An operation made of functions that have their own gradients, such as a halo and a kernel.
-
-    Its inputs are the first arguments of `compute`, the output has the shape and type of the first; backward runs
-    `compute` again. For compiled graphs alone: eagerly `compute` needs no operation.
-    """
-
-    compute: Callable[..., Tensor]
-
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
-        return self.compute(*inputs, seq=seq), ()
-
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
-        with torch.enable_grad():
-            leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-            result = self.compute(*leaves, seq=seq)
-        given = iter(torch.autograd.grad(result, [x for x in leaves if x is not None], dout))
-        return tuple(None if x is None else next(given) for x in leaves)
-
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
-        assert inputs[0] is not None
-        return torch.empty_like(inputs[0], memory_format=torch.contiguous_format), ()
-
-
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Operation, seq: Sequence, slot: str, *inputs: Tensor | None) -> Tensor:
@@ -115,6 +89,17 @@ def _dense(tensors: Tensors, like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if x is None else x.contiguous() for x in tensors]
 
 
+def _unaliased(tensors: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """A custom op may return neither its inputs nor two views of one storage."""
+    storages = {x.untyped_storage().data_ptr() for x in inputs}
+    results = []
+    for x in tensors:
+        storage = x.untyped_storage().data_ptr()
+        results.append(x.clone() if x.numel() and storage in storages else x)
+        storages.add(storage)
+    return results
+
+
 def _missing(tensors: list[Tensor], pattern: Tensors) -> Tensors:
     return tuple(None if p is None else x for x, p in zip(tensors, pattern, strict=True))
 
@@ -123,12 +108,7 @@ def _missing(tensors: list[Tensor], pattern: Tensors) -> Tensors:
 def _mix(handle: Tensor, name: str, given: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
     inputs = _spread(given, mask)
     out, saved = _operations[name].forward(inputs, Sequence.of(handle))
-    return [_unaliased(x, given) for x in _dense((out, *saved), out)]
-
-
-def _unaliased(x: Tensor, inputs: list[Tensor]) -> Tensor:
-    """A custom op may not return its input."""
-    return x.clone() if any(x.data_ptr() == y.data_ptr() and x.numel() for y in inputs) else x
+    return _unaliased(_dense((out, *saved), out), given)
 
 
 @_mix.register_fake
@@ -153,7 +133,7 @@ def _mix_backward(
     saved = _missing(results[1:], pattern)
     gradients = operation.backward(dout, inputs, results[0], saved, Sequence.of(handle))
     dense = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True) if x is not None]
-    return [_unaliased(g.contiguous(), [dout, *given, *results]) for g in dense]
+    return _unaliased(_dense(tuple(dense), dout), [dout, *given, *results])
 
 
 @_mix_backward.register_fake

@@ -7,21 +7,22 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels import short_conv as conv_kernels
 from ..kernels.delta_rule import DeltaRecurrence
+from ..kernels.diagonal_scan import DiagonalRecurrence
 from ..kernels.documents import Documents, Run
 from ..kernels.gated_linear import GatedLinearRecurrence
 from ..kernels.mask import Mask
 from ..kernels.recurrence import Inputs, Recurrence
+from ..kernels.selective_scan import SelectiveRecurrence
 from ..kernels.softmax import check_inputs as check_softmax
 from ..kernels.softmax import softmax_attention as attend_here
 from .collectives import halo
-from .operation import Composed, Setting, mix
+from .operation import Setting, mix
 from .ring import RingAttention
 from .sequence import DecodingCache, Sequence
 from .state_passing import StatePassing
@@ -135,6 +136,33 @@ def delta_rule(
     return _recurrent(DeltaRecurrence, (), (q, k, v, beta, log_decay, a, b), seq, scale, slot)
 
 
+def diagonal_scan(x: Tensor, log_decay: Tensor, *, seq: Sequence, slot: str = "state") -> Tensor:
+    """h_t = e^{a_t} h_{t−1} + x_t over the whole row: every h `[B, T, …]` in x's type.
+
+    x `[B, T, …]`; `log_decay` like x, or constant with x's dims of channels. See `longreach.kernels.diagonal_scan`.
+    """
+    return _recurrent(DiagonalRecurrence, (), (x, log_decay), seq, None, slot)
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    c: Tensor,
+    *,
+    seq: Sequence,
+    decay: str = "exponential",
+    slot: str = "state",
+) -> Tensor:
+    """h_t = e^{Δ_t a} h_{t−1} + Δ_t x_t b_t;  y_t = Σ_n h_t c_t over the whole row: `[B, T, D]` in x's type.
+
+    x, delta `[B, T, D]`, a `[D, N]`, b, c `[B, T, N]`; with `decay="longhorn"` 1 − Δ_t b_t² in place of e^{Δ_t a}, and
+    a None. See `longreach.kernels.selective_scan`.
+    """
+    return _recurrent(SelectiveRecurrence, (decay,), (x, delta, a, b, c), seq, None, slot)
+
+
 def _recurrent(
     build: Callable[..., Recurrence],
     settings: tuple[Setting, ...],
@@ -169,13 +197,7 @@ def short_conv(
 ) -> Tensor:
     """Causal depthwise convolution of `[B, T, D]` with `weight [D, W]`; taps never cross a document's start."""
     if torch.compiler.is_compiling():
-        return mix(_short_conv_operation, (activation, slot), (x, weight, bias), seq, slot)
-    return _short_conv(x, weight, bias, seq=seq, activation=activation, slot=slot)
-
-
-def _short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, seq: Sequence, activation: str | None, slot: str
-) -> Tensor:
+        return _traced_conv(x, weight, bias, seq=seq, activation=activation, slot=slot)
     width = weight.shape[1] - 1
     folded, history = _with_history(x, seq, width, slot)
     out = conv_kernels.short_conv(
@@ -184,22 +206,29 @@ def _short_conv(
     return seq.unfold(out)
 
 
-def _short_conv_operation(activation: str | None, slot: str) -> Composed:
-    return Composed(partial(_short_conv, activation=activation, slot=slot))
+def _traced_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, seq: Sequence, activation: str | None, slot: str
+) -> Tensor:
+    """The convolution as torch.compile fuses it best: a shift for each tap, masked by how far the document reaches."""
+    taps, dtype = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
+    folded = seq.fold(x)
+    before = halo(folded, seq, taps - 1, slot)
+    before = folded.new_zeros(folded.shape[0], taps - 1, folded.shape[2]) if before is None else before
+    rows = torch.cat([before, folded], dim=1).to(dtype)
+    reach = seq.fold(seq.reach(x.device).unsqueeze(-1))
+    out = torch.zeros_like(folded, dtype=dtype) if bias is None else (reach >= 0) * bias.to(dtype)
+    for back in range(taps):
+        shifted = rows[:, taps - 1 - back : rows.shape[1] - back]
+        out = out + torch.where(reach >= back, shifted, 0.0) * weight[:, taps - 1 - back].to(dtype)
+    out = torch.nn.functional.silu(out) if activation == "silu" else out
+    return seq.unfold(out.to(x.dtype))
 
 
 def token_shift(x: Tensor, *, seq: Sequence, slot: str = "shift") -> Tensor:
     """The previous token of each of `[B, T, D]`, zero at a document's start."""
     if torch.compiler.is_compiling():
-        return mix(_token_shift_operation, (slot,), (x,), seq, slot)
-    return _token_shift(x, seq=seq, slot=slot)
-
-
-def _token_shift_operation(slot: str) -> Composed:
-    return Composed(partial(_token_shift, slot=slot))
-
-
-def _token_shift(x: Tensor, *, seq: Sequence, slot: str) -> Tensor:
+        weight = x.new_tensor([[1.0, 0.0]]).expand(x.shape[2], -1)
+        return _traced_conv(x, weight, None, seq=seq, activation=None, slot=slot)
     folded, history = _with_history(x, seq, 1, slot)
     return seq.unfold(conv_kernels.token_shift(folded, documents=seq.spans, history=history, backend=seq.backend))
 

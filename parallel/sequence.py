@@ -151,9 +151,14 @@ class Sequence:
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, T]`: in-document positions of the tokens held here."""
+        return self.reach(device).clamp(min=0) if torch.compiler.is_compiling() else self.local.positions(device)
+
+    def reach(self, device: torch.device | str = "cpu") -> Tensor:
+        """int32 `[B, T]`: how many tokens of its document are before each token held here; −1 for padding."""
         if torch.compiler.is_compiling():
-            return _positions(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
-        return self.local.positions(device)
+            return _reach(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
+        ids = self.local.ids(device)
+        return torch.where(ids < 0, -1, self.local.positions(device)).to(torch.int32)
 
     def shard(self, x: Tensor) -> Tensor:
         """`[B, N, …]` of the whole rows to the `[B, T, …]` held here."""
@@ -181,12 +186,12 @@ class Sequence:
 STRATEGIES = ("ring",)
 
 
-@torch.library.custom_op("longreach::positions", mutates_args=())
-def _positions(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-    """Positions as compiled graphs see them: of the sequence that the handle stands for, not of the one traced."""
-    return Sequence.of(handle).positions(device).clone()
+@torch.library.custom_op("longreach::reach", mutates_args=())
+def _reach(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    """`Sequence.reach` as compiled graphs see it: of the sequence that the handle stands for, not of the one traced."""
+    return Sequence.of(handle).reach(device)
 
 
-@_positions.register_fake
+@_reach.register_fake
 def _(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     return torch.empty(batch, length, dtype=torch.int32, device=device)
