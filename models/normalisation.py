@@ -36,19 +36,20 @@ class HeadNorm(nn.Module):
         y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
     `[B, T, H, V]` to `[B, T, H * V]` in the same dtype; statistics in float32 at least (Wu and He, 2018,
-    arXiv 1803.08494).
+    arXiv 1803.08494). bias=False leaves it out.
     """
 
-    def __init__(self, heads: int, value_dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, heads: int, value_dim: int, eps: float = 1e-6, bias: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(heads * value_dim))
-        self.bias = nn.Parameter(torch.zeros(heads * value_dim))
+        self.bias = nn.Parameter(torch.zeros(heads * value_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = F.layer_norm(wide, x.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * self.weight + self.bias).to(x.dtype)
+        scaled = normed * self.weight
+        return (scaled if self.bias is None else scaled + self.bias).to(x.dtype)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0 if name == "weight" else 0.0)

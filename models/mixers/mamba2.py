@@ -1,0 +1,121 @@
+"""Mamba-2."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.gated_linear import flops
+from ...kernels.pointwise import rms_norm
+from ...parallel import ops
+from ...parallel.sequence import Sequence
+from ..mixer import Mixer, head_size
+from ..short_convolution import ShortConvolution
+
+
+class Mamba2(Mixer):
+    """A state space with one decay a head (Mamba-2, Dao and Gu, 2024, arXiv 2405.21060).
+
+        x, B, C = silu(conv(W u))        delta = clamp(softplus(W_delta u + dt_bias), step_limit)        u the input
+        S_t = exp(-delta_t exp(A_log)) S_(t-1) + B_t^T (delta_t x_t)        y_t = C_t S_t + D x_t
+        out = W_o RMSNorm(y * silu(W_z u))            gate first, then the norm, over each group of heads at once
+
+    expansion: the width inside over the width; head_dim: of a head, so that there are expansion * width / head_dim
+    heads. state: channels of B and C, which `groups` of heads share. conv_size: taps of the convolution. step_range,
+    step_floor: where steps softplus(dt_bias) start, log-uniformly; step_limit: what steps are clamped to, None for no
+    upper bound. bias, conv_bias: of the linear layers and of the convolution. Raises ValueError for sizes that do not
+    divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        expansion: float = 2,
+        head_dim: int = 64,
+        state: int = 128,
+        groups: int = 1,
+        conv_size: int = 4,
+        step_range: tuple[float, float] = (1e-3, 1e-1),
+        step_floor: float = 1e-4,
+        step_limit: tuple[float, float | None] = (0.0, None),
+        bias: bool = False,
+        conv_bias: bool = True,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        inner = int(expansion * width)
+        heads = head_size("head_dim", inner, head_dim)
+        if groups < 1 or heads % groups:
+            raise ValueError(f"groups must divide the {heads} heads; got {groups}. Change it, or expansion or head_dim")
+        if not 0 < step_range[0] <= step_range[1]:
+            raise ValueError(f"step_range must be positive and in order; got {tuple(step_range)}")
+        self.heads, self.head_dim, self.groups, self.state = heads, head_dim, groups, state
+        self.step_range, self.step_floor, self.step_limit = tuple(step_range), step_floor, tuple(step_limit)
+        self.gate = nn.Linear(width, inner, bias=bias)
+        self.value = nn.Linear(width, inner, bias=bias)  # x
+        self.key = nn.Linear(width, groups * state, bias=bias)  # B
+        self.query = nn.Linear(width, groups * state, bias=bias)  # C
+        self.step = nn.Linear(width, heads, bias=bias)  # delta
+        self.conv = ShortConvolution(inner + 2 * groups * state, conv_size, bias=conv_bias, activation="silu")
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.norm = GatedRMSNorm(inner, groups, norm_eps)
+        self.output = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        parts = self.value(x), self.key(x), self.query(x)
+        v, k, q = self.conv.of_parts(parts, seq)
+        v = v.unflatten(-1, (self.heads, self.head_dim))
+        k, q = (part.unflatten(-1, (self.groups, self.state)) for part in (k, q))
+        step = self.steps(x)
+        log_decay = -self.A_log.to(step.dtype).exp() * step
+        out = ops.gated_linear_attention(q, k, v * step.to(v.dtype).unsqueeze(-1), log_decay, seq=seq, scale=1.0)
+        out = out + self.D.to(v.dtype)[:, None] * v
+        return self.output(self.norm(out.flatten(-2), self.gate(x)))
+
+    def steps(self, x: Tensor) -> Tensor:
+        """delta `[B, T, H]`, in float32 at least: sums of it over many tokens are exponents."""
+        raw = self.step(x)
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        return F.softplus(raw.to(wide) + self.dt_bias.to(wide)).clamp(*self.step_limit)
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        tokens = seq.local.batch * seq.local.length
+        return flops(tokens, heads=self.heads, key_dim=self.state, value_dim=self.head_dim)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        if name == "A_log":
+            tensor.copy_(torch.arange(1, len(tensor) + 1)).log_()
+        elif name == "D":
+            tensor.fill_(1.0)
+        elif name == "dt_bias":
+            low, high = (math.log(bound) for bound in self.step_range)
+            step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=self.step_floor)
+            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        else:
+            return False
+        return True
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x * silu(gate)) within each of `groups` equal parts of the width, with a weight a channel."""
+
+    def __init__(self, width: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gated = x.to(wide) * F.silu(gate.to(wide))
+        normed = rms_norm(gated.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
+        return (normed * self.weight).to(x.dtype)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        tensor.fill_(1.0)
+        return True
