@@ -44,8 +44,6 @@ def selective_scan(
     "exponential" is Mamba's (Gu and Dao, 2023, arXiv 2312.00752), whose input is scaled by delta and not by the exact
     integral. "longhorn" is the diagonal form in which Longhorn was released (Liu et al., 2024, arXiv 2407.14207).
     """
-    if decay not in DECAYS:
-        raise ValueError(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}. Choose one")
     op = SelectiveRecurrence(decay)
     op.check((x, delta, a, b, c), initial_state)
     if documents is None:
@@ -103,6 +101,8 @@ class SelectiveRecurrence:
 
     def check(self, inputs: Inputs, initial_state: Tensor | None = None) -> None:
         """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}; got {self.decay!r}. Choose one")
         x, delta, a, b, c = inputs
         if x is None or delta is None or x.dim() != 3 or delta.shape != x.shape:
             shapes = [None if tensor is None else list(tensor.shape) for tensor in (x, delta)]

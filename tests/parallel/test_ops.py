@@ -1,6 +1,7 @@
 """Every op over gloo ranks against itself on one: outputs and all gradients, float64, packed documents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from longreach.parallel import collectives, ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Kept, Sequence
 
-LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH = 96, 4, 2, 6, 10, 5
+LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH, STATES = 96, 4, 2, 6, 10, 5, 3
 # Two rows: one with documents that cross spans and padding at the end, one that is a single document.
 PACKED = Documents.from_lengths([[7, 41, 1, 30, 5], [LENGTH]], LENGTH)
 # Rows of which whole ranks are padding, or one-token documents.
@@ -38,6 +39,38 @@ def linear_inputs(*decay: int, heads: int = HEADS) -> list[Tensor]:
     return inputs + ([-draw(*decay).abs() * 0.3] if decay else [])
 
 
+def values_decay(q: Tensor, k: Tensor, v: Tensor, value_log_decay: Tensor, *log_decay: Tensor, seq: Sequence) -> Tensor:
+    return ops.gated_linear_attention(q, k, v, *log_decay, value_log_decay=value_log_decay, seq=seq)
+
+
+def value_decay_inputs(*decay: int) -> list[Tensor]:
+    *vectors, log_decay = linear_inputs(*decay)
+    return [*vectors, -draw(2, LENGTH, HEADS, VALUE).abs() * 0.3, log_decay]
+
+
+def with_bonus(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, *, seq: Sequence) -> Tensor:
+    return ops.gated_linear_attention(q, k, v, log_decay, bonus=bonus, read="exclusive", seq=seq)
+
+
+def divided(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    log_input: Tensor | None = None,
+    bonus: Tensor | None = None,
+    *,
+    seq: Sequence,
+    normaliser: str = "sum",
+) -> Tensor:
+    """Over sums of positive products, which are not near 0."""
+    read = "inclusive" if bonus is None else "exclusive"
+    return ops.gated_linear_attention(
+        q.abs() + 0.1, k.abs() + 0.1, v, log_decay, log_input=log_input, bonus=bonus, read=read,
+        normaliser=normaliser, seq=seq,
+    )  # fmt: skip
+
+
 def delta_inputs(*decay: int, erase: bool = False, heads: int = HEADS) -> list[Tensor]:
     """q, k, v, and a beta or a pair to erase; erased directions have length 1, as all users of the rule make them."""
     q, k, v = draw(2, LENGTH, heads, KEY), draw(2, LENGTH, heads, KEY), draw(2, LENGTH, HEADS, VALUE)
@@ -56,7 +89,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None, *
     return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sink_logits)
 
 
-CASES: dict[str, tuple[Op, Callable[[], list[Tensor]], dict[str, int]]] = {
+def selective_inputs(longhorn: bool = False) -> list[Tensor]:
+    x, delta, b, c = (
+        draw(2, LENGTH, WIDTH),
+        draw(2, LENGTH, WIDTH).abs(),
+        draw(2, LENGTH, STATES),
+        draw(2, LENGTH, STATES),
+    )
+    if longhorn:
+        return [x, delta / (1 + delta * b.square().sum(-1, keepdim=True)), b, c]
+    return [x, 0.1 * delta, -draw(WIDTH, STATES).abs(), b, c]
+
+
+def longhorn(x: Tensor, delta: Tensor, b: Tensor, c: Tensor, *, seq: Sequence) -> Tensor:
+    return ops.selective_scan(x, delta, None, b, c, seq=seq, decay="longhorn")
+
+
+CASES: dict[str, tuple[Op, Callable[[], list[Tensor]], dict[str, Any]]] = {
     "softmax": (attend, softmax_inputs, {}),
     "window": (attend, softmax_inputs, {"window": 9}),
     "short window": (attend, softmax_inputs, {"window": 1}),
@@ -66,10 +115,28 @@ CASES: dict[str, tuple[Op, Callable[[], list[Tensor]], dict[str, int]]] = {
     "scalar decay": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS), {}),
     "channel decay": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS, KEY), {}),
     "grouped": (ops.gated_linear_attention, lambda: linear_inputs(2, LENGTH, HEADS, heads=GROUPS), {}),
+    "constant channels": (ops.gated_linear_attention, lambda: linear_inputs(HEADS, KEY), {}),
+    "value decay": (values_decay, lambda: value_decay_inputs(2, LENGTH, HEADS, KEY), {}),
+    "bonus": (with_bonus, lambda: [*linear_inputs(2, LENGTH, HEADS, KEY), draw(HEADS, KEY)], {}),
+    "normaliser": (divided, lambda: linear_inputs(2, LENGTH, HEADS), {}),
+    "input gate": (
+        divided,
+        lambda: [*linear_inputs(2, LENGTH, HEADS), 4 * draw(2, LENGTH, HEADS)],
+        {"normaliser": "at_least_one"},
+    ),
+    "input gate, bonus": (
+        divided,
+        lambda: [*linear_inputs(HEADS), 4 * draw(2, LENGTH, HEADS), draw(HEADS, KEY).abs()],
+        {},
+    ),
     "delta": (ops.delta_rule, delta_inputs, {}),
     "gated delta": (ops.delta_rule, lambda: delta_inputs(2, LENGTH, HEADS, heads=GROUPS), {}),
     "channel delta": (ops.delta_rule, lambda: delta_inputs(2, LENGTH, HEADS, KEY), {}),
     "general delta": (erase, lambda: delta_inputs(2, LENGTH, HEADS, KEY, erase=True), {}),
+    "scan": (ops.diagonal_scan, lambda: [draw(2, LENGTH, WIDTH), -draw(2, LENGTH, WIDTH).abs() * 0.3], {}),
+    "constant scan": (ops.diagonal_scan, lambda: [draw(2, LENGTH, WIDTH, 3), -draw(WIDTH, 3).abs() * 0.3], {}),
+    "selective scan": (ops.selective_scan, selective_inputs, {}),
+    "longhorn": (longhorn, lambda: selective_inputs(longhorn=True), {}),
     "conv": (ops.short_conv, lambda: [draw(2, LENGTH, WIDTH), draw(WIDTH, 4)], {}),
     "wide conv": (ops.short_conv, lambda: [draw(2, LENGTH, WIDTH), draw(WIDTH, 30)], {}),
     "shift": (ops.token_shift, lambda: [draw(2, LENGTH, WIDTH)], {}),
