@@ -1,4 +1,4 @@
-.PHONY: check fix test gpu bench
+.PHONY: check fix test gpu bench kernels
 SHELL := /bin/bash
 ENVIRONMENT := . launch/environment.sh && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
@@ -14,5 +14,8 @@ test:  ## all tests
 gpu:  ## the tests that need a CUDA device
 	bash launch/test.sh -m gpu
 
-bench:  ## the benchmarks
-	$(ENVIRONMENT) && for file in benchmarks/*.py; do echo "== $$file" && $$PYTHON $$file || exit 1; done
+bench:  ## every op beside its peers; the table goes to benchmarks/results/
+	$(ENVIRONMENT) && $$PYTHON benchmarks/kernels.py --write
+
+kernels:  ## compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU
+	$(ENVIRONMENT) && cd / && $$PYTHON -m longreach.kernels.compilation

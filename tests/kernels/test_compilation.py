@@ -1,0 +1,49 @@
+"""Every Triton kernel compiles for GPUs that are not here: shared memory, spills and matrix instructions in order."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from longreach.kernels.compilation import OPS, Compilation, Report, faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_for_every_chip(op):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "longreach.kernels.compilation", op]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) > 3
+
+
+def named(**settings):
+    return Compilation(kernel=None, signature={}, constants={}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("compilation", "capability", "found", "said"),
+    [
+        (named(rows=64), 90, Report(1000, 200, 0, 8, 0), []),
+        (named(), 80, Report(163 * 1024 + 1, 32, 0, 0, 0), ["exceed 166912"]),
+        (named(rows=128), 90, Report(1000, 255, 16, 8, 0), ["16 bytes spilled"]),
+        (named(rows=128), 80, Report(1000, 255, 16, 0, 8), []),
+        (named(rows=64), 90, Report(1000, 200, 0, 0, 8), ["no wgmma"]),
+        (named(rows=64, note="16 columns"), 90, Report(1000, 200, 0, 0, 8), []),
+        (named(rows=16), 90, Report(1000, 200, 0, 0, 0), ["no tensor-core"]),
+    ],
+)
+def test_what_keeps_a_kernel_from_production(compilation, capability, found, said):
+    problems = faults(compilation, capability, found)
+    assert len(problems) == len(said)
+    assert all(part in problem for part, problem in zip(said, problems, strict=True))
+
+
+def test_unknown_ops_are_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "longreach.kernels.compilation", "softmix"], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 2
+    assert "ops must be among softmax, block_sparse" in done.stderr
