@@ -30,7 +30,7 @@ class Outputs:
         self._failing = False
         if first:
             self.metrics.resume_at(step)
-            directory.write_config(asdict(settings))
+            self._keep(lambda: directory.write_config(asdict(settings)))
             self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say)
             self.progress.start()
 
