@@ -1,0 +1,23 @@
+"""What a run shows and keeps, where its files cannot be written."""
+
+import errno
+
+from longreach.trainer.outputs import Outputs
+from longreach.trainer.run_directory import RunDirectory
+from longreach.trainer.settings import Settings
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def no_space(self, config):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "write_config", no_space)
+    settings = Settings()
+    settings.logger.wandb.mode = "disabled"
+    outputs = Outputs(settings, RunDirectory(tmp_path), first=True, step=0)
+    outputs.training({"step": 1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0}, 1.0)
+    outputs.close()
+    said = capsys.readouterr().out
+    assert said.count("run.dir cannot be written: [Errno 28] No space left on device") == 1
+    assert "free space" in said
+    assert '"step": 1' in (tmp_path / "metrics.jsonl").read_text()
