@@ -15,6 +15,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+COPIED = 32  # queries from which on inputs are copied head by head
+
+
 class Gradient(NamedTuple):
     """What the backward of every tile is given: the final (out, lse) and the gradients that came for them."""
 
@@ -58,8 +61,9 @@ class FlashRectangles(_Rectangles):
     """By torch's flash attention for CPU, which returns the log-sum-exp and whose backward takes a merged one.
 
     It needs one dim for keys and values and contiguous heads (it reads other strides wrongly, in silence): inputs are
-    padded with zeros once a tile. Its backward knows no gradient of the log-sum-exp; one more value column, 0 in v, 1
-    in dout and −dlse in out, puts −dlse into the row sums of dout·out and changes nothing else.
+    padded with zeros once a tile. It is a tenth faster where a head's tokens follow one another in memory, which is
+    worth a copy once several queries read each key. Its backward knows no gradient of the log-sum-exp; one more value
+    column, 0 in v, 1 in dout and −dlse in out, puts −dlse into the row sums of dout·out and changes nothing else.
     """
 
     def __init__(
@@ -74,20 +78,23 @@ class FlashRectangles(_Rectangles):
                 dout = torch.cat([dout, torch.ones_like(dout[..., :1])], dim=-1)
                 out = torch.cat([out, -gradient.dlse.to(self.dtype).unsqueeze(-1)], dim=-1)
         self.dim = max(self.key_dim, columns)
-        self.q, self.k, self.v = (self._padded(x) for x in (self.q, self.k, self.v))
+        self.copies = q.shape[1] >= COPIED
+        self.q, self.k, self.v = (self._by_head(x) for x in (self.q, self.k, self.v))
         if gradient is not None:
-            self.gradient = self._padded(dout), self._padded(out), gradient.lse.to(self.dtype)
+            self.gradient = self._by_head(dout), self._by_head(out), gradient.lse.to(self.dtype).transpose(1, 2)
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def _by_head(self, x: Tensor) -> Tensor:
+        """`[B, T, heads, X]` to `[B, heads, T, dim]`."""
         x = F.pad(x, (0, self.dim - x.shape[-1])) if x.shape[-1] < self.dim else x
-        return x if x.stride(-1) == 1 else x.contiguous()
+        x = x.transpose(1, 2)
+        return x.contiguous() if self.copies or x.stride(-1) != 1 else x
 
     def forward(self, at: Rectangle) -> tuple[Tensor, Tensor]:
         out, lse = _flash(*self._inputs(at), 0.0, at.shape == "causal", attn_mask=self._bias(at), scale=self.scale)
         return out.transpose(1, 2)[..., : self.value_dim], lse.transpose(1, 2)
 
     def backward(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
-        dout, out, lse = (_take(x, at.rows, at.queries).transpose(1, 2) for x in self.gradient)
+        dout, out, lse = (self._part(x, at.rows, at.queries) for x in self.gradient)
         dq, dk, dv = _flash_backward(
             dout, *self._inputs(at), out, lse, 0.0, at.shape == "causal", attn_mask=self._bias(at), scale=self.scale
         )
@@ -98,9 +105,13 @@ class FlashRectangles(_Rectangles):
         return self.band(at) if at.shape == "band" else None
 
     def _inputs(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
-        q = _take(self.q, at.rows, at.queries)
-        k, v = (_take(x, at.rows, at.keys) for x in (self.k, self.v))
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q = self._part(self.q, at.rows, at.queries)
+        k, v = (self._part(x, at.rows, at.keys) for x in (self.k, self.v))
+        return q, k, v
+
+    @staticmethod
+    def _part(x: Tensor, rows: tuple[int, int], span: tuple[int, int]) -> Tensor:
+        return x[rows[0] : rows[1], :, span[0] : span[1]]
 
 
 class PlainRectangles(_Rectangles):
