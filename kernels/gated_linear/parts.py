@@ -229,6 +229,10 @@ def _all(inputs: Inputs) -> Inputs:
 
 def _core(chosen: str) -> Core:
     """What runs the plain recurrence; that of the reference's parts is chunked."""
+    if chosen == "triton":
+        from . import triton as kernels
+
+        return kernels
     return chunked
 
 

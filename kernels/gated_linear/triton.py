@@ -1,0 +1,819 @@
+"""The plain gated recurrence as Triton kernels, chunk by chunk; deterministic.
+
+Forward: `_states` goes through a head's chunks in order and keeps the state before each; `_outputs` makes every
+chunk's outputs of its state and its own tokens. Backward: `_states` again, `_state_gradients` in reverse order, then
+`_keys` (gradients of queries, keys and decays) and `_values`, every chunk by itself. Groups of heads that share queries
+and keys are summed within a program.
+
+A decay a channel does not split into factors of query and key without overflow, but it does about a point between them:
+`_scores` and `_mix` go by sub-chunks of 16 tokens with their border for that point, and token by token within one.
+A decay of value channels is the same with values for keys, and gradients of outputs for queries; see `chunked.py`,
+of which all formulas and names are. Sums of decays run within a chunk and a document (`_cumulate`), base 2.
+"""
+
+# Kernels are typed by Triton, when they are compiled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunked import Problem
+
+CHUNK = 64
+SUB = 16  # tokens whose channels' decays are multiplied step by step; also the least side of a matrix product
+BLOCK = 64  # channels of a tile
+LANES = 128  # channels of a program that goes token by token
+LOG2_E = tl.constexpr(math.log2(math.e))
+STRONGEST = tl.constexpr(-40.0)  # nothing is left of what decays more in one step: e^-40 is 4e-18
+
+NONE, TOKEN, CHANNEL = 0, 1, 2  # how keys decay
+
+
+@triton.jit
+def _own(ids, n, T, C: tl.constexpr):
+    """Of chunk n: its tokens, their documents (−1 past the end), those before it and at its end."""
+    t = n * C + tl.arange(0, C)
+    own = tl.load(ids + t, mask=t < T, other=-1)
+    before = tl.load(ids + tl.maximum(n * C, 1) - 1)
+    last = tl.load(ids + tl.minimum(n * C + C, T) - 1)
+    return t, own, before, last
+
+
+@triton.jit
+def _rows(x, b, t, h, T, H, D, d):
+    """Pointers to `[tokens, channels]` of head h of `[B, T, H, D]`."""
+    return x + ((tl.cast(b, tl.int64) * T + t) * H + h)[:, None] * D + d[None, :]
+
+
+@triton.jit
+def _tile(x, b, t, h, T, H, D, d):
+    return tl.load(_rows(x, b, t, h, T, H, D, d), mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _row(x, b, t, h, T, H, D, d):
+    """Channels of one token, 0 past the end."""
+    at = x + ((tl.cast(b, tl.int64) * T + t) * H + h) * D + d
+    return tl.load(at, mask=(d < D) & (t < T), other=0.0)
+
+
+@triton.jit
+def _square(x, at, k, v, K, V):
+    """Pointers to `[keys, values]` of the state number `at`."""
+    return x + tl.cast(at, tl.int64) * K * V + k[:, None] * V + v[None, :]
+
+
+@triton.jit
+def _state(x, at, k, v, K, V):
+    return tl.load(_square(x, at, k, v, K, V), mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def _fall(exponent):
+    """2^exponent for exponents that are at most 0 wherever they count."""
+    return tl.exp2(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _cumulate(g, ids, sums, T, H, K, D, C: tl.constexpr, BY_TOKEN: tl.constexpr, BY_CHANNEL: tl.constexpr,
+              LANES: tl.constexpr):  # fmt: skip
+    """sums `[B, T, D]`, D = H K: log2 decays summed from the start of the chunk or, later, of the document.
+
+    g is `[B, T, H, K]`, BY_TOKEN and BY_CHANNEL; what it is not, it is without that dim.
+    """
+    n, b, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * LANES + tl.arange(0, LANES)
+    ids += tl.cast(b, tl.int64) * T
+    if BY_CHANNEL:
+        at, step = d, D
+    else:
+        at, step = d // K, H
+    total = tl.zeros([LANES], tl.float32)
+    before = tl.load(ids + tl.maximum(n * C, 1) - 1)
+    for t in range(n * C, tl.minimum(n * C + C, T)):
+        row = tl.cast(b, tl.int64) * T + t
+        own = tl.load(ids + t)
+        if BY_TOKEN:
+            decay = tl.load(g + row * step + at, mask=d < D, other=0.0).to(tl.float32)
+        else:
+            decay = tl.load(g + at, mask=d < D, other=0.0).to(tl.float32)
+        total = tl.where(own == before, total, 0.0) + tl.maximum(decay, STRONGEST) * LOG2_E
+        before = own
+        tl.store(sums + row * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _cumulate_back(moments, ids, ends, T, N, D, H, K, C: tl.constexpr, LANES: tl.constexpr):
+    """moments `[B, T, D]`, D = H K, become Σ of those from each token to the end of its document in the chunk.
+
+    Tokens of the document that the chunk ends in get its `ends` `[B, H, N, K]` besides.
+    """
+    n, b, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * LANES + tl.arange(0, LANES)
+    ids += tl.cast(b, tl.int64) * T
+    stop = tl.minimum(n * C + C, T)
+    last = tl.load(ids + stop - 1)
+    place = ((tl.cast(b, tl.int64) * H + d // K) * N + n) * K + d % K
+    end = tl.load(ends + place, mask=d < D, other=0.0)
+    total = tl.where(last >= 0, end, 0.0)
+    after = last
+    for back in range(stop - n * C):
+        t = stop - 1 - back
+        row = tl.cast(b, tl.int64) * T + t
+        own = tl.load(ids + t)
+        moment = tl.load(moments + row * D + d, mask=d < D, other=0.0)
+        total = tl.where(own == after, total, 0.0) + moment
+        after = own
+        tl.store(moments + row * D + d, tl.where(own >= 0, total, 0.0), mask=d < D)
+
+
+@triton.jit
+def _states(
+    k, v, G, W, ids, initial, starts, final, T, H, GROUPS, K, V, N,
+    DECAY: tl.constexpr, VALUE: tl.constexpr, ADD: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """States before the first N chunks, and after them. Without ADD: of k = 0, only what enters goes on."""
+    kd, vd = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    bh = tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    S = _state(initial, bh, kd, vd, K, V)
+    inside = (kd < K)[:, None] & (vd < V)[None, :]
+    for n in range(N):
+        place = tl.cast(bh, tl.int64) * N + n
+        tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
+        t, own, before, last = _own(ids, n, T, C)
+        end = tl.minimum(n * C + C, T) - 1
+        leave = (own == last) & (own >= 0)
+        goes = tl.where((before == last) & (before >= 0), 1.0, 0.0)
+        if ADD:
+            keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+            values = _tile(v, b, t, h, T, H, V, vd)
+        if DECAY == 0:
+            S *= goes
+            if ADD:
+                keys = tl.where(leave[:, None], keys, 0.0)
+        if DECAY == 1:
+            total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
+            S *= goes * tl.exp2(total)
+            if ADD:
+                sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
+                keys = (keys * tl.where(leave, _fall(total - sums), 0.0)[:, None]).to(k.dtype.element_ty)
+        if DECAY == 2:
+            totals = _row(G, b, end, h, T, H, K, kd)
+            S *= (goes * tl.exp2(totals))[:, None]
+            if ADD:
+                fall = _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd))
+                keys = (keys * tl.where(leave[:, None], fall, 0.0)).to(k.dtype.element_ty)
+        if VALUE:
+            across = _row(W, b, end, h, T, H, V, vd)
+            S *= tl.exp2(across)[None, :]
+            if ADD:
+                values = (values * _fall(across[None, :] - _tile(W, b, t, h, T, H, V, vd))).to(v.dtype.element_ty)
+        if ADD:
+            S += _dot(tl.trans(keys), values)
+    tl.store(_square(final, bh, kd, vd, K, V), S, mask=inside)
+
+
+@triton.jit
+def _state_gradients(
+    q, do, G, W, ids, dfinal, afters, dinitial, T, H, GROUPS, K, V, N, scale,
+    DECAY: tl.constexpr, VALUE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the states after the first N chunks, and of the state before them."""
+    kd, vd = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    bh = tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    dS = _state(dfinal, bh, kd, vd, K, V)
+    inside = (kd < K)[:, None] & (vd < V)[None, :]
+    for back in range(N):
+        n = N - 1 - back
+        place = tl.cast(bh, tl.int64) * N + n
+        tl.store(_square(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
+        t, own, before, last = _own(ids, n, T, C)
+        end = tl.minimum(n * C + C, T) - 1
+        enter = (own == before) & (own >= 0)
+        goes = tl.where((before == last) & (before >= 0), 1.0, 0.0)
+        queries = _tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+        given = _tile(do, b, t, h, T, H, V, vd)
+        if DECAY == 0:
+            dS *= goes
+            queries = (queries * tl.where(enter, scale, 0.0)[:, None]).to(q.dtype.element_ty)
+        if DECAY == 1:
+            dS *= goes * tl.exp2(tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h))
+            sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
+            queries = (queries * tl.where(enter, scale * tl.exp2(sums), 0.0)[:, None]).to(q.dtype.element_ty)
+        if DECAY == 2:
+            dS *= (goes * tl.exp2(_row(G, b, end, h, T, H, K, kd)))[:, None]
+            fall = scale * tl.exp2(_tile(G, b, t, h, T, H, K, kd))
+            queries = (queries * tl.where(enter[:, None], fall, 0.0)).to(q.dtype.element_ty)
+        if VALUE:
+            dS *= tl.exp2(_row(W, b, end, h, T, H, V, vd))[None, :]
+            given = (given * tl.exp2(_tile(W, b, t, h, T, H, V, vd))).to(do.dtype.element_ty)
+        dS += _dot(tl.trans(queries), given)
+    tl.store(_square(dinitial, bh, kd, vd, K, V), dS, mask=inside)
+
+
+@triton.jit
+def _pairs(own, C: tl.constexpr):
+    """Whether query i and key j <= i are of one document."""
+    i = tl.arange(0, C)
+    return (own[:, None] == own[None, :]) & (own >= 0)[:, None] & (i[:, None] >= i[None, :])
+
+
+@triton.jit
+def _outputs(
+    q, k, v, G, W, ids, starts, scores, out, T, H, GROUPS, K, V, N, stride, scale,
+    DECAY: tl.constexpr, VALUE: tl.constexpr, INTRA: tl.constexpr, ADD: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a chunk: what its tokens read of its state and, with INTRA, of one another; ADD: added to `out`.
+
+    `stride` is that of out's batch. Scores of a decay a channel are given.
+    """
+    vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, _ = _own(ids, n, T, C)
+    enter = (own == before) & (own >= 0)
+    place = tl.cast(bh, tl.int64) * N + n
+    o = tl.zeros([C, BV], tl.float32)
+    A = tl.zeros([C, C], tl.float32)
+    for k0 in range(0, K, BK):
+        kd = k0 + tl.arange(0, BK)
+        queries = _tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+        S = _state(starts, place, kd, vd, K, V)
+        if DECAY == 2:
+            o += _dot((queries * tl.exp2(_tile(G, b, t, h, T, H, K, kd))).to(S.dtype), S)
+        else:
+            o += _dot(queries, S)
+            if INTRA:
+                A += _dot(queries, tl.trans(_tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)))
+    if DECAY == 1:
+        sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
+        o *= tl.exp2(sums)[:, None]
+    o = tl.where(enter[:, None], o * scale, 0.0)
+    if VALUE:
+        o *= tl.exp2(_tile(W, b, t, h, T, H, V, vd))
+    if INTRA:
+        if DECAY == 2:
+            i = tl.arange(0, C)
+            A = tl.load(scores + place * C * C + i[:, None] * C + i[None, :])
+        else:
+            A *= scale
+            if DECAY == 1:
+                A *= _fall(sums[:, None] - sums[None, :])
+            A = tl.where(_pairs(own, C), A, 0.0)
+        o += _dot(A.to(v.dtype.element_ty), _tile(v, b, t, h, T, H, V, vd))
+    where = out + tl.cast(b, tl.int64) * stride + (tl.cast(t, tl.int64) * H + h)[:, None] * V + vd[None, :]
+    mask = (t < T)[:, None] & (vd < V)[None, :]
+    if ADD:
+        o += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    tl.store(where, o.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _keys(
+    q, k, v, do, G, ids, starts, afters, dq, dk, dg, T, H, GROUPS, K, V, N, B, scale,
+    DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's queries and keys, and what their channels give to those of its decays (no channel's own).
+
+    dg is `[K / BK, B, T, H]`: a part from every program.
+    """
+    kb, n, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kd = kb * BK + tl.arange(0, BK)
+    b, group = bg // GROUPS, bg % GROUPS
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, last = _own(ids, n, T, C)
+    enter, leave = (own == before) & (own >= 0), (own == last) & (own >= 0)
+    pairs = _pairs(own, C)
+    queries, keys = _tile(q, b, t, group, T, GROUPS, K, kd), _tile(k, b, t, group, T, GROUPS, K, kd)
+    all_dq, all_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    for repeat in range(H // GROUPS):
+        h = group * (H // GROUPS) + repeat
+        place = (tl.cast(b, tl.int64) * H + h) * N + n
+        P = tl.zeros([C, C], tl.float32)
+        own_dq, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        through = tl.zeros([BK, BV], tl.float32)
+        for v0 in range(0, V, BV):
+            vd = v0 + tl.arange(0, BV)
+            given, values = _tile(do, b, t, h, T, H, V, vd), _tile(v, b, t, h, T, H, V, vd)
+            S, dS = _state(starts, place, kd, vd, K, V), _state(afters, place, kd, vd, K, V)
+            P += _dot(given, tl.trans(values))
+            own_dq += _dot(given, tl.trans(S))
+            own_dk += _dot(values, tl.trans(dS))
+            if DECAY == 1:
+                through += S.to(tl.float32) * dS.to(tl.float32)
+        if DECAY == 1:
+            end = tl.minimum(n * C + C, T) - 1
+            total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
+            sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
+            P *= _fall(sums[:, None] - sums[None, :])
+            own_dq *= tl.exp2(sums)[:, None]
+            own_dk *= _fall(total - sums)[:, None]
+        P = tl.where(pairs, P * scale, 0.0).to(k.dtype.element_ty)
+        own_dq = tl.where(enter[:, None], own_dq * scale, 0.0)
+        own_dk = tl.where(leave[:, None], own_dk, 0.0)
+        if DECAY == 1:
+            goes = tl.where((before == last) & (before >= 0), tl.exp2(total), 0.0)
+            at_end = goes * tl.sum(tl.sum(through, 1), 0) + tl.sum(tl.sum(own_dk * keys, 1), 0)
+        own_dq += _dot(P, keys)
+        own_dk += _dot(tl.trans(P), queries)
+        if DECAY == 1:
+            moments = tl.sum(queries * own_dq - keys * own_dk, 1)
+            # Of a token t those of the tokens i from it on: pairs of a query i and a key t.
+            sum_back = tl.sum(tl.where(pairs, moments[:, None], 0.0), 0) + tl.where(leave, at_end, 0.0)
+            part = (tl.cast(kb, tl.int64) * B + b) * T + t
+            tl.store(dg + part * H + h, sum_back, mask=t < T)
+        all_dq += own_dq
+        all_dk += own_dk
+    mask = (t < T)[:, None] & (kd < K)[None, :]
+    tl.store(_rows(dq, b, t, group, T, GROUPS, K, kd), all_dq.to(dq.dtype.element_ty), mask=mask)
+    tl.store(_rows(dk, b, t, group, T, GROUPS, K, kd), all_dk.to(dk.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _values(
+    q, k, v, do, G, W, ids, starts, afters, scores, dv, ends, T, H, GROUPS, K, V, N, scale,
+    DECAY: tl.constexpr, VALUE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's values; with a decay of their own only what comes from the state after, and its end."""
+    vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, last = _own(ids, n, T, C)
+    end = tl.minimum(n * C + C, T) - 1
+    leave = (own == last) & (own >= 0)
+    place = tl.cast(bh, tl.int64) * N + n
+    given = tl.zeros([C, BV], tl.float32)
+    A = tl.zeros([C, C], tl.float32)
+    through = tl.zeros([BK, BV], tl.float32)
+    for k0 in range(0, K, BK):
+        kd = k0 + tl.arange(0, BK)
+        keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+        dS = _state(afters, place, kd, vd, K, V)
+        if DECAY == 2:
+            totals = _row(G, b, end, h, T, H, K, kd)
+            given += _dot((keys * _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd))).to(dS.dtype), dS)
+            if VALUE:
+                S = _state(starts, place, kd, vd, K, V)
+                through += tl.exp2(totals)[:, None] * S.to(tl.float32) * dS.to(tl.float32)
+        else:
+            given += _dot(keys, dS)
+            A += _dot(_tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd), tl.trans(keys))
+    if DECAY == 1:
+        sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
+        total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
+        given *= _fall(total - sums)[:, None]
+    given = tl.where(leave[:, None], given, 0.0)
+    if VALUE:
+        across = _row(W, b, end, h, T, H, V, vd)
+        given *= _fall(across[None, :] - _tile(W, b, t, h, T, H, V, vd))
+        goes = tl.where((before == last) & (before >= 0), tl.exp2(across), 0.0)
+        at_end = goes * tl.sum(through, 0) + tl.sum(given * _tile(v, b, t, h, T, H, V, vd), 0)
+        tl.store(ends + place * V + vd, at_end, mask=vd < V)
+    else:
+        if DECAY == 2:
+            i = tl.arange(0, C)
+            A = tl.load(scores + place * C * C + i[:, None] * C + i[None, :])
+        else:
+            A *= scale
+            if DECAY == 1:
+                A *= _fall(sums[:, None] - sums[None, :])
+            A = tl.where(_pairs(own, C), A, 0.0)
+        given += _dot(tl.trans(A).to(do.dtype.element_ty), _tile(do, b, t, h, T, H, V, vd))
+    mask = (t < T)[:, None] & (vd < V)[None, :]
+    tl.store(_rows(dv, b, t, h, T, H, V, vd), given.to(dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _from_states(
+    k, v, do, G, W, ids, starts, afters, dq, dk, ends, T, H, GROUPS, K, V, N,
+    VALUE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What the states around a chunk give to the gradients of its scaled queries and its keys, decayed by channel.
+
+    dq, dk `[B, T, H, K]` and ends `[B, H, N, K]` in float32.
+    """
+    kd, n, bh = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, last = _own(ids, n, T, C)
+    end = tl.minimum(n * C + C, T) - 1
+    place = tl.cast(bh, tl.int64) * N + n
+    own_dq, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    through = tl.zeros([BK, BV], tl.float32)
+    for v0 in range(0, V, BV):
+        vd = v0 + tl.arange(0, BV)
+        given, values = _tile(do, b, t, h, T, H, V, vd), _tile(v, b, t, h, T, H, V, vd)
+        S, dS = _state(starts, place, kd, vd, K, V), _state(afters, place, kd, vd, K, V)
+        product = S.to(tl.float32) * dS.to(tl.float32)
+        if VALUE:
+            across, each = _row(W, b, end, h, T, H, V, vd), _tile(W, b, t, h, T, H, V, vd)
+            given = (given * tl.exp2(each)).to(S.dtype)
+            values = (values * _fall(across[None, :] - each)).to(S.dtype)
+            product *= tl.exp2(across)[None, :]
+        own_dq += _dot(given, tl.trans(S))
+        own_dk += _dot(values, tl.trans(dS))
+        through += product
+    sums, totals = _tile(G, b, t, h, T, H, K, kd), _row(G, b, end, h, T, H, K, kd)
+    own_dq = tl.where(((own == before) & (own >= 0))[:, None], own_dq * tl.exp2(sums), 0.0)
+    own_dk = tl.where(((own == last) & (own >= 0))[:, None], own_dk * _fall(totals[None, :] - sums), 0.0)
+    goes = tl.where((before == last) & (before >= 0), tl.exp2(totals), 0.0)
+    keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+    tl.store(ends + place * K + kd, goes * tl.sum(through, 1) + tl.sum(own_dk * keys, 0), mask=kd < K)
+    mask = (t < T)[:, None] & (kd < K)[None, :]
+    tl.store(_rows(dq, b, t, h, T, H, K, kd), own_dq, mask=mask)
+    tl.store(_rows(dk, b, t, h, T, H, K, kd), own_dk, mask=mask)
+
+
+@triton.jit
+def _scores(
+    x, y, G, ids, scores, T, H, X_GROUPS, Y_GROUPS, D, N, scale,
+    DECAY: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """A_ij = scale Σ_c x_ic y_jc e^{G_ic − G_jc} for j <= i of one document, else 0, for `SUB` rows i of a chunk.
+
+    Without decay G is not read.
+    """
+    a, n, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    hx, hy = h // (H // X_GROUPS), h // (H // Y_GROUPS)
+    j, i = tl.arange(0, C), a * SUB + tl.arange(0, SUB)
+    t, own, _, _ = _own(ids, n, T, C)
+    mine = tl.load(ids + n * C + i, mask=n * C + i < T, other=-1)
+    A = tl.zeros([SUB, C], tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        later, earlier = _tile(x, b, n * C + i, hx, T, X_GROUPS, D, d), _tile(y, b, t, hy, T, Y_GROUPS, D, d)
+        if DECAY:
+            # The point between: the token before these rows. Token 0 has none earlier, whatever is read for it.
+            border = _row(G, b, n * C + tl.maximum(a * SUB, 1) - 1, h, T, H, D, d)
+            sums = _tile(G, b, n * C + i, h, T, H, D, d)
+            fall = _fall(border[None, :] - _tile(G, b, t, h, T, H, D, d))
+            earlier = tl.where((j < a * SUB)[:, None], earlier * fall, 0.0).to(y.dtype.element_ty)
+            A += _dot((later * _fall(sums - border[None, :])).to(x.dtype.element_ty), tl.trans(earlier))
+            for s in range(SUB):
+                at = n * C + a * SUB + s
+                key, key_sums = _row(y, b, at, hy, T, Y_GROUPS, D, d), _row(G, b, at, h, T, H, D, d)
+                near = tl.sum(later.to(tl.float32) * key.to(tl.float32)[None, :] * _fall(sums - key_sums[None, :]), 1)
+                A += tl.where((j == a * SUB + s)[None, :], near[:, None], 0.0)
+        else:
+            A += _dot(later, tl.trans(earlier))
+    seen = (mine[:, None] == own[None, :]) & (mine >= 0)[:, None] & (i[:, None] >= j[None, :])
+    place = (tl.cast(bh, tl.int64) * N + n) * C * C
+    tl.store(scores + place + i[:, None] * C + j[None, :], tl.where(seen, A * scale, 0.0))
+
+
+@triton.jit
+def _mix(
+    scores, x, y, G, dx_base, dy_base, dx, dy, moments, T, H, X_GROUPS, Y_GROUPS, D, N, stride, scale,
+    BOTH: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dx_i = base + Σ_j A_ij y_j ⊙ e^{G_i − G_j} and, BOTH, dy_j = base + Σ_i A_ij x_i ⊙ e^{G_i − G_j} for a chunk.
+
+    Of x scaled; dx is stored times that scale, `stride` that of its batch. moments: x ⊙ dx − y ⊙ dy, unless BOTH is
+    False. Results and bases `[B, T, H, D]`.
+    """
+    d, n, bh = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    hx, hy = h // (H // X_GROUPS), h // (H // Y_GROUPS)
+    every = tl.arange(0, C)
+    t = n * C + every
+    scores += (tl.cast(bh, tl.int64) * N + n) * C * C
+    kind = y.dtype.element_ty
+    for a in range(C // SUB):
+        i = a * SUB + tl.arange(0, SUB)
+        ti = n * C + i
+        sums = _tile(G, b, ti, h, T, H, D, d)
+        all_sums = _tile(G, b, t, h, T, H, D, d)
+        border = _row(G, b, n * C + tl.maximum(a * SUB, 1) - 1, h, T, H, D, d)
+        earlier = _tile(y, b, t, hy, T, Y_GROUPS, D, d) * _fall(border[None, :] - all_sums)
+        earlier = tl.where((every < a * SUB)[:, None], earlier, 0.0).to(kind)
+        A = tl.load(scores + i[:, None] * C + every[None, :])
+        gx = _dot(A.to(kind), earlier) * _fall(sums - border[None, :])
+        for s in range(SUB):
+            at = a * SUB + s
+            column = tl.load(scores + i * C + at)
+            key, key_sums = _row(y, b, n * C + at, hy, T, Y_GROUPS, D, d), _row(G, b, n * C + at, h, T, H, D, d)
+            gx += column[:, None] * key.to(tl.float32)[None, :] * _fall(sums - key_sums[None, :])
+        mask = (ti < T)[:, None] & (d < D)[None, :]
+        gx += tl.load(_rows(dx_base, b, ti, h, T, H, D, d), mask=mask, other=0.0)
+        if BOTH:
+            border = _row(G, b, n * C + a * SUB + SUB - 1, h, T, H, D, d)
+            later = _tile(x, b, t, hx, T, X_GROUPS, D, d) * scale * _fall(all_sums - border[None, :])
+            later = tl.where((every >= a * SUB + SUB)[:, None], later, 0.0).to(kind)
+            At = tl.load(scores + every[None, :] * C + i[:, None])
+            gy = _dot(At.to(kind), later) * _fall(border[None, :] - sums)
+            for s in range(SUB):
+                at = a * SUB + s
+                row = tl.load(scores + at * C + i)
+                query, query_sums = _row(x, b, n * C + at, hx, T, X_GROUPS, D, d), _row(G, b, n * C + at, h, T, H, D, d)
+                gy += row[:, None] * (query.to(tl.float32) * scale)[None, :] * _fall(query_sums[None, :] - sums)
+            gy += tl.load(_rows(dy_base, b, ti, h, T, H, D, d), mask=mask, other=0.0)
+            xi, yi = _tile(x, b, ti, hx, T, X_GROUPS, D, d) * scale, _tile(y, b, ti, hy, T, Y_GROUPS, D, d)
+            tl.store(_rows(moments, b, ti, h, T, H, D, d), xi * gx - yi * gy, mask=mask)
+            tl.store(_rows(dy, b, ti, h, T, H, D, d), gy.to(dy.dtype.element_ty), mask=mask)
+        where = dx + tl.cast(b, tl.int64) * stride + (tl.cast(ti, tl.int64) * H + h)[:, None] * D + d[None, :]
+        tl.store(where, (gx * scale).to(dx.dtype.element_ty), mask=mask)
+
+
+class _Sizes(NamedTuple):
+    """What every kernel is told about its call."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    keys: int
+    values: int
+
+    @property
+    def key_block(self) -> int:
+        return _block(self.keys)
+
+    @property
+    def value_block(self) -> int:
+        return _block(self.values)
+
+    @property
+    def chunks(self) -> int:
+        return _ceil(self.length, CHUNK)
+
+
+def _ceil(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _block(dim: int) -> int:
+    return min(BLOCK, max(16, 1 << max(0, dim - 1).bit_length()))
+
+
+class _Run:
+    """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.dtype = problem, problem.q.dtype
+        batch, length, heads, values = problem.v.shape
+        groups = math.lcm(problem.q.shape[2], problem.k.shape[2])
+        self.q, self.k = (_grouped(x, groups).contiguous() for x in (problem.q, problem.k))
+        self.k = self.k.to(self.dtype)
+        self.v = problem.v.to(self.dtype).contiguous()
+        self.sizes = _Sizes(batch, length, heads, groups, self.k.shape[-1], values)
+        self.ids = problem.documents.ids(self.q.device)
+        self.scale = float(problem.scale)
+        log_decay = problem.log_decay
+        by_channel = problem.per_channel or problem.value_log_decay is not None
+        self.decay = CHANNEL if by_channel else NONE if log_decay is None else TOKEN
+        self.by_value = problem.value_log_decay is not None
+        self.G = self.W = self.ids  # what is not read
+        if self.decay == CHANNEL:
+            self.G = self.cumulated(log_decay, self.sizes.keys)
+        elif self.decay == TOKEN:
+            self.G = self.cumulated(log_decay, 1)
+        if self.by_value:
+            self.W = self.cumulated(problem.value_log_decay, values)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    def per_token(self, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.empty(self.sizes.batch, self.sizes.length, self.sizes.heads, dim, dtype=dtype)
+
+    def cumulated(self, log_decay: Tensor | None, dim: int) -> Tensor:
+        """`[B, T, H, dim]`: sums within chunks and documents."""
+        s = self.sizes
+        if log_decay is None:
+            return torch.zeros(s.batch, s.length, s.heads, dim, device=self.q.device)
+        sums, total = self.per_token(dim), s.heads * dim
+        _cumulate[(s.chunks, s.batch, _ceil(total, LANES))](
+            log_decay.contiguous(), self.ids, sums, s.length, s.heads, dim, total,
+            C=CHUNK, BY_TOKEN=log_decay.dim() > 2, BY_CHANNEL=log_decay.dim() in (2, 4) or dim == 1, LANES=LANES,
+            num_warps=1,
+        )  # fmt: skip
+        return sums
+
+    def cumulated_back(self, moments: Tensor, ends: Tensor) -> Tensor:
+        """Moments `[B, T, H, D]` as gradients of decays, in place."""
+        s, dim = self.sizes, moments.shape[-1]
+        _cumulate_back[(s.chunks, s.batch, _ceil(s.heads * dim, LANES))](
+            moments, self.ids, ends, s.length, s.chunks, s.heads * dim, s.heads, dim, C=CHUNK, LANES=LANES, num_warps=1
+        )
+        return moments
+
+    def by_state(self) -> tuple[int, int, int]:
+        s = self.sizes
+        return _ceil(s.keys, s.key_block), _ceil(s.values, s.value_block), s.batch * s.heads
+
+    def tiles(self) -> dict[str, Any]:
+        return {"C": CHUNK, "BK": self.sizes.key_block, "BV": self.sizes.value_block, "num_warps": 4}
+
+    def states(self, entering: Tensor, chunks: int | None = None, *, add: bool = True) -> tuple[Tensor, Tensor]:
+        """States before each of the chunks `[B H, N, K, V]`, in the inputs' type, and after them in float32."""
+        s = self.sizes
+        chunks = s.chunks if chunks is None else chunks
+        starts = self.empty(s.batch * s.heads, chunks, s.keys, s.values, dtype=self.dtype)
+        final = self.empty(s.batch, s.heads, s.keys, s.values)
+        _states[self.by_state()](
+            self.k, self.v, self.G, self.W, self.ids, entering.contiguous(), starts, final,
+            s.length, s.heads, s.groups, s.keys, s.values, chunks,
+            DECAY=self.decay, VALUE=self.by_value, ADD=add, **self.tiles(),
+        )  # fmt: skip
+        return starts, final
+
+    def state_gradients(self, dout: Tensor, dfinal: Tensor | None, chunks: int | None = None) -> tuple[Tensor, Tensor]:
+        """Gradients of the states after each of the chunks, in the inputs' type, and before them in float32."""
+        s = self.sizes
+        chunks = s.chunks if chunks is None else chunks
+        afters = self.empty(s.batch * s.heads, chunks, s.keys, s.values, dtype=self.dtype)
+        dinitial = self.empty(s.batch, s.heads, s.keys, s.values)
+        dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
+        _state_gradients[self.by_state()](
+            self.q, dout, self.G, self.W, self.ids, dfinal, afters, dinitial,
+            s.length, s.heads, s.groups, s.keys, s.values, chunks, self.scale,
+            DECAY=self.decay, VALUE=self.by_value, **self.tiles(),
+        )  # fmt: skip
+        return afters, dinitial
+
+    def outputs(self, starts: Tensor, out: Tensor, scores: Tensor | None, *, intra: bool, add: bool = False) -> None:
+        s = self.sizes
+        chunks = starts.shape[1]
+        _outputs[(_ceil(s.values, s.value_block), chunks, s.batch * s.heads)](
+            self.q, self.k, self.v, self.G, self.W, self.ids, starts, self.ids if scores is None else scores, out,
+            s.length, s.heads, s.groups, s.keys, s.values, chunks, out.stride(0), self.scale,
+            DECAY=self.decay, VALUE=self.by_value, INTRA=intra, ADD=add, **self.tiles(),
+        )  # fmt: skip
+
+    def scores(self, x: Tensor, y: Tensor, sums: Tensor | None, scale: float) -> Tensor:
+        """`[B H, N, C, C]`."""
+        s = self.sizes
+        scores = self.empty(s.batch * s.heads, s.chunks, CHUNK, CHUNK)
+        _scores[(CHUNK // SUB, s.chunks, s.batch * s.heads)](
+            x, y, self.ids if sums is None else sums, self.ids, scores,
+            s.length, s.heads, x.shape[2], y.shape[2], x.shape[3], s.chunks, scale,
+            DECAY=sums is not None, C=CHUNK, SUB=SUB, BD=_block(x.shape[3]), num_warps=4,
+        )  # fmt: skip
+        return scores
+
+    def mix(
+        self, scores: Tensor, x: Tensor, y: Tensor, sums: Tensor, bases: tuple[Tensor, Tensor | None],
+        into: tuple[Tensor, Tensor | None], scale: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """Writes `into`; returns the moments where there are two."""
+        s, dim, both = self.sizes, y.shape[3], into[1] is not None
+        moments = self.per_token(dim) if both else bases[0]
+        _mix[(_ceil(dim, _block(dim)), s.chunks, s.batch * s.heads)](
+            scores, x, y, sums, bases[0], bases[1] if both else bases[0], into[0], into[1] if both else bases[0],
+            moments, s.length, s.heads, x.shape[2], y.shape[2], dim, s.chunks, into[0].stride(0), scale,
+            BOTH=both, C=CHUNK, SUB=SUB, BD=_block(dim), num_warps=4,
+        )  # fmt: skip
+        return moments
+
+    def values(self, dout: Tensor, starts: Tensor, afters: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(dv, or with a decay of values what comes from the states, in float32; then also their ends)."""
+        s = self.sizes
+        dv = self.per_token(s.values, torch.float32 if self.by_value else self.dtype)
+        ends = self.empty(s.batch * s.heads, s.chunks, s.values) if self.by_value else dv
+        _values[(_ceil(s.values, s.value_block), s.chunks, s.batch * s.heads)](
+            self.q, self.k, self.v, dout, self.G, self.W, self.ids, starts, afters,
+            self.ids if scores is None else scores, dv, ends,
+            s.length, s.heads, s.groups, s.keys, s.values, s.chunks, self.scale,
+            DECAY=self.decay, VALUE=self.by_value, **self.tiles(),
+        )  # fmt: skip
+        return dv, ends
+
+    def keys(self, dout: Tensor, starts: Tensor, afters: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dq, dk, ddecay `[B, T, H]`) where channels do not decay by themselves."""
+        s = self.sizes
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        blocks = _ceil(s.keys, s.key_block)
+        dg = self.empty(blocks, s.batch, s.length, s.heads) if self.decay else dq
+        _keys[(blocks, s.chunks, s.batch * s.groups)](
+            self.q, self.k, self.v, dout, self.G, self.ids, starts, afters, dq, dk, dg,
+            s.length, s.heads, s.groups, s.keys, s.values, s.chunks, s.batch, self.scale,
+            DECAY=self.decay, **self.tiles(),
+        )  # fmt: skip
+        return dq, dk, dg.sum(0) if self.decay else None
+
+    def channel_keys(self, dout: Tensor, starts: Tensor, afters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, ddecay `[B, T, H, K]`) where they do; dq and dk a head."""
+        s = self.sizes
+        dscores = self.scores(dout, self.v, self.W if self.by_value else None, 1.0)
+        bases = self.per_token(s.keys), self.per_token(s.keys)
+        ends = self.empty(s.batch * s.heads, s.chunks, s.keys)
+        _from_states[(_ceil(s.keys, s.key_block), s.chunks, s.batch * s.heads)](
+            self.k, self.v, dout, self.G, self.W, self.ids, starts, afters, *bases, ends,
+            s.length, s.heads, s.groups, s.keys, s.values, s.chunks, VALUE=self.by_value, **self.tiles(),
+        )  # fmt: skip
+        kind = self.dtype if s.groups == s.heads else torch.float32
+        into = self.per_token(s.keys, kind), self.per_token(s.keys, kind)
+        moments = self.mix(dscores, self.q, self.k, self.G, bases, into, self.scale)
+        return *into, self.cumulated_back(moments, ends)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    return x if x.shape[2] == groups else x.repeat_interleave(groups // x.shape[2], dim=2)
+
+
+def _summed(dx: Tensor, x: Tensor) -> Tensor:
+    """Gradients of heads or finer groups, in the shape and type of x."""
+    if dx.shape[2] != x.shape[2]:
+        dx = dx.unflatten(2, (x.shape[2], -1)).sum(3)
+    return dx.to(x.dtype)
+
+
+def _is_rowwise(x: Tensor) -> bool:
+    """Whether tokens, heads and channels lie one after the other, as kernels write them."""
+    return x[:1].is_contiguous()
+
+
+def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, written to `out` where given, else new in q's type; final state)."""
+    run = _Run(problem)
+    out = problem.new_output() if out is None else out
+    assert _is_rowwise(out)
+    starts, final = run.states(problem.entering(initial_state))
+    scores = run.scores(run.q, run.k, run.G, run.scale) if run.decay == CHANNEL else None
+    if scores is not None and run.by_value:
+        base = run.per_token(run.sizes.values)
+        run.outputs(starts, base, None, intra=False)
+        run.mix(scores, base, run.v, run.W, (base, None), (out, None))
+    else:
+        run.outputs(starts, out, scores, intra=True)
+    return out, final
+
+
+def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
+    """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches."""
+    chunks = _ceil(problem.reach, CHUNK)
+    if chunks == 0:
+        return out
+    run = _Run(problem)
+    starts, _ = run.states(problem.entering(state), chunks, add=False)
+    target = out if _is_rowwise(out) else out.contiguous()
+    run.outputs(starts, target, None, intra=False, add=True)
+    return out if target is out else out.copy_(target)
+
+
+def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+    """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches."""
+    chunks = _ceil(problem.reach, CHUNK)
+    if chunks == 0:
+        return problem.new_states()
+    run = _Run(problem)
+    return problem.entering(run.state_gradients(dout.to(run.dtype).contiguous(), None, chunks)[1])
+
+
+def backward(
+    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The gradients of (q, k, v, log_decay, value_log_decay), in their types, and of the initial state."""
+    run = _Run(problem)
+    dout = dout.to(run.dtype).contiguous()
+    starts, _ = run.states(problem.entering(initial_state))
+    afters, dinitial = run.state_gradients(dout, dfinal_state)
+    scores = dvalue_decay = None
+    if run.decay == CHANNEL:
+        scores = run.scores(run.q, run.k, run.G, run.scale)
+        dq, dk, ddecay = run.channel_keys(dout, starts, afters)
+    else:
+        dq, dk, ddecay = run.keys(dout, starts, afters)
+    dv, ends = run.values(dout, starts, afters, scores)
+    if run.by_value and scores is not None:
+        base = run.per_token(run.sizes.values)
+        run.outputs(starts, base, None, intra=False)
+        into = run.per_token(run.sizes.values, run.dtype)
+        moments = run.mix(scores, dout, run.v, run.W, (base, dv), (base, into))
+        dvalue_decay = run.cumulated_back(moments, ends)
+        dv = into
+    gradients = (
+        _summed(dq, problem.q), _summed(dk, problem.k), dv.to(problem.v.dtype),
+        _of_decay(ddecay, problem.log_decay), _of_decay(dvalue_decay, problem.value_log_decay),
+    )  # fmt: skip
+    return gradients, problem.entering(dinitial)
+
+
+def _of_decay(gradient: Tensor | None, log_decay: Tensor | None) -> Tensor | None:
+    """Summed over what the decay did not have; sums over tokens in float64."""
+    if log_decay is None or gradient is None:
+        return None
+    if log_decay.dim() in (1, 3):
+        gradient = gradient.reshape(*gradient.shape[:2], log_decay.shape[-1], -1).sum(-1)
+    if log_decay.dim() < 3:
+        gradient = gradient.sum((0, 1), dtype=torch.float64)
+    return gradient.reshape(log_decay.shape).to(log_decay.dtype)
