@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -164,3 +165,34 @@ class BlockTile:
                 host = self._tensors.get(("pieces", "cpu"))
                 self._tensors[key] = self.layout.pieces(self.keys) if host is None else host.to(device)
         return self._tensors["pieces", str(device)]
+
+    def placed(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Documents and positions in one number, for kernels: int32 `[R, B, count, 5]` pieces and places `[B, T]`.
+
+        Every document of a row gets a range of places that no other has, and a token the place at its position in it:
+        −1 for padding. A piece is (start, length, position, first place of its document, the place after its last).
+        """
+        key = "places", str(device)
+        if key not in self._tensors:
+            table = self.pieces()
+            bounds = torch.zeros(*table.shape[:3], 2, dtype=torch.int32)
+            places = torch.full((self.queries.batch, self.queries.length), -1, dtype=torch.int32)
+            for row, runs in enumerate(self.queries.runs):
+                ends = {run.document: run.length for run in self.layout.documents.runs[row] if not run.is_padding}
+                for run in runs:
+                    if not run.is_padding:
+                        ends[run.document] = max(ends.get(run.document, 0), run.end_position)
+                if not ends:
+                    continue
+                stops = dict(zip(sorted(ends), itertools.accumulate(ends[x] for x in sorted(ends)), strict=True))
+                for run in runs:
+                    if not run.is_padding:
+                        first = stops[run.document] - ends[run.document] + run.position
+                        places[row, run.start : run.stop] = torch.arange(first, first + run.length, dtype=torch.int32)
+                names, after = torch.tensor(list(stops)), torch.tensor(list(stops.values()))
+                at = torch.searchsorted(names, table[:, row, :, 3].long()).clamp(max=len(names) - 1)
+                bounds[:, row, :, 1] = after[at].int()
+                bounds[:, row, :, 0] = torch.nn.functional.pad(after[:-1], (1, 0))[at].int()
+            self._tensors[key] = places.to(device)
+            self._tensors["placed", str(device)] = torch.cat([table[..., :3], bounds], dim=-1).to(device)
+        return self._tensors["placed", str(device)], self._tensors[key]

@@ -35,19 +35,21 @@ BY_BLOCK = {64: (64, 4, 3), 128: (64, 4, 2), 256: (64, 8, 1)}
 KEY_GRADIENTS = {64: (64, 4, 2), 128: (64, 8, 2), 256: (64, 8, 1)}
 
 
+FAR = tl.constexpr(1 << 30)  # where a key stands that is not there
+
+
 @triton.jit
-def _visible(query_position, key_position, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    seen = key_position >= 0
-    if CAUSAL:
-        seen = key_position <= query_position
+def _visible(at, key_at, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """Of positions: −1 for a query that must see nothing, FAR for a key that is not there."""
+    seen = key_at <= at if CAUSAL else (at >= 0) & (key_at < FAR)
     if WINDOW > 0:
-        seen = seen & ((query_position - key_position < WINDOW) | (key_position < SINKS))
+        seen = seen & ((at - key_at < WINDOW) | (key_at < SINKS))
     return seen
 
 
 @triton.jit
 def _attend_by_query(
-    q, k, v, lists, pieces, positions, documents, out, lse, scale, T, S, L, N,
+    q, k, v, lists, pieces, places, out, lse, scale, T, S, L, N,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -61,12 +63,12 @@ def _attend_by_query(
     i = tl.program_id(0) % PARTS * TILE + tl.arange(0, TILE)
     token = n * QUERIES + i // R
     inside = (i < QUERIES * R) & (token < T)
-    row = tl.cast(b * T + token, tl.int64) * (J * R) + j * R + i % R
-    at = tl.load(positions + b * T + token, mask=inside, other=-1)
-    document = tl.load(documents + b * T + token, mask=inside, other=-1)
+    row = (b * T + token) * (J * R) + j * R + i % R
+    wide = tl.cast(row, tl.int64)
+    place = tl.load(places + b * T + token, mask=inside, other=-1)
     kd = tl.arange(0, KP)
     vd = tl.arange(0, VP)
-    q_t = tl.load(q + row[None, :] * K + kd[:, None], mask=inside[None, :] & (kd[:, None] < K), other=0.0)
+    q_t = tl.load(q + wide[None, :] * K + kd[:, None], mask=inside[None, :] & (kd[:, None] < K), other=0.0)
     most = tl.full([TILE], -1e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([VP, TILE], tl.float32)
@@ -74,18 +76,20 @@ def _attend_by_query(
     for s in range(M * STEPS):
         piece = tl.load(lists + entry * M + s // STEPS)
         listed = (piece >= 0) & (piece < N)
-        about = pieces + (b * N + tl.where(listed, piece, 0)) * 4
+        about = pieces + (b * N + tl.where(listed, piece, 0)) * 5
         start = tl.load(about)
         length = tl.where(listed, tl.load(about + 1), 0)
         first = tl.load(about + 2)
-        owner = tl.load(about + 3)
+        base = tl.load(about + 3)
+        stop = tl.load(about + 4)
         offset = s % STEPS * KEYS + tl.arange(0, KEYS)
         held = offset < length
         key = (tl.cast(b, tl.int64) * S + start + offset) * G + g
         k_here = tl.load(k + key[:, None] * K + kd[None, :], mask=held[:, None] & (kd[None, :] < K), other=0.0)
         v_here = tl.load(v + key[:, None] * V + vd[None, :], mask=held[:, None] & (vd[None, :] < V), other=0.0)
-        seen = held[:, None] & (document == owner)[None, :]
-        seen = seen & _visible(at[None, :], (first + offset)[:, None], CAUSAL, WINDOW, SINKS)
+        key_at = tl.where(held, first + offset, FAR)
+        at = tl.where((place >= base) & (place < stop), place - base, -1)
+        seen = _visible(at[None, :], key_at[:, None], CAUSAL, WINDOW, SINKS)
         x = tl.dot(k_here, q_t, input_precision=PRECISION) * (scale * 1.4426950408889634)
         x = tl.where(seen, x, -1e30)
         higher = tl.maximum(most, tl.max(x, 0))
@@ -96,14 +100,14 @@ def _attend_by_query(
         most = higher
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[None, :]
-    tl.store(out + row[None, :] * V + vd[:, None], acc, mask=inside[None, :] & (vd[:, None] < V))
+    tl.store(out + wide[None, :] * V + vd[:, None], acc, mask=inside[None, :] & (vd[:, None] < V))
     found = (most + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
     tl.store(lse + row, tl.where(some, found, float("-inf")), mask=inside)
 
 
 @triton.jit
 def _query_gradients_by_query(
-    q, k, v, dout, lse2, delta, lists, pieces, positions, documents, dq, scale, T, S, L, N,
+    q, k, v, dout, lse2, delta, lists, pieces, places, dq, scale, T, S, L, N,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,13 +121,13 @@ def _query_gradients_by_query(
     i = tl.program_id(0) % PARTS * TILE + tl.arange(0, TILE)
     token = n * QUERIES + i // R
     inside = (i < QUERIES * R) & (token < T)
-    row = tl.cast(b * T + token, tl.int64) * (J * R) + j * R + i % R
-    at = tl.load(positions + b * T + token, mask=inside, other=-1)
-    document = tl.load(documents + b * T + token, mask=inside, other=-1)
+    row = (b * T + token) * (J * R) + j * R + i % R
+    wide = tl.cast(row, tl.int64)
+    place = tl.load(places + b * T + token, mask=inside, other=-1)
     kd = tl.arange(0, KP)
     vd = tl.arange(0, VP)
-    q_t = tl.load(q + row[None, :] * K + kd[:, None], mask=inside[None, :] & (kd[:, None] < K), other=0.0)
-    dout_t = tl.load(dout + row[None, :] * V + vd[:, None], mask=inside[None, :] & (vd[:, None] < V), other=0.0)
+    q_t = tl.load(q + wide[None, :] * K + kd[:, None], mask=inside[None, :] & (kd[:, None] < K), other=0.0)
+    dout_t = tl.load(dout + wide[None, :] * V + vd[:, None], mask=inside[None, :] & (vd[:, None] < V), other=0.0)
     lse_here = tl.load(lse2 + row, mask=inside, other=1e30)
     delta_here = tl.load(delta + row, mask=inside, other=0.0)
     acc = tl.zeros([KP, TILE], tl.float32)
@@ -131,23 +135,25 @@ def _query_gradients_by_query(
     for s in range(M * STEPS):
         piece = tl.load(lists + entry * M + s // STEPS)
         listed = (piece >= 0) & (piece < N)
-        about = pieces + (b * N + tl.where(listed, piece, 0)) * 4
+        about = pieces + (b * N + tl.where(listed, piece, 0)) * 5
         start = tl.load(about)
         length = tl.where(listed, tl.load(about + 1), 0)
         first = tl.load(about + 2)
-        owner = tl.load(about + 3)
+        base = tl.load(about + 3)
+        stop = tl.load(about + 4)
         offset = s % STEPS * KEYS + tl.arange(0, KEYS)
         held = offset < length
         key = (tl.cast(b, tl.int64) * S + start + offset) * G + g
         k_here = tl.load(k + key[:, None] * K + kd[None, :], mask=held[:, None] & (kd[None, :] < K), other=0.0)
         v_here = tl.load(v + key[:, None] * V + vd[None, :], mask=held[:, None] & (vd[None, :] < V), other=0.0)
-        seen = held[:, None] & (document == owner)[None, :]
-        seen = seen & _visible(at[None, :], (first + offset)[:, None], CAUSAL, WINDOW, SINKS)
+        key_at = tl.where(held, first + offset, FAR)
+        at = tl.where((place >= base) & (place < stop), place - base, -1)
+        seen = _visible(at[None, :], key_at[:, None], CAUSAL, WINDOW, SINKS)
         x = tl.dot(k_here, q_t, input_precision=PRECISION) * (scale * 1.4426950408889634)
         p = tl.exp2(tl.where(seen, x - lse_here[None, :], -1e30))
         ds = p * (tl.dot(v_here, dout_t, input_precision=PRECISION) - delta_here[None, :])
         acc += tl.dot(tl.trans(k_here), ds.to(k_here.dtype), input_precision=PRECISION)
-    tl.store(dq + row[None, :] * K + kd[:, None], acc * scale, mask=inside[None, :] & (kd[:, None] < K))
+    tl.store(dq + wide[None, :] * K + kd[:, None], acc * scale, mask=inside[None, :] & (kd[:, None] < K))
 
 
 @triton.jit
@@ -164,7 +170,7 @@ def _gathered(order, offsets, owner, firsts, tile, unit, TILE: tl.constexpr, M: 
 
 @triton.jit
 def _attend_by_block(
-    q, k, v, order, offsets, owner, firsts, pieces, positions, documents, partial, partial_lse, scale, T, S, L, N,
+    q, k, v, order, offsets, owner, firsts, pieces, places, partial, partial_lse, scale, T, S, L, N,
     TOTAL,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
@@ -181,17 +187,18 @@ def _attend_by_block(
         entry = slot // M
         token = entry // J % L * QUERIES + i // R
         inside = inside & (token < T)
-        row = tl.cast(b * T + token, tl.int64) * (J * R) + entry % J * R + i % R
-        at = tl.load(positions + b * T + token, mask=inside, other=-1)
-        document = tl.load(documents + b * T + token, mask=inside, other=-1)
-        about = pieces + (b * N + piece) * 4
+        row = (b * T + token) * (J * R) + entry % J * R + i % R
+        wide = tl.cast(row, tl.int64)
+        place = tl.load(places + b * T + token, mask=inside, other=-1)
+        about = pieces + (b * N + piece) * 5
         start = tl.load(about)
         length = tl.load(about + 1)
         first = tl.load(about + 2)
-        same = document == tl.load(about + 3)
+        base = tl.load(about + 3)
+        at = tl.where((place >= base) & (place < tl.load(about + 4)), place - base, -1)
         kd = tl.arange(0, KP)
         vd = tl.arange(0, VP)
-        q_here = tl.load(q + row[:, None] * K + kd[None, :], mask=inside[:, None] & (kd[None, :] < K), other=0.0)
+        q_here = tl.load(q + wide[:, None] * K + kd[None, :], mask=inside[:, None] & (kd[None, :] < K), other=0.0)
         most = tl.full([TILE], -1e30, tl.float32)
         total = tl.zeros([TILE], tl.float32)
         acc = tl.zeros([TILE, VP], tl.float32)
@@ -201,8 +208,8 @@ def _attend_by_block(
             key = (tl.cast(b, tl.int64) * S + start + offset) * G + g
             k_t = tl.load(k + key[None, :] * K + kd[:, None], mask=held[None, :] & (kd[:, None] < K), other=0.0)
             v_here = tl.load(v + key[:, None] * V + vd[None, :], mask=held[:, None] & (vd[None, :] < V), other=0.0)
-            seen = held[None, :] & same[:, None]
-            seen = seen & _visible(at[:, None], (first + offset)[None, :], CAUSAL, WINDOW, SINKS)
+            key_at = tl.where(held, first + offset, FAR)
+            seen = _visible(at[:, None], key_at[None, :], CAUSAL, WINDOW, SINKS)
             x = tl.dot(q_here, k_t, input_precision=PRECISION) * (scale * 1.4426950408889634)
             x = tl.where(seen, x, -1e30)
             higher = tl.maximum(most, tl.max(x, 1))
@@ -221,7 +228,7 @@ def _attend_by_block(
 
 @triton.jit
 def _query_gradients_by_block(
-    q, k, v, dout, lse2, delta, order, offsets, owner, firsts, pieces, positions, documents, partial, scale, T, S, L,
+    q, k, v, dout, lse2, delta, order, offsets, owner, firsts, pieces, places, partial, scale, T, S, L,
     N, TOTAL,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
@@ -238,18 +245,23 @@ def _query_gradients_by_block(
         entry = slot // M
         token = entry // J % L * QUERIES + i // R
         inside = inside & (token < T)
-        row = tl.cast(b * T + token, tl.int64) * (J * R) + entry % J * R + i % R
-        at = tl.load(positions + b * T + token, mask=inside, other=-1)
-        document = tl.load(documents + b * T + token, mask=inside, other=-1)
-        about = pieces + (b * N + piece) * 4
+        row = (b * T + token) * (J * R) + entry % J * R + i % R
+        wide = tl.cast(row, tl.int64)
+        place = tl.load(places + b * T + token, mask=inside, other=-1)
+        about = pieces + (b * N + piece) * 5
         start = tl.load(about)
         length = tl.load(about + 1)
         first = tl.load(about + 2)
-        same = document == tl.load(about + 3)
+        base = tl.load(about + 3)
+        at = tl.where((place >= base) & (place < tl.load(about + 4)), place - base, -1)
         kd = tl.arange(0, KP)
         vd = tl.arange(0, VP)
-        q_here = tl.load(q + row[:, None] * K + kd[None, :], mask=inside[:, None] & (kd[None, :] < K), other=0.0)
-        dout_here = tl.load(dout + row[:, None] * V + vd[None, :], mask=inside[:, None] & (vd[None, :] < V), other=0.0)
+        q_here = tl.load(q + wide[:, None] * K + kd[None, :], mask=inside[:, None] & (kd[None, :] < K), other=0.0)
+        dout_here = tl.load(
+            dout + wide[:, None] * V + vd[None, :],
+            mask=inside[:, None] & (vd[None, :] < V),
+            other=0.0,
+        )
         lse_here = tl.load(lse2 + row, mask=inside, other=1e30)
         delta_here = tl.load(delta + row, mask=inside, other=0.0)
         acc = tl.zeros([TILE, KP], tl.float32)
@@ -259,8 +271,8 @@ def _query_gradients_by_block(
             key = (tl.cast(b, tl.int64) * S + start + offset) * G + g
             k_here = tl.load(k + key[:, None] * K + kd[None, :], mask=held[:, None] & (kd[None, :] < K), other=0.0)
             v_t = tl.load(v + key[None, :] * V + vd[:, None], mask=held[None, :] & (vd[:, None] < V), other=0.0)
-            seen = held[None, :] & same[:, None]
-            seen = seen & _visible(at[:, None], (first + offset)[None, :], CAUSAL, WINDOW, SINKS)
+            key_at = tl.where(held, first + offset, FAR)
+            seen = _visible(at[:, None], key_at[None, :], CAUSAL, WINDOW, SINKS)
             x = tl.dot(q_here, tl.trans(k_here), input_precision=PRECISION) * (scale * 1.4426950408889634)
             p = tl.exp2(tl.where(seen, x - lse_here[:, None], -1e30))
             ds = p * (tl.dot(dout_here, v_t, input_precision=PRECISION) - delta_here[:, None])
@@ -311,11 +323,12 @@ def _merge_slots(
 
 @triton.jit
 def _key_gradients(
-    q, k, v, dout, lse2, delta, order, offsets, owner, firsts, shares, pieces, positions, documents, dk, dv,
+    q, k, v, dout, lse2, delta, order, offsets, owner, firsts, shares, pieces, places, dk, dv,
     partial_dk, partial_dv, scale, segment, T, S, L, N, TOTAL,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
     STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    GIVE_K: tl.constexpr, GIVE_V: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of some keys of one block, from a segment of the rows that list it: final, or a share to be summed."""
     tile = tl.program_id(0)
@@ -324,13 +337,14 @@ def _key_gradients(
         piece = block % N
         g = block // N % G
         b = block // (N * G)
-        about = pieces + (b * N + piece) * 4
+        about = pieces + (b * N + piece) * 5
         start = tl.load(about)
         length = tl.load(about + 1)
-        at_key = tl.load(about + 2)
-        whose = tl.load(about + 3)
+        base = tl.load(about + 3)
+        stop = tl.load(about + 4)
         offset = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
         held = offset < length
+        key_at = tl.where(held, tl.load(about + 2) + offset, FAR)
         key = (tl.cast(b, tl.int64) * S + start + offset) * G + g
         kd = tl.arange(0, KP)
         vd = tl.arange(0, VP)
@@ -351,31 +365,41 @@ def _key_gradients(
             i = i % (QUERIES * R)
             token = entry // J % L * QUERIES + i // R
             inside = inside & (token < T)
-            row = tl.cast(b * T + token, tl.int64) * (J * R) + entry % J * R + i % R
-            at = tl.load(positions + b * T + token, mask=inside, other=-1)
-            document = tl.load(documents + b * T + token, mask=inside, other=-1)
-            q_here = tl.load(q + row[:, None] * K + kd[None, :], mask=inside[:, None] & (kd[None, :] < K), other=0.0)
+            row = (b * T + token) * (J * R) + entry % J * R + i % R
+            wide = tl.cast(row, tl.int64)
+            place = tl.load(places + b * T + token, mask=inside, other=-1)
+            q_here = tl.load(
+                q + wide[:, None] * K + kd[None, :],
+                mask=inside[:, None] & (kd[None, :] < K),
+                other=0.0,
+            )
             dout_here = tl.load(
-                dout + row[:, None] * V + vd[None, :], mask=inside[:, None] & (vd[None, :] < V), other=0.0
+                dout + wide[:, None] * V + vd[None, :],
+                mask=inside[:, None] & (vd[None, :] < V),
+                other=0.0,
             )
             lse_here = tl.load(lse2 + row, mask=inside, other=1e30)
             delta_here = tl.load(delta + row, mask=inside, other=0.0)
-            seen = held[:, None] & (document == whose)[None, :] & inside[None, :]
-            seen = seen & _visible(at[None, :], (at_key + offset)[:, None], CAUSAL, WINDOW, SINKS)
-            x = tl.dot(k_here, tl.trans(q_here), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            p = tl.exp2(tl.where(seen, x - lse_here[None, :], -1e30))
-            dv_acc += tl.dot(p.to(dout_here.dtype), dout_here, input_precision=PRECISION)
-            ds = p * (tl.dot(v_here, tl.trans(dout_here), input_precision=PRECISION) - delta_here[None, :])
-            dk_acc += tl.dot(ds.to(q_here.dtype), q_here, input_precision=PRECISION)
+            at = tl.where((place >= base) & (place < stop), place - base, -1)
+            seen = _visible(at[:, None], key_at[None, :], CAUSAL, WINDOW, SINKS)
+            x = tl.dot(q_here, tl.trans(k_here), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            p = tl.exp2(tl.where(seen, x - lse_here[:, None], -1e30))
+            if GIVE_V:
+                dv_acc += tl.dot(tl.trans(p.to(dout_here.dtype)), dout_here, input_precision=PRECISION)
+            if GIVE_K:
+                ds = p * (tl.dot(dout_here, tl.trans(v_here), input_precision=PRECISION) - delta_here[:, None])
+                dk_acc += tl.dot(tl.trans(ds.to(q_here.dtype)), q_here, input_precision=PRECISION)
         dk_acc = dk_acc * scale
         share = tl.load(shares + block)
-        if share < 0:
-            tl.store(dk + key[:, None] * K + kd[None, :], dk_acc, mask=held[:, None] & (kd[None, :] < K))
-            tl.store(dv + key[:, None] * V + vd[None, :], dv_acc, mask=held[:, None] & (vd[None, :] < V))
-        else:
+        to = key
+        if share >= 0:
             to = (tl.cast(share + part, tl.int64) * STEPS) * KEYS + offset
-            tl.store(partial_dk + to[:, None] * K + kd[None, :], dk_acc, mask=held[:, None] & (kd[None, :] < K))
-            tl.store(partial_dv + to[:, None] * V + vd[None, :], dv_acc, mask=held[:, None] & (vd[None, :] < V))
+            dk = partial_dk
+            dv = partial_dv
+        if GIVE_K:
+            tl.store(dk + to[:, None] * K + kd[None, :], dk_acc, mask=held[:, None] & (kd[None, :] < K))
+        if GIVE_V:
+            tl.store(dv + to[:, None] * V + vd[None, :], dv_acc, mask=held[:, None] & (vd[None, :] < V))
 
 
 @triton.jit
@@ -391,7 +415,7 @@ def _sum_shares(
         count = tl.load(firsts + block + 1) - tl.load(firsts + block)
         g = block // N % G
         b = block // (N * G)
-        about = pieces + (b * N + block % N) * 4
+        about = pieces + (b * N + block % N) * 5
         offset = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
         held = offset < tl.load(about + 1)
         key = (tl.cast(b, tl.int64) * S + tl.load(about) + offset) * G + g
@@ -445,10 +469,9 @@ class _Problem:
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.keys, self.groups, self.value_dim = v.shape[1:]
         self.list_heads, self.scale, self.tile = blocks.shape[2], scale, tile
-        self.positions, self.documents = (f(q.device).contiguous() for f in (tile.queries.positions, tile.queries.ids))
-        table = tile.pieces(q.device)
+        table, self.places = tile.placed(q.device)
         parts, _, count, _ = table.shape
-        self.pieces = table.permute(1, 2, 0, 3).reshape(self.batch, count * parts, 4).contiguous()
+        self.pieces = table.permute(1, 2, 0, 3).reshape(self.batch, count * parts, 5).contiguous()
         if parts > 1:  # a listed block stands for each of its pieces
             pieces = blocks.unsqueeze(-1) * parts + torch.arange(parts, dtype=torch.int32, device=q.device)
             blocks = torch.where(((blocks >= 0) & (blocks < count)).unsqueeze(-1), pieces, -1).flatten(-2)
@@ -512,6 +535,13 @@ def _constants(
         "STEPS": -(-block_size // keys), "CAUSAL": mask.causal, "WINDOW": mask.window or 0, "SINKS": mask.sink_tokens,
         "PRECISION": "ieee" if exact else "tf32", "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def _gradients_at_once(constants: dict[str, Any]) -> tuple[dict[str, bool], ...]:
+    """dk and dv in one pass where registers hold the sums of both, else in two."""
+    if max(constants["KP"], constants["VP"]) <= 128:
+        return ({"GIVE_K": True, "GIVE_V": True},)
+    return {"GIVE_K": True, "GIVE_V": False}, {"GIVE_K": False, "GIVE_V": True}
 
 
 def _rows_of(width: int) -> int:
@@ -588,9 +618,7 @@ def _portion(problem: _Problem, low: int, high: int, first: int, last: int) -> _
     part = object.__new__(_Problem)
     part.__dict__.update(problem.__dict__)
     part.lists = problem.lists[:, low:high].contiguous()
-    part.q, part.positions, part.documents = (
-        x[:, first:last].contiguous() for x in (problem.q, problem.positions, problem.documents)
-    )
+    part.q, part.places = (x[:, first:last].contiguous() for x in (problem.q, problem.places))
     part.length = last - first
     return part
 
@@ -600,7 +628,7 @@ def _attend_lists(problem: _Problem, out: Tensor, lse: Tensor) -> None:
     lists = problem.lists.shape[1]
     grid = (lists * triton.cdiv(problem.rows_a_list, constants["TILE"]), problem.batch * problem.list_heads)
     _attend_by_query[grid](
-        problem.q, problem.k, problem.v, problem.lists, problem.pieces, problem.positions, problem.documents, out, lse,
+        problem.q, problem.k, problem.v, problem.lists, problem.pieces, problem.places, out, lse,
         problem.scale, problem.length, problem.keys, lists, problem.count, **constants,
     )  # fmt: skip
 
@@ -610,7 +638,7 @@ def _query_gradients(problem: _Problem, given: tuple[Tensor, ...], dq: Tensor) -
     lists = problem.lists.shape[1]
     grid = (lists * triton.cdiv(problem.rows_a_list, constants["TILE"]), problem.batch * problem.list_heads)
     _query_gradients_by_query[grid](
-        problem.q, problem.k, problem.v, *given, problem.lists, problem.pieces, problem.positions, problem.documents,
+        problem.q, problem.k, problem.v, *given, problem.lists, problem.pieces, problem.places,
         dq, problem.scale, problem.length, problem.keys, lists, problem.count, **constants,
     )  # fmt: skip
 
@@ -623,7 +651,7 @@ def _attend_gathered(problem: _Problem, out: Tensor, lse: Tensor) -> None:
     partial_lse = lse.new_empty(problem.slots * problem.rows_a_list)
     _attend_by_block[(tiles.bound,)](
         problem.q, problem.k, problem.v, inverse.order, inverse.offsets, tiles.owner, tiles.firsts, problem.pieces,
-        problem.positions, problem.documents, partial, partial_lse, problem.scale, problem.length, problem.keys, lists,
+        problem.places, partial, partial_lse, problem.scale, problem.length, problem.keys, lists,
         problem.count, problem.batch * problem.groups * problem.count, **constants,
     )  # fmt: skip
     _merge(problem, partial, partial_lse, out, lse)
@@ -636,7 +664,7 @@ def _query_gradients_gathered(problem: _Problem, given: tuple[Tensor, ...], dq: 
     partial = dq.new_empty(problem.slots * problem.rows_a_list, problem.key_dim)
     _query_gradients_by_block[(tiles.bound,)](
         problem.q, problem.k, problem.v, *(x.contiguous() for x in given), inverse.order, inverse.offsets, tiles.owner,
-        tiles.firsts, problem.pieces, problem.positions, problem.documents, partial, problem.scale, problem.length,
+        tiles.firsts, problem.pieces, problem.places, partial, problem.scale, problem.length,
         problem.keys, lists, problem.count, problem.batch * problem.groups * problem.count, **constants,
     )  # fmt: skip
     _merge(problem, partial, None, dq, None)
@@ -673,11 +701,12 @@ def _sum_key_gradients(problem: _Problem, given: tuple[Tensor, ...], dk: Tensor,
     shares = torch.where(parts > 1, split.cumsum(0).int() - split, -1).int()
     room = 2 * (problem.slots * problem.rows_a_list // segment) * constants["STEPS"] * constants["KEYS"]
     partial_dk, partial_dv = (x.new_empty(room, x.shape[3]) for x in (dk, dv))
-    _key_gradients[(tiles.bound, constants["STEPS"])](
-        problem.q, problem.k, problem.v, *given, inverse.order, inverse.offsets, tiles.owner, tiles.firsts, shares,
-        problem.pieces, problem.positions, problem.documents, dk, dv, partial_dk, partial_dv, problem.scale, segment,
-        problem.length, problem.keys, lists, problem.count, total, **constants,
-    )  # fmt: skip
+    for give in _gradients_at_once(constants):
+        _key_gradients[(tiles.bound, constants["STEPS"])](
+            problem.q, problem.k, problem.v, *given, inverse.order, inverse.offsets, tiles.owner, tiles.firsts, shares,
+            problem.pieces, problem.places, dk, dv, partial_dk, partial_dv, problem.scale, segment, problem.length,
+            problem.keys, lists, problem.count, total, **constants, **give,
+        )  # fmt: skip
     if room:
         kept = {x: constants[x] for x in ("G", "K", "V", "KP", "VP", "KEYS", "STEPS")}
         _sum_shares[(total, constants["STEPS"])](
@@ -692,16 +721,21 @@ def compilations() -> list[Compilation]:
     queries = {"block_size": 64, "slots": 16, "list_heads": 16, "groups": 4, "heads": 16, "queries": 64}
     wide = {"key_dim": 128, "value_dim": 128}
     found = []
-    for dims in ({"key_dim": 64, "value_dim": 64}, wide, {"key_dim": 192, "value_dim": 128}):
-        name = f"{dims['key_dim']}x{dims['value_dim']}"
+    for key_dim, value_dim in ((64, 64), (128, 128), (192, 128)):
+        dims, name = {"key_dim": key_dim, "value_dim": value_dim}, f"{key_dim}x{value_dim}"
         found += [
             _compilation(_attend_by_query, BY_QUERY, 16, nsa | dims, f"NSA {name}"),
             _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, 16, nsa | dims, f"NSA {name}"),
-            _compilation(_key_gradients, KEY_GRADIENTS, ROWS, nsa | dims, f"NSA {name}"),
             _compilation(_attend_by_block, BY_BLOCK, ROWS, moba | dims, f"MoBA {name}"),
             _compilation(_query_gradients_by_block, BY_BLOCK, ROWS, moba | dims, f"MoBA {name}"),
-            _compilation(_key_gradients, KEY_GRADIENTS, ROWS, moba | dims, f"MoBA {name}"),
         ]
+        gives = _gradients_at_once(_constants(KEY_GRADIENTS, ROWS, Mask(), exact=False, **nsa, **dims))
+        for give in gives:
+            which = "" if len(gives) == 1 else " keys" if give["GIVE_K"] else " values"
+            for sizes, what in ((nsa, "NSA"), (moba, "MoBA")):
+                found.append(
+                    _compilation(_key_gradients, KEY_GRADIENTS, ROWS, sizes | dims, what + " " + name + which, give)
+                )
     found += [
         _compilation(_attend_by_query, BY_QUERY, ROWS, queries | wide, "64 queries a list"),
         _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, ROWS, queries | wide, "64 queries a list"),
@@ -714,7 +748,7 @@ def compilations() -> list[Compilation]:
 # Types of the arguments that are no constants, for inputs in bf16.
 _POINTERS = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "dout": "*bf16", "lse2": "*fp32", "delta": "*fp32", "lists": "*i32",
-    "pieces": "*i32", "positions": "*i32", "documents": "*i32", "out": "*fp32", "lse": "*fp32", "dq": "*fp32",
+    "pieces": "*i32", "places": "*i32", "out": "*fp32", "lse": "*fp32", "dq": "*fp32",
     "dk": "*fp32", "dv": "*fp32", "order": "*i32", "offsets": "*i32", "owner": "*i32", "firsts": "*i32",
     "shares": "*i32", "partial": "*fp32", "partial_lse": "*fp32", "partial_dk": "*fp32", "partial_dv": "*fp32",
 }  # fmt: skip
