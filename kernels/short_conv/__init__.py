@@ -67,6 +67,23 @@ def token_shift(
     return _implementation("token_shift", backend, x).token_shift(x, documents, history)
 
 
+def flops(tokens: int, *, channels: int, taps: int) -> int:
+    """Floating-point operations of a forward pass: a product and a sum a tap, channel and token."""
+    return 2 * tokens * channels * taps
+
+
+def state_bytes(*, batch: int, channels: int, taps: int, element_bytes: int = 2) -> int:
+    """Bytes of the rows that decoding keeps, whatever the length."""
+    return batch * channels * (taps - 1) * element_bytes
+
+
+def bytes_sent(*, batch: int, channels: int, taps: int, ranks: int, spans: int = 1, element_bytes: int = 2) -> int:
+    """Bytes that a rank sends forward and backward: its spans' last rows to all others, and an all-reduce of all such
+    rows' gradients, which costs twice as much. The length of the sequence does not matter.
+    """
+    return 3 * (ranks - 1) * spans * batch * channels * (taps - 1) * element_bytes
+
+
 def _implementation(op: str, backend: str, x: Tensor) -> ModuleType:
     chosen = resolve(op, backend, x.device, x.dtype)
     if chosen == "triton":

@@ -24,17 +24,16 @@ STRETCH = 1024  # tokens whose gradients of the weights one program sums
 
 @triton.jit
 def _summed(
-    x, history, weight, bias, row, t, c, reach, tokens, channels,
-    TAPS: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr,
+    x, history, weight, bias, row, first, c, reach, tokens, channels,
+    TAPS: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """float32 [tokens, channels]: the convolution of tokens t before the activation; `reach` is how far back each sees.
-
-    With SHIFT it is the row one before.
+    """float32 [T, channels]: the convolution of tokens first..first+T before the activation; the row one before with
+    SHIFT. `reach` is how far back each token sees.
     """
-    total = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
+    total = tl.zeros([T, c.shape[0]], tl.float32)
     for back in tl.static_range(TAPS):
         if not SHIFT or back == 1:
-            earlier = _row(x, history, row, t - back, c, reach >= back, tokens, channels, TAPS)
+            earlier = _earlier(x, history, row, first, back, c, reach, channels, tokens, TAPS, T)
             if SHIFT:
                 total += earlier
             else:
@@ -46,20 +45,24 @@ def _summed(
 
 
 @triton.jit
-def _row(x, history, row, at, c, seen, tokens, channels, TAPS: tl.constexpr):
-    """float32: rows `at` of x, those below 0 from the history; 0 where not `seen`."""
-    wanted = (seen & (at < tokens))[:, None] & (c < channels)[None, :]
-    here = x + (row * tokens + at)[:, None] * channels + c[None, :]
-    value = tl.load(here, mask=wanted & (at >= 0)[:, None], other=0.0).to(tl.float32)
-    if TAPS > 1:
-        before = history + (row * (TAPS - 1) + at + (TAPS - 1))[:, None] * channels + c[None, :]
-        value += tl.load(before, mask=wanted & (at < 0)[:, None], other=0.0).to(tl.float32)
+def _earlier(
+    x, history, row, first, back: tl.constexpr, c, reach, channels, tokens, TAPS: tl.constexpr, T: tl.constexpr
+):
+    """float32: the rows `back` before tokens first..first+T, from the history those before the row; 0 out of reach."""
+    n = tl.arange(0, T) - back
+    wanted = (reach >= back)[:, None] & (c < channels)[None, :]
+    here = x + (row * tokens + first) * channels + (n[:, None] * channels + c[None, :])
+    value = tl.load(here, mask=wanted & (first + n >= 0)[:, None], other=0.0).to(tl.float32)
+    if back > 0:
+        before = history + (row * (TAPS - 1) + first + (TAPS - 1)) * channels + (n[:, None] * channels + c[None, :])
+        value += tl.load(before, mask=wanted & (first + n < 0)[:, None], other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit
-def _reach(ids, positions, row, t, tokens):
-    """How many tokens before each token t are of its document; −1 for padding and for what is not held."""
+def _reach(ids, positions, row, first, tokens, T: tl.constexpr):
+    """How many tokens before each of first..first+T are of its document; −1 for padding and for what is not held."""
+    t = first + tl.arange(0, T)
     held = (t >= 0) & (t < tokens)
     document = tl.load(ids + row * tokens + t, mask=held, other=-1)
     position = tl.load(positions + row * tokens + t, mask=held, other=-1)
@@ -73,15 +76,16 @@ def _forward(
     T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    t = tl.cast(tl.program_id(0) % blocks, tl.int64) * T + tl.arange(0, T)
+    first = tl.cast(tl.program_id(0) % blocks, tl.int64) * T
     c = tl.program_id(1) * C + tl.arange(0, C)
-    reach = _reach(ids, positions, row, t, tokens)
-    total = _summed(x, history, weight, bias, row, t, c, reach, tokens, channels, TAPS, SHIFT, BIAS)
+    reach = _reach(ids, positions, row, first, tokens, T)
+    total = _summed(x, history, weight, bias, row, first, c, reach, tokens, channels, TAPS, SHIFT, BIAS, T)
     if SILU:
         total = total * tl.sigmoid(total)
     total = tl.where((reach >= 0)[:, None], total, 0.0)
-    to = out + (row * tokens + t)[:, None] * channels + c[None, :]
-    tl.store(to, total, mask=(t < tokens)[:, None] & (c < channels)[None, :])
+    n = tl.arange(0, T)
+    to = out + (row * tokens + first) * channels + (n[:, None] * channels + c[None, :])
+    tl.store(to, total, mask=(first + n < tokens)[:, None] & (c < channels)[None, :])
 
 
 @triton.jit
@@ -95,26 +99,28 @@ def _weights(
     row = part // blocks
     c = tl.program_id(1) * C + tl.arange(0, C)
     inside = c < channels
+    n = tl.arange(0, T)
     tap = tl.arange(0, PADDED)
     taps_total = tl.zeros([PADDED, C], tl.float32)
     bias_total = tl.zeros([C], tl.float32)
-    first = (part % blocks) * (STEPS * T)
-    for start in range(first, tl.minimum(first + STEPS * T, tokens), T):
-        t = start + tl.arange(0, T)
-        reach = _reach(ids, positions, row, t, tokens)
-        at = (row * tokens + t)[:, None] * channels + c[None, :]
-        given = tl.load(dout + at, mask=(reach >= 0)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    stretch = (part % blocks) * (STEPS * T)
+    for start in range(stretch, tl.minimum(stretch + STEPS * T, tokens), T):
+        first = tl.cast(start, tl.int64)
+        reach = _reach(ids, positions, row, first, tokens, T)
+        at = n[:, None] * channels + c[None, :]
+        base = (row * tokens + first) * channels
+        given = tl.load(dout + base + at, mask=(reach >= 0)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if SILU:
-            total = _summed(x, history, weight, bias, row, t, c, reach, tokens, channels, TAPS, False, BIAS)
+            total = _summed(x, history, weight, bias, row, first, c, reach, tokens, channels, TAPS, False, BIAS, T)
             gate = tl.sigmoid(total)
             given = given * gate * (1.0 + total * (1.0 - gate))
-            tl.store(dsum + at, given, mask=(t < tokens)[:, None] & inside[None, :])
+            tl.store(dsum + base + at, given, mask=(first + n < tokens)[:, None] & inside[None, :])
         bias_total += tl.sum(given, 0)
         for back in tl.static_range(TAPS):
-            earlier = _row(x, history, row, t - back, c, reach >= back, tokens, channels, TAPS)
+            earlier = _earlier(x, history, row, first, back, c, reach, channels, tokens, TAPS, T)
             found = tl.sum(given * earlier, 0)
             taps_total += tl.where((tap == TAPS - 1 - back)[:, None], found[None, :], 0.0)
-    to = dweight + (part * TAPS + tap)[:, None] * channels + c[None, :]
+    to = dweight + part * TAPS * channels + (tap[:, None] * channels + c[None, :])
     tl.store(to, taps_total, mask=(tap < TAPS)[:, None] & inside[None, :])
     tl.store(dbias + part * channels + c, bias_total, mask=inside)
 
@@ -126,14 +132,14 @@ def _rows(
 ):  # fmt: skip
     """dx, and dhistory as the rows before it: each row from the tokens that its taps reach."""
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    t = tl.cast(tl.program_id(0) % blocks, tl.int64) * T + tl.arange(0, T) - (TAPS - 1)
+    first = tl.cast(tl.program_id(0) % blocks, tl.int64) * T - (TAPS - 1)
+    n = tl.arange(0, T)
     c = tl.program_id(1) * C + tl.arange(0, C)
     total = tl.zeros([T, C], tl.float32)
     for back in tl.static_range(TAPS):
         if not SHIFT or back == 1:
-            later = t + back
-            wanted = (_reach(ids, positions, row, later, tokens) >= back)[:, None] & (c < channels)[None, :]
-            at = dsum + (row * tokens + later)[:, None] * channels + c[None, :]
+            wanted = (_reach(ids, positions, row, first + back, tokens, T) >= back)[:, None] & (c < channels)[None, :]
+            at = dsum + (row * tokens + first + back) * channels + (n[:, None] * channels + c[None, :])
             given = tl.load(at, mask=wanted, other=0.0).to(tl.float32)
             if SHIFT:
                 total += given
@@ -141,10 +147,11 @@ def _rows(
                 tap = tl.load(weight + c * TAPS + (TAPS - 1 - back), mask=c < channels, other=0.0)
                 total += given * tap.to(tl.float32)[None, :]
     inside = (c < channels)[None, :]
-    to = dx + (row * tokens + t)[:, None] * channels + c[None, :]
-    tl.store(to, total, mask=((t >= 0) & (t < tokens))[:, None] & inside)
+    t = first + n
+    at = n[:, None] * channels + c[None, :]
+    tl.store(dx + (row * tokens + first) * channels + at, total, mask=((t >= 0) & (t < tokens))[:, None] & inside)
     if TAPS > 1:
-        before = dhistory + (row * (TAPS - 1) + t + (TAPS - 1))[:, None] * channels + c[None, :]
+        before = dhistory + (row * (TAPS - 1) + first + (TAPS - 1)) * channels + at
         tl.store(before, total, mask=(t < 0)[:, None] & inside)
 
 
@@ -211,7 +218,7 @@ def _of_weights(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of what the activation saw, of the weights and of the bias."""
     batch, tokens, channels = x.shape
-    parts = triton.cdiv(tokens, STRETCH)
+    parts = -(-tokens // STRETCH)
     dsum = torch.empty_like(x, dtype=torch.float32) if silu else dout
     dweight = torch.empty(batch * parts, weight.shape[1], channels, dtype=torch.float32, device=x.device)
     dbias = torch.empty(batch * parts, channels, dtype=torch.float32, device=x.device)
@@ -219,7 +226,7 @@ def _of_weights(
         dout, x, history, weight, x if bias is None else bias.contiguous(),
         documents.ids(x.device), documents.positions(x.device), dsum, dweight, dbias, tokens, channels, parts,
         TAPS=weight.shape[1], PADDED=triton.next_power_of_2(weight.shape[1]), BIAS=bias is not None, SILU=silu,
-        T=TOKENS, C=CHANNELS, STEPS=STRETCH // TOKENS, num_warps=WARPS,
+        T=TOKENS, C=CHANNELS, STEPS=STRETCH // TOKENS, num_warps=2 * WARPS,
     )  # fmt: skip
     return dsum, dweight.sum(0).T.to(weight.dtype), None if bias is None else dbias.sum(0).to(bias.dtype)
 
@@ -253,7 +260,8 @@ def compilations() -> list[Compilation]:
         elif kernel is _rows and not shift:
             signature["dsum"] = "*fp32"
         divisible = tuple(name for name in signature if name != "blocks")
+        warps = 2 * WARPS if kernel is _weights else WARPS
         found.append(
-            Compilation(kernel, signature, constants, divisible, WARPS, 2, variant="shift" if shift else "4 taps")
+            Compilation(kernel, signature, constants, divisible, warps, 2, variant="shift" if shift else "4 taps")
         )
     return found

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.short_conv import short_conv, token_shift
+from longreach.kernels.short_conv import bytes_sent, flops, short_conv, state_bytes, token_shift
 
 WIDTH = 5
 PACKED = Documents.from_lengths([[3, 1, 1, 290, 5, 50], [350]], 400)
@@ -150,3 +150,12 @@ def test_bad_input_is_named(message):
     x, weight, *_ = draw(Documents.whole(2, 20), 4)
     with pytest.raises(ValueError, match=message):
         WRONG[message](x, weight)
+
+
+def test_costs():
+    assert flops(100, channels=8, taps=4) == 2 * 100 * 8 * 4
+    assert state_bytes(batch=2, channels=8, taps=4) == 2 * 8 * 3 * 2
+    assert bytes_sent(batch=2, channels=8, taps=4, ranks=3, spans=2) == 3 * 2 * 2 * state_bytes(
+        batch=2, channels=8, taps=4
+    )
+    assert bytes_sent(batch=2, channels=8, taps=1, ranks=3) == bytes_sent(batch=2, channels=8, taps=4, ranks=1) == 0
