@@ -7,6 +7,10 @@ a second kernel merges the slots in their order. Gradients of keys and values go
 inverse of the lists, made by a stable sort. No atomics: the same inputs give the same bits at every run.
 """
 
+# Kernels are typed by Triton, when they are compiled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -31,7 +35,7 @@ SHARED_ROWS = 8  # rows a list from which programs go by queries
 # Keys of a tile, warps and stages by the larger of the padded dims.
 BY_QUERY = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)}
 BY_QUERY_BACKWARD = {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 8, 1)}
-BY_BLOCK = {64: (64, 4, 3), 128: (64, 4, 2), 256: (64, 8, 1)}
+BY_BLOCK = {64: (64, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2)}
 KEY_GRADIENTS = {64: (64, 4, 2), 128: (64, 8, 2), 256: (64, 8, 1)}
 
 
@@ -537,11 +541,16 @@ def _constants(
     }  # fmt: skip
 
 
-def _gradients_at_once(constants: dict[str, Any]) -> tuple[dict[str, bool], ...]:
+def _gradients_at_once(key_dim: int, value_dim: int) -> tuple[dict[str, bool], ...]:
     """dk and dv in one pass where registers hold the sums of both, else in two."""
-    if max(constants["KP"], constants["VP"]) <= 128:
+    if max(key_dim, value_dim) <= 128:
         return ({"GIVE_K": True, "GIVE_V": True},)
     return {"GIVE_K": True, "GIVE_V": False}, {"GIVE_K": False, "GIVE_V": True}
+
+
+def _rows_of_gradients(key_dim: int, value_dim: int) -> int:
+    """Rows of a tile of `_key_gradients`: fewer where its sums already fill the registers."""
+    return ROWS if max(key_dim, value_dim) <= 128 else ROWS // 2
 
 
 def _rows_of(width: int) -> int:
@@ -690,7 +699,10 @@ def _merge(problem: _Problem, partial: Tensor, partial_lse: Tensor | None, out: 
 
 
 def _sum_key_gradients(problem: _Problem, given: tuple[Tensor, ...], dk: Tensor, dv: Tensor) -> None:
-    constants, lists = problem.constants(KEY_GRADIENTS, ROWS), problem.lists.shape[1]
+    constants, lists = (
+        problem.constants(KEY_GRADIENTS, _rows_of_gradients(problem.key_dim, problem.value_dim)),
+        problem.lists.shape[1],
+    )
     inverse, total = problem.inverse(), problem.batch * problem.groups * problem.count
     # Four times the rows that a block has on average: what is shared then takes at most half of what dk and dv take.
     average = problem.slots * problem.rows_a_list // total
@@ -701,7 +713,7 @@ def _sum_key_gradients(problem: _Problem, given: tuple[Tensor, ...], dk: Tensor,
     shares = torch.where(parts > 1, split.cumsum(0).int() - split, -1).int()
     room = 2 * (problem.slots * problem.rows_a_list // segment) * constants["STEPS"] * constants["KEYS"]
     partial_dk, partial_dv = (x.new_empty(room, x.shape[3]) for x in (dk, dv))
-    for give in _gradients_at_once(constants):
+    for give in _gradients_at_once(problem.key_dim, problem.value_dim):
         _key_gradients[(tiles.bound, constants["STEPS"])](
             problem.q, problem.k, problem.v, *given, inverse.order, inverse.offsets, tiles.owner, tiles.firsts, shares,
             problem.pieces, problem.places, dk, dv, partial_dk, partial_dv, problem.scale, segment, problem.length,
@@ -720,22 +732,21 @@ def compilations() -> list[Compilation]:
     moba = {"block_size": 512, "slots": 3, "list_heads": 16, "groups": 4, "heads": 16, "queries": 1}
     queries = {"block_size": 64, "slots": 16, "list_heads": 16, "groups": 4, "heads": 16, "queries": 64}
     wide = {"key_dim": 128, "value_dim": 128}
-    found = []
+    found = [
+        _compilation(_attend_by_block, BY_BLOCK, ROWS, moba | wide, "MoBA 128x128"),
+        _compilation(_query_gradients_by_block, BY_BLOCK, ROWS, moba | wide, "MoBA 128x128"),
+        _compilation(_key_gradients, KEY_GRADIENTS, ROWS, moba | wide, "MoBA 128x128", _gradients_at_once(128, 128)[0]),
+    ]
     for key_dim, value_dim in ((64, 64), (128, 128), (192, 128)):
-        dims, name = {"key_dim": key_dim, "value_dim": value_dim}, f"{key_dim}x{value_dim}"
+        sizes, name = nsa | {"key_dim": key_dim, "value_dim": value_dim}, f"NSA {key_dim}x{value_dim}"
         found += [
-            _compilation(_attend_by_query, BY_QUERY, 16, nsa | dims, f"NSA {name}"),
-            _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, 16, nsa | dims, f"NSA {name}"),
-            _compilation(_attend_by_block, BY_BLOCK, ROWS, moba | dims, f"MoBA {name}"),
-            _compilation(_query_gradients_by_block, BY_BLOCK, ROWS, moba | dims, f"MoBA {name}"),
+            _compilation(_attend_by_query, BY_QUERY, 16, sizes, name),
+            _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, 16, sizes, name),
         ]
-        gives = _gradients_at_once(_constants(KEY_GRADIENTS, ROWS, Mask(), exact=False, **nsa, **dims))
-        for give in gives:
-            which = "" if len(gives) == 1 else " keys" if give["GIVE_K"] else " values"
-            for sizes, what in ((nsa, "NSA"), (moba, "MoBA")):
-                found.append(
-                    _compilation(_key_gradients, KEY_GRADIENTS, ROWS, sizes | dims, what + " " + name + which, give)
-                )
+        rows = _rows_of_gradients(key_dim, value_dim)
+        for give in _gradients_at_once(key_dim, value_dim):
+            which = " keys" if not give["GIVE_V"] else " values" if not give["GIVE_K"] else ""
+            found.append(_compilation(_key_gradients, KEY_GRADIENTS, rows, sizes, name + which, give))
     found += [
         _compilation(_attend_by_query, BY_QUERY, ROWS, queries | wide, "64 queries a list"),
         _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, ROWS, queries | wide, "64 queries a list"),
@@ -770,5 +781,5 @@ def _compilation(
     products = kernel not in (_merge_slots, _sum_shares)
     return Compilation(
         kernel, signature, constants, tuple(name for name in names if name in _POINTERS), warps, stages,
-        rows=min(constants["KEYS"], 64) if products else 0, variant=variant,
+        rows=rows if products else 0, variant=variant,
     )  # fmt: skip

@@ -104,4 +104,4 @@ def _groups(key: Tensor, table: Tensor, groups: int) -> list[Group]:
     lasts = lengths.cumsum(0)
     found = table[part, row, block, :3].long()
     columns = torch.cat([torch.stack([row, group], 1), found, torch.stack([lasts - lengths, lasts, whole], 1)], 1)
-    return [Group(*values[:7], bool(values[7])) for values in columns.tolist()]
+    return [Group(*numbers, full=bool(full)) for *numbers, full in columns.tolist()]

@@ -65,7 +65,7 @@ def block_scores(
                     here = here.masked_fill(~seen, float("-inf"))
                     total = here if total is None else torch.maximum(total, here)
                 any_seen = seen if any_seen is None else any_seen | seen
-            if total is not None:
+            if total is not None and any_seen is not None:
                 result[row, ..., n] = total.masked_fill(~any_seen, float("-inf"))
     return result
 

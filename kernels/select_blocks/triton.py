@@ -4,8 +4,13 @@ A score and its block make one 64-bit key, whose order is that of the scores and
 chosen does not depend on how the blocks fall into tiles.
 """
 
+# Kernels are typed by Triton, when they are compiled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +25,9 @@ from .rule import Rule
 from .windows import WindowLayout
 
 ROWS = 64  # queries × heads that a program takes
-TILE = 64  # windows, or blocks, at once
 
-# Warps and stages by the padded key dim.
-CONFIGURATIONS = {64: (4, 2), 128: (4, 2), 256: (8, 1)}
+# Windows, or blocks, at once, warps and stages by the padded key dim.
+CONFIGURATIONS = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)}
 
 
 @triton.jit
@@ -118,10 +122,11 @@ def _choose(
                 shown = held[None, :] & (window[None, :] <= seen_by_query[:, None])
                 score = tl.maximum(score, tl.where(shown, pooled, float("-inf")))
             else:
-                END: tl.constexpr = shift - LEAD + SPAN // STEP
-                BEGIN: tl.constexpr = shift - LEAD
-                WEIGHT: tl.constexpr = (END if END < PER else PER) - (BEGIN if BEGIN > 0 else 0)
-                score += pooled * WEIGHT
+                # Its overlap with the block, in strides: from the later start to the earlier end.
+                score += pooled * (
+                    (shift - LEAD + SPAN // STEP if shift - LEAD + SPAN // STEP < PER else PER)
+                    - (shift - LEAD if shift > LEAD else 0)
+                )
         earliest = tl.maximum(block * PER - LEAD, 0)
         eligible = earliest[None, :] <= seen_by_query[:, None]
         forced = (block[None, :] < INITIAL) | (block[None, :] > own[:, None] - LOCAL)
@@ -163,13 +168,13 @@ def _constants(*, rule: Rule, heads: int, groups: int, key_dim: int, exact: bool
     padded = max(16, triton.next_power_of_2(key_dim))
     if max(64, padded) not in CONFIGURATIONS:
         raise ValueError(f"key dim must be at most 256 for Triton; got {key_dim}")
-    warps, stages = CONFIGURATIONS[max(64, padded)]
+    width, warps, stages = CONFIGURATIONS[max(64, padded)]
     shared = heads // groups if rule.pooled else 1
     together = triton.next_power_of_2(shared)
     best = triton.next_power_of_2(rule.count)
     return {
         "H": heads, "G": groups, "HEADS": shared, "HP": together, "QUERIES": max(1, ROWS // together), "K": key_dim,
-        "KP": padded, "WIDTH": max(TILE, best), "SPAN": rule.span, "STEP": rule.step,
+        "KP": padded, "WIDTH": max(width, best), "SPAN": rule.span, "STEP": rule.step,
         "PRECISION": "ieee" if exact else "tf32", "BLOCK": rule.block_size, "COUNT": rule.count, "BEST": best,
         "INITIAL": rule.initial, "LOCAL": rule.local, "SOFTMAX": rule.score == "softmax",
         "GREATEST": rule.aggregate == "max", "num_warps": warps, "num_stages": stages,
@@ -216,10 +221,10 @@ def select(
 
 def compilations() -> list[Compilation]:
     """Both kernels with the rules of NSA, InfLLM-v2 and MoBA at production shapes."""
-    overlap = {"block_size": 64, "count": 16, "window": 32, "stride": 16, "initial": 1, "local": 2}
+    overlap = Rule(64, 16, window=32, stride=16, initial=1, local=2)
     rules = {
-        "NSA": Rule(**overlap),
-        "InfLLM-v2": Rule(**overlap, aggregate="max"),
+        "NSA": overlap,
+        "InfLLM-v2": replace(overlap, aggregate="max"),
         "MoBA": Rule(4096, 12, score="dot", pooled=False),
     }
     found = []
