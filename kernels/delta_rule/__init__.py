@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class DeltaRecurrence:
         problem, backend = _problem(inputs, documents, scale, backend)
         if backend == "reference":
             return reference.forward(inputs, initial_state, documents, problem.scale)
-        return chunked.forward(problem, initial_state)
+        return _core(backend).forward(problem, initial_state)
 
     @torch.no_grad()
     def summarize(
@@ -185,7 +186,7 @@ class DeltaRecurrence:
         """
         problem, backend = _problem(inputs, documents, None, backend)
         return Summary(
-            *(reference.summarize(inputs, documents) if backend == "reference" else chunked.summarize(problem))
+            *(reference.summarize(inputs, documents) if backend == "reference" else _core(backend).summarize(problem))
         )
 
     def received(self, summary: Summary, inputs: Inputs) -> Summary:
@@ -230,7 +231,7 @@ class DeltaRecurrence:
         if backend == "reference":
             state = problem.new_states() if initial_state is None else initial_state
             return reference.backward(dout, dfinal_state, inputs, state, documents, problem.scale)
-        return chunked.backward(problem, dout, dfinal_state, initial_state)
+        return _core(backend).backward(problem, dout, dfinal_state, initial_state)
 
     @torch.no_grad()
     def summarize_backward(
@@ -247,7 +248,7 @@ class DeltaRecurrence:
         problem, backend = _problem(inputs, documents, scale, backend)
         if backend == "reference":
             return reference.backward(dout, None, inputs, problem.new_states(), documents, problem.scale)[1]
-        return chunked.summarize_backward(problem, dout)
+        return _core(backend).summarize_backward(problem, dout)
 
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """transitionᵀ dstate + local."""
@@ -255,6 +256,15 @@ class DeltaRecurrence:
 
 
 recurrence = DeltaRecurrence()
+
+
+def _core(backend: str) -> ModuleType:
+    """What runs in chunks: torch on any device, or Triton's kernels, which are imported when first wanted."""
+    if backend == "triton":
+        from . import triton
+
+        return triton
+    return chunked
 
 
 def _problem(inputs: Inputs, documents: Documents, scale: float | None, backend: str) -> tuple[Problem, str]:

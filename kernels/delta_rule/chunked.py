@@ -53,14 +53,13 @@ def summarize(problem: Problem) -> tuple[Tensor, Tensor]:
     """
     state, values, keys = problem.new_states(), problem.v.shape[-1], problem.k.shape[-1]
     transition = state.new_zeros(*state.shape[:2], keys, keys)
-    through = [c and len(row) == 1 for c, row in zip(problem.documents.continues, problem.documents.runs, strict=True)]
     for sweep in problem.sweeps():
-        carried = any(through[sweep.block.rows])
+        carried = any(problem.through[sweep.block.rows])
         if carried:
             sweep = Sweep(problem, sweep.block, further=keys)
         states = sweep.new_states()
         if carried:
-            keep = torch.tensor(through[sweep.block.rows], dtype=problem.dtype, device=state.device)
+            keep = torch.tensor(problem.through[sweep.block.rows], dtype=problem.dtype, device=state.device)
             start = keep[:, None, None, None] * torch.eye(keys, dtype=problem.dtype, device=state.device)
             states.at[0][..., values:] = start.expand(-1, sweep.grid.heads, -1, -1).flatten(0, 1)
         for slab in sweep.grid.slabs():

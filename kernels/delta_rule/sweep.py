@@ -65,6 +65,11 @@ class Problem:
         rows = zip(self.documents.runs, self.documents.continues, strict=True)
         return max((row[0].stop for row, continues in rows if continues), default=0)
 
+    @property
+    def through(self) -> list[bool]:
+        """Whether one document, begun before, goes through each row."""
+        return [c and len(row) == 1 for c, row in zip(self.documents.continues, self.documents.runs, strict=True)]
+
     def sweeps(self) -> list[Sweep]:
         grouped = [x for x in (self.q, self.k, self.a, self.b) if x is not None]
         repeats = math.lcm(*(self.heads // x.shape[2] for x in grouped))

@@ -1,0 +1,914 @@
+"""The delta rule as Triton kernels, chunk by chunk; deterministic. All formulas and names are those of `chunked.py`.
+
+Forward: `_scores` of a chunk's pairs of rows and columns, `_inverse` of (I + L), `_prepare` for W = (I + L)^-1 Ê and
+U = (I + L)^-1 R, of every chunk by itself; `_states` goes through a head's chunks in order, Z = U − W S; `_outputs`.
+Backward does all but the last again, then `_pull` (Aᵀ dO) of every chunk, `_state_gradients` in reverse order, `_pairs`
+(gradients of scores and values) and `_inputs` (of queries, keys, rows and columns, and what they give to the decays).
+
+A decay a channel does not split into factors of row and column without overflow, but it does about a point between
+them. Pairs whose places first differ in bit l meet at the border between their blocks of 2^l tokens: six full products
+a chunk, each for the pairs of one bit, whose exponents are all sums of decays between the two (`_meet`).
+"""
+
+# Kernels are typed by Triton, when they are compiled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportReturnType=false
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..gated_linear.triton import (
+    LANES,
+    _cumulate,
+    _cumulate_back,
+    _dot,
+    _fall,
+    _own,
+    _row,
+    _rows,
+    _square,
+    _state,
+    _tile,
+)
+from .sweep import Problem
+
+CHUNK = 64
+BITS = 6  # of a place in a chunk
+NONE, TOKEN, CHANNEL = 0, 1, 2  # how keys decay
+
+
+@triton.jit
+def _seen(own, C: tl.constexpr, STRICT: tl.constexpr):
+    """Whether row i and column j, before it or not after, are of one document."""
+    i = tl.arange(0, C)
+    same = (own[:, None] == own[None, :]) & (own >= 0)[:, None]
+    if STRICT:
+        return same & (i[:, None] > i[None, :])
+    else:
+        return same & (i[:, None] >= i[None, :])
+
+
+@triton.jit
+def _matrix(x, b, t, h, T, H, C: tl.constexpr):
+    """A chunk's `[C, C]` of `[B, T, H, C]`."""
+    return _tile(x, b, t, h, T, H, C, tl.arange(0, C))
+
+
+@triton.jit
+def _put(x, tile, b, t, h, T, H, D, d):
+    tl.store(_rows(x, b, t, h, T, H, D, d), tile.to(x.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _per_token(x, b, t, h, T, H):
+    return tl.load(x + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sums_at_rows(G, b, t, h, T, H, K, kd, C: tl.constexpr, BEFORE: tl.constexpr):
+    """Sums of the decays that a row has: its own among them or, with BEFORE, those up to the token before."""
+    if BEFORE:
+        first = tl.arange(0, C) == 0
+        at = _rows(G, b, tl.where(first, t, t - 1), h, T, H, K, kd)
+        return tl.load(at, mask=((t < T) & (first == 0))[:, None] & (kd < K)[None, :], other=0.0)
+    else:
+        return _tile(G, b, t, h, T, H, K, kd)
+
+
+@triton.jit
+def _sum_at_rows(G, b, t, h, T, H, C: tl.constexpr, BEFORE: tl.constexpr):
+    """The same of a decay a token, `[C]`."""
+    if BEFORE:
+        first = tl.arange(0, C) == 0
+        at = G + (tl.cast(b, tl.int64) * T + tl.where(first, t, t - 1)) * H + h
+        return tl.load(at, mask=(t < T) & (first == 0), other=0.0)
+    else:
+        return _per_token(G, b, t, h, T, H)
+
+
+@triton.jit
+def _row_factors(
+    G, own, before, b, t, h, T, H, K, kd, DECAY: tl.constexpr, BEFORE: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """`enter` of rows, `[C, 1]` or `[C, BK]`."""
+    enter = ((own == before) & (own >= 0))[:, None]
+    if DECAY == 2:
+        return tl.where(enter, tl.exp2(_sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)), 0.0)
+    if DECAY == 1:
+        return tl.where(enter, tl.exp2(_sum_at_rows(G, b, t, h, T, H, C, BEFORE))[:, None], 0.0)
+    if DECAY == 0:
+        return tl.where(enter, 1.0, 0.0)
+
+
+@triton.jit
+def _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY: tl.constexpr):
+    """`leave` of columns, `[C, 1]` or `[C, BK]`."""
+    leave = ((own == last) & (own >= 0))[:, None]
+    if DECAY == 2:
+        totals = _row(G, b, end, h, T, H, K, kd)
+        return tl.where(leave, _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd)), 0.0)
+    if DECAY == 1:
+        total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
+        return tl.where(leave, _fall(total - _per_token(G, b, t, h, T, H))[:, None], 0.0)
+    if DECAY == 0:
+        return tl.where(leave, 1.0, 0.0)
+
+
+@triton.jit
+def _through(G, before, last, end, b, h, T, H, K, kd, DECAY: tl.constexpr):
+    """`through`, `[BK]`."""
+    goes = tl.where((before == last) & (before >= 0), 1.0, 0.0)
+    if DECAY == 2:
+        return goes * tl.exp2(_row(G, b, end, h, T, H, K, kd))
+    if DECAY == 1:
+        total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
+        return tl.where(kd < K, goes * tl.exp2(total), 0.0)
+    if DECAY == 0:
+        return tl.where(kd < K, goes, 0.0)
+
+
+@triton.jit
+def _meet(at, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, HALF: tl.constexpr, C: tl.constexpr):
+    """Factors of rows and of columns up to the borders between blocks of HALF tokens."""
+    j = tl.arange(0, C)
+    border = n * C + HALF - 1
+    of_rows = _tile(G, b, border + at // (2 * HALF) * (2 * HALF), h, T, H, K, kd)
+    of_columns = _tile(G, b, border + j // (2 * HALF) * (2 * HALF), h, T, H, K, kd)
+    return _fall(sums_rows - of_rows), _fall(of_columns - sums_columns)
+
+
+@triton.jit
+def _meeting(at, HALF: tl.constexpr, C: tl.constexpr):
+    """The pairs of a row in the later and a column in the earlier of two neighbouring blocks of HALF tokens."""
+    j = tl.arange(0, C)
+    together = (at // (2 * HALF))[:, None] == (j // (2 * HALF))[None, :]
+    return together & (at // HALF % 2 == 1)[:, None] & (j // HALF % 2 == 0)[None, :]
+
+
+@triton.jit
+def _scores(
+    rows, columns, G, beta, ids, out, T, H, ROW_GROUPS, COLUMN_GROUPS, K, scale,
+    DECAY: tl.constexpr, BEFORE: tl.constexpr, STRICT: tl.constexpr, BETA: tl.constexpr,
+    C: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out `[B, T, H, C]` = scale (beta_i row_i) · column_j under the decays between them, 0 where i does not see j."""
+    n, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, _, _ = _own(ids, n, T, C)
+    i = tl.arange(0, C)
+    at = tl.maximum(i - 1, 0) if BEFORE else i  # the last place whose decay a row has
+    A = tl.zeros([C, C], tl.float32)
+    for k0 in range(0, K, BK):
+        kd = k0 + tl.arange(0, BK)
+        r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+        if DECAY == 2:
+            sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
+            sums_columns = _tile(G, b, t, h, T, H, K, kd)
+            for bit in tl.static_range(0, BITS):
+                later, earlier = _meet(at, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, 1 << bit, C)
+                product = _dot((r * later).to(r.dtype), tl.trans((c * earlier).to(c.dtype)))
+                A += tl.where(_meeting(at, 1 << bit, C), product, 0.0)
+            if BEFORE or not STRICT:
+                A += tl.where(at[:, None] == i[None, :], _dot(r, tl.trans(c)), 0.0)
+        else:
+            A += _dot(r, tl.trans(c))
+    if DECAY == 1:
+        A *= _fall(_sum_at_rows(G, b, t, h, T, H, C, BEFORE)[:, None] - _per_token(G, b, t, h, T, H)[None, :])
+    if BETA:
+        A *= _per_token(beta, b, t, h, T, H)[:, None]
+    A = tl.where(_seen(own, C, STRICT), A * scale, 0.0)
+    _put(out, A, b, t, h, T, H, C, i)
+
+
+@triton.jit
+def _corner(system, b, n, h, T, H, i0, j0, C: tl.constexpr):
+    """The 16 rows from i0 on and columns from j0 on of a chunk's matrix."""
+    d = tl.arange(0, 16)
+    return _tile(system, b, n * C + i0 + d, h, T, H, C, j0 + d)
+
+
+@triton.jit
+def _put_corner(inverse, x, b, n, h, T, H, i0, j0, C: tl.constexpr):
+    d = tl.arange(0, 16)
+    _put(inverse, x, b, n * C + i0 + d, h, T, H, C, j0 + d)
+
+
+@triton.jit
+def _eliminate(x, system, b, n, h, T, H, i0, row, C: tl.constexpr):
+    """Row `row` of the inverse of a diagonal block, given those above it."""
+    d = tl.arange(0, 16)
+    below = _row(system, b, n * C + i0 + row, h, T, H, C, i0 + d)
+    return tl.where((d == row)[:, None], x - tl.sum(below[:, None] * x, 0)[None, :], x)
+
+
+@triton.jit
+def _inverse(system, inverse, T, H, C: tl.constexpr):
+    """(I + L)^-1 of each chunk of 64: blocks of 16 on the diagonal row by row, and from them those below."""
+    n, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    d = tl.arange(0, 16)
+    one = tl.where(d[:, None] == d[None, :], 1.0, 0.0)
+    x00, x11, x22, x33 = one, one, one, one
+    for row in range(1, 16):
+        x00 = _eliminate(x00, system, b, n, h, T, H, 0, row, C)
+        x11 = _eliminate(x11, system, b, n, h, T, H, 16, row, C)
+        x22 = _eliminate(x22, system, b, n, h, T, H, 32, row, C)
+        x33 = _eliminate(x33, system, b, n, h, T, H, 48, row, C)
+    l10, l21 = _corner(system, b, n, h, T, H, 16, 0, C), _corner(system, b, n, h, T, H, 32, 16, C)
+    l32, l20 = _corner(system, b, n, h, T, H, 48, 32, C), _corner(system, b, n, h, T, H, 32, 0, C)
+    l31, l30 = _corner(system, b, n, h, T, H, 48, 16, C), _corner(system, b, n, h, T, H, 48, 0, C)
+    x10 = -_dot(x11, _dot(l10, x00))
+    x21 = -_dot(x22, _dot(l21, x11))
+    x32 = -_dot(x33, _dot(l32, x22))
+    x20 = -_dot(x22, _dot(l20, x00) + _dot(l21, x10))
+    x31 = -_dot(x33, _dot(l31, x11) + _dot(l32, x21))
+    x30 = -_dot(x33, _dot(l30, x00) + _dot(l31, x10) + _dot(l32, x20))
+    zero = tl.zeros([16, 16], tl.float32)
+    _put_corner(inverse, x00, b, n, h, T, H, 0, 0, C)
+    _put_corner(inverse, x11, b, n, h, T, H, 16, 16, C)
+    _put_corner(inverse, x22, b, n, h, T, H, 32, 32, C)
+    _put_corner(inverse, x33, b, n, h, T, H, 48, 48, C)
+    _put_corner(inverse, x10, b, n, h, T, H, 16, 0, C)
+    _put_corner(inverse, x21, b, n, h, T, H, 32, 16, C)
+    _put_corner(inverse, x32, b, n, h, T, H, 48, 32, C)
+    _put_corner(inverse, x20, b, n, h, T, H, 32, 0, C)
+    _put_corner(inverse, x31, b, n, h, T, H, 48, 16, C)
+    _put_corner(inverse, x30, b, n, h, T, H, 48, 0, C)
+    for i0 in range(0, 48, 16):
+        for j0 in range(i0 + 16, 64, 16):
+            _put_corner(inverse, zero, b, n, h, T, H, i0, j0, C)
+
+
+@triton.jit
+def _prepare(
+    rows, v, beta, erased, inverse, G, ids, W, U, T, H, ROW_GROUPS, K, V,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """W = X Ê `[B, T, H, K]` and U = X R `[B, T, H, V]` with X the inverse; `rows` are k, or a = −e with ERASE."""
+    n, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, _ = _own(ids, n, T, C)
+    X = _matrix(inverse, b, t, h, T, H, C)
+    sign = -1.0 if ERASE else 1.0
+    weight = tl.full([C], sign, tl.float32)
+    if BETA:
+        weight = _per_token(beta, b, t, h, T, H)
+    for k0 in range(0, K, BK):
+        kd = k0 + tl.arange(0, BK)
+        r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+        r = r * (weight[:, None] * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C))
+        _put(W, _dot(X, r.to(X.dtype)), b, t, h, T, H, K, kd)
+    for v0 in range(0, V, BV):
+        vd = v0 + tl.arange(0, BV)
+        values = _tile(v, b, t, h, T, H, V, vd)
+        if ERASE:
+            values = (-_dot(_matrix(erased, b, t, h, T, H, C), values)).to(X.dtype)
+        if BETA:
+            values = (values * weight[:, None]).to(X.dtype)
+        _put(U, _dot(X, values), b, t, h, T, H, V, vd)
+
+
+@triton.jit
+def _states(
+    W, U, columns, k, v, G, ids, initial, starts, Z, final, T, H, COLUMN_GROUPS, KEY_GROUPS, K, V, N,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, TRANSITION: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """States before the chunks, and after them; Z. With TRANSITION, of `initial` alone: nothing written nor kept."""
+    kd, vd, bh = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    S = _state(initial, bh, kd, vd, K, V)
+    inside = (kd < K)[:, None] & (vd < V)[None, :]
+    for n in range(N):
+        t, own, before, last = _own(ids, n, T, C)
+        end = tl.minimum(n * C + C, T) - 1
+        leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
+        z = -_dot(_tile(W, b, t, h, T, H, K, kd), S.to(W.dtype.element_ty))
+        if not TRANSITION:
+            place = tl.cast(bh, tl.int64) * N + n
+            tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
+            z += _tile(U, b, t, h, T, H, V, vd)
+            _put(Z, z, b, t, h, T, H, V, vd)
+        S *= _through(G, before, last, end, b, h, T, H, K, kd, DECAY)[:, None]
+        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+        S += _dot(tl.trans((c * leave).to(c.dtype)), z.to(c.dtype))
+        if ERASE and not TRANSITION:
+            keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
+            S += _dot(tl.trans((keys * leave).to(keys.dtype)), _tile(v, b, t, h, T, H, V, vd))
+    tl.store(_square(final, bh, kd, vd, K, V), S, mask=inside)
+
+
+@triton.jit
+def _outputs(
+    q, scores, key_scores, Z, v, starts, G, ids, out, T, H, Q_GROUPS, K, V, N, scale,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """O = (Q ⊙ enter) S + A Z, and with ERASE what is read of the written keys."""
+    vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, _ = _own(ids, n, T, C)
+    place = tl.cast(bh, tl.int64) * N + n
+    o = tl.zeros([C, BV], tl.float32)
+    for k0 in range(0, K, BK):
+        kd = k0 + tl.arange(0, BK)
+        queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+        queries = queries * (scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C))
+        o += _dot(queries.to(q.dtype.element_ty), _state(starts, place, kd, vd, K, V))
+    z = _tile(Z, b, t, h, T, H, V, vd)
+    o += _dot(_matrix(scores, b, t, h, T, H, C), z)
+    if ERASE:
+        o += _dot(_matrix(key_scores, b, t, h, T, H, C), _tile(v, b, t, h, T, H, V, vd))
+    _put(out, o, b, t, h, T, H, V, vd)
+
+
+@triton.jit
+def _pull(scores, do, dZ, T, H, V, C: tl.constexpr, BV: tl.constexpr):
+    """dZ = Aᵀ dO: the part of it that comes from the chunk's own outputs."""
+    vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    t = n * C + tl.arange(0, C)
+    dz = _dot(tl.trans(_matrix(scores, b, t, h, T, H, C)), _tile(do, b, t, h, T, H, V, vd))
+    _put(dZ, dz, b, t, h, T, H, V, vd)
+
+
+@triton.jit
+def _state_gradients(
+    q, W, columns, do, dZ, G, ids, dfinal, afters, dinitial, T, H, Q_GROUPS, COLUMN_GROUPS, K, V, N, scale,
+    DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the states after the first N chunks, and before them; completes dZ."""
+    kd, vd, bh = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    dS = _state(dfinal, bh, kd, vd, K, V)
+    inside = (kd < K)[:, None] & (vd < V)[None, :]
+    for back in range(N):
+        n = N - 1 - back
+        place = tl.cast(bh, tl.int64) * N + n
+        tl.store(_square(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
+        t, own, before, last = _own(ids, n, T, C)
+        end = tl.minimum(n * C + C, T) - 1
+        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+        c = (c * _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)).to(c.dtype)
+        dz = _tile(dZ, b, t, h, T, H, V, vd) + _dot(c, dS.to(c.dtype))
+        _put(dZ, dz, b, t, h, T, H, V, vd)
+        queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+        queries = queries * (scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C))
+        dS *= _through(G, before, last, end, b, h, T, H, K, kd, DECAY)[:, None]
+        dS += _dot(tl.trans(queries.to(c.dtype)), _tile(do, b, t, h, T, H, V, vd))
+        dS -= _dot(tl.trans(_tile(W, b, t, h, T, H, K, kd)), dz.to(c.dtype))
+    tl.store(_square(dinitial, bh, kd, vd, K, V), dS, mask=inside)
+
+
+@triton.jit
+def _pairs(
+    inverse, key_scores, erased, beta, k, v, Z, dZ, do, afters, G, ids,
+    dR, dscores, dsystem, dkey_scores, derased, dv, dbeta, T, H, KEY_GROUPS, K, V, N,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dR = Xᵀ dZ; the gradients of all scores, where pairs see; dv; what the values give to dbeta."""
+    n, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    ids += tl.cast(b, tl.int64) * T
+    t, own, _, last = _own(ids, n, T, C)
+    i = tl.arange(0, C)
+    end = tl.minimum(n * C + C, T) - 1
+    place = tl.cast(bh, tl.int64) * N + n
+    X = tl.trans(_matrix(inverse, b, t, h, T, H, C))
+    dA, dL = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for v0 in range(0, V, BV):
+        vd = v0 + tl.arange(0, BV)
+        dr = _dot(X, _tile(dZ, b, t, h, T, H, V, vd)).to(X.dtype)
+        z = tl.trans(_tile(Z, b, t, h, T, H, V, vd))
+        dA += _dot(_tile(do, b, t, h, T, H, V, vd), z)
+        dL -= _dot(dr, z)
+        _put(dR, dr, b, t, h, T, H, V, vd)
+    _put(dscores, tl.where(_seen(own, C, False), dA, 0.0), b, t, h, T, H, C, i)
+    _put(dsystem, tl.where(_seen(own, C, True), dL, 0.0), b, t, h, T, H, C, i)
+    if ERASE:
+        dA, dL = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+        A = tl.trans(_matrix(key_scores, b, t, h, T, H, C))
+        P = tl.trans(_matrix(erased, b, t, h, T, H, C))
+    if BETA:
+        weight = _per_token(beta, b, t, h, T, H)
+        moment = tl.zeros([C], tl.float32)
+    for v0 in range(0, V, BV):
+        vd = v0 + tl.arange(0, BV)
+        dr = _dot(X, _tile(dZ, b, t, h, T, H, V, vd))
+        values = _tile(v, b, t, h, T, H, V, vd)
+        if BETA:
+            moment += tl.sum(dr * values, 1)
+            dr *= weight[:, None]
+        if ERASE:
+            given = _tile(do, b, t, h, T, H, V, vd)
+            dr = dr.to(X.dtype)
+            dA += _dot(given, tl.trans(values))
+            dL -= _dot(dr, tl.trans(values))
+            dr = _dot(A, given) - _dot(P, dr)
+            for k0 in range(0, K, BK):
+                kd = k0 + tl.arange(0, BK)
+                keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
+                keys = (keys * _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)).to(keys.dtype)
+                dr += _dot(keys, _state(afters, place, kd, vd, K, V))
+        _put(dv, dr, b, t, h, T, H, V, vd)
+    if BETA:
+        tl.store(dbeta + (tl.cast(b, tl.int64) * T + t) * H + h, moment, mask=t < T)
+    if ERASE:
+        _put(dkey_scores, tl.where(_seen(own, C, False), dA, 0.0), b, t, h, T, H, C, i)
+        _put(derased, tl.where(_seen(own, C, True), dL, 0.0), b, t, h, T, H, C, i)
+
+
+@triton.jit
+def _spread(
+    dA, r, c, dr, dc, G, b, n, t, h, T, H, K, kd,
+    DECAY: tl.constexpr, BEFORE: tl.constexpr, STRICT: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """dr and dc plus the gradients of rows r and columns c that those of their scores dA give."""
+    i = tl.arange(0, C)
+    at = tl.maximum(i - 1, 0) if BEFORE else i
+    if DECAY == 2:
+        sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
+        sums_columns = _tile(G, b, t, h, T, H, K, kd)
+        for bit in tl.static_range(0, BITS):
+            later, earlier = _meet(at, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, 1 << bit, C)
+            P = tl.where(_meeting(at, 1 << bit, C), dA, 0.0).to(r.dtype)
+            dr += _dot(P, (c * earlier).to(r.dtype)) * later
+            dc += _dot(tl.trans(P), (r * later).to(r.dtype)) * earlier
+        if BEFORE or not STRICT:
+            P = tl.where(at[:, None] == i[None, :], dA, 0.0).to(r.dtype)
+            dr += _dot(P, c)
+            dc += _dot(tl.trans(P), r)
+    else:
+        if DECAY == 1:
+            dA *= _fall(_sum_at_rows(G, b, t, h, T, H, C, BEFORE)[:, None] - _per_token(G, b, t, h, T, H)[None, :])
+        P = dA.to(r.dtype)
+        dr += _dot(P, c)
+        dc += _dot(tl.trans(P), r)
+    return dr, dc
+
+
+@triton.jit
+def _inputs(
+    q, rows, columns, k, v, beta, Z, do, dR, starts, afters, dscores, dsystem, dkey_scores, derased, G, ids,
+    dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
+    B, T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, N, scale,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    C: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, rows, columns and written keys, by head; dbeta's and the decays' parts of these channels.
+
+    Without ERASE rows and columns are k, and dcolumns the gradient of it. What channels give together, dbeta and for a
+    decay a token `moments` and `ends`, has a part from every program along the channels.
+    """
+    kb, n, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    kd = kb * BK + tl.arange(0, BK)
+    ids += tl.cast(b, tl.int64) * T
+    t, own, before, last = _own(ids, n, T, C)
+    end = tl.minimum(n * C + C, T) - 1
+    place = tl.cast(bh, tl.int64) * N + n
+    own_dq, own_dr = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    own_dc, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    at_end = tl.zeros([BK], tl.float32)
+    for v0 in range(0, V, BV):
+        vd = v0 + tl.arange(0, BV)
+        S, dS = _state(starts, place, kd, vd, K, V), _state(afters, place, kd, vd, K, V)
+        own_dq += _dot(_tile(do, b, t, h, T, H, V, vd), tl.trans(S))
+        own_dr -= _dot(_tile(dR, b, t, h, T, H, V, vd), tl.trans(S))
+        own_dc += _dot(_tile(Z, b, t, h, T, H, V, vd), tl.trans(dS))
+        if ERASE:
+            own_dk += _dot(_tile(v, b, t, h, T, H, V, vd), tl.trans(dS))
+        if DECAY:
+            at_end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    own_dq *= scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
+    own_dr *= _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C)
+    leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
+    own_dc *= leave
+    c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+    r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+    queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+    if BETA:
+        weight = _per_token(beta, b, t, h, T, H)[:, None]
+        r = (r * weight).to(c.dtype)
+    if ERASE:
+        r = -r
+        own_dk *= leave
+        keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
+    if DECAY:
+        at_end *= _through(G, before, last, end, b, h, T, H, K, kd, DECAY)
+        at_end += tl.sum(own_dc * c, 0)
+        if ERASE:
+            at_end += tl.sum(own_dk * keys, 0)
+
+    dA = _matrix(dscores, b, t, h, T, H, C).to(tl.float32) * scale
+    own_dq, own_dc = _spread(dA, queries, c, own_dq, own_dc, G, b, n, t, h, T, H, K, kd, DECAY, False, False, C, BITS)
+    if ERASE:
+        dA = _matrix(dkey_scores, b, t, h, T, H, C).to(tl.float32) * scale
+        own_dq, own_dk = _spread(
+            dA, queries, keys, own_dq, own_dk, G, b, n, t, h, T, H, K, kd, DECAY, False, False, C, BITS
+        )
+    dA = _matrix(dsystem, b, t, h, T, H, C).to(tl.float32)
+    own_dr, own_dc = _spread(dA, r, c, own_dr, own_dc, G, b, n, t, h, T, H, K, kd, DECAY, ERASE, True, C, BITS)
+    if ERASE:
+        dA = _matrix(derased, b, t, h, T, H, C).to(tl.float32)
+        own_dr, own_dk = _spread(dA, r, keys, own_dr, own_dk, G, b, n, t, h, T, H, K, kd, DECAY, ERASE, True, C, BITS)
+
+    _put(dq, own_dq, b, t, h, T, H, K, kd)
+    part = (tl.cast(kb, tl.int64) * B + b) * T + t
+    if DECAY:
+        moment = queries * own_dq - c * own_dc
+        if ERASE:
+            moment -= keys * own_dk
+            before_row = tl.where((tl.arange(0, C) > 0)[:, None], r * own_dr, 0.0)
+        else:
+            moment += r * own_dr
+        if DECAY == 2:
+            _put(moments, moment, b, t, h, T, H, K, kd)
+            tl.store(ends + place * K + kd, at_end, mask=kd < K)
+            if ERASE:
+                _put(row_moments, before_row, b, t, h, T, H, K, kd)
+        else:
+            tl.store(moments + part * H + h, tl.sum(moment, 1), mask=t < T)
+            tl.store(ends + (tl.cast(kb, tl.int64) * B * H + bh) * N + n, tl.sum(at_end, 0))
+            if ERASE:
+                tl.store(row_moments + part * H + h, tl.sum(before_row, 1), mask=t < T)
+    if ERASE:
+        _put(drows, -own_dr, b, t, h, T, H, K, kd)
+        _put(dk, own_dk, b, t, h, T, H, K, kd)
+    else:
+        if BETA:
+            tl.store(dbeta + part * H + h, tl.sum(own_dr * c, 1), mask=t < T)
+            own_dc += own_dr * weight
+        else:
+            own_dc += own_dr
+    _put(dcolumns, own_dc, b, t, h, T, H, K, kd)
+
+
+class Tiles(NamedTuple):
+    """Channels and values of a tile, and warps, of each kernel that has a choice."""
+
+    key_block: int  # of the kernels that take channels block by block
+    value_block: int
+    state_values: int  # values of a program that goes through the chunks, with all channels
+    input_keys: int  # channels of a program of `_inputs`
+    warps: int = 4
+    state_warps: int = 4
+    pair_warps: int = 4
+    input_warps: int = 4
+
+
+# By the key dim, as padded: what fits the registers of sm_90 without spilling (`make kernels`).
+HALF = {64: Tiles(64, 64, 64, 64), 128: Tiles(64, 64, 64, 64), 256: Tiles(64, 64, 32, 64)}
+SINGLE = {64: Tiles(32, 32, 32, 32), 128: Tiles(32, 32, 16, 32), 256: Tiles(32, 32, 16, 32)}
+
+
+def tiles(dtype: torch.dtype, key_dim: int) -> Tiles:
+    """The tiles for this key dim, by the table. Raises ValueError for heads wider than the registers hold."""
+    table = SINGLE if dtype == torch.float32 else HALF
+    if key_dim > max(table):
+        raise ValueError(
+            f"the key dim must be at most {max(table)} with backend 'triton'; got {key_dim}. "
+            "Use more heads, or backend='chunked'"
+        )
+    return next(found for dim, found in table.items() if key_dim <= dim)
+
+
+def _padded(dim: int) -> int:
+    """The power of two that holds `dim`, at least what a tensor core takes."""
+    return max(16, 1 << max(0, dim - 1).bit_length())
+
+
+def _ceil(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+class _Chunks(NamedTuple):
+    """What the forward pass makes of each chunk by itself."""
+
+    scores: Tensor  # A `[B, T, H, C]`
+    key_scores: Tensor  # that of the written keys, with erase
+    erased: Tensor  # P, with erase
+    inverse: Tensor  # (I + L)^-1
+    W: Tensor
+    U: Tensor
+
+
+class _Run:
+    """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.erase, self.has_beta = problem.a is not None, problem.beta is not None
+        wide = [x.dtype for x in (problem.q, problem.k, problem.v, problem.a, problem.b) if x is not None]
+        self.dtype = reduce(torch.promote_types, wide)
+        self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in (problem.q, problem.k, problem.v))
+        self.rows = self.columns = self.k
+        if problem.a is not None and problem.b is not None:
+            self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (problem.a, problem.b))
+        self.batch, self.length, self.heads, self.values = self.v.shape
+        self.keys, self.chunks = self.k.shape[-1], _ceil(self.length, CHUNK)
+        self.tiles = tiles(self.dtype, self.keys)
+        self.ids = problem.documents.ids(self.q.device)
+        self.beta = self.ids if problem.beta is None else problem.beta.contiguous()  # what is not there is not read
+        log_decay = problem.log_decay
+        self.decay = NONE if log_decay is None else TOKEN if log_decay.dim() == 3 else CHANNEL
+        self.G = self.ids if log_decay is None else self.cumulated(log_decay)
+        self.sizes = self.length, self.heads
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    def per_token(self, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.empty(self.batch, self.length, self.heads, dim, dtype=self.dtype if dtype is None else dtype)
+
+    def state(self) -> Tensor:
+        return self.empty(self.batch, self.heads, self.keys, self.values)
+
+    def by_chunk(self) -> tuple[int, int]:
+        return self.chunks, self.batch * self.heads
+
+    def blocks(self, *, keys: bool = True, values: bool = True) -> dict[str, int]:
+        found = {"C": CHUNK, "num_warps": self.tiles.warps}
+        if keys:
+            found["BK"] = min(self.tiles.key_block, _padded(self.keys))
+        if values:
+            found["BV"] = min(self.tiles.value_block, _padded(self.values))
+        return found
+
+    def cumulated(self, log_decay: Tensor) -> Tensor:
+        """`[B, T, H]` or `[B, T, H, K]`: sums within chunks and documents, base 2."""
+        sums = torch.empty_like(log_decay, dtype=torch.float32, memory_format=torch.contiguous_format)
+        dim = 1 if log_decay.dim() == 3 else log_decay.shape[-1]
+        total = self.heads * dim
+        _cumulate[(self.chunks, self.batch, _ceil(total, LANES))](
+            log_decay.contiguous(), self.ids, sums, self.length, self.heads, dim, total,
+            C=CHUNK, BY_TOKEN=True, BY_CHANNEL=True, LANES=LANES, num_warps=1,
+        )  # fmt: skip
+        return sums
+
+    def scores(self, rows: Tensor, columns: Tensor, *, system: bool = False) -> Tensor:
+        """`[B, T, H, C]`: of queries, or with `system` of rows, for pairs of different tokens; in float32 for L."""
+        out = self.per_token(CHUNK, torch.float32 if system and columns is self.columns else None)
+        scale = self.problem.scale if not system else -1.0 if self.erase else 1.0
+        _scores[self.by_chunk()](
+            rows, columns, self.G, self.beta, self.ids, out, *self.sizes, rows.shape[2], columns.shape[2], self.keys,
+            float(scale), DECAY=self.decay, BEFORE=system and self.erase, STRICT=system,
+            BETA=system and self.has_beta, BITS=BITS, **self.blocks(values=False),
+        )  # fmt: skip
+        return out
+
+    def prepare(self, *, reads: bool = True) -> _Chunks:
+        """All that chunks are by themselves; without `reads`, scores of queries are left empty."""
+        system = self.scores(self.rows, self.columns, system=True)
+        inverse = self.per_token(CHUNK)
+        _inverse[self.by_chunk()](system, inverse, *self.sizes, C=CHUNK, num_warps=1)
+        scores = self.scores(self.q, self.columns) if reads else inverse
+        key_scores = erased = inverse
+        if self.erase:
+            erased = self.scores(self.rows, self.k, system=True)
+            key_scores = self.scores(self.q, self.k) if reads else inverse
+        W, U = self.per_token(self.keys), self.per_token(self.values)
+        _prepare[self.by_chunk()](
+            self.rows, self.v, self.beta, erased, inverse, self.G, self.ids, W, U,
+            *self.sizes, self.rows.shape[2], self.keys, self.values,
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, **self.blocks(),
+        )  # fmt: skip
+        return _Chunks(scores, key_scores, erased, inverse, W, U)
+
+    def states(self, chunks: _Chunks, entering: Tensor, *, transition: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """States before the chunks `[B H, N, K, V]` and Z, in the inputs' type, and the states after them."""
+        values = entering.shape[-1]
+        final = torch.empty_like(entering, memory_format=torch.contiguous_format)
+        starts, Z = final, chunks.W
+        if not transition:
+            starts = self.empty(self.batch * self.heads, self.chunks, self.keys, values, dtype=self.dtype)
+            Z = self.per_token(values)
+        block = min(self.tiles.state_values, _padded(values))
+        _states[(_ceil(values, block), self.batch * self.heads)](
+            chunks.W, chunks.U, self.columns, self.k, self.v, self.G, self.ids, entering.contiguous(), starts, Z, final,
+            *self.sizes, self.columns.shape[2], self.k.shape[2], self.keys, values, self.chunks,
+            DECAY=self.decay, ERASE=self.erase, TRANSITION=transition, C=CHUNK, BK=_padded(self.keys), BV=block,
+            num_warps=self.tiles.state_warps,
+        )  # fmt: skip
+        return starts, Z, final
+
+    def outputs(self, chunks: _Chunks, starts: Tensor, Z: Tensor) -> Tensor:
+        out = torch.empty(self.v.shape, dtype=self.problem.q.dtype, device=self.v.device)
+        blocks = self.blocks()
+        _outputs[(_ceil(self.values, blocks["BV"]), *self.by_chunk())](
+            self.q, chunks.scores, chunks.key_scores, Z, self.v, starts, self.G, self.ids, out,
+            *self.sizes, self.q.shape[2], self.keys, self.values, self.chunks, float(self.problem.scale),
+            DECAY=self.decay, ERASE=self.erase, **blocks,
+        )  # fmt: skip
+        return out
+
+    def state_gradients(
+        self, chunks: _Chunks, dout: Tensor, dfinal: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first `count` chunks: gradients of the states after them, of Z, and of the state before them."""
+        dZ, dinitial = self.per_token(self.values), self.state()
+        blocks = self.blocks(keys=False)
+        _pull[(_ceil(self.values, blocks["BV"]), count, self.batch * self.heads)](
+            chunks.scores, dout, dZ, *self.sizes, self.values, **blocks
+        )
+        afters = self.empty(self.batch * self.heads, count, self.keys, self.values, dtype=self.dtype)
+        dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
+        block = min(self.tiles.state_values, _padded(self.values))
+        _state_gradients[(_ceil(self.values, block), self.batch * self.heads)](
+            self.q, chunks.W, self.columns, dout, dZ, self.G, self.ids, dfinal, afters, dinitial,
+            *self.sizes, self.q.shape[2], self.columns.shape[2], self.keys, self.values, count,
+            float(self.problem.scale), DECAY=self.decay, C=CHUNK, BK=_padded(self.keys), BV=block,
+            num_warps=self.tiles.state_warps,
+        )  # fmt: skip
+        return afters, dZ, dinitial
+
+    def pairs(
+        self, chunks: _Chunks, dout: Tensor, Z: Tensor, dZ: Tensor, afters: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+        """(dR, gradients of the four scores, dv, what the values give to dbeta `[B, T, H]`)."""
+        dR, dv = self.per_token(self.values), self.per_token(self.values)
+        dscores, dsystem = self.per_token(CHUNK), self.per_token(CHUNK)
+        dkey_scores, derased = (self.per_token(CHUNK), self.per_token(CHUNK)) if self.erase else (dscores, dsystem)
+        dbeta = self.empty(*self.v.shape[:3])
+        _pairs[self.by_chunk()](
+            chunks.inverse, chunks.key_scores, chunks.erased, self.beta, self.k, self.v, Z, dZ, dout, afters, self.G,
+            self.ids, dR, dscores, dsystem, dkey_scores, derased, dv, dbeta,
+            *self.sizes, self.k.shape[2], self.keys, self.values, self.chunks,
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta,
+            **{**self.blocks(), "num_warps": self.tiles.pair_warps},
+        )  # fmt: skip
+        return dR, (dscores, dsystem, dkey_scores, derased), dv, dbeta
+
+    def inputs(
+        self, dout: Tensor, Z: Tensor, dR: Tensor, starts: Tensor, afters: Tensor, dscores: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(dq, drows, dcolumns and dk, by head; what channels give to dbeta; the gradient of the decays)."""
+        block = min(self.tiles.input_keys, _padded(self.keys))
+        parts = _ceil(self.keys, block)
+        kind = (
+            torch.float32 if any(x.shape[2] < self.heads for x in (self.q, self.k, self.rows, self.columns)) else None
+        )
+        dq, dcolumns = self.per_token(self.keys, kind), self.per_token(self.keys, kind)
+        drows, dk = (self.per_token(self.keys, kind), self.per_token(self.keys, kind)) if self.erase else (dq, dq)
+        dbeta = self.empty(parts, *self.v.shape[:3])
+        moments = row_moments = ends = dbeta
+        if self.decay == CHANNEL:
+            moments = self.per_token(self.keys, torch.float32)
+            ends = self.empty(self.batch * self.heads, self.chunks, self.keys)
+            row_moments = self.per_token(self.keys, torch.float32) if self.erase else moments
+        elif self.decay == TOKEN:
+            moments = self.empty(parts, *self.v.shape[:3])
+            ends = self.empty(parts, self.batch * self.heads, self.chunks)
+            row_moments = self.empty(parts, *self.v.shape[:3]) if self.erase else moments
+        _inputs[(parts, *self.by_chunk())](
+            self.q, self.rows, self.columns, self.k, self.v, self.beta, Z, dout, dR, starts, afters, *dscores,
+            self.G, self.ids, dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
+            self.batch, *self.sizes, self.q.shape[2], self.rows.shape[2], self.columns.shape[2], self.k.shape[2],
+            self.keys, self.values, self.chunks, float(self.problem.scale),
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, BITS=BITS,
+            **{**self.blocks(), "BK": block, "num_warps": self.tiles.input_warps},
+        )  # fmt: skip
+        return dq, drows, dcolumns, dk, dbeta.sum(0), self.decay_gradient(moments, row_moments, ends)
+
+    def decay_gradient(self, moments: Tensor, row_moments: Tensor, ends: Tensor) -> Tensor | None:
+        if self.decay == NONE:
+            return None
+        if self.decay == TOKEN:
+            moments, row_moments, ends = (x.sum(0) for x in (moments, row_moments, ends))
+        if self.erase:  # a row meets the state without its own decay: what it says is of those up to the token before
+            moments[:, :-1] += row_moments[:, 1:]
+        dim = 1 if self.decay == TOKEN else self.keys
+        _cumulate_back[(self.chunks, self.batch, _ceil(self.heads * dim, LANES))](
+            moments, self.ids, ends, self.length, self.chunks, self.heads * dim, self.heads, dim,
+            C=CHUNK, LANES=LANES, num_warps=1,
+        )  # fmt: skip
+        return moments
+
+
+def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out in q's type, final state)."""
+    run = _Run(problem)
+    chunks = run.prepare()
+    starts, Z, final = run.states(chunks, problem.entering(initial_state))
+    return run.outputs(chunks, starts, Z), final
+
+
+def summarize(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(transition `[B, H, K, K]`, state `[B, H, K, V]`): what becomes of the identity, and of nothing."""
+    run = _Run(problem)
+    chunks = run.prepare(reads=False)
+    _, _, state = run.states(chunks, problem.new_states())
+    one = torch.eye(run.keys, device=state.device).expand(run.batch, run.heads, -1, -1)
+    if not any(problem.through):
+        return torch.zeros_like(one), state
+    keep = torch.tensor(problem.through, device=state.device)[:, None, None, None]
+    _, _, transition = run.states(chunks, torch.where(keep, one, 0.0), transition=True)
+    return transition, state
+
+
+def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+    """The gradient of the entering state through the outputs of the tokens that it reaches."""
+    count = _ceil(problem.reach, CHUNK)
+    if count == 0:
+        return problem.new_states()
+    run = _Run(problem)
+    chunks = run.prepare()
+    return problem.entering(run.state_gradients(chunks, dout.to(run.dtype).contiguous(), None, count)[2])
+
+
+def backward(
+    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The gradients of (q, k, v, beta, log_decay, a, b), in their types, and of the initial state."""
+    run = _Run(problem)
+    dout = dout.to(run.dtype).contiguous()
+    chunks = run.prepare()
+    starts, Z, _ = run.states(chunks, problem.entering(initial_state))
+    afters, dZ, dinitial = run.state_gradients(chunks, dout, dfinal_state, run.chunks)
+    dR, dscores, dv, dbeta = run.pairs(chunks, dout, Z, dZ, afters)
+    dq, drows, dcolumns, dk, of_channels, ddecay = run.inputs(dout, Z, dR, starts, afters, dscores)
+    da, db, dk = (drows, dcolumns, dk) if run.erase else (None, None, dcolumns)
+    gradients = (
+        _summed(dq, problem.q), _summed(dk, problem.k), dv.to(problem.v.dtype),
+        _summed(dbeta + of_channels, problem.beta), _summed(ddecay, problem.log_decay),
+        _summed(da, problem.a), _summed(db, problem.b),
+    )  # fmt: skip
+    return gradients, problem.entering(dinitial)
+
+
+def _summed(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Gradients of heads, in the shape and type of x."""
+    if dx is None or x is None:
+        return None
+    if dx.shape[2] != x.shape[2]:
+        dx = dx.unflatten(2, (x.shape[2], -1)).sum(3)
+    return dx.to(x.dtype)
+
+
+_FLOAT32 = ("G", "beta", "system", "initial", "final", "dfinal", "dinitial", "moments", "row_moments", "ends", "dbeta")
+
+
+def compilations() -> list[Compilation]:
+    """Every kernel at the dims of production models in bfloat16: gated DeltaNet, KDA, and RWKV-7 with its 64 channels."""
+    found = []
+    for name, dim, decay, erase in (
+        ("delta 128", 128, NONE, False), ("gated 128", 128, TOKEN, False), ("gated 256", 256, TOKEN, False),
+        ("channel 128", 128, CHANNEL, False), ("general 64", 64, CHANNEL, True),
+    ):  # fmt: skip
+        chosen = tiles(torch.bfloat16, dim)
+        kind = {"DECAY": decay, "C": CHUNK}
+        rule = {"ERASE": erase, "BETA": not erase}
+        across, along = {"BK": chosen.key_block}, {"BV": chosen.value_block}
+        through = {"BK": _padded(dim), "BV": chosen.state_values}
+        bits = {"BITS": BITS}
+        listed = [
+            (_scores, {**kind, **across, **bits, "BEFORE": False, "STRICT": False, "BETA": False}, chosen.warps),
+            (_scores, {**kind, **across, **bits, "BEFORE": erase, "STRICT": True, "BETA": not erase}, chosen.warps),
+            (_inverse, {"C": CHUNK}, 1),
+            (_prepare, {**kind, **rule, **across, **along}, chosen.warps),
+            (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),
+            (_states, {**kind, "ERASE": erase, "TRANSITION": True, **through}, chosen.state_warps),
+            (_outputs, {**kind, "ERASE": erase, **across, **along}, chosen.warps),
+            (_pull, {"C": CHUNK, **along}, chosen.warps),
+            (_state_gradients, {**kind, **through}, chosen.state_warps),
+            (_pairs, {**kind, **rule, **across, **along}, chosen.pair_warps),
+            (_inputs, {**kind, **rule, **bits, "BK": chosen.input_keys, **along}, chosen.input_warps),
+        ]
+        found += [_compilation(kernel, constants, warps, name) for kernel, constants, warps in listed]
+    return found
+
+
+def _compilation(kernel: Any, constants: dict[str, Any], warps: int, name: str) -> Compilation:
+    strict = constants.get("STRICT", False)
+
+    def kind(argument: str) -> str:
+        if argument == "ids":
+            return "*i32"
+        if argument == "scale":
+            return "fp32"
+        if argument in ("T", "H", "B", "K", "V", "N") or argument.endswith("GROUPS"):
+            return "i32"
+        float32 = argument in _FLOAT32 or (kernel is _scores and argument == "out" and strict)
+        return "*fp32" if float32 else "*bf16"
+
+    signature = {argument: kind(argument) for argument in kernel.arg_names if argument not in constants}
+    divisible = tuple(a for a, typed in signature.items() if typed.startswith("*") or a in ("K", "V"))
+    flags = [flag.lower() for flag in ("STRICT", "TRANSITION") if constants.get(flag)]
+    variant = " ".join([name, *flags])
+    if kernel is _inverse:
+        return Compilation(kernel, signature, constants, divisible, warps, 1, 16, "blocks of 16 in float32", variant)
+    return Compilation(kernel, signature, constants, divisible, warps, 2, CHUNK, variant=variant)
