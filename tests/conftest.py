@@ -1,8 +1,17 @@
 """Where there is no GPU, Triton's kernels run under its interpreter: decided before anything imports Triton."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter takes milliseconds for what a GPU does in microseconds: its tests are slow ones."""
+    for item in items:
+        if Path(item.path).stem.endswith("_triton"):
+            item.add_marker(pytest.mark.slow)

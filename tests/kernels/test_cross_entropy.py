@@ -36,6 +36,7 @@ def test_equals_torch_with_gradients(with_bias, logit_scale, chunk):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradcheck():
     hidden, weight, bias, targets = inputs(tokens=3, width=2, vocabulary=4)
     assert torch.autograd.gradcheck(

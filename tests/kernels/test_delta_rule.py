@@ -97,6 +97,7 @@ class nan_in_fresh_memory:
 
 
 @pytest.mark.parametrize(("rule", "decay"), [("beta", "token"), ("erase", "channel")])
+@pytest.mark.slow
 def test_a_thousand_tokens(rule, decay):
     documents = Documents.whole(1, 1000)
     inputs, state, *given = draw(documents, rule, decay, heads=2, groups=1)
@@ -106,6 +107,7 @@ def test_a_thousand_tokens(rule, decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_the_recurrence_passes_gradcheck(rule, decay):
     documents = Documents.from_lengths([[3, 2], [4]], 5).slice(1, 5)
     inputs, state, *_ = draw(documents, rule, decay, strength=0.5, heads=2, groups=1, keys=2, values=3)
@@ -352,6 +354,7 @@ def test_no_tensor_is_larger_than_an_input(rule):
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_flash_linear_attention_agrees(rule, decay):
     pytest.importorskip("fla", reason="flash-linear-attention is not installed; it is an oracle here and nothing else")
     inputs, state, *_ = draw(Documents.whole(2, 150, position=1), rule, decay)

@@ -84,6 +84,7 @@ def test_a_thousand_tokens_and_channels_of_several_dims():
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.slow
 def test_the_recurrence_passes_gradcheck(decay):
     documents = Documents.from_lengths([[3, 2], [4]], 5).slice(1, 5)
     (x, log_decay), state, *_ = draw(documents, decay, channels=(2,))

@@ -92,6 +92,7 @@ class nan_in_fresh_memory:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.slow
 def test_the_recurrence_passes_gradcheck(decay):
     documents = Documents.from_lengths([[3, 2], [4]], 5)
     inputs, state, *_ = draw(documents, decay, heads=2, query_groups=1, key_groups=1, keys=2, values=3)

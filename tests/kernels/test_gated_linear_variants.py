@@ -117,6 +117,7 @@ def test_grouped_heads(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_the_recurrence_passes_gradcheck(variant):
     """All but final states that are relative to a scale: with the scale for a constant, theirs is not the whole one."""
     documents = Documents.from_lengths([[3, 2], [4]], 5).slice(1, 5)
@@ -250,6 +251,7 @@ def test_nothing_read_is_nothing():
         assert all(bool(x.isfinite().all()) for x in found)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_computed_in_float32():
     documents = PACKINGS["packed"]
     for variant in VARIANTS:

@@ -19,6 +19,7 @@ def test_equals_torch_with_gradients(shape, offset):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradcheck_without_weight():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(rms_norm(x, None), F.rms_norm(x, (5,), eps=1e-6))

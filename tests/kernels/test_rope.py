@@ -101,6 +101,7 @@ def test_partial_rotation_passes_the_rest_and_attention_factor_scales_what_turns
     assert torch.equal(scaled[..., 8:], x[..., 8:])
 
 
+@pytest.mark.slow
 def test_gradcheck():
     frequencies, _ = rope_frequencies(4, 100.0)
     x = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)

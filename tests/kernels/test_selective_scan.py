@@ -83,6 +83,7 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documen
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.slow
 def test_the_recurrence_passes_gradcheck(decay):
     documents = Documents.from_lengths([[3, 2], [4]], 5).slice(1, 5)
     inputs, state, *_ = draw(documents, decay, channels=2, size=2)
@@ -282,6 +283,22 @@ def test_mamba_of_transformers_agrees():
         torch.autograd.grad((y.square().sum() + h.square().sum()), leaves) for y, h in ((out, state), (theirs, final))
     )
     assert_near(gradients, expected, 1e-5)
+
+
+def test_flash_linear_attention_agrees_on_longhorn():
+    """Its decays and inputs, as HGRN's recurrence over channels and states."""
+    naive = pytest.importorskip(
+        "fla.ops.hgrn.naive", reason="flash-linear-attention is not installed; it is an oracle here and nothing else"
+    )
+    (x, delta, _, b, c), state, *_ = draw(Documents.whole(2, 75, position=1), "longhorn")
+    decays = torch.log1p(-delta.unsqueeze(3) * b.unsqueeze(2).square()).flatten(2)
+    values = ((delta * x).unsqueeze(3) * b.unsqueeze(2)).flatten(2)
+    h, final = naive.naive_recurrent_hgrn(
+        values.float(), decays.float(), state.flatten(1).float(), output_final_state=True
+    )
+    expected = torch.einsum("btdn,btn->btd", h.view(*x.shape, SIZE).double(), c)
+    found = selective_scan(x, delta, None, b, c, decay="longhorn", initial_state=state)
+    assert_near(found, [expected, final.view_as(state)], 1e-4)
 
 
 WRONG = {

@@ -86,6 +86,7 @@ def test_one_document_is_torchs_convolution():
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.slow
 def test_gradcheck(backend):
     documents = Documents.from_lengths([[1, 3, 4]]).slice(2, 8)
     *inputs, _ = draw(documents, 3)

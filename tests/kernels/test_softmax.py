@@ -145,6 +145,7 @@ def test_routines_on_grouped_heads_and_unequal_dims(mask, sizes, routine):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.slow
 def test_gradcheck(backend):
     documents = Documents.from_lengths([[3, 2], [4]], 5)
     sinks = torch.tensor([0.3, -1.0], dtype=torch.float64, requires_grad=True)

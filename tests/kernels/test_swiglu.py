@@ -16,6 +16,7 @@ def test_equals_the_formula_with_gradients():
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradcheck_and_bfloat16():
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(swiglu, (gate, up))

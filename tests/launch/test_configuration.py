@@ -66,6 +66,7 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize(
     "group", ["model", "data", "optimizer", "schedule", "parallel", "engine", "logger", "experiment"]
 )
+@pytest.mark.slow
 def test_every_choice_of_a_group_composes(group: str) -> None:
     chosen = options(group)
     assert chosen
@@ -92,7 +93,7 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("learning_rate=3", ["Could not override 'learning_rate'", "Did you mean optimizer.learning_rate?"]),
         ("data.seqence_length=4", ["Did you mean data.sequence_length?"]),
         ("model.widht=4", ["Did you mean model.width"]),
-        ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny?"]),
+        ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny"]),
         ("schedule=wds", ["Available options", "Did you mean schedule=wsd?"]),
         ("trainer.steps=abc", ["trainer.steps=abc", "could not be converted to Integer"]),
         ("trainer.steps", ["'trainer.steps' cannot be read"]),
