@@ -9,7 +9,7 @@ inverse of the lists, made by a stable sort. No atomics: the same inputs give th
 
 # Kernels are typed by Triton, when they are compiled.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportReturnType=false
 
 from __future__ import annotations
 
