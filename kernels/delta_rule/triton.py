@@ -17,13 +17,14 @@ a chunk, each for the pairs of one bit, whose exponents are all sums of decays b
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compilation import Compilation
 from ..gated_linear.triton import (
     LANES,
     _cumulate,
@@ -863,7 +864,7 @@ _FLOAT32 = ("G", "beta", "system", "initial", "final", "dfinal", "dinitial", "mo
 
 
 def compilations() -> list[Compilation]:
-    """Every kernel at the dims of production models in bfloat16: gated DeltaNet, KDA, and RWKV-7 with its 64 channels."""
+    """Every kernel at the dims of production models in bfloat16: DeltaNets, Kimi Delta Attention, RWKV-7."""
     found = []
     for name, dim, decay, erase in (
         ("delta 128", 128, NONE, False), ("gated 128", 128, TOKEN, False), ("gated 256", 256, TOKEN, False),
