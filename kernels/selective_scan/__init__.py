@@ -176,7 +176,8 @@ class SelectiveRecurrence:
         if self.decay == "exponential":
             total = problem.delta.sum(1, dtype=torch.float64).to(problem.dtype)
             return Summary(torch.where(keep[:, None], total, torch.inf), final_state)
-        return Summary(torch.where(keep[:, None, None], chunked.total_decay(problem), 0.0), final_state)
+        backend = resolve("selective_scan", backend, problem.x.device, problem.x.dtype)
+        return Summary(torch.where(keep[:, None, None], _kernels(backend).total_decay(problem), 0.0), final_state)
 
     def received(self, summary: Summary, inputs: Inputs) -> Summary:
         """The summary with the decays that its sum of delta stands for, `[B, D, N]`."""

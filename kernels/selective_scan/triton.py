@@ -327,13 +327,17 @@ class Chunks:
         """The states before all chunks of `FORWARD`, in `ends` where there are several."""
         if len(ends) == 1:
             return initial
+        self.alone(ends, decays, add=add)
+        carried(ends, decays, initial)
+        return ends
+
+    def alone(self, ends: Tensor, decays: Tensor, *, add: bool) -> None:
+        """The last state of each chunk run from zero, and the product of its decays."""
         unused = ends
         _forward[self.grid(FORWARD, len(ends))](
             self.x, self.delta, self.a, self.b, self.c, self.ids, unused, unused, ends, decays, unused,
             *self.sizes(FORWARD), ALONE=True, ADD=add, **self.settings(FORWARD),
         )  # fmt: skip
-        carried(ends, decays, initial)
-        return ends
 
     def asked(self, dout: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor]:
         """What later tokens ask of the last state of each chunk of `BACKWARD`, and all tokens of the initial state."""
@@ -357,6 +361,14 @@ def correct(problem: chunked.Problem, out: Tensor, state: Tensor) -> Tensor:
     return out
 
 
+def total_decay(problem: chunked.Problem) -> Tensor:
+    """e^{g_1 + … + g_T} `[B, D, N]`."""
+    chunks = Chunks(problem)
+    ends, decays = chunks.borders(FORWARD)
+    chunks.alone(ends, decays, add=True)
+    return decays.prod(0)
+
+
 def summarize_backward(problem: chunked.Problem, dout: Tensor) -> Tensor:
     """Σ_t e^{g_1 + … + g_t} c_t dy_t `[B, D, N]` over the tokens that an entering state reaches."""
     return problem.entering(Chunks(problem).asked(dout.contiguous(), problem.new_states())[1])
@@ -377,7 +389,8 @@ def backward(
     for first in range(0, len(afters), each):
         grid = chunks.grid(tiles, min(each, len(afters) - first))
         start, stop = first * tiles.chunk, min((first + each) * tiles.chunk, chunks.length)
-        kept = torch.empty(math.prod(grid) * (tiles.chunk // tiles.tokens) * tiles.elements, device=device)
+        elements = chunks.block(tiles) * chunks.padded
+        kept = torch.empty(math.prod(grid) * (tiles.chunk // tiles.tokens) * elements, device=device)
         parts = torch.empty(2, grid[2], chunks.batch, stop - start, chunks.size, device=device)
         _backward[grid](
             chunks.x, chunks.delta, chunks.a, chunks.b, chunks.c, chunks.ids, dout, starts, afters, kept, dx, ddelta,

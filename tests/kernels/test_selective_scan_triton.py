@@ -91,6 +91,12 @@ def test_parts_are_those_of_the_chunked_form(decay, small):
             part(dout.clone(), inputs, state, documents, backend=backend) for backend in ("triton", "chunked")
         )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    held = Documents.whole(1, 14, position=1)
+    found, expected = (
+        recurrence.summarize(inputs, state, held, backend=backend).transition for backend in ("triton", "chunked")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert found.all()
 
 
 @pytest.mark.gpu
