@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compilation import Compilation
 from .chunked import Problem
 
 CHUNK = 64
@@ -287,12 +288,12 @@ def _outputs(
 
 @triton.jit
 def _keys(
-    q, k, v, do, G, ids, starts, afters, dq, dk, dg, T, H, GROUPS, K, V, N, B, scale,
+    q, k, v, do, G, ids, starts, afters, dq, dk, moments, ends, T, H, GROUPS, K, V, N, B, scale,
     DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's queries and keys, and what their channels give to those of its decays (no channel's own).
 
-    dg is `[K / BK, B, T, H]`: a part from every program.
+    moments are `[K / BK, B, T, H]`, a part from every program; ends `[B, H, N, K]`.
     """
     kb, n, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kd = kb * BK + tl.arange(0, BK)
@@ -308,7 +309,7 @@ def _keys(
         place = (tl.cast(b, tl.int64) * H + h) * N + n
         P = tl.zeros([C, C], tl.float32)
         own_dq, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-        through = tl.zeros([BK, BV], tl.float32)
+        through = tl.zeros([BK], tl.float32)
         for v0 in range(0, V, BV):
             vd = v0 + tl.arange(0, BV)
             given, values = _tile(do, b, t, h, T, H, V, vd), _tile(v, b, t, h, T, H, V, vd)
@@ -317,7 +318,7 @@ def _keys(
             own_dq += _dot(given, tl.trans(S))
             own_dk += _dot(values, tl.trans(dS))
             if DECAY == 1:
-                through += S.to(tl.float32) * dS.to(tl.float32)
+                through += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
         if DECAY == 1:
             end = tl.minimum(n * C + C, T) - 1
             total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
@@ -330,15 +331,13 @@ def _keys(
         own_dk = tl.where(leave[:, None], own_dk, 0.0)
         if DECAY == 1:
             goes = tl.where((before == last) & (before >= 0), tl.exp2(total), 0.0)
-            at_end = goes * tl.sum(tl.sum(through, 1), 0) + tl.sum(tl.sum(own_dk * keys, 1), 0)
+            place_end = ends + place * K + kd
+            tl.store(place_end, goes * through + tl.sum(own_dk * keys, 0), mask=kd < K)
         own_dq += _dot(P, keys)
         own_dk += _dot(tl.trans(P), queries)
         if DECAY == 1:
-            moments = tl.sum(queries * own_dq - keys * own_dk, 1)
-            # Of a token t those of the tokens i from it on: pairs of a query i and a key t.
-            sum_back = tl.sum(tl.where(pairs, moments[:, None], 0.0), 0) + tl.where(leave, at_end, 0.0)
             part = (tl.cast(kb, tl.int64) * B + b) * T + t
-            tl.store(dg + part * H + h, sum_back, mask=t < T)
+            tl.store(moments + part * H + h, tl.sum(queries * own_dq - keys * own_dk, 1), mask=t < T)
         all_dq += own_dq
         all_dk += own_dk
     mask = (t < T)[:, None] & (kd < K)[None, :]
@@ -361,7 +360,7 @@ def _values(
     place = tl.cast(bh, tl.int64) * N + n
     given = tl.zeros([C, BV], tl.float32)
     A = tl.zeros([C, C], tl.float32)
-    through = tl.zeros([BK, BV], tl.float32)
+    through = tl.zeros([BV], tl.float32)
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
         keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
@@ -371,7 +370,7 @@ def _values(
             given += _dot((keys * _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd))).to(dS.dtype), dS)
             if VALUE:
                 S = _state(starts, place, kd, vd, K, V)
-                through += tl.exp2(totals)[:, None] * S.to(tl.float32) * dS.to(tl.float32)
+                through += tl.sum(tl.exp2(totals)[:, None] * S.to(tl.float32) * dS.to(tl.float32), 0)
         else:
             given += _dot(keys, dS)
             A += _dot(_tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd), tl.trans(keys))
@@ -384,7 +383,7 @@ def _values(
         across = _row(W, b, end, h, T, H, V, vd)
         given *= _fall(across[None, :] - _tile(W, b, t, h, T, H, V, vd))
         goes = tl.where((before == last) & (before >= 0), tl.exp2(across), 0.0)
-        at_end = goes * tl.sum(through, 0) + tl.sum(given * _tile(v, b, t, h, T, H, V, vd), 0)
+        at_end = goes * through + tl.sum(given * _tile(v, b, t, h, T, H, V, vd), 0)
         tl.store(ends + place * V + vd, at_end, mask=vd < V)
     else:
         if DECAY == 2:
@@ -416,7 +415,7 @@ def _from_states(
     end = tl.minimum(n * C + C, T) - 1
     place = tl.cast(bh, tl.int64) * N + n
     own_dq, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    through = tl.zeros([BK, BV], tl.float32)
+    through = tl.zeros([BK], tl.float32)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
         given, values = _tile(do, b, t, h, T, H, V, vd), _tile(v, b, t, h, T, H, V, vd)
@@ -429,13 +428,13 @@ def _from_states(
             product *= tl.exp2(across)[None, :]
         own_dq += _dot(given, tl.trans(S))
         own_dk += _dot(values, tl.trans(dS))
-        through += product
+        through += tl.sum(product, 1)
     sums, totals = _tile(G, b, t, h, T, H, K, kd), _row(G, b, end, h, T, H, K, kd)
     own_dq = tl.where(((own == before) & (own >= 0))[:, None], own_dq * tl.exp2(sums), 0.0)
     own_dk = tl.where(((own == last) & (own >= 0))[:, None], own_dk * _fall(totals[None, :] - sums), 0.0)
     goes = tl.where((before == last) & (before >= 0), tl.exp2(totals), 0.0)
     keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
-    tl.store(ends + place * K + kd, goes * tl.sum(through, 1) + tl.sum(own_dk * keys, 0), mask=kd < K)
+    tl.store(ends + place * K + kd, goes * through + tl.sum(own_dk * keys, 0), mask=kd < K)
     mask = (t < T)[:, None] & (kd < K)[None, :]
     tl.store(_rows(dq, b, t, h, T, H, K, kd), own_dq, mask=mask)
     tl.store(_rows(dk, b, t, h, T, H, K, kd), own_dk, mask=mask)
@@ -702,13 +701,18 @@ class _Run:
         s = self.sizes
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
         blocks = _ceil(s.keys, s.key_block)
-        dg = self.empty(blocks, s.batch, s.length, s.heads) if self.decay else dq
+        moments = ends = dq  # what is not written
+        if self.decay:
+            moments = self.empty(blocks, s.batch, s.length, s.heads)
+            ends = self.empty(s.batch * s.heads, s.chunks, s.keys)
         _keys[(blocks, s.chunks, s.batch * s.groups)](
-            self.q, self.k, self.v, dout, self.G, self.ids, starts, afters, dq, dk, dg,
+            self.q, self.k, self.v, dout, self.G, self.ids, starts, afters, dq, dk, moments, ends,
             s.length, s.heads, s.groups, s.keys, s.values, s.chunks, s.batch, self.scale,
-            DECAY=self.decay, **self.tiles(),
+            DECAY=self.decay, **(self.tiles() | {"num_warps": 8}),
         )  # fmt: skip
-        return dq, dk, dg.sum(0) if self.decay else None
+        if not self.decay:
+            return dq, dk, None
+        return dq, dk, self.cumulated_back(moments.sum(0).unsqueeze(-1), ends.sum(-1)).squeeze(-1)
 
     def channel_keys(self, dout: Tensor, starts: Tensor, afters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, ddecay `[B, T, H, K]`) where they do; dq and dk a head."""
@@ -718,7 +722,8 @@ class _Run:
         ends = self.empty(s.batch * s.heads, s.chunks, s.keys)
         _from_states[(_ceil(s.keys, s.key_block), s.chunks, s.batch * s.heads)](
             self.k, self.v, dout, self.G, self.W, self.ids, starts, afters, *bases, ends,
-            s.length, s.heads, s.groups, s.keys, s.values, s.chunks, VALUE=self.by_value, **self.tiles(),
+            s.length, s.heads, s.groups, s.keys, s.values, s.chunks, VALUE=self.by_value,
+            **(self.tiles() | {"num_warps": 8}),
         )  # fmt: skip
         kind = self.dtype if s.groups == s.heads else torch.float32
         into = self.per_token(s.keys, kind), self.per_token(s.keys, kind)
@@ -817,3 +822,69 @@ def _of_decay(gradient: Tensor | None, log_decay: Tensor | None) -> Tensor | Non
     if log_decay.dim() < 3:
         gradient = gradient.sum((0, 1), dtype=torch.float64)
     return gradient.reshape(log_decay.shape).to(log_decay.dtype)
+
+
+# How arguments of these names are typed where the tensors are bfloat16: what is not listed is a pointer to float32.
+_BY_NAME = (
+    dict.fromkeys(("q", "k", "v", "do", "x", "y", "starts", "afters", "out", "dq", "dk", "dv", "dx", "dy"), "*bf16")
+    | dict.fromkeys(("T", "H", "GROUPS", "X_GROUPS", "Y_GROUPS", "K", "V", "D", "N", "B", "stride"), "i32")
+    | {"ids": "*i32", "scale": "fp32"}
+)
+
+
+def _compilation(
+    kernel: Any,
+    variant: str,
+    rows: int,
+    note: str = "",
+    float32: tuple[str, ...] = (),
+    warps: int = 4,
+    **constants: Any,
+) -> Compilation:
+    sizes = {"C": CHUNK, "BK": BLOCK, "BV": BLOCK, "BD": BLOCK, "SUB": SUB, "LANES": LANES}
+    names = kernel.arg_names
+    constants |= {name: value for name, value in sizes.items() if name in names and name not in constants}
+    signature = {
+        name: "*fp32" if name in float32 else _BY_NAME.get(name, "*fp32") for name in names if name not in constants
+    }
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    divisible = (*pointers, *(name for name in ("K", "V", "D", "stride") if name in signature))
+    return Compilation(
+        kernel, signature, constants, divisible, warps=warps, stages=2, rows=rows, note=note, variant=variant
+    )
+
+
+def compilations() -> list[Compilation]:
+    """Every kernel at its production shapes: bfloat16, tiles of 64 channels, all kinds of decay."""
+    kinds = {"undecayed": NONE, "by token": TOKEN, "by channel": CHANNEL}
+    narrow = f"matrix products of {SUB} rows: what lies between them is a reference point for the decays"
+    found = []
+    for variant, decay in kinds.items():
+        plain = {"DECAY": decay, "VALUE": False}
+        found += [
+            _compilation(_states, variant, CHUNK, **plain, ADD=True),
+            _compilation(_state_gradients, variant, CHUNK, **plain),
+            _compilation(_outputs, variant, CHUNK, **plain, INTRA=True, ADD=False),
+            _compilation(_values, variant, CHUNK, **plain),
+        ]
+        if decay != CHANNEL:
+            found.append(_compilation(_keys, variant, CHUNK, warps=8, DECAY=decay))
+    both = {"DECAY": CHANNEL, "VALUE": True}
+    entering = {"DECAY": TOKEN, "VALUE": False}
+    found += [
+        _compilation(_states, "entering", 0, **entering, ADD=False),
+        _compilation(_outputs, "entering", CHUNK, **entering, INTRA=False, ADD=True),
+        _compilation(_from_states, "by channel", CHUNK, warps=8, VALUE=False),
+        _compilation(_scores, "by channel", SUB, narrow, DECAY=True),
+        _compilation(_scores, "undecayed", SUB, narrow, DECAY=False),
+        _compilation(_mix, "by channel", SUB, narrow, BOTH=True),
+        _compilation(_states, "of values", CHUNK, **both, ADD=True),
+        _compilation(_state_gradients, "of values", CHUNK, **both),
+        _compilation(_outputs, "of values", CHUNK, float32=("out",), **both, INTRA=False, ADD=False),
+        _compilation(_values, "of values", CHUNK, float32=("dv",), **both),
+        _compilation(_from_states, "of values", CHUNK, warps=8, VALUE=True),
+        _compilation(_mix, "of values", SUB, narrow, float32=("x",), BOTH=False),
+        _compilation(_cumulate, "", 0, warps=1, BY_TOKEN=True, BY_CHANNEL=True),
+        _compilation(_cumulate_back, "", 0, warps=1),
+    ]
+    return found
