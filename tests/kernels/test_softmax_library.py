@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
 from longreach.kernels.softmax import library, reference, softmax_attention
-from longreach.kernels.softmax.library import Call, Problem, Provider, Span, plan
+from longreach.kernels.softmax.calls import Call, Span, plan
+from longreach.kernels.softmax.library import Problem, Provider
 from longreach.parallel.layout import Layout
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=1), Mask(window=9), Mask(window=9, sink_tokens=3), Mask(window=40)]
