@@ -1,4 +1,4 @@
-"""Calls: how a tile is cut for libraries, which take packed sequences with limits counted from the last query and key."""
+"""Calls: how a tile is cut for libraries, which take packed sequences and count limits from the last query and key."""
 
 from __future__ import annotations
 
