@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from longreach.kernels.documents import Documents
+from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.gated_linear import flops as gated_linear_flops
-from longreach.kernels.gated_linear import recurrence
 from longreach.models.language_model import expand_pattern
 from longreach.models.mixers.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
@@ -115,13 +115,13 @@ def test_recomputation_changes_no_gradient(name, checkpointing):
 
 @pytest.mark.parametrize(("checkpointing", "runs"), [("none", 2), ("full", 4), ("mixing", 2)])
 def test_mixing_ops_run_again_only_under_full_recomputation(checkpointing, runs, monkeypatch):
-    calls, forward = [], recurrence.forward
+    calls, forward = [], GatedLinearRecurrence.forward
 
     def counted(*args, **kwargs):
         calls.append(1)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(recurrence, "forward", counted)
+    monkeypatch.setattr(GatedLinearRecurrence, "forward", counted)
     model = small_hybrid("lightning_attention", activation_checkpointing=checkpointing)
     loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
     loss.backward()

@@ -71,6 +71,7 @@ def messages_on_one_of(rank, world, checkpointing):
     return sum(event.count for event in profile.key_averages() if event.key.startswith("gloo:"))
 
 
+@pytest.mark.slow
 def test_keeping_what_the_ops_computed_repeats_no_message():
     none, full, mixing = (run_ranks(2, messages_on_one_of, setting) for setting in ("none", "full", "mixing"))
     assert mixing == none

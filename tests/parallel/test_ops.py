@@ -183,7 +183,9 @@ def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> 
                 agrees(x.grad, gradient, f"{name}, gradient")
 
 
-@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "world", [2, pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("spans", [1, 2, 4])
 def test_ranks_agree_with_one(world: int, spans: int) -> None:
     run_ranks(world, compare, list(CASES), spans, False)
