@@ -44,6 +44,6 @@ def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: tor
 
 def interpreted() -> bool:
     """Whether Triton's kernels run under its interpreter in this process, on tensors of any device."""
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
