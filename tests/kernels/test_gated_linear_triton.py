@@ -12,14 +12,14 @@ from longreach.kernels.gated_linear import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-SHORT = Documents.from_lengths([[2, 1, 30]], 35).slice(1, 35)
-TWO_CHUNKS = Documents.from_lengths([[3, 1, 1, 30, 6]], 43).slice(2, 41)
+SHORT = Documents.from_lengths([[2, 1, 13]], 18).slice(1, 18)
+TWO_CHUNKS = Documents.from_lengths([[3, 1, 1, 16, 6]], 28).slice(2, 27)
 PACKINGS = {
     "1 token": Documents.whole(2, 1),
     "second token": Documents.whole(1, 1, position=1),
-    "continued": Documents.whole(1, 65, position=9),
+    "continued": Documents.whole(1, 33, position=9),
     "packed": Documents.from_lengths([[1, 30, 1, 1, 7], [32]], 41),
-    "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 9], [80]], 80).slice(9, 77),
+    "cut from rows": Documents.from_lengths([[5, 1, 1, 34, 9], [50]], 50).slice(9, 48),
     "all padding": Documents.from_lengths([[7], []], 7),
 }
 # What else there is: (settings of the op, dims of log_decay); B T H K are its sizes.
@@ -42,7 +42,8 @@ VARIANTS = {
 def _small(monkeypatch):
     """Chunks of which a test has several, more blocks than one a head, and memory that is NaN until it is written."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "CHUNK", 32)
+        monkeypatch.setattr(kernels, "CHUNK", 16)
+        monkeypatch.setattr(kernels, "SUB", 8)
         monkeypatch.setattr(kernels, "BLOCK", 16)
         monkeypatch.setattr(kernels, "LANES", 16)
     before = torch.are_deterministic_algorithms_enabled()
@@ -125,7 +126,7 @@ def test_decays_by_channel(variant):
 
 def test_grouped_heads():
     check(TWO_CHUNKS, "token", heads=4, groups=2)
-    check(Documents.whole(1, 20, position=2), "channel", heads=2, groups=1)
+    check(Documents.whole(1, 9, position=2), "channel", heads=2, groups=1)
 
 
 def test_strong_decays_neither_overflow_nor_forget_the_present():
@@ -142,10 +143,11 @@ def test_bfloat16(repaired_bf16):
 @pytest.mark.parametrize("variant", ["token", "value and channel", "input, bonus"])
 def test_segments_put_together_are_the_whole_row(variant):
     """`correct` and `summarize_backward` by kernels; the second segment goes on over its first chunk, or ends in it."""
-    documents = Documents.from_lengths([[5, 1, 50], [56]] if variant != "value and channel" else [[5, 1, 50]], 56)
+    rows = [[5, 1, 30], [36]] if variant != "value and channel" else [[5, 1, 30]]
+    documents = Documents.from_lengths(rows, 36)
     op, inputs, _, dout, _ = draw(documents, variant, heads=1)
-    segments = [tuple(x if x is None or x.dim() < 3 else x[:, a:b] for x in inputs) for a, b in ((0, 16), (16, 56))]
-    first, second = documents.slice(0, 16), documents.slice(16, 56)
+    segments = [tuple(x if x is None or x.dim() < 3 else x[:, a:b] for x in inputs) for a, b in ((0, 16), (16, 36))]
+    first, second = documents.slice(0, 16), documents.slice(16, 36)
     whole, _ = op.forward(inputs, None, documents)
     _, state = op.forward(segments[0], None, first)
     raw, _ = op.forward(segments[1], None, second, backend="triton")
