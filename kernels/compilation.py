@@ -7,7 +7,10 @@ prints the table, and exits with 1 where a kernel does not fit. Compiling needs 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -71,6 +74,7 @@ class Report(NamedTuple):
 def report(compilation: Compilation, capability: int) -> Report:
     """Compiles for compute capability 80, 90 or 100; `wgmma` counts the chip's own instruction, `mma` the older one."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -80,19 +84,23 @@ def report(compilation: Compilation, capability: int) -> Report:
     if missing:
         raise ValueError(f"{compilation.name} must have a type or a value for each argument; got none for {missing}")
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in compilation.divisible}
-    compiled = triton.compile(
-        ASTSource(compilation.kernel, signature, compilation.constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": compilation.warps, "num_stages": compilation.stages},
-    )
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), knobs.nvidia.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            ASTSource(compilation.kernel, signature, compilation.constants, attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": compilation.warps, "num_stages": compilation.stages},
+        )
     ptx = compiled.asm["ptx"]
-    registers, spills = _resources(ptx, capability)
+    # Nothing is assembled, and so nothing said, where Triton has the kernel in its cache.
+    registers, spills = _resources(log.getvalue() or _assemble(ptx, capability))
     own = 0 if capability == 80 else ptx.count(MATRIX_INSTRUCTION[capability])
     return Report(compiled.metadata.shared, registers, spills, own, ptx.count("mma.sync"))
 
 
-def _resources(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, as the assembler that comes with Triton says."""
+def _assemble(ptx: str, capability: int) -> str:
+    """What the assembler that comes with Triton says of a kernel."""
     import triton
 
     name = "ptxas-blackwell" if capability >= 100 else "ptxas"
@@ -103,10 +111,14 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [str(assembler), "-v", f"-arch={target[1]}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = said.stderr + said.stdout
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr + done.stdout
+
+
+def _resources(said: str) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, from what the assembler said."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
     return max(registers), sum(spills)
 
 
@@ -130,17 +142,22 @@ def compilations(op: str) -> list[Compilation]:
 
 
 def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
-    """A line of the table, and the faults found, for each kernel and chip."""
+    """A line of the table, and the faults found, for each kernel and chip; as many at once as there are cores."""
     yield f"{'kernel':58} {'chip':>6} {'shared':>8} {'regs':>5} {'spills':>6} {'wgmma':>5} {'mma':>4}  remarks", []
-    for op in ops:
-        for compilation in compilations(op):
-            for capability in SHARED:
-                found = report(compilation, capability)
-                problems = faults(compilation, capability, found)
-                note = compilation.note if capability == 90 and not found.wgmma else ""
-                remarks = "; ".join(["FAULT: " + p for p in problems] + ([note] if note else []))
-                numbers = f"{found.shared:8} {found.registers:5} {found.spills:6} {found.wgmma:5} {found.mma:4}"
-                yield f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}".rstrip(), problems
+    tasks = [(op, number, chip) for op in ops for number in range(len(compilations(op))) for chip in SHARED]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        yield from pool.imap(_line, tasks)
+
+
+def _line(task: tuple[str, int, int]) -> tuple[str, list[str]]:
+    op, number, capability = task
+    compilation = compilations(op)[number]
+    found = report(compilation, capability)
+    problems = faults(compilation, capability, found)
+    note = compilation.note if capability == 90 and not found.wgmma else ""
+    remarks = "; ".join(["FAULT: " + p for p in problems] + ([note] if note else []))
+    numbers = f"{found.shared:8} {found.registers:5} {found.spills:6} {found.wgmma:5} {found.mma:4}"
+    return f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}".rstrip(), problems
 
 
 def main(arguments: list[str]) -> int:
