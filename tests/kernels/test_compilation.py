@@ -14,7 +14,7 @@ from longreach.kernels.compilation import OPS, Compilation, Report, faults
 def test_kernels_compile_for_every_chip(op):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "longreach.kernels.compilation", op]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd="/")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) > 3
 
