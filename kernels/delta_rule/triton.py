@@ -42,6 +42,7 @@ from .sweep import Problem
 
 CHUNK = 64
 BITS = 6  # of a place in a chunk
+INVERSE_WARPS = 4
 NONE, TOKEN, CHANNEL = 0, 1, 2  # how keys decay
 
 
@@ -136,21 +137,19 @@ def _through(G, before, last, end, b, h, T, H, K, kd, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _meet(at, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, HALF: tl.constexpr, C: tl.constexpr):
-    """Factors of rows and of columns up to the borders between blocks of HALF tokens."""
+def _meet(at, bit, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, C: tl.constexpr):
+    """Factors of rows and of columns up to the borders between blocks of 2^bit tokens."""
     j = tl.arange(0, C)
-    border = n * C + HALF - 1
-    of_rows = _tile(G, b, border + at // (2 * HALF) * (2 * HALF), h, T, H, K, kd)
-    of_columns = _tile(G, b, border + j // (2 * HALF) * (2 * HALF), h, T, H, K, kd)
+    border = n * C + (1 << bit) - 1
+    of_rows = _tile(G, b, border + ((at >> (bit + 1)) << (bit + 1)), h, T, H, K, kd)
+    of_columns = _tile(G, b, border + ((j >> (bit + 1)) << (bit + 1)), h, T, H, K, kd)
     return _fall(sums_rows - of_rows), _fall(of_columns - sums_columns)
 
 
 @triton.jit
-def _meeting(at, HALF: tl.constexpr, C: tl.constexpr):
-    """The pairs of a row in the later and a column in the earlier of two neighbouring blocks of HALF tokens."""
-    j = tl.arange(0, C)
-    together = (at // (2 * HALF))[:, None] == (j // (2 * HALF))[None, :]
-    return together & (at // HALF % 2 == 1)[:, None] & (j // HALF % 2 == 0)[None, :]
+def _meeting(at, bit, C: tl.constexpr):
+    """The pairs of a row and a column in two neighbouring blocks of 2^bit tokens; the row's is the later if it sees."""
+    return ((at >> bit)[:, None] ^ (tl.arange(0, C) >> bit)[None, :]) == 1
 
 
 @triton.jit
@@ -174,10 +173,10 @@ def _scores(
         if DECAY == 2:
             sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
             sums_columns = _tile(G, b, t, h, T, H, K, kd)
-            for bit in tl.static_range(0, BITS):
-                later, earlier = _meet(at, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, 1 << bit, C)
+            for bit in range(BITS):
+                later, earlier = _meet(at, bit, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, C)
                 product = _dot((r * later).to(r.dtype), tl.trans((c * earlier).to(c.dtype)))
-                A += tl.where(_meeting(at, 1 << bit, C), product, 0.0)
+                A += tl.where(_meeting(at, bit, C), product, 0.0)
             if BEFORE or not STRICT:
                 A += tl.where(at[:, None] == i[None, :], _dot(r, tl.trans(c)), 0.0)
         else:
@@ -251,15 +250,21 @@ def _inverse(system, inverse, T, H, C: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    rows, v, beta, erased, inverse, G, ids, W, U, T, H, ROW_GROUPS, K, V,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    q, rows, columns, k, v, beta, erased, inverse, G, ids, W, U, asked, left, kept,
+    T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, scale,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, READS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """W = X Ê `[B, T, H, K]` and U = X R `[B, T, H, V]` with X the inverse; `rows` are k, or a = −e with ERASE."""
+    """W = X Ê `[B, T, H, K]` and U = X R `[B, T, H, V]` with X the inverse; what states meet, `[B, T, H, K]`.
+
+    asked = scale q ⊙ enter (with READS), left = columns ⊙ leave, kept = k ⊙ leave (with ERASE). `rows` are k, or a = −e
+    with ERASE.
+    """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, _ = _own(ids, n, T, C)
+    t, own, before, last = _own(ids, n, T, C)
+    end = tl.minimum(n * C + C, T) - 1
     X = _matrix(inverse, b, t, h, T, H, C)
     sign = -1.0 if ERASE else 1.0
     weight = tl.full([C], sign, tl.float32)
@@ -270,6 +275,16 @@ def _prepare(
         r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
         r = r * (weight[:, None] * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C))
         _put(W, _dot(X, r.to(X.dtype)), b, t, h, T, H, K, kd)
+        leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
+        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+        _put(left, c * leave, b, t, h, T, H, K, kd)
+        if ERASE:
+            keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
+            _put(kept, keys * leave, b, t, h, T, H, K, kd)
+        if READS:
+            queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+            enter = _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
+            _put(asked, queries * (scale * enter), b, t, h, T, H, K, kd)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
         values = _tile(v, b, t, h, T, H, V, vd)
@@ -282,7 +297,7 @@ def _prepare(
 
 @triton.jit
 def _states(
-    W, U, columns, k, v, G, ids, initial, starts, Z, final, T, H, COLUMN_GROUPS, KEY_GROUPS, K, V, N,
+    W, U, left, kept, v, G, ids, initial, starts, Z, final, T, H, K, V, N,
     DECAY: tl.constexpr, ERASE: tl.constexpr, TRANSITION: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -293,45 +308,36 @@ def _states(
     S = _state(initial, bh, kd, vd, K, V)
     inside = (kd < K)[:, None] & (vd < V)[None, :]
     for n in range(N):
-        t, own, before, last = _own(ids, n, T, C)
-        end = tl.minimum(n * C + C, T) - 1
-        leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
+        t, _, before, last = _own(ids, n, T, C)
         z = -_dot(_tile(W, b, t, h, T, H, K, kd), S.to(W.dtype.element_ty))
         if not TRANSITION:
             place = tl.cast(bh, tl.int64) * N + n
             tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
             z += _tile(U, b, t, h, T, H, V, vd)
             _put(Z, z, b, t, h, T, H, V, vd)
-        S *= _through(G, before, last, end, b, h, T, H, K, kd, DECAY)[:, None]
-        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
-        S += _dot(tl.trans((c * leave).to(c.dtype)), z.to(c.dtype))
+        S *= _through(G, before, last, tl.minimum(n * C + C, T) - 1, b, h, T, H, K, kd, DECAY)[:, None]
+        S += _dot(tl.trans(_tile(left, b, t, h, T, H, K, kd)), z.to(left.dtype.element_ty))
         if ERASE and not TRANSITION:
-            keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
-            S += _dot(tl.trans((keys * leave).to(keys.dtype)), _tile(v, b, t, h, T, H, V, vd))
+            S += _dot(tl.trans(_tile(kept, b, t, h, T, H, K, kd)), _tile(v, b, t, h, T, H, V, vd))
     tl.store(_square(final, bh, kd, vd, K, V), S, mask=inside)
 
 
 @triton.jit
 def _outputs(
-    q, scores, key_scores, Z, v, starts, G, ids, out, T, H, Q_GROUPS, K, V, N, scale,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    asked, scores, key_scores, Z, v, starts, out, T, H, K, V, N,
+    ERASE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """O = (Q ⊙ enter) S + A Z, and with ERASE what is read of the written keys."""
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
-    ids += tl.cast(b, tl.int64) * T
-    t, own, before, _ = _own(ids, n, T, C)
+    t = n * C + tl.arange(0, C)
     place = tl.cast(bh, tl.int64) * N + n
-    o = tl.zeros([C, BV], tl.float32)
-    for k0 in range(0, K, BK):
-        kd = k0 + tl.arange(0, BK)
-        queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
-        queries = queries * (scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C))
-        o += _dot(queries.to(q.dtype.element_ty), _state(starts, place, kd, vd, K, V))
-    z = _tile(Z, b, t, h, T, H, V, vd)
-    o += _dot(_matrix(scores, b, t, h, T, H, C), z)
+    o = _dot(_matrix(scores, b, t, h, T, H, C), _tile(Z, b, t, h, T, H, V, vd))
     if ERASE:
         o += _dot(_matrix(key_scores, b, t, h, T, H, C), _tile(v, b, t, h, T, H, V, vd))
+    for k0 in range(0, K, BK):
+        kd = k0 + tl.arange(0, BK)
+        o += _dot(_tile(asked, b, t, h, T, H, K, kd), _state(starts, place, kd, vd, K, V))
     _put(out, o, b, t, h, T, H, V, vd)
 
 
@@ -347,7 +353,7 @@ def _pull(scores, do, dZ, T, H, V, C: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def _state_gradients(
-    q, W, columns, do, dZ, G, ids, dfinal, afters, dinitial, T, H, Q_GROUPS, COLUMN_GROUPS, K, V, N, scale,
+    asked, W, left, do, dZ, G, ids, dfinal, afters, dinitial, T, H, K, V, N,
     DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states after the first N chunks, and before them; completes dZ."""
@@ -359,35 +365,30 @@ def _state_gradients(
     for back in range(N):
         n = N - 1 - back
         place = tl.cast(bh, tl.int64) * N + n
-        tl.store(_square(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
-        t, own, before, last = _own(ids, n, T, C)
-        end = tl.minimum(n * C + C, T) - 1
-        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
-        c = (c * _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)).to(c.dtype)
-        dz = _tile(dZ, b, t, h, T, H, V, vd) + _dot(c, dS.to(c.dtype))
+        after = dS.to(afters.dtype.element_ty)
+        tl.store(_square(afters, place, kd, vd, K, V), after, mask=inside)
+        t, _, before, last = _own(ids, n, T, C)
+        dz = _tile(dZ, b, t, h, T, H, V, vd) + _dot(_tile(left, b, t, h, T, H, K, kd), after)
         _put(dZ, dz, b, t, h, T, H, V, vd)
-        queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
-        queries = queries * (scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C))
-        dS *= _through(G, before, last, end, b, h, T, H, K, kd, DECAY)[:, None]
-        dS += _dot(tl.trans(queries.to(c.dtype)), _tile(do, b, t, h, T, H, V, vd))
-        dS -= _dot(tl.trans(_tile(W, b, t, h, T, H, K, kd)), dz.to(c.dtype))
+        dS *= _through(G, before, last, tl.minimum(n * C + C, T) - 1, b, h, T, H, K, kd, DECAY)[:, None]
+        dS += _dot(tl.trans(_tile(asked, b, t, h, T, H, K, kd)), _tile(do, b, t, h, T, H, V, vd))
+        dS -= _dot(tl.trans(_tile(W, b, t, h, T, H, K, kd)), dz.to(after.dtype))
     tl.store(_square(dinitial, bh, kd, vd, K, V), dS, mask=inside)
 
 
 @triton.jit
 def _pairs(
-    inverse, key_scores, erased, beta, k, v, Z, dZ, do, afters, G, ids,
-    dR, dscores, dsystem, dkey_scores, derased, dv, dbeta, T, H, KEY_GROUPS, K, V, N,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    inverse, key_scores, erased, beta, kept, v, Z, dZ, do, afters, ids,
+    dR, dscores, dsystem, dkey_scores, derased, dv, dbeta, T, H, K, V, N,
+    ERASE: tl.constexpr, BETA: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dR = Xᵀ dZ; the gradients of all scores, where pairs see; dv; what the values give to dbeta."""
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, _, last = _own(ids, n, T, C)
+    t, own, _, _ = _own(ids, n, T, C)
     i = tl.arange(0, C)
-    end = tl.minimum(n * C + C, T) - 1
     place = tl.cast(bh, tl.int64) * N + n
     X = tl.trans(_matrix(inverse, b, t, h, T, H, C))
     dA, dL = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -422,9 +423,7 @@ def _pairs(
             dr = _dot(A, given) - _dot(P, dr)
             for k0 in range(0, K, BK):
                 kd = k0 + tl.arange(0, BK)
-                keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
-                keys = (keys * _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)).to(keys.dtype)
-                dr += _dot(keys, _state(afters, place, kd, vd, K, V))
+                dr += _dot(_tile(kept, b, t, h, T, H, K, kd), _state(afters, place, kd, vd, K, V))
         _put(dv, dr, b, t, h, T, H, V, vd)
     if BETA:
         tl.store(dbeta + (tl.cast(b, tl.int64) * T + t) * H + h, moment, mask=t < T)
@@ -444,9 +443,9 @@ def _spread(
     if DECAY == 2:
         sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
         sums_columns = _tile(G, b, t, h, T, H, K, kd)
-        for bit in tl.static_range(0, BITS):
-            later, earlier = _meet(at, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, 1 << bit, C)
-            P = tl.where(_meeting(at, 1 << bit, C), dA, 0.0).to(r.dtype)
+        for bit in range(BITS):
+            later, earlier = _meet(at, bit, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, C)
+            P = tl.where(_meeting(at, bit, C), dA, 0.0).to(r.dtype)
             dr += _dot(P, (c * earlier).to(r.dtype)) * later
             dc += _dot(tl.trans(P), (r * later).to(r.dtype)) * earlier
         if BEFORE or not STRICT:
@@ -606,6 +605,9 @@ class _Chunks(NamedTuple):
     inverse: Tensor  # (I + L)^-1
     W: Tensor
     U: Tensor
+    asked: Tensor  # what meets states: queries
+    left: Tensor  # columns
+    kept: Tensor  # written keys, with erase
 
 
 class _Run:
@@ -629,6 +631,7 @@ class _Run:
         self.decay = NONE if log_decay is None else TOKEN if log_decay.dim() == 3 else CHANNEL
         self.G = self.ids if log_decay is None else self.cumulated(log_decay)
         self.sizes = self.length, self.heads
+        self.groups = tuple(x.shape[2] for x in (self.q, self.rows, self.columns, self.k))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -676,19 +679,20 @@ class _Run:
         """All that chunks are by themselves; without `reads`, scores of queries are left empty."""
         system = self.scores(self.rows, self.columns, system=True)
         inverse = self.per_token(CHUNK)
-        _inverse[self.by_chunk()](system, inverse, *self.sizes, C=CHUNK, num_warps=1)
+        _inverse[self.by_chunk()](system, inverse, *self.sizes, C=CHUNK, num_warps=INVERSE_WARPS)
         scores = self.scores(self.q, self.columns) if reads else inverse
         key_scores = erased = inverse
         if self.erase:
             erased = self.scores(self.rows, self.k, system=True)
             key_scores = self.scores(self.q, self.k) if reads else inverse
-        W, U = self.per_token(self.keys), self.per_token(self.values)
+        W, U, left = self.per_token(self.keys), self.per_token(self.values), self.per_token(self.keys)
+        asked, kept = self.per_token(self.keys) if reads else left, self.per_token(self.keys) if self.erase else left
         _prepare[self.by_chunk()](
-            self.rows, self.v, self.beta, erased, inverse, self.G, self.ids, W, U,
-            *self.sizes, self.rows.shape[2], self.keys, self.values,
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, **self.blocks(),
+            self.q, self.rows, self.columns, self.k, self.v, self.beta, erased, inverse, self.G, self.ids,
+            W, U, asked, left, kept, *self.sizes, *self.groups, self.keys, self.values, float(self.problem.scale),
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, READS=reads, **self.blocks(),
         )  # fmt: skip
-        return _Chunks(scores, key_scores, erased, inverse, W, U)
+        return _Chunks(scores, key_scores, erased, inverse, W, U, asked, left, kept)
 
     def states(self, chunks: _Chunks, entering: Tensor, *, transition: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """States before the chunks `[B H, N, K, V]` and Z, in the inputs' type, and the states after them."""
@@ -700,8 +704,8 @@ class _Run:
             Z = self.per_token(values)
         block = min(self.tiles.state_values, _padded(values))
         _states[(_ceil(values, block), self.batch * self.heads)](
-            chunks.W, chunks.U, self.columns, self.k, self.v, self.G, self.ids, entering.contiguous(), starts, Z, final,
-            *self.sizes, self.columns.shape[2], self.k.shape[2], self.keys, values, self.chunks,
+            chunks.W, chunks.U, chunks.left, chunks.kept, self.v, self.G, self.ids, entering.contiguous(),
+            starts, Z, final, *self.sizes, self.keys, values, self.chunks,
             DECAY=self.decay, ERASE=self.erase, TRANSITION=transition, C=CHUNK, BK=_padded(self.keys), BV=block,
             num_warps=self.tiles.state_warps,
         )  # fmt: skip
@@ -711,9 +715,8 @@ class _Run:
         out = torch.empty(self.v.shape, dtype=self.problem.q.dtype, device=self.v.device)
         blocks = self.blocks()
         _outputs[(_ceil(self.values, blocks["BV"]), *self.by_chunk())](
-            self.q, chunks.scores, chunks.key_scores, Z, self.v, starts, self.G, self.ids, out,
-            *self.sizes, self.q.shape[2], self.keys, self.values, self.chunks, float(self.problem.scale),
-            DECAY=self.decay, ERASE=self.erase, **blocks,
+            chunks.asked, chunks.scores, chunks.key_scores, Z, self.v, starts, out,
+            *self.sizes, self.keys, self.values, self.chunks, ERASE=self.erase, **blocks,
         )  # fmt: skip
         return out
 
@@ -730,9 +733,8 @@ class _Run:
         dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
         block = min(self.tiles.state_values, _padded(self.values))
         _state_gradients[(_ceil(self.values, block), self.batch * self.heads)](
-            self.q, chunks.W, self.columns, dout, dZ, self.G, self.ids, dfinal, afters, dinitial,
-            *self.sizes, self.q.shape[2], self.columns.shape[2], self.keys, self.values, count,
-            float(self.problem.scale), DECAY=self.decay, C=CHUNK, BK=_padded(self.keys), BV=block,
+            chunks.asked, chunks.W, chunks.left, dout, dZ, self.G, self.ids, dfinal, afters, dinitial,
+            *self.sizes, self.keys, self.values, count, DECAY=self.decay, C=CHUNK, BK=_padded(self.keys), BV=block,
             num_warps=self.tiles.state_warps,
         )  # fmt: skip
         return afters, dZ, dinitial
@@ -746,10 +748,9 @@ class _Run:
         dkey_scores, derased = (self.per_token(CHUNK), self.per_token(CHUNK)) if self.erase else (dscores, dsystem)
         dbeta = self.empty(*self.v.shape[:3])
         _pairs[self.by_chunk()](
-            chunks.inverse, chunks.key_scores, chunks.erased, self.beta, self.k, self.v, Z, dZ, dout, afters, self.G,
+            chunks.inverse, chunks.key_scores, chunks.erased, self.beta, chunks.kept, self.v, Z, dZ, dout, afters,
             self.ids, dR, dscores, dsystem, dkey_scores, derased, dv, dbeta,
-            *self.sizes, self.k.shape[2], self.keys, self.values, self.chunks,
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta,
+            *self.sizes, self.keys, self.values, self.chunks, ERASE=self.erase, BETA=self.has_beta,
             **{**self.blocks(), "num_warps": self.tiles.pair_warps},
         )  # fmt: skip
         return dR, (dscores, dsystem, dkey_scores, derased), dv, dbeta
@@ -778,8 +779,7 @@ class _Run:
         _inputs[(parts, *self.by_chunk())](
             self.q, self.rows, self.columns, self.k, self.v, self.beta, Z, dout, dR, starts, afters, *dscores,
             self.G, self.ids, dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
-            self.batch, *self.sizes, self.q.shape[2], self.rows.shape[2], self.columns.shape[2], self.k.shape[2],
-            self.keys, self.values, self.chunks, float(self.problem.scale),
+            self.batch, *self.sizes, *self.groups, self.keys, self.values, self.chunks, float(self.problem.scale),
             DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, BITS=BITS,
             **{**self.blocks(), "BK": block, "num_warps": self.tiles.input_warps},
         )  # fmt: skip
@@ -879,14 +879,14 @@ def compilations() -> list[Compilation]:
         listed = [
             (_scores, {**kind, **across, **bits, "BEFORE": False, "STRICT": False, "BETA": False}, chosen.warps),
             (_scores, {**kind, **across, **bits, "BEFORE": erase, "STRICT": True, "BETA": not erase}, chosen.warps),
-            (_inverse, {"C": CHUNK}, 1),
-            (_prepare, {**kind, **rule, **across, **along}, chosen.warps),
+            (_inverse, {"C": CHUNK}, INVERSE_WARPS),
+            (_prepare, {**kind, **rule, **across, **along, "READS": True}, chosen.warps),
             (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),
             (_states, {**kind, "ERASE": erase, "TRANSITION": True, **through}, chosen.state_warps),
-            (_outputs, {**kind, "ERASE": erase, **across, **along}, chosen.warps),
+            (_outputs, {"C": CHUNK, "ERASE": erase, **across, **along}, chosen.warps),
             (_pull, {"C": CHUNK, **along}, chosen.warps),
             (_state_gradients, {**kind, **through}, chosen.state_warps),
-            (_pairs, {**kind, **rule, **across, **along}, chosen.pair_warps),
+            (_pairs, {"C": CHUNK, **rule, **across, **along}, chosen.pair_warps),
             (_inputs, {**kind, **rule, **bits, "BK": chosen.input_keys, **along}, chosen.input_warps),
         ]
         found += [_compilation(kernel, constants, warps, name) for kernel, constants, warps in listed]
@@ -911,5 +911,6 @@ def _compilation(kernel: Any, constants: dict[str, Any], warps: int, name: str) 
     flags = [flag.lower() for flag in ("STRICT", "TRANSITION") if constants.get(flag)]
     variant = " ".join([name, *flags])
     if kernel is _inverse:
-        return Compilation(kernel, signature, constants, divisible, warps, 1, 16, "blocks of 16 in float32", variant)
+        note = "products of 16 rows in float32, which tensor cores would round"
+        return Compilation(kernel, signature, constants, divisible, warps, 2, 0, note, variant)
     return Compilation(kernel, signature, constants, divisible, warps, 2, CHUNK, variant=variant)

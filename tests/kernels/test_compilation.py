@@ -8,7 +8,6 @@ import pytest
 
 from longreach.kernels.compilation import OPS, Compilation, Report, faults
 
-
 SPILLS = pytest.mark.xfail(
     reason="some kernels of delta rules spill registers on sm_90 at key dims of 128 and 256", strict=True
 )
