@@ -103,8 +103,8 @@ def test_what_the_kernels_do_not_take_is_refused():
     inputs, *_ = draw(documents, "beta", "none", heads=1, groups=1)
     with pytest.raises(ValueError, match="float64"):
         call(inputs, backend="triton")
+    x = torch.zeros(1, 4, 1, 257, device=DEVICE)
     with pytest.raises(ValueError, match="key dim must be at most 256 with backend 'triton'; got 257"):
-        x = torch.zeros(1, 4, 1, 257, device=DEVICE)
         delta_rule(x, x, x, backend="triton")
 
 
