@@ -50,7 +50,10 @@ class BetaRule:
 
     def write(self, slab: Slab, states: States) -> None:
         """Nothing is written but Z."""
-        states.each[1 : slab.chunks + 1].zero_()
+
+    def carry(self, before: Tensor, through: Tensor, after: Tensor) -> Tensor:
+        """The state after a chunk without Z."""
+        return torch.mul(before, through, out=after)
 
     def read(self, slab: Slab, out: Tensor) -> None:
         """Nothing is read but what Z writes."""
@@ -154,6 +157,10 @@ class EraseRule:
             states.after[slab.chunks][..., : v.shape[-1]] = torch.bmm(keys.mT, v)
         else:
             torch.bmm(keys.mT, v, out=states.after[slab.chunks])
+
+    def carry(self, before: Tensor, through: Tensor, after: Tensor) -> Tensor:
+        """The state after a chunk without Z, where `write` has been."""
+        return after.addcmul_(before, through)
 
     def read(self, slab: Slab, out: Tensor) -> None:
         out.baddbmm_(self.sweep.work("key scores", self.sweep.grid.chunk, slab), self.values.flat[slab.chunks])

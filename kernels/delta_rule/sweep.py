@@ -14,9 +14,21 @@ from ..recurrence import Inputs
 from .decay import ChannelScores, TokenScores
 from .rules import BetaRule, EraseRule
 
-CHUNK = 64
-CHANNEL_CHUNK = 32  # a decay a channel takes three times the workspaces, and arithmetic that grows with the chunk
+# Half of what gated linear attention takes: a solve and twice the scores grow with the chunk's length.
+CHUNK = 32
+MATRICES = 64  # chunks times lanes in a slab
 NAMES = ("q", "k", "v", "beta", "log_decay", "a", "b")
+
+
+@dataclass(frozen=True)
+class ShortGrid(Grid):
+    """A grid of short chunks, more of them in a slab."""
+
+    longest_chunk: int = CHUNK
+
+    @property
+    def chunks(self) -> int:
+        return min(max(1, MATRICES // self.lanes), -(-self.length // self.chunk))
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,7 @@ class Sweep:
         self.key_dim, self.value_dim = problem.k.shape[-1], values + further
         log_decay = problem.log_decay
         per_channel = log_decay is not None and log_decay.dim() == 4
-        chunk = CHANNEL_CHUNK if per_channel else CHUNK
-        self.grid = Grid(rows, heads, length, problem.dtype, problem.q.device, chunk)
+        self.grid = ShortGrid(rows, heads, length, problem.dtype, problem.q.device)
         self.borders = Borders(problem.documents.rows(block.rows.start, block.rows.stop), self.grid)
         self.masks: Masks | None = None
         self.works: dict[tuple[str, int], Tensor] = {}
@@ -164,7 +175,7 @@ class Sweep:
             before, after = states.at[n], states.at[n + 1]
             right[n].baddbmm_(erase[n], before, alpha=-1.0)
             torch.linalg.solve_triangular(system[n], right[n], upper=False, unitriangular=True, out=z[n])
-            after.addcmul_(before, self.decay.through[n]).baddbmm_(write[n].mT, z[n])
+            self.rule.carry(before, self.decay.through[n], after).baddbmm_(write[n].mT, z[n])
 
     def read(self, slab: Slab, states: States, out: Tensor) -> None:
         """Writes the outputs of the slab's tokens to `out` `[N, C, V]`."""
