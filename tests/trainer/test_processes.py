@@ -13,7 +13,7 @@ from longreach.trainer import processes
 device = processes.start(0.5, "cpu")
 total = torch.ones(1, device=device)
 dist.all_reduce(total)
-print("ranks", int(total), dist.get_world_size(), flush=True)
+print(f"ranks {int(total)} {dist.get_world_size()}\\n", end="", flush=True)
 processes.end()
 assert not dist.is_initialized()
 processes.end()
