@@ -3,7 +3,7 @@ SHELL := /bin/bash
 ENVIRONMENT := . launch/environment.sh && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 check:  ## style, types, import order and the fast tests
-	$(ENVIRONMENT) && ruff check . && ruff format --check . && pyright && (cd / && lint-imports --no-cache --config $(CURDIR)/pyproject.toml) && $$PYTHON -m pytest -m "not slow"
+	$(ENVIRONMENT) && ruff check . && ruff format --check . && pyright && (cd / && lint-imports --no-cache --config $(CURDIR)/pyproject.toml) && $$PYTHON -m pytest -n 2 --dist worksteal -m "not slow"
 
 fix:  ## what ruff can repair by itself
 	$(ENVIRONMENT) && ruff check --fix . && ruff format .
@@ -12,7 +12,7 @@ test:  ## all tests
 	bash launch/test.sh
 
 gpu:  ## the tests that need a CUDA device
-	bash launch/test.sh -m gpu
+	bash launch/test.sh -n 0 -m gpu
 
 bench:  ## every op beside its peers; the table goes to benchmarks/results/
 	$(ENVIRONMENT) && $$PYTHON benchmarks/kernels.py --write

@@ -11,7 +11,6 @@ from longreach.kernels.recurrence import Summary
 
 RULES = ("beta", "erase")
 DECAYS = ("none", "token", "channel")
-STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
 PACKINGS = {
     "1 token": Documents.whole(2, 1),
     "63 tokens": Documents.whole(2, 63),
@@ -72,7 +71,7 @@ def assert_near(found, expected, tolerance):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
-@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
+@pytest.mark.parametrize("strength", [0.1, pytest.param(20.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
@@ -252,10 +251,13 @@ def test_token_by_token_is_the_whole(rule, decay):
 
 
 ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
-CUTS = {"2": (150, 300), "3": (60, 181, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
+CUTS = [
+    (1, 100, 150, 182, 300),
+    *(pytest.param(cuts, marks=pytest.mark.slow) for cuts in [(150, 300), (60, 181, 300), (100, 150, 300)]),
+]
 
 
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_segments_put_together_are_the_whole_row(rule, decay, cuts):

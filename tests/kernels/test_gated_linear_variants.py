@@ -94,7 +94,7 @@ def assert_near(found, expected, tolerance):
         torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
-@pytest.mark.parametrize("strength", [0.1, 20.0])
+@pytest.mark.parametrize("strength", [pytest.param(0.1, marks=pytest.mark.slow), 20.0])
 @pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(variant, documents, strength):
@@ -143,10 +143,10 @@ def test_the_recurrence_passes_gradcheck(variant):
 
 
 ROWS = Documents.from_lengths([[150], [50, 25, 75], [30, 1, 1, 60, 20], [75, 75]], 150)
-CUTS = {"2": (75, 150), "3": (30, 91, 150), "5": (1, 50, 75, 92, 150)}
+CUTS = [(1, 50, 75, 92, 150), *(pytest.param(cuts, marks=pytest.mark.slow) for cuts in [(75, 150), (30, 91, 150)])]
 
 
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_segments_put_together_are_the_whole_row(variant, cuts):
     op, inputs, state, dout, _ = draw(ROWS, variant)

@@ -38,6 +38,7 @@ def test_has_the_size_that_its_name_states(preset):
     assert 1e6 < model.parameter_count() - sum(vocabulary.values()) < 4e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", SMALL)
 def test_learns_a_few_rows_by_heart(preset):
     torch.manual_seed(0)

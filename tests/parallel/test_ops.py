@@ -183,9 +183,7 @@ def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> 
                 agrees(x.grad, gradient, f"{name}, gradient")
 
 
-@pytest.mark.parametrize(
-    "world", [2, pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4, 8))])
 @pytest.mark.parametrize("spans", [1, 2, 4])
 def test_ranks_agree_with_one(world: int, spans: int) -> None:
     run_ranks(world, compare, list(CASES), spans, False)

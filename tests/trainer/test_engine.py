@@ -59,7 +59,7 @@ def test_every_stage_equals_one_process(stage, world):
         check(results, this_clip, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_bfloat16_keeps_float32_masters_and_equal_norms_on_every_stage(stage):
     results = run_ranks(2, train, stage, 2, 0.2, "bfloat16", {}, False)
     check(results, 0.2, 3e-2, 3e-2)
@@ -75,7 +75,7 @@ def test_bfloat16_keeps_float32_masters_and_equal_norms_on_every_stage(stage):
     assert any((value.bfloat16().float() != value).any() for value in masters.values())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_offloaded_optimizer_states(stage):
     config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     check(run_ranks(2, train, stage, 2, 0.2, "float32", config, False), 0.2, 1e-5, 1e-5)
@@ -92,7 +92,10 @@ def step_on_nan(rank, world, stage, dtype):
     return norm, unchanged, train_step(engine, 2, rank, world, 1)
 
 
-EVERY_KIND = [(0, "float32"), *((stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16"))]
+EVERY_KIND = [
+    *(pytest.param(stage, dtype, marks=pytest.mark.slow) for stage in (1, 2) for dtype in ("float32", "bfloat16")),
+    *((0, "float32"), (3, "float32"), (3, "bfloat16")),
+]
 
 
 @pytest.mark.parametrize(("stage", "dtype"), EVERY_KIND)

@@ -34,6 +34,8 @@ from longreach.trainer.settings import (
 )
 from longreach.trainer.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # whole runs on several ranks
+
 MIXERS = "longreach.models.mixers"
 MODEL = {
     "_target_": "longreach.models.language_model.LanguageModel",
@@ -156,7 +158,7 @@ def test_resuming_after_a_failure_is_bitwise(texts: Path, uninterrupted: Path, t
     assert exact(tmp_path / "run") == exact(uninterrupted)
 
 
-@pytest.mark.parametrize(("world", "sequence", "stage"), [(1, 1, 0), pytest.param(4, 2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "sequence", "stage"), [(1, 1, 0), (4, 2, 3)])
 def test_other_ranks_and_stages_go_on_to_rounding(
     texts: Path, uninterrupted: Path, tmp_path: Path, world: int, sequence: int, stage: int
 ) -> None:
