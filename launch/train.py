@@ -65,6 +65,7 @@ def main() -> None:
             failure.leave()
 
     configuration.run_main(compose, "train", TEXTS)
+    processes.leave()
 
 
 if __name__ == "__main__":

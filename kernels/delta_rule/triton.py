@@ -472,7 +472,7 @@ def _inputs(
     """Gradients of queries, rows, columns and written keys, by head; dbeta's and the decays' parts of these channels.
 
     Without ERASE rows and columns are k, and dcolumns the gradient of it. What channels give together, dbeta and for a
-    decay a token `moments` and `ends`, has a part from every program along the channels.
+    decay a token `moments`, has a part from every program along the channels.
     """
     kb, n, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
@@ -536,14 +536,13 @@ def _inputs(
             before_row = tl.where((tl.arange(0, C) > 0)[:, None], r * own_dr, 0.0)
         else:
             moment += r * own_dr
+        tl.store(ends + place * K + kd, at_end, mask=kd < K)
         if DECAY == 2:
             _put(moments, moment, b, t, h, T, H, K, kd)
-            tl.store(ends + place * K + kd, at_end, mask=kd < K)
             if ERASE:
                 _put(row_moments, before_row, b, t, h, T, H, K, kd)
         else:
             tl.store(moments + part * H + h, tl.sum(moment, 1), mask=t < T)
-            tl.store(ends + (tl.cast(kb, tl.int64) * B * H + bh) * N + n, tl.sum(at_end, 0))
             if ERASE:
                 tl.store(row_moments + part * H + h, tl.sum(before_row, 1), mask=t < T)
     if ERASE:
@@ -565,26 +564,35 @@ class Tiles(NamedTuple):
     value_block: int
     state_values: int  # values of a program that goes through the chunks, with all channels
     input_keys: int  # channels of a program of `_inputs`
-    warps: int = 4
+    score_warps: int = 4
     state_warps: int = 4
     pair_warps: int = 4
     input_warps: int = 4
+    warps: int = 4  # of the others
 
 
 # By the key dim, as padded: what fits the registers of sm_90 without spilling (`make kernels`).
-HALF = {64: Tiles(64, 64, 64, 64), 128: Tiles(64, 64, 64, 64), 256: Tiles(64, 64, 32, 64)}
+HALF = {64: Tiles(64, 64, 64, 64), 128: Tiles(64, 64, 32, 64), 256: Tiles(64, 64, 32, 64, state_warps=8)}
 SINGLE = {64: Tiles(32, 32, 32, 32), 128: Tiles(32, 32, 16, 32), 256: Tiles(32, 32, 16, 32)}
 
 
-def tiles(dtype: torch.dtype, key_dim: int) -> Tiles:
-    """The tiles for this key dim, by the table. Raises ValueError for heads wider than the registers hold."""
+def tiles(dtype: torch.dtype, key_dim: int, decay: int, erase: bool) -> Tiles:
+    """The tiles for this key dim, by the table. Raises ValueError for heads wider than the registers hold.
+
+    Decays a channel keep tiles of their sums in registers, rows and columns of their own the gradients of both.
+    """
     table = SINGLE if dtype == torch.float32 else HALF
     if key_dim > max(table):
         raise ValueError(
             f"the key dim must be at most {max(table)} with backend 'triton'; got {key_dim}. "
             "Use more heads, or backend='chunked'"
         )
-    return next(found for dim, found in table.items() if key_dim <= dim)
+    found = next(found for dim, found in table.items() if key_dim <= dim)
+    if erase:
+        return found._replace(score_warps=8, pair_warps=8, input_keys=16, input_warps=8)
+    if decay == CHANNEL:
+        return found._replace(score_warps=8, input_keys=32, input_warps=8)
+    return found if decay == NONE else found._replace(input_keys=32)
 
 
 def _padded(dim: int) -> int:
@@ -624,11 +632,11 @@ class _Run:
             self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (problem.a, problem.b))
         self.batch, self.length, self.heads, self.values = self.v.shape
         self.keys, self.chunks = self.k.shape[-1], _ceil(self.length, CHUNK)
-        self.tiles = tiles(self.dtype, self.keys)
         self.ids = problem.documents.ids(self.q.device)
         self.beta = self.ids if problem.beta is None else problem.beta.contiguous()  # what is not there is not read
         log_decay = problem.log_decay
         self.decay = NONE if log_decay is None else TOKEN if log_decay.dim() == 3 else CHANNEL
+        self.tiles = tiles(self.dtype, self.keys, self.decay, self.erase)
         self.G = self.ids if log_decay is None else self.cumulated(log_decay)
         self.sizes = self.length, self.heads
         self.groups = tuple(x.shape[2] for x in (self.q, self.rows, self.columns, self.k))
@@ -645,8 +653,8 @@ class _Run:
     def by_chunk(self) -> tuple[int, int]:
         return self.chunks, self.batch * self.heads
 
-    def blocks(self, *, keys: bool = True, values: bool = True) -> dict[str, int]:
-        found = {"C": CHUNK, "num_warps": self.tiles.warps}
+    def blocks(self, *, keys: bool = True, values: bool = True, warps: int | None = None) -> dict[str, int]:
+        found = {"C": CHUNK, "num_warps": warps or self.tiles.warps}
         if keys:
             found["BK"] = min(self.tiles.key_block, _padded(self.keys))
         if values:
@@ -671,7 +679,7 @@ class _Run:
         _scores[self.by_chunk()](
             rows, columns, self.G, self.beta, self.ids, out, *self.sizes, rows.shape[2], columns.shape[2], self.keys,
             float(scale), DECAY=self.decay, BEFORE=system and self.erase, STRICT=system,
-            BETA=system and self.has_beta, BITS=BITS, **self.blocks(values=False),
+            BETA=system and self.has_beta, BITS=BITS, **self.blocks(values=False, warps=self.tiles.score_warps),
         )  # fmt: skip
         return out
 
@@ -751,7 +759,7 @@ class _Run:
             chunks.inverse, chunks.key_scores, chunks.erased, self.beta, chunks.kept, self.v, Z, dZ, dout, afters,
             self.ids, dR, dscores, dsystem, dkey_scores, derased, dv, dbeta,
             *self.sizes, self.keys, self.values, self.chunks, ERASE=self.erase, BETA=self.has_beta,
-            **{**self.blocks(), "num_warps": self.tiles.pair_warps},
+            **self.blocks(warps=self.tiles.pair_warps),
         )  # fmt: skip
         return dR, (dscores, dsystem, dkey_scores, derased), dv, dbeta
 
@@ -768,20 +776,20 @@ class _Run:
         drows, dk = (self.per_token(self.keys, kind), self.per_token(self.keys, kind)) if self.erase else (dq, dq)
         dbeta = self.empty(parts, *self.v.shape[:3])
         moments = row_moments = ends = dbeta
+        if self.decay != NONE:
+            ends = self.empty(self.batch * self.heads, self.chunks, self.keys)
         if self.decay == CHANNEL:
             moments = self.per_token(self.keys, torch.float32)
-            ends = self.empty(self.batch * self.heads, self.chunks, self.keys)
             row_moments = self.per_token(self.keys, torch.float32) if self.erase else moments
         elif self.decay == TOKEN:
             moments = self.empty(parts, *self.v.shape[:3])
-            ends = self.empty(parts, self.batch * self.heads, self.chunks)
             row_moments = self.empty(parts, *self.v.shape[:3]) if self.erase else moments
         _inputs[(parts, *self.by_chunk())](
             self.q, self.rows, self.columns, self.k, self.v, self.beta, Z, dout, dR, starts, afters, *dscores,
             self.G, self.ids, dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
             self.batch, *self.sizes, *self.groups, self.keys, self.values, self.chunks, float(self.problem.scale),
             DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, BITS=BITS,
-            **{**self.blocks(), "BK": block, "num_warps": self.tiles.input_warps},
+            **{**self.blocks(warps=self.tiles.input_warps), "BK": block},
         )  # fmt: skip
         return dq, drows, dcolumns, dk, dbeta.sum(0), self.decay_gradient(moments, row_moments, ends)
 
@@ -789,7 +797,7 @@ class _Run:
         if self.decay == NONE:
             return None
         if self.decay == TOKEN:
-            moments, row_moments, ends = (x.sum(0) for x in (moments, row_moments, ends))
+            moments, row_moments, ends = moments.sum(0), row_moments.sum(0), ends.sum(2)
         if self.erase:  # a row meets the state without its own decay: what it says is of those up to the token before
             moments[:, :-1] += row_moments[:, 1:]
         dim = 1 if self.decay == TOKEN else self.keys
@@ -870,15 +878,17 @@ def compilations() -> list[Compilation]:
         ("delta 128", 128, NONE, False), ("gated 128", 128, TOKEN, False), ("gated 256", 256, TOKEN, False),
         ("channel 128", 128, CHANNEL, False), ("general 64", 64, CHANNEL, True),
     ):  # fmt: skip
-        chosen = tiles(torch.bfloat16, dim)
+        chosen = tiles(torch.bfloat16, dim, decay, erase)
         kind = {"DECAY": decay, "C": CHUNK}
         rule = {"ERASE": erase, "BETA": not erase}
         across, along = {"BK": chosen.key_block}, {"BV": chosen.value_block}
         through = {"BK": _padded(dim), "BV": chosen.state_values}
         bits = {"BITS": BITS}
+        seen = {"BEFORE": False, "STRICT": False, "BETA": False}
+        before = {"BEFORE": erase, "STRICT": True, "BETA": not erase}
         listed = [
-            (_scores, {**kind, **across, **bits, "BEFORE": False, "STRICT": False, "BETA": False}, chosen.warps),
-            (_scores, {**kind, **across, **bits, "BEFORE": erase, "STRICT": True, "BETA": not erase}, chosen.warps),
+            (_scores, {**kind, **across, **bits, **seen}, chosen.score_warps),
+            (_scores, {**kind, **across, **bits, **before}, chosen.score_warps),
             (_inverse, {"C": CHUNK}, INVERSE_WARPS),
             (_prepare, {**kind, **rule, **across, **along, "READS": True}, chosen.warps),
             (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),

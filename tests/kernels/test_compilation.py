@@ -8,13 +8,9 @@ import pytest
 
 from longreach.kernels.compilation import OPS, Compilation, Report, faults
 
-SPILLS = pytest.mark.xfail(
-    reason="some kernels of delta rules spill registers on sm_90 at key dims of 128 and 256", strict=True
-)
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [pytest.param(op, marks=SPILLS if op == "delta_rule" else ()) for op in OPS])
+@pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_for_every_chip(op):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "longreach.kernels.compilation", op]
