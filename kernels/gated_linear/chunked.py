@@ -142,8 +142,7 @@ class Sweep:
         return self.works[key]
 
     def load_queries(self, slab: Slab) -> Tensor:
-        q = self.sources["q"].load(slab)
-        return q if self.problem.scale == 1.0 else q.mul_(self.problem.scale)
+        return self.sources["q"].load(slab, self.problem.scale)
 
     def prepare(self, slab: Slab, wanted: Wanted = "all") -> None:
         masks = self.borders.masks(slab)
@@ -372,10 +371,9 @@ class Gradients:
             ends = (states.after[n] * dstates.after[n]).sum(1)
             self.value_decay.flat[n].copy_(sweep.value_decay.gradient(self.moments, ends))
             self.value_decay.store(slab)
-        if sweep.problem.scale != 1.0:
-            self.q.flat[n].mul_(sweep.problem.scale)
-        for part in (self.q, self.k, self.v):
-            part.store(slab)
+        self.q.store(slab, scale=sweep.problem.scale)
+        self.k.store(slab)
+        self.v.store(slab)
 
     def _store_decay(self, slab: Slab, states: States, dstates: States) -> None:
         sweep, n = self.sweep, slab.chunks

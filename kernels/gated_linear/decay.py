@@ -36,8 +36,12 @@ class TokenDecay:
         padded = F.pad(finite, (0, 0, 0, -grid.length % size)).unflatten(1, (-1, size))
         # [all chunks, rows, heads, C, 1], in float64, as differences of long sums follow.
         self.steps = padded.permute(1, 0, 3, 2).unsqueeze(-1).contiguous()
-        self.sums = self.steps.cumsum(-2)
-        self.entering, self.leaving, self.passing = self._factors(self.sums)
+        sums = self.steps.cumsum(-2)
+        entering, leaving, passing = self._factors(sums)
+        # Flat, so that a slab's part is one view: making views costs as much as small products.
+        self.entering, self.leaving = entering.flatten(0, 2), leaving.flatten(0, 2)
+        self.passing = passing.flatten(1, 2).unbind(0)
+        self.sums = _halves(sums.flatten(0, 2), grid.dtype)
         self.between = grid.workspace(size).flatten(0, 2)  # e^{G_i − G_j}
         self.fixed = None
         if constant is not None:
@@ -54,21 +58,23 @@ class TokenDecay:
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
         """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
-        dtype, chunks = self.grid.dtype, slice(slab.first, slab.first + slab.chunks)
-        sums = self.sums[chunks]
-        enter, leave, through = self.entering[chunks], self.leaving[chunks], self.passing[chunks]
-        if masks is not None:
-            # Sums over the own document alone, so that no bit of an output depends on another.
-            sums = torch.matmul(masks.same.double(), self.steps[chunks])
-            enter, leave, through = self._factors(sums)
-            enter, leave, through = enter.mul_(masks.enter), leave.mul_(masks.leave), through.mul_(masks.through)
+        here = slice(slab.first * self.grid.lanes, (slab.first + slab.chunks) * self.grid.lanes)
         self.masks = masks
-        self.enter, self.leave = enter.flatten(0, 2), leave.flatten(0, 2)
-        self.through = through.flatten(1, 2).unbind(0)
+        if masks is None:
+            self.enter, self.leave = self.entering[here], self.leaving[here]
+            self.through = self.passing[slab.first : slab.first + slab.chunks]
+            sums = [half[here] for half in self.sums]
+        else:
+            # Sums over the own document alone, so that no bit of an output depends on another.
+            chunks = slice(slab.first, slab.first + slab.chunks)
+            exact = torch.matmul(masks.same.double(), self.steps[chunks])
+            enter, leave, through = self._factors(exact)
+            self.enter, self.leave = enter.mul_(masks.enter).flatten(0, 2), leave.mul_(masks.leave).flatten(0, 2)
+            self.through = through.mul_(masks.through).flatten(1, 2).unbind(0)
+            sums = _halves(exact.flatten(0, 2), self.grid.dtype)
         if wanted == "all" and self.fixed is None:
-            sums = sums.flatten(0, 2)
-            self.scored = torch.sub(sums, sums.mT, out=self.between[: len(sums)])
-            self.scored.clamp_(min=FLOOR[dtype], max=0.0).exp_().tril_()
+            self.scored = _differences(sums, self.between[: self.enter.shape[0]])
+            self.scored.clamp_(min=FLOOR[self.grid.dtype], max=0.0).exp_().tril_()
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
         """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0."""
@@ -95,6 +101,22 @@ class TokenDecay:
         if self.masks is None:
             return own.flip(1).cumsum_(1).flip(1).add_(end)
         return later_of(own, self.masks, self.grid).addcmul_(end, spread(self.masks.leave, self.grid).double())
+
+
+def _halves(sums: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """float64 as one tensor of `dtype`, or two whose sum it is to float32's precision of each: faster than float64."""
+    if dtype == torch.float64:
+        return [sums]
+    high = sums.to(dtype)
+    return [high, (sums - high).to(dtype)]
+
+
+def _differences(sums: list[Tensor], out: Tensor) -> Tensor:
+    """out_ij = sums_i − sums_j, `[N, C, C]` of `[N, C, 1]`."""
+    torch.sub(sums[0], sums[0].mT, out=out)
+    for rest in sums[1:]:
+        out.add_(rest).sub_(rest.mT)
+    return out
 
 
 def by_row(x: Tensor, grid: Grid) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -76,16 +77,16 @@ class Grid:
     device: torch.device
     longest_chunk: int = CHUNK
 
-    @property
+    @cached_property
     def chunk(self) -> int:
         """C: a power of two, and no longer than the sequence makes useful."""
         return min(self.longest_chunk, 1 << max(0, self.length - 1).bit_length())
 
-    @property
+    @cached_property
     def lanes(self) -> int:
         return self.rows * self.heads
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         """Chunks in a full slab."""
         return min(max(1, MATRICES // self.lanes), -(-self.length // self.chunk))
@@ -95,6 +96,11 @@ class Grid:
         size, end = self.chunks * self.chunk, self.length if limit is None else limit
         stops = [(start, min(start + size, self.length)) for start in range(0, end, size)]
         return [Slab(start, stop, start // self.chunk, -(-(stop - start) // self.chunk)) for start, stop in stops]
+
+    @cached_property
+    def sizes(self) -> set[int]:
+        """The numbers of chunks that slabs have."""
+        return {slab.chunks for slab in self.slabs()}
 
     def workspace(self, dim: int) -> Tensor:
         """Zeros `[chunks, rows, heads, C, dim]`."""
@@ -117,31 +123,43 @@ class Lanes:
         self.rest = x[:, cut:].permute(0, 2, 1, 3).unsqueeze(2)
         self.work = grid.workspace(dim)
         self.grouped = self.work.view(-1, rows, groups, grid.heads // groups, size, dim)
-        self.flat = {n: self.work[:n].view(-1, size, dim) for n in {slab.chunks for slab in grid.slabs()}}
+        self.flat = {n: self.work[:n].view(-1, size, dim) for n in grid.sizes}
 
-    def load(self, slab: Slab) -> Tensor:
-        """The slab, copied to the workspace."""
+    def load(self, slab: Slab, scale: float = 1.0) -> Tensor:
+        """The slab times `scale`, in the workspace."""
         whole = min(slab.chunks, self.whole - slab.first)
         if whole:
-            self.grouped[:whole].copy_(self.chunks[slab.first : slab.first + whole])
+            target = self.grouped if whole == self.grouped.shape[0] else self.grouped[:whole]
+            _copy(self.chunks[slab.first : slab.first + whole], scale, target)
         if whole < slab.chunks:
             rest = self.rest.shape[-2]
-            self.grouped[whole, ..., :rest, :].copy_(self.rest)
+            _copy(self.rest, scale, self.grouped[whole, ..., :rest, :])
             self.grouped[whole, ..., rest:, :].zero_()
         return self.flat[slab.chunks]
 
-    def store(self, slab: Slab, *, add: bool = False) -> None:
-        """Writes the workspace to the slab, or adds it."""
+    def store(self, slab: Slab, *, add: bool = False, scale: float = 1.0) -> None:
+        """Writes the workspace times `scale` to the slab, or adds it."""
         values = self.grouped.sum(3, keepdim=True) if self.grouped.shape[3] > 1 else self.grouped
         whole = min(slab.chunks, self.whole - slab.first)
-        parts = [(self.chunks[slab.first : slab.first + whole], values[:whole])] if whole else []
+        cut = values if whole == values.shape[0] else values[:whole]
+        parts = [(self.chunks[slab.first : slab.first + whole], cut)] if whole else []
         if whole < slab.chunks:
             parts.append((self.rest, values[whole, ..., : self.rest.shape[-2], :]))
         for target, part in parts:
             if add:
-                target.add_(part)
+                target.add_(part, alpha=scale)
             else:
-                target.copy_(part)
+                _copy(part, scale, target)
+
+
+def _copy(x: Tensor, scale: float, out: Tensor) -> None:
+    """out = scale x, in one go where that does not round in x's narrower type."""
+    if scale == 1.0:
+        out.copy_(x)
+    elif x.dtype.itemsize < out.dtype.itemsize:
+        out.copy_(x).mul_(scale)
+    else:
+        torch.mul(x.expand_as(out), scale, out=out)  # groups for their heads
 
 
 class States:
@@ -151,7 +169,7 @@ class States:
         shape = (grid.chunks + 1, grid.lanes, key_dim, value_dim)
         self.each = torch.zeros(shape, dtype=grid.dtype, device=grid.device)
         self.at = self.each.unbind(0)
-        sizes = {slab.chunks for slab in grid.slabs()}
+        sizes = grid.sizes
         self.before = {n: self.each[:n].view(-1, key_dim, value_dim) for n in sizes}  # each chunk's entering state
         self.after = {n: self.each[1 : n + 1].view(-1, key_dim, value_dim) for n in sizes}  # … and its leaving one
 
