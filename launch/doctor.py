@@ -1,0 +1,63 @@
+"""python -m longreach.launch.doctor OVERRIDES — whether training with these overrides computes what one device does."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from ..trainer.diagnosis.diagnose import diagnose
+from ..trainer.settings import Settings
+from . import configuration
+from .build import build
+from .train import TEXTS, to_settings
+
+
+@dataclass
+class DoctorSettings:
+    """What the doctor alone is told; everything else is what training gets."""
+
+    whole: bool = False  # keep the model as large as it is
+
+
+@dataclass
+class Configuration(Settings):
+    """The settings of training, and `doctor`."""
+
+    doctor: DoctorSettings = field(default_factory=DoctorSettings)
+
+
+configuration.register("doctor_settings", Configuration)
+
+
+def examine(settings: Settings, whole: bool) -> bool:
+    """Prints the report; whether all that was tested passed."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    report = diagnose(settings, build, whole=whole, say=lambda line: print(line, flush=True))
+    report.show(console)
+    return not report.failed
+
+
+def main() -> None:
+    configuration.quiet_libraries()
+
+    @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="doctor")
+    def compose(config: DictConfig) -> None:
+        whole = bool(config.doctor.whole)
+        try:
+            passed = examine(to_settings(config, configuration.overrides(), configuration.choices()), whole)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        sys.exit(0 if passed else 1)
+
+    configuration.run_main(compose, "doctor", TEXTS)
+
+
+if __name__ == "__main__":
+    main()

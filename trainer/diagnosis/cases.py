@@ -1,0 +1,110 @@
+"""Cases: packed rows, layouts and targets that the model is tried on; chosen so that a wrong border shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.documents import Documents
+from ...parallel.layout import Layout
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows `[B, N]` of tokens and targets, packed as `documents`, under a layout."""
+
+    name: str
+    layout: Layout
+    lengths: list[list[int]]
+    tokens: Tensor
+    targets: Tensor
+
+    @property
+    def documents(self) -> Documents:
+        return Documents.from_lengths(self.lengths, self.layout.length)
+
+    @property
+    def inside(self) -> Tensor:
+        """bool `[B, N]`: tokens that are not padding."""
+        length = self.layout.length
+        return torch.stack([torch.arange(length) < sum(row) for row in self.lengths])
+
+
+def make_cases(ranks: int, spans: int, vocabulary: int, *, span_length: int | None = None) -> list[Case]:
+    """Every packing under the user's spans, under the contiguous layout and the zigzag, and in very short spans."""
+    length = span_length or (7 if ranks * spans <= 32 else 3)
+    layouts = {spans: length}
+    for other in (1, 2):
+        layouts.setdefault(other, 5)
+    shapes = [Layout(ranks * count * n, ranks, count) for count, n in layouts.items()]
+    shapes.append(Layout(ranks * spans * 2, ranks, spans))  # shorter than the halo of a convolution of four taps
+    return [case for layout in shapes for case in _packings(layout, vocabulary)]
+
+
+def _packings(layout: Layout, vocabulary: int) -> list[Case]:
+    n, edge = layout.length, layout.span_length
+    where = f"{layout.spans} span(s) of {edge}"
+    borders = sorted({place for k in range(1, layout.ranks * layout.spans) for place in _near(k, edge)} - {0, n})
+    cases = [
+        ("one long document, and borders at the edges of spans", [[n], _between(borders, n)]),
+        ("documents of 1 or 2 tokens, and ranks of padding", [_tiny(n), _between([max(1, n // 5)], max(2, n // 3))]),
+        ("a few documents, and borders inside spans", [_between([n // 3, n // 2 + 1], n), _inside(n, edge)]),
+    ]
+    return [_case(f"{name}; {where}", layout, lengths, vocabulary) for name, lengths in cases]
+
+
+def _near(span: int, edge: int) -> tuple[int, ...]:
+    """At the edge, one before it and one behind it, in turn: all three at every edge leaves no document over it."""
+    return ((span * edge,), (span * edge - 1,), (span * edge + 1,))[span % 3]
+
+
+def _inside(n: int, edge: int) -> list[int]:
+    return _between(sorted({min(n - 1, k * edge + edge // 2) for k in range(0, n // edge, 2)} - {0}), n - n // 7)
+
+
+def _between(borders: list[int], end: int) -> list[int]:
+    places = [0, *(b for b in borders if 0 < b < end), end]
+    return [b - a for a, b in zip(places, places[1:], strict=False)]
+
+
+def _tiny(n: int) -> list[int]:
+    lengths: list[int] = []
+    while (left := n - sum(lengths)) > 0:
+        lengths.append(min(left, 1 + (len(lengths) * 7 % 5 > 2)))
+    return lengths
+
+
+def _case(name: str, layout: Layout, lengths: list[list[int]], vocabulary: int) -> Case:
+    generator = torch.Generator("cpu").manual_seed(len(name) + layout.length)
+    shape = len(lengths), layout.length
+    tokens = torch.randint(vocabulary, shape, generator=generator)
+    targets = torch.randint(vocabulary, shape, generator=generator)
+    targets[torch.rand(shape, generator=generator) < 0.4] = NO_TARGET
+    for row, documents in enumerate(lengths):
+        targets[row, sum(documents) :] = NO_TARGET
+    targets[0, : layout.length // (2 * layout.ranks)] = NO_TARGET  # fewer on the first rank than on the others
+    return Case(name, layout, lengths, tokens, targets)
+
+
+def variants(case: Case, row: int) -> list[tuple[int, int, Tensor]]:
+    """Tokens changed from a place of one row to the end of their document: (place, end of the document, tokens)."""
+    changed, start, length = [], 0, case.layout.span_length
+    documents = case.lengths[row]
+    chosen = sorted({0, len(documents) // 2, len(documents) - 1})
+    for index, size in enumerate(documents):
+        stop = start + size
+        if index in chosen:
+            places = {start, start + size // 2, min(stop - 1, (start // length + 1) * length)}
+            changed += [(place, stop, _changed(case.tokens, row, place)) for place in sorted(places)]
+        start = stop
+    return changed
+
+
+def _changed(tokens: Tensor, row: int, place: int) -> Tensor:
+    result = tokens.clone()
+    result[row, place] = (result[row, place] + 1) % (int(tokens.max()) + 1)
+    return result

@@ -1,0 +1,174 @@
+"""Truth: what a case gives on one process, computed by the kernels' references without anything of `parallel`'s ops."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ... import kernels
+from ...kernels.documents import Documents
+from ...models.language_model import LanguageModel
+from ...parallel import ops
+from ...parallel.sequence import Sequence
+from .cases import Case
+
+Op = Callable[..., Tensor]
+
+
+@dataclass
+class Call:
+    """One call of an op: its layer, and its inputs for the whole rows."""
+
+    layer: int
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The call with every tensor changed."""
+        args, kwargs = pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        return Call(self.layer, self.op, args, kwargs)
+
+    def names(self) -> list[str]:
+        """What `tensors` are called."""
+        bound = inspect.signature(getattr(ops, self.op)).bind(*self.args, **self.kwargs, seq=None)
+        named = [
+            (name, x)
+            for name, value in bound.arguments.items()
+            for x in pytree.tree_leaves(value)
+            if isinstance(x, Tensor)
+        ]
+        order = {id(x): name for name, x in named}
+        return [order[id(x)] for x in self.tensors()]
+
+
+@dataclass
+class Result:
+    """What a model gives for a case: of the whole rows, or of those of one rank."""
+
+    loss: Tensor
+    targets: int
+    gradients: dict[str, Tensor]
+    layers: list[Tensor]  # outputs of the mixers [B, T, D]
+    hidden: Tensor  # what the head reads [B, T, D]
+    calls: list[Call] = field(default_factory=list)
+
+
+def op_names() -> list[str]:
+    """The ops that mixers may call."""
+    return [
+        name
+        for name, value in vars(ops).items()
+        if inspect.isfunction(value)
+        and value.__module__ == ops.__name__
+        and not name.startswith("_")
+        and "seq" in inspect.signature(value).parameters
+    ]
+
+
+def kernel_of(name: str) -> Callable[..., Any] | None:
+    """The kernel that an op of `parallel.ops` is named after."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if module.ispkg:
+            package = importlib.import_module(f"{kernels.__name__}.{module.name}")
+            if callable(found := getattr(package, name, None)):
+                return found
+    return None
+
+
+def plain(name: str, backend: str = "reference") -> Op:
+    """The op on one device, straight from the kernels."""
+    kernel = kernel_of(name)
+    if kernel is None:
+        return getattr(ops, name)
+
+    def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
+        result = kernel(*args, **kwargs, documents=seq.documents, backend=backend)
+        return result[0] if isinstance(result, tuple) else result
+
+    return op
+
+
+@contextmanager
+def plain_ops(calls: list[Call], backend: str = "reference") -> Iterator[None]:
+    """Meanwhile mixers call the kernels themselves, and every call is noted."""
+    originals = {name: getattr(ops, name) for name in op_names()}
+
+    def noted(name: str, op: Op) -> Op:
+        def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
+            calls.append(Call(seq.layer, name, args, kwargs).mapped(lambda x: x.detach().clone()))
+            return op(*args, seq=seq, **kwargs)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(ops, name, noted(name, plain(name, backend)))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(ops, name, original)
+
+
+def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) -> Result:
+    """Forward and backward of the tokens held by `seq`'s rank."""
+    layers: list[Tensor] = []
+    hidden: list[Tensor] = []
+
+    def note(module: Any, arguments: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        layers.append(first.detach())
+
+    hooks = [mixer.register_forward_hook(note) for mixer in model.mixers]
+    hooks.append(model.norm.register_forward_hook(lambda module, arguments, output: hidden.append(output.detach())))
+    try:
+        loss, count = model(tokens, seq, targets)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        for name, p in model.named_parameters()
+    }
+    # Recomputation runs the hooks a second time.
+    return Result(loss.detach(), int(count), gradients, layers[: len(model.mixers)], hidden[0])
+
+
+def truth_of(model: LanguageModel, case: Case) -> Result:
+    """The case on one process, by the references alone."""
+    calls: list[Call] = []
+    with plain_ops(calls):
+        result = run(model, Sequence.single(case.documents), case.tokens, case.targets)
+    result.calls = calls
+    return result
+
+
+def alone(model: LanguageModel, case: Case) -> Tensor:
+    """`[B, N, D]`: the hidden states where each document is a row of its own; zero at padding."""
+    out: Tensor | None = None
+    with torch.no_grad(), plain_ops([]):
+        for row, lengths in enumerate(case.lengths):
+            start = 0
+            for size in lengths:
+                tokens = case.tokens[row : row + 1, start : start + size]
+                hidden = model.hidden(tokens, Sequence.single(Documents.whole(1, size)))
+                out = hidden.new_zeros(*case.tokens.shape, hidden.shape[-1]) if out is None else out
+                out[row, start : start + size] = hidden[0]
+                start += size
+    assert out is not None
+    return out
+

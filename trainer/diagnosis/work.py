@@ -1,0 +1,202 @@
+"""Work: what the ranks of a diagnosis do. Each function runs on every rank and returns what this rank holds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...kernels.documents import Documents
+from ...models.language_model import LanguageModel
+from ...parallel import ops
+from ...parallel.layout import Layout
+from ...parallel.mesh import Mesh
+from ...parallel.sequence import Sequence
+from ..engine import Engine, EngineSettings, OptimizerSettings
+from ..settings import ParallelSettings
+from .cases import Case
+from .model import Build, fill
+from .truth import Call, Result, run
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The model and how rows are shared; the same on every rank."""
+
+    build: Build
+    model: dict[str, Any]
+    parallel: ParallelSettings
+    cuda: bool = False
+
+    def strategies(self) -> dict[str, Any]:
+        """The fields of `Sequence` that settings of the same name choose."""
+        names = {field.name for field in fields(Sequence)}
+        return {name: value for name, value in vars(self.parallel).items() if name in names - {"layout"}}
+
+
+class Fragments(NamedTuple):
+    """What a step under the engine gave, as far as this rank holds it."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, tuple[int, Tensor]]  # of each parameter: index of the first element, and elements
+
+
+class _Worker:
+    """What a rank keeps between functions."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.mesh = Mesh.create(topology.parallel.sequence)
+        self.device = torch.device("cuda", self.mesh.rank) if topology.cuda else torch.device("cpu")
+        self.models: dict[torch.dtype, LanguageModel] = {}
+
+    def model(self, dtype: torch.dtype) -> LanguageModel:
+        if dtype not in self.models:
+            with self.device:
+                self.models[dtype] = filled(self.topology, dtype)
+        return self.models[dtype]
+
+    def sequence(self, documents: Documents, layout: Layout) -> Sequence:
+        mesh, strategies = self.mesh, self.topology.strategies()
+        return Sequence(documents, layout, mesh.sequence_rank, mesh.sequence_group, **strategies)
+
+    def mine(self, jobs: list[Any]) -> list[tuple[int, Any]]:
+        """The jobs of this data rank: those that share rows do the same ones, the others work meanwhile."""
+        return [(n, job) for n, job in enumerate(jobs) if n % self.mesh.data_ranks == self.mesh.data_rank]
+
+
+_workers: list[_Worker] = []
+_chosen: dict[str, str] = {}  # op to implementation, as the kernels told
+
+
+class _Listener(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and len(record.args) == 4:
+            op, device, chosen, _ = record.args
+            _chosen[str(op)] = f"{chosen} ({device})"
+
+
+def filled(topology: Topology, dtype: torch.dtype) -> LanguageModel:
+    """The model with the values that every process gives it."""
+    model = topology.build(topology.model)
+    fill(model)
+    return model.to(dtype)
+
+
+def configure(topology: Topology) -> None:
+    """Prepares this rank; comes first."""
+    logger = logging.getLogger("longreach")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(_Listener())
+    _workers[:] = [_Worker(topology)]
+
+
+def backends() -> dict[str, str]:
+    """Which implementation each op has run with on this rank so far."""
+    return dict(_chosen)
+
+
+def run_cases(jobs: list[tuple[Case, str, torch.dtype]]) -> dict[int, Result]:
+    """Each case forward and backward, with a mode of recomputation; in between the sequence serves other tokens."""
+    (worker,) = _workers
+    results = {}
+    for number, (case, checkpointing, dtype) in worker.mine(jobs):
+        model = worker.model(dtype)
+        model.activation_checkpointing = checkpointing
+        seq = worker.sequence(case.documents, case.layout)
+        tokens, targets = (seq.shard(x).to(worker.device) for x in (case.tokens, case.targets))
+        run(model, seq, tokens.flip(0), targets)  # a sequence serves more than one forward
+        results[number] = on_host(run(model, seq, tokens, targets))
+        model.activation_checkpointing = "none"
+    return results
+
+
+@torch.no_grad()
+def probe(jobs: list[tuple[Case, list[Tensor]]]) -> dict[int, list[Tensor]]:
+    """Hidden states of each case for each of several rows of tokens, in float64."""
+    (worker,) = _workers
+    results = {}
+    for number, (case, variants) in worker.mine(jobs):
+        model, seq = worker.model(torch.float64), worker.sequence(case.documents, case.layout)
+        results[number] = [model.hidden(seq.shard(tokens), seq) for tokens in variants]
+    return results
+
+
+def replay(jobs: list[tuple[Case, list[tuple[Call, Tensor]]]]) -> dict[int, list[list[Tensor]]]:
+    """Each op's output and the gradients of its tensors, given the output's gradient."""
+    (worker,) = _workers
+    results = {}
+    for number, (case, calls) in worker.mine(jobs):
+        seq = worker.sequence(case.documents, case.layout)
+        results[number] = [
+            on_host(gradients_of(getattr(ops, call.op), local(call, seq), seq.shard(dout).to(worker.device), seq))
+            for call, dout in calls
+        ]
+    return results
+
+
+def local(call: Call, seq: Sequence) -> Call:
+    """The call with the tokens that this rank holds of whole rows; constants stay whole."""
+    (worker,) = _workers
+    return call.mapped(lambda x: (seq.shard(x) if is_rows(x, seq.layout.length) else x).to(worker.device))
+
+
+def is_rows(x: Tensor, length: int) -> bool:
+    """Whether a tensor has a value a token, `[B, N, …]`."""
+    return x.dim() >= 3 and x.shape[1] == length
+
+
+def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
+    """[output, gradient of each tensor of the call]."""
+    leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
+    out = op(*leaves.args, **leaves.kwargs, seq=seq.at(call.layer))
+    out.backward(dout.to(out.dtype))
+    gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]
+    return [out.detach(), *gradients]
+
+
+def on_host(result: Any) -> Any:
+    """Tensors on the CPU, within lists, dicts and results."""
+    if isinstance(result, Result):
+        return Result(*(on_host(getattr(result, field.name)) for field in fields(Result)))
+    return pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, result)
+
+
+def engine_step(case_rows: list[Case], settings: EngineSettings, dtype: str) -> Fragments:
+    """One step of the engine on rows dealt to data ranks and micro-batches; the gradient is read from Adam's moment."""
+    (worker,) = _workers
+    topology, mesh = worker.topology, worker.mesh
+
+    def load(model: nn.Module, gather: Any) -> None:
+        with gather(list(model.parameters())):
+            fill(model)  # type: ignore[arg-type]
+
+    engine = Engine(
+        lambda: topology.build(topology.model),
+        settings=settings,
+        optimizer=OptimizerSettings(betas=BETAS, weight_decay=0.0),
+        dtype=dtype,
+        mesh=mesh,
+        device=worker.device,
+        load=load,
+    )
+    normaliser = sum(int((case.targets != -100).sum()) for case in case_rows)
+    total = 0.0
+    for case in case_rows[mesh.data_rank :: mesh.data_ranks]:
+        seq = worker.sequence(case.documents, case.layout)
+        tokens, targets = (seq.shard(x).to(worker.device) for x in (case.tokens, case.targets))
+        loss, _ = engine(tokens, seq, targets)
+        engine.backward(loss, normaliser)
+        total += float(loss.detach()) / normaliser
+    norm = engine.step(1e-3)
+    moments = {name: engine.fragment(p, "exp_avg") for name, p in engine.named_parameters()}
+    parts = {name: (part.start, part.values.float().cpu() / (1 - BETAS[0])) for name, part in moments.items()}
+    return Fragments(total, norm, parts)
