@@ -21,7 +21,7 @@ COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must sha
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
-    """A configuration with one layer of each kind of mixer (two where they give one another tensors), at little width.
+    """A configuration with one layer of each kind of mixer, or two where they give one another tensors, at little width.
 
     Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`. The
     smallest width that every layer accepts is taken. Raises ValueError if the model itself cannot be built.
@@ -33,6 +33,8 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
     talkative = {
         name for name, mixer in zip(names, original.mixers, strict=True) if mixer.reads or mixer.publishes
     }
+    if len(set(names)) == 1:
+        talkative.add(names[0])  # a layer behind another one, in any model
     pattern: list[str] = []
     for name in names:
         if pattern.count(name) < (2 if name in talkative else 1):

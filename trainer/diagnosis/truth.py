@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,21 +79,27 @@ def op_names() -> list[str]:
     ]
 
 
-def kernel_of(name: str) -> Callable[..., Any] | None:
-    """The kernel that an op of `parallel.ops` is named after."""
+def package_of(name: str) -> ModuleType | None:
+    """The package of kernels whose op an op of `parallel.ops` is named after."""
     for module in pkgutil.iter_modules(kernels.__path__):
         if module.ispkg:
             package = importlib.import_module(f"{kernels.__name__}.{module.name}")
-            if callable(found := getattr(package, name, None)):
-                return found
+            if callable(getattr(package, name, None)):
+                return package
     return None
+
+
+def merges(name: str) -> bool:
+    """Whether partial results of an op over keys are merged, which takes place before anything is rounded."""
+    return hasattr(package_of(name), "merge")
 
 
 def plain(name: str, backend: str = "reference") -> Op:
     """The op on one device, straight from the kernels."""
-    kernel = kernel_of(name)
-    if kernel is None:
+    package = package_of(name)
+    if package is None:
         return getattr(ops, name)
+    kernel = getattr(package, name)
 
     def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
         result = kernel(*args, **kwargs, documents=seq.documents, backend=backend)
