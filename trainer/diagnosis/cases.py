@@ -34,14 +34,12 @@ class Case:
         return torch.stack([torch.arange(length) < sum(row) for row in self.lengths])
 
 
-def make_cases(ranks: int, spans: int, vocabulary: int, *, span_length: int | None = None) -> list[Case]:
-    """Every packing under the user's spans, under the contiguous layout and the zigzag, and in very short spans."""
-    length = span_length or (7 if ranks * spans <= 32 else 3)
-    layouts = {spans: length}
-    for other in (1, 2):
-        layouts.setdefault(other, 5)
-    shapes = [Layout(ranks * count * n, ranks, count) for count, n in layouts.items()]
-    shapes.append(Layout(ranks * spans * 2, ranks, spans))  # shorter than the halo of a convolution of four taps
+def make_cases(ranks: int, spans: int, vocabulary: int) -> list[Case]:
+    """Every packing under the user's spans, first; then under the contiguous layout, the zigzag, and very short spans."""
+    length = 7 if ranks * spans <= 32 else 3
+    cuts = [(spans, length), *((count, 5) for count in (1, 2) if count != spans)]
+    cuts += sorted({(spans, 2), (2, 2), (max(2, spans), 1)})  # a convolution's halo of three tokens comes from several spans
+    shapes = [Layout(ranks * count * n, ranks, count) for count, n in cuts]
     return [case for layout in shapes for case in _packings(layout, vocabulary)]
 
 
@@ -72,6 +70,7 @@ def _between(borders: list[int], end: int) -> list[int]:
 
 
 def _tiny(n: int) -> list[int]:
+    """1 and 2 in an order without a short period."""
     lengths: list[int] = []
     while (left := n - sum(lengths)) > 0:
         lengths.append(min(left, 1 + (len(lengths) * 7 % 5 > 2)))
