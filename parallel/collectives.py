@@ -109,6 +109,13 @@ def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:
     return mix(Halo, (width,), (x,), seq, slot)
 
 
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[ranks, …]`, x[r] for rank r of the group, to what every rank sent to this one, by rank."""
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x.contiguous(), group=group)
+    return received
+
+
 def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[dist.Work]:
     """Starts point-to-point messages with ranks of the sequence group; every rank calls in the same order.
 
