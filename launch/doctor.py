@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from ..trainer.diagnosis.diagnose import diagnose

@@ -40,7 +40,9 @@ def test_a_reduced_model_has_the_kinds_heads_and_groups_of_the_whole(preset):
     assert len(made.mixers) <= 4
     kinds = {type(mixer) for mixer in whole.mixers}
     assert {type(mixer) for mixer in made.mixers} == kinds
-    assert {getattr(mixer, "heads", 0) for mixer in made.mixers} == {getattr(mixer, "heads", 0) for mixer in whole.mixers}
+    assert {getattr(mixer, "heads", 0) for mixer in made.mixers} == {
+        getattr(mixer, "heads", 0) for mixer in whole.mixers
+    }
     assert all(mixer.mask.window in (None, 10) for mixer in made.mixers if hasattr(mixer, "mask"))
 
 
@@ -76,7 +78,9 @@ def test_a_large_topology_keeps_its_shape_on_eight_ranks():
 
 
 def test_the_verdict_names_what_tells_most_first():
-    report = Report("", [Row("a", PASS), Row("loss", FAIL, precedence=5), Row("op b", FAIL, where="here", precedence=0)])
+    report = Report(
+        "", [Row("a", PASS), Row("loss", FAIL, precedence=5), Row("op b", FAIL, where="here", precedence=0)]
+    )
     assert report.failed
     assert report.verdict() == "FAIL: 2 of 3 checks failed, first to look at: op b: here"
     assert not Report("", [Row("a", PASS), Row("NCCL", NOT_TESTED)]).failed

@@ -38,7 +38,9 @@ def make_cases(ranks: int, spans: int, vocabulary: int) -> list[Case]:
     """Every packing under the user's spans, first; then under the contiguous layout, the zigzag, and very short spans."""
     length = 7 if ranks * spans <= 32 else 3
     cuts = [(spans, length), *((count, 5) for count in (1, 2) if count != spans)]
-    cuts += sorted({(spans, 2), (2, 2), (max(2, spans), 1)})  # a convolution's halo of three tokens comes from several spans
+    cuts += sorted(
+        {(spans, 2), (2, 2), (max(2, spans), 1)}
+    )  # a convolution's halo of three tokens comes from several spans
     shapes = [Layout(ranks * count * n, ranks, count) for count, n in cuts]
     return [case for layout in shapes for case in _packings(layout, vocabulary)]
 

@@ -15,11 +15,12 @@ from ...kernels.documents import Documents
 from ...models.decoding import next_logits
 from ...parallel.sequence import DecodingCache, Sequence
 from ..engine import EngineSettings
-from ..settings import ParallelSettings, Settings, spans_of
+from ..preparation import check_model
+from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
 from . import checks, work
 from .cases import Case, make_cases, variants
 from .checks import EXACT, Difference
-from .model import Build, complete, fill, layer_names, reduced
+from .model import Build, complete, layer_names, reduced
 from .ranks import RankFailure, Ranks
 from .report import FAIL, NOT_TESTED, Report, Row
 from .truth import Call, Result, alone, merges, plain, plain_ops, run, truth_of
@@ -52,6 +53,8 @@ class _Diagnosis:
     def __init__(
         self, settings: Settings, build: Build, whole: bool, say: Callable[[str], None], prepare: str | None
     ) -> None:
+        check(settings, settings.parallel.sequence)
+        check_model(build, complete(settings.model), settings.parallel.mixers)
         self.settings, self.say, self.prepare = settings, say, prepare
         self.parallel = at_most(settings.parallel, MOST_RANKS)
         self.sequence, self.spans = self.parallel.sequence, spans_of(self.parallel)
@@ -61,15 +64,18 @@ class _Diagnosis:
         model = complete(settings.model) if whole else reduced(settings.model, build, window=window)
         self.topology = Topology(build, model, self.parallel)
         self.models = {torch.float64: work.filled(self.topology, torch.float64)}
-        self.names = layer_names(self.models[torch.float64], model)
+        self.names = layer_names(self.models[torch.float64])
         self.cases = make_cases(self.sequence, self.spans, model["vocabulary"])
         self.truths: list[Result] = []
         self.ranks: Ranks | None = None
         self.broken = 0
-        strategies = ", ".join(f"{name} {value}" for name, value in self.topology.strategies().items())
+        by_heads = ulysses_ranks(self.parallel)
+        chosen = [f"attention {self.parallel.attention}", f"recurrent layers {self.parallel.recurrent}"]
+        chosen += [f"{name} {strategy}" for name, strategy in self.parallel.mixers.items()]
         self.report = Report(
             f"{len(self.names)} layers of width {model['width']}; {self.data_ranks} data x {self.sequence} sequence "
-            f"rank(s), {self.spans} span(s) each, {strategies}"
+            f"rank(s){f' of which {by_heads} by heads' if by_heads > 1 else ''}, {self.spans} span(s) each; "
+            f"{', '.join(chosen)}"
         )
 
     def run(self) -> Report:
@@ -144,7 +150,9 @@ class _Diagnosis:
             own = run(model, Sequence.single(case.documents), case.tokens, case.targets)
             single += checks.of_layers(own, truth, self.names, case)
             single += checks.of_gradients(own.gradients, truth.gradients, case.name)
-        self._add(checks.row("packed documents = documents alone", checks.worst(packed), EXACT, "reference, float64", 3))
+        self._add(
+            checks.row("packed documents = documents alone", checks.worst(packed), EXACT, "reference, float64", 3)
+        )
         self._add(checks.row("one device = references", checks.first_over(single, EXACT), EXACT, "auto, float64", 2))
 
     def _model(self) -> None:
@@ -238,7 +246,7 @@ class _Diagnosis:
         model, case = self._model_of(torch.float64), self.cases[0]
         tokens, length, begin = case.tokens, case.layout.length, 3
         with torch.no_grad():
-            with plain_ops([]):
+            with plain_ops([], model.names):
                 logits = model(tokens, Sequence.single(Documents.whole(*tokens.shape)))
             cache, found = DecodingCache(), []
             for start in (0, *range(begin, length)):
@@ -292,7 +300,7 @@ class _Diagnosis:
         replays: list[tuple[Case, list[tuple[Call, Tensor]]]] = []
         for case, parts in zip(cases, shared, strict=True):
             calls: list[Call] = []
-            with plain_ops(calls, "auto"):
+            with plain_ops(calls, model.names, "auto"):
                 single = run(model, Sequence.single(case.documents), case.tokens, case.targets)
             truth = truth_of(exact, case)
             got = checks.together(parts, case.layout)
@@ -358,21 +366,20 @@ def worse(got: Tensor, single: Tensor, truth: Tensor, *, once: bool) -> float:
 def sharper(call: Call) -> Call:
     """The call with a larger first tensor, the queries of an attention."""
     first, *rest = call.args
-    return Call(call.layer, call.op, (first * SHARPER, *rest), call.kwargs)
+    return Call(call.layer, call.mixer, call.op, (first * SHARPER, *rest), call.kwargs)
 
 
 def at_most(parallel: ParallelSettings, ranks: int) -> ParallelSettings:
-    """The same kind of topology on at most so many ranks: both factors of ulysses x ring stay where they fit."""
+    """The same kind of topology on at most so many ranks: by heads and by tokens, where it was both."""
     if parallel.sequence <= ranks:
         return parallel
-    ulysses = getattr(parallel, "ulysses", None) or 1
-    ring = parallel.sequence // ulysses
+    by_heads = ulysses_ranks(parallel)
+    ring = parallel.sequence // by_heads
     fitting = [
         (u, r)
         for u in range(1, ranks + 1)
         for r in range(1, ranks // u + 1)
-        if ulysses % u == 0 and (r > 1) == (ring > 1)
+        if by_heads % u == 0 and (r > 1) == (ring > 1)  # heads that `by_heads` ranks divide can be divided by u too
     ]
-    u, r = max(fitting, key=lambda pair: ((pair[0] > 1) == (ulysses > 1), pair[0] * pair[1]))
-    changed = replace(parallel, sequence=u * r)
-    return replace(changed, ulysses=u) if getattr(parallel, "ulysses", None) else changed
+    u, r = max(fitting, key=lambda pair: ((pair[0] > 1) == (by_heads > 1), pair[0] * pair[1]))
+    return replace(parallel, sequence=u * r, ulysses=u if parallel.ulysses is not None else None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.language_model import LanguageModel, expand_pattern
+from ...models.language_model import LanguageModel
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
@@ -29,10 +29,8 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
     whole = complete(model)
     with torch.device("meta"):
         original = build(whole)
-    names = expand_pattern(list(model["pattern"]), model["depth"], list(model["mixers"]))
-    talkative = {
-        name for name, mixer in zip(names, original.mixers, strict=True) if mixer.reads or mixer.publishes
-    }
+    names = original.names
+    talkative = {name for name, mixer in zip(names, original.mixers, strict=True) if mixer.reads or mixer.publishes}
     if len(set(names)) == 1:
         talkative.add(names[0])  # a layer behind another one, in any model
     pattern: list[str] = []
@@ -101,10 +99,9 @@ def fill(model: LanguageModel, seed: int = 0) -> None:
         parameter.copy_(value + scale * noise)
 
 
-def layer_names(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
+def layer_names(model: LanguageModel) -> list[str]:
     """What messages call each layer."""
-    names = expand_pattern(list(settings["pattern"]), settings["depth"], list(settings["mixers"]))
     return [
         f"layer {layer} ({name}, {type(mixer).__name__})"
-        for layer, (name, mixer) in enumerate(zip(names, model.mixers, strict=True))
+        for layer, (name, mixer) in enumerate(zip(model.names, model.mixers, strict=True))
     ]

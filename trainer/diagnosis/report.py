@@ -45,7 +45,9 @@ class Report:
         if not self.failed:
             return f"PASS: {tested} checks passed, {len(self.rows) - tested} were not tested"
         culprit = self.failures[0]
-        return f"FAIL: {len(self.failures)} of {tested} checks failed, first to look at: {culprit.check}: {culprit.where}"
+        return (
+            f"FAIL: {len(self.failures)} of {tested} checks failed, first to look at: {culprit.check}: {culprit.where}"
+        )
 
     def show(self, console: Console) -> None:
         """Prints the table and the verdict."""

@@ -30,6 +30,7 @@ class Call:
     """One call of an op: its layer, and its inputs for the whole rows."""
 
     layer: int
+    mixer: str  # its name in the pattern
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,7 +41,7 @@ class Call:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The call with every tensor changed."""
         args, kwargs = pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
-        return Call(self.layer, self.op, args, kwargs)
+        return Call(self.layer, self.mixer, self.op, args, kwargs)
 
     def names(self) -> list[str]:
         """What `tensors` are called."""
@@ -109,20 +110,21 @@ def plain(name: str, backend: str = "reference") -> Op:
 
 
 @contextmanager
-def plain_ops(calls: list[Call], backend: str = "reference") -> Iterator[None]:
-    """Meanwhile mixers call the kernels themselves, and every call is noted."""
+def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -> Iterator[None]:
+    """Meanwhile mixers, whose names in the pattern are `names`, call the kernels themselves; every call is noted."""
     originals = {name: getattr(ops, name) for name in op_names()}
 
-    def noted(name: str, op: Op) -> Op:
+    def noting(name: str, op: Op) -> Op:
         def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
-            calls.append(Call(seq.layer, name, args, kwargs).mapped(lambda x: x.detach().clone()))
+            noted = Call(seq.layer, names[seq.layer], name, args, kwargs)
+            calls.append(noted.mapped(lambda x: x.detach().clone()))
             return op(*args, seq=seq, **kwargs)
 
         return call
 
     try:
         for name in originals:
-            setattr(ops, name, noted(name, plain(name, backend)))
+            setattr(ops, name, noting(name, plain(name, backend)))
         yield
     finally:
         for name, original in originals.items():
@@ -148,8 +150,7 @@ def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) ->
     model.zero_grad(set_to_none=True)
     loss.backward()
     gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-        for name, p in model.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
     }
     # Recomputation runs the hooks a second time.
     return Result(loss.detach(), int(count), gradients, layers[: len(model.mixers)], hidden[0])
@@ -158,7 +159,7 @@ def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) ->
 def truth_of(model: LanguageModel, case: Case) -> Result:
     """The case on one process, by the references alone."""
     calls: list[Call] = []
-    with plain_ops(calls):
+    with plain_ops(calls, model.names):
         result = run(model, Sequence.single(case.documents), case.tokens, case.targets)
     result.calls = calls
     return result
@@ -167,7 +168,7 @@ def truth_of(model: LanguageModel, case: Case) -> Result:
 def alone(model: LanguageModel, case: Case) -> Tensor:
     """`[B, N, D]`: the hidden states where each document is a row of its own; zero at padding."""
     out: Tensor | None = None
-    with torch.no_grad(), plain_ops([]):
+    with torch.no_grad(), plain_ops([], model.names):
         for row, lengths in enumerate(case.lengths):
             start = 0
             for size in lengths:
@@ -178,4 +179,3 @@ def alone(model: LanguageModel, case: Case) -> Tensor:
                 start += size
     assert out is not None
     return out
-

@@ -17,7 +17,7 @@ from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
 from ..engine import Engine, EngineSettings, OptimizerSettings
-from ..settings import ParallelSettings
+from ..settings import ParallelSettings, strategy_of, ulysses_ranks
 from .cases import Case
 from .model import Build, fill
 from .truth import Call, Result, run
@@ -34,11 +34,6 @@ class Topology:
     parallel: ParallelSettings
     cuda: bool = False
 
-    def strategies(self) -> dict[str, Any]:
-        """The fields of `Sequence` that settings of the same name choose."""
-        names = {field.name for field in fields(Sequence)}
-        return {name: value for name, value in vars(self.parallel).items() if name in names - {"layout"}}
-
 
 class Fragments(NamedTuple):
     """What a step under the engine gave, as far as this rank holds it."""
@@ -53,7 +48,7 @@ class _Worker:
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.mesh = Mesh.create(topology.parallel.sequence)
+        self.mesh = Mesh.create(topology.parallel.sequence, ulysses_ranks(topology.parallel))
         self.device = torch.device("cuda", self.mesh.rank) if topology.cuda else torch.device("cpu")
         self.models: dict[torch.dtype, LanguageModel] = {}
 
@@ -64,8 +59,7 @@ class _Worker:
         return self.models[dtype]
 
     def sequence(self, documents: Documents, layout: Layout) -> Sequence:
-        mesh, strategies = self.mesh, self.topology.strategies()
-        return Sequence(documents, layout, mesh.sequence_rank, mesh.sequence_group, **strategies)
+        return Sequence.shared(documents, layout, self.mesh, strategy_of(self.topology.parallel))
 
     def mine(self, jobs: list[Any]) -> list[tuple[int, Any]]:
         """The jobs of this data rank: those that share rows do the same ones, the others work meanwhile."""
@@ -157,7 +151,7 @@ def is_rows(x: Tensor, length: int) -> bool:
 def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
     """[output, gradient of each tensor of the call]."""
     leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
-    out = op(*leaves.args, **leaves.kwargs, seq=seq.at(call.layer))
+    out = op(*leaves.args, **leaves.kwargs, seq=seq.at(call.layer, call.mixer))
     out.backward(dout.to(out.dtype))
     gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]
     return [out.detach(), *gradients]
