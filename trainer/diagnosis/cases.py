@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,12 +36,11 @@ class Case:
 
 
 def make_cases(ranks: int, spans: int, vocabulary: int) -> list[Case]:
-    """Every packing under the user's spans, first; then under the contiguous layout, the zigzag, and very short spans."""
+    """Every packing: under the user's spans first, then contiguous, as a zigzag, and in very short spans."""
     length = 7 if ranks * spans <= 32 else 3
     cuts = [(spans, length), *((count, 5) for count in (1, 2) if count != spans)]
-    cuts += sorted(
-        {(spans, 2), (2, 2), (max(2, spans), 1)}
-    )  # a convolution's halo of three tokens comes from several spans
+    # In such short spans what a convolution of four taps sees comes from several of them.
+    cuts += sorted({(spans, 2), (2, 2), (max(2, spans), 1)})
     shapes = [Layout(ranks * count * n, ranks, count) for count, n in cuts]
     return [case for layout in shapes for case in _packings(layout, vocabulary)]
 
@@ -68,7 +68,7 @@ def _inside(n: int, edge: int) -> list[int]:
 
 def _between(borders: list[int], end: int) -> list[int]:
     places = [0, *(b for b in borders if 0 < b < end), end]
-    return [b - a for a, b in zip(places, places[1:], strict=False)]
+    return [b - a for a, b in pairwise(places)]
 
 
 def _tiny(n: int) -> list[int]:

@@ -150,9 +150,7 @@ class _Diagnosis:
             own = run(model, Sequence.single(case.documents), case.tokens, case.targets)
             single += checks.of_layers(own, truth, self.names, case)
             single += checks.of_gradients(own.gradients, truth.gradients, case.name)
-        self._add(
-            checks.row("packed documents = documents alone", checks.worst(packed), EXACT, "reference, float64", 3)
-        )
+        self._add(checks.row("packed documents = each alone", checks.worst(packed), EXACT, "reference, float64", 3))
         self._add(checks.row("one device = references", checks.first_over(single, EXACT), EXACT, "auto, float64", 2))
 
     def _model(self) -> None:

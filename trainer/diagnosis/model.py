@@ -21,7 +21,7 @@ COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must sha
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
-    """A configuration with one layer of each kind of mixer, or two where they give one another tensors, at little width.
+    """A configuration of little width with one layer of each kind of mixer, two of those that give others tensors.
 
     Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`. The
     smallest width that every layer accepts is taken. Raises ValueError if the model itself cannot be built.
