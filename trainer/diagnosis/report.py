@@ -44,10 +44,8 @@ class Report:
         tested = sum(row.verdict != NOT_TESTED for row in self.rows)
         if not self.failed:
             return f"PASS: {tested} checks passed, {len(self.rows) - tested} were not tested"
-        culprit = self.failures[0]
-        return (
-            f"FAIL: {len(self.failures)} of {tested} checks failed, first to look at: {culprit.check}: {culprit.where}"
-        )
+        failed, culprit = len(self.failures), self.failures[0]
+        return f"FAIL: {failed} of {tested} checks failed, first to look at: {culprit.check}: {culprit.where}"
 
     def show(self, console: Console) -> None:
         """Prints the table and the verdict."""
