@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +34,7 @@ class Call:
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    shape: torch.Size  # of the output
 
     def tensors(self) -> list[Tensor]:
         return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
@@ -41,7 +42,12 @@ class Call:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The call with every tensor changed."""
         args, kwargs = pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
-        return Call(self.layer, self.mixer, self.op, args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def dout(self, dtype: torch.dtype) -> Tensor:
+        """A random gradient for the output."""
+        generator = torch.Generator("cpu").manual_seed(self.layer)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def names(self) -> list[str]:
         """What `tensors` are called."""
@@ -116,9 +122,10 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
 
     def noting(name: str, op: Op) -> Op:
         def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
-            noted = Call(seq.layer, names[seq.layer], name, args, kwargs)
+            out = op(*args, seq=seq, **kwargs)
+            noted = Call(seq.layer, names[seq.layer], name, args, kwargs, out.shape)
             calls.append(noted.mapped(lambda x: x.detach().clone()))
-            return op(*args, seq=seq, **kwargs)
+            return out
 
         return call
 
@@ -179,3 +186,12 @@ def alone(model: LanguageModel, case: Case) -> Tensor:
                 start += size
     assert out is not None
     return out
+
+
+def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
+    """[output, gradient of each tensor of the call]."""
+    leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
+    out = op(*leaves.args, **leaves.kwargs, seq=seq.at(call.layer, call.mixer))
+    out.backward(dout.to(out.dtype))
+    gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]
+    return [out.detach(), *gradients]

@@ -20,7 +20,7 @@ from ..engine import Engine, EngineSettings, OptimizerSettings
 from ..settings import ParallelSettings, strategy_of, ulysses_ranks
 from .cases import Case
 from .model import Build, fill
-from .truth import Call, Result, run
+from .truth import Call, Result, gradients_of, run
 
 BETAS = (0.9, 0.95)
 
@@ -146,15 +146,6 @@ def local(call: Call, seq: Sequence) -> Call:
 def is_rows(x: Tensor, length: int) -> bool:
     """Whether a tensor has a value a token, `[B, N, …]`."""
     return x.dim() >= 3 and x.shape[1] == length
-
-
-def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
-    """[output, gradient of each tensor of the call]."""
-    leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
-    out = op(*leaves.args, **leaves.kwargs, seq=seq.at(call.layer, call.mixer))
-    out.backward(dout.to(out.dtype))
-    gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]
-    return [out.detach(), *gradients]
 
 
 def on_host(result: Any) -> Any:

@@ -1,0 +1,124 @@
+"""Exact checks: in float64 ranks must give what one device gives, but for the order of sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels.documents import Documents
+from ...models.decoding import next_logits
+from ...parallel.sequence import DecodingCache, Sequence
+from . import checks, work
+from .bench import Bench
+from .cases import Case, variants
+from .checks import EXACT, Difference
+from .truth import Call, alone, gradients_of, plain, plain_ops, run, truth_of
+
+MODES = ("none", "mixing", "full")  # of trainer.activation_checkpointing
+
+
+def one_process(bench: Bench) -> None:
+    """Computes the truths, and holds them against documents by themselves and against one device's own way."""
+    model = bench.model(torch.float64)
+    bench.truths = [truth_of(model, case) for case in bench.cases]
+    packed, single = [], []
+    for case, truth in bench.in_pairs():
+        error = checks.relative(truth.hidden[case.inside], alone(model, case)[case.inside])
+        packed.append(Difference(error, f"hidden states; {case.name}"))
+        own = run(model, Sequence.single(case.documents), case.tokens, case.targets)
+        single += checks.of_layers(own, truth, bench.names, case)
+        single += checks.of_gradients(own.gradients, truth.gradients, case.name)
+    bench.add(checks.row("packed documents = each alone", checks.worst(packed), EXACT, "reference, float64", 3))
+    bench.add(checks.row("one device = references", checks.first_over(single, EXACT), EXACT, "chunked, float64", 2))
+
+
+def model(bench: Bench) -> None:
+    """Loss, outputs of the mixers and gradients of the whole model."""
+    shared = bench.share(work.run_cases, [(case, "none", torch.float64) for case in bench.cases])
+    losses, layers, gradients = [], [], []
+    for (case, truth), parts in zip(bench.in_pairs(), shared, strict=True):
+        got = checks.together(parts, case.layout)
+        losses.append(checks.of_loss(got, truth, case))
+        layers += checks.of_layers(got, truth, bench.names, case)
+        gradients += checks.of_gradients(got.gradients, truth.gradients, case.name)
+    ran = bench.ran("float64")
+    bench.add(checks.row("loss and number of targets", checks.worst(losses), EXACT, ran, 5))
+    bench.add(checks.row("output of every mixer", checks.first_over(layers, EXACT), EXACT, ran, 1))
+    bench.add(checks.row("gradient of every parameter", checks.worst(gradients), EXACT, ran, 4))
+
+
+def operations(bench: Bench) -> None:
+    """The ops with the very inputs that they have in the model, so that an error is theirs alone."""
+    jobs = [(case, [(call, call.dout(torch.float64)) for call in truth.calls]) for case, truth in bench.in_pairs()]
+    shared = bench.share(work.replay, jobs)
+    found: dict[str, list[Difference]] = {}
+    for (case, calls), parts in zip(jobs, shared, strict=True):
+        for index, (call, dout) in enumerate(calls):
+            got = checks.call_results(call, [part[index] for part in parts], case.layout)
+            expected = gradients_of(plain(call.op), call, dout, Sequence.single(case.documents))
+            found.setdefault(call.op, []).extend(_of_call(bench, call, case, got, expected))
+    for op, differences in found.items():
+        worst = checks.first_over(differences, EXACT)
+        bench.add(checks.row(f"op {op}", worst, EXACT, bench.ran("float64"), 0))
+
+
+def _of_call(bench: Bench, call: Call, case: Case, got: list[Tensor], expected: list[Tensor]) -> list[Difference]:
+    inside, place = case.inside, f"{bench.names[call.layer]}; {case.name}"
+    floor = 1e-6 * max((float(g.abs().max()) for g in expected[1:]), default=0.0)
+    found = [Difference(checks.relative(got[0][inside], expected[0][inside]), f"output in {place}")]
+    for name, a, b in zip(call.names(), got[1:], expected[1:], strict=True):
+        found.append(Difference(checks.relative(a, b, floor), f"gradient of {name} in {place}"))
+    return found
+
+
+def leaks(bench: Bench) -> None:
+    """One token is changed: nothing before it and no other document may move by a bit, and the next token must."""
+    jobs, changes = [], []
+    for case in bench.cases:
+        listed = [(row, *change) for row in range(len(case.lengths)) for change in variants(case, row)]
+        changes.append(listed)
+        jobs.append((case, [case.tokens, *(tokens for *_, tokens in listed)]))
+    shared = bench.share(work.probe, jobs)
+    leaked, unmoved = [], []
+    for (case, _), listed, parts in zip(jobs, changes, shared, strict=True):
+        base, *others = [case.layout.unshard(list(hidden)) for hidden in zip(*parts, strict=True)]
+        for (row, place, stop, _), hidden in zip(listed, others, strict=True):
+            moved = (hidden - base).abs().amax(-1)
+            unmoved_now = int((moved[row, place:stop][:2] == 0).sum())
+            moved[row, place:stop] = 0.0
+            moved[~case.inside] = 0.0
+            reached, token = divmod(int(moved.flatten().argmax()), case.layout.length)
+            where = f"token {token} of row {reached} moves with token {place} of row {row}; {case.name}"
+            error = float(moved.max() / base.abs().max())
+            leaked.append(Difference(error if error == error else float("inf"), where if error else case.name))
+            unmoved.append(Difference(float(unmoved_now), f"token {place} of row {row}; {case.name}"))
+    ran = bench.ran("float64")
+    bench.add(checks.row("no leak between documents or from the future", checks.worst(leaked), 0.0, ran, 3))
+    bench.add(checks.row("a token moves itself and the next", checks.worst(unmoved), 0.0, ran, 6))
+
+
+def recomputation(bench: Bench, own: str) -> None:
+    """The gradient under each mode of activation checkpointing, the configuration's first."""
+    modes = sorted(MODES, key=lambda mode: mode != own)
+    chosen = range(min(3, len(bench.cases)))
+    shared = bench.share(work.run_cases, [(bench.cases[n], mode, torch.float64) for mode in modes for n in chosen])
+    for mode in modes:
+        found = []
+        for n in chosen:
+            case, truth = bench.cases[n], bench.truths[n]
+            got = checks.together(shared.pop(0), case.layout)
+            found += checks.of_gradients(got.gradients, truth.gradients, case.name)
+        bench.add(checks.row(f"activation_checkpointing={mode}", checks.worst(found), EXACT, bench.ran("float64"), 5))
+
+
+def decoding(bench: Bench) -> None:
+    """Three tokens are read at once and then one at a time, beside one forward."""
+    made, tokens = bench.model(torch.float64), bench.cases[0].tokens
+    with torch.no_grad():
+        with plain_ops([], made.names):
+            logits = made(tokens, Sequence.single(Documents.whole(*tokens.shape)))
+        cache, found, length = DecodingCache(), [], tokens.shape[1]
+        for start, stop in [(0, 3), *((n, n + 1) for n in range(3, length))]:
+            got = next_logits(made, tokens[:, start:stop], cache)
+            found.append(Difference(checks.relative(got, logits[:, stop - 1]), f"logits after token {stop - 1}"))
+    bench.add(checks.row("decoding = forward", checks.first_over(found, EXACT), EXACT, "chunked, float64", 3))
