@@ -16,7 +16,7 @@ from .report import Report, Row
 from .truth import Result
 from .work import Topology
 
-LIMIT_SECONDS = 120.0  # for one function on the ranks
+LIMIT_SECONDS = 90.0  # for one function on the ranks
 
 
 class Bench:

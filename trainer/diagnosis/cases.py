@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,21 +92,31 @@ def _case(name: str, layout: Layout, lengths: list[list[int]], vocabulary: int) 
     return Case(name, layout, lengths, tokens, targets)
 
 
-def variants(case: Case, row: int) -> list[tuple[int, int, Tensor]]:
-    """Tokens changed from a place of one row to the end of their document: (place, end of the document, tokens)."""
-    changed, start, length = [], 0, case.layout.span_length
-    documents = case.lengths[row]
-    chosen = sorted({0, len(documents) // 2, len(documents) - 1})
-    for index, size in enumerate(documents):
-        stop = start + size
-        if index in chosen:
-            places = {start, start + size // 2, min(stop - 1, (start // length + 1) * length)}
-            changed += [(place, stop, _changed(case.tokens, row, place)) for place in sorted(places)]
-        start = stop
-    return changed
+class Change(NamedTuple):
+    """One token of each row is another: (row, place, end of its document) each, and the tokens `[B, N]`."""
+
+    places: list[tuple[int, int, int]]
+    tokens: Tensor
 
 
-def _changed(tokens: Tensor, row: int, place: int) -> Tensor:
-    result = tokens.clone()
-    result[row, place] = (result[row, place] + 1) % (int(tokens.max()) + 1)
+def changes(case: Case) -> list[Change]:
+    """Changes at the start and in the middle of documents, and at the first edge of a span that lies in one."""
+    by_row = [_places(lengths, case.layout.span_length) for lengths in case.lengths]
+    result = []
+    for index in range(max(len(places) for places in by_row)):
+        chosen = [(row, *places[index % len(places)]) for row, places in enumerate(by_row)]
+        tokens = case.tokens.clone()
+        for row, place, _ in chosen:
+            tokens[row, place] = (tokens[row, place] + 1) % (int(case.tokens.max()) + 1)
+        result.append(Change(chosen, tokens))
     return result
+
+
+def _places(lengths: list[int], edge: int) -> list[tuple[int, int]]:
+    starts = [0, *accumulate(lengths)]
+    found = []
+    for index in sorted({0, len(lengths) // 2, len(lengths) - 1}):
+        start, stop = starts[index], starts[index + 1]
+        places = {start, start + (stop - start) // 2, min(stop - 1, (start // edge + 1) * edge)}
+        found += [(place, stop) for place in sorted(places)]
+    return found

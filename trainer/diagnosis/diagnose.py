@@ -59,8 +59,8 @@ def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> No
         say,
         {
             "one process": lambda: exact.one_process(bench),
-            "the model in float64": lambda: exact.model(bench),
             "every op in float64": lambda: exact.operations(bench),
+            "the model in float64": lambda: exact.model(bench),
             "leaks": lambda: exact.leaks(bench),
             "recomputation": lambda: exact.recomputation(bench, settings.trainer.activation_checkpointing),
             "decoding": lambda: exact.decoding(bench),
@@ -98,19 +98,19 @@ def _on_cuda(
 
 
 def _attempt(bench: Bench, say: Callable[[str], None], steps: dict[str, Callable[[], None]]) -> None:
-    """Each step in turn. Whatever a broken part raises is a finding; ranks that failed twice are not started again."""
+    """Each step in turn; whatever a broken part raises is a finding. Ranks that failed twice, or hung, stay down."""
     broken = 0
     try:
         for title, step in steps.items():
             if broken == 2:
-                bench.add(Row(title, NOT_TESTED, where="ranks failed twice before"))
+                bench.add(Row(title, NOT_TESTED, where="ranks failed before"))
                 continue
             started = time.monotonic()
             try:
                 step()
             except RankFailure as failure:
-                broken += 1
-                bench.add(Row(title, FAIL, where=str(failure), precedence=8))
+                broken = 2 if failure.silent else broken + 1
+                bench.add(Row(title, FAIL, where=str(failure), precedence=0))
             except Exception as error:
                 bench.add(Row(title, FAIL, where=f"{type(error).__name__}: {error}", precedence=7))
             say(f"{title}: {time.monotonic() - started:.1f} s")

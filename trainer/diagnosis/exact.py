@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ...models.decoding import next_logits
 from ...parallel.sequence import DecodingCache, Sequence
 from . import checks, work
 from .bench import Bench
-from .cases import Case, variants
+from .cases import Case, Change, changes
 from .checks import EXACT, Difference
 from .truth import Call, alone, gradients_of, plain, plain_ops, run, truth_of
 
@@ -73,28 +75,32 @@ def _of_call(bench: Bench, call: Call, case: Case, got: list[Tensor], expected: 
 
 def leaks(bench: Bench) -> None:
     """One token is changed: nothing before it and no other document may move by a bit, and the next token must."""
-    jobs, changes = [], []
-    for case in bench.cases:
-        listed = [(row, *change) for row in range(len(case.lengths)) for change in variants(case, row)]
-        changes.append(listed)
-        jobs.append((case, [case.tokens, *(tokens for *_, tokens in listed)]))
+    listed = [changes(case) for case in bench.cases]
+    jobs = [
+        (case, [case.tokens, *(change.tokens for change in made)])
+        for case, made in zip(bench.cases, listed, strict=True)
+    ]
     shared = bench.share(work.probe, jobs)
     leaked, unmoved = [], []
-    for (case, _), listed, parts in zip(jobs, changes, shared, strict=True):
+    for case, made, parts in zip(bench.cases, listed, shared, strict=True):
         base, *others = [case.layout.unshard(list(hidden)) for hidden in zip(*parts, strict=True)]
-        for (row, place, stop, _), hidden in zip(listed, others, strict=True):
-            moved = (hidden - base).abs().amax(-1)
-            unmoved_now = int((moved[row, place:stop][:2] == 0).sum())
-            moved[row, place:stop] = 0.0
+        for change, hidden in zip(made, others, strict=True):
+            moved = (hidden - base).abs().amax(-1).nan_to_num(math.inf)
             moved[~case.inside] = 0.0
-            reached, token = divmod(int(moved.flatten().argmax()), case.layout.length)
-            where = f"token {token} of row {reached} moves with token {place} of row {row}; {case.name}"
-            error = float(moved.max() / base.abs().max())
-            leaked.append(Difference(error if error == error else float("inf"), where if error else case.name))
-            unmoved.append(Difference(float(unmoved_now), f"token {place} of row {row}; {case.name}"))
+            for row, place, stop in change.places:
+                still = int((moved[row, place:stop][:2] == 0).sum())
+                unmoved.append(Difference(float(still), f"token {place} of row {row}; {case.name}"))
+                moved[row, place:stop] = 0.0
+            row, token = divmod(int(moved.flatten().argmax()), case.layout.length)
+            where = f"token {token} of row {row} moves with {_tokens(change)}; {case.name}"
+            leaked.append(Difference(float(moved.max() / base.abs().max()), where if moved.any() else case.name))
     ran = bench.ran("float64")
     bench.add(checks.row("no leak between documents or from the future", checks.worst(leaked), 0.0, ran, 3))
     bench.add(checks.row("a token moves itself and the next", checks.worst(unmoved), 0.0, ran, 6))
+
+
+def _tokens(change: Change) -> str:
+    return " and ".join(f"token {place} of row {row}" for row, place, _ in change.places)
 
 
 def recomputation(bench: Bench, own: str) -> None:

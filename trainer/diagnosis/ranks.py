@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import tempfile
@@ -24,7 +26,11 @@ PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "longreach.trainer.d
 
 
 class RankFailure(RuntimeError):
-    """A rank raised, died or did not answer in time; the message is the first such rank's."""
+    """A rank raised, died or did not answer in time (`silent`); the message is the first such rank's."""
+
+    def __init__(self, message: str, *, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
 
 
 class Ranks:
@@ -64,6 +70,16 @@ class Ranks:
             process.join(5)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _stand(self, rank: int) -> str:
+        """Where a silent rank stands: its innermost frames of this package."""
+        process, file = self.processes[rank], self.folder / f"stack-{rank}"
+        if process.pid is None or not process.is_alive() or not file.exists():
+            return "is not alive"
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        frames = re.findall(r'File ".*?/((?:parallel|models|kernels)/[^"]+)", line (\d+) in (\w+)', file.read_text())
+        return "stands in " + " < ".join(f"{name} ({path}, line {line})" for path, line, name in frames[:4])
+
     def _collect(self, timeout: float, name: str) -> list[Any]:
         results: dict[int, Any] = {}
         failures: list[str] = []
@@ -84,14 +100,18 @@ class Ranks:
                     failures.append(f"rank {rank}: {result}")
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if failures or waiting:
+            silent = [f"rank {rank} {self._stand(rank)}" for rank in sorted(waiting.values())]
             self.close()
-            silent = ", ".join(map(str, sorted(waiting.values())))
-            raise RankFailure(failures[0] if failures else f"{name}: rank {silent} did not answer in {timeout:g} s")
+            if failures:
+                raise RankFailure(failures[0])
+            raise RankFailure(f"{name}: no answer in {timeout:g} s; {'; '.join(silent)}", silent=True)
         return [results[rank] for rank in range(len(self.processes))]
 
 
 def _serve(rank: int, world: int, folder: str, connection: Connection, cuda: bool, prepare: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    stack = open(Path(folder, f"stack-{rank}"), "w")  # noqa: SIM115 (faulthandler writes to it as long as we live)
+    faulthandler.register(signal.SIGUSR1, file=stack)
     try:
         _join(rank, world, folder, cuda)
         if prepare is not None:

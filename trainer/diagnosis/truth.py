@@ -191,7 +191,7 @@ def alone(model: LanguageModel, case: Case) -> Tensor:
 def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
     """[output, gradient of each tensor of the call]."""
     leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
-    out = op(*leaves.args, **leaves.kwargs, seq=seq.at(call.layer, call.mixer))
+    out = op(*leaves.args, **leaves.kwargs, seq=seq)
     out.backward(dout.to(out.dtype))
     gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]
     return [out.detach(), *gradients]

@@ -130,11 +130,18 @@ def replay(jobs: list[tuple[Case, list[tuple[Call, Tensor]]]]) -> dict[int, list
     results = {}
     for number, (case, calls) in worker.mine(jobs):
         seq = worker.sequence(case.documents, case.layout)
-        results[number] = [
-            on_host(gradients_of(getattr(ops, call.op), local(call, seq), seq.shard(dout).to(worker.device), seq))
-            for call, dout in calls
-        ]
+        results[number] = [_replayed(call, dout, seq, case) for call, dout in calls]
     return results
+
+
+def _replayed(call: Call, dout: Tensor, seq: Sequence, case: Case) -> list[Tensor]:
+    (worker,) = _workers
+    op, here = getattr(ops, call.op), seq.at(call.layer, call.mixer)
+    try:
+        return on_host(gradients_of(op, local(call, seq), seq.shard(dout).to(worker.device), here))
+    except Exception as error:
+        place = f"op {call.op} of layer {call.layer} ({call.mixer}); {case.name}"
+        raise RuntimeError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def local(call: Call, seq: Sequence) -> Call:
