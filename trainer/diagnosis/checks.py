@@ -88,13 +88,13 @@ def of_layers(got: Result, expected: Result, names: list[str], case: Case) -> li
 
 def of_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> list[Difference]:
     """Every parameter's; one that is zero but for rounding is measured by the largest of all."""
-    floor = 1e-6 * max(float(g.abs().max()) for g in expected.values())
+    floor = 1e-4 * max(float(g.abs().max()) for g in expected.values())
     return [Difference(relative(got[name], g, floor), f"{name}; {what}") for name, g in expected.items()]
 
 
 def of_norms(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative root mean square error of each parameter's gradient."""
-    floor = 1e-6 * max(float(g.norm()) for g in expected.values())
+    floor = 1e-4 * max(float(g.norm()) for g in expected.values())
     return {name: rms(got[name], g, floor) for name, g in expected.items()}
 
 

@@ -66,7 +66,7 @@ def operations(bench: Bench) -> None:
 
 def _of_call(bench: Bench, call: Call, case: Case, got: list[Tensor], expected: list[Tensor]) -> list[Difference]:
     inside, place = case.inside, f"{bench.names[call.layer]}; {case.name}"
-    floor = 1e-6 * max((float(g.abs().max()) for g in expected[1:]), default=0.0)
+    floor = 1e-4 * max((float(g.abs().max()) for g in expected[1:]), default=0.0)
     found = [Difference(checks.relative(got[0][inside], expected[0][inside]), f"output in {place}")]
     for name, a, b in zip(call.names(), got[1:], expected[1:], strict=True):
         found.append(Difference(checks.relative(a, b, floor), f"gradient of {name} in {place}"))
