@@ -4,14 +4,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
+from longreach.kernels import block_sparse as kernel
 from longreach.kernels.block_sparse import BlockLayout
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
-from longreach.kernels.select_blocks import Rule
-from longreach.parallel import ops
+from longreach.kernels.select_blocks import Rule, WindowLayout
+from longreach.parallel import block_sparse, collectives, ops
+from longreach.parallel.block_sparse import BlockSparseAttention, bytes_sent
 from longreach.parallel.layout import Layout
-from longreach.parallel.sequence import Sequence
+from longreach.parallel.sequence import DecodingCache, Kept, Sequence
 
 LENGTH, HEADS, GROUPS, KEY, VALUE = 96, 4, 2, 5, 7
 PACKINGS = {
@@ -207,3 +211,231 @@ def test_one_rank_summarises_as_defined():
 @pytest.mark.parametrize("spans", SPANS)
 def test_ranks_select_as_one(world, spans):
     run_ranks(world, compare_selection, spans, list(RULES), list(PACKINGS))
+
+
+def test_what_travels_is_what_lists_ask_for():
+    run_ranks(3, counted, timeout=60)
+
+
+def counted(rank, world):
+    """Tokens and bytes by a naive count of the lists, against the messages made and the formula."""
+    sent = []
+
+    def gathering(out, x, **settings):
+        sent.append((world - 1) * x.numel() * x.element_size())
+        return gather(out, x, **settings)
+
+    def exchanging(sends, receives, seq):
+        sent.extend(x.numel() * x.element_size() for x, _ in sends)
+        assert all(x.numel() for x, _ in [*sends, *receives])  # nobody sends an empty message
+        return exchange(sends, receives, seq)
+
+    gather, exchange = collectives.all_gather, block_sparse.exchange
+    collectives.all_gather, block_sparse.exchange = gathering, exchanging
+    try:
+        for packing, quiet in (("borders inside blocks", 0), ("ranks of padding", 3), ("one long document", 1)):
+            documents = PACKINGS[packing]
+            seq, layout = sequence(documents, rank, world, 2), BlockLayout(documents, 8)
+            everyone = [held_lists(whole_lists(documents, "group lists"), 1, sequence(documents, peer, world, 2))
+                        for peer in range(world)]  # fmt: skip
+            if quiet < world:
+                everyone[quiet] = torch.full_like(everyone[quiet], -1)  # a rank that asks for nothing
+            inputs = [seq.shard(x).requires_grad_() for x in drawn()]
+            ids = layout.ids(documents)
+            wanted = [[set(row.flatten().tolist()) - {-1} for row in lists] for lists in everyone]
+
+            def tokens(owner, asker, ids=ids, wanted=wanted, documents=documents):
+                held = sequence(documents, owner, world, 2).shard(ids)
+                return sum(int(held[b, t]) in wanted[asker][b] for b in range(2) for t in range(LENGTH // world))
+
+            others = [peer for peer in range(world) if peer != rank]
+            asked, asks = sum(tokens(rank, p) for p in others), sum(tokens(p, rank) for p in others)
+            a_token, bits = GROUPS * (KEY + VALUE) * 8, (world - 1) * (2 * layout.count + 1)
+            plan = BlockSparseAttention(8, 1, True, None, 0, 1.0).ask(inputs[0], inputs[1], everyone[rank], seq)
+            formula = bytes_sent(
+                plan, blocks=2 * layout.count, ranks=world, kv_heads=GROUPS, key_dim=KEY, value_dim=VALUE,
+                element_bytes=8,
+            )  # fmt: skip
+            assert formula == (bits + asked * a_token, bits + (asked + asks) * a_token)
+            sent.clear()
+            out = ops.block_sparse_attention(*inputs, everyone[rank], seq=seq, block_size=8)
+            assert sum(sent) == formula[0]
+            assert len(sent) <= 1 + len(others)
+            out.sum().backward()
+            assert sum(sent) == sum(formula)
+            if rank == quiet:
+                assert not out.any()
+                assert asks == 0
+    finally:
+        collectives.all_gather, block_sparse.exchange = gather, exchange
+
+
+def test_wrong_lists_of_one_rank_are_everyones_error():
+    run_ranks(2, refused, timeout=60)
+
+
+def refused(rank, world):
+    documents = PACKINGS["one long document"]
+    seq = sequence(documents, rank, world, 2)
+    inputs = [seq.shard(x) for x in drawn()]
+    lists = torch.zeros(2, LENGTH // world, GROUPS, 1, dtype=torch.int32)
+    for wrong, text in ((lists + 12, "below the number of blocks"), (lists.long(), "must be int32"),
+                        (lists[:, 1:], "must be int32"), (lists.repeat(1, 1, 1, 2), "at most once")):  # fmt: skip
+        for at in range(world):
+            with pytest.raises(ValueError, match=text):
+                ops.block_sparse_attention(*inputs, wrong if rank == at else lists, seq=seq, block_size=8)
+    for size, stride in ((0, 1), (6, 4), (4, 8)):
+        with pytest.raises(ValueError, match="multiple of their stride"):
+            ops.window_means(inputs[0], seq=seq, size=size, stride=stride)
+    out = ops.block_sparse_attention(*inputs, lists, seq=seq, block_size=8)
+    assert out.shape == (*inputs[2].shape[:2], HEADS, VALUE)
+
+
+def test_query_blocks_are_of_the_tokens_held():
+    run_ranks(2, uneven, timeout=60)
+
+
+def uneven(rank, world):
+    """Blocks of 5 queries in spans of 24 tokens: they go over spans, and a list still holds for each of them."""
+    documents = PACKINGS["borders inside blocks"]
+    seq, (q, k, v) = sequence(documents, rank, world, 2), drawn()
+    lists = [whole_lists(documents, "group lists")[:, peer : peer + 10] for peer in range(world)]
+    by_token = [each.repeat_interleave(5, dim=1)[:, : LENGTH // world] for each in lists]
+    whole = seq.layout.unshard(by_token)
+    expected = ops.block_sparse_attention(q, k, v, whole, seq=Sequence.single(documents), block_size=8)
+    got = ops.block_sparse_attention(
+        *(seq.shard(x) for x in (q, k, v)), lists[rank], seq=seq, block_size=8, query_block=5
+    )
+    agrees(got, seq.shard(expected), "output")
+
+
+def sparse_layer(q, k, v, w, *, seq, rule=NSA):
+    """Selection by learned summaries, then attention to what is selected: every op once, as a mixer would."""
+    summaries = learned(k, w, seq=seq, size=rule.span, stride=rule.step)
+    lists = ops.select_blocks(q, summaries + ops.window_means(k, seq=seq, size=4, stride=2), seq=seq, rule=rule)
+    out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size)
+    return out + summaries.mean()
+
+
+def test_recomputation_repeats_no_collective():
+    run_ranks(2, recomputed, timeout=60)
+
+
+def recomputed(rank, world):
+    inputs, w = drawn(), torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
+    made, gather = [], collectives.all_gather
+    collectives.all_gather = lambda *args, **settings: made.append(1) or gather(*args, **settings)
+    results = []
+    try:
+        for keep in (False, True):
+            seq = sequence(PACKINGS["borders inside blocks"], rank, world, 2, kept=Kept() if keep else None)
+            local = [x.clone().requires_grad_() for x in [*(seq.shard(x) for x in inputs), w]]
+            made.clear()
+            if keep:
+                out = checkpoint(lambda *x, seq=seq: sparse_layer(*x, seq=seq), *local, use_reentrant=False)
+            else:
+                out = sparse_layer(*local, seq=seq)
+            out.square().sum().backward()
+            results.append([*(x.grad for x in local), torch.tensor(float(len(made)))])
+    finally:
+        collectives.all_gather = gather
+    for once, again in zip(*results, strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_graph_serves_every_batch(world):
+    if world == 1:
+        compiled(0, 1)
+    else:
+        run_ranks(world, compiled, timeout=300)
+
+
+def compiled(rank, world):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(sparse_layer, fullgraph=True, backend=counter)
+    inputs, w = drawn(), torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
+    for documents in PACKINGS.values():
+        seq = sequence(documents, rank, world, 2) if world > 1 else Sequence.single(documents)
+        local = [*(seq.shard(x) for x in inputs), w]
+        weights = torch.randn(2, LENGTH // world, HEADS, VALUE, dtype=torch.float64)
+        results = [differentiated(lambda *x, f=f, seq=seq: f(*x, seq=seq), local, lambda _, w=weights: w)
+                   for f in (call, sparse_layer)]  # fmt: skip
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 1
+
+
+def decode(rule, steps, make):
+    """The tokens of one document, a few at a time, as forward sees them at once."""
+    q, k, v = drawn()
+    w = torch.linspace(0.5, 1.5, rule.span, dtype=torch.float64)
+    whole = make(q, k, v, w, Sequence.single(Documents.whole(2, LENGTH)))
+    cache, outs, at = DecodingCache(), [], 0
+    while at < LENGTH:
+        n = min(steps[len(outs) % len(steps)], LENGTH - at)
+        seq = Sequence.decoding(cache, 2, n)
+        outs.append(make(*(x[:, at : at + n] for x in (q, k, v)), w, seq))
+        cache.advance(n)
+        at += n
+    agrees(torch.cat(outs, dim=1), whole, "decoded")
+    return cache
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("steps", [[LENGTH], [37, 1, 2, 1, 9]])
+def test_decoding_gives_what_forward_gives(rule, steps):
+    rule = RULES[rule]
+
+    def make(q, k, v, w, seq):
+        summaries = learned(k, w, seq=seq, size=rule.span, stride=rule.step)
+        means = ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
+        lists = ops.select_blocks(q, summaries + means, seq=seq, rule=rule)
+        return ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size)
+
+    cache = decode(rule, steps, make)
+    count = WindowLayout(Documents.whole(2, LENGTH), rule.span, rule.step).count
+    assert cache.entries[0, "means"][0].shape[1] == count
+    assert cache.entries[0, "windows"][0].shape[1] == LENGTH - count * rule.step
+
+
+def test_half_precision_loses_nothing_on_the_way():
+    run_ranks(2, halves, timeout=60)
+
+
+def halves(rank, world):
+    """bfloat16 on two ranks is as far from float64 as bfloat16 on one, and twice the same."""
+    documents = PACKINGS["borders inside blocks"]
+    seq, single, lists = sequence(documents, rank, world, 2), Sequence.single(documents), None
+    rough = [x.bfloat16() for x in drawn()]
+    lists = whole_lists(documents, "group lists")
+    dout = torch.randn(2, LENGTH, HEADS, VALUE).bfloat16()
+
+    def run(seq, dtype):
+        here = [seq.shard(x).to(dtype) for x in rough]
+        return differentiated(
+            lambda *x: ops.block_sparse_attention(*x, seq.shard(lists), seq=seq, block_size=8),
+            here,
+            lambda _: seq.shard(dout).to(dtype),
+        )
+
+    exact, one, got, again = (run(single, torch.float64), run(single, torch.bfloat16), run(seq, torch.bfloat16),
+                              run(seq, torch.bfloat16))  # fmt: skip
+    for x, y, z, t in zip(*([r[0], *r[1]] for r in (exact, one, got, again)), strict=True):
+        assert torch.equal(z, t)
+        scale = x.abs().max()
+        assert (seq.shard(x) - z).abs().max() <= 1.05 * (x - y).abs().max() + 1e-3 * scale
+
+
+def test_one_rank_is_the_kernel():
+    documents, lists = PACKINGS["borders inside blocks"], whole_lists(PACKINGS["borders inside blocks"], "head lists")
+    inputs, weights = drawn(), torch.randn(2, LENGTH, HEADS, VALUE, dtype=torch.float64)
+    seq = Sequence.single(documents)
+    calls = (
+        lambda *x: ops.block_sparse_attention(*x, lists, seq=seq, block_size=8),
+        lambda *x: kernel.block_sparse_attention(*x, lists, documents=documents, block_size=8),
+    )
+    (ours, dours), (theirs, dtheirs) = (differentiated(call, inputs, lambda _: weights) for call in calls)
+    for x, y in zip((ours, *dours), (theirs, *dtheirs), strict=True):
+        assert torch.equal(x, y)
