@@ -15,7 +15,7 @@ gpu:  ## the tests that need a CUDA device
 	bash launch/test.sh -n 0 -m gpu
 
 bench:  ## every op beside its peers; the table goes to benchmarks/results/
-	$(ENVIRONMENT) && $$PYTHON benchmarks/kernels.py --write
+	$(ENVIRONMENT) && PYTHONPATH=benchmarks:$$PYTHONPATH $$PYTHON benchmarks/kernels.py --write
 
 kernels:  ## compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(ENVIRONMENT) && cd / && $$PYTHON -m longreach.kernels.compilation

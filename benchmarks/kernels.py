@@ -25,6 +25,8 @@ from ops_and_peers import CASES, DIM, GOAL_LENGTH, HEADS, LINEAR, Pass, draw
 
 warnings.filterwarnings("ignore")
 RESULTS = Path(__file__).parent / "results"
+PATIENCE_SECONDS = 20.0  # what takes longer is run once
+Key = tuple[str, int]  # who, and at how many tokens
 
 
 class Goal(NamedTuple):
@@ -47,14 +49,19 @@ GOALS = (
 )
 
 
-def seconds(passes: list[Pass], device: str, rounds: int) -> list[float]:
-    """The best time of each pass; passes take turns, so that all see the same machine."""
-    best = [float("inf")] * len(passes)
-    for number in range(rounds + 1):
-        for index, run in enumerate(passes):
-            taken = _once(run, device)
-            if number:  # the first round warms up
-                best[index] = min(best[index], taken)
+def seconds(passes: dict[Key, Pass], device: str, rounds: int) -> dict[Key, float]:
+    """The best time of each pass that memory suffices for; they take turns, so that all see the same machine."""
+    best: dict[Key, float] = {}
+    for key, run in passes.items():
+        try:
+            warm_up = _once(run, device)
+        except torch.cuda.OutOfMemoryError:
+            continue
+        best[key] = warm_up if warm_up > PATIENCE_SECONDS else float("inf")
+    repeated = [key for key, taken in best.items() if taken == float("inf")]
+    for _ in range(rounds):
+        for key in repeated:
+            best[key] = min(best[key], _once(passes[key], device))
     return best
 
 
@@ -93,11 +100,11 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def product_rate(device: str) -> float:
-    """FLOP/s of a plain matrix product."""
+def product(device: str) -> tuple[Pass, int]:
+    """A plain matrix product, and its FLOPs."""
     n = 8192 if device == "cuda" else 1024
     x, y = draw(n, n, device=device), draw(n, n, device=device)
-    return 2 * n**3 / seconds([lambda: torch.mm(x, y)], device, 5)[0]
+    return lambda: torch.mm(x, y), 2 * n**3
 
 
 class Measured(NamedTuple):
@@ -107,22 +114,25 @@ class Measured(NamedTuple):
 
 def measure(names: list[str], lengths: list[int], device: str, rounds: int) -> dict[tuple[str, str, int], Measured]:
     """What each op ("ours") and each of its peers took, and the floor, by op, who, and length."""
-    rate, results = product_rate(device), {}
+    plain, flops = product(device)
+    results = {}
     for name in names:
+        passes, floors = {("floor", 0): plain}, {}
         for length in lengths:
             if name == "softmax" and device == "cpu" and length > GOAL_LENGTH:
                 continue  # quadratic: minutes
             case = CASES[name](length, device)
-            passes = {"ours": case.ours, **({} if length > GOAL_LENGTH and device == "cpu" else case.peers)}
-            try:
-                times = seconds(list(passes.values()), device, rounds)
-                memory = [peak_bytes(run, device) for run in passes.values()]
-            except torch.cuda.OutOfMemoryError:
-                continue
-            for who, taken, held in zip(passes, times, memory, strict=True):
-                results[name, who, length] = Measured(taken, held)
-            results[name, "floor", length] = Measured(3.5 * case.flops / rate, 0)
-            print(f"{name} {length}: {times[0]:.3f} s", flush=True)
+            floors[length] = 3.5 * case.flops / flops
+            passes["ours", length] = case.ours
+            if length <= GOAL_LENGTH or device == "cuda":
+                passes.update({(who, length): run for who, run in case.peers.items()})
+        best = seconds(passes, device, rounds)
+        for (who, length), taken in best.items():
+            if length:
+                results[name, who, length] = Measured(taken, peak_bytes(passes[who, length], device))
+        for length, products in floors.items():
+            results[name, "floor", length] = Measured(products * best["floor", 0], 0)
+        print(f"{name}: measured", flush=True)
     return results
 
 
@@ -198,7 +208,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     device = arguments.device

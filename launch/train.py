@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..parallel.mesh import Mesh
 from ..trainer import failure, processes
 from ..trainer.report import launch_command
-from ..trainer.settings import Settings, check
+from ..trainer.settings import Settings, check, ulysses_ranks
 from ..trainer.trainer import Trainer
 from . import configuration
 from .build import build
@@ -47,7 +47,7 @@ def train(settings: Settings, command: list[str]) -> None:
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
     device = processes.start(settings.parallel.timeout_minutes)
-    mesh = Mesh.create(settings.parallel.sequence)
+    mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
     Trainer(settings, build, mesh, device, command).run()
     processes.end()
 

@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
         if activation_checkpointing not in CHECKPOINTING:
             known = ", ".join(CHECKPOINTING)
             raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
-        names = expand_pattern(pattern, depth, list(mixers))
+        self.names = names = expand_pattern(pattern, depth, list(mixers))  # of the mixer of each layer
         self.vocabulary, self.width, self.depth = vocabulary, width, depth
         self.activation_checkpointing = activation_checkpointing
         self.initial_std = initial_std
@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
         shared: dict[str, Tensor] = {}  # what mixers gave to later layers
         recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
         for layer, (block, mixer) in enumerate(zip(self.blocks, self.mixers, strict=True)):
-            here = seq.at(layer)
+            here = seq.at(layer, self.names[layer])
             read = [shared[name] for name in mixer.reads]
             if not recompute:
                 x, published = block(x, here, *read)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,29 @@ from .sequence import Sequence
 all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+sent: Counter[str] = Counter()
+"""Bytes that this rank has sent to others, by kind of collective, since the process began (as rings send them)."""
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """What this rank sends within: the yielded counter is filled at the end."""
+    before, found = sent.copy(), Counter[str]()
+    yield found
+    found.update(sent - before)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
 class Gathering:
     """An all-gather under way, of one `[spans, …]` tensor a rank; `in_row_order` sorts what comes of it."""
 
     def __init__(self, x: Tensor, seq: Sequence) -> None:
         self._source = x.contiguous()
         self._out = x.new_empty((seq.layout.ranks, *x.shape))
+        sent["gather"] += (seq.layout.ranks - 1) * _bytes(self._source)
         self._work = all_gather(self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True)
 
     def wait(self) -> Tensor:
@@ -67,6 +86,7 @@ class Halo:
         for span, part in zip(layout.spans_of(seq.rank), dout.chunk(layout.spans, dim=0), strict=True):
             for before, rows, source in _halo_parts(span, self.width, tail):
                 dtails[before, :, source] += part[:, rows]
+        sent["sum"] += 2 * (layout.ranks - 1) * _bytes(dtails) // layout.ranks
         dist.all_reduce(dtails, group=seq.group)
         dx = dout.new_zeros(x.shape)
         mine = torch.stack([dtails[span] for span in layout.spans_of(seq.rank)])
@@ -109,6 +129,14 @@ def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:
     return mix(Halo, (width,), (x,), seq, slot)
 
 
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[ranks, …]`, x[r] for rank r of the group, to what every rank sent to this one, by rank."""
+    received = torch.empty_like(x)
+    sent["all to all"] += (x.shape[0] - 1) * _bytes(x) // x.shape[0]
+    dist.all_to_all_single(received, x.contiguous(), group=group)
+    return received
+
+
 def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[dist.Work]:
     """Starts point-to-point messages with ranks of the sequence group; every rank calls in the same order.
 
@@ -116,6 +144,7 @@ def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
     """
     if seq.group is None:
         return []
+    sent["exchange"] += sum(_bytes(t) for t, _ in sends)
     ops = [dist.P2POp(dist.isend, t, group=seq.group, group_peer=peer) for t, peer in sends]
     ops += [dist.P2POp(dist.irecv, t, group=seq.group, group_peer=peer) for t, peer in receives]
     return dist.batch_isend_irecv(ops) if ops else []

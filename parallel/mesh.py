@@ -9,32 +9,49 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Ranks of a row that exchange tokens for heads (Ulysses): `ranks` neighbours, joined by `group`.
+
+    `ring` joins this rank with those that hold the same heads of other tokens; None where there are no others.
+    """
+
+    ranks: int
+    group: dist.ProcessGroup
+    ring: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Rank r = data_rank * sequence_ranks + sequence_rank: the ranks that share a row are neighbours.
 
-    `group` joins all ranks, `sequence_group` those that hold the same rows; both are None on a single process
-    without torch.distributed.
+    `sequence_group` joins those that hold the same rows, and `heads` those of them that exchange tokens for heads
+    where that is asked for; both are None on a single process without torch.distributed.
     """
 
     rank: int = 0
     world_size: int = 1
     sequence_ranks: int = 1
     sequence_group: dist.ProcessGroup | None = None
+    heads: Heads | None = None
 
     @classmethod
-    def create(cls, sequence: int = 1) -> Mesh:
+    def create(cls, sequence: int = 1, ulysses: int = 1) -> Mesh:
         """The mesh of the initialised default process group, `sequence` ranks a row; every rank must call it.
 
+        `ulysses` of a row's ranks exchange tokens for heads, where a strategy is that one.
         Raises ValueError, on every rank alike and before any group is made, if the ranks do not come out even.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         check_sequence_ranks(sequence, world)
+        check_ulysses_ranks(ulysses, sequence)
         if sequence == 1:
             return cls(rank, world)
-        if sequence == world:
-            return cls(rank, world, sequence, dist.group.WORLD)
-        groups = [dist.new_group(list(range(start, start + sequence))) for start in range(0, world, sequence)]
-        return cls(rank, world, sequence, cast(dist.ProcessGroup, groups[rank // sequence]))
+        row = _group(sequence, 1, world, rank)
+        if ulysses == 1:
+            return cls(rank, world, sequence, row)
+        neighbours = row if ulysses == sequence else _group(ulysses, 1, world, rank)
+        ring = None if ulysses == sequence else _group(sequence // ulysses, ulysses, world, rank)
+        return cls(rank, world, sequence, row, Heads(ulysses, neighbours, ring))
 
     @property
     def data_ranks(self) -> int:
@@ -47,6 +64,28 @@ class Mesh:
     @property
     def sequence_rank(self) -> int:
         return self.rank % self.sequence_ranks
+
+
+def _group(size: int, stride: int, world: int, rank: int) -> dist.ProcessGroup:
+    """The group of this rank among those of `size` ranks, `stride` apart; every rank makes all of them."""
+    if size == world:
+        return cast(dist.ProcessGroup, dist.group.WORLD)
+    mine = None
+    for block in range(0, world, size * stride):
+        for first in range(block, block + stride):
+            ranks = list(range(first, block + size * stride, stride))
+            group = dist.new_group(ranks)
+            mine = group if rank in ranks else mine
+    return cast(dist.ProcessGroup, mine)
+
+
+def check_ulysses_ranks(ulysses: int, sequence: int) -> None:
+    """Raises ValueError unless `ulysses` ranks by heads divide the ranks of a row."""
+    if ulysses < 1 or sequence % ulysses:
+        raise ValueError(
+            f"parallel.ulysses must divide parallel.sequence, {sequence}; got {ulysses}. It is how many of a row's "
+            "ranks exchange tokens for heads"
+        )
 
 
 def check_sequence_ranks(sequence: int, world_size: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .sequence import Sequence
 
 Tensors: TypeAlias = tuple[Tensor | None, ...]
-Setting: TypeAlias = bool | int | float | str | Callable | None
+Setting: TypeAlias = bool | int | float | str | tuple[int, ...] | Callable | None
 
 
 class Operation(Protocol):

@@ -27,10 +27,12 @@ from ..kernels.softmax import check_inputs as check_softmax
 from ..kernels.softmax import softmax_attention as attend_here
 from .block_sparse import BlockSelection, BlockSparseAttention
 from .collectives import halo
-from .operation import Setting, mix
+from .gather import GatherAttention
+from .operation import Operation, Setting, mix
 from .ring import RingAttention
 from .sequence import DecodingCache, Sequence
 from .state_passing import StatePassing
+from .ulysses import ulysses
 from .windows import GatherWindows, LocalWindows, WindowMeans, check_windows, summaries_decoded, windows_decoded
 
 
@@ -55,12 +57,30 @@ def softmax_attention(
     check_softmax(q, k, v, sink_logits)
     if seq.cache is None:
         settings = (mask.causal, mask.window, mask.sink_tokens, scale)
-        return mix(RingAttention, settings, (q, k, v, sink_logits), seq, slot)
+        strategy = seq.strategy.attention
+        build = GatherAttention if strategy == "gather" else RingAttention
+        return _mix(build, settings, (q, k, v, sink_logits), seq, slot, by_heads=strategy == "ulysses")
     k, v, keys = _extend_keys(k, v, mask, seq, seq.cache, slot)
     return attend_here(  # type: ignore[return-value]
         q, k, v, mask=mask, documents=seq.local, key_documents=keys, scale=scale, sink_logits=sink_logits,
         backend=seq.backend,
     )  # fmt: skip
+
+
+def _mix(
+    build: Callable[..., Operation],
+    settings: tuple[Setting, ...],
+    inputs: Inputs,
+    seq: Sequence,
+    slot: str,
+    *,
+    by_heads: bool,
+    common: tuple[int, ...] = (),
+) -> Tensor:
+    """The operation `build(*settings)`, with tokens exchanged for heads or as they are."""
+    if by_heads and seq.heads is not None:
+        return mix(ulysses, (seq.heads.ranks, common, build, *settings), inputs, seq, slot)
+    return mix(build, settings, inputs, seq, slot)
 
 
 def _extend_keys(
@@ -166,7 +186,7 @@ def selective_scan(
     x, delta `[B, T, D]`, a `[D, N]`, b, c `[B, T, N]`; with `decay="longhorn"` 1 − Δ_t b_t² in place of e^{Δ_t a}, and
     a None. See `longreach.kernels.selective_scan`.
     """
-    return _recurrent(SelectiveRecurrence, (decay,), (x, delta, a, b, c), seq, None, slot)
+    return _recurrent(SelectiveRecurrence, (decay,), (x, delta, a, b, c), seq, None, slot, common=(3, 4))
 
 
 def _recurrent(
@@ -176,10 +196,13 @@ def _recurrent(
     seq: Sequence,
     scale: float | None,
     slot: str,
+    common: tuple[int, ...] = (),
 ) -> Tensor:
     """The recurrence `build(*settings)` over the whole row, or continued from the decoding cache."""
     if seq.cache is None:
-        return mix(_state_passing, (scale, build, *settings), inputs, seq, slot)
+        by_heads = seq.strategy.recurrent == "ulysses"
+        settings = (scale, build, *settings)
+        return _mix(_state_passing, settings, inputs, seq, slot, by_heads=by_heads, common=common)
     recurrence = build(*settings)
     recurrence.check(inputs)
     state = seq.cache.entries.get((seq.layer, slot), (None,))[0]

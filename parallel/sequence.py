@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..kernels.documents import Documents
 from .layout import Layout
+from .mesh import Heads, Mesh
+from .strategy import Strategy
 
 Result = TypeVar("Result")
 
@@ -43,7 +45,7 @@ class _Derived(dict[Hashable, Any]):
     def handed(self, seq: Sequence) -> None:
         """Notes the first sequence that it belongs to, for as long as that one's handle lives."""
         if not hasattr(self, "origin"):
-            names = ("documents", "layout", "rank", "group", "attention", "backend")
+            names = ("documents", "layout", "rank", "group", "strategy", "heads", "backend")
             self.origin = {name: getattr(seq, name) for name in names}
             _live[int(seq.handle)] = self
             seq.handle.derived = self  # type: ignore[attr-defined]  # backward holds the handle, and so all this
@@ -81,7 +83,8 @@ class Sequence:
     documents: the documents of the whole rows, on the host: every rank knows them, so that masks, states and
         positions of other ranks' tokens are derived rather than sent.
     layout: which spans of a row each rank holds.     rank, group: this rank among those that share the rows.
-    layer: the layer that calls.                      attention: the strategy of softmax attention ("ring").
+    layer: the layer that calls.                      strategy: by which exchange each kind of op runs.
+    heads: those ranks that exchange tokens for heads, where the strategy is "ulysses".
     backend: of the kernels ("auto", "reference", …). cache: what decoding carries, owned by the caller.
     handle: a number, as a tensor on the host, by which compiled graphs name the sequence.
     kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
@@ -94,7 +97,8 @@ class Sequence:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     layer: int = 0
-    attention: str = "ring"
+    strategy: Strategy = field(default_factory=Strategy)
+    heads: Heads | None = None
     backend: str = "auto"
     cache: DecodingCache | None = None
     kept: Kept | None = None
@@ -106,8 +110,6 @@ class Sequence:
             raise ValueError(
                 f"documents must cover the layout's rows of {self.layout.length} tokens; got {self.documents.length}"
             )
-        if self.attention not in STRATEGIES:
-            raise ValueError(f"parallel.attention must be one of {', '.join(STRATEGIES)}; got {self.attention!r}")
         if (self.group is None) != (self.layout.ranks == 1):
             raise ValueError(f"a group must come with more than one sequence rank; got {self.layout.ranks} rank(s)")
         self._derived.handed(self)
@@ -117,6 +119,11 @@ class Sequence:
         """The sequence that a compiled graph was given, whatever the layer, by its `handle`."""
         derived = _live[int(handle)]
         return cls(**derived.origin, _derived=derived, handle=handle)
+
+    @classmethod
+    def shared(cls, documents: Documents, layout: Layout, mesh: Mesh, strategy: Strategy) -> Sequence:
+        """Rows shared by the sequence ranks of a mesh."""
+        return cls(documents, layout, mesh.sequence_rank, mesh.sequence_group, strategy=strategy, heads=mesh.heads)
 
     @classmethod
     def single(cls, documents: Documents, *, backend: str = "auto") -> Sequence:
@@ -129,9 +136,26 @@ class Sequence:
         documents = Documents.whole(batch, length, position=cache.length)
         return cls(documents, Layout(length), backend=backend, cache=cache)
 
-    def at(self, layer: int) -> Sequence:
-        """The same sequence as layer `layer` sees it."""
-        return replace(self, layer=layer)
+    def at(self, layer: int, mixer: str = "") -> Sequence:
+        """The same sequence as layer `layer` sees it, whose mixer the model's pattern calls `mixer`."""
+        return replace(self, layer=layer, strategy=self.strategy.of(mixer))
+
+    @property
+    def by_heads(self) -> Sequence:
+        """The sequence once tokens are exchanged for heads: this rank holds all tokens of its `heads` group.
+
+        Neighbours hold neighbouring spans, dealt back and forth: together they hold the longer spans that a layout of
+        fewer ranks deals the same way.
+        """
+        heads = self.heads
+        if heads is None:
+            return self
+        ranks = self.layout.ranks // heads.ranks
+        layout = Layout(self.layout.length, ranks, self.layout.spans if ranks > 1 else 1)
+        return self.derive(
+            "by heads",
+            lambda: Sequence(self.documents, layout, self.rank // heads.ranks, heads.ring, backend=self.backend),
+        )
 
     @property
     def local(self) -> Documents:
@@ -181,9 +205,6 @@ class Sequence:
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
-
-
-STRATEGIES = ("ring",)
 
 
 @torch.library.custom_op("longreach::reach", mutates_args=())

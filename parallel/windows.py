@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.select_blocks import WindowLayout
-from .collectives import Gathering, Halo, exchange
+from .collectives import Gathering, Halo, all_to_all
 from .layout import Layout
 from .operation import Tensors
 from .sequence import DecodingCache, Sequence
@@ -295,15 +295,9 @@ def _gather(x: Tensor, seq: Sequence) -> Tensor:
 
 def _reduce(parts: Tensor, seq: Sequence) -> Tensor:
     """Of `[P, …]`, one part for each rank: the sum of those that all ranks have for this one, in the order of ranks."""
-    ranks, rank = seq.layout.ranks, seq.rank
-    if ranks == 1:
+    if seq.group is None:
         return parts[0]
-    received = torch.empty_like(parts)
-    received[rank] = parts[rank]
-    parts = parts.contiguous()
-    others = [peer for peer in range(ranks) if peer != rank]
-    for work in exchange([(parts[p], p) for p in others], [(received[p], p) for p in others], seq):
-        work.wait()
+    received = all_to_all(parts, seq.group)
     total = received[0]
     for part in received[1:]:
         total = total + part

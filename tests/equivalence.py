@@ -19,6 +19,7 @@ from distributed import run_ranks
 from longreach.launch.build import build
 from longreach.launch.train import to_settings
 from longreach.parallel.mesh import Mesh
+from longreach.trainer.settings import ulysses_ranks
 from longreach.trainer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +87,7 @@ def train_on_rank(rank: int, world: int, overrides: list[str]) -> None:
     """What `python -m longreach.launch.train` does with these overrides once the ranks have met."""
     with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
         settings = to_settings(hydra.compose("train", overrides), overrides, {})
-    mesh = Mesh.create(settings.parallel.sequence)
+    mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
     Trainer(settings, build, mesh, torch.device("cpu"), ["train"]).run()
 
 

@@ -14,6 +14,7 @@ from ..kernels.documents import Documents
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
+from ..parallel.strategy import Strategy
 from .engine import Engine
 from .exchange import gather_numbers
 from .packing import NO_TARGET, Batch, TokenStream, batch
@@ -34,7 +35,9 @@ class Loss(NamedTuple):
         return self.mean / math.log(2) / bytes_per_target
 
 
-def evaluate(engine: Engine, stream: TokenStream, layout: Layout, attention: str, rows: int, micro_batch: int) -> Loss:
+def evaluate(
+    engine: Engine, stream: TokenStream, layout: Layout, strategy: Strategy, rows: int, micro_batch: int
+) -> Loss:
     """The loss on the first `rows` rows, shared as in training; every rank calls it and runs equally many forwards."""
     mesh, total, targets = engine.mesh, 0.0, 0
     with _evaluating(engine):
@@ -43,7 +46,7 @@ def evaluate(engine: Engine, stream: TokenStream, layout: Layout, attention: str
             # Ranks past the last row take rows behind the stream's end, which are all padding.
             numbers = [n if n < rows else (stream.rows or 0) + n for n in range(first, first + micro_batch)]
             part = batch(stream, numbers)
-            seq = Sequence(part.documents, layout, mesh.sequence_rank, mesh.sequence_group, attention=attention)
+            seq = Sequence.shared(part.documents, layout, mesh, strategy)
             loss, count = _forward(engine, part, seq)
             total, targets = total + loss, targets + count
     return _over_all_ranks(total, targets, mesh)

@@ -66,10 +66,17 @@ def check_same_model(found: Path, model: dict[str, Any]) -> None:
         )
 
 
-def check_model(build: Build, model: dict[str, Any]) -> LanguageModel:
-    """The model without memory: what does not fit shows here, and the meters count by it."""
+def check_model(build: Build, model: dict[str, Any], strategies: dict[str, str]) -> LanguageModel:
+    """The model without memory: what does not fit shows here, and the meters count by it.
+
+    strategies: `parallel.mixers`. Raises ValueError for the name of a mixer that the model has not.
+    """
     with torch.device("meta"):
-        return build(model)
+        built = build(model)
+    if unknown := [name for name in strategies if name not in built.names]:
+        names = ", ".join(dict.fromkeys(built.names))
+        raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
+    return built
 
 
 def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.device, *, resuming: bool) -> Engine:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..parallel.layout import Layout
-from ..parallel.mesh import check_sequence_ranks
-from ..parallel.sequence import STRATEGIES
+from ..parallel.mesh import check_sequence_ranks, check_ulysses_ranks
+from ..parallel.strategy import Strategy
 from .data_settings import DataSettings
 from .engine import EngineSettings, OptimizerSettings
 from .schedule import Schedule, ScheduleSettings
@@ -40,7 +40,10 @@ class ParallelSettings:
     sequence: int = 1  # ranks that share a row; the others are data parallel
     layout: str = "contiguous"  # or zigzag
     spans: int | None = None  # pieces of a row that a rank holds; null: 1 for contiguous, 2 for zigzag
-    attention: str = "ring"  # the strategy of softmax attention
+    attention: str = "ring"  # how softmax attention is shared: ring, gather or ulysses
+    recurrent: str = "state_passing"  # how recurrent layers are shared; or ulysses
+    ulysses: int | None = None  # ranks that exchange tokens for heads, the rest of `sequence` a ring; null: all of them
+    mixers: dict[str, str] = field(default_factory=dict)  # other strategies for layers, by their name in the pattern
     timeout_minutes: float = 10.0  # a rank that has been silent for so long in a collective ends the run
 
 
@@ -116,6 +119,22 @@ def spans_of(parallel: ParallelSettings) -> int:
     return LAYOUTS[parallel.layout] if parallel.spans is None else parallel.spans
 
 
+def strategy_of(parallel: ParallelSettings) -> Strategy:
+    """By which exchange each kind of layer runs on shared rows. Raises ValueError for one that there is not."""
+    return Strategy(parallel.attention, parallel.recurrent, tuple(sorted(parallel.mixers.items())))
+
+
+def ulysses_ranks(parallel: ParallelSettings) -> int:
+    """Ranks that exchange tokens for heads: 1 where no strategy asks for it."""
+    if not _by_heads(parallel):
+        return 1
+    return parallel.sequence if parallel.ulysses is None else parallel.ulysses
+
+
+def _by_heads(parallel: ParallelSettings) -> bool:
+    return "ulysses" in (parallel.attention, parallel.recurrent, *parallel.mixers.values())
+
+
 def layout_of(settings: Settings) -> Layout:
     """The layout of the training rows."""
     return Layout(settings.data.sequence_length, settings.parallel.sequence, spans_of(settings.parallel))
@@ -164,7 +183,12 @@ def _check_trainer(trainer: TrainerSettings) -> None:
 def _check_parallel(settings: Settings, world_size: int) -> None:
     parallel = settings.parallel
     _one_of("parallel.layout", parallel.layout, tuple(LAYOUTS))
-    _one_of("parallel.attention", parallel.attention, STRATEGIES)
+    strategy_of(parallel)
+    if parallel.ulysses is not None and not _by_heads(parallel):
+        raise ValueError(
+            f"parallel.ulysses must be null unless a strategy is ulysses; got {parallel.ulysses}. "
+            "Set parallel.attention or parallel.recurrent to ulysses"
+        )
     _at_least("parallel.spans", parallel.spans, 1)
     if parallel.timeout_minutes <= 0:
         raise ValueError(f"parallel.timeout_minutes must be positive; got {parallel.timeout_minutes}")
@@ -176,6 +200,7 @@ def _check_parallel(settings: Settings, world_size: int) -> None:
     if parallel.layout == "zigzag" and parallel.spans == 1:
         raise ValueError("parallel.spans must be at least 2 with parallel.layout=zigzag; got 1. Use contiguous for 1")
     check_sequence_ranks(parallel.sequence, world_size)
+    check_ulysses_ranks(ulysses_ranks(parallel), parallel.sequence)
     _at_least("data.sequence_length", settings.data.sequence_length, 2)
     length, cuts = settings.data.sequence_length, parallel.sequence * spans_of(parallel)
     if length % cuts:

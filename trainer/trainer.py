@@ -27,7 +27,7 @@ from .progress import count
 from .run_directory import RunDirectory, passed_over
 from .sample import draw_sample
 from .schedule import Schedule
-from .settings import Settings, check, layout_of, micro_batches
+from .settings import Settings, check, layout_of, micro_batches, strategy_of
 
 
 class Trainer:
@@ -52,7 +52,7 @@ class Trainer:
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         if found is not None:
             together(mesh, lambda: check_same_model(found, settings.model))
-        self.shape = together(mesh, lambda: check_model(build, settings.model))
+        self.shape = together(mesh, lambda: check_model(build, settings.model, settings.parallel.mixers))
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
         self.step, self.tokens, self.row = 0, 0, 0
@@ -132,14 +132,7 @@ class Trainer:
         return parts
 
     def _sequence(self, part: Batch) -> Sequence:
-        mesh = self.mesh
-        return Sequence(
-            part.documents,
-            self.layout,
-            mesh.sequence_rank,
-            mesh.sequence_group,
-            attention=self.settings.parallel.attention,
-        )
+        return Sequence.shared(part.documents, self.layout, self.mesh, strategy_of(self.settings.parallel))
 
     def _sum_of_work(self, parts: list[tuple[Batch, Sequence]]) -> Work:
         """Of the whole global batch; ranks that share rows count them once."""
@@ -185,8 +178,8 @@ class Trainer:
 
         def whole(most: int | None) -> Loss:
             rows = min(stream.rows or 0, most or math.inf)
-            attention = self.settings.parallel.attention
-            return evaluate(self.engine, stream, self.layout, attention, int(rows), data.rows_per_micro_batch)
+            strategy = strategy_of(self.settings.parallel)
+            return evaluate(self.engine, stream, self.layout, strategy, int(rows), data.rows_per_micro_batch)
 
         loss = whole(chosen.rows)
         record = {"step": self.step, "validation_loss": loss.mean, "bits_per_byte": loss.bits_per_byte(scale)}

@@ -9,7 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from longreach.kernels.documents import Documents
 from longreach.parallel import sequence
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
 
 LENGTH = 48
 BATCHES = ([[9, 22, 1, 16], [LENGTH]], [[30, 18], [47, 1]], [[LENGTH], [5, 20]])
@@ -47,17 +49,23 @@ def test_one_graph_serves_every_batch(name):
     assert compare(name, sequences) == 1
 
 
-def on_a_rank(rank, world, name):
-    group = torch.distributed.group.WORLD
-    layout = Layout(LENGTH, world, 2)
+def on_a_rank(rank, world, name, strategy):
+    mesh, layout = Mesh.create(world, world), Layout(LENGTH, world, 2)
     documents = [Documents.from_lengths(lengths, LENGTH) for lengths in BATCHES]
-    return compare(name, [Sequence(each, layout, rank, group) for each in documents])
+    return compare(name, [Sequence.shared(each, layout, mesh, strategy) for each in documents])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_two_ranks_have_one_graph_each(name):
-    assert run_ranks(2, on_a_rank, name, timeout=300) == [1, 1]
+    assert run_ranks(2, on_a_rank, name, Strategy(), timeout=300) == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["softmax_attention", "mamba2", "gated_deltanet"])
+@pytest.mark.parametrize("strategy", [Strategy("gather"), Strategy("ulysses", "ulysses")], ids=["gather", "ulysses"])
+def test_other_strategies_have_one_graph_too(name, strategy):
+    assert run_ranks(2, on_a_rank, name, strategy, timeout=300) == [1, 1]
 
 
 def test_a_sequence_is_kept_by_its_handle_and_no_longer():

@@ -12,8 +12,9 @@ from longreach.kernels.block_sparse import BlockLayout
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
 from longreach.kernels.select_blocks import Rule, WindowLayout
-from longreach.parallel import block_sparse, collectives, ops
+from longreach.parallel import ops
 from longreach.parallel.block_sparse import BlockSparseAttention, bytes_sent
+from longreach.parallel.collectives import counting
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import DecodingCache, Kept, Sequence
 
@@ -218,56 +219,59 @@ def test_what_travels_is_what_lists_ask_for():
 
 
 def counted(rank, world):
-    """Tokens and bytes by a naive count of the lists, against the messages made and the formula."""
-    sent = []
+    """Bytes by a naive count of the tokens in listed blocks, against those sent and the formula."""
+    for packing, quiet in (("borders inside blocks", 0), ("ranks of padding", 3), ("one long document", 1)):
+        documents = PACKINGS[packing]
+        seqs, layout = [sequence(documents, peer, world, 2) for peer in range(world)], BlockLayout(documents, 8)
+        lists, seq, ids = whole_lists(documents, "group lists"), seqs[rank], layout.ids(documents)
+        everyone = [held_lists(lists, 1, each) for each in seqs]
+        if quiet < world:
+            everyone[quiet] = torch.full_like(everyone[quiet], -1)  # a rank that asks for nothing
+        wanted = [[set(row.flatten().tolist()) - {-1} for row in each] for each in everyone]
 
-    def gathering(out, x, **settings):
-        sent.append((world - 1) * x.numel() * x.element_size())
-        return gather(out, x, **settings)
+        def tokens(owner, asker, ids=ids, wanted=wanted, seqs=seqs):
+            held = seqs[owner].shard(ids)
+            return sum(int(held[b, t]) in wanted[asker][b] for b in range(2) for t in range(LENGTH // world))
 
-    def exchanging(sends, receives, seq):
-        sent.extend(x.numel() * x.element_size() for x, _ in sends)
-        assert all(x.numel() for x, _ in [*sends, *receives])  # nobody sends an empty message
-        return exchange(sends, receives, seq)
-
-    gather, exchange = collectives.all_gather, block_sparse.exchange
-    collectives.all_gather, block_sparse.exchange = gathering, exchanging
-    try:
-        for packing, quiet in (("borders inside blocks", 0), ("ranks of padding", 3), ("one long document", 1)):
-            documents = PACKINGS[packing]
-            seq, layout = sequence(documents, rank, world, 2), BlockLayout(documents, 8)
-            everyone = [held_lists(whole_lists(documents, "group lists"), 1, sequence(documents, peer, world, 2))
-                        for peer in range(world)]  # fmt: skip
-            if quiet < world:
-                everyone[quiet] = torch.full_like(everyone[quiet], -1)  # a rank that asks for nothing
-            inputs = [seq.shard(x).requires_grad_() for x in drawn()]
-            ids = layout.ids(documents)
-            wanted = [[set(row.flatten().tolist()) - {-1} for row in lists] for lists in everyone]
-
-            def tokens(owner, asker, ids=ids, wanted=wanted, documents=documents):
-                held = sequence(documents, owner, world, 2).shard(ids)
-                return sum(int(held[b, t]) in wanted[asker][b] for b in range(2) for t in range(LENGTH // world))
-
-            others = [peer for peer in range(world) if peer != rank]
-            asked, asks = sum(tokens(rank, p) for p in others), sum(tokens(p, rank) for p in others)
-            a_token, bits = GROUPS * (KEY + VALUE) * 8, (world - 1) * (2 * layout.count + 1)
-            plan = BlockSparseAttention(8, 1, True, None, 0, 1.0).ask(inputs[0], inputs[1], everyone[rank], seq)
-            formula = bytes_sent(
-                plan, blocks=2 * layout.count, ranks=world, kv_heads=GROUPS, key_dim=KEY, value_dim=VALUE,
-                element_bytes=8,
-            )  # fmt: skip
-            assert formula == (bits + asked * a_token, bits + (asked + asks) * a_token)
-            sent.clear()
+        others = [peer for peer in range(world) if peer != rank]
+        asked, asks = sum(tokens(rank, p) for p in others), sum(tokens(p, rank) for p in others)
+        a_token, bits = GROUPS * (KEY + VALUE) * 8, (world - 1) * (2 * layout.count + 1)
+        inputs = [seq.shard(x).requires_grad_() for x in drawn()]
+        plan = BlockSparseAttention(8, 1, True, None, 0, 1.0).ask(inputs[0], inputs[1], everyone[rank], seq)
+        formula = bytes_sent(
+            plan, blocks=2 * layout.count, ranks=world, kv_heads=GROUPS, key_dim=KEY, value_dim=VALUE, element_bytes=8
+        )
+        assert formula == (bits + asked * a_token, bits + (asked + asks) * a_token)
+        with counting() as forward:
             out = ops.block_sparse_attention(*inputs, everyone[rank], seq=seq, block_size=8)
-            assert sum(sent) == formula[0]
-            assert len(sent) <= 1 + len(others)
+        with counting() as backward:
             out.sum().backward()
-            assert sum(sent) == sum(formula)
-            if rank == quiet:
-                assert not out.any()
-                assert asks == 0
-    finally:
-        collectives.all_gather, block_sparse.exchange = gather, exchange
+        assert (sum(forward.values()), sum(backward.values())) == formula
+        if rank == quiet:
+            assert not out.any()
+            assert asks == 0
+
+
+def test_summaries_send_what_the_formula_says():
+    run_ranks(3, counted_summaries, timeout=60)
+
+
+def counted_summaries(rank, world):
+    """Whole strides of one document in spans of 16 tokens: T / stride parts or windows a rank, and a halo a span."""
+    seq, (size, stride), tokens = sequence(Documents.whole(2, LENGTH), rank, world, 2), (4, 2), LENGTH // world
+    x, w, a_row = seq.shard(drawn()[1]).requires_grad_(), torch.ones(size, dtype=torch.float64), GROUPS * KEY * 8
+    with counting() as forward:
+        out = ops.window_means(x, seq=seq, size=size, stride=stride)
+    with counting() as backward:
+        out.sum().backward()
+    gathered = (world - 1) * 2 * tokens // stride * a_row
+    assert (dict(forward), dict(backward)) == ({"gather": gathered}, {"all to all": gathered})
+    with counting() as forward:
+        out = learned(x, w, seq=seq, size=size, stride=stride)
+    with counting() as backward:
+        out.sum().backward()
+    rows = (world - 1) * 2 * 2 * (size - 1) * a_row
+    assert (dict(forward), dict(backward)) == ({"gather": gathered + rows}, {"all to all": gathered, "sum": 2 * rows})
 
 
 def test_wrong_lists_of_one_rank_are_everyones_error():
@@ -323,22 +327,19 @@ def test_recomputation_repeats_no_collective():
 
 def recomputed(rank, world):
     inputs, w = drawn(), torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
-    made, gather = [], collectives.all_gather
-    collectives.all_gather = lambda *args, **settings: made.append(1) or gather(*args, **settings)
-    results = []
-    try:
-        for keep in (False, True):
-            seq = sequence(PACKINGS["borders inside blocks"], rank, world, 2, kept=Kept() if keep else None)
-            local = [x.clone().requires_grad_() for x in [*(seq.shard(x) for x in inputs), w]]
-            made.clear()
+    results, sent = [], []
+    for keep in (False, True):
+        seq = sequence(PACKINGS["borders inside blocks"], rank, world, 2, kept=Kept() if keep else None)
+        local = [x.clone().requires_grad_() for x in [*(seq.shard(x) for x in inputs), w]]
+        with counting() as bytes_here:
             if keep:
                 out = checkpoint(lambda *x, seq=seq: sparse_layer(*x, seq=seq), *local, use_reentrant=False)
             else:
                 out = sparse_layer(*local, seq=seq)
             out.square().sum().backward()
-            results.append([*(x.grad for x in local), torch.tensor(float(len(made)))])
-    finally:
-        collectives.all_gather = gather
+        results.append([x.grad for x in local])
+        sent.append(bytes_here)
+    assert sent[0] == sent[1]
     for once, again in zip(*results, strict=True):
         assert torch.equal(once, again)
 

@@ -1,6 +1,7 @@
 """Every op over gloo ranks against itself on one: outputs and all gradients, float64, packed documents."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
 from longreach.parallel import collectives, ops
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Kept, Sequence
+from longreach.parallel.strategy import Strategy
 
-LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH, STATES = 96, 4, 2, 6, 10, 5, 3
+LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH, STATES = 96, 4, 2, 6, 10, 8, 3
 # Two rows: one with documents that cross spans and padding at the end, one that is a single document.
 PACKED = Documents.from_lengths([[7, 41, 1, 30, 5], [LENGTH]], LENGTH)
 # Rows of which whole ranks are padding, or one-token documents.
@@ -143,6 +146,9 @@ CASES: dict[str, tuple[Op, Callable[[], list[Tensor]], dict[str, Any]]] = {
 }
 
 
+CHANNELS = (ops.short_conv, ops.token_shift)
+
+
 def is_sequence(x: Tensor) -> bool:
     return x.dim() >= 2 and x.shape[1] == LENGTH
 
@@ -161,13 +167,16 @@ def agrees(actual: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{what}: {m}")
 
 
-def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> None:
+def compare(rank: int, world: int, names: list[str], spans: int, keep: bool, ulysses: int = 1) -> None:
+    """Every case with the default strategies, or exchanging tokens for heads among so many ranks; or gathered (0)."""
+    mesh = Mesh.create(world, max(1, ulysses))
+    strategy = Strategy("gather") if ulysses == 0 else Strategy("ulysses", "ulysses") if ulysses > 1 else Strategy()
     for name in names:
         for documents in (PACKED, SPARSE):
             out, gradients, dout, inputs = one_rank(name, documents)
             op, _, settings = CASES[name]
             layout = Layout(LENGTH, world, spans)
-            seq = Sequence(documents, layout, rank, dist.group.WORLD, kept=Kept() if keep else None)
+            seq = replace(Sequence.shared(documents, layout, mesh, strategy), kept=Kept() if keep else None)
             local = [(seq.shard(x) if is_sequence(x) else x).clone().requires_grad_() for x in inputs]
             if keep:
                 result = checkpoint(lambda *x: op(*x, seq=seq, **settings), *local, use_reentrant=False)
@@ -187,6 +196,29 @@ def compare(rank: int, world: int, names: list[str], spans: int, keep: bool) -> 
 @pytest.mark.parametrize("spans", [1, 2, 4])
 def test_ranks_agree_with_one(world: int, spans: int) -> None:
     run_ranks(world, compare, list(CASES), spans, False)
+
+
+ATTENTION = [name for name, (op, _, _) in CASES.items() if op is attend]
+BY_HEADS = [name for name, (op, _, _) in CASES.items() if op not in CHANNELS]
+
+
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
+@pytest.mark.parametrize("spans", [1, 2, 4])
+def test_gathered_attention_agrees_with_one(world: int, spans: int) -> None:
+    run_ranks(world, compare, ATTENTION, spans, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("world", "ulysses"), [(2, 2), *(pytest.param(4, ulysses, marks=pytest.mark.slow) for ulysses in (2, 4))]
+)
+@pytest.mark.parametrize("spans", [1, 2, 4])
+def test_ranks_by_heads_agree_with_one(world: int, ulysses: int, spans: int) -> None:
+    run_ranks(world, compare, BY_HEADS, spans, False, ulysses)
+
+
+def test_recomputation_by_heads_and_by_gathering() -> None:
+    run_ranks(2, compare, ["softmax", "scalar decay"], 2, True, 2)
+    run_ranks(2, compare, ["softmax"], 2, True, 0)
 
 
 def test_recomputation_repeats_no_collective() -> None:

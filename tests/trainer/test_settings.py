@@ -45,7 +45,7 @@ def test_the_defaults_fit_one_process() -> None:
         (changed(parallel__layout="spiral"), 1, "parallel.layout must be one of contiguous, zigzag; got 'spiral'"),
         (changed(parallel__spans=2), 1, "parallel.spans must be 1 with parallel.layout=contiguous; got 2"),
         (changed(parallel__layout="zigzag", parallel__spans=1), 1, "parallel.spans must be at least 2"),
-        (changed(parallel__attention="tree"), 1, "parallel.attention must be one of ring"),
+        (changed(parallel__attention="tree"), 1, "parallel.attention must be one of ring, gather"),
         (changed(trainer__dtype="float16"), 1, "trainer.dtype must be one of float32, bfloat16; got 'float16'"),
         (changed(trainer__dtype="bfloat16", engine__zero_stage=0), 1, "engine.zero_stage must be 1, 2 or 3"),
         (changed(engine__zero_stage=4), 1, "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),

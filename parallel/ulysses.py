@@ -1,0 +1,200 @@
+"""Ulysses: ranks exchange tokens for heads, run an op on whole heads, and exchange back.
+
+Jacobs et al., 2023, "DeepSpeed Ulysses", arXiv 2309.14509; with a ring, or state passing, among the ranks that hold the
+same heads it is the two-dimensional scheme of Fang and Zhao, 2024 (USP, arXiv 2405.07719).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .collectives import all_to_all
+from .mesh import Heads
+from .operation import Operation, Setting, Tensors
+from .sequence import Sequence
+
+ALIGNMENT = 16  # bytes: so that any type can be read in place from a message
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """The operation `inner`, each rank of `Sequence.heads` with its share of heads and the tokens of all of them.
+
+    An `Operation` with the inputs of `inner`: sequences `[B, T, H, …]`, of which each rank gets H / U heads (channels,
+    for ops without heads), and constants `[H, …]`, of which it takes its own. Grouped heads fewer than the U ranks go
+    to all ranks whose query heads use them. Inputs at the places `common` have no heads, `[B, T, …]`, and go to every
+    rank. Backward exchanges the inputs again rather than keeping a second copy. Every exchange is one message a pair of
+    ranks. Raises ValueError, on all ranks alike, for heads that the ranks do not divide.
+    """
+
+    ranks: int
+    inner: Operation
+    common: tuple[int, ...] = ()
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+        heads = _heads(seq)
+        out, saved = self.inner.forward(self._to_heads(inputs, seq, heads), seq.by_heads)
+        return _to_tokens([out], seq, heads)[0], saved
+
+    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+        heads = _heads(seq)
+        exchanged = self._to_heads((*inputs, dout, out), seq, heads)
+        held, dout_held, out_held = exchanged[:-2], exchanged[-2], exchanged[-1]
+        assert dout_held is not None
+        assert out_held is not None
+        gradients = self.inner.backward(dout_held, held, out_held, saved, seq.by_heads)
+        sequences = [i for i, x in enumerate(inputs) if x is not None and _is_sequence(x) and gradients[i] is not None]
+        back = dict(zip(sequences, _to_tokens([_present(gradients[i]) for i in sequences], seq, heads), strict=True))
+        return tuple(self._own_gradient(i, x, back.get(i, gradients[i]), seq, heads) for i, x in enumerate(inputs))
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        def held(place: int, x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            if not _is_sequence(x):
+                return x.new_empty(x.shape[0] // self.ranks, *x.shape[1:])
+            shape = list(x.shape)
+            shape[1] *= self.ranks
+            if place not in self.common:
+                shape[2] = max(1, shape[2] // self.ranks)
+            return x.new_empty(shape)
+
+        ring = ranks // self.ranks
+        out, saved = self.inner.like(
+            tuple(held(place, x) for place, x in enumerate(inputs)), ring, spans if ring > 1 else 1
+        )
+        shape = [out.shape[0], out.shape[1] // self.ranks, out.shape[2] * self.ranks, *out.shape[3:]]
+        return out.new_empty(shape), saved
+
+    def _to_heads(self, inputs: Tensors, seq: Sequence, heads: Heads) -> Tensors:
+        """What this rank runs on: its heads of the tokens of all ranks of the group."""
+        places = [i for i, x in enumerate(inputs) if x is not None and _is_sequence(x)]
+        shares = [_shares(_present(inputs[i]), heads.ranks, common=i in self.common) for i in places]
+        received = _exchange([[share[u] for share in shares] for u in range(heads.ranks)], heads)
+        joined = [_join([parts[j] for parts in received], seq) for j in range(len(places))]
+        found: list[Tensor | None] = [None if x is None else _own(x, seq, heads) for x in inputs]
+        for place, x in zip(places, joined, strict=True):
+            found[place] = x
+        return tuple(found)
+
+    def _own_gradient(
+        self, place: int, x: Tensor | None, gradient: Tensor | None, seq: Sequence, heads: Heads
+    ) -> Tensor | None:
+        if x is None or gradient is None:
+            return None
+        if not _is_sequence(x):  # zero for the heads of others: the sum over ranks is the whole gradient
+            whole = torch.zeros_like(x)
+            _own(whole, seq, heads).copy_(gradient)
+            return whole
+        if place in self.common:
+            return gradient.unflatten(2, (heads.ranks, -1)).sum(2)
+        copies = gradient.shape[2] // x.shape[2]
+        return gradient if copies == 1 else gradient.unflatten(2, (-1, copies)).sum(3)
+
+
+def ulysses(ranks: int, common: tuple[int, ...], build: Callable[..., Operation], *settings: Setting) -> Ulysses:
+    """The operation `build(*settings)` by heads over `ranks` ranks; plain values, as `mix` wants them."""
+    return Ulysses(ranks, build(*settings), common)
+
+
+def _heads(seq: Sequence) -> Heads:
+    assert seq.heads is not None
+    return seq.heads
+
+
+def _present(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _is_sequence(x: Tensor) -> bool:
+    return x.dim() >= 3
+
+
+def _place(seq: Sequence, heads: Heads) -> int:
+    """Of this rank in its group."""
+    return seq.rank % heads.ranks
+
+
+def _own(x: Tensor, seq: Sequence, heads: Heads) -> Tensor:
+    """The heads of a constant `[H, …]` that are this rank's, a view; a sequence as it is."""
+    if _is_sequence(x):
+        return x
+    _check(x.shape[0], heads.ranks)
+    share = x.shape[0] // heads.ranks
+    return x[_place(seq, heads) * share :][:share]
+
+
+def _check(count: int, ranks: int, *, grouped: bool = False) -> None:
+    if count % ranks and not (grouped and ranks % count == 0):
+        raise ValueError(
+            f"heads (channels, of ops without heads) must be a multiple of the {ranks} ranks that exchange tokens for "
+            f"heads, or grouped heads a divisor of them; got {count}. Change parallel.ulysses, or use another strategy"
+        )
+
+
+def _shares(x: Tensor, ranks: int, *, common: bool) -> list[Tensor]:
+    """What each rank gets of `[B, T, H, …]`."""
+    if common:
+        return [x] * ranks
+    count = x.shape[2]
+    _check(count, ranks, grouped=True)
+    if count >= ranks:
+        return list(x.chunk(ranks, dim=2))
+    return [x[:, :, rank * count // ranks :][:, :, :1] for rank in range(ranks)]
+
+
+def _exchange(parts: list[list[Tensor]], heads: Heads) -> list[list[Tensor]]:
+    """Sends the tensors `parts[u]` to rank u of the group, packed; returns what came, in the same shapes, by rank."""
+    shapes = [(part.shape, part.dtype) for part in parts[0]]
+    received = all_to_all(torch.stack([_packed(tensors) for tensors in parts]), heads.group)
+    return [_unpacked(message, shapes) for message in received]
+
+
+def _packed(tensors: list[Tensor]) -> Tensor:
+    """One message of bytes."""
+    pieces = []
+    for x in tensors:
+        piece = x.contiguous().view(-1).view(torch.uint8)
+        pieces += [piece, piece.new_zeros(-piece.numel() % ALIGNMENT)]
+    return torch.cat(pieces)
+
+
+def _unpacked(message: Tensor, shapes: list[tuple[torch.Size, Any]]) -> list[Tensor]:
+    found, start = [], 0
+    for shape, dtype in shapes:
+        size = math.prod(shape) * dtype.itemsize
+        found.append(message[start : start + size].view(dtype).view(shape))
+        start += size + -size % ALIGNMENT
+    return found
+
+
+def _join(parts: list[Tensor], seq: Sequence) -> Tensor:
+    """The `[B, T, …]` of every rank of the group to `[B, U * T, …]` in the order of the row."""
+    turns = [part.chunk(seq.layout.spans, dim=1) for part in parts]
+    return torch.cat([part[turn] for turn in range(seq.layout.spans) for part in _ordered(turns, turn)], dim=1)
+
+
+def _part(x: Tensor, count: int, seq: Sequence) -> list[Tensor]:
+    """The inverse of `_join`."""
+    pieces = x.chunk(seq.layout.spans * count, dim=1)
+    turns = [_ordered(list(pieces[t * count : (t + 1) * count]), t) for t in range(seq.layout.spans)]
+    return [torch.cat([turn[rank] for turn in turns], dim=1) for rank in range(count)]
+
+
+def _ordered(parts: list[Any], turn: int) -> list[Any]:
+    """Spans are dealt back and forth."""
+    return parts if turn % 2 == 0 else parts[::-1]
+
+
+def _to_tokens(held: list[Tensor], seq: Sequence, heads: Heads) -> list[Tensor]:
+    """`[B, U * T, H / U, …]` of this rank's heads back to `[B, T, H, …]` of its tokens."""
+    shares = [_part(x, heads.ranks, seq) for x in held]
+    received = _exchange([[share[u] for share in shares] for u in range(heads.ranks)], heads)
+    return [torch.cat([parts[j] for parts in received], dim=2) for j in range(len(held))]

@@ -1,0 +1,109 @@
+"""What ranks send, counted, is what docs/communication.md says."""
+
+import pytest
+import torch
+from distributed import run_ranks
+from torch import Tensor
+
+from longreach.kernels import delta_rule, diagonal_scan, gated_linear, short_conv
+from longreach.kernels.documents import Documents
+from longreach.kernels.mask import Mask
+from longreach.parallel import ops
+from longreach.parallel.collectives import counting
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
+
+B, H, G, K, V, D, TAPS = 2, 4, 2, 8, 12, 16, 4
+
+
+def counts(rank: int, world: int, name: str, length: int, spans: int, strategy: Strategy, ulysses: int) -> list[int]:
+    """Bytes sent forward and backward by this rank."""
+    seq = Sequence.shared(
+        Documents.whole(B, length), Layout(length, world, spans), Mesh.create(world, ulysses), strategy
+    )
+    tokens = length // world
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(B, tokens, *shape)
+
+    q, k, v = draw(H, K), draw(G, K), draw(G, V)
+    heads = [draw(H, K), draw(H, K), draw(H, V)]
+    masks = {"full": Mask(causal=False), "causal": Mask(), "window": Mask(window=tokens)}
+    inputs, call = {
+        **{
+            kind: ([q, k, v], lambda q, k, v, mask=mask: ops.softmax_attention(q, k, v, seq=seq, mask=mask))
+            for kind, mask in masks.items()
+        },
+        "scalar": ([*heads, -draw(H)], lambda *x: ops.gated_linear_attention(*x, seq=seq)),
+        "channel": ([*heads, -draw(H, K)], lambda *x: ops.gated_linear_attention(*x, seq=seq)),
+        "delta": ([*heads, draw(H)], lambda *x: ops.delta_rule(*x, seq=seq)),
+        "scan": ([draw(D), -draw(D)], lambda *x: ops.diagonal_scan(*x, seq=seq)),
+        "conv": ([draw(D), torch.rand(D, TAPS)], lambda *x: ops.short_conv(*x, seq=seq)),
+        "shift": ([draw(D)], lambda x: ops.token_shift(x, seq=seq)),
+    }[name]
+    for x in inputs:
+        x.requires_grad_()
+    with counting() as forward:
+        out = call(*inputs)
+    with counting() as backward:
+        out.sum().backward()
+    return [sum(forward.values()), sum(backward.values())]
+
+
+def counted(
+    name: str, world: int, spans: int = 2, length: int = 96, strategy: Strategy | None = None, ulysses: int = 1
+):
+    return run_ranks(world, counts, name, length, spans, strategy or Strategy(), ulysses)
+
+
+def test_a_ring_of_which_every_key_is_seen() -> None:
+    block = B * 24 * G * (K + V)
+    assert counted("full", 4) == [[3 * block * 4, 3 * block * (4 + 4)]] * 4
+
+
+def test_a_causal_ring_passes_on_what_is_behind() -> None:
+    block = B * 24 * G * (K + V) * 4
+    found = counted("causal", 4, spans=1)
+    # Rank r sends the blocks of ranks 0 … r to the next; backward the same, and home the gradients of those before it.
+    assert found == [[block, block], [2 * block, 3 * block], [3 * block, 5 * block], [0, 3 * block]]
+
+
+def test_a_window_is_sent_to_the_next_rank_alone() -> None:
+    block = B * 24 * G * (K + V) * 4
+    assert counted("window", 4, spans=1) == [[block, block], [block, 2 * block], [block, 2 * block], [0, block]]
+
+
+def test_gathered_attention() -> None:
+    block = B * 24 * G * (K + V)
+    assert counted("causal", 4, strategy=Strategy("gather")) == [[3 * block * 4, 3 * block * (4 + 4)]] * 4
+
+
+@pytest.mark.parametrize(("world", "groups"), [(2, 2), (4, 4)])
+def test_attention_by_heads(world: int, groups: int) -> None:
+    """Two groups go to four ranks as if they were four."""
+    share = (world - 1) * B * (96 // world) * (H + groups) * (K + V) * 4 // world
+    found = counted("causal", world, strategy=Strategy("ulysses"), ulysses=world)
+    assert found == [[share, 2 * share]] * world
+
+
+@pytest.mark.parametrize(
+    ("name", "formula", "settings"),
+    [
+        ("scalar", gated_linear.bytes_sent, {"heads": H, "key_dim": K, "value_dim": V}),
+        ("channel", gated_linear.bytes_sent, {"heads": H, "key_dim": K, "value_dim": V, "decay_dim": K}),
+        ("delta", delta_rule.bytes_sent, {"heads": H, "key_dim": K, "value_dim": V}),
+        ("scan", diagonal_scan.bytes_sent, {"channels": D}),
+        ("conv", short_conv.bytes_sent, {"channels": D, "taps": TAPS, "element_bytes": 4}),
+        ("shift", short_conv.bytes_sent, {"channels": D, "taps": 2, "element_bytes": 4}),
+    ],
+)
+def test_states_and_halos_as_the_ops_say(name, formula, settings) -> None:
+    expected = formula(batch=B, ranks=2, spans=2, **settings)
+    assert [sum(parts) for parts in counted(name, 2)] == [expected] * 2
+
+
+@pytest.mark.parametrize("name", ["scalar", "delta"])
+def test_states_do_not_grow_with_the_length(name: str) -> None:
+    assert counted(name, 2, length=4096) == counted(name, 2, length=65536)
