@@ -1,5 +1,8 @@
 """Block-sparse ops over gloo ranks against one: attention, selection, summaries, what travels; float64."""
 
+import functools
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -214,8 +217,9 @@ def test_ranks_select_as_one(world, spans):
     run_ranks(world, compare_selection, spans, list(RULES), list(PACKINGS))
 
 
-def test_what_travels_is_what_lists_ask_for():
-    run_ranks(3, counted, timeout=60)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_travels_is_what_lists_ask_for(world):
+    run_ranks(world, counted, timeout=60)
 
 
 def counted(rank, world):
@@ -252,12 +256,13 @@ def counted(rank, world):
             assert asks == 0
 
 
-def test_summaries_send_what_the_formula_says():
-    run_ranks(3, counted_summaries, timeout=60)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_summaries_send_what_the_formula_says(world):
+    run_ranks(world, counted_summaries, timeout=60)
 
 
 def counted_summaries(rank, world):
-    """Whole strides of one document in spans of 16 tokens: T / stride parts or windows a rank, and a halo a span."""
+    """Whole strides of one document in each span: T / stride parts or windows a rank, and a halo a span."""
     seq, (size, stride), tokens = sequence(Documents.whole(2, LENGTH), rank, world, 2), (4, 2), LENGTH // world
     x, w, a_row = seq.shard(drawn()[1]).requires_grad_(), torch.ones(size, dtype=torch.float64), GROUPS * KEY * 8
     with counting() as forward:
@@ -314,11 +319,16 @@ def uneven(rank, world):
 
 
 def sparse_layer(q, k, v, w, *, seq, rule=NSA):
-    """Selection by learned summaries, then attention to what is selected: every op once, as a mixer would."""
+    """Selection by learned summaries, then attention to what is selected: every op once, as a mixer would.
+
+    Every token also reads the summaries, as if it attended to all of them: so they have a gradient from every rank.
+    """
     summaries = learned(k, w, seq=seq, size=rule.span, stride=rule.step)
-    lists = ops.select_blocks(q, summaries + ops.window_means(k, seq=seq, size=4, stride=2), seq=seq, rule=rule)
+    summaries = summaries + ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
+    lists = ops.select_blocks(q, summaries, seq=seq, rule=rule)
     out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size)
-    return out + summaries.mean()
+    places = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype).view(1, -1, 1, 1)
+    return out + (summaries * places).sum((1, 2, 3), keepdim=True)
 
 
 def test_recomputation_repeats_no_collective():
@@ -440,3 +450,45 @@ def test_one_rank_is_the_kernel():
     (ours, dours), (theirs, dtheirs) = (differentiated(call, inputs, lambda _: weights) for call in calls)
     for x, y in zip((ours, *dours), (theirs, *dtheirs), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_drawn_rows(world):
+    run_ranks(world, drawn_rows, 40, timeout=300)
+
+
+def drawn_rows(rank, world, cases):
+    """Lengths, borders, layouts, rules and windows drawn at random: selection by learned summaries, then attention."""
+    draw = random.Random(world)
+    for case in range(cases):
+        spans = draw.choice([1, 2, 3, 4])
+        length = world * spans * draw.randint(1, 16)
+        rows = []
+        for _ in range(2):
+            lengths, left = [], length
+            while left and draw.random() < 0.9:
+                lengths.append(draw.randint(1, draw.choice([1, min(left, 9), left]) if left > 1 else 1))
+                left -= lengths[-1]
+            rows.append(lengths)
+        documents, stride = Documents.from_lengths(rows, length), draw.randint(1, 4)
+        rule = Rule(stride * draw.randint(1, 4), draw.randint(3, 6), window=stride * draw.randint(1, 4), stride=stride,
+                    score=draw.choice(["softmax", "dot"]), aggregate=draw.choice(["sum", "max"]),
+                    pooled=draw.random() < 0.5, initial=draw.randint(0, 1), local=draw.randint(1, 2))  # fmt: skip
+        torch.manual_seed(case)
+        shapes = ((HEADS, KEY), (GROUPS, KEY), (GROUPS, VALUE))
+        inputs = [torch.randn(2, length, *shape, dtype=torch.float64) for shape in shapes]
+        w, weights = torch.rand(rule.span, dtype=torch.float64), torch.randn(2, length, HEADS, VALUE).double()
+        single = Sequence.single(documents)
+        seq = Sequence(documents, Layout(length, world, spans), rank, dist.group.WORLD)
+        layer = functools.partial(sparse_layer, rule=rule)
+        out, gradients = differentiated(lambda *x: layer(*x, seq=single), [*inputs, w], lambda _: weights)
+        got, ours = differentiated(
+            lambda *x: layer(*x, seq=seq), [*(seq.shard(x) for x in inputs), w], lambda _: seq.shard(weights)
+        )
+        dist.all_reduce(ours[-1])
+        where = f"{rows}, length {length}, spans {spans}, {rule}"
+        agrees(got, seq.shard(out), where)
+        for x, expected in zip(ours[:-1], gradients[:-1], strict=True):
+            agrees(x, seq.shard(expected), where)
+        agrees(ours[-1], gradients[-1], where)
