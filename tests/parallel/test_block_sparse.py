@@ -492,3 +492,46 @@ def drawn_rows(rank, world, cases):
         for x, expected in zip(ours[:-1], gradients[:-1], strict=True):
             agrees(x, seq.shard(expected), where)
         agrees(ours[-1], gradients[-1], where)
+
+
+def test_finite_differences_in_lockstep():
+    run_ranks(2, finite_differences, 9, timeout=60)
+
+
+def finite_differences(rank, world, moves):
+    """A random projection of all ranks' outputs, as one coordinate of one rank is moved; lists stay as they are."""
+    documents = PACKINGS["borders inside blocks"]
+    seq = sequence(documents, rank, world, 2)
+    lists, w = held_lists(whole_lists(documents, "group lists"), 1, seq), torch.linspace(0.5, 1.5, 4).double()
+    q, k, v = (seq.shard(x).requires_grad_() for x in drawn())
+    weights = [
+        torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) for n in [1 << 14] * 3
+    ]
+
+    def objective():
+        outs = (
+            ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=8),
+            ops.window_means(k, seq=seq, size=8, stride=4),
+            learned(k, w, seq=seq, size=4, stride=2),
+        )
+        return sum((x.flatten() * projection[: x.numel()]).sum() for x, projection in zip(outs, weights, strict=True))
+
+    objective().backward()
+    draw, step = random.Random(0), 1e-5
+    for move in range(moves):
+        at, name = draw.randrange(world), "qkv"[move % 3]
+        x = {"q": q, "k": k, "v": v}[name]
+        coordinate, values = draw.randrange(x.numel()), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                if rank == at:
+                    x.view(-1)[coordinate] += sign * step
+                value = objective()
+                dist.all_reduce(value)
+                values.append(value)
+                if rank == at:
+                    x.view(-1)[coordinate] -= sign * step
+        if rank == at:
+            torch.testing.assert_close(
+                (values[0] - values[1]) / (2 * step), x.grad.view(-1)[coordinate], rtol=1e-6, atol=1e-7
+            )
