@@ -38,6 +38,9 @@ export PATH PYTHON
 # The checkout's own kernels/, models/, trainer/ must never be found as top-level packages.
 export PYTHONSAFEPATH=1
 
+# On a CPU, glibc would return the memory of large tensors to the system at every step and take it again, page by page.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+
 # install_missing [extra]: the distribution's requirements, and those of the extra ("dev" for the tests).
 install_missing() {
     "$PYTHON" "$repository/launch/install.py" "$repository" "$@" || exit 1
