@@ -7,7 +7,8 @@ document border, and are not compiled anew for the next batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -53,7 +54,8 @@ def mix(
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Operation, seq: Sequence, slot: str, *inputs: Tensor | None) -> Tensor:
-        out, saved = seq.once(slot, lambda: operation.forward(inputs, seq))
+        with _named(operation, seq):
+            out, saved = seq.once(slot, lambda: operation.forward(inputs, seq))
         ctx.save_for_backward(*inputs, out, *saved)
         ctx.operation, ctx.seq, ctx.inputs = operation, seq, len(inputs)
         return out
@@ -63,7 +65,19 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         held = ctx.saved_tensors
         inputs, out, saved = held[: ctx.inputs], held[ctx.inputs], held[ctx.inputs + 1 :]
-        return None, None, None, *ctx.operation.backward(dout, inputs, out, saved, ctx.seq)
+        with _named(ctx.operation, ctx.seq):
+            return None, None, None, *ctx.operation.backward(dout, inputs, out, saved, ctx.seq)
+
+
+@contextmanager
+def _named(operation: Operation, seq: Sequence) -> Iterator[None]:
+    """Errors within, a silent peer among them, say where they arose."""
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
+        error.add_note(f"in {type(operation).__name__} of layer {seq.layer}, on {ranks}")
+        raise
 
 
 _operations: dict[str, Operation] = {}

@@ -52,9 +52,10 @@ def message(error: BaseException, *, started: bool, hint: str = "") -> str:
     elif isinstance(error, ValueError) and not started:
         return f"error: {error}"
     elif any(sign in str(error) for sign in LOST_PEER):
+        where = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         text = (
             f"rank {rank} has lost another rank, which was killed or stopped answering; this rank ends too\n"
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0]}{where})"
         )
     else:
         lines = "".join(traceback.format_exception(error)).rstrip()

@@ -84,6 +84,7 @@ class Trainer:
         except BaseException as error:
             advice = report.resume_command(self.command, self.directory)
             hint = f"to resume from {self.saved.name}: {advice}" if self.saved else "no checkpoint was saved yet"
+            hint = f"this was in step {self.step + 1}; {hint}"
             failure.report(error, started=True, hint=hint)
             raise
         finally:

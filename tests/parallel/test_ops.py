@@ -1,7 +1,9 @@
 """Every op over gloo ranks against itself on one: outputs and all gradients, float64, packed documents."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Kept, Sequence
 from longreach.parallel.strategy import Strategy
+from longreach.trainer import failure
 
 LENGTH, HEADS, GROUPS, KEY, VALUE, WIDTH, STATES = 96, 4, 2, 6, 10, 8, 3
 # Two rows: one with documents that cross spans and padding at the end, one that is a single document.
@@ -219,6 +222,25 @@ def test_ranks_by_heads_agree_with_one(world: int, ulysses: int, spans: int) -> 
 def test_recomputation_by_heads_and_by_gathering() -> None:
     run_ranks(2, compare, ["softmax", "scalar decay"], 2, True, 2)
     run_ranks(2, compare, ["softmax"], 2, True, 0)
+
+
+def silent_peer(rank: int, world: int) -> str:
+    """What the first rank raises when the second does not come."""
+    group = dist.new_group(timeout=timedelta(seconds=1.5))
+    if rank == 1:
+        time.sleep(3)
+        return ""
+    q, k, v = softmax_inputs()
+    seq = Sequence(PACKED, Layout(LENGTH, world), rank, group).at(7)
+    with pytest.raises(RuntimeError) as caught:
+        ops.softmax_attention(*(seq.shard(x) for x in (q, k, v)), seq=seq)
+    return failure.message(caught.value, started=True)
+
+
+def test_a_silent_rank_is_told_with_the_op_that_waited_for_it() -> None:
+    said = run_ranks(2, silent_peer)[0]
+    assert "has lost another rank" in said
+    assert "in RingAttention of layer 7, on rank 0 of the 2 that share a row" in said
 
 
 def test_recomputation_repeats_no_collective() -> None:

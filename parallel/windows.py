@@ -1,0 +1,327 @@
+"""Windows of documents across ranks: their rows, their means, and the summaries of all of them on every rank.
+
+Windows are those of `kernels.select_blocks.WindowLayout`: complete, `size` tokens from every `stride`-th position of
+each document, numbered document by document over the row; blocks are windows whose stride is their size. Every rank
+derives from the documents which tokens each window has and who holds them, as a `Combination` of rows; what is
+differentiated is its transpose. A summary is known to every rank, as `[B, N // stride, …]`, zero past the last window
+of the row: a shape that does not depend on where documents start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..kernels.select_blocks import WindowLayout
+from .collectives import Gathering, Halo, all_to_all
+from .layout import Layout
+from .operation import Tensors
+from .sequence import DecodingCache, Sequence
+
+
+@dataclass(frozen=True)
+class Combination:
+    """out_i = Σ_j x[index_ij]: rows of x added up in one order on every device; an index of `rows` adds nothing.
+
+    `index` int64 `[outputs, most]`.
+    """
+
+    index: Tensor
+    rows: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[rows, …]` to `[outputs, …]`."""
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.index].sum(1)
+
+    @cached_property
+    def transpose(self) -> Combination:
+        """x_r = Σ of the out_i that row r is part of: what the gradient of this combination is."""
+        outputs, most = self.index.shape
+        order = self.index.flatten().argsort(stable=True)
+        row = self.index.flatten()[order]
+        row, output = row[row < self.rows], order[row < self.rows] // max(most, 1)
+        place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+        index = self.index.new_full((self.rows, int(place.max()) + 1 if len(row) else 1), outputs)
+        index[row, place] = output
+        return Combination(index, outputs)
+
+    def to(self, device: torch.device | str) -> Combination:
+        return Combination(self.index.to(device), self.rows)
+
+
+def check_windows(size: int, stride: int) -> None:
+    """Raises ValueError unless windows of `size` at every `stride`-th token are made of whole strides."""
+    if size < 1 or stride < 1 or size % stride:
+        raise ValueError(f"windows must have a size that is a multiple of their stride; got {size} and {stride}")
+
+
+@dataclass(frozen=True)
+class WindowMeans:
+    """The mean of every window's tokens, `[B, T, …]` held here to `[B, N // stride, …]` of the whole row.
+
+    A window is added up from parts: the tokens of one stride of a document that one rank holds. Parts are gathered,
+    in float32 (float64), so that a window may lie over any number of ranks and spans. Backward, every rank sends each
+    other the gradients of its parts, in one message, and adds what it gets in the order of ranks.
+
+    An `Operation`; its input is x.
+    """
+
+    size: int
+    stride: int
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        parts_of, windows_of, parts = self._plan(seq, x.device)
+        rows = parts_of(x.to(_exact(x)).flatten(0, 1)).unflatten(0, (x.shape[0], parts))
+        gathered = _gather(rows, seq).flatten(0, 2)
+        means = windows_of(gathered) / self.size
+        return means.to(x.dtype).unflatten(0, (x.shape[0], -1)), ()
+
+    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+        (x,) = inputs
+        assert x is not None
+        parts_of, windows_of, parts = self._plan(seq, x.device)
+        dparts = windows_of.transpose(dout.to(_exact(x)).flatten(0, 1) / self.size)
+        dparts = _reduce(dparts.unflatten(0, (seq.layout.ranks, x.shape[0] * parts)), seq)
+        return (parts_of.transpose(dparts).to(x.dtype).view(x.shape),)
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        return x.new_empty(x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:]), ()
+
+    def _plan(self, seq: Sequence, device: torch.device) -> tuple[Combination, Combination, int]:
+        """Held tokens to parts `[B, parts]`, parts of all ranks to windows, and how many parts a rank has at most."""
+        key = "window means", self.size, self.stride
+        parts_of, windows_of, parts = seq.derive(key, lambda: self._make(seq))
+        return seq.derive((*key, str(device)), lambda: (parts_of.to(device), windows_of.to(device), parts))
+
+    def _make(self, seq: Sequence) -> tuple[Combination, Combination, int]:
+        documents, layout = seq.documents, seq.layout
+        ids, turn = documents.ids(), documents.positions() // self.stride
+        windows, total = _windows_of_tokens(WindowLayout(documents, self.size, self.stride))
+        parts_of_tokens, windows_of_parts = [], []
+        for rank in range(layout.ranks):
+            rows = rows_of(seq, rank)
+            here = windows[:, rows]
+            used, key = (here < total).any(-1), torch.stack([ids[:, rows], turn[:, rows]], dim=-1)
+            starts = used.clone()
+            starts[:, 1:] &= (key[:, 1:] != key[:, :-1]).any(-1) | ~used[:, :-1]
+            number = starts.cumsum(1) - 1
+            parts_of_tokens.append(torch.where(used, number, -1))
+            windows_of_parts.append((starts, number, here))
+        parts = max(int(number.max()) + 1 for number in parts_of_tokens)
+        batch = documents.batch
+        index = torch.full((layout.ranks, batch, parts, windows.shape[-1]), total)
+        for rank, (starts, number, here) in enumerate(windows_of_parts):
+            row, token = starts.nonzero(as_tuple=True)
+            index[rank, row, number[row, token]] = here[row, token]
+        mine = parts_of_tokens[seq.rank]
+        flat = torch.where(mine < 0, batch * parts, mine + torch.arange(batch).view(-1, 1) * parts)
+        to_parts = Combination(flat.flatten().unsqueeze(1), batch * parts).transpose
+        return to_parts, Combination(index.flatten(0, 2), total).transpose, parts
+
+
+@dataclass(frozen=True)
+class LocalWindows:
+    """The rows of the windows whose last token is held here: `[B, T, …]` to `[B, W, size, …]`.
+
+    W = spans · ceil(span length / stride): as many as can end in the spans, span after span; places that are left are
+    zero. A window that begins before its span takes those rows from a halo of `size − 1`.
+
+    An `Operation`; its input is x.
+    """
+
+    size: int
+    stride: int
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        folded = seq.fold(x)
+        before = self._halo.forward((folded,), seq)[0] if seq.layout.ranks > 1 else self._nothing_before(folded)
+        rows = self._plan(seq, x.device)(torch.cat([before, folded], dim=1).flatten(0, 1))
+        return rows.view(x.shape[0], -1, self.size, *x.shape[2:]), ()
+
+    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+        (x,) = inputs
+        assert x is not None
+        folded = seq.fold(x)
+        drows = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 2))
+        drows = drows.unflatten(0, (folded.shape[0], -1))
+        dfolded = drows[:, self.size - 1 :]
+        if seq.layout.ranks > 1 and self.size > 1:
+            (returned,) = self._halo.backward(drows[:, : self.size - 1], (folded,), folded, (), seq)
+            assert returned is not None
+            dfolded = dfolded + returned
+        return (seq.unfold(dfolded).to(x.dtype),)
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        spans = spans if ranks > 1 else 1
+        windows = spans * _windows_a_span(x.shape[1] // spans, self.stride)
+        return x.new_empty(x.shape[0], windows, self.size, *x.shape[2:]), ()
+
+    @property
+    def _halo(self) -> Halo:
+        return Halo(self.size - 1)
+
+    def _nothing_before(self, folded: Tensor) -> Tensor:
+        return folded.new_zeros(folded.shape[0], self.size - 1, *folded.shape[2:])
+
+    def _plan(self, seq: Sequence, device: torch.device) -> Combination:
+        """Of the folded rows, each after its halo."""
+        host = seq.derive(("local windows", self.size, self.stride), lambda: self._make(seq))
+        return seq.derive(("local windows", self.size, self.stride, str(device)), lambda: host.to(device))
+
+    def _make(self, seq: Sequence) -> Combination:
+        layout, batch = _cut(seq), seq.documents.batch
+        length, spans, before = layout.span_length, layout.spans, self.size - 1
+        held, each = before + length, _windows_a_span(length, self.stride)
+        index = torch.full((batch, spans, each, self.size), spans * batch * held)
+        starts, owner, place = _owners(seq, self.size, self.stride)
+        for turn, span in enumerate(layout.spans_of(seq.rank)):
+            row, window = (owner == span).nonzero(as_tuple=True)
+            first = starts[row, window] - span * length + before + (turn * batch + row) * held
+            index[row, turn, place[row, window]] = first.unsqueeze(1) + torch.arange(self.size)
+        return Combination(index.view(-1, 1), spans * batch * held)
+
+
+@dataclass(frozen=True)
+class GatherWindows:
+    """What every rank made of its `LocalWindows`, `[B, W, …]`, to the summaries of the row, `[B, N // stride, …]`.
+
+    One all-gather, in the type of the summaries; backward, every rank sends each other the gradients of its windows,
+    in one message, and adds what it gets in the order of ranks, in float32 (float64).
+
+    An `Operation`; its input is x. `length` is N.
+    """
+
+    length: int
+    size: int
+    stride: int
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        summaries = self._plan(seq, x.device)(_gather(x, seq).flatten(0, 2))
+        return summaries.unflatten(0, (x.shape[0], -1)), ()
+
+    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+        (x,) = inputs
+        assert x is not None
+        dgathered = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 1))
+        return (_reduce(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape),)
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        (x,) = inputs
+        assert x is not None
+        return x.new_empty(x.shape[0], self.length // self.stride, *x.shape[2:]), ()
+
+    def _plan(self, seq: Sequence, device: torch.device) -> Combination:
+        host = seq.derive(("gathered windows", self.size, self.stride), lambda: self._make(seq))
+        return seq.derive(("gathered windows", self.size, self.stride, str(device)), lambda: host.to(device))
+
+    def _make(self, seq: Sequence) -> Combination:
+        layout, batch = _cut(seq), seq.documents.batch
+        each = _windows_a_span(layout.span_length, self.stride)
+        held = layout.spans * each
+        index = torch.full((batch, self.length // self.stride, 1), layout.ranks * batch * held)
+        _, owner, place = _owners(seq, self.size, self.stride)
+        for rank in range(layout.ranks):
+            for turn, span in enumerate(layout.spans_of(rank)):
+                row, window = (owner == span).nonzero(as_tuple=True)
+                index[row, window, 0] = (rank * batch + row) * held + turn * each + place[row, window]
+        return Combination(index.flatten(0, 1), layout.ranks * batch * held)
+
+
+def rows_of(seq: Sequence, rank: int) -> Tensor:
+    """Indices in the row of the tokens that `rank` holds, `[T]`, ascending."""
+    length = seq.layout.span_length
+    return torch.cat([torch.arange(span * length, (span + 1) * length) for span in seq.layout.spans_of(rank)])
+
+
+def _cut(seq: Sequence) -> Layout:
+    """The layout whose spans are folded: on one rank, whole rows."""
+    return seq.layout if seq.layout.ranks > 1 else Layout(seq.layout.length)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _windows_a_span(length: int, stride: int) -> int:
+    """The most windows that can end in `length` tokens: their last tokens are a stride apart, across documents too."""
+    return -(-length // stride)
+
+
+def _windows_of_tokens(layout: WindowLayout) -> tuple[Tensor, int]:
+    """int64 `[B, N, size / stride]`: the windows that hold each token, numbered over `[B, N // stride]`.
+
+    And how many numbers there are, which stands for no window.
+    """
+    documents, stride = layout.documents, layout.stride
+    first, count = torch.zeros(2, documents.batch, documents.length, dtype=torch.int64)
+    for row, runs in enumerate(documents.runs):
+        for run in runs:
+            if not run.is_padding:
+                first[row, run.start : run.stop] = layout.first[row][run.document] + row * (documents.length // stride)
+                count[row, run.start : run.stop] = layout.windows_in(run.length)
+    total = documents.batch * (documents.length // stride)
+    window = (documents.positions().long() // stride).unsqueeze(-1) - torch.arange(layout.size // stride)
+    inside = (window >= 0) & (window < count.unsqueeze(-1))
+    return torch.where(inside, window + first.unsqueeze(-1), total), total
+
+
+def _owners(seq: Sequence, size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each window of the rows, `[B, windows]`: its first token, the span that holds its last, its number there."""
+    table = WindowLayout(seq.documents, size, stride).table().long()
+    exists, starts = table[..., 0] >= 0, table[..., 2]
+    last = (starts + size - 1) // _cut(seq).span_length
+    owner = torch.where(exists, last, torch.iinfo(torch.int64).max).contiguous()
+    place = torch.arange(owner.shape[1]) - torch.searchsorted(owner, owner)
+    return starts, owner, place
+
+
+def _gather(x: Tensor, seq: Sequence) -> Tensor:
+    """`[…]` of every rank, in the order of ranks: `[P, …]`."""
+    return x.unsqueeze(0) if seq.layout.ranks == 1 else Gathering(x, seq).wait()
+
+
+def _reduce(parts: Tensor, seq: Sequence) -> Tensor:
+    """Of `[P, …]`, one part for each rank: the sum of those that all ranks have for this one, in the order of ranks."""
+    if seq.group is None:
+        return parts[0]
+    received = all_to_all(parts, seq.group)
+    total = received[0]
+    for part in received[1:]:
+        total = total + part
+    return total
+
+
+def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, stride: int, slot: str) -> Tensor:
+    """The windows that these tokens of one document a row complete, `[B, new, size, …]`; the cache keeps what later
+    windows begin with."""
+    key, before = (seq.layer, slot), cache.length
+    rows = x
+    if key in cache.entries:
+        rows = torch.cat([cache.entries[key][0], x], dim=1)
+    done, count = (max(0, (tokens - size) // stride + 1) for tokens in (before, before + x.shape[1]))
+    cache.entries[key] = (rows[:, (count - done) * stride :],)
+    if count == done:
+        return rows.new_zeros(rows.shape[0], 0, size, *rows.shape[2:])
+    return rows.unfold(1, size, stride).movedim(-1, 2)
+
+
+def summaries_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, slot: str) -> Tensor:
+    """The summaries of all windows so far, given those of the new ones."""
+    key = (seq.layer, slot)
+    if key in cache.entries:
+        x = torch.cat([cache.entries[key][0], x], dim=1)
+    cache.entries[key] = (x,)
+    return x
