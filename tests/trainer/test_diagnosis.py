@@ -17,7 +17,6 @@ from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, R
 from longreach.trainer.settings import ParallelSettings
 
 MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
-TINY = [name for name in MODELS if name.endswith("_tiny")]
 
 
 def settings_of(*overrides):
@@ -88,9 +87,15 @@ def test_the_verdict_names_what_tells_most_first():
     assert not Report("", [Row("a", PASS), Row("NCCL", NOT_TESTED)]).failed
 
 
+# Half a minute each: every preset on request, with `-m many`.
+OFTEN = [("minimax_01_tiny", 4), ("jamba_tiny", 2), ("kimi_linear_tiny", 2)]
+RARELY = [(preset, sequence) for preset in MODELS for sequence in (2, 4) if (preset, sequence) not in OFTEN]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sequence", [2, 4])
-@pytest.mark.parametrize("preset", TINY)
+@pytest.mark.parametrize(
+    ("preset", "sequence"), [*OFTEN, *(pytest.param(*rare, marks=pytest.mark.many) for rare in RARELY)]
+)
 def test_presets_pass(preset, sequence):
     report = checked(f"model={preset}", f"parallel.sequence={sequence}")
     assert not report.failed, report.verdict()
