@@ -65,6 +65,7 @@ def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> No
             "recomputation": lambda: exact.recomputation(bench, settings.trainer.activation_checkpointing),
             "decoding": lambda: exact.decoding(bench),
             "ZeRO stages": lambda: inexact.zero_stages(bench, settings.engine, dtype),
+            "float32": lambda: inexact.rounded(bench, torch.float32),
             "bfloat16": lambda: inexact.rounded(bench, torch.bfloat16),
         },
     )

@@ -17,6 +17,8 @@ from .checks import Difference
 from .truth import Call, gradients_of, merges, plain, plain_ops, run, truth_of
 
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose
+# Of errors relative to what is expected; below this nothing is told from chance.
+FLOORS = {torch.bfloat16: 2**-8, torch.float32: 2**-16}
 Replay = tuple[Case, list[tuple[Call, Tensor]]]
 
 
@@ -67,6 +69,7 @@ def _engine_rows(bench: Bench) -> list[Case]:
 def rounded(bench: Bench, dtype: torch.dtype) -> None:
     """Errors of gradients, and of each op, in `dtype` against float64: beside those of one device in that type."""
     model, exact = bench.model(dtype), work.filled(bench.topology, dtype).double()
+    floor = FLOORS[dtype]
     cases, name = bench.cases[:3], str(dtype).removeprefix("torch.")
     shared = bench.share(work.run_cases, [(case, "none", dtype) for case in cases])
     found: list[Difference] = []
@@ -80,17 +83,17 @@ def rounded(bench: Bench, dtype: torch.dtype) -> None:
         ours = checks.of_norms(checks.together(parts, case.layout).gradients, truth.gradients)
         theirs = checks.of_norms(single.gradients, truth.gradients)
         # Of one parameter an error may be small by chance, of all together it is not.
-        found += [Difference(ours[p] / (3.0 * theirs[p] + 0.03), f"gradient of {p}; {case.name}") for p in ours]
-        ratio = _mean(ours) / (1.5 * _mean(theirs) + 0.01)
+        found += [Difference(ours[p] / (3.0 * theirs[p] + 8 * floor), f"gradient of {p}; {case.name}") for p in ours]
+        ratio = _mean(ours) / (1.5 * _mean(theirs) + 3 * floor)
         found.append(Difference(ratio, f"gradient of all parameters; {case.name}"))
         calls = [call.mapped(Tensor.cpu) for call in calls]
         replays.append((case, [(c, c.dout(dtype)) for call in calls for c in (call, sharper(call))]))
     ran = bench.ran(name)
     bench.add(checks.row(f"{name}: gradients beside one device's", checks.worst(found), 1.0, ran, 5))
-    _rounded_ops(bench, name, replays)
+    _rounded_ops(bench, dtype, replays)
 
 
-def _rounded_ops(bench: Bench, dtype: str, replays: list[Replay]) -> None:
+def _rounded_ops(bench: Bench, dtype: torch.dtype, replays: list[Replay]) -> None:
     shared = bench.share(work.replay, replays)
     found: dict[str, list[Difference]] = {}
     for (case, calls), parts in zip(replays, shared, strict=True):
@@ -104,11 +107,12 @@ def _rounded_ops(bench: Bench, dtype: str, replays: list[Replay]) -> None:
             for name, *values in zip(["output", *call.names()], got, own, truth, strict=True):
                 a, b, t = (x[case.inside] for x in values) if name == "output" else values
                 what = name if name == "output" else f"gradient of {name}"
-                error = Difference(worse(a, b, t, once=merges(call.op)), f"{what} in {place}")
+                error = Difference(worse(a, b, t, FLOORS[dtype], once=merges(call.op)), f"{what} in {place}")
                 found.setdefault(call.op, []).append(error)
+    type_name = str(dtype).removeprefix("torch.")
     for op, differences in found.items():
-        row = f"{dtype}: op {op} beside one device's"
-        bench.add(checks.row(row, checks.worst(differences), 1.0, bench.ran(dtype), 1))
+        row = f"{type_name}: op {op} beside one device's"
+        bench.add(checks.row(row, checks.worst(differences), 1.0, bench.ran(type_name), 1))
 
 
 def _mean(errors: dict[str, float]) -> float:
@@ -116,12 +120,12 @@ def _mean(errors: dict[str, float]) -> float:
     return math.sqrt(sum(error**2 for error in errors.values()) / len(errors))
 
 
-def worse(got: Tensor, single: Tensor, truth: Tensor, *, once: bool) -> float:
+def worse(got: Tensor, single: Tensor, truth: Tensor, floor: float, *, once: bool) -> float:
     """How much worse than one device ranks are: at most 1 where they are as good.
 
     once: the op is to round once, however many ranks give a part; others may add two rounded numbers.
     """
-    error = checks.rms(got, truth) / (1.5 * checks.rms(single, truth) + 2**-8)
+    error = checks.rms(got, truth) / (1.5 * checks.rms(single, truth) + floor)
     if not once or got.dtype != torch.bfloat16:
         return error
     mine, theirs = (checks.not_rounded_right(x, truth) for x in (got, single))
