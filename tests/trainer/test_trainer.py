@@ -16,6 +16,7 @@ from longreach.kernels.documents import Documents
 from longreach.launch.build import build
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
 from longreach.trainer import checkpoint
 from longreach.trainer.data_settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
@@ -254,7 +255,7 @@ def truncated(rank: int, world: int, chosen: Settings, context: int) -> tuple[fl
     trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
     stream, model = trainer.corpus.validation, trainer.engine.module
     got = evaluate_truncated(trainer.engine, stream, 2, context, 64)
-    whole = evaluate(trainer.engine, stream, trainer.layout, "ring", 2, 1)
+    whole = evaluate(trainer.engine, stream, trainer.layout, Strategy(), 2, 1)
     assert whole.targets == got.targets
     total, count = 0.0, 0
     for number in range(2):
