@@ -49,14 +49,11 @@ class SharedAttention(ABC):
             dtype = torch.promote_types(q.dtype, torch.float32)
             out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
             result = out, q.new_full(q.shape[:-1], float("-inf"), dtype=dtype)
-        out, lse = result if sink_logits is None else apply_sink(*result, sink_logits)
-        return out.to(q.dtype), (None if out.dtype == q.dtype else out, lse)
+        return rounded_once(*(result if sink_logits is None else apply_sink(*result, sink_logits)), q.dtype)
 
     def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
         q, k, v, sink_logits = _present(inputs)
-        exact, lse = saved
-        assert lse is not None
-        out = out if exact is None else exact
+        out, lse = exact_result(out, saved)
         dout = dout.to(out.dtype)
         dsink = None if sink_logits is None else sink_backward(dout, out, lse, sink_logits)
         dq, dk, dv = self.attend_backward(dout, q, k, v, out, lse, seq)
@@ -64,9 +61,26 @@ class SharedAttention(ABC):
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
         q, _, v, _ = _present(inputs)
-        shape, exact = (*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
-        out = None if exact == q.dtype else q.new_empty(shape, dtype=exact)
-        return q.new_empty(shape), (out, q.new_empty(shape[:-1], dtype=exact))
+        return attention_like(q, v)
+
+
+def rounded_once(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensors]:
+    """The output in the queries' type, and what backward needs: the exact output where that is another, and lse."""
+    return out.to(dtype), (None if out.dtype == dtype else out, lse)
+
+
+def exact_result(out: Tensor, saved: Tensors) -> tuple[Tensor, Tensor]:
+    """(exact output, lse) of what `rounded_once` gave."""
+    exact, lse = saved
+    assert lse is not None
+    return out if exact is None else exact, lse
+
+
+def attention_like(q: Tensor, v: Tensor) -> tuple[Tensor, Tensors]:
+    """Empty tensors like those of `rounded_once`, for queries `[B, T, H, K]` and values `[…, V]`."""
+    shape, exact = (*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+    out = None if exact == q.dtype else q.new_empty(shape, dtype=exact)
+    return q.new_empty(shape), (out, q.new_empty(shape[:-1], dtype=exact))
 
 
 def _present(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.block_sparse import BlockLayout, BlockTile, attend, attend_backward, check_blocks, merge
 from ..kernels.documents import PADDING, Documents, Run
 from ..kernels.mask import Mask
 from ..kernels.select_blocks import Rule, WindowLayout, select_blocks
-from .collectives import Gathering, exchange
+from .attention import attention_like, exact_result, rounded_once
+from .collectives import Gathering, agree, exchange, finish
 from .operation import Tensors
 from .sequence import Sequence
 from .windows import rows_of
@@ -130,7 +130,7 @@ class _Keys:
 
     def wait(self) -> tuple[Tensor, Tensor] | None:
         """k `[B, S, G, K]` and v `[B, S, G, V]` of what was asked for, in the order of the row; None where nothing."""
-        _finish(self.works)
+        finish(self.works)
         if not self.receives:
             return None
         like = self.receives[0][0]
@@ -168,13 +168,11 @@ class BlockSparseAttention:
         received = None if keys is None else keys.wait()
         if plan is not None and received is not None:
             out, lse = merge(out, lse, *attend(q, *received, blocks, tile=self._tile(seq, plan.keys), **settings))
-        return out.to(q.dtype), (None if out.dtype == q.dtype else out, lse)
+        return rounded_once(out, lse, q.dtype)
 
     def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
         q, k, v, blocks = _present(inputs)
-        exact, lse = saved
-        assert lse is not None
-        out = out if exact is None else exact
+        out, lse = exact_result(out, saved)
         dout = dout.to(out.dtype)
         settings = {"scale": self.scale, "backend": seq.backend}
         plan = self.ask(q, k, blocks, seq)
@@ -191,9 +189,7 @@ class BlockSparseAttention:
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
         q, _, v, _ = _present(inputs)
-        shape, exact = (*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
-        out = None if exact == q.dtype else q.new_empty(shape, dtype=exact)
-        return q.new_empty(shape), (out, q.new_empty(shape[:-1], dtype=exact))
+        return attention_like(q, v)
 
     def ask(self, q: Tensor, k: Tensor, blocks: Tensor, seq: Sequence) -> BlockPlan | None:
         """Tells the other ranks which blocks are listed here, and plans what travels; None on one rank."""
@@ -216,10 +212,7 @@ class BlockSparseAttention:
             message[-1] = 1
         told = Gathering(message, seq).wait().cpu()
         if told[:, -1].any():
-            errors: list[str | None] = [None] * seq.layout.ranks
-            dist.all_gather_object(errors, error, group=seq.group)
-            rank, first = next((rank, text) for rank, text in enumerate(errors) if text)
-            raise ValueError(f"{first} (on sequence rank {rank})")
+            agree(error and f"{error} (on sequence rank {seq.rank})", seq.layout.ranks, seq.group)
         return BlockPlan.of(told[:, :-1].bool().unflatten(1, (batch, -1)), layout, seq).to(q.device)
 
     @property
@@ -250,11 +243,6 @@ def _present(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, blocks
 
 
-def _finish(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
-
-
 def _send_home(dk: Tensor, dv: Tensor, dkeys: list[Tensor] | None, keys: _Keys, seq: Sequence) -> tuple[Tensor, Tensor]:
     """Sends the gradients of received keys to their owners, and adds what comes back for those sent."""
     total, plan, sends = keys.pack(dk, dv), keys.plan, []
@@ -264,7 +252,7 @@ def _send_home(dk: Tensor, dv: Tensor, dkeys: list[Tensor] | None, keys: _Keys, 
     receives = [
         (total.new_empty(len(index), total.shape[1]), peer) for peer, index in enumerate(plan.sends) if len(index)
     ]
-    _finish(exchange(sends, receives, seq))
+    finish(exchange(sends, receives, seq))
     for message, peer in receives:
         total[plan.sends[peer]] += message  # a token is asked for once a rank: indices are distinct
     return keys.unpack(total)

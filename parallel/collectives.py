@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .mesh import Mesh
 from .operation import Tensors, mix
 from .sequence import Sequence
 
@@ -137,6 +136,17 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
+def scatter_sum(parts: Tensor, seq: Sequence) -> Tensor:
+    """Of `[P, …]`, one part for each rank: the sum of those that all ranks have for this one, in the order of ranks."""
+    if seq.group is None:
+        return parts[0]
+    received = all_to_all(parts, seq.group)
+    total = received[0]
+    for part in received[1:]:
+        total = total + part
+    return total
+
+
 def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[dist.Work]:
     """Starts point-to-point messages with ranks of the sequence group; every rank calls in the same order.
 
@@ -150,15 +160,22 @@ def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
     return dist.batch_isend_irecv(ops) if ops else []
 
 
-def agree(error: str | None, mesh: Mesh) -> None:
-    """Raises ValueError on every rank, with the first failing rank's message, if any rank has an error.
+def finish(works: list[dist.Work]) -> None:
+    """Waits for the messages of an `exchange`."""
+    for work in works:
+        work.wait()
+
+
+def agree(error: str | None, ranks: int, group: dist.ProcessGroup | None = None) -> None:
+    """Raises ValueError on all `ranks` of a group (default: all there are), with the first one's message, if any has an
+    error.
 
     For checks before work starts: a rank that raised alone would leave the others waiting for it.
     """
     errors: list[str | None] = [error]
-    if mesh.world_size > 1:
-        errors = [None] * mesh.world_size
-        dist.all_gather_object(errors, error)
+    if ranks > 1:
+        errors = [None] * ranks
+        dist.all_gather_object(errors, error, group=group)
     first = next((message for message in errors if message), None)
     if first:
         raise ValueError(first)

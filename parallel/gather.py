@@ -7,13 +7,12 @@ the keys and values of whole rows, which grouped heads keep small (Llama 3 train
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.mask import Tile
 from ..kernels.softmax import attend, attend_backward
 from .attention import Block, SharedAttention
-from .collectives import Gathering, all_to_all, in_row_order
+from .collectives import Gathering, in_row_order, scatter_sum
 from .sequence import Sequence
 
 
@@ -43,19 +42,11 @@ class GatherAttention(SharedAttention):
         if seq.layout.ranks == 1:
             return dq, dk, dv
         parts = [Block.pack(seq.layout.shard(dk, rank), seq.layout.shard(dv, rank)) for rank in range(seq.layout.ranks)]
-        received = all_to_all(torch.stack([part.flat for part in parts]), _group(seq))
-        total = received[0].clone()
-        for part in received[1:]:
-            total += part
+        total = scatter_sum(torch.stack([part.flat for part in parts]), seq)
         return dq, *Block(total, *parts[0].shapes).unpack()
 
     def _tile(self, seq: Sequence) -> Tile | None:
         return seq.derive(("gather", self.mask), lambda: self.mask.tile(seq.local, seq.documents))
-
-
-def _group(seq: Sequence) -> dist.ProcessGroup:
-    assert seq.group is not None
-    return seq.group
 
 
 def _gather(k: Tensor, v: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,11 @@ class Operation(Protocol):
         ...
 
 
+def is_sequence(x: Tensor) -> bool:
+    """Whether an input has a time dimension: `[B, T, …]`, and is not a constant a head."""
+    return x.dim() >= 3
+
+
 def mix(
     build: Callable[..., Operation], settings: tuple[Setting, ...], inputs: Tensors, seq: Sequence, slot: str
 ) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.mask import Mask, Tile
 from ..kernels.softmax import attend, attend_backward, merge
 from .attention import Block, SharedAttention
-from .collectives import exchange
+from .collectives import exchange, finish
 from .sequence import Sequence
 
 
@@ -76,8 +76,7 @@ class _Travel:
         self.works = exchange(sends, receives, self.seq)
 
     def finish(self) -> None:
-        for work in self.works:
-            work.wait()
+        finish(self.works)
         self.here = self.next
 
     def block(self, step: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +137,6 @@ def _send_home(part: Block | None, dkv: Block, step: int, seq: Sequence, *, retu
     sends = [] if part is None else [(part.flat, owner)]
     back = dkv.like() if returns else None
     receives = [] if back is None else [(back.flat, (seq.rank + step) % seq.layout.ranks)]
-    for work in exchange(sends, receives, seq):
-        work.wait()
+    finish(exchange(sends, receives, seq))
     if back is not None:
         dkv.flat += back.flat

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.recurrence import Inputs, Recurrence, Summary
 from .collectives import Gathering, in_row_order
+from .operation import is_sequence
 from .sequence import Sequence
 
 
@@ -45,7 +46,7 @@ class StatePassing:
             dfinal = _suffix(op, local, transitions, folded, seq)
         dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, **settings)
         return tuple(
-            d if d is None or x is None or not _is_sequence(x) else seq.unfold(d)
+            d if d is None or x is None or not is_sequence(x) else seq.unfold(d)
             for d, x in zip(dinputs, inputs, strict=True)
         )
 
@@ -58,13 +59,8 @@ class StatePassing:
         return out, (initial, transition.new_empty(ranks * spans, batch, *rest))
 
 
-def _is_sequence(x: Tensor) -> bool:
-    """Whether an input has a time dimension: `[B, T, …]`, and not a constant a head."""
-    return x.dim() >= 3
-
-
 def _fold(inputs: Inputs, seq: Sequence) -> Inputs:
-    return tuple(x if x is None or not _is_sequence(x) else seq.fold(x) for x in inputs)
+    return tuple(x if x is None or not is_sequence(x) else seq.fold(x) for x in inputs)
 
 
 def _forward(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .collectives import all_to_all
 from .mesh import Heads
-from .operation import Operation, Setting, Tensors
+from .operation import Operation, Setting, Tensors, is_sequence
 from .sequence import Sequence
 
 ALIGNMENT = 16  # bytes: so that any type can be read in place from a message
@@ -49,7 +49,7 @@ class Ulysses:
         assert dout_held is not None
         assert out_held is not None
         gradients = self.inner.backward(dout_held, held, out_held, saved, seq.by_heads)
-        sequences = [i for i, x in enumerate(inputs) if x is not None and _is_sequence(x) and gradients[i] is not None]
+        sequences = [i for i, x in enumerate(inputs) if x is not None and is_sequence(x) and gradients[i] is not None]
         back = dict(zip(sequences, _to_tokens([_present(gradients[i]) for i in sequences], seq, heads), strict=True))
         return tuple(self._own_gradient(i, x, back.get(i, gradients[i]), seq, heads) for i, x in enumerate(inputs))
 
@@ -57,7 +57,7 @@ class Ulysses:
         def held(place: int, x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
-            if not _is_sequence(x):
+            if not is_sequence(x):
                 return x.new_empty(x.shape[0] // self.ranks, *x.shape[1:])
             shape = list(x.shape)
             shape[1] *= self.ranks
@@ -74,7 +74,7 @@ class Ulysses:
 
     def _to_heads(self, inputs: Tensors, seq: Sequence, heads: Heads) -> Tensors:
         """What this rank runs on: its heads of the tokens of all ranks of the group."""
-        places = [i for i, x in enumerate(inputs) if x is not None and _is_sequence(x)]
+        places = [i for i, x in enumerate(inputs) if x is not None and is_sequence(x)]
         shares = [_shares(_present(inputs[i]), heads.ranks, common=i in self.common) for i in places]
         received = _exchange([[share[u] for share in shares] for u in range(heads.ranks)], heads)
         joined = [_join([parts[j] for parts in received], seq) for j in range(len(places))]
@@ -88,7 +88,7 @@ class Ulysses:
     ) -> Tensor | None:
         if x is None or gradient is None:
             return None
-        if not _is_sequence(x):  # zero for the heads of others: the sum over ranks is the whole gradient
+        if not is_sequence(x):  # zero for the heads of others: the sum over ranks is the whole gradient
             whole = torch.zeros_like(x)
             _own(whole, seq, heads).copy_(gradient)
             return whole
@@ -113,10 +113,6 @@ def _present(x: Tensor | None) -> Tensor:
     return x
 
 
-def _is_sequence(x: Tensor) -> bool:
-    return x.dim() >= 3
-
-
 def _place(seq: Sequence, heads: Heads) -> int:
     """Of this rank in its group."""
     return seq.rank % heads.ranks
@@ -124,7 +120,7 @@ def _place(seq: Sequence, heads: Heads) -> int:
 
 def _own(x: Tensor, seq: Sequence, heads: Heads) -> Tensor:
     """The heads of a constant `[H, …]` that are this rank's, a view; a sequence as it is."""
-    if _is_sequence(x):
+    if is_sequence(x):
         return x
     _check(x.shape[0], heads.ranks)
     share = x.shape[0] // heads.ranks

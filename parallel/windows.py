@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.select_blocks import WindowLayout
-from .collectives import Gathering, Halo, all_to_all
+from .collectives import Gathering, Halo, scatter_sum
 from .layout import Layout
 from .operation import Tensors
 from .sequence import DecodingCache, Sequence
@@ -86,7 +86,7 @@ class WindowMeans:
         assert x is not None
         parts_of, windows_of, parts = self._plan(seq, x.device)
         dparts = windows_of.transpose(dout.to(_exact(x)).flatten(0, 1) / self.size)
-        dparts = _reduce(dparts.unflatten(0, (seq.layout.ranks, x.shape[0] * parts)), seq)
+        dparts = scatter_sum(dparts.unflatten(0, (seq.layout.ranks, x.shape[0] * parts)), seq)
         return (parts_of.transpose(dparts).to(x.dtype).view(x.shape),)
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
@@ -96,9 +96,12 @@ class WindowMeans:
 
     def _plan(self, seq: Sequence, device: torch.device) -> tuple[Combination, Combination, int]:
         """Held tokens to parts `[B, parts]`, parts of all ranks to windows, and how many parts a rank has at most."""
-        key = "window means", self.size, self.stride
-        parts_of, windows_of, parts = seq.derive(key, lambda: self._make(seq))
-        return seq.derive((*key, str(device)), lambda: (parts_of.to(device), windows_of.to(device), parts))
+
+        def make() -> tuple[Combination, Combination, int]:
+            parts_of, windows_of, parts = self._make(seq)
+            return parts_of.to(device), windows_of.to(device), parts
+
+        return seq.derive((self, str(device)), make)
 
     def _make(self, seq: Sequence) -> tuple[Combination, Combination, int]:
         documents, layout = seq.documents, seq.layout
@@ -176,8 +179,7 @@ class LocalWindows:
 
     def _plan(self, seq: Sequence, device: torch.device) -> Combination:
         """Of the folded rows, each after its halo."""
-        host = seq.derive(("local windows", self.size, self.stride), lambda: self._make(seq))
-        return seq.derive(("local windows", self.size, self.stride, str(device)), lambda: host.to(device))
+        return seq.derive((self, str(device)), lambda: self._make(seq).to(device))
 
     def _make(self, seq: Sequence) -> Combination:
         layout, batch = _cut(seq), seq.documents.batch
@@ -216,7 +218,7 @@ class GatherWindows:
         (x,) = inputs
         assert x is not None
         dgathered = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 1))
-        return (_reduce(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape),)
+        return (scatter_sum(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape),)
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
         (x,) = inputs
@@ -224,8 +226,7 @@ class GatherWindows:
         return x.new_empty(x.shape[0], self.length // self.stride, *x.shape[2:]), ()
 
     def _plan(self, seq: Sequence, device: torch.device) -> Combination:
-        host = seq.derive(("gathered windows", self.size, self.stride), lambda: self._make(seq))
-        return seq.derive(("gathered windows", self.size, self.stride, str(device)), lambda: host.to(device))
+        return seq.derive((self, str(device)), lambda: self._make(seq).to(device))
 
     def _make(self, seq: Sequence) -> Combination:
         layout, batch = _cut(seq), seq.documents.batch
@@ -291,17 +292,6 @@ def _owners(seq: Sequence, size: int, stride: int) -> tuple[Tensor, Tensor, Tens
 def _gather(x: Tensor, seq: Sequence) -> Tensor:
     """`[…]` of every rank, in the order of ranks: `[P, …]`."""
     return x.unsqueeze(0) if seq.layout.ranks == 1 else Gathering(x, seq).wait()
-
-
-def _reduce(parts: Tensor, seq: Sequence) -> Tensor:
-    """Of `[P, …]`, one part for each rank: the sum of those that all ranks have for this one, in the order of ranks."""
-    if seq.group is None:
-        return parts[0]
-    received = all_to_all(parts, seq.group)
-    total = received[0]
-    for part in received[1:]:
-        total = total + part
-    return total
 
 
 def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, stride: int, slot: str) -> Tensor:

@@ -164,7 +164,7 @@ def load(engine: Engine, path: str | Path) -> dict[str, Any]:
     except CheckpointError as failure:
         error = str(failure)
     try:
-        agree(error, engine.mesh)
+        agree(error, engine.mesh.world_size)
     except ValueError as failure:
         raise CheckpointError(str(failure)) from None
     assert stored is not None
@@ -350,7 +350,7 @@ def _refusal(path: Path, what: str) -> CheckpointError:
 
 def _agree(error: str | None, mesh: Mesh, path: Path) -> None:
     try:
-        agree(error, mesh)
+        agree(error, mesh.world_size)
     except ValueError as failure:
         raise CheckpointError(
             f"checkpoint {path} could not be written: {failure}. Earlier ones stay; free space or check run.dir"

@@ -41,5 +41,5 @@ def together(mesh: Mesh, action: Callable[[], Result]) -> Result:
         result = action()
     except ValueError as raised:
         error = str(raised)
-    agree(error, mesh)
+    agree(error, mesh.world_size)
     return cast(Result, result)

@@ -30,10 +30,9 @@ def test_ranks_that_share_a_row_are_neighbours() -> None:
 
 
 def disagree(rank: int, world: int) -> str:
-    mesh = Mesh.create()
-    agree(None, mesh)
+    agree(None, world)
     try:
-        agree(f"rank {rank} failed" if rank else None, mesh)
+        agree(f"rank {rank} failed" if rank else None, world)
     except ValueError as error:
         return str(error)
     return "no error"
