@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decay import FLOOR, Wanted, by_row, factor, later_of, spread
+from .decay import FLOOR, Decay, Wanted, by_row, factor, later_of, spread
 from .slabs import Grid, Lanes, Masks, Slab
 
 CHUNK = 32  # shorter than for one decay a token: a slab has three times the workspaces to keep in cache
 LEAF = 8  # tokens whose decays are multiplied step by step; longer reaches have a reference point
 
 
-class ChannelDecay:
+class ChannelDecay(Decay):
     """One decay a token, head and key channel: `log_decay [B, T, H, K]`; the interface is that of TokenDecay.
 
     e^{G_i − G_j} does not split into a factor of i and one of j without overflow, but it does about a point between

@@ -221,7 +221,7 @@ def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None =
             sweep.prepare(slab)
             o = sweep.mixed(slab, sweep.scored(slab, q, k), v, part.flat[slab.chunks])
             sweep.advance(states, k.mul_(sweep.decay.leave), sweep.leaving(slab, v), slab)
-            sweep.read(slab, o, q.mul_(sweep.decay.enter), states.before[slab.chunks])
+            sweep.read(slab, o, sweep.decay.entered(q, q), states.before[slab.chunks])
             part.store(slab)
             states.at[0].copy_(states.at[slab.chunks])
         sweep.put(final, states.at[0])
@@ -312,7 +312,7 @@ def _slab_backward(sweep: Sweep, slab: Slab, do: Tensor, states: States, dstates
     q, k, v = sweep.load_queries(slab), sweep.sources["k"].load(slab), sweep.sources["v"].load(slab)
     dq, dk, dv = into.q.flat[n], into.k.flat[n], into.v.flat[n]
     sweep.prepare(slab)
-    enter, leave, value_decay = sweep.decay.enter, sweep.decay.leave, sweep.value_decay
+    decay, value_decay = sweep.decay, sweep.value_decay
 
     scores = sweep.scored(slab, q, k)
     dscores = sweep.work("dscores", sweep.grid.chunk, slab)
@@ -322,14 +322,14 @@ def _slab_backward(sweep: Sweep, slab: Slab, do: Tensor, states: States, dstates
     else:
         value_decay.scores(do, v, dscores)
         value_decay.scores_backward(scores, do, v, sweep.work("out", sweep.value_dim, slab), dv)
-    sweep.decay.scores_backward(dscores, q, k, dq, dk)
+    decay.scores_backward(dscores, q, k, dq, dk)
 
     spare = sweep.work("spare", sweep.key_dim, slab)
     do_entered, v_leaving = sweep.entered(slab, do), sweep.leaving(slab, v)
-    queries = torch.mul(q, enter, out=spare)
+    queries = decay.entered(q, spare)
     sweep.retreat(dstates, queries, do_entered, slab)
-    keys = queries if value_decay is None else sweep.work("keys", sweep.key_dim, slab)
-    torch.mul(k, leave, out=keys)
+    keys = spare if value_decay is None else sweep.work("keys", sweep.key_dim, slab)
+    torch.mul(k, decay.leave, out=keys)
     sweep.advance(states, keys, v_leaving, slab)
     if value_decay is None:
         dv.baddbmm_(keys, dstates.after[n])
@@ -338,8 +338,8 @@ def _slab_backward(sweep: Sweep, slab: Slab, do: Tensor, states: States, dstates
         found = torch.bmm(keys, dstates.after[n], out=sweep.work("found", sweep.value_dim, slab))
         dv.addcmul_(found, value_decay.leave)
         into.of_values(slab, do, v, dv, sweep.work("out", sweep.value_dim, slab))
-    dq.addcmul_(torch.bmm(do_entered, states.before[n].mT, out=spare), enter)
-    dk.addcmul_(torch.bmm(v_leaving, dstates.after[n].mT, out=spare), leave)
+    decay.add_entered(dq, do_entered, states.before[n], spare)
+    dk.addcmul_(torch.bmm(v_leaving, dstates.after[n].mT, out=spare), decay.leave)
 
 
 class Gradients:
@@ -371,6 +371,7 @@ class Gradients:
             ends = (states.after[n] * dstates.after[n]).sum(1)
             self.value_decay.flat[n].copy_(sweep.value_decay.gradient(self.moments, ends))
             self.value_decay.store(slab)
+        sweep.decay.finish(self.q.flat[n], self.k.flat[n])
         self.q.store(slab, scale=sweep.problem.scale)
         self.k.store(slab)
         self.v.store(slab)

@@ -27,8 +27,30 @@ def factor(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return exponent.clamp_(min=FLOOR[dtype], max=0.0).to(dtype).exp_()
 
 
-class TokenDecay:
-    """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
+class Decay:
+    """What the sweep asks of a decay besides its scores."""
+
+    enter: Tensor  # what is left to apply to queries that read the entering state
+    leave: Tensor  # … and to keys on their way to the leaving one
+
+    def entered(self, q: Tensor, out: Tensor) -> Tensor:
+        """q ⊙ enter: in `out`, or q itself where nothing is left to apply."""
+        return torch.mul(q, self.enter, out=out)
+
+    def add_entered(self, dq: Tensor, dout: Tensor, states: Tensor, spare: Tensor) -> None:
+        """dq += enter ⊙ (dout statesᵀ)."""
+        dq.addcmul_(torch.bmm(dout, states.mT, out=spare), self.enter)
+
+    def finish(self, dq: Tensor, dk: Tensor) -> None:
+        """Makes gradients of q and k as `scores` left them those of q and k as they came."""
+
+
+class TokenDecay(Decay):
+    """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that.
+
+    Where no lane of a slab decays below the floor within a chunk, e^{G_i} and e^{−G_j} are both in range: `scores` then
+    scales queries and keys by them, in place. That is one more factor of each product, and no matrix of decays is made.
+    """
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
         self.grid, size = grid, grid.chunk
@@ -43,6 +65,8 @@ class TokenDecay:
         self.passing = passing.flatten(1, 2).unbind(0)
         self.sums = _halves(sums.flatten(0, 2), grid.dtype)
         self.between = grid.workspace(size).flatten(0, 2)  # e^{G_i − G_j}
+        weak = sums.amin((1, 2, 3, 4)) > FLOOR[grid.dtype]
+        self.weak = weak.tolist() if constant is None else [False] * len(weak)  # each chunk, in all lanes
         self.fixed = None
         if constant is not None:
             steps = torch.arange(size, dtype=torch.float64, device=grid.device)
@@ -60,6 +84,7 @@ class TokenDecay:
         """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
         here = slice(slab.first * self.grid.lanes, (slab.first + slab.chunks) * self.grid.lanes)
         self.masks = masks
+        self.split = masks is None and all(self.weak[slab.first : slab.first + slab.chunks])
         if masks is None:
             self.enter, self.leave = self.entering[here], self.leaving[here]
             self.through = self.passing[slab.first : slab.first + slab.chunks]
@@ -72,22 +97,43 @@ class TokenDecay:
             self.enter, self.leave = enter.mul_(masks.enter).flatten(0, 2), leave.mul_(masks.leave).flatten(0, 2)
             self.through = through.mul_(masks.through).flatten(1, 2).unbind(0)
             sums = _halves(exact.flatten(0, 2), self.grid.dtype)
-        if wanted == "all" and self.fixed is None:
+        if wanted == "all" and self.fixed is None and not self.split:
             self.scored = _differences(sums, self.between[: self.enter.shape[0]])
             self.scored.clamp_(min=FLOOR[self.grid.dtype], max=0.0).exp_().tril_()
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
-        """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0."""
+        """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0; may scale q and k in place."""
+        if self.split:
+            self.falling, self.rising = self.enter, self.enter.reciprocal()
+            self.leave = self.enter[:, -1:]
+            q.mul_(self.falling)
+            k.mul_(self.rising)
         self._decay(torch.bmm(q, k.mT, out=out))
 
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Writes the gradients of q and k; `dscores` is changed."""
+        """Writes the gradients of q and k as `scores` left them; `dscores` is changed."""
         self._decay(dscores)
         torch.bmm(dscores, k, out=dq)
         torch.bmm(dscores.mT, q, out=dk)
 
+    def entered(self, q: Tensor, out: Tensor) -> Tensor:
+        return q if self.split else super().entered(q, out)
+
+    def add_entered(self, dq: Tensor, dout: Tensor, states: Tensor, spare: Tensor) -> None:
+        if self.split:
+            dq.baddbmm_(dout, states.mT)
+        else:
+            super().add_entered(dq, dout, states, spare)
+
+    def finish(self, dq: Tensor, dk: Tensor) -> None:
+        if self.split:
+            dq.mul_(self.falling)
+            dk.mul_(self.rising)
+
     def _decay(self, scores: Tensor) -> None:
-        if self.fixed is None:
+        if self.split:
+            scores.tril_()
+        elif self.fixed is None:
             scores.mul_(self.scored)
         else:
             scores.view(-1, *self.fixed.shape).mul_(self.fixed)

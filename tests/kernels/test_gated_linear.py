@@ -8,6 +8,7 @@ from largest_tensor import LargestTensor
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import bytes_sent, flops, gated_linear_attention, recurrence, state_bytes
+from longreach.kernels.gated_linear.decay import FLOOR
 from longreach.kernels.recurrence import Summary
 
 DECAYS = ("none", "constant", "token", "channel")
@@ -71,6 +72,20 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documen
     with nan_in_fresh_memory():
         assert_near(run(inputs, state, documents, *given), expected, 1e-9)
         assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_that_decay_just_above_and_just_below_the_floor(dtype):
+    """Queries and keys are scaled by as much as their type holds, or a matrix of decays is made: both are exact."""
+    documents = Documents.whole(1, 1024)
+    (q, k, v, _), state, *given = draw(documents, "none")
+    floor = FLOOR[dtype]
+    each = torch.tensor([[0.001, 0.5, 0.999, 0.2], [1.001, 0.999, 4.0, 0.1]], dtype=torch.float64) * floor / 64
+    of_slabs = each.repeat_interleave(2, dim=1).flatten()  # 8 chunks of 4 heads a slab
+    log_decay = of_slabs.repeat_interleave(64).view(1, -1, 1) * torch.tensor([1.0, 0.3, 0.1, 1.0])
+    inputs = q, k, v, log_decay
+    expected = run(inputs, state, documents, *given, backend="reference")
+    assert_near(run(inputs, state, documents, *given, dtype=dtype), expected, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.parametrize("decay", ["constant", "channel"])
