@@ -28,7 +28,7 @@ from torch import Tensor
 from ..documents import Documents
 from .channel import CHUNK as CHANNEL_CHUNK
 from .channel import ChannelDecay
-from .decay import TokenDecay, Wanted
+from .decay import SplitDecay, TokenDecay, Wanted
 from .slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks
 
 
@@ -122,7 +122,7 @@ class Sweep:
             shape = self.problem.v.shape[0], self.grid.length, -1, -1
             log_decay = log_decay.expand(shape)  # read slab by slab, never held
         if log_decay is not None and log_decay.dim() > 1:
-            kind = ChannelDecay if self.problem.per_channel else TokenDecay
+            kind = ChannelDecay if self.problem.per_channel else SplitDecay
             return kind(self.block.of(log_decay, self.problem.heads), self.grid)
         constant = self.problem.v.new_zeros(self.grid.heads) if log_decay is None else log_decay[self.block.heads]
         return TokenDecay(constant.expand(self.grid.rows, self.grid.length, -1), self.grid, constant)

@@ -42,15 +42,13 @@ class Decay:
         dq.addcmul_(torch.bmm(dout, states.mT, out=spare), self.enter)
 
     def finish(self, dq: Tensor, dk: Tensor) -> None:
-        """Makes gradients of q and k as `scores` left them those of q and k as they came."""
+        """Makes of the gradients of q and k as `scores` left them those of q and k as they came."""
 
 
 class TokenDecay(Decay):
-    """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that.
+    """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
 
-    Where no lane of a slab decays below the floor within a chunk, e^{G_i} and e^{−G_j} are both in range: `scores` then
-    scales queries and keys by them, in place. That is one more factor of each product, and no matrix of decays is made.
-    """
+    splits = False
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
         self.grid, size = grid, grid.chunk
@@ -64,9 +62,8 @@ class TokenDecay(Decay):
         self.entering, self.leaving = entering.flatten(0, 2), leaving.flatten(0, 2)
         self.passing = passing.flatten(1, 2).unbind(0)
         self.sums = _halves(sums.flatten(0, 2), grid.dtype)
+        self.falls = sums.amin((1, 2, 3, 4)).tolist()  # the least G of each chunk, over all lanes
         self.between = grid.workspace(size).flatten(0, 2)  # e^{G_i − G_j}
-        weak = sums.amin((1, 2, 3, 4)) > FLOOR[grid.dtype]
-        self.weak = weak.tolist() if constant is None else [False] * len(weak)  # each chunk, in all lanes
         self.fixed = None
         if constant is not None:
             steps = torch.arange(size, dtype=torch.float64, device=grid.device)
@@ -84,7 +81,8 @@ class TokenDecay(Decay):
         """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
         here = slice(slab.first * self.grid.lanes, (slab.first + slab.chunks) * self.grid.lanes)
         self.masks = masks
-        self.split = masks is None and all(self.weak[slab.first : slab.first + slab.chunks])
+        lowest = min(self.falls[slab.first : slab.first + slab.chunks])
+        self.split = self.splits and masks is None and self.fixed is None and lowest > FLOOR[self.grid.dtype]
         if masks is None:
             self.enter, self.leave = self.entering[here], self.leaving[here]
             self.through = self.passing[slab.first : slab.first + slab.chunks]
@@ -102,12 +100,7 @@ class TokenDecay(Decay):
             self.scored.clamp_(min=FLOOR[self.grid.dtype], max=0.0).exp_().tril_()
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
-        """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0; may scale q and k in place."""
-        if self.split:
-            self.falling, self.rising = self.enter, self.enter.reciprocal()
-            self.leave = self.enter[:, -1:]
-            q.mul_(self.falling)
-            k.mul_(self.rising)
+        """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0."""
         self._decay(torch.bmm(q, k.mT, out=out))
 
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
@@ -115,20 +108,6 @@ class TokenDecay(Decay):
         self._decay(dscores)
         torch.bmm(dscores, k, out=dq)
         torch.bmm(dscores.mT, q, out=dk)
-
-    def entered(self, q: Tensor, out: Tensor) -> Tensor:
-        return q if self.split else super().entered(q, out)
-
-    def add_entered(self, dq: Tensor, dout: Tensor, states: Tensor, spare: Tensor) -> None:
-        if self.split:
-            dq.baddbmm_(dout, states.mT)
-        else:
-            super().add_entered(dq, dout, states, spare)
-
-    def finish(self, dq: Tensor, dk: Tensor) -> None:
-        if self.split:
-            dq.mul_(self.falling)
-            dk.mul_(self.rising)
 
     def _decay(self, scores: Tensor) -> None:
         if self.split:
@@ -147,6 +126,38 @@ class TokenDecay(Decay):
         if self.masks is None:
             return own.flip(1).cumsum_(1).flip(1).add_(end)
         return later_of(own, self.masks, self.grid).addcmul_(end, spread(self.masks.leave, self.grid).double())
+
+
+class SplitDecay(TokenDecay):
+    """The same, made into factors of queries and keys where that is in range.
+
+    Where no lane of a slab decays below the floor within a chunk, e^{G_i} and e^{−G_j} are both numbers of the type:
+    `scores` then scales q and k by them in place, one more factor of each product, and no matrix of decays is made.
+    """
+
+    splits = True
+
+    def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
+        if self.split:
+            self.falling, self.rising = self.enter, self.enter.reciprocal()
+            self.leave = self.enter[:, -1:]
+            q.mul_(self.falling)
+            k.mul_(self.rising)
+        super().scores(q, k, out)
+
+    def entered(self, q: Tensor, out: Tensor) -> Tensor:
+        return q if self.split else super().entered(q, out)
+
+    def add_entered(self, dq: Tensor, dout: Tensor, states: Tensor, spare: Tensor) -> None:
+        if self.split:
+            dq.baddbmm_(dout, states.mT)
+        else:
+            super().add_entered(dq, dout, states, spare)
+
+    def finish(self, dq: Tensor, dk: Tensor) -> None:
+        if self.split:
+            dq.mul_(self.falling)
+            dk.mul_(self.rising)
 
 
 def _halves(sums: Tensor, dtype: torch.dtype) -> list[Tensor]:
