@@ -139,9 +139,9 @@ class Trainer:
         """Of the whole global batch; ranks that share rows count them once."""
         mine = Work()
         if self.mesh.sequence_rank == 0:
-            for part, _ in parts:
+            for part, seq in parts:
                 targets = int((part.targets != NO_TARGET).sum())
-                mine += work_of(part.documents, targets, self.layout, self.shape.flops(part.documents))
+                mine += work_of(part.documents, targets, seq.attention_layout, self.shape.flops(part.documents))
         return Work(*gather_numbers(list(mine.numbers), self.mesh).sum(dim=0).tolist())
 
     def _record(self, loss: float, norm: float, rate: float, seconds: float, work: Work, memory: int) -> dict[str, Any]:
