@@ -72,12 +72,13 @@ def _shared_attention(
     v: Tensor,
     sink_logits: Tensor | None,
     mask: Mask,
-    scale: float,
+    scale: float | None,
     until: int | None,
     seq: Sequence,
     slot: str,
 ) -> Tensor:
     """By the strategy for attention; tokens from position `until` on take no part."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     strategy = seq.strategy.attention
     build = GatherAttention if strategy == "gather" else RingAttention
     settings = (mask.causal, mask.window, mask.sink_tokens, scale, until)
@@ -321,9 +322,8 @@ def block_sparse_attention(
         dense = _shared_attention(q, k, v, None, mask, scale, dense_length, seq, f"{slot} dense")
         sparse = seq.positions(q.device) >= dense_length
         blocks = torch.where(sparse[:, :, None, None], blocks, -1)
-        return dense + mix(
-            BlockSparseAttention, settings, (q, k, v, blocks), seq, slot
-        )  # each 0 where the other is not
+        sparsely = mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        return dense + sparsely  # each is 0 where the other is not
     k, v, keys = _extend_keys(k, v, Mask(), seq, seq.cache, slot)
     if seq.cache.length < dense_length:
         blocks = _all_blocks_below(dense_length, blocks, block_size, seq)

@@ -89,7 +89,7 @@ class Folding:
 
     def fold(self, x: Tensor, groups: int) -> Tensor:
         """`[B, T, H, D]` to `[B, places, groups · stride · H / groups, D]`: of a group, one query after the other."""
-        index = self._index("queries", 1, x.device)
+        index = self._on(x.device)[0]
         rows = _rows(torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1), index)
         rows = rows.unflatten(1, (-1, self.windows.stride)).unflatten(3, (groups, -1))
         return rows.transpose(2, 3).flatten(2, 4)
@@ -97,13 +97,15 @@ class Folding:
     def unfold(self, x: Tensor, groups: int, nothing: float) -> Tensor:
         """The inverse, with `nothing` for queries that see no window; `[B, places, heads, …]` to `[B, T, H, …]`."""
         x = x.unflatten(2, (groups, self.windows.stride, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        index = self._index("folded", 2, x.device)
+        index = self._on(x.device)[1]
         return _rows(torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), nothing)], dim=1), index)
 
-    def _index(self, name: str, at: int, device: torch.device) -> Tensor:
-        key = name, str(device)
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The two index tensors on a device."""
+        key = str(device)
         if key not in self._made:
-            self._made[key] = self._places[at].to(device)
+            _, queries, folded = self._places
+            self._made[key] = queries.to(device), folded.to(device)
         return self._made[key]
 
 

@@ -44,10 +44,11 @@ class _SelectedAttention(SoftmaxAttention):
     def mixing_flops(self, seq: Sequence) -> int:
         if self.dense:
             return super().mixing_flops(seq)
-        sizes = {"heads": self.heads, "key_dim": self.head_dim}
-        read = self.selector.attention_flops(seq, value_dim=self.head_dim, beyond=self.dense_length, **sizes)
-        dense = super().mixing_flops(seq.up_to(self.dense_length)) if self.dense_length else 0
-        return dense + read + self.selector.selection_flops(seq, **sizes)
+        heads, dim, beyond = self.heads, self.head_dim, self.dense_length
+        scores = self.selector.selection_flops(seq, heads=heads, key_dim=dim)
+        sparse = self.selector.attention_flops(seq, heads=heads, key_dim=dim, value_dim=dim, beyond=beyond)
+        dense = super().mixing_flops(seq.up_to(beyond)) if beyond else 0
+        return scores + sparse + dense
 
 
 class MoBA(_SelectedAttention):
