@@ -6,11 +6,12 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 
+from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
 from . import checkpoint, failure, report
@@ -93,6 +94,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         started = time.perf_counter()
+        for model in (self.shape, cast(LanguageModel, self.engine.module)):
+            model.at_step(self.step)
         parts = self._read_step()
         work = self._sum_of_work(parts)
         if work.targets == 0:

@@ -103,7 +103,8 @@ class InfLLMv2(_SelectedAttention):
     Heads of a group share their blocks. It has no parameter that softmax attention has not: a dense checkpoint goes on
     as it is.
 
-    block_size, count: tokens of a block, blocks a query. window, stride: tokens of a window and from one to the next.
+    block_size, count: tokens of a block, blocks a query. window_size, window_stride: tokens of a window, and from one
+        to the next.
     initial, local: first blocks of the document and latest ones, the own among them, that are always read.
     dense_length: tokens at positions below it attend to all before them. The original decides by the length of the
         whole sequence; here it is by position, so that no token's output depends on what follows it.
@@ -118,8 +119,8 @@ class InfLLMv2(_SelectedAttention):
         heads: int,
         block_size: int = 64,
         count: int = 64,
-        window: int = 32,
-        stride: int = 16,
+        window_size: int = 32,
+        window_stride: int = 16,
         initial: int = 1,
         local: int = 32,
         dense_length: int = 8192,
@@ -134,7 +135,9 @@ class InfLLMv2(_SelectedAttention):
         bias: bool = False,
         output_bias: bool = False,
     ) -> None:
-        rule = Rule(block_size, count, window=window, stride=stride, aggregate="max", initial=initial, local=local)
+        rule = Rule(
+            block_size, count, window=window_size, stride=window_stride, aggregate="max", initial=initial, local=local
+        )
         super().__init__(
             rule, dense_steps=dense_steps, dense_length=dense_length,
             width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_base=rope_base,
