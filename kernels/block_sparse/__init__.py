@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dispatch import resolve
 from ..documents import Documents
 from ..mask import Mask
-from ..softmax import bytes_sent, check_inputs, merge, state_bytes
+from ..softmax import bytes_sent, check_inputs, merge, softmax_attention, state_bytes
 from . import chunked, reference
 from .blocks import Block, BlockLayout, BlockTile
 from .visits import visits_of
@@ -29,6 +29,7 @@ __all__ = [
     "flops",
     "merge",
     "most_visits",
+    "sparse_lists",
     "state_bytes",
 ]
 
@@ -45,6 +46,7 @@ def block_sparse_attention(
     documents: Documents | None = None,
     key_documents: Documents | None = None,
     scale: float | None = None,
+    dense_length: int = 0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -61,7 +63,8 @@ def block_sparse_attention(
     of other documents. `documents` are those of the queries (default: a row is one document), `key_documents` those of
     the keys, whole rows (default: `documents`, for S = T). A list names a block once: on the CPU, where lists can be
     looked at for nothing, one that names it twice or that names a block the row does not have raises ValueError; on
-    other devices the first counts twice and the second is none.
+    other devices the first counts twice and the second is none. Queries at positions below `dense_length` see all
+    blocks, whatever is listed.
 
     Returns out `[B, T, H, V]` in q's type and, with `return_lse`, lse `[B, T, H]` in float32 (float64 for float64);
     both carry gradients to q, k and v, never to `blocks`. A query that sees nothing has out 0 and lse −inf. Time and
@@ -85,9 +88,28 @@ def block_sparse_attention(
     tile = BlockTile(layout, documents, key_documents, Mask() if mask is None else mask, query_block)
     check_blocks(blocks, tile, heads=q.shape[2], kv_heads=k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if dense_length:
+        blocks = sparse_lists(blocks, documents.positions(q.device), dense_length, query_block)
     reached = tile if tile.mask.reaches(documents, key_documents) else None
     out, lse = _BlockSparseAttention.apply(q, k, v, blocks, reached, scale, backend)  # type: ignore[misc]
+    if dense_length:
+        dense, dense_lse = softmax_attention(
+            q, k, v, mask=tile.mask, documents=documents.up_to(dense_length),
+            key_documents=key_documents.up_to(dense_length), scale=scale, return_lse=True, backend=backend,
+        )  # fmt: skip
+        short = documents.positions(q.device).unsqueeze(-1) < dense_length
+        out, lse = out + dense, torch.where(short, dense_lse, lse)  # outputs are 0 where they are the other's
     return (out, lse) if return_lse else out
+
+
+def sparse_lists(blocks: Tensor, positions: Tensor, dense_length: int, query_block: int = 1) -> Tensor:
+    """Lists of single queries at `positions` `[B, T]`, empty where these are below `dense_length`.
+
+    Raises ValueError for lists of several queries.
+    """
+    if query_block > 1:
+        raise ValueError(f"dense_length must come with lists of single queries; got query_block={query_block}")
+    return torch.where(positions[:, :, None, None] >= dense_length, blocks, -1)
 
 
 class _BlockSparseAttention(torch.autograd.Function):

@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,8 @@ from ...parallel import ops
 from ...parallel.sequence import Sequence
 from .cases import Case
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
 
 
 @dataclass
@@ -74,18 +76,6 @@ class Result:
     calls: list[Call] = field(default_factory=list)
 
 
-def op_names() -> list[str]:
-    """The ops that mixers may call."""
-    return [
-        name
-        for name, value in vars(ops).items()
-        if inspect.isfunction(value)
-        and value.__module__ == ops.__name__
-        and not name.startswith("_")
-        and "seq" in inspect.signature(value).parameters
-    ]
-
-
 def package_of(name: str) -> ModuleType | None:
     """The package of kernels whose op an op of `parallel.ops` is named after."""
     for module in pkgutil.iter_modules(kernels.__path__):
@@ -107,25 +97,33 @@ def plain(name: str, backend: str = "reference") -> Op:
     if package is None:
         return getattr(ops, name)
     kernel = getattr(package, name)
+    if name in WITH_LSE:
+        kernel = partial(kernel, return_lse=True)
 
-    def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
+    def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         result = kernel(*args, **kwargs, documents=seq.documents, backend=backend)
-        return result[0] if isinstance(result, tuple) else result
+        return result if name in WITH_LSE else _first(result)
 
     return op
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output among what an op gives."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 @contextmanager
 def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -> Iterator[None]:
     """Meanwhile mixers, whose names in the pattern are `names`, call the kernels themselves; every call is noted."""
-    originals = {name: getattr(ops, name) for name in op_names()}
+    originals = {name: getattr(ops, name) for name in ops.__all__}
 
     def noting(name: str, op: Op) -> Op:
-        def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor:
-            out = op(*args, seq=seq, **kwargs)
-            noted = Call(seq.layer, names[seq.layer], name, args, kwargs, out.shape)
-            calls.append(noted.mapped(lambda x: x.detach().clone()))
-            return out
+        def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+            result = op(*args, seq=seq, **kwargs)
+            noted = Call(seq.layer, names[seq.layer], name, args, kwargs, _first(result).shape)
+            if noted.shape[1] == seq.layout.length:  # others are of windows, and tested in their mixers
+                calls.append(noted.mapped(lambda x: x.detach().clone()))
+            return result
 
         return call
 
@@ -191,7 +189,8 @@ def alone(model: LanguageModel, case: Case) -> Tensor:
 def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
     """[output, gradient of each tensor of the call]."""
     leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
-    out = op(*leaves.args, **leaves.kwargs, seq=seq)
-    out.backward(dout.to(out.dtype))
+    out = _first(op(*leaves.args, **leaves.kwargs, seq=seq))
+    if out.requires_grad:
+        out.backward(dout.to(out.dtype))
     gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]
-    return [out.detach(), *gradients]
+    return [out.detach() if out.is_floating_point() else out.double(), *gradients]

@@ -1,0 +1,33 @@
+"""What mixers import: every op that mixes tokens, on a sequence of which this rank holds a part.
+
+Each has the signature of its kernel plus `seq`, and a `slot` that names its state within a layer: two calls in one
+layer need two slots. With a decoding `seq` the same call continues from the cache that `seq` carries and updates it.
+"""
+
+from .attention import softmax_attention
+from .convolution import short_conv, token_shift
+from .recurrent import delta_rule, diagonal_scan, gated_linear_attention, selective_scan
+from .sparse import (
+    block_sparse_attention,
+    compressed_attention,
+    gather_windows,
+    local_windows,
+    select_blocks,
+    window_means,
+)
+
+__all__ = [
+    "block_sparse_attention",
+    "compressed_attention",
+    "delta_rule",
+    "diagonal_scan",
+    "gated_linear_attention",
+    "gather_windows",
+    "local_windows",
+    "select_blocks",
+    "selective_scan",
+    "short_conv",
+    "softmax_attention",
+    "token_shift",
+    "window_means",
+]

@@ -1,0 +1,67 @@
+"""Short convolutions and shifts on a sequence of which this rank holds a part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels import short_conv as kernels
+from ..collectives import halo
+from ..sequence import Sequence
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    seq: Sequence,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    slot: str = "conv",
+) -> Tensor:
+    """Causal depthwise convolution of `[B, T, D]` with `weight [D, W]`; taps never cross a document's start."""
+    if torch.compiler.is_compiling():
+        return _traced_conv(x, weight, bias, seq=seq, activation=activation, slot=slot)
+    width = weight.shape[1] - 1
+    folded, history = _with_history(x, seq, width, slot)
+    out = kernels.short_conv(
+        folded, weight, bias=bias, documents=seq.spans, history=history, activation=activation, backend=seq.backend
+    )
+    return seq.unfold(out)
+
+
+def _traced_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, seq: Sequence, activation: str | None, slot: str
+) -> Tensor:
+    """The convolution as torch.compile fuses it best: a shift for each tap, masked by how far the document reaches."""
+    taps, dtype = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
+    folded = seq.fold(x)
+    before = halo(folded, seq, taps - 1, slot)
+    before = folded.new_zeros(folded.shape[0], taps - 1, folded.shape[2]) if before is None else before
+    rows = torch.cat([before, folded], dim=1).to(dtype)
+    reach = seq.fold(seq.reach(x.device).unsqueeze(-1))
+    out = torch.zeros_like(folded, dtype=dtype) if bias is None else (reach >= 0) * bias.to(dtype)
+    for back in range(taps):
+        shifted = rows[:, taps - 1 - back : rows.shape[1] - back]
+        out = out + torch.where(reach >= back, shifted, 0.0) * weight[:, taps - 1 - back].to(dtype)
+    out = torch.nn.functional.silu(out) if activation == "silu" else out
+    return seq.unfold(out.to(x.dtype))
+
+
+def token_shift(x: Tensor, *, seq: Sequence, slot: str = "shift") -> Tensor:
+    """The previous token of each of `[B, T, D]`, zero at a document's start."""
+    if torch.compiler.is_compiling():
+        weight = x.new_tensor([[1.0, 0.0]]).expand(x.shape[2], -1)
+        return _traced_conv(x, weight, None, seq=seq, activation=None, slot=slot)
+    folded, history = _with_history(x, seq, 1, slot)
+    return seq.unfold(kernels.token_shift(folded, documents=seq.spans, history=history, backend=seq.backend))
+
+
+def _with_history(x: Tensor, seq: Sequence, width: int, slot: str) -> tuple[Tensor, Tensor | None]:
+    """Folded spans of x, and the `width` rows before each: from other ranks, or from the decoding cache."""
+    if seq.cache is None:
+        folded = seq.fold(x)
+        return folded, halo(folded, seq, width, slot)
+    history = seq.cache.entries.get((seq.layer, slot), (x.new_zeros(x.shape[0], width, *x.shape[2:]),))[0]
+    seq.cache.entries[seq.layer, slot] = (torch.cat([history, x], dim=1)[:, x.shape[1] :],)
+    return x, history

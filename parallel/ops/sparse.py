@@ -1,0 +1,157 @@
+"""Attention to selected blocks and to summaries of windows, on a sequence of which this rank holds a part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.block_sparse import block_sparse_attention as attend_blocks_here
+from ...kernels.block_sparse import sparse_lists
+from ...kernels.compressed import compressed_attention as attend_windows_here
+from ...kernels.documents import Documents
+from ...kernels.mask import Mask
+from ...kernels.select_blocks import Rule
+from ...kernels.select_blocks import select_blocks as select_here
+from ...kernels.softmax import check_inputs
+from ..block_sparse import BlockSelection, BlockSparseAttention
+from ..compressed import CompressedAttention
+from ..operation import mix
+from ..sequence import Sequence
+from ..windows import GatherWindows, LocalWindows, WindowMeans, check_windows, summaries_decoded, windows_decoded
+from .attention import extend_keys, shared_attention
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    *,
+    seq: Sequence,
+    block_size: int,
+    query_block: int = 1,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    dense_length: int = 0,
+    slot: str = "block_sparse",
+) -> Tensor:
+    """o = softmax(scale q kᵀ + mask) v over the blocks of the whole row that are listed: `[B, T, H, V]` in q's type.
+
+    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`; `blocks` int32 `[B, ceil(T/query_block), G or H, M]`, lists of
+    the queries held here by the ids of the whole row, −1 for none. Queries at positions below `dense_length` see all
+    blocks, whatever is listed. See `longreach.kernels.block_sparse`.
+    """
+    mask = Mask() if mask is None else mask
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_inputs(q, k, v)
+    if seq.cache is None:
+        settings = (block_size, query_block, mask.causal, mask.window, mask.sink_tokens, scale)
+        if not dense_length:
+            return mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        dense = shared_attention(q, k, v, None, mask, scale, dense_length, seq, f"{slot} dense")
+        blocks = sparse_lists(blocks, seq.positions(q.device), dense_length, query_block)
+        sparsely = mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        return dense + sparsely  # each is 0 where the other is not
+    k, v, keys = extend_keys(k, v, Mask(), seq, seq.cache, slot)
+    return attend_blocks_here(  # type: ignore[return-value]
+        q, k, v, blocks, block_size=block_size, query_block=query_block, mask=mask, documents=seq.local,
+        key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
+    )  # fmt: skip
+
+
+def compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seq: Sequence,
+    size: int,
+    stride: int,
+    scale: float | None = None,
+    slot: str = "compressed",
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale q kᵀ) v over the summaries of windows in each token's past: (out, lse).
+
+    q `[B, T, H, K]`; k `[B, …, G, K]` and v `[B, …, G, V]` of the windows of the whole row, as `gather_windows` and
+    `window_means` give them. out `[B, T, H, V]` in q's type; lse `[B, T, H]`, float32 (float64), for `select_blocks`,
+    without a gradient. See `longreach.kernels.compressed`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if seq.cache is None:
+        raw = mix(CompressedAttention, (size, stride, scale), (q, k, v), seq, slot)
+        return raw[..., :-1].to(q.dtype), raw[..., -1].detach()
+    row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
+    return attend_windows_here(  # type: ignore[return-value]
+        q, k, v, size=size, stride=stride, documents=seq.local, row_documents=row, scale=scale, return_lse=True,
+        backend=seq.backend,
+    )  # fmt: skip
+
+
+def select_blocks(
+    q: Tensor,
+    summaries: Tensor,
+    *,
+    seq: Sequence,
+    rule: Rule,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    slot: str = "selection",
+) -> Tensor:
+    """The blocks of the whole row that each query held here lists: int32 `[B, T, G or H, rule.count]`, no gradient.
+
+    q `[B, T, H, K]`; `summaries` `[B, …, G, K]` of the windows of the whole row, as `window_means` and `gather_windows`
+    give them; `lse` `[B, T, H]`. See `longreach.kernels.select_blocks`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, summaries, lse = q.detach(), summaries.detach(), None if lse is None else lse.detach()
+    if seq.cache is None:
+        rule_settings = (
+            rule.block_size, rule.count, rule.window, rule.stride, rule.score, rule.aggregate, rule.pooled,
+            rule.initial, rule.local,
+        )  # fmt: skip
+        return mix(_block_selection, (scale, *rule_settings), (q, summaries, lse), seq, slot)
+    row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
+    return select_here(
+        q, summaries, rule=rule, documents=seq.local, row_documents=row, scale=scale, lse=lse, backend=seq.backend
+    )
+
+
+def _block_selection(scale: float, *rule: Any) -> BlockSelection:
+    return BlockSelection(scale, Rule(*rule))
+
+
+def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = None, slot: str = "means") -> Tensor:
+    """The mean of every window of `size` tokens at each `stride`-th (default: blocks, `size`) of each document.
+
+    x `[B, T, …]` to `[B, N // stride, …]`: the windows of the whole row in the order of `WindowLayout`, only complete
+    ones, then zeros; decoding, those so far and nothing more.
+    """
+    stride = size if stride is None else stride
+    check_windows(size, stride)
+    if seq.cache is None:
+        return mix(WindowMeans, (size, stride), (x,), seq, slot)
+    rows = windows_decoded(x, seq, seq.cache, size, stride, f"{slot} rows")
+    means = rows.to(torch.promote_types(x.dtype, torch.float32)).mean(2).to(x.dtype)
+    return summaries_decoded(means, seq, seq.cache, slot)
+
+
+def local_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "windows") -> Tensor:
+    """The tokens of the windows that end here: `[B, T, …]` to `[B, W, size, …]`, for a mixer to summarise each.
+
+    W is as many as can end in the tokens held, and what is left is zero; decoding, it is the windows that the new
+    tokens complete. `gather_windows` puts what the mixer makes of them in the order of the row.
+    """
+    check_windows(size, stride)
+    if seq.cache is None:
+        return mix(LocalWindows, (size, stride), (x,), seq, slot)
+    return windows_decoded(x, seq, seq.cache, size, stride, slot)
+
+
+def gather_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "summaries") -> Tensor:
+    """Summaries `[B, W, …]` of the `local_windows` of every rank to those of the whole row, `[B, N // stride, …]`."""
+    check_windows(size, stride)
+    if seq.cache is None:
+        return mix(GatherWindows, (seq.layout.length, size, stride), (x,), seq, slot)
+    return summaries_decoded(x, seq, seq.cache, slot)
