@@ -19,7 +19,7 @@ from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
 from ..trainer.run_directory import locate, read_config
 from ..trainer.tensor_files import checksum
-from ..trainer.tokenizers import load_tokenizer
+from ..trainer.tokenizers import checkpoint_tokenizer
 from . import configuration
 from .build import build
 
@@ -68,6 +68,7 @@ def export(settings: ExportSettings) -> Path:
         raise ValueError(f"max_positions must be at least 1; got {settings.max_positions}")
     source = locate(settings.checkpoint, "checkpoint")
     run = read_config(source)
+    end_of_text = checkpoint_tokenizer(source).end_of_text
     with torch.device("meta"):
         model = build(run["model"])
     out = Path(settings.path).expanduser()
@@ -78,7 +79,7 @@ def export(settings: ExportSettings) -> Path:
         _files(source, run),
         max_positions=settings.max_positions or _max_positions(run),
         dtype=getattr(torch, settings.dtype),
-        config={"bos_token_id": None, "eos_token_id": load_tokenizer(source / "tokenizer").end_of_text},
+        config={"bos_token_id": None, "eos_token_id": end_of_text},
         shard_bytes=settings.shard_bytes,
     )
     return out

@@ -15,7 +15,7 @@ from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
 from ..trainer.run_directory import locate, read_config
-from ..trainer.tokenizers import Tokenizer, load_tokenizer
+from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
 from .build import build
 
@@ -67,12 +67,13 @@ def generate(settings: GenerationSettings) -> None:
 def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
     """The model and the tokenizer of a checkpoint, from its folder alone."""
     checkpoint.verify(path)
+    tokenizer = checkpoint_tokenizer(path)
     model_settings = read_config(path)["model"]
     model_settings.pop("activation_checkpointing", None)
     with device:
         model = build(model_settings)
     model.at_step(checkpoint.load_weights(path, model)["step"])
-    return model.eval(), load_tokenizer(path / "tokenizer")
+    return model.eval(), tokenizer
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: str, ids: Iterable[int]) -> Iterator[str]:

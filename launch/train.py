@@ -37,7 +37,8 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
             raise ValueError(
                 f"model must not be given with init_from, which brings its own; got {', '.join(models)}. Remove one"
             )
-        if not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
+        with_text = settings.data.source != "recall"
+        if with_text and not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
             settings.data.tokenizer = settings.init_from
     return settings
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import Documents
-from ..kernels.pointwise import cross_entropy
+from ..kernels.pointwise import cross_entropy, loss_and_correct
 from ..parallel.sequence import Kept, Sequence
 from .block import Block
 from .mixer import Mixer, construct
@@ -32,15 +32,20 @@ class Head(nn.Linear):
 
     hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
     losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
-    gathers the weight.
+    gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
+    largest logit.
     """
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__(width, vocabulary, bias=False)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return super().forward(hidden)
+        if correct:
+            return loss_and_correct(hidden, self.weight, targets)
         return cross_entropy(hidden, self.weight, targets)
 
 
@@ -105,16 +110,23 @@ class LanguageModel(nn.Module):
         if tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, seq: Sequence, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, seq: Sequence, targets: Tensor | None = None, correct: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of the tokens held here.
 
         tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero
-        that every parameter is connected to.
+        that every parameter is connected to. With `correct`, for evaluation: without a gradient of the head, and third
+        the number of targets that have the largest logit.
         """
         hidden = self.hidden(tokens, seq)
         if targets is None:
             return self.head(hidden)
-        return self.head(hidden, targets), (targets != NO_TARGET).sum()
+        count = (targets != NO_TARGET).sum()
+        if correct:
+            loss, right = self.head(hidden, targets, True)
+            return loss, count, right
+        return self.head(hidden, targets), count
 
     def hidden(self, tokens: Tensor, seq: Sequence) -> Tensor:
         """`[B, T, D]`: what the head reads."""

@@ -12,6 +12,8 @@ import numpy as np
 
 from .data_settings import DataSettings
 from .packing import TokenStream
+from .progress import count
+from .recall import RecallCorpus, open_recall
 from .sources import open_source
 from .token_cache import TokenCache, open_token_cache
 from .tokenization import FORMAT
@@ -36,6 +38,15 @@ class Corpus:
     cache: TokenCache
     fingerprint: str
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids are smaller."""
+        return self.tokenizer.vocabulary_size
+
+    @property
+    def summary(self) -> str:
+        return f"{count(self.train.tokens)} training tokens, {count(self.validation.tokens)} held out"
+
     def stream(self, split: str) -> TokenStream:
         """The stream of "train" or "validation"."""
         return {"train": self.train, "validation": self.validation}[split]
@@ -52,12 +63,14 @@ class Corpus:
         return self.text_bytes(split) / self.stream(split).targets
 
 
-def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, seed: int = 0) -> Corpus:
+def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, seed: int = 0) -> Corpus | RecallCorpus:
     """The corpus of `data.*`; every rank calls it, one of them builds the token cache and the others wait for its file.
 
     `cache_dir` stands in for `data.cache_dir`; `seed` orders the training documents. What was left out of the data is
     logged as a warning. Raises ValueError for settings or data that cannot be used.
     """
+    if settings.source == "recall":
+        return open_recall(settings)
     _check(settings)
     trained = settings.tokenizer == "bpe"
     tokenizer = None if trained else load_tokenizer(settings.tokenizer)

@@ -17,18 +17,24 @@ from ..parallel.sequence import Sequence
 from ..parallel.strategy import Strategy
 from .engine import Engine
 from .exchange import gather_numbers
-from .packing import NO_TARGET, Batch, TokenStream, batch
+from .packing import NO_TARGET, Batch, RowStream, batch
 
 
 class Loss(NamedTuple):
-    """Sum of the token losses in nats, and the number of targets, over all ranks."""
+    """Over all ranks: sum of the token losses in nats, number of targets, and of targets with the largest logit."""
 
     total: float
     targets: int
+    correct: int
 
     @property
     def mean(self) -> float:
         return self.total / self.targets if self.targets else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """The share of targets whose logit is the largest of the vocabulary."""
+        return self.correct / self.targets if self.targets else math.nan
 
     def bits_per_byte(self, bytes_per_target: float) -> float:
         """Bits that the model needs for each byte of the text that the targets stand for."""
@@ -36,10 +42,10 @@ class Loss(NamedTuple):
 
 
 def evaluate(
-    engine: Engine, stream: TokenStream, layout: Layout, strategy: Strategy, rows: int, micro_batch: int
+    engine: Engine, stream: RowStream, layout: Layout, strategy: Strategy, rows: int, micro_batch: int
 ) -> Loss:
     """The loss on the first `rows` rows, shared as in training; every rank calls it and runs equally many forwards."""
-    mesh, total, targets = engine.mesh, 0.0, 0
+    mesh, sums = engine.mesh, np.zeros(3)
     with _evaluating(engine):
         for start in range(0, rows, mesh.data_ranks * micro_batch):
             first = start + mesh.data_rank * micro_batch
@@ -47,19 +53,18 @@ def evaluate(
             numbers = [n if n < rows else (stream.rows or 0) + n for n in range(first, first + micro_batch)]
             part = batch(stream, numbers)
             seq = Sequence.shared(part.documents, layout, mesh, strategy)
-            loss, count = _forward(engine, part, seq)
-            total, targets = total + loss, targets + count
-    return _over_all_ranks(total, targets, mesh)
+            sums += _forward(engine, part, seq)
+    return _over_all_ranks(sums, mesh)
 
 
-def evaluate_truncated(engine: Engine, stream: TokenStream, rows: int, context: int, places: int) -> Loss:
+def evaluate_truncated(engine: Engine, stream: RowStream, rows: int, context: int, places: int) -> Loss:
     """The loss of the very targets of `evaluate`, each predicted from its last `context` tokens and nothing else.
 
     Each run of a document in a row becomes overlapping pieces of `context` tokens, one token apart. Of its first piece
     all targets count (they have no more context in `evaluate` either), of every other piece the last one only. Pieces
     are rows of their own, at positions 0 .. context−1, about `places` tokens a forward and rank.
     """
-    mesh, total, targets = engine.mesh, 0.0, 0
+    mesh, sums = engine.mesh, np.zeros(3)
     at_once = max(1, places // context)
     with _evaluating(engine):
         for number in range(rows):
@@ -68,9 +73,8 @@ def evaluate_truncated(engine: Engine, stream: TokenStream, rows: int, context: 
             passes = math.ceil(math.ceil(len(pieces) / mesh.world_size) / at_once)
             for index in range(passes):
                 part = _stacked(mine[index * at_once : (index + 1) * at_once], at_once, context)
-                loss, count = _forward(engine, part, Sequence.single(part.documents))
-                total, targets = total + loss, targets + count
-    return _over_all_ranks(total, targets, mesh)
+                sums += _forward(engine, part, Sequence.single(part.documents))
+    return _over_all_ranks(sums, mesh)
 
 
 class Piece(NamedTuple):
@@ -80,7 +84,7 @@ class Piece(NamedTuple):
     targets: np.ndarray
 
 
-def _pieces(stream: TokenStream, number: int, context: int) -> Iterator[Piece]:
+def _pieces(stream: RowStream, number: int, context: int) -> Iterator[Piece]:
     row, start = stream.row(number), 0
     for length in row.lengths:
         tokens, targets = row.tokens[start : start + length], row.targets[start : start + length]
@@ -114,12 +118,12 @@ def _evaluating(engine: Engine) -> Iterator[None]:
         engine.module.train()
 
 
-def _forward(engine: Engine, part: Batch, seq: Sequence) -> tuple[float, int]:
-    targets = seq.shard(part.targets)
-    loss, _ = engine(seq.shard(part.tokens).to(engine.device), seq, targets.to(engine.device))
-    return float(loss), int((targets != NO_TARGET).sum())
+def _forward(engine: Engine, part: Batch, seq: Sequence) -> np.ndarray:
+    """float64 `[3]`: loss, targets and correct predictions of the tokens held here."""
+    tokens, targets = (seq.shard(x).to(engine.device) for x in (part.tokens, part.targets))
+    return np.array([float(x) for x in engine(tokens, seq, targets, True)])
 
 
-def _over_all_ranks(total: float, targets: int, mesh: Mesh) -> Loss:
-    sums = gather_numbers([total, targets], mesh).sum(dim=0)
-    return Loss(float(sums[0]), int(sums[1]))
+def _over_all_ranks(sums: np.ndarray, mesh: Mesh) -> Loss:
+    total, targets, correct = gather_numbers(sums.tolist(), mesh).sum(dim=0).tolist()
+    return Loss(total, int(targets), int(correct))

@@ -44,8 +44,9 @@ class Outputs:
 
     def validation(self, record: dict[str, Any]) -> None:
         self._record(record)
-        loss, bits = record["validation_loss"], record["bits_per_byte"]
-        self.say(f"step {record['step']}  validation loss {loss:.4f}  {bits:.4f} bits per byte")
+        bits = f"{record['bits_per_byte']:.4f} bits per byte  " if "bits_per_byte" in record else ""
+        figures = f"validation loss {record['validation_loss']:.4f}  {bits}accuracy {record['accuracy']:.2%}"
+        self.say(f"step {record['step']}  {figures}")
         self.plot()
 
     def sample(self, step: int, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -48,64 +49,29 @@ class Batch(NamedTuple):
     documents: Documents
 
 
-class TokenStream:
-    """Documents end to end, cut into rows of `length` tokens; a cut document starts anew, at position 0, in each row.
+class RowStream(ABC):
+    """Rows of `length` tokens, each computed from its number alone, whichever was asked for before.
 
-    With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, and row k
-    is tokens k·N .. k·N+N of the epochs laid end to end. Without one it is `members` once, in their order, and its last
-    row is padded. Any row costs one look-up in its epoch's table, whichever was asked for before.
+    `seed` and `fingerprint` tell the stream from others when a run is resumed.
     """
 
-    def __init__(
-        self,
-        documents: TokenizedDocuments,
-        members: np.ndarray,
-        *,
-        length: int,
-        seed: int | None = None,
-        fingerprint: str = "",
-        padding: int = 0,
-    ) -> None:
+    def __init__(self, length: int, fingerprint: str, seed: int | None = None) -> None:
         if length < 1:
             raise ValueError(f"data.sequence_length must be at least 1; got {length}. Raise it")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"trainer.seed must lie within 0..2^64-1; got {seed}. Choose another")
-        self.documents = documents
-        self.members = np.asarray(members, np.int64)
         self.length = length
-        self.seed = seed
         self.fingerprint = fingerprint
-        self.padding = padding
-        self.tokens = int(documents.lengths[self.members].sum())  # once over
-        if not self.tokens:
-            raise ValueError("data.path must hold documents for every split; got a split without tokens. Add documents")
-        self._tables: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self.seed = seed
 
     @property
-    def targets(self) -> int:
-        """Targets in all documents once over: every token but the first of each document has one."""
-        return self.tokens - len(self.members)
-
-    @property
+    @abstractmethod
     def rows(self) -> int | None:
         """Rows of a stream that ends; None for an endless one."""
-        return -(-self.tokens // self.length) if self.seed is None else None
 
+    @abstractmethod
     def row(self, number: int) -> Row:
         """Row `number`, from 0. Past the end of a stream that ends it is all padding: ranks may share unevenly."""
-        if number < 0:
-            raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
-        tokens = np.full(self.length, self.padding, np.int64)
-        targets = np.full(self.length, NO_TARGET, np.int64)
-        lengths, at = [], 0
-        for document, start, n in self._pieces(number * self.length, self.length):
-            # One token more than the piece: the target of its last token, unless the document ends there.
-            ids = self.documents[document][start : start + n + 1]
-            tokens[at : at + n] = ids[:n]
-            targets[at : at + len(ids) - 1] = ids[1:]
-            lengths.append(n)
-            at += n
-        return Row(tokens, targets, lengths)
 
     def state(self, row: int) -> dict[str, Any]:
         """What a checkpoint keeps: `row` is the next row to read, whatever ranks read the others."""
@@ -115,7 +81,7 @@ class TokenStream:
         """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream."""
         remedies = {
             "version": "Use the version of LongReach that wrote it",
-            "fingerprint": "The data or the tokenizer changed: restore them, or start anew with init_from",
+            "fingerprint": "The data or their settings changed: restore them, or start anew with init_from",
             "sequence_length": "Restore data.sequence_length, or start anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
         }
@@ -133,6 +99,58 @@ class TokenStream:
             "sequence_length": self.length,
             "seed": self.seed,
         }
+
+
+class TokenStream(RowStream):
+    """Documents end to end, cut into rows of `length` tokens; a cut document starts anew, at position 0, in each row.
+
+    With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, and row k
+    is tokens k·N .. k·N+N of the epochs laid end to end. Without one it is `members` once, in their order, and its last
+    row is padded. Any row costs one look-up in its epoch's table, whichever was asked for before.
+    """
+
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        members: np.ndarray,
+        *,
+        length: int,
+        seed: int | None = None,
+        fingerprint: str = "",
+        padding: int = 0,
+    ) -> None:
+        super().__init__(length, fingerprint, seed)
+        self.documents = documents
+        self.members = np.asarray(members, np.int64)
+        self.padding = padding
+        self.tokens = int(documents.lengths[self.members].sum())  # once over
+        if not self.tokens:
+            raise ValueError("data.path must hold documents for every split; got a split without tokens. Add documents")
+        self._tables: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    @property
+    def targets(self) -> int:
+        """Targets in all documents once over: every token but the first of each document has one."""
+        return self.tokens - len(self.members)
+
+    @property
+    def rows(self) -> int | None:
+        return -(-self.tokens // self.length) if self.seed is None else None
+
+    def row(self, number: int) -> Row:
+        if number < 0:
+            raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
+        tokens = np.full(self.length, self.padding, np.int64)
+        targets = np.full(self.length, NO_TARGET, np.int64)
+        lengths, at = [], 0
+        for document, start, n in self._pieces(number * self.length, self.length):
+            # One token more than the piece: the target of its last token, unless the document ends there.
+            ids = self.documents[document][start : start + n + 1]
+            tokens[at : at + n] = ids[:n]
+            targets[at : at + len(ids) - 1] = ids[1:]
+            lengths.append(n)
+            at += n
+        return Row(tokens, targets, lengths)
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token in it, tokens) of `count` tokens from token `start` of the stream."""
@@ -162,7 +180,7 @@ class TokenStream:
         return self._tables[epoch]
 
 
-def batch(stream: TokenStream, rows: Iterable[int]) -> Batch:
+def batch(stream: RowStream, rows: Iterable[int]) -> Batch:
     """The rows of those numbers, stacked: a rank takes its slice of the step's numbers, and no other state exists."""
     made = [stream.row(number) for number in rows]
     if not made:

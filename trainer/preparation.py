@@ -16,6 +16,7 @@ from . import checkpoint, engine_config
 from .data import Corpus
 from .engine import Engine, Gather
 from .exchange import from_first_rank, together
+from .recall import RecallCorpus
 from .run_directory import RunDirectory, find_checkpoint
 from .settings import Settings
 
@@ -29,23 +30,23 @@ def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) ->
     return from_first_rank(found, mesh)
 
 
-def model_settings(settings: Settings, corpus: Corpus) -> dict[str, Any]:
+def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[str, Any]:
     """The model's configuration, complete: of `model`, or of the Hugging Face checkpoint that training starts from.
 
-    Raises ValueError where the vocabulary does not hold the tokenizer's.
+    Raises ValueError where the vocabulary does not hold the data's.
     """
     model = hf.read_settings(settings.init_from) if settings.init_from else dict(settings.model)
     if not model.get("_target_"):
         raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
     if settings.trainer.activation_checkpointing != "none":
         model["activation_checkpointing"] = settings.trainer.activation_checkpointing
-    tokens = corpus.tokenizer.vocabulary_size
+    tokens = corpus.vocabulary_size
     if model.get("vocabulary") is None:
         model["vocabulary"] = tokens
     if model["vocabulary"] < tokens:
         raise ValueError(
-            f"model.vocabulary must be at least the tokenizer's {tokens}; got {model['vocabulary']}. "
-            "Leave it out, or choose another data.tokenizer"
+            f"model.vocabulary must be at least the data's {tokens}; got {model['vocabulary']}. "
+            "Leave it out, or choose another data.tokenizer or data.vocabulary_size"
         )
     return model
 

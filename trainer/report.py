@@ -26,6 +26,23 @@ def comparison(record: dict[str, Any], baselines: Baselines | None) -> list[str]
     return lines
 
 
+def recall_comparison(record: dict[str, Any], chance: float | None) -> list[str]:
+    """Accuracy on held-out recall problems: by chance, the model's, and the model's with its context cut short."""
+    lines = []
+    if chance is not None:
+        lines += [f"held-out problems, {_ACCURACY}", f"  {'a value by chance':<28} {chance:7.2%}"]
+        lines += [f"  {'this model':<28} {record['accuracy']:7.2%}"]
+    if "truncated_accuracy" in record:
+        cut = f"this model, last {record['truncated_context']} tokens"
+        lines += [f"is context used? {record['truncated_rows']} held-out rows, {_ACCURACY}"]
+        lines += [f"  {cut:<28} {record['truncated_accuracy']:7.2%}"]
+        lines += [f"  {'this model, whole context':<28} {record['untruncated_accuracy']:7.2%}"]
+    return lines
+
+
+_ACCURACY = "share of right answers (more is better)"
+
+
 def _table(title: str, others: list[tuple[str, float]], own: tuple[str, float]) -> list[str]:
     lines = [f"{title}, bits per byte (less is better)"]
     lines += [f"  {name:<28} {value:7.4f}   the model needs {own[1] / value:.1%} of it" for name, value in others]
@@ -48,14 +65,15 @@ def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple
 
 
 def commands(
-    command: list[str], directory: RunDirectory, checkpoint: Path | None, steps: int, prompt: str
+    command: list[str], directory: RunDirectory, checkpoint: Path | None, steps: int, prompt: str | None
 ) -> list[str]:
-    """How to generate from the run and how to go on with it."""
+    """How to generate from the run, if its data are text (`prompt` is one), and how to go on with it."""
     lines = []
     if checkpoint is not None:
-        text = prompt.replace("\\", "\\\\").replace('"', '\\"')
-        where = shlex.quote(str(checkpoint))
-        lines.append(f'more text     python -m longreach.launch.generate checkpoint={where} prompt="{text}"')
+        if prompt is not None:
+            text = prompt.replace("\\", "\\\\").replace('"', '\\"')
+            where = shlex.quote(str(checkpoint))
+            lines.append(f'more text     python -m longreach.launch.generate checkpoint={where} prompt="{text}"')
         lines.append(f"to resume     {resume_command(command, directory, steps=2 * steps)}")
     return lines
 

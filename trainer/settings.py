@@ -55,9 +55,9 @@ class EvaluationSettings:
     rows: int | None = 16  # held-out rows; null = all of them
     context: int | None = None  # at the end, also score held-out tokens from their last so many tokens alone
     context_rows: int = 8  # held-out rows that this is done on; costs `context` times as much as with whole rows
-    baselines: bool = False  # at the end, also count unigrams and bigrams of the training text
+    baselines: bool = False  # at the end, also count unigrams and bigrams of the training text; recall: chance
     prompt: str = ""  # the sample begins with it; empty: with the start of a document
-    sample_tokens: int = 128  # length of the sample; 0 = none
+    sample_tokens: int = 128  # length of the sample; 0 = none, as with data=recall, which has no text
     temperature: float = 0.8  # of the sample; 0 = the likeliest token
 
 
@@ -163,6 +163,9 @@ def check(settings: Settings, world_size: int) -> None:
     _at_least("evaluation.context", settings.evaluation.context, 1)
     _at_least("evaluation.context_rows", settings.evaluation.context_rows, 1)
     _at_least("evaluation.sample_tokens", settings.evaluation.sample_tokens, 0)
+    if settings.data.source == "recall" and settings.evaluation.prompt:
+        prompt = settings.evaluation.prompt
+        raise ValueError(f"evaluation.prompt must be left out with data=recall, which has no text; got {prompt!r}")
     _at_least("evaluation.temperature", settings.evaluation.temperature, 0)
     _at_least("checkpoint.every", settings.checkpoint.every, 0)
     _at_least("checkpoint.keep", settings.checkpoint.keep, 1)

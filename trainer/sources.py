@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .data_settings import DataSettings
+from .data_settings import DataSettings, RecallSettings
 
 SUFFIXES = {
     "text": (),
@@ -59,8 +59,10 @@ def open_source(settings: DataSettings, vocabulary: int | None = None) -> Source
     kind = settings.source
     known = ("stdlib", *SUFFIXES, "hub")
     if kind not in known:
-        raise ValueError(f"data.source must be one of {', '.join(known)}; got {kind!r}. Choose one with data=NAME")
-    _refuse_ignored(settings)
+        raise ValueError(
+            f"data.source must be one of {', '.join(known)}, recall; got {kind!r}. Choose one with data=NAME"
+        )
+    refuse_ignored(settings)
     if kind == "hub":
         return _hub(settings)
     if kind == "stdlib":
@@ -118,13 +120,14 @@ def _identity(kind: str, files: list[Path]) -> dict[str, Any]:
     return {"source": kind, "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
 
 
-def _refuse_ignored(settings: DataSettings) -> None:
+def refuse_ignored(settings: DataSettings) -> None:
+    """Raises ValueError for a setting that the source does not use."""
     used = {
         "path": tuple(SUFFIXES),
         "name": ("hub",),
         "subset": ("hub",),
         "split": ("hub",),
-        "max_documents": ("hub",),
+        "max_documents": ("hub", "recall"),
         "column": ("jsonl", "parquet", "hub", "pretokenized"),
     }
     for setting, kinds in used.items():
@@ -134,6 +137,11 @@ def _refuse_ignored(settings: DataSettings) -> None:
                 f"data.{setting} must be left out with data={settings.source}, which does not use it; got {value!r}. "
                 f"Remove it or choose data={'|'.join(kinds)}"
             )
+    if settings.source != "recall" and settings.recall != RecallSettings():
+        raise ValueError(
+            f"data.recall must be left out with data={settings.source}, which does not use it; got {settings.recall}. "
+            "Remove it or choose data=recall"
+        )
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:

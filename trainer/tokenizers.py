@@ -140,6 +140,14 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return Tokenizer(library, _find_end_of_text(library, carried, str(name)), carried)
 
 
+def checkpoint_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder. Raises ValueError where there is none, as with data=recall."""
+    folder = path / "tokenizer"
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint must be of a model of text; got {path}, which has no tokenizer. Name another")
+    return load_tokenizer(folder)
+
+
 def _download(name: str) -> Path:
     import huggingface_hub
 

@@ -16,7 +16,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
 from . import checkpoint, failure, report
 from .baselines import text_baselines
-from .data import open_corpus
+from .data import Corpus, open_corpus
 from .evaluation import Loss, evaluate, evaluate_truncated
 from .exchange import gather_numbers, together
 from .metrics import Work, peak_flops, peak_memory_bytes, work_of
@@ -178,7 +178,6 @@ class Trainer:
         """Writes a validation line; after the last step also the comparisons that the settings ask for."""
         chosen, data = self.settings.evaluation, self.settings.data
         stream = self.corpus.validation
-        scale = self.corpus.bytes_per_token("validation")
 
         def whole(most: int | None) -> Loss:
             rows = min(stream.rows or 0, most or math.inf)
@@ -186,24 +185,33 @@ class Trainer:
             return evaluate(self.engine, stream, self.layout, strategy, int(rows), data.rows_per_micro_batch)
 
         loss = whole(chosen.rows)
-        record = {"step": self.step, "validation_loss": loss.mean, "bits_per_byte": loss.bits_per_byte(scale)}
+        record = {"step": self.step, "validation_loss": loss.mean, **self._measures(loss)}
         if last and chosen.context is not None:
             rows = min(stream.rows or 0, chosen.context_rows)
             self.outputs.say(f"scoring {rows} held-out rows, each token from its last {chosen.context} tokens alone")
             places = self.layout.local_length * data.rows_per_micro_batch
             cut = evaluate_truncated(self.engine, stream, rows, chosen.context, places)
-            record |= {
-                "truncated_context": chosen.context,
-                "truncated_rows": rows,
-                "truncated_bits_per_byte": cut.bits_per_byte(scale),
-                "untruncated_bits_per_byte": whole(rows).bits_per_byte(scale),
-            }
+            record |= {"truncated_context": chosen.context, "truncated_rows": rows}
+            record |= {f"truncated_{name}": value for name, value in self._measures(cut).items()}
+            record |= {f"untruncated_{name}": value for name, value in self._measures(whole(rows)).items()}
         self.outputs.validation(record)
         if last and self.mesh.rank == 0 and (chosen.baselines or chosen.context is not None):
-            baselines = text_baselines(self.corpus) if chosen.baselines else None
-            self.outputs.say("\n".join(["", *report.comparison(record, baselines)]))
+            if not isinstance(self.corpus, Corpus):
+                lines = report.recall_comparison(record, self.corpus.chance if chosen.baselines else None)
+            else:
+                lines = report.comparison(record, text_baselines(self.corpus) if chosen.baselines else None)
+            self.outputs.say("\n".join(["", *lines]))
+
+    def _measures(self, loss: Loss) -> dict[str, float]:
+        """What is told of a loss beside its mean."""
+        if not isinstance(self.corpus, Corpus):
+            return {"accuracy": loss.accuracy}
+        scale = self.corpus.bytes_per_token("validation")
+        return {"bits_per_byte": loss.bits_per_byte(scale), "accuracy": loss.accuracy}
 
     def _sample(self) -> None:
+        if not isinstance(self.corpus, Corpus):
+            return  # there is no text
         chosen = self.settings.evaluation
         self.text = draw_sample(
             self.engine,
@@ -232,7 +240,8 @@ class Trainer:
 
     def _write_beside(self, folder: Path) -> None:
         """What generation needs besides the weights."""
-        self.corpus.tokenizer.save(folder / "tokenizer")
+        if isinstance(self.corpus, Corpus):
+            self.corpus.tokenizer.save(folder / "tokenizer")
         text = yaml.safe_dump(asdict(self.settings), sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
 
@@ -241,11 +250,7 @@ class Trainer:
         parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
         say(f"run           {self.directory.path}")
         say(f"model         {count(self.shape.parameter_count())} parameters, {settings.trainer.dtype}")
-        train = self.corpus.train
-        say(
-            f"data          {settings.data.source}: {count(train.tokens)} training tokens, "
-            f"{count(self.corpus.validation.tokens)} held out, vocabulary {self.corpus.tokenizer.vocabulary_size}"
-        )
+        say(f"data          {settings.data.source}: {self.corpus.summary}, vocabulary {self.corpus.vocabulary_size}")
         say(
             f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
             f"{parallel}, ZeRO-{settings.engine.zero_stage}, {self.device.type}"
@@ -268,6 +273,6 @@ class Trainer:
         if self.text:
             lines += ["sample", *(f"  {line}" for line in self.text.splitlines()), ""]
         lines += report.whereabouts(self.directory, self.saved, tracked)
-        prompt = self.settings.evaluation.prompt or "Once"
+        prompt = (self.settings.evaluation.prompt or "Once") if isinstance(self.corpus, Corpus) else None
         lines += report.commands(self.command, self.directory, self.saved, self.settings.trainer.steps, prompt)
         self.outputs.say("\n".join(lines))

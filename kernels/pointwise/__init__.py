@@ -1,8 +1,8 @@
 """Token-local math: norms, rotary positions, gated activations, and the loss."""
 
-from .cross_entropy import cross_entropy
+from .cross_entropy import cross_entropy, loss_and_correct
 from .rms_norm import rms_norm
 from .rope import RopeScaling, rope, rope_frequencies
 from .swiglu import swiglu
 
-__all__ = ["RopeScaling", "cross_entropy", "rms_norm", "rope", "rope_frequencies", "swiglu"]
+__all__ = ["RopeScaling", "cross_entropy", "loss_and_correct", "rms_norm", "rope", "rope_frequencies", "swiglu"]

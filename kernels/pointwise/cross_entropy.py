@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,29 @@ def cross_entropy(
     given, for engines that shard it between forward and backward. A target outside the vocabulary is torch's
     RuntimeError (a device assertion on an accelerator). Raises ValueError where shapes do not fit.
     """
+    _check(hidden, weight, targets, bias, chunk)
+    return _CrossEntropy.apply(hidden, weight, targets, bias, chunk, logit_scale)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def loss_and_correct(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """What evaluation counts: (`cross_entropy` of the same, without gradient; targets that have the largest logit).
+
+    Shapes, dtypes and errors as of `cross_entropy`; the second is an int64 scalar, and of equal logits the first is the
+    largest. Again the logits of at most `chunk` tokens exist at a time.
+    """
+    _check(hidden, weight, targets, None, chunk)
+    rows, ids = hidden.flatten(0, -2), targets.flatten()
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+
+    def count(part: slice, logits: Tensor) -> None:
+        correct.add_((logits.argmax(-1) == ids[part]).sum())
+
+    lse, picked = _scan(rows, weight, ids, None, chunk, 1.0, count)
+    return _sum(lse, picked, ids), correct
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int) -> None:
     if hidden.shape[:-1] != targets.shape or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             "hidden must be [B, T, D], weight [Vocab, D] and targets [B, T]; "
@@ -41,7 +65,32 @@ def cross_entropy(
         raise ValueError(f"bias must be one for each of {weight.shape[0]} tokens; got {list(bias.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
-    return _CrossEntropy.apply(hidden, weight, targets, bias, chunk, logit_scale)  # type: ignore[return-value]
+
+
+def _scan(
+    rows: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    chunk: int,
+    scale: float,
+    look: Callable[[slice, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of rows `[n, D]` the log-sum-exp of their logits and their target's logit, `[n]`; `look` sees their chunks."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    lse, picked = (torch.empty(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(2))
+    for start in range(0, rows.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits = _logits(rows[part], weight, bias, scale, dtype)
+        lse[part] = logits.logsumexp(-1)
+        picked[part] = logits.gather(-1, _present(ids[part])).squeeze(-1)
+        if look is not None:
+            look(part, logits)
+    return lse, picked
+
+
+def _sum(lse: Tensor, picked: Tensor, ids: Tensor) -> Tensor:
+    return (lse - picked).masked_fill_(ids == NO_TARGET, 0.0).sum()
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
@@ -60,17 +109,11 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, scale: float
     ) -> Tensor:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        rows, ids = hidden.flatten(0, -2), targets.flatten()
-        lse, picked = (torch.empty(rows.shape[0], dtype=dtype, device=hidden.device) for _ in range(2))
-        for start in range(0, rows.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(rows[part], weight, bias, scale, dtype)
-            lse[part] = logits.logsumexp(-1)
-            picked[part] = logits.gather(-1, _present(ids[part])).squeeze(-1)
+        ids = targets.flatten()
+        lse, picked = _scan(hidden.flatten(0, -2), weight, ids, bias, chunk, scale)
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
         ctx.chunk, ctx.scale = chunk, scale
-        return (lse - picked).masked_fill_(ids == NO_TARGET, 0.0).sum()
+        return _sum(lse, picked, ids)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

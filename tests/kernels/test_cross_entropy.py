@@ -5,7 +5,7 @@ import torch
 from largest_tensor import LargestTensor
 from torch.nn import functional as F
 
-from longreach.kernels.pointwise import cross_entropy
+from longreach.kernels.pointwise import cross_entropy, loss_and_correct
 
 
 def inputs(tokens=63, width=12, vocabulary=40, dtype=torch.float64, batch=2):
@@ -79,6 +79,21 @@ def test_logits_of_a_chunk_are_the_most_that_exists():
     with LargestTensor() as largest:
         cross_entropy(hidden, weight, targets, chunk=64).backward()
     assert largest.numel == 64 * 300
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 512])
+def test_correct_predictions_are_counted_without_the_whole_logits(chunk):
+    hidden, weight, _, targets = inputs()
+    logits = hidden @ weight.t()
+    targets[:, ::3] = logits.argmax(-1)[:, ::3]  # some are right
+    targets[1, ::6] = -100
+    with LargestTensor() as largest:
+        loss, correct = loss_and_correct(hidden, weight, targets, chunk=chunk)
+    assert largest.numel <= max(chunk * 40, hidden.numel())
+    assert loss.item() == cross_entropy(hidden, weight, targets, chunk=chunk).item()
+    right = [a == b for a, b in zip(logits.argmax(-1).flatten().tolist(), targets.flatten().tolist(), strict=True)]
+    assert correct.item() == sum(right) > 20
+    assert not loss.requires_grad
 
 
 def test_the_weight_is_kept_as_the_parameter_itself():

@@ -91,7 +91,7 @@ def test_the_quickstart_is_what_it_promises() -> None:
     [
         ("trainer.stepps=3", ["Could not override 'trainer.stepps'", "Did you mean trainer.steps"]),
         ("learning_rate=3", ["Could not override 'learning_rate'", "Did you mean optimizer.learning_rate?"]),
-        ("data.seqence_length=4", ["Did you mean data.sequence_length?"]),
+        ("data.seqence_length=4", ["Did you mean data.sequence_length"]),
         ("model.widht=4", ["Did you mean model.width"]),
         ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny"]),
         ("schedule=wds", ["Available options", "Did you mean schedule=wsd?"]),

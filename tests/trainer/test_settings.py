@@ -54,6 +54,11 @@ def test_the_defaults_fit_one_process() -> None:
         (changed(optimizer=OptimizerSettings(betas=(0.9, 1.0))), 1, "optimizer.betas must be two numbers"),
         (changed(init_from="/nowhere"), 1, "init_from must be a folder .* got /nowhere"),
         (changed(evaluation__rows=0), 1, "evaluation.rows must be at least 1; got 0"),
+        (
+            changed(data__source="recall", evaluation__prompt="def "),
+            1,
+            "evaluation.prompt must be left out .* got 'def '",
+        ),
         (changed(checkpoint__keep=0), 1, "checkpoint.keep must be at least 1; got 0"),
     ],
 )

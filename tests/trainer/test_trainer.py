@@ -235,7 +235,7 @@ def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path
     bad += [
         (heads, "heads must divide width=32; got 5"),
         (wide, "width was 32 and is 64"),
-        (small, "model.vocabulary must be at least the tokenizer's 257; got 100"),
+        (small, "model.vocabulary must be at least the data's 257; got 100"),
     ]
     for chosen, message in bad:
         first, second = run_ranks(2, refuse, chosen)
