@@ -20,9 +20,11 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Kept, Sequence
 from longreach.parallel.strategy import Strategy
+from longreach.trainer.diagnosis.truth import plain_ops
 
 # Eight heads: what tokens are exchanged for among up to eight ranks.
 HEADS, GROUPS, KEY, VALUE, CHANNELS, STATES = 8, 2, 3, 5, 8, 2
+SCALE = 0.7  # of some cases, which is no default
 TIME = -1  # stands for the length of the row in a shape
 
 
@@ -59,9 +61,18 @@ def _draw(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> Tens
     }[kind]
 
 
-def _attend(**mask: Any) -> Callable[..., Tensor]:
+def _op(name: str, **settings: Any) -> Callable[..., Tensor]:
+    """An op by its name, which `plain_ops` lets stand for the kernel."""
+
+    def call(*inputs: Tensor, seq: Sequence) -> Tensor:
+        return getattr(ops, name)(*inputs, seq=seq, **settings)
+
+    return call
+
+
+def _attend(scale: float | None = None, **mask: Any) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, seq: Sequence) -> Tensor:
-        return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sinks)
+        return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sinks, scale=scale)
 
     return call
 
@@ -127,8 +138,8 @@ def sparse_layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, seq: Sequence, r
     """
     summaries = learned(k, w, seq=seq, size=rule.span, stride=rule.step)
     summaries = summaries + ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
-    lists = ops.select_blocks(q, summaries, seq=seq, rule=rule)
-    out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size)
+    lists = ops.select_blocks(q, summaries, seq=seq, rule=rule, scale=SCALE)
+    out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size, scale=SCALE)
     weights = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype).cos().view(1, -1, 1, 1)
     return out + (summaries * weights).mean((1, 2, 3), keepdim=True)
 
@@ -147,15 +158,15 @@ _SELECTIVE = (((TIME, STATES), "normal"), ((TIME, STATES), "normal"))
 
 CASES = {
     "softmax": Case(_attend(), _ATTENTION, _OUT, keys=True),
-    "window": Case(_attend(window=9), _ATTENTION, _OUT, keys=True),
+    "window": Case(_attend(window=9, scale=SCALE), _ATTENTION, _OUT, keys=True),
     "short window": Case(_attend(window=1), _ATTENTION, _OUT, keys=True),
     "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, ((HEADS,), "normal")), _OUT, keys=True),
-    "undecayed": Case(ops.gated_linear_attention, _LINEAR, _OUT),
-    "constant decay": Case(ops.gated_linear_attention, (*_LINEAR, ((HEADS,), "decay")), _OUT),
-    "constant channels": Case(ops.gated_linear_attention, (*_LINEAR, ((HEADS, KEY), "decay")), _OUT),
-    "scalar decay": Case(ops.gated_linear_attention, (*_LINEAR, _BY_HEAD), _OUT),
-    "channel decay": Case(ops.gated_linear_attention, (*_LINEAR, _BY_CHANNEL), _OUT),
-    "grouped": Case(ops.gated_linear_attention, (*_GROUPED, _BY_HEAD), _OUT),
+    "undecayed": Case(_op("gated_linear_attention"), _LINEAR, _OUT),
+    "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS,), "decay")), _OUT),
+    "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS, KEY), "decay")), _OUT),
+    "scalar decay": Case(_op("gated_linear_attention", scale=SCALE), (*_LINEAR, _BY_HEAD), _OUT),
+    "channel decay": Case(_op("gated_linear_attention"), (*_LINEAR, _BY_CHANNEL), _OUT),
+    "grouped": Case(_op("gated_linear_attention"), (*_GROUPED, _BY_HEAD), _OUT),
     "value decay": Case(_value_decay, (*_LINEAR, _BY_VALUE), _OUT),
     "both decays": Case(_value_decay, (*_LINEAR, _BY_VALUE, _BY_CHANNEL), _OUT),
     "bonus": Case(_bonus, (*_LINEAR, _BY_CHANNEL, ((HEADS, KEY), "normal")), _OUT),
@@ -164,21 +175,25 @@ CASES = {
     "input gate, bonus": Case(
         _divided("sum"), (*_LINEAR, ((HEADS,), "decay"), _GATE, ((HEADS, KEY), "positive")), _OUT
     ),
-    "delta": Case(ops.delta_rule, _DELTA, _OUT),
-    "gated delta": Case(ops.delta_rule, ((_FEW, "normal"), (_FEW, "direction"), *_DELTA[2:], _BY_HEAD), _OUT),
-    "channel delta": Case(ops.delta_rule, (*_DELTA, _BY_CHANNEL), _OUT),
+    "delta": Case(_op("delta_rule"), _DELTA, _OUT),
+    "gated delta": Case(
+        _op("delta_rule", scale=SCALE),
+        ((_FEW, "normal"), (_FEW, "direction"), *_DELTA[2:], _BY_HEAD),
+        _OUT,
+    ),
+    "channel delta": Case(_op("delta_rule"), (*_DELTA, _BY_CHANNEL), _OUT),
     "general delta": Case(_erase, (*_LINEAR, (_Q, "direction"), (_Q, "gate"), _BY_CHANNEL), _OUT),
-    "scan": Case(ops.diagonal_scan, ((_X, "normal"), (_X, "decay")), _X),
+    "scan": Case(_op("diagonal_scan"), ((_X, "normal"), (_X, "decay")), _X),
     "constant scan": Case(
-        ops.diagonal_scan, (((TIME, CHANNELS, 3), "normal"), ((CHANNELS, 3), "decay")), (TIME, CHANNELS, 3)
+        _op("diagonal_scan"), (((TIME, CHANNELS, 3), "normal"), ((CHANNELS, 3), "decay")), (TIME, CHANNELS, 3)
     ),
     "selective scan": Case(
-        ops.selective_scan, ((_X, "normal"), (_X, "positive"), ((CHANNELS, STATES), "decay"), *_SELECTIVE), _X
+        _op("selective_scan"), ((_X, "normal"), (_X, "positive"), ((CHANNELS, STATES), "decay"), *_SELECTIVE), _X
     ),
     "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
-    "conv": Case(ops.short_conv, ((_X, "normal"), ((CHANNELS, 4), "normal")), _X, by_heads=False),
-    "wide conv": Case(ops.short_conv, ((_X, "normal"), ((CHANNELS, 30), "normal")), _X, by_heads=False),
-    "shift": Case(ops.token_shift, ((_X, "normal"),), _X, by_heads=False),
+    "conv": Case(_op("short_conv"), ((_X, "normal"), ((CHANNELS, 4), "normal")), _X, by_heads=False),
+    "wide conv": Case(_op("short_conv"), ((_X, "normal"), ((CHANNELS, 30), "normal")), _X, by_heads=False),
+    "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),
     **{
         f"blocks of {name}": Case(
             functools.partial(sparse_layer, rule=rule), (*_ATTENTION, ((rule.span,), "normal")), _OUT, by_heads=False
@@ -233,11 +248,12 @@ Packing = tuple[tuple[int, ...], ...]  # lengths of the documents of each row; w
 def one_device(
     name: str, packing: Packing, length: int, seed: int, backend: str
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
-    """Inputs, the output's gradient, and what one device makes of them: output and gradients."""
+    """Inputs, the output's gradient, and what the kernels make of them on one device: output and gradients."""
     case, generator = CASES[name], torch.Generator().manual_seed(seed)
     inputs, dout = case.draw(len(packing), length, generator)
     leaves = [x.clone().requires_grad_() for x in inputs]
-    out = case.call(*leaves, seq=Sequence.single(Documents.from_lengths(packing, length), backend=backend))
+    with plain_ops([], [""], backend):
+        out = case.call(*leaves, seq=Sequence.single(Documents.from_lengths(packing, length)))
     return inputs, dout, out.detach(), list(torch.autograd.grad(out, leaves, dout))
 
 
@@ -269,7 +285,7 @@ def agree(
             for index, (x, whole, gradient) in enumerate(zip(here, inputs, gradients, strict=True)):
                 if is_rows(whole):
                     gradient = seq.shard(gradient)
-                else:
+                elif world > 1:
                     dist.all_reduce(x.grad)
                 close(x.grad, gradient, f"{name}, gradient of input {index}")
 

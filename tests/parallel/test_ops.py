@@ -27,6 +27,10 @@ def compare(world: int, spans: int, strategy: str, names: list[str] | None = Non
     run_ranks(world, agree, fitting, [PACKED, SPARSE], LENGTH, spans, strategy, 0, keep)
 
 
+def test_one_rank_runs_the_kernels() -> None:
+    agree(0, 1, list(CASES), [PACKED, SPARSE], LENGTH, 2)
+
+
 @pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4, 8))])
 @pytest.mark.parametrize("spans", [1, 2, 4])
 def test_ranks_agree_with_one(world: int, spans: int) -> None:
