@@ -119,6 +119,20 @@ class Documents:
             rows.append(tuple(cut))
         return Documents(tuple(rows), stop - start)
 
+    def up_to(self, position: int) -> Documents:
+        """The same tokens, of which those at `position` and beyond in their document are padding."""
+        rows = []
+        for row in self.runs:
+            cut = []
+            for run in row:
+                kept = run.length if run.is_padding else min(max(position - run.position, 0), run.length)
+                if kept:
+                    cut.append(run._replace(length=kept))
+                if kept < run.length:
+                    cut.append(Run(PADDING, run.start + kept, run.length - kept, 0))
+            rows.append(tuple(cut))
+        return Documents(tuple(rows), self.length)
+
     def rows(self, start: int, stop: int) -> Documents:
         """Rows `start..stop` of the batch."""
         return Documents(self.runs[start:stop], self.length)

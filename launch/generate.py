@@ -71,7 +71,7 @@ def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
     model_settings.pop("activation_checkpointing", None)
     with device:
         model = build(model_settings)
-    checkpoint.load_weights(path, model)
+    model.at_step(checkpoint.load_weights(path, model)["step"])
     return model.eval(), load_tokenizer(path / "tokenizer")
 
 

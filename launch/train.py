@@ -62,10 +62,10 @@ def main() -> None:
             train(to_settings(config, configuration.overrides(), configuration.choices()), command)
         except BaseException as error:
             failure.report(error, started=False)
-            failure.leave()
+            processes.leave(1)
 
     configuration.run_main(compose, "train", TEXTS)
-    processes.leave()
+    processes.leave(0)
 
 
 if __name__ == "__main__":

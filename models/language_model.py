@@ -139,6 +139,11 @@ class LanguageModel(nn.Module):
         """The mixer of each layer."""
         return [cast(Mixer, block.mixer) for block in self.blocks]
 
+    def at_step(self, step: int) -> None:
+        """Tells every mixer at which step of training the model is, counted from 0: see `Mixer.at_step`."""
+        for mixer in self.mixers:
+            mixer.at_step(step)
+
     def parameter_count(self) -> int:
         """Parameters, shared ones once. Under ZeRO-3 the tensors are empty and carry their size in `ds_numel`."""
         return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters())

@@ -40,6 +40,9 @@ class Mixer(nn.Module):
         """Forward FLOPs of the ops on the tokens that `seq`'s rank holds; linear layers are counted by the model."""
         raise NotImplementedError
 
+    def at_step(self, step: int) -> None:
+        """Told before each step of training, counted from 0: for what changes as a run goes on."""
+
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """Fill `tensor` for the parameter `name` and return True; or return False for the model's own rule."""
         return False

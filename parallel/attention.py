@@ -18,6 +18,8 @@ from .sequence import Sequence
 class SharedAttention(ABC):
     """softmax(scale q kᵀ + mask) v over keys and values of all sequence ranks; on one rank, over those held.
 
+    Tokens at position `until` of their document and beyond, if it is given, take no part: their outputs are 0.
+
     An `Operation`; its inputs are (q, k, v, sink_logits or None). It saves the output in float32, where it is not
     already, and the log-sum-exp. Keys and values travel in their own type, which loses nothing; partial results and
     gradients are float32 (float64).
@@ -27,6 +29,7 @@ class SharedAttention(ABC):
     window: int | None
     sink_tokens: int
     scale: float
+    until: int | None = None
 
     @property
     def mask(self) -> Mask:
@@ -44,7 +47,7 @@ class SharedAttention(ABC):
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
         q, k, v, sink_logits = _present(inputs)
-        result = self.attend(q, k, v, seq)
+        result = self.attend(q, k, v, self._cut(seq))
         if result is None:  # every token held here is padding
             dtype = torch.promote_types(q.dtype, torch.float32)
             out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
@@ -56,12 +59,15 @@ class SharedAttention(ABC):
         out, lse = exact_result(out, saved)
         dout = dout.to(out.dtype)
         dsink = None if sink_logits is None else sink_backward(dout, out, lse, sink_logits)
-        dq, dk, dv = self.attend_backward(dout, q, k, v, out, lse, seq)
+        dq, dk, dv = self.attend_backward(dout, q, k, v, out, lse, self._cut(seq))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
         q, _, v, _ = _present(inputs)
         return attention_like(q, v)
+
+    def _cut(self, seq: Sequence) -> Sequence:
+        return seq if self.until is None else seq.up_to(self.until)
 
 
 def rounded_once(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensors]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import short_conv as conv_kernels
 from ..kernels.block_sparse import block_sparse_attention as attend_blocks_here
+from ..kernels.compressed import compressed_attention as attend_windows_here
 from ..kernels.delta_rule import DeltaRecurrence
 from ..kernels.diagonal_scan import DiagonalRecurrence
 from ..kernels.documents import Documents, Run
@@ -27,6 +28,7 @@ from ..kernels.softmax import check_inputs as check_softmax
 from ..kernels.softmax import softmax_attention as attend_here
 from .block_sparse import BlockSelection, BlockSparseAttention
 from .collectives import halo
+from .compressed import CompressedAttention
 from .gather import GatherAttention
 from .operation import Operation, Setting, mix
 from .ring import RingAttention
@@ -56,15 +58,31 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_softmax(q, k, v, sink_logits)
     if seq.cache is None:
-        settings = (mask.causal, mask.window, mask.sink_tokens, scale)
-        strategy = seq.strategy.attention
-        build = GatherAttention if strategy == "gather" else RingAttention
-        return _mix(build, settings, (q, k, v, sink_logits), seq, slot, by_heads=strategy == "ulysses")
+        return _shared_attention(q, k, v, sink_logits, mask, scale, None, seq, slot)
     k, v, keys = _extend_keys(k, v, mask, seq, seq.cache, slot)
     return attend_here(  # type: ignore[return-value]
         q, k, v, mask=mask, documents=seq.local, key_documents=keys, scale=scale, sink_logits=sink_logits,
         backend=seq.backend,
     )  # fmt: skip
+
+
+def _shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None,
+    mask: Mask,
+    scale: float | None,
+    until: int | None,
+    seq: Sequence,
+    slot: str,
+) -> Tensor:
+    """By the strategy for attention; tokens from position `until` on take no part."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    strategy = seq.strategy.attention
+    build = GatherAttention if strategy == "gather" else RingAttention
+    settings = (mask.causal, mask.window, mask.sink_tokens, scale, until)
+    return _mix(build, settings, (q, k, v, sink_logits), seq, slot, by_heads=strategy == "ulysses")
 
 
 def _mix(
@@ -283,23 +301,73 @@ def block_sparse_attention(
     query_block: int = 1,
     mask: Mask | None = None,
     scale: float | None = None,
+    dense_length: int = 0,
     slot: str = "block_sparse",
 ) -> Tensor:
     """o = softmax(scale q kᵀ + mask) v over the blocks of the whole row that are listed: `[B, T, H, V]` in q's type.
 
     q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`; `blocks` int32 `[B, ceil(T/query_block), G or H, M]`, lists of
-    the queries held here by the ids of the whole row, −1 for none. See `longreach.kernels.block_sparse`.
+    the queries held here by the ids of the whole row, −1 for none. Queries at positions below `dense_length` see all
+    blocks, whatever is listed. See `longreach.kernels.block_sparse`.
     """
     mask = Mask() if mask is None else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_softmax(q, k, v)
+    if dense_length and query_block > 1:
+        raise ValueError(f"dense_length must come with lists of single queries; got query_block={query_block}")
     if seq.cache is None:
         settings = (block_size, query_block, mask.causal, mask.window, mask.sink_tokens, scale)
-        return mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        if not dense_length:
+            return mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        dense = _shared_attention(q, k, v, None, mask, scale, dense_length, seq, f"{slot} dense")
+        sparse = seq.positions(q.device) >= dense_length
+        blocks = torch.where(sparse[:, :, None, None], blocks, -1)
+        sparsely = mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        return dense + sparsely  # each is 0 where the other is not
     k, v, keys = _extend_keys(k, v, Mask(), seq, seq.cache, slot)
+    if seq.cache.length < dense_length:
+        blocks = _all_blocks_below(dense_length, blocks, block_size, seq)
     return attend_blocks_here(  # type: ignore[return-value]
         q, k, v, blocks, block_size=block_size, query_block=query_block, mask=mask, documents=seq.local,
         key_documents=keys, scale=scale, backend=seq.backend,
+    )  # fmt: skip
+
+
+def _all_blocks_below(dense_length: int, blocks: Tensor, block_size: int, seq: Sequence) -> Tensor:
+    """Lists of the tokens to decode, of which those at positions below `dense_length` list every block so far."""
+    positions = seq.positions(blocks.device)[:, :, None, None]
+    last = min(dense_length - 1, int(positions.max())) // block_size
+    every = torch.arange(max(last + 1, blocks.shape[-1]), dtype=blocks.dtype, device=blocks.device)
+    listed = torch.nn.functional.pad(blocks, (0, len(every) - blocks.shape[-1]), value=-1)
+    dense = torch.where(every <= positions // block_size, every, -1)
+    return torch.where(positions < dense_length, dense, listed)
+
+
+def compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seq: Sequence,
+    size: int,
+    stride: int,
+    scale: float | None = None,
+    slot: str = "compressed",
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale q kᵀ) v over the summaries of windows in each token's past: (out, lse).
+
+    q `[B, T, H, K]`; k `[B, …, G, K]` and v `[B, …, G, V]` of the windows of the whole row, as `gather_windows` and
+    `window_means` give them. out `[B, T, H, V]` in q's type; lse `[B, T, H]`, float32 (float64), for `select_blocks`,
+    without a gradient. See `longreach.kernels.compressed`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if seq.cache is None:
+        raw = mix(CompressedAttention, (size, stride, scale), (q, k, v), seq, slot)
+        return raw[..., :-1].to(q.dtype), raw[..., -1].detach()
+    row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
+    return attend_windows_here(  # type: ignore[return-value]
+        q, k, v, size=size, stride=stride, documents=seq.local, row_documents=row, scale=scale, return_lse=True,
+        backend=seq.backend,
     )  # fmt: skip
 
 

@@ -158,6 +158,18 @@ class Sequence:
         )
 
     @property
+    def attention_layout(self) -> Layout:
+        """How the tokens of softmax attention are dealt to ranks, for mixers without a strategy of their own."""
+        return self.by_heads.layout if self.strategy.attention == "ulysses" else self.layout
+
+    def up_to(self, position: int) -> Sequence:
+        """The sequence in which each document ends before `position`: what follows in it is padding."""
+        return self.derive(
+            ("up to", position),
+            lambda: Sequence(self.documents.up_to(position), self.layout, self.rank, self.group, backend=self.backend),
+        )
+
+    @property
     def local(self) -> Documents:
         """Documents of the `[B, T]` tokens held here, span after span."""
         return self.documents_of(self.rank)

@@ -68,13 +68,6 @@ def message(error: BaseException, *, started: bool, hint: str = "") -> str:
     return f"{text}\n{hint}" if hint else text
 
 
-def leave() -> None:
-    """Ends this process at once: communicators of a broken run may wait for ever when they are taken down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
 def _first() -> bool:
     if not dist.is_initialized():
         # Before the ranks have met, most errors are those of all: the first rank speaks, and another one only if the

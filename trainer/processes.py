@@ -50,16 +50,18 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def leave() -> None:
-    """Ends this process, whose work is done, with status 0.
+def leave(status: int) -> None:
+    """Ends this process with a status, without taking down the interpreter and C++'s static objects.
 
-    Exit handlers run, the interpreter and C++'s static objects are not taken down: threads of communicators that were
-    still alive then were seen to abort a rank after a complete run ("terminate called without an active exception").
+    Threads of communicators that were still alive then were seen to abort a rank after a complete run ("terminate
+    called without an active exception"), and those of a broken run may wait for ever. With status 0, where the work is
+    done, exit handlers run.
     """
-    atexit._run_exitfuncs()
+    if status == 0:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _device(name: str) -> torch.device:

@@ -6,11 +6,12 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 
+from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
 from . import checkpoint, failure, report
@@ -93,6 +94,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         started = time.perf_counter()
+        for model in (self.shape, cast(LanguageModel, self.engine.module)):
+            model.at_step(self.step)
         parts = self._read_step()
         work = self._sum_of_work(parts)
         if work.targets == 0:
@@ -139,9 +142,9 @@ class Trainer:
         """Of the whole global batch; ranks that share rows count them once."""
         mine = Work()
         if self.mesh.sequence_rank == 0:
-            for part, _ in parts:
+            for part, seq in parts:
                 targets = int((part.targets != NO_TARGET).sum())
-                mine += work_of(part.documents, targets, self.layout, self.shape.flops(part.documents))
+                mine += work_of(part.documents, targets, seq.attention_layout, self.shape.flops(part.documents))
         return Work(*gather_numbers(list(mine.numbers), self.mesh).sum(dim=0).tolist())
 
     def _record(self, loss: float, norm: float, rate: float, seconds: float, work: Work, memory: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decay import FLOOR, Decay, Wanted, by_row, factor, later_of, spread
+from .decay import FLOOR, Decay, Splitting, Wanted, by_row, factor, later_of, spread
 from .slabs import Grid, Lanes, Masks, Slab
 
 CHUNK = 32  # shorter than for one decay a token: a slab has three times the workspaces to keep in cache
@@ -181,6 +181,17 @@ class ChannelDecay(Decay):
             expanded = self.views(_expanded, self.later, len(moments))
             return torch.bmm(expanded, moments, out=room).add_(ends[:, None])
         return later_of(moments, self.masks, self.grid).addcmul_(ends[:, None], spread(self.masks.leave, self.grid))
+
+
+class SplitChannelDecay(Splitting, ChannelDecay):
+    """One decay a token, head and key channel."""
+
+    def __init__(self, log_decay: Tensor, grid: Grid) -> None:
+        super().__init__(log_decay, grid)
+        size = grid.chunk
+        cut = grid.length // size * size
+        whole = log_decay[:, :cut].unflatten(1, (-1, size)).sum(2).amin((0, 2, 3))
+        self.falls = whole.tolist() + ([float(log_decay[:, cut:].sum(1).min())] if cut < grid.length else [])
 
 
 class Views:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..documents import Documents
 from .channel import CHUNK as CHANNEL_CHUNK
-from .channel import ChannelDecay
-from .decay import SplitDecay, TokenDecay, Wanted
+from .channel import ChannelDecay, SplitChannelDecay
+from .decay import Decay, SplitTokenDecay, TokenDecay, Wanted
 from .slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks
 
 
@@ -117,12 +117,12 @@ class Sweep:
         self.sources = {name: self.part(x) for name, x in zip("qkv", (problem.q, problem.k, problem.v), strict=True)}
         self.works: dict[tuple[str, int], Tensor] = {}
 
-    def _decay(self, log_decay: Tensor | None) -> TokenDecay | ChannelDecay:
+    def _decay(self, log_decay: Tensor | None) -> Decay:
         if log_decay is not None and log_decay.dim() == 2:
             shape = self.problem.v.shape[0], self.grid.length, -1, -1
             log_decay = log_decay.expand(shape)  # read slab by slab, never held
         if log_decay is not None and log_decay.dim() > 1:
-            kind = ChannelDecay if self.problem.per_channel else SplitDecay
+            kind = SplitChannelDecay if self.problem.per_channel else SplitTokenDecay
             return kind(self.block.of(log_decay, self.problem.heads), self.grid)
         constant = self.problem.v.new_zeros(self.grid.heads) if log_decay is None else log_decay[self.block.heads]
         return TokenDecay(constant.expand(self.grid.rows, self.grid.length, -1), self.grid, constant)

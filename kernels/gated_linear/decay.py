@@ -8,6 +8,7 @@ e^-1280 is e^-40, since products with subnormal numbers take a hundred times as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,10 +29,24 @@ def factor(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Decay:
-    """What the sweep asks of a decay besides its scores."""
+    """What the sweep asks of a decay."""
 
+    grid: Grid
     enter: Tensor  # what is left to apply to queries that read the entering state
     leave: Tensor  # … and to keys on their way to the leaving one
+    through: Sequence[Tensor]  # of each chunk: what the entering state keeps
+
+    def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
+        """Sets `enter`, `leave` and `through`, and for "all" what scores need."""
+        raise NotImplementedError
+
+    def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
+        """out_ij = Σ_c q_ic k_jc e^{G_ic − G_jc} for j <= i of one document, else 0."""
+        raise NotImplementedError
+
+    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
+        raise NotImplementedError
 
     def entered(self, q: Tensor, out: Tensor) -> Tensor:
         """q ⊙ enter: in `out`, or q itself where nothing is left to apply."""
@@ -44,11 +59,61 @@ class Decay:
     def finish(self, dq: Tensor, dk: Tensor) -> None:
         """Makes of the gradients of q and k as `scores` left them those of q and k as they came."""
 
+    def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
+        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
+        raise NotImplementedError
+
+
+class Splitting(Decay):
+    """A decay that becomes factors of queries and keys where that is in range.
+
+    Where nothing in a slab decays below the floor within a chunk, e^{G_i} and e^{−G_j} are both numbers of the type:
+    `scores` then scales q and k by them, in place, and is a plain product. Each term of it has one more factor and is
+    as exact as before. Chunks in which documents meet are left to the other form.
+
+    falls: of each chunk, the least that any decay comes to over it.
+    """
+
+    falls: list[float]
+    split = False
+
+    def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
+        mild = min(self.falls[slab.first : slab.first + slab.chunks]) > FLOOR[self.grid.dtype]
+        self.split = mild and masks is None and wanted == "all"
+        super().load(slab, masks, "enter" if self.split else wanted)
+
+    def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
+        if not self.split:
+            super().scores(q, k, out)
+            return
+        self.falling, self.rising = self.enter, self.enter.reciprocal()
+        self.leave = self.enter[:, -1:]
+        torch.bmm(q.mul_(self.falling), k.mul_(self.rising).mT, out=out).tril_()
+
+    def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        if not self.split:
+            super().scores_backward(dscores, q, k, dq, dk)
+            return
+        torch.bmm(dscores.tril_(), k, out=dq)
+        torch.bmm(dscores.mT, q, out=dk)
+
+    def entered(self, q: Tensor, out: Tensor) -> Tensor:
+        return q if self.split else super().entered(q, out)
+
+    def add_entered(self, dq: Tensor, dout: Tensor, states: Tensor, spare: Tensor) -> None:
+        if self.split:
+            dq.baddbmm_(dout, states.mT)
+        else:
+            super().add_entered(dq, dout, states, spare)
+
+    def finish(self, dq: Tensor, dk: Tensor) -> None:
+        if self.split:
+            dq.mul_(self.falling)
+            dk.mul_(self.rising)
+
 
 class TokenDecay(Decay):
     """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
-
-    splits = False
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
         self.grid, size = grid, grid.chunk
@@ -62,7 +127,6 @@ class TokenDecay(Decay):
         self.entering, self.leaving = entering.flatten(0, 2), leaving.flatten(0, 2)
         self.passing = passing.flatten(1, 2).unbind(0)
         self.sums = _halves(sums.flatten(0, 2), grid.dtype)
-        self.falls = sums.amin((1, 2, 3, 4)).tolist()  # the least G of each chunk, over all lanes
         self.between = grid.workspace(size).flatten(0, 2)  # e^{G_i − G_j}
         self.fixed = None
         if constant is not None:
@@ -81,8 +145,6 @@ class TokenDecay(Decay):
         """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
         here = slice(slab.first * self.grid.lanes, (slab.first + slab.chunks) * self.grid.lanes)
         self.masks = masks
-        lowest = min(self.falls[slab.first : slab.first + slab.chunks])
-        self.split = self.splits and masks is None and self.fixed is None and lowest > FLOOR[self.grid.dtype]
         if masks is None:
             self.enter, self.leave = self.entering[here], self.leaving[here]
             self.through = self.passing[slab.first : slab.first + slab.chunks]
@@ -95,7 +157,7 @@ class TokenDecay(Decay):
             self.enter, self.leave = enter.mul_(masks.enter).flatten(0, 2), leave.mul_(masks.leave).flatten(0, 2)
             self.through = through.mul_(masks.through).flatten(1, 2).unbind(0)
             sums = _halves(exact.flatten(0, 2), self.grid.dtype)
-        if wanted == "all" and self.fixed is None and not self.split:
+        if wanted == "all" and self.fixed is None:
             self.scored = _differences(sums, self.between[: self.enter.shape[0]])
             self.scored.clamp_(min=FLOOR[self.grid.dtype], max=0.0).exp_().tril_()
 
@@ -104,15 +166,13 @@ class TokenDecay(Decay):
         self._decay(torch.bmm(q, k.mT, out=out))
 
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Writes the gradients of q and k as `scores` left them; `dscores` is changed."""
+        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
         self._decay(dscores)
         torch.bmm(dscores, k, out=dq)
         torch.bmm(dscores.mT, q, out=dk)
 
     def _decay(self, scores: Tensor) -> None:
-        if self.split:
-            scores.tril_()
-        elif self.fixed is None:
+        if self.fixed is None:
             scores.mul_(self.scored)
         else:
             scores.view(-1, *self.fixed.shape).mul_(self.fixed)
@@ -128,36 +188,12 @@ class TokenDecay(Decay):
         return later_of(own, self.masks, self.grid).addcmul_(end, spread(self.masks.leave, self.grid).double())
 
 
-class SplitDecay(TokenDecay):
-    """The same, made into factors of queries and keys where that is in range.
+class SplitTokenDecay(Splitting, TokenDecay):
+    """One decay a token and head."""
 
-    Where no lane of a slab decays below the floor within a chunk, e^{G_i} and e^{−G_j} are both numbers of the type:
-    `scores` then scales q and k by them in place, one more factor of each product, and no matrix of decays is made.
-    """
-
-    splits = True
-
-    def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
-        if self.split:
-            self.falling, self.rising = self.enter, self.enter.reciprocal()
-            self.leave = self.enter[:, -1:]
-            q.mul_(self.falling)
-            k.mul_(self.rising)
-        super().scores(q, k, out)
-
-    def entered(self, q: Tensor, out: Tensor) -> Tensor:
-        return q if self.split else super().entered(q, out)
-
-    def add_entered(self, dq: Tensor, dout: Tensor, states: Tensor, spare: Tensor) -> None:
-        if self.split:
-            dq.baddbmm_(dout, states.mT)
-        else:
-            super().add_entered(dq, dout, states, spare)
-
-    def finish(self, dq: Tensor, dk: Tensor) -> None:
-        if self.split:
-            dq.mul_(self.falling)
-            dk.mul_(self.rising)
+    def __init__(self, log_decay: Tensor, grid: Grid) -> None:
+        super().__init__(log_decay, grid)
+        self.falls = self.steps.sum((3, 4)).amin((1, 2)).tolist()
 
 
 def _halves(sums: Tensor, dtype: torch.dtype) -> list[Tensor]:

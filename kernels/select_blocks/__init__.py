@@ -10,7 +10,7 @@ from ..dispatch import resolve
 from ..documents import Documents
 from . import chunked, reference
 from .rule import Rule
-from .windows import WindowLayout
+from .windows import WindowLayout, seen_windows
 
 __all__ = ["Rule", "WindowLayout", "bytes_sent", "flops", "select_blocks", "state_bytes"]
 
@@ -87,20 +87,9 @@ def _check(
 
 def flops(documents: Documents, *, rule: Rule, heads: int, key_dim: int, has_lse: bool = False) -> int:
     """FLOPs of the scores of every query against the windows it sees, twice where the normaliser is to be found too."""
-    pairs = 0
-    for row in documents.runs:
-        for run in row:
-            if not run.is_padding:
-                pairs += _windows_below(run.end_position, rule) - _windows_below(run.position, rule)
+    pairs = seen_windows(documents, rule.span, rule.step)
     passes = 2 if rule.score == "softmax" and not has_lse else 1
     return 2 * pairs * heads * key_dim * passes
-
-
-def _windows_below(position: int, rule: Rule) -> int:
-    """Sum over queries below `position` of the complete windows they see."""
-    queries = max(0, position - rule.span + 1)  # from the first that sees a window on; each `step` see one more
-    full, rest = divmod(queries, rule.step)
-    return rule.step * full * (full + 1) // 2 + rest * (full + 1)
 
 
 def state_bytes(tokens: int, *, rule: Rule, kv_heads: int, key_dim: int, element_bytes: int = 2) -> int:

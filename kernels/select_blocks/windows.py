@@ -77,3 +77,20 @@ class WindowLayout:
                     table[row, at : at + number, 1] = positions
                     table[row, at : at + number, 2] = positions + run.start
         return table.to(device)
+
+
+def seen_windows(documents: Documents, size: int, stride: int) -> int:
+    """How many (query, window) pairs there are: for each token, the complete windows of its document up to it."""
+    return sum(
+        _windows_below(run.end_position, size, stride) - _windows_below(run.position, size, stride)
+        for row in documents.runs
+        for run in row
+        if not run.is_padding
+    )
+
+
+def _windows_below(position: int, size: int, stride: int) -> int:
+    """Sum over queries below `position` of the complete windows they see."""
+    queries = max(0, position - size + 1)  # from the first that sees a window on; each `stride` see one more
+    full, rest = divmod(queries, stride)
+    return stride * full * (full + 1) // 2 + rest * (full + 1)

@@ -79,6 +79,10 @@ class SoftmaxAttention(Mixer):
         self.sink_logits = nn.Parameter(torch.zeros(heads)) if sink_logits else None
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        return self.output(self.attend(*self.project(x, seq), seq).flatten(-2))
+
+    def project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated."""
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.conv is not None:
             q, k, v = self.conv.of_parts((q, k, v), seq)
@@ -90,8 +94,11 @@ class SoftmaxAttention(Mixer):
         if self.rotary is not None:
             positions = seq.positions(x.device)
             q, k = self.rotary(q, positions), self.rotary(k, positions)
-        out = ops.softmax_attention(q, k, v, seq=seq, mask=self.mask, sink_logits=self.sink_logits)
-        return self.output(out.flatten(-2))
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+        """The mixing itself, `[B, T, heads, head_dim]`."""
+        return ops.softmax_attention(q, k, v, seq=seq, mask=self.mask, sink_logits=self.sink_logits)
 
     def mixing_flops(self, seq: Sequence) -> int:
         def count() -> int:

@@ -75,7 +75,8 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_that_decay_just_above_and_just_below_the_floor(dtype):
+@pytest.mark.parametrize("channels", [1, 6])
+def test_chunks_that_decay_just_above_and_just_below_the_floor(channels, dtype):
     """Queries and keys are scaled by as much as their type holds, or a matrix of decays is made: both are exact."""
     documents = Documents.whole(1, 1024)
     (q, k, v, _), state, *given = draw(documents, "none")
@@ -83,6 +84,8 @@ def test_chunks_that_decay_just_above_and_just_below_the_floor(dtype):
     each = torch.tensor([[0.001, 0.5, 0.999, 0.2], [1.001, 0.999, 4.0, 0.1]], dtype=torch.float64) * floor / 64
     of_slabs = each.repeat_interleave(2, dim=1).flatten()  # 8 chunks of 4 heads a slab
     log_decay = of_slabs.repeat_interleave(64).view(1, -1, 1) * torch.tensor([1.0, 0.3, 0.1, 1.0])
+    if channels > 1:
+        log_decay = log_decay.unsqueeze(-1) * torch.linspace(0.1, 2.0, channels, dtype=torch.float64)
     inputs = q, k, v, log_decay
     expected = run(inputs, state, documents, *given, backend="reference")
     assert_near(run(inputs, state, documents, *given, dtype=dtype), expected, 1e-5 if dtype == torch.float32 else 1e-12)

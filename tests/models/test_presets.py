@@ -12,6 +12,7 @@ from longreach.parallel.sequence import Sequence
 
 SIZES = {"125m": (125e6, 32_768), "1b": (1e9, 32_768), "8b": (8e9, 131_072)}
 FAMILIES = ("llama", "minimax_01", "sliding_window")
+SPARSE = ("nsa", "moba", "infllm_v2", "nsa_gated_deltanet", "moba_lightning")  # tiny and 1B
 SMALL = [preset for preset in MODELS if preset.endswith("_tiny")] + ["quickstart"]
 
 
@@ -22,6 +23,7 @@ def on_meta(preset, vocabulary=4096):
 
 def test_every_family_comes_in_every_size():
     every = {f"{family}_{size}" for family in FAMILIES for size in ("tiny", *SIZES)} | {"quickstart"}
+    every |= {f"{family}_{size}" for family in SPARSE for size in ("tiny", "1b")}
     assert every <= set(MODELS)
     assert all(preset.endswith("_tiny") for preset in set(MODELS) - every)  # hybrids that exercise one more mixer
 

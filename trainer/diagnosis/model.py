@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from torch import nn
 
 from ...models.language_model import LanguageModel
@@ -17,14 +19,20 @@ Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
 WIDTHS = range(24, 1 << 20, 8)  # tried in this order
 SIZES = re.compile(r"(^|_)(hidden|dim|state|rank)$")  # settings that count channels, not heads
+# Settings of mixers that select blocks, given or not, for rows of a few dozen tokens: lists leave blocks out.
+SMALL_BLOCKS = {
+    "block_size": 4, "window_size": 4, "window_stride": 2, "count": 3, "top_k": 2, "initial": 1, "local": 1,
+    "dense_length": 5, "dense_steps": 0,
+}  # fmt: skip
 COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must share with the whole one: ranks divide them
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
     """A configuration of little width with one layer of each kind of mixer, two of those that give others tensors.
 
-    Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`. The
-    smallest width that every layer accepts is taken. Raises ValueError if the model itself cannot be built.
+    Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`, blocks
+    that are selected to a few tokens. The smallest width that every layer accepts is taken. Raises ValueError if the
+    model itself cannot be built.
     """
     whole = complete(model)
     with torch.device("meta"):
@@ -65,8 +73,8 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
 def _scaled(settings: Any, ratio: float, window: int) -> Any:
     if isinstance(settings, dict):
         result = {}
-        for name, value in settings.items():
-            if type(value) is int and name == "window":
+        for name, value in {**settings, **_small_blocks(settings)}.items():
+            if type(value) is int and name in ("window", "near"):
                 result[name] = min(value, window)
             elif type(value) is int and SIZES.search(name):
                 result[name] = max(1, round(value * ratio))
@@ -76,6 +84,15 @@ def _scaled(settings: Any, ratio: float, window: int) -> Any:
                 result[name] = _scaled(value, ratio, window)
         return result
     return settings
+
+
+def _small_blocks(settings: dict[str, Any]) -> dict[str, int]:
+    """What a mixer that selects blocks gets in place of its own settings; never more than those."""
+    known = inspect.signature(get_object(settings["_target_"])).parameters if "_target_" in settings else {}
+    if "block_size" not in known:
+        return {}
+    own = {name: settings.get(name, known[name].default) for name in SMALL_BLOCKS if name in known}
+    return {name: min(SMALL_BLOCKS[name], value) for name, value in own.items() if type(value) is int}
 
 
 def _counts(mixer: nn.Module) -> dict[str, int]:

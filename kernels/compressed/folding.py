@@ -1,0 +1,115 @@
+"""Folding: queries laid out so that attention to windows is causal attention to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..documents import PADDING, Documents, Run
+from ..mask import Mask, Tile
+from ..select_blocks.windows import WindowLayout
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How queries become rows of attention over windows: `stride` queries that see the same windows in each place.
+
+    windows: those of the whole rows. documents: of the queries, any part of the rows. length: summaries a row, as held.
+    """
+
+    windows: WindowLayout
+    documents: Documents
+    length: int
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def tile(self) -> Tile | None:
+        """The work of folded queries against windows; None where no query sees any."""
+        if "tile" not in self._made:
+            self._made["tile"] = Mask().tile(self._places[0], self._keys)
+        return self._made["tile"]
+
+    @property
+    def _keys(self) -> Documents:
+        """The windows as tokens, each document's from position 0 on."""
+        rows = []
+        for row, first in enumerate(self.windows.first):
+            runs, end = [], self.windows.counts[row]
+            starts = [*first.items(), (PADDING, end)]
+            for (document, start), (_, stop) in pairwise(starts):
+                if stop > start:
+                    runs.append(Run(document, start, stop - start, 0))
+            if end < self.length:
+                runs.append(Run(PADDING, end, self.length - end, 0))
+            rows.append(tuple(runs))
+        return Documents(tuple(rows), self.length)
+
+    @property
+    def _places(self) -> tuple[Documents, Tensor, Tensor]:
+        """(documents of the places, int64 `[B, places · stride]` of queries, `[B, T]` of where each query is folded).
+
+        T stands for no query, places · stride for a query that sees no window.
+        """
+        if "places" in self._made:
+            return self._made["places"]
+        lead, stride = self.windows.size - 1, self.windows.stride
+        rows: list[list[Run]] = []
+        for runs in self.documents.runs:
+            places, used = [], 0
+            for run in runs:
+                begin = max(run.position, lead)
+                if run.is_padding or begin >= run.end_position:
+                    continue
+                first, last = (begin - lead) // stride, (run.end_position - 1 - lead) // stride
+                places.append(Run(run.document, used, last - first + 1, first))
+                used += last - first + 1
+            rows.append(places)
+        most = max((places[-1].stop for places in rows if places), default=0)
+        queries = torch.full((self.documents.batch, most * stride), self.documents.length)
+        folded = torch.full((self.documents.batch, self.documents.length), most * stride)
+        for row, (runs, places) in enumerate(zip(self.documents.runs, rows, strict=True)):
+            seeing = [run for run in runs if not run.is_padding and run.end_position > lead]
+            for run, place in zip(seeing, places, strict=True):
+                begin = max(run.position, lead)
+                at = (place.start - place.position) * stride + begin - lead
+                number = run.end_position - begin
+                tokens = torch.arange(number) + run.start + begin - run.position
+                queries[row, at : at + number] = tokens
+                folded[row, tokens] = torch.arange(at, at + number)
+            if not places or places[-1].stop < most:
+                end = places[-1].stop if places else 0
+                places.append(Run(PADDING, end, most - end, 0))
+        packed = tuple(tuple(run for run in places if run.length) for places in rows)
+        self._made["places"] = Documents(packed, most), queries, folded
+        return self._made["places"]
+
+    def fold(self, x: Tensor, groups: int) -> Tensor:
+        """`[B, T, H, D]` to `[B, places, groups · stride · H / groups, D]`: of a group, one query after the other."""
+        index = self._on(x.device)[0]
+        rows = _rows(torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1), index)
+        rows = rows.unflatten(1, (-1, self.windows.stride)).unflatten(3, (groups, -1))
+        return rows.transpose(2, 3).flatten(2, 4)
+
+    def unfold(self, x: Tensor, groups: int, nothing: float) -> Tensor:
+        """The inverse, with `nothing` for queries that see no window; `[B, places, heads, …]` to `[B, T, H, …]`."""
+        x = x.unflatten(2, (groups, self.windows.stride, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        index = self._on(x.device)[1]
+        return _rows(torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), nothing)], dim=1), index)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The two index tensors on a device."""
+        key = str(device)
+        if key not in self._made:
+            _, queries, folded = self._places
+            self._made[key] = queries.to(device), folded.to(device)
+        return self._made[key]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x `[B, N, …]` at `[B, M]`."""
+    offset = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
