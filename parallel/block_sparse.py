@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.block_sparse import BlockLayout, BlockTile, attend, attend_backward, check_blocks, merge
 from ..kernels.documents import PADDING, Documents, Run
 from ..kernels.mask import Mask
-from ..kernels.select_blocks import Rule, WindowLayout, select_blocks
+from ..kernels.select_blocks import Rule, select_blocks
 from .attention import attention_like, exact_result, rounded_once
 from .collectives import Gathering, agree, exchange, finish
 from .operation import Tensors
@@ -273,13 +273,9 @@ class BlockSelection:
         q, summaries, lse = inputs
         assert q is not None
         assert summaries is not None
-        rule = self.rule
-        count = seq.derive(
-            ("windows", rule.span, rule.step), lambda: WindowLayout(seq.documents, rule.span, rule.step)
-        ).count
         lists = select_blocks(
-            q, summaries[:, :count], rule=rule, documents=seq.local, row_documents=seq.documents, scale=self.scale,
-            lse=lse, backend=seq.backend,
+            q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
+            backend=seq.backend,
         )  # fmt: skip
         return lists, ()
 

@@ -27,6 +27,7 @@ def compare(world: int, spans: int, strategy: str, names: list[str] | None = Non
     run_ranks(world, agree, fitting, [PACKED, SPARSE], LENGTH, spans, strategy, 0, keep)
 
 
+@pytest.mark.slow
 def test_one_rank_runs_the_kernels() -> None:
     agree(0, 1, list(CASES), [PACKED, SPARSE], LENGTH, 2)
 
