@@ -55,6 +55,7 @@ def _draw(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> Tens
     return {
         "normal": x,
         "strong": 4 * x,
+        "low": 4 * x - 1000,  # its exponential is nothing
         "decay": -0.3 * x.abs(),
         "gate": x.sigmoid(),
         "positive": 0.1 * x.abs(),
@@ -173,7 +174,7 @@ CASES = {
     "normaliser": Case(_divided("sum"), (*_LINEAR, _BY_HEAD), _OUT),
     "input gate": Case(_divided("at_least_one"), (*_LINEAR, _BY_HEAD, _GATE), _OUT),
     "input gate, bonus": Case(
-        _divided("sum"), (*_LINEAR, ((HEADS,), "decay"), _GATE, ((HEADS, KEY), "positive")), _OUT
+        _divided("sum"), (*_LINEAR, ((HEADS,), "decay"), ((TIME, HEADS), "low"), ((HEADS, KEY), "positive")), _OUT
     ),
     "delta": Case(_op("delta_rule"), _DELTA, _OUT),
     "gated delta": Case(
