@@ -274,8 +274,8 @@ class BlockSelection:
         assert q is not None
         assert summaries is not None
         lists = select_blocks(
-            q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale,
-            lse=lse, backend=seq.backend,
+            q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
+            backend=seq.backend,
         )  # fmt: skip
         return lists, ()
 

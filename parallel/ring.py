@@ -86,12 +86,44 @@ class _Travel:
         return self.here.unpack()
 
 
+class _Returns:
+    """Gradients of blocks on their way to the owners: those of one block travel while the next is worked on.
+
+    An owner adds them to `total` in the order of distance: the result is the same at every run.
+    """
+
+    def __init__(self, total: Block, seq: Sequence, plan: RingPlan) -> None:
+        self.total, self.seq, self.ranks = total, seq, seq.layout.ranks
+        self.returns = plan.seen_by[seq.rank]
+        self.part: Block | None = None
+        self.back: Block | None = None
+        self.works: list[dist.Work] = []
+
+    def start(self, part: Block | None, step: int) -> None:
+        """Sends this rank's part for the block of this step home, and awaits what comes back for the own block."""
+        if step == 0:
+            if part is not None:
+                self.total.flat += part.flat
+            return
+        rank = self.seq.rank
+        self.part, self.back = part, self.total.like() if step in self.returns else None
+        sends = [] if part is None else [(part.flat, (rank - step) % self.ranks)]
+        receives = [] if self.back is None else [(self.back.flat, (rank + step) % self.ranks)]
+        self.works = exchange(sends, receives, self.seq)
+
+    def finish(self) -> None:
+        finish(self.works)
+        if self.back is not None:
+            self.total.flat += self.back.flat
+        self.works, self.part, self.back = [], None, None
+
+
 class RingAttention(SharedAttention):
     """Keys and values travel round the ranks.
 
     Forward sends each block once round as far as the mask lets it be seen. Backward circulates keys and values again
     with the final log-sum-exp, rather than keeping every block alive, and each rank sends the gradient of a block
-    straight to its owner, which adds them in the order of distance: the result is the same at every run.
+    straight to its owner. While a block is worked on, the next one is under way, and the gradient of the one before.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> tuple[Tensor, Tensor] | None:
@@ -110,10 +142,10 @@ class RingAttention(SharedAttention):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seq: Sequence
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan = RingPlan.of(self.mask, seq)
-        ranks, rank = seq.layout.ranks, seq.rank
         travel = _Travel(k, v, seq, plan)
         dq = torch.zeros_like(q, dtype=out.dtype)
         dkv = Block.pack(torch.zeros_like(k, dtype=out.dtype), torch.zeros_like(v, dtype=out.dtype))
+        returns = _Returns(dkv, seq, plan)
         for step, tile in enumerate(plan.tiles):
             travel.start(step)
             part: Block | None = None
@@ -123,20 +155,8 @@ class RingAttention(SharedAttention):
                 )
                 dq += dq_part
                 part = Block.pack(dk_part, dv_part)
-            if step == 0:
-                if part is not None:
-                    dkv.flat += part.flat
-            else:
-                _send_home(part, dkv, step, seq, returns=step in plan.seen_by[rank], owner=(rank - step) % ranks)
+            returns.finish()
+            returns.start(part, step)
             travel.finish()
+        returns.finish()
         return dq, *dkv.unpack()
-
-
-def _send_home(part: Block | None, dkv: Block, step: int, seq: Sequence, *, returns: bool, owner: int) -> None:
-    """Sends this rank's part of a block's gradient to its owner, and adds what comes back for the own block."""
-    sends = [] if part is None else [(part.flat, owner)]
-    back = dkv.like() if returns else None
-    receives = [] if back is None else [(back.flat, (seq.rank + step) % seq.layout.ranks)]
-    finish(exchange(sends, receives, seq))
-    if back is not None:
-        dkv.flat += back.flat

@@ -4,6 +4,11 @@ A rank's spans are the segments. Each is summarised by (transition, state); all 
 Sun et al., 2025, arXiv 2502.07563) and every rank combines those before its segments. So the bytes sent do not depend
 on the length of the sequence, and no rank waits for its neighbour's work. Backward is the mirror image with the
 gradients of the states.
+
+No computation of the op itself runs while its gather is under way, since none is left that is not needed before or
+after it: a diagonal op has run from nothing when its final state exists, and correcting the outputs takes the state
+that enters. States alone could be computed first and gathered during the outputs, but computing them twice takes
+longer than the few states of a gather travel. In backward the same holds for the gradients of the states.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ def select_blocks(
     Listed are the forced blocks (`rule.initial` first ones, `rule.local` latest up to the query's own) and, up to
     `rule.count` in all, those of the highest scores among the blocks that a window seen touches; of equal scores the
     lower id. q `[B, T, H, K]`; `summaries` `[B, N, G, K]` in the order of `WindowLayout(row_documents, rule.span,
-    rule.step)`, G dividing H; what follows a row's last window is not read. `documents` are those of the queries
+    rule.step)`, G dividing H; what follows the last window of a row is not read. `documents` are those of the queries
     (default: a row is one document), `row_documents` those of the whole rows, by which windows and blocks are numbered
     (default: `documents`): a rank's own queries can choose among the blocks of the whole row. `scale` is K^(-1/2) by
     default. `lse` `[B, T, H]` is the log-sum-exp of the scores, where compression attention has found it. Scores are
-    float32 (float64 for float64). Nothing of size
-    T·N exists, and no gradient flows. Raises ValueError for shapes that do not fit and for a backend that cannot run.
+    float32 (float64 for float64). Nothing of size T·N exists, and no gradient flows. Raises ValueError for shapes that
+    do not fit and for a backend that cannot run.
     """
     documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
     row_documents = documents if row_documents is None else row_documents
@@ -78,7 +78,7 @@ def _check(
     if summaries.shape[1] < windows.count:
         raise ValueError(
             f"summaries must be one for each window of {windows.size} tokens at every {windows.stride}th, "
-            f"{windows.count} a row; got {summaries.shape[1]}. Order them as WindowLayout does"
+            f"at least {windows.count} a row; got {summaries.shape[1]}. Order them as WindowLayout does"
         )
     if lse is not None and (rule.score != "softmax" or lse.shape != q.shape[:3]):
         raise ValueError(

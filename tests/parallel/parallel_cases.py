@@ -1,36 +1,47 @@
-"""Ops as they are drawn on ranks: inputs, calls, and what strategies they have."""
+"""The ops as tests run them on ranks: inputs, calls and strategies, and how ranks are held against one device."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
+from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Kept, Sequence
+from longreach.parallel.strategy import Strategy
+from longreach.trainer.diagnosis.truth import plain_ops
 
-HEADS, GROUPS, KEY, VALUE, CHANNELS, STATES = 4, 2, 3, 5, 8, 2
+# Eight heads: what tokens are exchanged for among up to eight ranks.
+HEADS, GROUPS, KEY, VALUE, CHANNELS, STATES = 8, 2, 3, 5, 8, 2
+SCALE = 0.7  # of some cases, which is no default
 TIME = -1  # stands for the length of the row in a shape
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op with the shapes of its inputs: `(…, kind)`, without the batch; "normal", "decay", "gate", "positive"."""
+    """An op with the shapes of its inputs, without the batch, and how each is drawn: see `_draw`."""
 
     call: Callable[..., Tensor]
-    shapes: tuple[tuple[tuple[int, ...], str], ...]
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
     result: tuple[int, ...]
     by_heads: bool = True  # whether tokens can be exchanged for heads
     keys: bool = False  # whether keys can be gathered
 
-    def inputs(self, batch: int, length: int, generator: torch.Generator) -> list[Tensor]:
-        return [_draw(_shape(shape, batch, length), kind, generator) for shape, kind in self.shapes]
-
-    def output(self, batch: int, length: int) -> tuple[int, ...]:
-        return _shape(self.result, batch, length)
+    def draw(self, batch: int, length: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+        """The inputs, and a gradient of the output."""
+        inputs = [_draw(_shape(shape, batch, length), kind, generator) for shape, kind in self.inputs]
+        return inputs, _draw(_shape(self.result, batch, length), "normal", generator)
 
 
 def _shape(shape: tuple[int, ...], batch: int, length: int) -> tuple[int, ...]:
@@ -41,78 +52,246 @@ def _draw(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> Tens
     x = torch.randn(shape, dtype=torch.float64, generator=generator)
     if kind == "direction":
         return torch.nn.functional.normalize(x, dim=-1)
-    return {"normal": x, "decay": -0.3 * x.abs(), "gate": x.sigmoid(), "positive": 0.1 * x.abs()}[kind]
+    return {
+        "normal": x,
+        "strong": 4 * x,
+        "low": 4 * x - 1000,  # its exponential is nothing
+        "decay": -0.3 * x.abs(),
+        "gate": x.sigmoid(),
+        "positive": 0.1 * x.abs(),
+    }[kind]
 
 
-def is_constant(x: Tensor, length: int) -> bool:
-    """Whether an input has no time: `[H]`, `[H, K]`, weights."""
-    return x.dim() < 3
+def _op(name: str, **settings: Any) -> Callable[..., Tensor]:
+    """An op by its name, which `plain_ops` lets stand for the kernel."""
 
-
-def _attend(**mask: Any) -> Callable[..., Tensor]:
-    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, seq: Any) -> Tensor:
-        return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sinks)
+    def call(*inputs: Tensor, seq: Sequence) -> Tensor:
+        return getattr(ops, name)(*inputs, seq=seq, **settings)
 
     return call
 
 
-def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tensor, *, seq: Any) -> Tensor:
+def _attend(scale: float | None = None, **mask: Any) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, seq: Sequence) -> Tensor:
+        return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sinks, scale=scale)
+
+    return call
+
+
+def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:
     return ops.delta_rule(q, k, v, None, decay, erase=(-a, a * gate), seq=seq)
 
 
-def _bonus(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, *, seq: Any) -> Tensor:
+def _bonus(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, *, seq: Sequence) -> Tensor:
     return ops.gated_linear_attention(q, k, v, decay, bonus=bonus, read="exclusive", seq=seq)
 
 
-def _input_gate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, gate: Tensor, *, seq: Any) -> Tensor:
-    return ops.gated_linear_attention(
-        q.abs() + 0.1, k.abs() + 0.1, v, decay, log_input=gate, normaliser="at_least_one", seq=seq
-    )
+def _divided(normaliser: str) -> Callable[..., Tensor]:
+    """Over sums of positive products, which are not near 0."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        gate: Tensor | None = None,
+        bonus: Tensor | None = None,
+        *,
+        seq: Sequence,
+    ) -> Tensor:
+        return ops.gated_linear_attention(
+            q.abs() + 0.1, k.abs() + 0.1, v, decay, log_input=gate, bonus=bonus, normaliser=normaliser,
+            read="inclusive" if bonus is None else "exclusive", seq=seq,
+        )  # fmt: skip
+
+    return call
 
 
-def _selective(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *, seq: Any) -> Tensor:
-    return ops.selective_scan(x, delta, a, b[:, :, 0], c[:, :, 0], seq=seq)
+def _longhorn(x: Tensor, delta: Tensor, b: Tensor, c: Tensor, *, seq: Sequence) -> Tensor:
+    step = delta / (1 + delta * b.square().sum(-1, keepdim=True))
+    return ops.selective_scan(x, step, None, b, c, seq=seq, decay="longhorn")
 
 
-def _value_decay(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, seq: Any) -> Tensor:
-    return ops.gated_linear_attention(q, k, v, value_log_decay=decay, seq=seq)
+def _value_decay(q: Tensor, k: Tensor, v: Tensor, values: Tensor, *decay: Tensor, seq: Sequence) -> Tensor:
+    return ops.gated_linear_attention(q, k, v, *decay, value_log_decay=values, seq=seq)
 
 
-_Q, _V, _OUT = (TIME, HEADS, KEY), (TIME, HEADS, VALUE), (TIME, HEADS, VALUE)
-_ATTENTION = ((_Q, "normal"), ((TIME, GROUPS, KEY), "normal"), ((TIME, GROUPS, VALUE), "normal"))
+RULES = {
+    "NSA": Rule(8, 4, window=4, stride=2, initial=1, local=2),
+    "MoBA": Rule(8, 3, score="dot", pooled=False),
+    "InfLLM-v2": Rule(8, 4, window=4, stride=2, aggregate="max", initial=1, local=2),
+    "long windows": Rule(8, 4, window=16, stride=8),
+    "short blocks": Rule(3, 5, window=6, stride=3, score="dot", aggregate="max", pooled=False, local=2),
+}
+
+
+def learned(x: Tensor, w: Tensor, *, seq: Sequence, size: int, stride: int) -> Tensor:
+    """What a mixer does with the tokens of windows: something that is not linear and differs by place."""
+    rows = ops.local_windows(x, seq=seq, size=size, stride=stride)
+    made = torch.tanh((rows * w.view(1, 1, size, 1, 1)).sum(2)) + 1.0
+    return ops.gather_windows(made, seq=seq, size=size, stride=stride)
+
+
+def sparse_layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, seq: Sequence, rule: Rule = RULES["NSA"]) -> Tensor:
+    """Selection by learned summaries, then attention to what is selected: every op once, as a mixer would.
+
+    Every token also reads the summaries, as if it attended to all of them: so they have a gradient from every rank.
+    """
+    summaries = learned(k, w, seq=seq, size=rule.span, stride=rule.step)
+    summaries = summaries + ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
+    lists = ops.select_blocks(q, summaries, seq=seq, rule=rule, scale=SCALE)
+    out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size, scale=SCALE)
+    weights = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype).cos().view(1, -1, 1, 1)
+    return out + (summaries * weights).mean((1, 2, 3), keepdim=True)
+
+
+_Q, _V, _OUT, _X = (TIME, HEADS, KEY), (TIME, HEADS, VALUE), (TIME, HEADS, VALUE), (TIME, CHANNELS)
+_FEW = (TIME, GROUPS, KEY)
+_ATTENTION = ((_Q, "normal"), (_FEW, "normal"), ((TIME, GROUPS, VALUE), "normal"))
 _LINEAR = ((_Q, "normal"), (_Q, "normal"), (_V, "normal"))
-_DELTA = ((_Q, "normal"), (_Q, "direction"), (_V, "normal"), ((TIME, HEADS), "gate"))
-_X = (TIME, CHANNELS)
+_GROUPED = ((_FEW, "normal"), (_FEW, "normal"), (_V, "normal"))
+_BETA = ((TIME, HEADS), "gate")
+_DELTA = ((_Q, "normal"), (_Q, "direction"), (_V, "normal"), _BETA)
+_BY_HEAD, _BY_CHANNEL = ((TIME, HEADS), "decay"), ((TIME, HEADS, KEY), "decay")
+_BY_VALUE = ((TIME, HEADS, VALUE), "decay")
+_GATE = ((TIME, HEADS), "strong")
+_SELECTIVE = (((TIME, STATES), "normal"), ((TIME, STATES), "normal"))
 
 CASES = {
     "softmax": Case(_attend(), _ATTENTION, _OUT, keys=True),
-    "window": Case(_attend(window=4), _ATTENTION, _OUT, keys=True),
-    "sinks": Case(_attend(window=3, sink_tokens=2), (*_ATTENTION, ((HEADS,), "normal")), _OUT, keys=True),
-    "undecayed": Case(ops.gated_linear_attention, _LINEAR, _OUT),
-    "constant decay": Case(ops.gated_linear_attention, (*_LINEAR, ((HEADS,), "decay")), _OUT),
-    "scalar decay": Case(ops.gated_linear_attention, (*_LINEAR, ((TIME, HEADS), "decay")), _OUT),
-    "channel decay": Case(ops.gated_linear_attention, (*_LINEAR, ((TIME, HEADS, KEY), "decay")), _OUT),
-    "value decay": Case(_value_decay, (*_LINEAR, ((TIME, HEADS, VALUE), "decay")), _OUT),
-    "bonus": Case(_bonus, (*_LINEAR, ((TIME, HEADS, KEY), "decay"), ((HEADS, KEY), "normal")), _OUT),
-    "input gate": Case(_input_gate, (*_LINEAR, ((TIME, HEADS), "decay"), ((TIME, HEADS), "normal")), _OUT),
-    "delta": Case(ops.delta_rule, _DELTA, _OUT),
-    "gated delta": Case(ops.delta_rule, (*_DELTA, ((TIME, HEADS), "decay")), _OUT),
-    "channel delta": Case(ops.delta_rule, (*_DELTA, ((TIME, HEADS, KEY), "decay")), _OUT),
-    "general delta": Case(
-        _erase, (*_LINEAR, (_Q, "direction"), ((TIME, HEADS, KEY), "gate"), ((TIME, HEADS, KEY), "decay")), _OUT
+    "window": Case(_attend(window=9, scale=SCALE), _ATTENTION, _OUT, keys=True),
+    "short window": Case(_attend(window=1), _ATTENTION, _OUT, keys=True),
+    "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, ((HEADS,), "normal")), _OUT, keys=True),
+    "undecayed": Case(_op("gated_linear_attention"), _LINEAR, _OUT),
+    "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS,), "decay")), _OUT),
+    "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS, KEY), "decay")), _OUT),
+    "scalar decay": Case(_op("gated_linear_attention", scale=SCALE), (*_LINEAR, _BY_HEAD), _OUT),
+    "channel decay": Case(_op("gated_linear_attention"), (*_LINEAR, _BY_CHANNEL), _OUT),
+    "grouped": Case(_op("gated_linear_attention"), (*_GROUPED, _BY_HEAD), _OUT),
+    "value decay": Case(_value_decay, (*_LINEAR, _BY_VALUE), _OUT),
+    "both decays": Case(_value_decay, (*_LINEAR, _BY_VALUE, _BY_CHANNEL), _OUT),
+    "bonus": Case(_bonus, (*_LINEAR, _BY_CHANNEL, ((HEADS, KEY), "normal")), _OUT),
+    "normaliser": Case(_divided("sum"), (*_LINEAR, _BY_HEAD), _OUT),
+    "input gate": Case(_divided("at_least_one"), (*_LINEAR, _BY_HEAD, _GATE), _OUT),
+    "input gate, bonus": Case(
+        _divided("sum"), (*_LINEAR, ((HEADS,), "decay"), ((TIME, HEADS), "low"), ((HEADS, KEY), "positive")), _OUT
     ),
-    "scan": Case(ops.diagonal_scan, (((TIME, CHANNELS), "normal"), ((TIME, CHANNELS), "decay")), _X),
+    "delta": Case(_op("delta_rule"), _DELTA, _OUT),
+    "gated delta": Case(
+        _op("delta_rule", scale=SCALE),
+        ((_FEW, "normal"), (_FEW, "direction"), *_DELTA[2:], _BY_HEAD),
+        _OUT,
+    ),
+    "channel delta": Case(_op("delta_rule"), (*_DELTA, _BY_CHANNEL), _OUT),
+    "general delta": Case(_erase, (*_LINEAR, (_Q, "direction"), (_Q, "gate"), _BY_CHANNEL), _OUT),
+    "scan": Case(_op("diagonal_scan"), ((_X, "normal"), (_X, "decay")), _X),
+    "constant scan": Case(
+        _op("diagonal_scan"), (((TIME, CHANNELS, 3), "normal"), ((CHANNELS, 3), "decay")), (TIME, CHANNELS, 3)
+    ),
     "selective scan": Case(
-        _selective,
-        (
-            (_X, "normal"),
-            (_X, "positive"),
-            ((CHANNELS, STATES), "decay"),
-            ((TIME, 1, STATES), "normal"),
-            ((TIME, 1, STATES), "normal"),
-        ),
-        _X,
+        _op("selective_scan"), ((_X, "normal"), (_X, "positive"), ((CHANNELS, STATES), "decay"), *_SELECTIVE), _X
     ),
-    "conv": Case(ops.short_conv, ((_X, "normal"), ((CHANNELS, 4), "normal")), _X, by_heads=False),
-    "shift": Case(ops.token_shift, ((_X, "normal"),), _X, by_heads=False),
+    "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
+    "conv": Case(_op("short_conv"), ((_X, "normal"), ((CHANNELS, 4), "normal")), _X, by_heads=False),
+    "wide conv": Case(_op("short_conv"), ((_X, "normal"), ((CHANNELS, 30), "normal")), _X, by_heads=False),
+    "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),
+    **{
+        f"blocks of {name}": Case(
+            functools.partial(sparse_layer, rule=rule), (*_ATTENTION, ((rule.span,), "normal")), _OUT, by_heads=False
+        )
+        for name, rule in RULES.items()
+    },
 }
+
+# A strategy, and how many ranks exchange tokens for heads: all of them where it says 0.
+STRATEGIES = {
+    "default": (Strategy(), 1),
+    "gather": (Strategy("gather"), 1),
+    "ulysses": (Strategy("ulysses", "ulysses"), 0),
+    "2-D, two by heads": (Strategy("ulysses", "ulysses"), 2),
+    "2-D, four by heads": (Strategy("ulysses", "ulysses"), 4),
+}
+
+
+def fits(name: str, ranks: int, strategy: str) -> bool:
+    """Whether a case runs under a strategy, and the strategy is not another one on so many ranks."""
+    if strategy in ("default", "gather"):
+        return strategy == "default" or CASES[name].keys
+    by_heads = STRATEGIES[strategy][1]
+    return CASES[name].by_heads and (HEADS % ranks == 0 if by_heads == 0 else 1 < ranks // by_heads == ranks / by_heads)
+
+
+def shared(world: int, spans: int, documents: Documents, strategy: str = "default") -> Sequence:
+    """The rows as this rank holds them."""
+    chosen, ulysses = STRATEGIES[strategy]
+    return Sequence.shared(documents, Layout(documents.length, world, spans), _mesh(world, ulysses or world), chosen)
+
+
+@functools.cache
+def _mesh(world: int, ulysses: int) -> Mesh:
+    return Mesh.create(world, ulysses)
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether an input has tokens, and is not a constant: `[H]`, `[H, K]`, weights."""
+    return x.dim() >= 3
+
+
+def local(inputs: list[Tensor], seq: Sequence) -> list[Tensor]:
+    """What this rank holds of the inputs, to differentiate by."""
+    return [(seq.shard(x) if is_rows(x) else x).clone().requires_grad_() for x in inputs]
+
+
+Packing = tuple[tuple[int, ...], ...]  # lengths of the documents of each row; what is left is padding
+
+
+@functools.lru_cache(8 * len(CASES))
+def one_device(
+    name: str, packing: Packing, length: int, seed: int, backend: str
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """Inputs, the output's gradient, and what the kernels make of them on one device: output and gradients."""
+    case, generator = CASES[name], torch.Generator().manual_seed(seed)
+    inputs, dout = case.draw(len(packing), length, generator)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with plain_ops([], [""], backend):
+        out = case.call(*leaves, seq=Sequence.single(Documents.from_lengths(packing, length)))
+    return inputs, dout, out.detach(), list(torch.autograd.grad(out, leaves, dout))
+
+
+def agree(
+    rank: int,
+    world: int,
+    names: list[str],
+    packings: list[Packing],
+    length: int,
+    spans: int,
+    strategy: str = "default",
+    seed: int = 0,
+    keep: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Ranks agree with one device on output and all gradients; `keep`: also where a forward is recomputed."""
+    for name in names:
+        for packing in packings:
+            call, (inputs, dout, out, gradients) = CASES[name].call, one_device(name, packing, length, seed, backend)
+            seq = shared(world, spans, Documents.from_lengths(packing, length), strategy)
+            here = local(inputs, seq)
+            if keep:
+                seq = replace(seq, kept=Kept())
+                found = checkpoint(lambda *x, call=call, seq=seq: call(*x, seq=seq), *here, use_reentrant=False)
+            else:
+                found = call(*here, seq=seq)
+            found.backward(seq.shard(dout))
+            close(found, seq.shard(out), f"{name}, output")
+            for index, (x, whole, gradient) in enumerate(zip(here, inputs, gradients, strict=True)):
+                if is_rows(whole):
+                    gradient = seq.shard(gradient)
+                elif world > 1:
+                    dist.all_reduce(x.grad)
+                close(x.grad, gradient, f"{name}, gradient of input {index}")
+
+
+def close(found: Tensor | None, expected: Tensor, what: str) -> None:
+    assert found is not None, what
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * scale, msg=lambda text: f"{what}: {text}")

@@ -1,0 +1,37 @@
+"""Block-sparse ops as tests run them: packings, inputs, and how they are differentiated."""
+
+import torch
+import torch.distributed as dist
+
+from longreach.kernels.documents import Documents
+from longreach.parallel.layout import Layout
+from longreach.parallel.sequence import Sequence
+
+LENGTH, HEADS, GROUPS, KEY, VALUE = 96, 4, 2, 5, 7
+PACKINGS = {
+    "borders inside blocks": Documents.from_lengths([[7, 41, 1, 30, 5], [23, 50, 23]], LENGTH),
+    "one long document": Documents.whole(2, LENGTH),
+    "ranks of padding": Documents.from_lengths([[13, 2], []], LENGTH),
+    "documents of one token": Documents.from_lengths([[1] * LENGTH, [1] * 20 + [60]], LENGTH),
+}
+
+
+def agrees(actual, expected, what):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{what}: {m}")
+
+
+def sequence(documents, rank, world, spans, **settings):
+    return Sequence(documents, Layout(LENGTH, world, spans), rank, dist.group.WORLD, **settings)
+
+
+def differentiated(op, inputs, dout):
+    """op's output and the gradient of each of its inputs."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = op(*inputs)
+    return out.detach(), list(torch.autograd.grad(out, inputs, dout(out), materialize_grads=True))
+
+
+def drawn(seed=0):
+    torch.manual_seed(seed)
+    shapes = ((HEADS, KEY), (GROUPS, KEY), (GROUPS, VALUE))
+    return [torch.randn(2, LENGTH, *shape, dtype=torch.float64) for shape in shapes]
