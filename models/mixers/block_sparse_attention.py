@@ -80,6 +80,7 @@ class MoBA(_SelectedAttention):
         rope_scaling: dict[str, Any] | None = None,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
+        conv_size: int | None = None,
         bias: bool = False,
         output_bias: bool = False,
     ) -> None:
@@ -88,8 +89,8 @@ class MoBA(_SelectedAttention):
         super().__init__(
             Rule(block_size, top_k, score="dot", pooled=False), dense_steps=dense_steps, score_scale=1.0,
             width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_base=rope_base,
-            rope_fraction=rope_fraction, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, bias=bias,
-            output_bias=output_bias,
+            rope_fraction=rope_fraction, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps,
+            conv_size=conv_size, bias=bias, output_bias=output_bias,
         )  # fmt: skip
 
 
@@ -132,6 +133,7 @@ class InfLLMv2(_SelectedAttention):
         rope_scaling: dict[str, Any] | None = None,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
+        conv_size: int | None = None,
         bias: bool = False,
         output_bias: bool = False,
     ) -> None:
@@ -141,6 +143,6 @@ class InfLLMv2(_SelectedAttention):
         super().__init__(
             rule, dense_steps=dense_steps, dense_length=dense_length,
             width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_base=rope_base,
-            rope_fraction=rope_fraction, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps, bias=bias,
-            output_bias=output_bias,
+            rope_fraction=rope_fraction, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps,
+            conv_size=conv_size, bias=bias, output_bias=output_bias,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from ..mixer import Mixer, head_size
 from ..normalisation import RMSNorm
 from ..rotary import Rotary
 from ..selector import Selector
+from ..short_convolution import ShortConvolution
 
 COMPRESSIONS = ("mlp", "mean")
 
@@ -41,6 +42,8 @@ class NativeSparseAttention(Mixer):
     block_size, count: tokens of a selected block, and blocks a query; initial, local: those that always are among them,
         the document's first and the latest up to the query's own.
     shared_kv: one pair of key and value projections for the three branches, rather than one for each.
+    qk_norm: RMS norm of each head's queries and keys before rotation. conv_size: taps of a short causal convolution over
+        queries, keys and values before that (see `SoftmaxAttention`); None for none.
     Raises ValueError for sizes that do not fit.
     """
 
@@ -67,6 +70,7 @@ class NativeSparseAttention(Mixer):
         rope_scaling: dict[str, Any] | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        conv_size: int | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -101,12 +105,15 @@ class NativeSparseAttention(Mixer):
         if qk_norm:
             self.query_norm, self.key_norm = RMSNorm(head_dim, norm_eps), RMSNorm(head_dim, norm_eps)
         self.qk_norm = qk_norm
+        channels = self.query.out_features + self.key.out_features + self.value.out_features
+        self.conv = None if conv_size is None else ShortConvolution(channels, conv_size)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q = self.query(x).unflatten(-1, (self.heads, -1))
-        keys, values = (
-            project(x).unflatten(-1, (self.branches, self.kv_heads, -1)) for project in (self.key, self.value)
-        )
+        q, keys, values = self.query(x), self.key(x), self.value(x)
+        if self.conv is not None:
+            q, keys, values = self.conv.of_parts((q, keys, values), seq)
+        q = q.unflatten(-1, (self.heads, -1))
+        keys, values = (part.unflatten(-1, (self.branches, self.kv_heads, -1)) for part in (keys, values))
         if self.qk_norm:
             q, keys = self.query_norm(q), self.key_norm(keys)
         far_k, selected_k, near_k = (keys if self.branches == 3 else keys.expand(-1, -1, 3, -1, -1)).unbind(2)
