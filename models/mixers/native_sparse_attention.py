@@ -42,8 +42,8 @@ class NativeSparseAttention(Mixer):
     block_size, count: tokens of a selected block, and blocks a query; initial, local: those that always are among them,
         the document's first and the latest up to the query's own.
     shared_kv: one pair of key and value projections for the three branches, rather than one for each.
-    qk_norm: RMS norm of each head's queries and keys before rotation. conv_size: taps of a short causal convolution over
-        queries, keys and values before that (see `SoftmaxAttention`); None for none.
+    qk_norm: RMS norm of each head's queries and keys before rotation.
+    conv_size: taps of a short causal convolution over queries, keys and values, as in `SoftmaxAttention`.
     Raises ValueError for sizes that do not fit.
     """
 
