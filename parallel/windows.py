@@ -113,7 +113,7 @@ class WindowMeans:
             here = windows[:, rows]
             used, key = (here < total).any(-1), torch.stack([ids[:, rows], turn[:, rows]], dim=-1)
             starts = used.clone()
-            starts[:, 1:] &= (key[:, 1:] != key[:, :-1]).any(-1) | ~used[:, :-1]
+            starts[:, 1:] &= (key[:, 1:] != key[:, :-1]).any(-1)  # tokens of one key are used alike
             number = starts.cumsum(1) - 1
             parts_of_tokens.append(torch.where(used, number, -1))
             windows_of_parts.append((starts, number, here))

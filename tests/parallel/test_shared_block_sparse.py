@@ -51,10 +51,11 @@ def compare_attention(rank, world, spans, cases, packings):
         for packing in packings:
             documents = PACKINGS[packing]
             lists, inputs = whole_lists(documents, case), drawn()
-            single = Sequence.single(documents)
             weights = torch.randn(2, LENGTH, HEADS, VALUE, dtype=torch.float64)
             out, gradients = differentiated(
-                lambda *x: ops.block_sparse_attention(*x, lists, seq=single, **settings), inputs, lambda _: weights
+                lambda *x: kernel.block_sparse_attention(*x, lists, documents=documents, **settings),
+                inputs,
+                lambda _: weights,
             )
             seq = sequence(documents, rank, world, spans)
             here = held_lists(lists, query_block, seq)
