@@ -133,14 +133,20 @@ def learned(x: Tensor, w: Tensor, *, seq: Sequence, size: int, stride: int) -> T
 
 
 def sparse_layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, seq: Sequence, rule: Rule = RULES["NSA"]) -> Tensor:
-    """Selection by learned summaries, then attention to what is selected: every op once, as a mixer would.
+    """Attention to learned summaries, selection by them, attention to what is selected: every op as mixers use it.
 
     Every token also reads the summaries, as if it attended to all of them: so they have a gradient from every rank.
     """
-    summaries = learned(k, w, seq=seq, size=rule.span, stride=rule.step)
-    summaries = summaries + ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
-    lists = ops.select_blocks(q, summaries, seq=seq, rule=rule, scale=SCALE)
-    out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=rule.block_size, scale=SCALE)
+    windows = {"size": rule.span, "stride": rule.step}
+    summaries = learned(k, w, seq=seq, **windows) + ops.window_means(k, seq=seq, **windows)
+    values = ops.window_means(v, seq=seq, slot="means of values", **windows)
+    far, lse = ops.compressed_attention(q, summaries, values, seq=seq, scale=SCALE, **windows)
+    lse = lse if rule.score == "softmax" else None
+    lists = ops.select_blocks(q, summaries, seq=seq, rule=rule, scale=SCALE, lse=lse)
+    out = far + ops.block_sparse_attention(
+        q, k, v, lists, seq=seq, block_size=rule.block_size, scale=SCALE,
+        dense_length=5 if rule.aggregate == "max" else 0,
+    )  # fmt: skip
     weights = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype).cos().view(1, -1, 1, 1)
     return out + (summaries * weights).mean((1, 2, 3), keepdim=True)
 
