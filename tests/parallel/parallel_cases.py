@@ -148,7 +148,7 @@ def sparse_layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, seq: Sequence, r
         dense_length=5 if rule.aggregate == "max" else 0,
     )  # fmt: skip
     weights = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype).cos().view(1, -1, 1, 1)
-    return out + (summaries * weights).mean((1, 2, 3), keepdim=True)
+    return out + 0.1 * (summaries * weights).sum((1, 2, 3), keepdim=True)
 
 
 _Q, _V, _OUT, _X = (TIME, HEADS, KEY), (TIME, HEADS, VALUE), (TIME, HEADS, VALUE), (TIME, CHANNELS)
