@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ class Mixer(nn.Module):
         `forward` takes what it reads after `seq`, and returns what it publishes after its output, as a tuple.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
+    small: settings with which a few dozen tokens exercise all of the mixer; the doctor takes them for larger ones.
     """
 
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
+    small: Mapping[str, int] = MappingProxyType({})
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`[B, T, D]` of the tokens held here to the same shape."""
@@ -71,6 +74,12 @@ def construct(part: Callable[..., nn.Module], setting: str, **available: Any) ->
     if missing:
         raise ValueError(f"{setting} must give {', '.join(missing)}; got {', '.join(given) or 'nothing'}")
     return part(**arguments)
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless groups of query heads can share the key/value heads."""
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads={heads}; got {kv_heads}")
 
 
 def head_size(setting: str, width: int, heads: int) -> int:

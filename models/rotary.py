@@ -10,6 +10,18 @@ from torch import Tensor
 from ..kernels.pointwise import RopeScaling, rope, rope_frequencies
 
 
+def rotary(head_dim: int, base: float | None, fraction: float, scaling: dict[str, Any] | None) -> Rotary | None:
+    """The rotation by a mixer's settings `rope_base`, `rope_fraction` and `rope_scaling`; None without a base.
+
+    Raises ValueError for settings that then have no effect.
+    """
+    if base is not None:
+        return Rotary(head_dim, base, fraction, scaling)
+    if fraction != 1.0 or scaling:
+        raise ValueError("rope_fraction and rope_scaling must come with a rope_base; got rope_base=None")
+    return None
+
+
 class Rotary:
     """Rotates the first `fraction` of a head's dims by each token's position (Su et al., 2021, arXiv 2104.09864).
 

@@ -19,7 +19,7 @@ from ..kernels.mask import Mask
 from ..kernels.select_blocks import Rule, select_blocks
 from .attention import attention_like, exact_result, rounded_once
 from .collectives import Gathering, agree, exchange, finish
-from .operation import Tensors
+from .operation import Tensors, present
 from .sequence import Sequence
 from .windows import rows_of
 
@@ -160,7 +160,7 @@ class BlockSparseAttention:
     scale: float
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
-        q, k, v, blocks = _present(inputs)
+        q, k, v, blocks = present(*inputs)
         plan = self.ask(q, k, blocks, seq)
         keys = None if plan is None else _Keys(k, v, plan, seq)
         settings = {"scale": self.scale, "backend": seq.backend}
@@ -171,7 +171,7 @@ class BlockSparseAttention:
         return rounded_once(out, lse, q.dtype)
 
     def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
-        q, k, v, blocks = _present(inputs)
+        q, k, v, blocks = present(*inputs)
         out, lse = exact_result(out, saved)
         dout = dout.to(out.dtype)
         settings = {"scale": self.scale, "backend": seq.backend}
@@ -188,7 +188,7 @@ class BlockSparseAttention:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
-        q, _, v, _ = _present(inputs)
+        q, _, v, _ = present(*inputs)
         return attention_like(q, v)
 
     def ask(self, q: Tensor, k: Tensor, blocks: Tensor, seq: Sequence) -> BlockPlan | None:
@@ -232,15 +232,6 @@ class BlockSparseAttention:
         return (
             seq.derive(("block tile", self.block_size, self._mask, self.query_block), make) if keys is None else make()
         )
-
-
-def _present(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, blocks = inputs
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    assert blocks is not None
-    return q, k, v, blocks
 
 
 def _send_home(dk: Tensor, dv: Tensor, dkeys: list[Tensor] | None, keys: _Keys, seq: Sequence) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.compressed import Folding, attend, attend_backward, check_inputs
 from ..kernels.select_blocks import WindowLayout
-from .operation import Tensors
+from .operation import Tensors, present
 from .sequence import Sequence
 
 
@@ -26,14 +26,14 @@ class CompressedAttention:
     scale: float
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
-        q, k, v = _present(inputs)
+        q, k, v = present(*inputs)
         folding = self._folding(seq, k.shape[1])
         check_inputs(q, k, v, folding.windows, folding.documents)
         out, lse = attend(q, k, v, folding=folding, scale=self.scale, backend=seq.backend)
         return torch.cat([out, lse.unsqueeze(-1)], dim=-1), ()
 
     def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
-        q, k, v = _present(inputs)
+        q, k, v = present(*inputs)
         dq, dk, dv = attend_backward(
             dout[..., :-1], q, k, v, out[..., :-1], out[..., -1], folding=self._folding(seq, k.shape[1]),
             scale=self.scale, backend=seq.backend,
@@ -41,7 +41,7 @@ class CompressedAttention:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
-        q, _, v = _present(inputs)
+        q, _, v = present(*inputs)
         return q.new_empty((*q.shape[:-1], v.shape[-1] + 1), dtype=torch.promote_types(q.dtype, torch.float32)), ()
 
     def _folding(self, seq: Sequence, length: int) -> Folding:
@@ -49,11 +49,3 @@ class CompressedAttention:
             return Folding(WindowLayout(seq.documents, self.size, self.stride), seq.local, length)
 
         return seq.derive(("folding", self.size, self.stride, length), make)
-
-
-def _present(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = inputs
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    return q, k, v

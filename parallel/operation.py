@@ -36,6 +36,13 @@ class Operation(Protocol):
         ...
 
 
+def present(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Inputs that an operation is never without."""
+    given = tuple(x for x in inputs if x is not None)
+    assert len(given) == len(inputs)
+    return given
+
+
 def is_sequence(x: Tensor) -> bool:
     """Whether an input has a time dimension: `[B, T, …]`, and is not a constant a head."""
     return x.dim() >= 3

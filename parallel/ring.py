@@ -95,7 +95,7 @@ class _Returns:
     def __init__(self, total: Block, seq: Sequence, plan: RingPlan) -> None:
         self.total, self.seq, self.ranks = total, seq, seq.layout.ranks
         self.returns = plan.seen_by[seq.rank]
-        self.part: Block | None = None
+        self.part: Block | None = None  # kept while its memory is being sent
         self.back: Block | None = None
         self.works: list[dist.Work] = []
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.documents import Documents
+from ..kernels.mask import Mask
 from .layout import Layout
 from .mesh import Heads, Mesh
 from .strategy import Strategy
@@ -184,6 +185,15 @@ class Sequence:
         if self.layout.ranks == 1:
             return self.local
         return self.derive("spans", lambda: Documents.stack(self.layout.span_documents(self.documents, self.rank)))
+
+    def pairs(self, mask: Mask) -> int:
+        """How many (query, key) pairs of the row the queries held here see."""
+
+        def count() -> int:
+            tile = mask.tile(self.local, self.documents)
+            return 0 if tile is None else tile.pairs
+
+        return self.derive(("pairs", mask, self.rank), count)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, T]`: in-document positions of the tokens held here."""

@@ -33,7 +33,7 @@ from .tensor_files import Place, TensorWriter, checksum, map_tensor, read_places
 
 INDEX = "index.json"
 FORMAT = "longreach checkpoint 1"
-PIECE = 1 << 23  # elements: 32 MiB
+PIECE = 1 << 22  # elements: 16 MiB
 Shapes = dict[str, tuple[int, ...]]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +66,8 @@ class MoBA(_SelectedAttention):
     The other settings are those of `SoftmaxAttention`. Raises ValueError as that does.
     """
 
+    small = MappingProxyType({"block_size": 4, "top_k": 2, "dense_steps": 0})
+
     def __init__(
         self,
         *,
@@ -112,6 +115,13 @@ class InfLLMv2(_SelectedAttention):
     dense_steps: the first steps of a run in which all tokens do.
     The other settings are those of `SoftmaxAttention`. Raises ValueError as that does.
     """
+
+    small = MappingProxyType(
+        {
+            "block_size": 4, "count": 3, "window_size": 4, "window_stride": 2, "initial": 1, "local": 1,
+            "dense_length": 5, "dense_steps": 0,
+        }
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from ...kernels.mask import Mask
 from ...kernels.select_blocks import Rule
 from ...parallel import ops
 from ...parallel.sequence import Sequence
-from ..mixer import Mixer, head_size
+from ..mixer import Mixer, check_groups, head_size
 from ..normalisation import RMSNorm
-from ..rotary import Rotary
+from ..rotary import rotary
 from ..selector import Selector
 from ..short_convolution import ShortConvolution
 
@@ -47,6 +48,10 @@ class NativeSparseAttention(Mixer):
     Raises ValueError for sizes that do not fit.
     """
 
+    small = MappingProxyType(
+        {"window_size": 4, "window_stride": 2, "block_size": 4, "count": 3, "initial": 1, "local": 1, "near": 9}
+    )
+
     def __init__(
         self,
         *,
@@ -76,10 +81,7 @@ class NativeSparseAttention(Mixer):
         kv_heads = heads if kv_heads is None else kv_heads
         head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
         value_dim = head_dim if value_dim is None else value_dim
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads={heads}; got {kv_heads}")
-        if rope_base is None and (rope_fraction != 1.0 or rope_scaling):
-            raise ValueError("rope_fraction and rope_scaling must come with a rope_base; got rope_base=None")
+        check_groups(heads, kv_heads)
         if compression not in COMPRESSIONS:
             raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}; got {compression!r}")
         if compression == "mean" and compression_hidden is not None:
@@ -90,7 +92,7 @@ class NativeSparseAttention(Mixer):
             Rule(block_size, count, window=window_size, stride=window_stride, initial=initial, local=local)
         )
         self.near = Mask(window=near)
-        self.rotary = None if rope_base is None else Rotary(head_dim, rope_base, rope_fraction, rope_scaling)
+        self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
         self.branches = 1 if shared_kv else 3
         self.query = nn.Linear(width, heads * head_dim, bias=False)
         self.key = nn.Linear(width, self.branches * kv_heads * head_dim, bias=False)
@@ -116,8 +118,8 @@ class NativeSparseAttention(Mixer):
         keys, values = (part.unflatten(-1, (self.branches, self.kv_heads, -1)) for part in (keys, values))
         if self.qk_norm:
             q, keys = self.query_norm(q), self.key_norm(keys)
-        far_k, selected_k, near_k = (keys if self.branches == 3 else keys.expand(-1, -1, 3, -1, -1)).unbind(2)
-        far_v, selected_v, near_v = (values if self.branches == 3 else values.expand(-1, -1, 3, -1, -1)).unbind(2)
+        far_k, selected_k, near_k = keys.expand(-1, -1, 3, -1, -1).unbind(2)
+        far_v, selected_v, near_v = values.expand(-1, -1, 3, -1, -1).unbind(2)
         rotated = self._rotated(q, seq)
 
         summaries, summary_values = self.compress(far_k, far_v, seq)
@@ -157,12 +159,8 @@ class NativeSparseAttention(Mixer):
         scores = self.selector.selection_flops(seq, has_lse=True, **sizes)
         selected = self.selector.attention_flops(seq, value_dim=self.value_dim, **sizes)
 
-        def count() -> int:
-            tile = self.near.tile(seq.local, seq.documents)
-            return 0 if tile is None else tile.pairs
-
-        pairs = seq.derive(("pairs", self.near, seq.rank), count)
-        return far + scores + selected + softmax.flops(pairs, value_dim=self.value_dim, **sizes)
+        near = softmax.flops(seq.pairs(self.near), value_dim=self.value_dim, **sizes)
+        return far + scores + selected + near
 
 
 class Compression(nn.Module):

@@ -11,9 +11,9 @@ from ...kernels.mask import Mask
 from ...kernels.softmax import flops
 from ...parallel import ops
 from ...parallel.sequence import Sequence
-from ..mixer import Mixer, head_size
+from ..mixer import Mixer, check_groups, head_size
 from ..normalisation import RMSNorm
-from ..rotary import Rotary
+from ..rotary import rotary
 from ..short_convolution import ShortConvolution
 
 QK_NORMS = (None, "head", "full")
@@ -58,15 +58,12 @@ class SoftmaxAttention(Mixer):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads={heads}; got {kv_heads}")
-        if rope_base is None and (rope_fraction != 1.0 or rope_scaling):
-            raise ValueError("rope_fraction and rope_scaling must come with a rope_base; got rope_base=None")
+        check_groups(heads, kv_heads)
         if qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(map(str, QK_NORMS))}; got {qk_norm!r}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.mask = Mask(window=window, sink_tokens=sink_tokens)
-        self.rotary = None if rope_base is None else Rotary(head_dim, rope_base, rope_fraction, rope_scaling)
+        self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
         self.qk_norm = qk_norm
         self.query = nn.Linear(width, heads * head_dim, bias=bias)
         self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
@@ -101,12 +98,7 @@ class SoftmaxAttention(Mixer):
         return ops.softmax_attention(q, k, v, seq=seq, mask=self.mask, sink_logits=self.sink_logits)
 
     def mixing_flops(self, seq: Sequence) -> int:
-        def count() -> int:
-            tile = self.mask.tile(seq.local, seq.documents)
-            return 0 if tile is None else tile.pairs
-
-        pairs = seq.derive(("pairs", self.mask, seq.rank), count)
-        return flops(pairs, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
+        return flops(seq.pairs(self.mask), heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name != "sink_logits":

@@ -10,7 +10,6 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Sequence
 
 LENGTH = 48
-ROUNDED = {"moba": 0.15}  # error in bfloat16 where rounded scores choose other blocks
 PACKED = [[9, 22, 1, 11], [LENGTH]]
 
 
@@ -33,14 +32,26 @@ def test_every_mixer_of_this_package_has_a_file():
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeps_shape_and_dtype(name, dtype):
-    mixer = build_mixer(name, dtype)
+    mixer, exact = build_mixer(name, dtype), build_mixer(name)
+    lists, exact_lists = noted_lists(mixer), noted_lists(exact)
     out = mixer(draw().to(dtype), packed())
     assert out.shape == (2, LENGTH, WIDTH)
     assert out.dtype == dtype
-    exact = build_mixer(name)
     expected = exact(draw(), packed())
-    error = (out.double() - expected).norm() / expected.norm()
-    assert error < (1e-4 if dtype == torch.float32 else ROUNDED.get(name, 5e-2))
+    alike = torch.ones(2, LENGTH, dtype=torch.bool)
+    for ours, theirs in zip(lists, exact_lists, strict=True):  # rounded scores may choose other blocks
+        alike &= (ours == theirs).all(-1).all(-1)
+    assert alike.float().mean() > (0.99 if dtype == torch.float32 else 0.9)
+    error = (out.double() - expected)[alike].norm() / expected[alike].norm()
+    assert error < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+def noted_lists(mixer):
+    """The lists of blocks that the mixer's selector, if it has one, will have given."""
+    noted = []
+    if hasattr(mixer, "selector"):
+        mixer.selector.register_forward_hook(lambda module, arguments, lists: noted.append(lists))
+    return noted
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -14,6 +14,7 @@ from distributed import run_ranks
 
 from longreach.kernels.documents import Documents
 from longreach.launch.build import build
+from longreach.models.mixer import Mixer
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
@@ -177,6 +178,28 @@ def test_other_ranks_and_stages_go_on_to_rounding(
         for key in EXACT:
             if key in other:
                 assert line[key] == pytest.approx(other[key], rel=1e-4)
+
+
+def steps_told(rank: int, world: int, chosen: Settings) -> list[int]:
+    told, tell = [], Mixer.at_step
+
+    def note(mixer: Mixer, step: int) -> None:
+        told.append(step)
+        tell(mixer, step)
+
+    Mixer.at_step = note
+    try:
+        train(rank, world, chosen)
+    finally:
+        Mixer.at_step = tell
+    return told
+
+
+def test_mixers_are_told_every_step(texts: Path, tmp_path: Path) -> None:
+    chosen = settings(texts, tmp_path / "run")
+    (told,) = run_ranks(1, steps_told, chosen)
+    layers = chosen.model["depth"]
+    assert told == [step for step in range(8) for _ in range(2 * layers)]  # the model, and that which counts its work
 
 
 def train_on_a_full_disk(rank: int, world: int, chosen: Settings) -> str:

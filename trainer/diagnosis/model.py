@@ -19,20 +19,15 @@ Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
 WIDTHS = range(24, 1 << 20, 8)  # tried in this order
 SIZES = re.compile(r"(^|_)(hidden|dim|state|rank)$")  # settings that count channels, not heads
-# Settings of mixers that select blocks, given or not, for rows of a few dozen tokens: lists leave blocks out.
-SMALL_BLOCKS = {
-    "block_size": 4, "window_size": 4, "window_stride": 2, "count": 3, "top_k": 2, "initial": 1, "local": 1,
-    "dense_length": 5, "dense_steps": 0,
-}  # fmt: skip
 COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must share with the whole one: ranks divide them
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
     """A configuration of little width with one layer of each kind of mixer, two of those that give others tensors.
 
-    Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`, blocks
-    that are selected to a few tokens. The smallest width that every layer accepts is taken. Raises ValueError if the
-    model itself cannot be built.
+    Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`, other
+    settings to what the mixer says is small. The smallest width that every layer accepts is taken. Raises ValueError if
+    the model itself cannot be built.
     """
     whole = complete(model)
     with torch.device("meta"):
@@ -73,8 +68,8 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
 def _scaled(settings: Any, ratio: float, window: int) -> Any:
     if isinstance(settings, dict):
         result = {}
-        for name, value in {**settings, **_small_blocks(settings)}.items():
-            if type(value) is int and name in ("window", "near"):
+        for name, value in {**settings, **_small(settings)}.items():
+            if type(value) is int and name == "window":
                 result[name] = min(value, window)
             elif type(value) is int and SIZES.search(name):
                 result[name] = max(1, round(value * ratio))
@@ -86,13 +81,13 @@ def _scaled(settings: Any, ratio: float, window: int) -> Any:
     return settings
 
 
-def _small_blocks(settings: dict[str, Any]) -> dict[str, int]:
-    """What a mixer that selects blocks gets in place of its own settings; never more than those."""
-    known = inspect.signature(get_object(settings["_target_"])).parameters if "_target_" in settings else {}
-    if "block_size" not in known:
+def _small(settings: dict[str, Any]) -> dict[str, int]:
+    """What a mixer says that it gets in place of larger settings, given or default."""
+    if "_target_" not in settings:
         return {}
-    own = {name: settings.get(name, known[name].default) for name in SMALL_BLOCKS if name in known}
-    return {name: min(SMALL_BLOCKS[name], value) for name, value in own.items() if type(value) is int}
+    part = get_object(settings["_target_"])
+    known, least = inspect.signature(part).parameters, getattr(part, "small", {})
+    return {name: min(value, settings.get(name, known[name].default)) for name, value in least.items()}
 
 
 def _counts(mixer: nn.Module) -> dict[str, int]:
