@@ -29,7 +29,7 @@ from ..documents import Documents
 from .channel import CHUNK as CHANNEL_CHUNK
 from .channel import ChannelDecay, SplitChannelDecay
 from .decay import Decay, SplitTokenDecay, TokenDecay, Wanted
-from .slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks
+from .slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks, fade
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,14 @@ def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None =
 
 
 def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
-    """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches."""
+    """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches, until it has faded."""
     entering = problem.entering(state)
     for sweep in problem.sweeps():
         states, part = sweep.new_states(), sweep.part(out)
         states.at[0].copy_(sweep.lanes(entering))
         for slab in sweep.grid.slabs(problem.reach):
+            if not fade(states.at[0]):
+                break
             q = sweep.load_queries(slab)
             sweep.prepare(slab, "enter")
             for n in range(slab.chunks):
@@ -248,16 +250,21 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
 
 
 def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
-    """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches."""
+    """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches, until it has faded."""
     dinitial = problem.new_states()
     for sweep in problem.sweeps():
         dstates, dpart = sweep.new_states(), sweep.part(dout)
-        for slab in reversed(sweep.grid.slabs(problem.reach)):
-            dstates.at[slab.chunks].copy_(dstates.at[0])
+        total, decay = sweep.lanes(dinitial), torch.ones_like(dstates.at[0])
+        for slab in sweep.grid.slabs(problem.reach):
+            if not fade(decay):
+                break
             q, do = sweep.load_queries(slab), dpart.load(slab)
             sweep.prepare(slab, "enter")
-            sweep.retreat(dstates, q.mul_(sweep.decay.enter), sweep.entered(slab, do), slab)
-        sweep.put(dinitial, dstates.at[0])
+            torch.bmm(q.mul_(sweep.decay.enter).mT, sweep.entered(slab, do), out=dstates.before[slab.chunks])
+            for n in range(slab.chunks):
+                total.addcmul_(dstates.at[n], decay)
+                decay.mul_(sweep.through[n])
+        sweep.put(dinitial, total)
     return problem.entering(dinitial)
 
 

@@ -174,6 +174,16 @@ class States:
         self.after = {n: self.each[1 : n + 1].view(-1, key_dim, value_dim) for n in sizes}  # … and its leaving one
 
 
+def fade(x: Tensor) -> bool:
+    """Zeroes, in place, what has decayed so far that products with it would be subnormal; whether anything is left.
+
+    CPUs multiply subnormal numbers many times slower than others.
+    """
+    limits = torch.finfo(x.dtype)
+    x.mul_(x.abs() >= limits.tiny / limits.eps)
+    return bool(x.any())
+
+
 class Borders:
     """Where the documents of a block's rows meet, or end in padding."""
 
