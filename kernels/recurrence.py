@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -24,35 +24,35 @@ class Summary(NamedTuple):
     state: Tensor
 
 
+class Beginning(NamedTuple):
+    """A run of rows from nothing: their outputs, what they do to a state, and what reads the state that enters.
+
+    `reads` `[B, T, H, K]` is None where `correct` finds it cheaply again: its row t times the entering state is what
+    that state contributes to the output of token t. It is computed in float32, or float64 for float64 inputs.
+    """
+
+    out: Tensor
+    summary: Summary
+    reads: Tensor | None
+
+
 class Recurrence(Protocol):
     """A recurrence that can be run on stretches of a row and put together across them.
 
     All methods run without autograd on explicit tensors. `documents` are those of the tokens given, row by row; a
     state enters a row only where its first token continues a document begun before (`documents.continues`), and the
     final state is the one after the row's last token (`nothing` where that is padding). With segments of a row in
-    order, a diagonal recurrence runs
+    order,
 
-        out, state = forward(inputs, None, documents)                 every segment at once, from nothing
-        summary = summarize(inputs, state, documents)                 what is gathered
+        out, summary, reads = begin(inputs, documents)                every segment at once; summaries are gathered
         before = advance(summary_s, before) for the earlier s         the state that enters
-        out = correct(out, inputs, before, documents)
+        out = correct(out, inputs, before, documents, reads)
 
-    One whose transition is a matrix has no cheap correction, and summarizes first:
-
-        summary = summarize(inputs, None, documents)
-        before = advance(summary_s, before) for the earlier s
-        out, state = forward(inputs, before, documents)
-
-    The gradient is the mirror image for both: `summarize_backward` in every segment, one gather, `retreat` from right
-    to left, then one `backward` given the state that enters and the gradient of the state that leaves.
+    The gradient is the mirror image: `summarize_backward` in every segment, one gather, `retreat` from right to left,
+    then one `backward` given the state that enters and the gradient of the state that leaves.
 
     Variants of an op that are not tensors (how a state is read, say) are fields of the object.
     """
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether `correct` exists: whether a run from nothing can be mended once the entering state is known."""
-        ...
 
     def check(self, inputs: Inputs, initial_state: Tensor | None = None) -> None:
         """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
@@ -60,6 +60,10 @@ class Recurrence(Protocol):
 
     def like(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Empty tensors of the shapes and types of the output, the state and the transition for such inputs."""
+        ...
+
+    def reads_like(self, inputs: Inputs) -> Tensor | None:
+        """An empty tensor of the shape of `Beginning.reads`, in the type in which it is kept for backward."""
         ...
 
     def nothing(self, state: Tensor) -> Tensor:
@@ -78,16 +82,16 @@ class Recurrence(Protocol):
         """The output of every token and the state after each row's last token."""
         ...
 
-    def summarize(
-        self, inputs: Inputs, final_state: Tensor | None, documents: Documents, *, backend: str = "auto"
-    ) -> Summary:
-        """The rows' summaries; a diagonal recurrence is given the final state of its run from nothing."""
+    def begin(
+        self, inputs: Inputs, documents: Documents, *, scale: float | None = None, backend: str = "auto"
+    ) -> Beginning:
+        """A run from nothing, as parts of the run that is wanted."""
         ...
 
     def received(self, summary: Summary, inputs: Inputs) -> Summary:
         """A gathered summary in the form that `combine`, `advance` and `retreat` take, given any segment's inputs.
 
-        What `summarize` returns is what travels; most ops need nothing more. Constants among the inputs may make a
+        The summary of `begin` is what travels; most ops need nothing more. Constants among the inputs may make a
         transition of fewer numbers.
         """
         ...
@@ -106,6 +110,7 @@ class Recurrence(Protocol):
         inputs: Inputs,
         state: Tensor,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
@@ -133,6 +138,7 @@ class Recurrence(Protocol):
         inputs: Inputs,
         initial_state: Tensor | None,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
@@ -143,3 +149,21 @@ class Recurrence(Protocol):
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """The gradient of the state before the summarized tokens, given that of the state after them."""
         ...
+
+
+class Elementwise:
+    """What recurrences with elementwise transitions have in common; they find again what reads an entering state.
+
+    Besides the protocol they have `summarize(inputs, final_state, documents, *, backend)`: the summary of rows, given
+    the final state of their run from nothing.
+    """
+
+    def reads_like(self, inputs: Inputs) -> None:
+        """None."""
+
+    def begin(
+        self: Any, inputs: Inputs, documents: Documents, *, scale: float | None = None, backend: str = "auto"
+    ) -> Beginning:
+        """The run from nothing and its summary."""
+        out, final_state = self.forward(inputs, None, documents, scale=scale, backend=backend)
+        return Beginning(out, self.summarize(inputs, final_state, documents, backend=backend), None)

@@ -6,15 +6,14 @@ on the length of the sequence, and no rank waits for its neighbour's work. Backw
 gradients of the states.
 
 No computation of the op itself runs while its gather is under way, since none is left that is not needed before or
-after it: a diagonal op has run from nothing when its final state exists, and correcting the outputs takes the state
-that enters. States alone could be computed first and gathered during the outputs, but computing them twice is a
-quarter of a forward's products more, whatever the network. In backward the same holds for the states' gradients.
+after it: an op has run from nothing when its final state exists, and correcting the outputs takes the state that
+enters. States alone could be computed first and gathered during the outputs, but computing them twice is a quarter of
+a forward's products more, whatever the network. In backward the same holds for the states' gradients.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ from .sequence import Sequence
 class StatePassing:
     """A recurrence over the whole row; on one rank, over the tokens held, without any collective.
 
-    An `Operation`; its inputs are the recurrence's. It saves the states that enter this rank's segments and the
-    transitions of all.
+    An `Operation`; its inputs are the recurrence's. It saves the states that enter this rank's segments, the
+    transitions of all, and what reads the former where the recurrence says so.
     """
 
     op: Recurrence
@@ -38,16 +37,30 @@ class StatePassing:
 
     def forward(self, inputs: Inputs, seq: Sequence) -> tuple[Tensor, Inputs]:
         self.op.check(inputs)
-        out, initial, transitions = _forward(self.op, _fold(inputs, seq), seq, self.scale)
-        return seq.unfold(out), (initial, transitions)
+        op, folded, settings = self.op, _fold(inputs, seq), {"scale": self.scale, "backend": seq.backend}
+        if seq.layout.ranks == 1:
+            return seq.unfold(op.forward(folded, None, seq.spans, **settings)[0]), (None, None, None)
+        out, summary, reads = op.begin(folded, seq.spans, **settings)
+        summaries, transitions = _gather(summary, seq)
+        state = op.nothing(summaries[0].state)
+        before = []
+        for earlier in summaries:
+            before.append(state)
+            state = op.advance(op.received(earlier, folded), state)
+        initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
+        out = op.correct(out, folded, initial, seq.spans, reads, **settings).to(op.like(inputs)[0].dtype)
+        kept = op.reads_like(inputs)
+        if reads is not None and kept is not None:
+            reads = reads.to(kept.dtype)
+        return seq.unfold(out), (initial, transitions, reads)
 
     def backward(self, dout: Tensor, inputs: Inputs, out: Tensor, saved: Inputs, seq: Sequence) -> Inputs:
-        initial, transitions = saved
+        initial, transitions, reads = saved
         op, settings = self.op, {"scale": self.scale, "backend": seq.backend}
         folded, dout = _fold(inputs, seq), seq.fold(dout)
         dfinal = None
         if transitions is not None:
-            local = op.summarize_backward(dout, folded, initial, seq.spans, **settings)
+            local = op.summarize_backward(dout, folded, initial, seq.spans, reads, **settings)
             dfinal = _suffix(op, local, transitions, folded, seq)
         dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, **settings)
         return tuple(
@@ -58,38 +71,17 @@ class StatePassing:
     def like(self, inputs: Inputs, ranks: int, spans: int) -> tuple[Tensor, Inputs]:
         out, state, transition = self.op.like(inputs)
         if ranks == 1:
-            return out, (None, None)
+            return out, (None, None, None)
         batch, rest = state.shape[0], transition.shape[1:]
         initial = state.new_empty(spans * batch, *state.shape[1:])
-        return out, (initial, transition.new_empty(ranks * spans, batch, *rest))
+        reads = self.op.reads_like(inputs)
+        if reads is not None:
+            reads = reads.new_empty(spans * batch, reads.shape[1] // spans, *reads.shape[2:])
+        return out, (initial, transition.new_empty(ranks * spans, batch, *rest), reads)
 
 
 def _fold(inputs: Inputs, seq: Sequence) -> Inputs:
     return tuple(x if x is None or not is_sequence(x) else seq.fold(x) for x in inputs)
-
-
-def _forward(
-    op: Recurrence, folded: Inputs, seq: Sequence, scale: float | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, state before each of this rank's segments, transitions of all segments of the row)."""
-    settings: dict[str, Any] = {"scale": scale, "backend": seq.backend}
-    if seq.layout.ranks == 1:
-        return op.forward(folded, None, seq.spans, **settings)[0], None, None
-    out = final = None
-    if op.diagonal:
-        out, final = op.forward(folded, None, seq.spans, **settings)
-    summaries, transitions = _gather(op.summarize(folded, final, seq.spans, backend=seq.backend), seq)
-    state = op.nothing(summaries[0].state)
-    before = []
-    for summary in summaries:
-        before.append(state)
-        state = op.advance(op.received(summary, folded), state)
-    initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
-    if out is None:
-        out, _ = op.forward(folded, initial, seq.spans, **settings)
-    else:
-        out = op.correct(out, folded, initial, seq.spans, **settings)
-    return out, initial, transitions
 
 
 def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:

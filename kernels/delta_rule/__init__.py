@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from ..dispatch import resolve
 from ..documents import Documents
-from ..recurrence import Inputs, Summary
+from ..recurrence import Beginning, Inputs, Summary
 from . import chunked, reference
 from .sweep import CHUNK, Problem
+
+PIECE = 1024  # tokens of one product with what reads an entering state, on a CPU
 
 
 def delta_rule(
@@ -99,10 +102,8 @@ class DeltaRecurrence:
     """The parts of the op, as `kernels.recurrence.Recurrence` describes them.
 
     Inputs are (q, k, v, beta, log_decay, a, b), with None for what is not given. Transitions are matrices
-    `[B, H, K, K]`, so rows are summarised before their one run.
+    `[B, H, K, K]`, and what tokens read of an entering state takes the whole run: it is kept.
     """
-
-    diagonal = False
 
     def like(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Empty tensors of the shapes and types of the output, the state and the transition."""
@@ -114,6 +115,14 @@ class DeltaRecurrence:
         state = v.new_empty(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1], dtype=wide)
         transition = state.new_empty(*state.shape[:3], k.shape[-1])
         return torch.empty(v.shape, dtype=q.dtype, device=q.device), state, transition
+
+    def reads_like(self, inputs: Inputs) -> Tensor:
+        """Of the queries' type."""
+        q, k, v = inputs[:3]
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        return q.new_empty(*v.shape[:3], k.shape[-1])
 
     def nothing(self, state: Tensor) -> Tensor:
         """Zeros."""
@@ -177,17 +186,19 @@ class DeltaRecurrence:
         return _core(backend).forward(problem, initial_state)
 
     @torch.no_grad()
-    def summarize(
-        self, inputs: Inputs, final_state: Tensor | None, documents: Documents, *, backend: str = "auto"
-    ) -> Summary:
-        """What becomes of the identity, as transition `[B, H, K, K]`, and of nothing, as state; no run is needed.
+    def begin(
+        self, inputs: Inputs, documents: Documents, *, scale: float | None = None, backend: str = "auto"
+    ) -> Beginning:
+        """A run from nothing, its outputs in what is computed in, beside one of the identity.
 
-        The transition is 0 unless one document goes through the row.
+        The transition is what becomes of the identity: 0 unless one document goes through the row.
         """
-        problem, backend = _problem(inputs, documents, None, backend)
-        return Summary(
-            *(reference.summarize(inputs, documents) if backend == "reference" else _core(backend).summarize(problem))
-        )
+        problem, backend = _problem(inputs, documents, scale, backend)
+        if backend == "reference":
+            out, transition, state, reads = reference.begin(inputs, documents, problem.scale)
+        else:
+            out, transition, state, reads = _core(backend).begin(problem)
+        return Beginning(out, Summary(transition, state), reads)
 
     def received(self, summary: Summary, inputs: Inputs) -> Summary:
         """The summary as it is."""
@@ -201,18 +212,26 @@ class DeltaRecurrence:
         """transition state + the summary's own."""
         return summary.state + summary.transition @ state
 
+    @torch.no_grad()
     def correct(
         self,
         out: Tensor,
         inputs: Inputs,
         state: Tensor,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """Raises NotImplementedError: what is written depends on the state that enters."""
-        raise NotImplementedError("the delta rule is not diagonal: run it with the state that enters")
+        """Adds reads_t state to `out` in place, in rows that continue a document, and returns it."""
+        assert reads is not None
+        problem, _ = _problem(inputs, documents, scale, backend)
+        entering = problem.entering(state)
+        for tokens in _reached(reads, problem.reach):
+            found = torch.einsum("bthk,bhkv->bthv", reads[:, tokens].to(entering.dtype), entering)
+            out[:, tokens] += found.to(out.dtype)
+        return out
 
     @torch.no_grad()
     def backward(
@@ -240,15 +259,18 @@ class DeltaRecurrence:
         inputs: Inputs,
         initial_state: Tensor | None,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """The gradient `[B, H, K, V]` through the outputs of the tokens that an entering state reaches."""
-        problem, backend = _problem(inputs, documents, scale, backend)
-        if backend == "reference":
-            return reference.backward(dout, None, inputs, problem.new_states(), documents, problem.scale)[1]
-        return _core(backend).summarize_backward(problem, dout)
+        """Σ_t reads_tᵀ do_t `[B, H, K, V]` over the tokens that an entering state reaches."""
+        assert reads is not None
+        problem, _ = _problem(inputs, documents, scale, backend)
+        total, dtype = problem.new_states(), problem.dtype
+        for tokens in _reached(reads, problem.reach):
+            total += torch.einsum("bthk,bthv->bhkv", reads[:, tokens].to(dtype), dout[:, tokens].to(dtype))
+        return total
 
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """transitionᵀ dstate + local."""
@@ -265,6 +287,16 @@ def _core(backend: str) -> ModuleType:
 
         return triton
     return chunked
+
+
+def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
+    """The tokens that an entering state reaches; on a CPU in pieces, and no further than where it has faded."""
+    piece = PIECE if reads.device.type == "cpu" else max(reach, 1)
+    for start in range(0, reach, piece):
+        tokens = slice(start, min(start + piece, reach))
+        if reads.device.type == "cpu" and not bool(reads[:, tokens].any()):
+            return
+        yield tokens
 
 
 def _problem(inputs: Inputs, documents: Documents, scale: float | None, backend: str) -> tuple[Problem, str]:

@@ -1,4 +1,4 @@
-"""The delta rule in chunks: forward, a hand-written backward, and the summaries of rows.
+"""The delta rule in chunks: forward, a hand-written backward, and runs from nothing.
 
 Within a chunk that S enters, with the factors `enter`, `leave`, `through` of the decays and e^{G_i − G_j} in every
 score, z_i is what token i adds along b_i, so that
@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gated_linear.slabs import fade
 from .sweep import Problem, Sweep
 
 Gradients = tuple[Tensor | None, ...]
@@ -46,43 +47,53 @@ def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Ten
     return out, final
 
 
-def summarize(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(transition `[B, H, K, K]`, state `[B, H, K, V]`): what becomes of the identity, and of nothing.
+def begin(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`) of a run from nothing.
 
-    The identity goes along as K more columns of the state, in blocks where a document goes through some row.
+    Where rows continue documents, the identity goes along as K more columns of the state until those documents end or
+    it has faded: what becomes of it is the transition, and what queries read of it is what they read of any state.
     """
-    state, values, keys = problem.new_states(), problem.v.shape[-1], problem.k.shape[-1]
-    transition = state.new_zeros(*state.shape[:2], keys, keys)
+    out, reads = torch.empty(problem.v.shape, dtype=problem.dtype, device=problem.q.device), problem.of_keys().zero_()
+    state = problem.new_states()
+    transition = state.new_zeros(*state.shape[:2], state.shape[2], state.shape[2])
     for sweep in problem.sweeps():
-        carried = any(problem.through[sweep.block.rows])
-        if carried:
-            sweep = Sweep(problem, sweep.block, further=keys)
-        states = sweep.new_states()
-        if carried:
-            keep = torch.tensor(problem.through[sweep.block.rows], dtype=problem.dtype, device=state.device)
-            start = keep[:, None, None, None] * torch.eye(keys, dtype=problem.dtype, device=state.device)
-            states.at[0][..., values:] = start.expand(-1, sweep.grid.heads, -1, -1).flatten(0, 1)
-        for slab in sweep.grid.slabs():
-            sweep.load(slab, reads=False)
-            sweep.advance(slab, states)
-            states.at[0].copy_(states.at[slab.chunks])
-        sweep.put(state, states.at[0][..., :values])
-        if carried:
-            sweep.put(transition, states.at[0][..., values:])
-    return transition, state
-
-
-def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
-    """The gradient of the entering state through the outputs of the tokens that it reaches."""
-    dinitial = problem.new_states()
-    for sweep in problem.sweeps():
-        dstates, given = sweep.new_states(), sweep.part(dout)
-        for slab in reversed(sweep.grid.slabs(problem.reach)):
-            dstates.at[slab.chunks].copy_(dstates.at[0])
+        states, part = sweep.new_states(), sweep.part(out)
+        reached = _begin_reached(sweep, states.at[0], out, reads, transition) if problem.reach else 0
+        for slab in sweep.grid.slabs()[reached:]:
             sweep.load(slab)
-            sweep.retreat(slab, dstates, given.load(slab))
-        sweep.put(dinitial, dstates.at[0])
-    return problem.entering(dinitial)
+            sweep.advance(slab, states)
+            sweep.read(slab, states, part.flat[slab.chunks])
+            part.store(slab)
+            states.at[0].copy_(states.at[slab.chunks])
+        sweep.put(state, states.at[0])
+    return out, transition, state, reads
+
+
+def _begin_reached(narrow: Sweep, state: Tensor, out: Tensor, reads: Tensor, transition: Tensor) -> int:
+    """The slabs that an entering state reaches; fills the state after them, and returns how many they were."""
+    problem, values, keys = narrow.problem, narrow.value_dim, narrow.key_dim
+    sweep = Sweep(problem, narrow.block, further=keys)
+    states, parts = sweep.new_states(), [sweep.part(out), sweep.part(reads)]
+    own, carried = states.at[0].split([values, keys], dim=-1)
+    continues = torch.tensor(problem.documents.continues[sweep.block.rows], dtype=problem.dtype, device=out.device)
+    start = continues[:, None, None, None] * torch.eye(keys, dtype=problem.dtype, device=out.device)
+    carried.copy_(start.expand(-1, sweep.grid.heads, -1, -1).flatten(0, 1))
+    reached = 0
+    for slab in sweep.grid.slabs(problem.reach):
+        if not fade(carried):
+            break
+        sweep.load(slab)
+        sweep.advance(slab, states)
+        found = sweep.work("out", values + keys, slab)
+        sweep.read(slab, states, found)
+        for part, x in zip(parts, found.split([values, keys], dim=-1), strict=True):
+            part.flat[slab.chunks].copy_(x)
+            part.store(slab)
+        states.at[0].copy_(states.at[slab.chunks])
+        reached += 1
+    state.copy_(own)
+    sweep.put(transition, carried)
+    return reached
 
 
 def backward(

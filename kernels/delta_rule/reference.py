@@ -83,8 +83,8 @@ def backward(
     return tuple(filled[:-1]), dinitial
 
 
-def summarize(inputs: Inputs, documents: Documents) -> tuple[Tensor, Tensor]:
-    """(transition `[B, H, K, K]`, state `[B, H, K, V]`): what becomes of the identity, and of nothing."""
+def begin(inputs: Inputs, documents: Documents, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of nothing, and of the identity."""
     q, k, v, *rest = inputs
     assert q is not None
     assert k is not None
@@ -94,6 +94,7 @@ def summarize(inputs: Inputs, documents: Documents) -> tuple[Tensor, Tensor]:
     padded = torch.cat([v, v.new_zeros(*v.shape[:3], keys)], dim=-1)
     start = torch.eye(keys, dtype=wide, device=v.device).expand(v.shape[0], v.shape[2], -1, -1)
     start = torch.cat([start.new_zeros(*start.shape[:3], v.shape[-1]), start], dim=-1)
-    _, final = forward((q, k, padded, *rest), start, documents, 1.0)
-    state, transition = final.split([v.shape[-1], keys], dim=-1)
-    return transition, state
+    (out, reads), (state, transition) = (
+        x.split([v.shape[-1], keys], dim=-1) for x in forward((q.to(wide), k, padded, *rest), start, documents, scale)
+    )
+    return out, transition, state, reads

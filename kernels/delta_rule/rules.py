@@ -163,7 +163,8 @@ class EraseRule:
         return after.addcmul_(before, through)
 
     def read(self, slab: Slab, out: Tensor) -> None:
-        out.baddbmm_(self.sweep.work("key scores", self.sweep.grid.chunk, slab), self.values.flat[slab.chunks])
+        v = self.values.flat[slab.chunks]
+        out[..., : v.shape[-1]].baddbmm_(self.sweep.work("key scores", self.sweep.grid.chunk, slab), v)
 
     def dcolumns(self, slab: Slab, parts: dict[str, Lanes]) -> Tensor:
         return parts["b"].flat[slab.chunks]

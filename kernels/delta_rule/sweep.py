@@ -77,10 +77,10 @@ class Problem:
         rows = zip(self.documents.runs, self.documents.continues, strict=True)
         return max((row[0].stop for row, continues in rows if continues), default=0)
 
-    @property
-    def through(self) -> list[bool]:
-        """Whether one document, begun before, goes through each row."""
-        return [c and len(row) == 1 for c, row in zip(self.documents.continues, self.documents.runs, strict=True)]
+    def of_keys(self) -> Tensor:
+        """An empty `[B, T, H, K]` of what is computed in."""
+        shape = *self.v.shape[:3], self.k.shape[-1]
+        return torch.empty(shape, dtype=self.dtype, device=self.q.device)
 
     def sweeps(self) -> list[Sweep]:
         grouped = [x for x in (self.q, self.k, self.a, self.b) if x is not None]

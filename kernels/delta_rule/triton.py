@@ -252,13 +252,12 @@ def _inverse(system, inverse, T, H, C: tl.constexpr):
 def _prepare(
     q, rows, columns, k, v, beta, erased, inverse, G, ids, W, U, asked, left, kept,
     T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, scale,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, READS: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """W = X Ê `[B, T, H, K]` and U = X R `[B, T, H, V]` with X the inverse; what states meet, `[B, T, H, K]`.
 
-    asked = scale q ⊙ enter (with READS), left = columns ⊙ leave, kept = k ⊙ leave (with ERASE). `rows` are k, or a = −e
-    with ERASE.
+    asked = scale q ⊙ enter, left = columns ⊙ leave, kept = k ⊙ leave (with ERASE). `rows` are k, or a = −e with ERASE.
     """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -281,10 +280,9 @@ def _prepare(
         if ERASE:
             keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
             _put(kept, keys * leave, b, t, h, T, H, K, kd)
-        if READS:
-            queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
-            enter = _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
-            _put(asked, queries * (scale * enter), b, t, h, T, H, K, kd)
+        queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+        enter = _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
+        _put(asked, queries * (scale * enter), b, t, h, T, H, K, kd)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
         values = _tile(v, b, t, h, T, H, V, vd)
@@ -301,7 +299,7 @@ def _states(
     DECAY: tl.constexpr, ERASE: tl.constexpr, TRANSITION: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """States before the chunks, and after them; Z. With TRANSITION, of `initial` alone: nothing written nor kept."""
+    """States before the chunks, and after them; Z. With TRANSITION, what becomes of `initial` alone."""
     kd, vd, bh = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
@@ -310,11 +308,11 @@ def _states(
     for n in range(N):
         t, _, before, last = _own(ids, n, T, C)
         z = -_dot(_tile(W, b, t, h, T, H, K, kd), S.to(W.dtype.element_ty))
+        place = tl.cast(bh, tl.int64) * N + n
+        tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
         if not TRANSITION:
-            place = tl.cast(bh, tl.int64) * N + n
-            tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
             z += _tile(U, b, t, h, T, H, V, vd)
-            _put(Z, z, b, t, h, T, H, V, vd)
+        _put(Z, z, b, t, h, T, H, V, vd)
         S *= _through(G, before, last, tl.minimum(n * C + C, T) - 1, b, h, T, H, K, kd, DECAY)[:, None]
         S += _dot(tl.trans(_tile(left, b, t, h, T, H, K, kd)), z.to(left.dtype.element_ty))
         if ERASE and not TRANSITION:
@@ -683,33 +681,34 @@ class _Run:
         )  # fmt: skip
         return out
 
-    def prepare(self, *, reads: bool = True) -> _Chunks:
-        """All that chunks are by themselves; without `reads`, scores of queries are left empty."""
+    def prepare(self) -> _Chunks:
+        """All that chunks are by themselves."""
         system = self.scores(self.rows, self.columns, system=True)
         inverse = self.per_token(CHUNK)
         _inverse[self.by_chunk()](system, inverse, *self.sizes, C=CHUNK, num_warps=INVERSE_WARPS)
-        scores = self.scores(self.q, self.columns) if reads else inverse
+        scores = self.scores(self.q, self.columns)
         key_scores = erased = inverse
         if self.erase:
             erased = self.scores(self.rows, self.k, system=True)
-            key_scores = self.scores(self.q, self.k) if reads else inverse
+            key_scores = self.scores(self.q, self.k)
         W, U, left = self.per_token(self.keys), self.per_token(self.values), self.per_token(self.keys)
-        asked, kept = self.per_token(self.keys) if reads else left, self.per_token(self.keys) if self.erase else left
+        asked, kept = self.per_token(self.keys), self.per_token(self.keys) if self.erase else left
         _prepare[self.by_chunk()](
             self.q, self.rows, self.columns, self.k, self.v, self.beta, erased, inverse, self.G, self.ids,
             W, U, asked, left, kept, *self.sizes, *self.groups, self.keys, self.values, float(self.problem.scale),
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, READS=reads, **self.blocks(),
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, **self.blocks(),
         )  # fmt: skip
         return _Chunks(scores, key_scores, erased, inverse, W, U, asked, left, kept)
 
     def states(self, chunks: _Chunks, entering: Tensor, *, transition: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """States before the chunks `[B H, N, K, V]` and Z, in the inputs' type, and the states after them."""
+        """States before the chunks `[B H, N, K, V]` and Z, in the inputs' type, and the states after them.
+
+        With `transition`, of what enters alone; it may have other columns than values.
+        """
         values = entering.shape[-1]
         final = torch.empty_like(entering, memory_format=torch.contiguous_format)
-        starts, Z = final, chunks.W
-        if not transition:
-            starts = self.empty(self.batch * self.heads, self.chunks, self.keys, values, dtype=self.dtype)
-            Z = self.per_token(values)
+        starts = self.empty(self.batch * self.heads, self.chunks, self.keys, values, dtype=self.dtype)
+        Z = self.per_token(values)
         block = min(self.tiles.state_values, _padded(values))
         _states[(_ceil(values, block), self.batch * self.heads)](
             chunks.W, chunks.U, chunks.left, chunks.kept, self.v, self.G, self.ids, entering.contiguous(),
@@ -719,19 +718,21 @@ class _Run:
         )  # fmt: skip
         return starts, Z, final
 
-    def outputs(self, chunks: _Chunks, starts: Tensor, Z: Tensor) -> Tensor:
-        out = torch.empty(self.v.shape, dtype=self.problem.q.dtype, device=self.v.device)
-        blocks = self.blocks()
-        _outputs[(_ceil(self.values, blocks["BV"]), *self.by_chunk())](
+    def outputs(
+        self, chunks: _Chunks, starts: Tensor, Z: Tensor, dtype: torch.dtype, *, transition: bool = False
+    ) -> Tensor:
+        """What queries read, `[B, T, H, V]`; with `transition`, of what entered alone."""
+        out = self.per_token(Z.shape[-1], dtype)
+        blocks = {**self.blocks(), "BV": min(self.tiles.value_block, _padded(Z.shape[-1]))}
+        _outputs[(_ceil(Z.shape[-1], blocks["BV"]), *self.by_chunk())](
             chunks.asked, chunks.scores, chunks.key_scores, Z, self.v, starts, out,
-            *self.sizes, self.keys, self.values, self.chunks, ERASE=self.erase, **blocks,
+            *self.sizes, self.keys, Z.shape[-1], self.chunks, ERASE=self.erase and not transition, **blocks,
         )  # fmt: skip
         return out
 
-    def state_gradients(
-        self, chunks: _Chunks, dout: Tensor, dfinal: Tensor | None, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the first `count` chunks: gradients of the states after them, of Z, and of the state before them."""
+    def state_gradients(self, chunks: _Chunks, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the states after the chunks, of Z, and of the state before them."""
+        count = self.chunks
         dZ, dinitial = self.per_token(self.values), self.state()
         blocks = self.blocks(keys=False)
         _pull[(_ceil(self.values, blocks["BV"]), count, self.batch * self.heads)](
@@ -813,30 +814,21 @@ def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Ten
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, final = run.states(chunks, problem.entering(initial_state))
-    return run.outputs(chunks, starts, Z), final
+    return run.outputs(chunks, starts, Z, problem.q.dtype), final
 
 
-def summarize(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(transition `[B, H, K, K]`, state `[B, H, K, V]`): what becomes of the identity, and of nothing."""
-    run = _Run(problem)
-    chunks = run.prepare(reads=False)
-    _, _, state = run.states(chunks, problem.new_states())
-    one = torch.eye(run.keys, device=state.device).expand(run.batch, run.heads, -1, -1)
-    if not any(problem.through):
-        return torch.zeros_like(one), state
-    keep = torch.tensor(problem.through, device=state.device)[:, None, None, None]
-    _, _, transition = run.states(chunks, torch.where(keep, one, 0.0), transition=True)
-    return transition, state
-
-
-def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
-    """The gradient of the entering state through the outputs of the tokens that it reaches."""
-    count = _ceil(problem.reach, CHUNK)
-    if count == 0:
-        return problem.new_states()
+def begin(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of nothing, and of the identity."""
     run = _Run(problem)
     chunks = run.prepare()
-    return problem.entering(run.state_gradients(chunks, dout.to(run.dtype).contiguous(), None, count)[2])
+    starts, Z, state = run.states(chunks, problem.new_states())
+    out = run.outputs(chunks, starts, Z, torch.float32)
+    one = torch.eye(run.keys, device=state.device).expand(run.batch, run.heads, -1, -1)
+    if problem.reach == 0:
+        return out, torch.zeros_like(one), state, torch.zeros_like(problem.of_keys())
+    continues = torch.tensor(problem.documents.continues, device=state.device)[:, None, None, None]
+    starts, Z, transition = run.states(chunks, torch.where(continues, one, 0.0), transition=True)
+    return out, transition, state, run.outputs(chunks, starts, Z, torch.float32, transition=True)
 
 
 def backward(
@@ -847,7 +839,7 @@ def backward(
     dout = dout.to(run.dtype).contiguous()
     chunks = run.prepare()
     starts, Z, _ = run.states(chunks, problem.entering(initial_state))
-    afters, dZ, dinitial = run.state_gradients(chunks, dout, dfinal_state, run.chunks)
+    afters, dZ, dinitial = run.state_gradients(chunks, dout, dfinal_state)
     dR, dscores, dv, dbeta = run.pairs(chunks, dout, Z, dZ, afters)
     dq, drows, dcolumns, dk, of_channels, ddecay = run.inputs(dout, Z, dR, starts, afters, dscores)
     da, db, dk = (drows, dcolumns, dk) if run.erase else (None, None, dcolumns)
@@ -890,7 +882,7 @@ def compilations() -> list[Compilation]:
             (_scores, {**kind, **across, **bits, **seen}, chosen.score_warps),
             (_scores, {**kind, **across, **bits, **before}, chosen.score_warps),
             (_inverse, {"C": CHUNK}, INVERSE_WARPS),
-            (_prepare, {**kind, **rule, **across, **along, "READS": True}, chosen.warps),
+            (_prepare, {**kind, **rule, **across, **along}, chosen.warps),
             (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),
             (_states, {**kind, "ERASE": erase, "TRANSITION": True, **through}, chosen.state_warps),
             (_outputs, {"C": CHUNK, "ERASE": erase, **across, **along}, chosen.warps),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch import resolve
 from ..documents import Documents
-from ..recurrence import Inputs, Summary
+from ..recurrence import Elementwise, Inputs, Summary
 from . import chunked, reference
 
 
@@ -68,13 +68,11 @@ class _DiagonalScan(torch.autograd.Function):
         return dx, dlog_decay, None if initial_state is None else dinitial.to(initial_state.dtype), None, None
 
 
-class DiagonalRecurrence:
+class DiagonalRecurrence(Elementwise):
     """The parts of the op, as `kernels.recurrence.Recurrence` describes them; inputs are (x, log_decay).
 
     `scale` is no setting of this op, and must be None.
     """
-
-    diagonal = True
 
     def nothing(self, state: Tensor) -> Tensor:
         """Zeros."""
@@ -169,6 +167,7 @@ class DiagonalRecurrence:
         inputs: Inputs,
         state: Tensor,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
@@ -215,6 +214,7 @@ class DiagonalRecurrence:
         inputs: Inputs,
         initial_state: Tensor | None,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",

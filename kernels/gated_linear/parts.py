@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dispatch import resolve
 from ..documents import Documents
-from ..recurrence import Inputs, Summary
+from ..recurrence import Elementwise, Inputs, Summary
 from . import chunked, reference, stable
 from .checks import check_decays, check_documents, check_state, check_variant, check_variants, check_vectors
 from .normalise import Normalise
@@ -18,7 +18,7 @@ from .variants import Call, Core
 
 
 @dataclass(frozen=True)
-class GatedLinearRecurrence:
+class GatedLinearRecurrence(Elementwise):
     """Inputs are (q, k, v, log_decay, value_log_decay, bonus, log_input), of which the last ones may be left out.
 
     read, normaliser: as for `gated_linear_attention`. stabilised: whether there is a `log_input`.
@@ -34,8 +34,6 @@ class GatedLinearRecurrence:
     read: str = "inclusive"
     normaliser: str | None = None
     stabilised: bool = False
-
-    diagonal = True
 
     def nothing(self, state: Tensor) -> Tensor:
         """Zeros; a log scale as low as they come."""
@@ -166,6 +164,7 @@ class GatedLinearRecurrence:
         inputs: Inputs,
         state: Tensor,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
@@ -209,6 +208,7 @@ class GatedLinearRecurrence:
         inputs: Inputs,
         initial_state: Tensor | None,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dispatch import resolve
 from ..documents import Documents
-from ..recurrence import Inputs, Summary
+from ..recurrence import Elementwise, Inputs, Summary
 from . import chunked, reference
 
 DECAYS = ("exponential", "longhorn")
@@ -83,7 +83,7 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class SelectiveRecurrence:
+class SelectiveRecurrence(Elementwise):
     """The parts of the op, as `kernels.recurrence.Recurrence` describes them; inputs are (x, delta, a, b, c).
 
     Of "exponential" only the sum of delta travels, `[B, D]` as transition of a summary: with it and a every rank has
@@ -92,8 +92,6 @@ class SelectiveRecurrence:
     """
 
     decay: str = "exponential"
-
-    diagonal = True
 
     def nothing(self, state: Tensor) -> Tensor:
         """Zeros."""
@@ -203,6 +201,7 @@ class SelectiveRecurrence:
         inputs: Inputs,
         state: Tensor,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",
@@ -239,6 +238,7 @@ class SelectiveRecurrence:
         inputs: Inputs,
         initial_state: Tensor | None,
         documents: Documents,
+        reads: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: str = "auto",

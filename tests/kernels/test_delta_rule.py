@@ -267,11 +267,14 @@ def test_segments_put_together_are_the_whole_row(rule, decay, cuts):
     segments = [tuple(x if x is None else x[:, a:b] for x in inputs) for a, b in bounds]
     documents = [ROWS.slice(a, b) for a, b in bounds]
 
-    outs, summaries, states = [], [], [recurrence.nothing(dfinal)]
+    outs, summaries, reads, states = [], [], [], [recurrence.nothing(dfinal)]
     for segment, held in zip(segments, documents, strict=True):
-        summaries.append(recurrence.summarize(segment, None, held))
+        begun = recurrence.begin(segment, held)
+        summaries.append(begun.summary)
+        reads.append(begun.reads)
         out, final = recurrence.forward(segment, states[-1], held)
-        outs.append(out)
+        outs.append(recurrence.correct(begun.out, segment, states[-1], held, begun.reads))
+        assert_near([outs[-1]], [out], 1e-9)
         states.append(recurrence.advance(summaries[-1], states[-1]))
         assert_near([states[-1]], [final], 1e-9)
     assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
@@ -286,7 +289,7 @@ def test_segments_put_together_are_the_whole_row(rule, decay, cuts):
         a, b = bounds[number]
         segment, held = segments[number], documents[number]
         gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, segment, states[number], held)
-        local = recurrence.summarize_backward(dout[:, a:b], segment, states[number], held)
+        local = recurrence.summarize_backward(dout[:, a:b], segment, states[number], held, reads[number])
         dstate = recurrence.retreat(summaries[number], dstate, local)
         assert_near([dstate], [dinitial], 1e-9)
         parts.insert(0, gradients)
@@ -295,13 +298,30 @@ def test_segments_put_together_are_the_whole_row(rule, decay, cuts):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_summaries_are_those_of_the_recurrence(rule):
+def test_a_run_from_nothing_is_that_of_the_recurrence(rule):
     documents = PACKINGS["cut from rows"]
     inputs, state, dout, _ = draw(documents, rule, "channel")
-    expected = recurrence.summarize(inputs, None, documents, backend="reference")
-    assert_near(recurrence.summarize(inputs, None, documents), expected, 1e-9)
-    expected = recurrence.summarize_backward(dout, inputs, state, documents, backend="reference")
-    assert_near([recurrence.summarize_backward(dout, inputs, state, documents)], [expected], 1e-9)
+    out, summary, reads = recurrence.begin(inputs, documents, backend="reference")
+    found = recurrence.begin(inputs, documents)
+    assert_near([found.out, *found.summary, found.reads], [out, *summary, reads], 1e-9)
+    nothing = torch.zeros_like(state)
+    _, expected = recurrence.backward(dout, None, inputs, nothing, documents, backend="reference")
+    assert_near([recurrence.summarize_backward(dout, inputs, state, documents, found.reads)], [expected], 1e-9)
+
+
+def test_what_has_faded_is_nothing():
+    """Decays of e^-1 a token: in float32 nothing of the state before is left after some hundred tokens."""
+    documents = Documents.whole(1, 400, position=1)
+    inputs, state, *_ = draw(documents, decay="token", heads=1, groups=1)
+    inputs = tuple(x if x is None else x.float() for x in inputs)
+    inputs = (*inputs[:4], torch.full_like(inputs[4], -1.0), *inputs[5:])
+    out, summary, reads = recurrence.begin(inputs, documents)
+    assert not summary.transition.any()
+    assert reads[:, :32].any()
+    assert not reads[:, 352:].any()
+    state = state.float()
+    expected, final = recurrence.forward(inputs, state, documents)
+    assert_near([recurrence.correct(out, inputs, state, documents, reads), summary.state], [expected, final], 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
@@ -315,10 +335,10 @@ def test_backward_given_a_state_and_the_gradient_of_the_last(backend):
 
 def test_transitions_are_zero_unless_one_document_goes_through():
     inputs, *_ = draw(ROWS, decay="channel")
-    assert not recurrence.summarize(inputs, None, ROWS).transition.any()  # every row starts a document
+    assert not recurrence.begin(inputs, ROWS).summary.transition.any()  # every row starts a document
     held = ROWS.slice(160, 300)
     cut = tuple(x if x is None else x[:, 160:300] for x in inputs)
-    transition = recurrence.summarize(cut, None, held).transition
+    transition = recurrence.begin(cut, held).summary.transition
     assert [bool(row.any()) for row in transition] == [True, True, False, True]
 
 

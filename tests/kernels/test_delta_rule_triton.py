@@ -69,20 +69,21 @@ def test_dims_in_several_blocks_and_no_beta():
 
 
 @pytest.mark.parametrize("rule", ["beta", "erase"])
-def test_summaries_are_those_of_the_recurrence(rule):
+def test_a_run_from_nothing_is_that_of_the_recurrence(rule):
     documents = Documents.whole(1, 70, position=3)
     inputs, _, dout, _ = draw(documents, rule, "channel", heads=1, groups=1, keys=5, values=3)
     inputs, (dout,) = on(DEVICE, inputs, (dout,))
     single = tuple(x if x is None else x.float() for x in inputs)
-    expected = recurrence.summarize(inputs, None, documents, backend="reference")
-    assert_near(recurrence.summarize(single, None, documents, backend="triton"), expected, 1e-4)
-    expected = recurrence.summarize_backward(dout, inputs, None, documents, backend="reference")
-    found = recurrence.summarize_backward(dout.float(), single, None, documents, backend="triton")
-    assert_near([found], [expected], 1e-4)
+    expected = recurrence.begin(inputs, documents, backend="reference")
+    found = recurrence.begin(single, documents, backend="triton")
+    assert_near([found.out, *found.summary, found.reads], [expected.out, *expected.summary, expected.reads], 1e-4)
+    local = recurrence.summarize_backward(dout, inputs, None, documents, expected.reads)
+    again = recurrence.summarize_backward(dout.float(), single, None, documents, found.reads, backend="triton")
+    assert_near([again], [local], 1e-4)
     ends = Documents.from_lengths([[70]])
-    found = recurrence.summarize(single, None, ends, backend="triton")
-    assert not found.transition.any()
-    assert not recurrence.summarize_backward(dout.float(), single, None, ends, backend="triton").any()
+    found = recurrence.begin(single, ends, backend="triton")
+    assert not found.summary.transition.any()
+    assert not found.reads.any()
 
 
 def test_padding_and_a_state_of_a_row_that_does_not_go_on():
