@@ -27,8 +27,9 @@ class Summary(NamedTuple):
 class Beginning(NamedTuple):
     """A run of rows from nothing: their outputs, what they do to a state, and what reads the state that enters.
 
-    `reads` `[B, T, H, K]` is None where `correct` finds it cheaply again: its row t times the entering state is what
-    that state contributes to the output of token t. It is computed in float32, or float64 for float64 inputs.
+    `out` is not yet rounded, so that `correct` adds to it first. Row t of `reads` `[B, T, H, K]` times the entering
+    state is what that state contributes to the output of token t; None where `correct` finds it cheaply again. Both
+    are float32, or float64 for float64 inputs.
     """
 
     out: Tensor
@@ -154,8 +155,9 @@ class Recurrence(Protocol):
 class Elementwise:
     """What recurrences with elementwise transitions have in common; they find again what reads an entering state.
 
-    Besides the protocol they have `summarize(inputs, final_state, documents, *, backend)`: the summary of rows, given
-    the final state of their run from nothing.
+    Besides the protocol they have `summarize(inputs, final_state, documents, *, backend)`, the summary of rows given
+    the final state of their run from nothing, and their `forward` has a setting `exact`: outputs in what is computed
+    in.
     """
 
     def reads_like(self, inputs: Inputs) -> None:
@@ -164,6 +166,6 @@ class Elementwise:
     def begin(
         self: Any, inputs: Inputs, documents: Documents, *, scale: float | None = None, backend: str = "auto"
     ) -> Beginning:
-        """The run from nothing and its summary."""
-        out, final_state = self.forward(inputs, None, documents, scale=scale, backend=backend)
+        """The run from nothing, its outputs in what is computed in, and its summary."""
+        out, final_state = self.forward(inputs, None, documents, scale=scale, backend=backend, exact=True)
         return Beginning(out, self.summarize(inputs, final_state, documents, backend=backend), None)

@@ -119,16 +119,17 @@ class DiagonalRecurrence(Elementwise):
         *,
         scale: float | None = None,
         backend: str = "auto",
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(every h in x's type, state after each row's last token)."""
+        """(every h in x's type, or with `exact` in what is computed in; state after each row's last token)."""
         problem, given = _problem(inputs, documents, scale), inputs[0]
         assert given is not None
         backend = resolve("diagonal_scan", backend, given.device, given.dtype)
         entering = None if initial_state is None else initial_state.flatten(1)
         if backend == "reference":
-            out, final = reference.forward(problem.x, problem.log_decay, entering, documents)
+            out, final = reference.forward(problem.x, problem.log_decay, entering, documents, exact=exact)
         else:
-            out, final = _kernels(backend).forward(problem, entering)
+            out, final = _kernels(backend).forward(problem, entering, exact=exact)
         return out.view(given.shape), final.view_as(given[:, 0])
 
     @torch.no_grad()

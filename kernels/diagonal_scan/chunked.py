@@ -238,9 +238,9 @@ def _ids(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
     return marked, torch.cat([own[:, :1], own], dim=1)
 
 
-def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(every h in x's type, final state)."""
-    out = torch.empty_like(problem.x)
+def forward(problem: Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """(every h in x's type, or what is computed in; final state)."""
+    out = torch.empty_like(problem.x, dtype=problem.dtype if exact else None)
     return out, _run(problem, initial_state, out)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..documents import Documents
 
 
-def forward(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, documents: Documents) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, log_decay: Tensor, initial_state: Tensor | None, documents: Documents, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
     """h_t = e^{a_t} h_{t−1} + x_t, with h = 0 before a document's first token; x `[B, T, D]`, log_decay like it."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_BTD = x.to(accumulate)
@@ -26,7 +28,7 @@ def forward(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, document
         state_BD = decay_BTD[:, t] * state_BD + x_BTD[:, t]
         state_BD = torch.where(ids_BT1[:, t] >= 0, state_BD, torch.zeros_like(state_BD))
         states.append(state_BD)
-    return torch.stack(states, dim=1).to(x.dtype), state_BD
+    return torch.stack(states, dim=1).to(accumulate if exact else x.dtype), state_BD
 
 
 def backward(

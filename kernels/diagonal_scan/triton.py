@@ -263,10 +263,10 @@ def _run(chunks: Chunks, initial: Tensor, out: Tensor, *, add: bool = False) -> 
     return final
 
 
-def forward(problem: chunked.Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(every h in x's type, final state)."""
+def forward(problem: chunked.Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """(every h in x's type, or what is computed in; final state)."""
     chunks = _chunks(problem.x, problem.log_decay, problem.documents, FORWARD)
-    out = torch.empty_like(chunks.x)
+    out = torch.empty_like(chunks.x, dtype=problem.dtype if exact else None)
     return out, _run(chunks, problem.entering(initial_state), out)
 
 

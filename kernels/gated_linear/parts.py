@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,12 +111,13 @@ class GatedLinearRecurrence(Elementwise):
         *,
         scale: float | None = None,
         backend: str = "auto",
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(output as described above, final state)."""
-        call = self._call(inputs, initial_state, documents, scale, backend)
+        """(output as described above, or with `exact` always in what is computed in; final state)."""
+        call = replace(self._call(inputs, initial_state, documents, scale, backend), exact=exact)
         settings = self._reference(inputs, backend)
         if settings is not None:
-            return reference.forward(call.inputs, initial_state, documents, call.scale, **settings)
+            return reference.forward(call.inputs, initial_state, documents, call.scale, exact=exact, **settings)
         return call.forward()
 
     @torch.no_grad()

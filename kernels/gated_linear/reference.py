@@ -32,6 +32,7 @@ def forward(
     *,
     read: str,
     normaliser: str | None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """S_t = diag(e^{g_t}) S_{t−1} diag(e^{w_t}) + e^{i_t} k_tᵀ v_t, with S = 0 before a document's first token, and
 
@@ -74,7 +75,7 @@ def forward(
         state_BHKV = torch.cat([state_BHKV, row], dim=2)
     q = inputs[0]
     assert q is not None
-    return out if normaliser is not None else out.to(q.dtype), state_BHKV
+    return out if exact or normaliser is not None else out.to(q.dtype), state_BHKV
 
 
 def _steps(inputs: tuple[Tensor | None, ...], scale: float, normaliser: str | None) -> Steps:

@@ -51,6 +51,7 @@ class Call:
     scale: float
     read: str
     normaliser: str | None
+    exact: bool = False  # whether outputs stay in what is computed in
 
     # What was given.
 
@@ -139,7 +140,7 @@ class Call:
             queries = F.pad(queries[:, 1:] * self.goes_on[:, 1:], (0, 0, 0, 0, 0, 1))
         return Problem(
             queries, keys, self.values, log_decay, self.documents, self.scale, self.inputs[4],
-            wide=self.exclusive or self.normaliser is not None,
+            wide=self.exact or self.exclusive or self.normaliser is not None,
         )  # fmt: skip
 
     def of_heads(self, x: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class Call:
         if self.stabilised:
             out = torch.cat([out, self.units.to(out.dtype).unsqueeze(-1)], dim=-1)
             final = stable.pack(final, self._last_scale(), self.dtype)
-        elif self.normaliser is None:
+        elif self.normaliser is None and not self.exact:
             out = out.to(self.q.dtype)
         return out, final
 

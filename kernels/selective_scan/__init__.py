@@ -153,14 +153,15 @@ class SelectiveRecurrence(Elementwise):
         *,
         scale: float | None = None,
         backend: str = "auto",
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(y `[B, T, D]` in x's type, final state `[B, D, N]`)."""
+        """(y `[B, T, D]` in x's type, or with `exact` in what is computed in; final state `[B, D, N]`)."""
         problem = _problem(inputs, documents, scale)
         backend = resolve("selective_scan", backend, problem.x.device, problem.x.dtype)
         if backend == "reference":
             x, delta, a, b, c = problem.x, problem.delta, problem.a, problem.b, problem.c
-            return reference.forward(x, delta, a, b, c, initial_state, documents)
-        return _kernels(backend).forward(problem, initial_state)
+            return reference.forward(x, delta, a, b, c, initial_state, documents, exact=exact)
+        return _kernels(backend).forward(problem, initial_state, exact=exact)
 
     @torch.no_grad()
     def summarize(

@@ -222,9 +222,10 @@ class Loaded:
         return torch.bmm(self.sweep.of(self.sweep.c, self.slab).flatten(0, 1).unsqueeze(1), h.flatten(0, 1))
 
 
-def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(y in x's type, final state)."""
-    out, state = torch.empty_like(problem.x), problem.entering(initial_state)
+def forward(problem: Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """(y in x's type, or what is computed in; final state)."""
+    out = torch.empty_like(problem.x, dtype=problem.dtype if exact else None)
+    state = problem.entering(initial_state)
     for sweep in problem.sweeps():
         carry, target = sweep.lanes(state), sweep.part(out)
         before = carry.contiguous()

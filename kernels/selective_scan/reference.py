@@ -16,6 +16,8 @@ def forward(
     c: Tensor,
     initial_state: Tensor | None,
     documents: Documents,
+    *,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h_t = decay_t h_{t−1} + Δ_t x_t b_t; y_t = h_t c_t, with h = 0 before a document's first token.
 
@@ -38,7 +40,7 @@ def forward(
         state_BDN = decay_BDN * state_BDN + delta_BD1 * x_BTD[:, t, :, None] * b_B1N
         state_BDN = torch.where(ids_BT11[:, t] >= 0, state_BDN, torch.zeros_like(state_BDN))
         outputs.append((state_BDN * c_BTN[:, t, None]).sum(-1))
-    return torch.stack(outputs, dim=1).to(x.dtype), state_BDN
+    return torch.stack(outputs, dim=1).to(accumulate if exact else x.dtype), state_BDN
 
 
 def backward(

@@ -349,9 +349,10 @@ class Chunks:
         return ends, carried(ends, decays, dfinal, reverse=True)
 
 
-def forward(problem: chunked.Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(y in x's type, final state)."""
-    out = torch.empty_like(problem.x, memory_format=torch.contiguous_format)
+def forward(problem: chunked.Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """(y in x's type, or what is computed in; final state)."""
+    dtype = problem.dtype if exact else None
+    out = torch.empty_like(problem.x, dtype=dtype, memory_format=torch.contiguous_format)
     return out, Chunks(problem).run(problem.entering(initial_state), out)
 
 
