@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..parallel.mesh import Mesh
 from ..trainer import failure, processes
 from ..trainer.report import launch_command
+from ..trainer.run_directory import own_checkpoint, read_config
 from ..trainer.settings import Settings, check, ulysses_ranks
 from ..trainer.trainer import Trainer
 from . import configuration
@@ -25,7 +26,8 @@ configuration.register("settings", Settings)
 def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
     """The schema's objects; what depends on whether a setting was given is settled here.
 
-    Raises ValueError for a model given beside `init_from`, which brings its own.
+    `init_from` brings the model and the tokenizer where none is given; beside a checkpoint of LongReach the model may
+    be another with the same parameters. Raises ValueError for a model given beside one of Hugging Face.
     """
     if OmegaConf.is_missing(config.model, "vocabulary"):
         config.model.vocabulary = None  # the tokenizer's
@@ -33,14 +35,25 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
     if settings.run.name is None:
         settings.run.name = (choices.get("experiment") or choices.get("model") or "run").replace("/", "-")
     if settings.init_from is not None:
-        if models := [item for item in overrides if item.lstrip("+~").startswith(("model=", "model."))]:
-            raise ValueError(
-                f"model must not be given with init_from, which brings its own; got {', '.join(models)}. Remove one"
-            )
-        with_text = settings.data.source != "recall"
-        if with_text and not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
-            settings.data.tokenizer = settings.init_from
+        _start_from(settings, settings.init_from, overrides)
     return settings
+
+
+def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
+    models = [item for item in overrides if item.lstrip("+~").startswith(("model=", "model."))]
+    own = own_checkpoint(origin)
+    if own is not None:
+        settings.init_from = str(own)
+        if not models:
+            settings.model = read_config(own)["model"]
+    elif models:
+        raise ValueError(
+            f"model must not be given with init_from of Hugging Face, which brings its own; got {', '.join(models)}. "
+            "Remove one"
+        )
+    with_text = settings.data.source != "recall"
+    if with_text and not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
+        settings.data.tokenizer = origin if own is None else str(own / "tokenizer")
 
 
 def train(settings: Settings, command: list[str]) -> None:

@@ -57,6 +57,11 @@ class Stored:
         return map_tensor(self.path / file, place)
 
 
+def is_one(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint, complete or not."""
+    return (Path(path) / INDEX).is_file()
+
+
 def latest(directory: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder of checkpoints."""
     for path in reversed(_steps(Path(directory))):

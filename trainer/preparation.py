@@ -35,7 +35,7 @@ def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[st
 
     Raises ValueError where the vocabulary does not hold the data's.
     """
-    model = hf.read_settings(settings.init_from) if settings.init_from else dict(settings.model)
+    model = configured_model(settings)
     if not model.get("_target_"):
         raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
     if settings.trainer.activation_checkpointing != "none":
@@ -49,6 +49,12 @@ def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[st
             "Leave it out, or choose another data.tokenizer or data.vocabulary_size"
         )
     return model
+
+
+def configured_model(settings: Settings) -> dict[str, Any]:
+    """The model's configuration as it is given, by `model` or by a Hugging Face checkpoint."""
+    origin = settings.init_from
+    return dict(settings.model) if origin is None or checkpoint.is_one(origin) else hf.read_settings(origin)
 
 
 def check_same_model(found: Path, model: dict[str, Any]) -> None:
@@ -90,13 +96,17 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
         ),
     )
 
-    def from_hugging_face(model: nn.Module, gather: Gather) -> None:
-        hf.load(str(settings.init_from), model, gather)
+    def from_checkpoint(model: nn.Module, gather: Gather) -> None:
+        origin = str(settings.init_from)
+        if checkpoint.is_one(origin):
+            checkpoint.load_weights(origin, model, gather)
+        else:
+            hf.load(origin, model, gather)
 
     def nothing(model: nn.Module, gather: Gather) -> None:
         pass
 
-    load = nothing if resuming else from_hugging_face if settings.init_from else None
+    load = nothing if resuming else from_checkpoint if settings.init_from else None
     engine = Engine(
         lambda: build(settings.model),
         settings=settings.engine,

@@ -98,6 +98,16 @@ def locate(path: str | Path, setting: str) -> Path:
     return path
 
 
+def own_checkpoint(folder: str) -> Path | None:
+    """The checkpoint of LongReach at `folder`, or the newest one where that is a run; None where it is something else.
+
+    Raises CheckpointError for one that is not complete.
+    """
+    path = Path(folder).expanduser()
+    ours = checkpoint.is_one(path) or (path / "metrics.jsonl").is_file()
+    return locate(path, "init_from") if ours else None
+
+
 def read_config(found: Path) -> dict[str, Any]:
     """The configuration of the run that a checkpoint is of, which lies beside its weights.
 

@@ -111,7 +111,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     run: RunSettings = field(default_factory=RunSettings)
-    init_from: str | None = None  # a Hugging Face checkpoint, of which model, weights and tokenizer are taken
+    init_from: str | None = None  # a Hugging Face model, a checkpoint or a run, whose weights and tokenizer are taken
 
 
 def spans_of(parallel: ParallelSettings) -> int:
@@ -154,8 +154,8 @@ def check(settings: Settings, world_size: int) -> None:
     _check_optimizer(settings.optimizer)
     if settings.init_from is not None and not Path(settings.init_from).expanduser().is_dir():
         raise ValueError(
-            f"init_from must be a folder with a Hugging Face model; got {settings.init_from}. Check the path, or "
-            "download a model of the hub first: hf download NAME --local-dir PATH"
+            f"init_from must be a folder with a Hugging Face model, a checkpoint or a run; got {settings.init_from}. "
+            "Check the path, or download a model of the hub first: hf download NAME --local-dir PATH"
         )
     Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
     _at_least("evaluation.every", settings.evaluation.every, 0)

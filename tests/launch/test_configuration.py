@@ -117,7 +117,7 @@ def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["+trainer.stepps=4"], "trainer.stepps must be a setting; .* Did you mean trainer.steps?"),
         (["+foo=4"], "foo must be a setting"),
-        (["init_from=/x", "model=llama_tiny"], "model must not be given with init_from"),
+        (["init_from=/x", "model=llama_tiny"], "model must not be given with init_from of Hugging Face"),
         (["init_from=/x", "model.width=8"], r"model must not be given with init_from.* got model\.width=8"),
     ],
 )

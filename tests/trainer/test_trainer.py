@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from distributed import run_ranks
 
 from longreach.kernels.documents import Documents
 from longreach.launch.build import build
+from longreach.launch.train import to_settings
 from longreach.models.mixer import Mixer
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
@@ -320,3 +322,33 @@ def test_a_checkpoint_of_a_model_with_other_settings_is_refused(
     chosen.model["norm_eps"] = 1e-3  # no tensor tells
     (message,) = run_ranks(1, resume_otherwise, chosen)
     assert "norm_eps was 1e-06 and is 0.001" in message or "norm_eps was None and is 0.001" in message
+
+
+def test_a_new_run_starts_from_the_weights_of_another(texts: Path, tmp_path: Path) -> None:
+    """Its softmax layer as MoBA, on longer rows, with the first run's tokenizer; learning too little to see."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_ranks(1, train, settings(texts, first, trainer__steps=2))
+    overrides = [
+        f"init_from={first}", f"run.dir={second}", "data=text", f"data.path={texts}",
+        "data.sequence_length=192", "optimizer.learning_rate=1e-12", "trainer.steps=1", "logger.wandb.mode=disabled",
+    ]  # fmt: skip
+    with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
+        chosen = to_settings(hydra.compose("train", overrides), overrides, {})
+    found = checkpoint.latest(first / "checkpoints")
+    assert chosen.init_from == str(found)
+    assert chosen.data.tokenizer == str(found / "tokenizer")
+    assert chosen.model == MODEL | {"vocabulary": chosen.model["vocabulary"]}
+    moba = {
+        "_target_": f"{MIXERS}.block_sparse_attention.MoBA", "_partial_": True, "heads": 2, "block_size": 16, "top_k": 2
+    }  # fmt: skip
+    chosen.model = chosen.model | {"mixers": MODEL["mixers"] | {"softmax": moba}}
+    run_ranks(1, train, chosen)
+    before, after = (dict(checkpoint_tensors(run)) for run in (first, second))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.allclose(tensor, after[name], rtol=0, atol=1e-9), name
+
+
+def checkpoint_tensors(run: Path) -> list[tuple[str, torch.Tensor]]:
+    stored = checkpoint.verify(checkpoint.latest(run / "checkpoints"))
+    return [(name, stored.map(name)) for name in stored.tensors if "/" not in name]

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ...models import hf
-from ..preparation import check_model
+from ..preparation import check_model, configured_model
 from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
 from . import exact, inexact
 from .bench import Bench
@@ -36,7 +35,7 @@ def diagnose(
     Raises ValueError for a configuration that training refuses.
     """
     check(settings, settings.parallel.sequence)
-    configured = hf.read_settings(settings.init_from) if settings.init_from else settings.model
+    configured = configured_model(settings)
     check_model(build, complete(configured), settings.parallel.mixers)
     parallel = at_most(settings.parallel, MOST_RANKS)
     window = max(2, 7 * spans_of(parallel) * 3 // 2)  # of the cases' longest spans: beyond one rank, not over two
