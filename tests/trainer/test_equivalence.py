@@ -12,7 +12,6 @@ CHOICE = [
     Topology(4, 4, "zigzag", 1),
     Topology(4, 4, "contiguous", 3),
     Topology(4, 2, "contiguous", 1),
-    Topology(4, 2, "zigzag", 2),
     Topology(4, 2, "zigzag", 3),
 ]
 
