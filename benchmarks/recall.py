@@ -41,8 +41,8 @@ MODELS = {
     "full": ("full attention", ("model=llama_tiny", *settings("softmax"))),
     "window": ("window of 192", ("model=llama_tiny", *settings("softmax", window=192))),
     "moba": (
-        "MoBA, 3 blocks of 64",
-        ("model=moba_tiny", "model.pattern=[moba]", "~model.mixers.softmax", *settings("moba", block_size=64, top_k=3)),
+        "MoBA, 6 blocks of 32",
+        ("model=moba_tiny", "model.pattern=[moba]", "~model.mixers.softmax", *settings("moba", block_size=32, top_k=6)),
     ),
     "nsa": (
         "NSA, 6 blocks of 32",
