@@ -232,20 +232,20 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
     """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches, until it has faded."""
     entering = problem.entering(state)
     for sweep in problem.sweeps():
-        states, part = sweep.new_states(), sweep.part(out)
-        states.at[0].copy_(sweep.lanes(entering))
+        states, part, first = sweep.new_states(), sweep.part(out), sweep.lanes(entering)
+        decay = first.new_ones(1, 1, 1)
         for slab in sweep.grid.slabs(problem.reach):
-            if not fade(states.at[0]):
+            if not fade(decay):
                 break
             q = sweep.load_queries(slab)
             sweep.prepare(slab, "enter")
             for n in range(slab.chunks):
-                torch.mul(states.at[n], sweep.through[n], out=states.at[n + 1])
+                torch.mul(first, decay, out=states.at[n])
+                decay = decay * sweep.through[n]
             o = torch.bmm(q.mul_(sweep.decay.enter), states.before[slab.chunks], out=part.flat[slab.chunks])
             if sweep.value_decay is not None:
                 o.mul_(sweep.value_decay.enter)
             part.store(slab, add=True)
-            states.at[0].copy_(states.at[slab.chunks])
     return out
 
 
@@ -254,7 +254,8 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
     dinitial = problem.new_states()
     for sweep in problem.sweeps():
         dstates, dpart = sweep.new_states(), sweep.part(dout)
-        total, decay = sweep.lanes(dinitial), torch.ones_like(dstates.at[0])
+        total = torch.zeros_like(dstates.at[0])
+        decay = total.new_ones(1, 1, 1)
         for slab in sweep.grid.slabs(problem.reach):
             if not fade(decay):
                 break
@@ -263,7 +264,7 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
             torch.bmm(q.mul_(sweep.decay.enter).mT, sweep.entered(slab, do), out=dstates.before[slab.chunks])
             for n in range(slab.chunks):
                 total.addcmul_(dstates.at[n], decay)
-                decay.mul_(sweep.through[n])
+                decay = decay * sweep.through[n]
         sweep.put(dinitial, total)
     return problem.entering(dinitial)
 
