@@ -254,8 +254,7 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
     dinitial = problem.new_states()
     for sweep in problem.sweeps():
         dstates, dpart = sweep.new_states(), sweep.part(dout)
-        total = torch.zeros_like(dstates.at[0])
-        decay = total.new_ones(1, 1, 1)
+        total, decay = torch.zeros_like(dstates.at[0]), dinitial.new_ones(1, 1, 1)
         for slab in sweep.grid.slabs(problem.reach):
             if not fade(decay):
                 break
