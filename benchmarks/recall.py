@@ -107,7 +107,7 @@ def main() -> None:
         figure.savefig(DOCS / "recall.png", dpi=110)
         (DOCS / "recall.md").write_text(
             "# Recall\n\n`python benchmarks/recall.py --write`: accuracy on held-out problems of multi-query "
-            "associative recall, at the end of each stage.\n\n"
+            "associative recall, at the end of each stage. MoBA goes on from full attention's first stage.\n\n"
             + "\n".join([*lines, "", "![accuracy by step](recall.png)", ""])
         )
         print(f"written to {DOCS / 'recall.md'} and .png")

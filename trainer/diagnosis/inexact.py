@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ...models.language_model import LanguageModel
 from ...parallel.sequence import Sequence
 from ..engine import EngineSettings
 from . import checks, work
@@ -82,15 +84,38 @@ def rounded(bench: Bench, dtype: torch.dtype) -> None:
         truth = truth_of(exact, case)
         ours = checks.of_norms(checks.together(parts, case.layout).gradients, truth.gradients)
         theirs = checks.of_norms(single.gradients, truth.gradients)
-        # Of one parameter an error may be small by chance, of all together it is not.
-        found += [Difference(ours[p] / (3.0 * theirs[p] + 8 * floor), f"gradient of {p}; {case.name}") for p in ours]
-        ratio = _mean(ours) / (1.5 * _mean(theirs) + 3 * floor)
-        found.append(Difference(ratio, f"gradient of all parameters; {case.name}"))
+        compared = _compared(ours, theirs, floor, case.name)
+        if checks.worst(compared).error > 1.0:
+            noise = _noise(exact, case, truth.gradients, torch.finfo(dtype).eps / 2)
+            compared = _compared(ours, {p: max(theirs[p], noise[p]) for p in theirs}, floor, case.name)
+        found += compared
         calls = [call.mapped(Tensor.cpu) for call in calls]
         replays.append((case, [(c, c.dout(dtype)) for call in calls for c in (call, sharper(call))]))
     ran = bench.ran(name)
     bench.add(checks.row(f"{name}: gradients beside one device's", checks.worst(found), 1.0, ran, 5))
     _rounded_ops(bench, dtype, replays)
+
+
+def _compared(ours: dict[str, float], theirs: dict[str, float], floor: float, name: str) -> list[Difference]:
+    """At most 1 where ranks are as good: of one parameter an error may be small by chance, of all it is not."""
+    found = [Difference(ours[p] / (3.0 * theirs[p] + 8 * floor), f"gradient of {p}; {name}") for p in ours]
+    return [*found, Difference(_mean(ours) / (1.5 * _mean(theirs) + 3 * floor), f"gradient of all parameters; {name}")]
+
+
+def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding: float) -> dict[str, float]:
+    """Errors of exact gradients where only the parameters are rounded: what a case makes of any rounding.
+
+    Where a layer normalises something close to 0 that is thousands of roundings, and one device may lose few by chance.
+    """
+    noise = dict.fromkeys(truth, 0.0)
+    for seed in range(3):
+        shaken, generator = copy.deepcopy(exact), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in shaken.parameters():
+                parameter *= 1 + rounding * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        errors = checks.of_norms(truth_of(shaken, case).gradients, truth)
+        noise = {name: max(noise[name], error) for name, error in errors.items()}
+    return noise
 
 
 def _rounded_ops(bench: Bench, dtype: torch.dtype, replays: list[Replay]) -> None:
