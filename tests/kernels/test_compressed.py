@@ -88,6 +88,7 @@ def test_bfloat16_is_rounded_once(groups):
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_kernels_of_triton_agree():
     documents = PACKINGS["packed"]
     windows = WindowLayout(documents, 8, 4)

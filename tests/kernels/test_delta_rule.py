@@ -403,6 +403,7 @@ def test_flash_linear_attention_agrees(rule, decay):
     assert_near(call(inputs, initial_state=state), [expected, final], 1e-4)
 
 
+@pytest.mark.slow
 def test_transformers_chunked_gated_delta_rule_agrees():
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next", reason="needs the extra hf")
     documents = Documents.whole(2, 150)

@@ -11,6 +11,7 @@ from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_
 from longreach.trainer import processes
 from longreach.trainer.engine import parameter_groups
 
+pytestmark = pytest.mark.slow  # engines on several ranks
 STEPS = 4
 
 

@@ -41,6 +41,7 @@ def test_torchrun_ranks_find_one_another(tmp_path):
     assert result.stdout.count("ranks 2 2\n") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "environment", "message"),
     [
