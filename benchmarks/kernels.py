@@ -117,7 +117,9 @@ class Measured(NamedTuple):
     bytes: int
 
 
-def measure(names: list[str], lengths: list[int], device: str, rounds: int) -> dict[tuple[str, str, int], Measured]:
+def measure(
+    names: list[str], lengths: list[int], device: str, rounds: int, peers: bool = True
+) -> dict[tuple[str, str, int], Measured]:
     """What each op ("ours") and each of its peers took, and the floor, by op, who, and length."""
     plain, flops = product(device)
     results = {}
@@ -129,7 +131,7 @@ def measure(names: list[str], lengths: list[int], device: str, rounds: int) -> d
             case = CASES[name](length, device)
             floors[length] = 3.5 * case.flops / flops
             passes["ours", length] = case.ours
-            if length <= GOAL_LENGTH or device == "cuda":
+            if peers and (length <= GOAL_LENGTH or device == "cuda"):
                 passes.update({(who, length): run for who, run in case.peers.items()})
         best = seconds(passes, device, rounds)
         for (who, length), taken in best.items():
@@ -137,7 +139,9 @@ def measure(names: list[str], lengths: list[int], device: str, rounds: int) -> d
                 results[name, who, length] = Measured(taken, peak_bytes(passes[who, length], device))
         for length, products in floors.items():
             results[name, "floor", length] = Measured(products * best["floor", 0], 0)
-        print(f"{name}: measured", flush=True)
+        own = {key: value for key, value in results.items() if key[0] == name}
+        # What a run tells that is cut short.
+        print(f"{name}: measured\n{tables(own, [name], lengths)}", flush=True)
     return results
 
 
@@ -214,6 +218,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--no-peers", action="store_true", help="only the ops and the floor")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     device = arguments.device
@@ -223,7 +228,7 @@ def main() -> None:
     default = [4096, GOAL_LENGTH, 65536] if device == "cpu" else [2**n for n in range(11, 21)]
     lengths = sorted(arguments.lengths or default)
     names = arguments.ops
-    results = measure(names, lengths, device, arguments.rounds)
+    results = measure(names, lengths, device, arguments.rounds, not arguments.no_peers)
     text = f"{machine(device)}\n\nForward + backward, {HEADS} heads of {DIM}, time a token.\n\n"
     text += f"{tables(results, names, lengths)}\n"
     if device == "cpu":

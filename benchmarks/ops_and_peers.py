@@ -17,7 +17,8 @@ from longreach.kernels import selective_scan as selective
 from longreach.kernels import short_conv as conv
 from longreach.kernels import softmax as attention
 
-HEADS, DIM, STATES, GOAL_LENGTH = 8, 64, 16, 8192
+HEADS, DIM = (16, 128) if torch.cuda.is_available() else (8, 64)  # what fills the device
+STATES, KEY_STATES, GOAL_LENGTH = 16, 128, 8192  # of Mamba, of Mamba-2
 Pass = Callable[[], None]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -170,7 +171,7 @@ def mamba2_case(length: int, device: str) -> Case:
     x = draw(1, length, HEADS, DIM, device=device)
     dt = 0.1 * torch.rand(1, length, HEADS, device=device)
     a = -torch.rand(HEADS, device=device)
-    b, c = (draw(1, length, 1, 2 * DIM, device=device) for _ in range(2))
+    b, c = (draw(1, length, 1, KEY_STATES, device=device) for _ in range(2))
 
     def ours(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return gated.gated_linear_attention(c, b, dt.unsqueeze(-1).to(x.dtype) * x, dt * a, scale=1.0)[0]
@@ -180,7 +181,7 @@ def mamba2_case(length: int, device: str) -> Case:
 
         return differentiated(lambda x, dt, a, b, c: torch_form(scan)(x, dt, a, b, c, 256), [x, dt, a, b, c])
 
-    flops = gated.flops(length, heads=HEADS, key_dim=2 * DIM, value_dim=DIM)
+    flops = gated.flops(length, heads=HEADS, key_dim=KEY_STATES, value_dim=DIM)
     pass_ = attempt(transformers_scan) if device == "cpu" else None
     return Case(differentiated(ours, [x, dt, a, b, c]), flops, {"transformers": pass_} if pass_ else {})
 

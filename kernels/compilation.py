@@ -29,6 +29,7 @@ OPS = (
     "diagonal_scan",
     "selective_scan",
     "short_conv",
+    "pointwise",
 )
 
 # Shared memory that one block of threads may take, in bytes (CUDA C++ Programming Guide, technical specifications).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("longreach")
 
@@ -40,6 +42,18 @@ def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: tor
         why = "chosen for this device" if backend == "auto" else "by request"
         logger.info("%s on %s: %s, %s", op, device, chosen, why)
     return chosen
+
+
+def by_kernels(op: str, x: Tensor) -> ModuleType | None:
+    """The Triton kernels of token-local math where they run for x, or None.
+
+    None too under torch.compile, which fuses the torch form with what surrounds it.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cuda" or resolve(op, "auto", x.device, x.dtype) != "triton":
+        return None
+    from .pointwise import triton as kernels
+
+    return kernels
 
 
 def interpreted() -> bool:

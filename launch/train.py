@@ -60,7 +60,7 @@ def train(settings: Settings, command: list[str]) -> None:
     """Joins the ranks and runs the trainer on this one; `command` is what started it."""
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
-    device = processes.start(settings.parallel.timeout_minutes)
+    device = processes.start(settings.parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
     mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
     Trainer(settings, build, mesh, device, command).run()
     processes.end()

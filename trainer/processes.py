@@ -14,16 +14,21 @@ import torch.distributed as dist
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start(timeout_minutes: float = 10.0, device: str = "auto") -> torch.device:
+def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic: bool = False) -> torch.device:
     """Joins the processes of torchrun, of deepspeed or of a Slurm step into one group; returns this rank's device.
 
     Without a launcher the group is this process alone, and no port is opened. `device` is `auto` (CUDA where there is
     any), `cuda` or `cpu`. Collectives on the host's memory work on every device. A rank that is silent in a collective
-    for `timeout_minutes` ends the run. Does nothing more than name the device where a group exists.
+    for `timeout_minutes` ends the run. `deterministic` asks torch and libraries for the same bits at every run. Does
+    nothing more than name the device where a group exists.
     Raises ValueError for a device that is not there and for an incomplete environment.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, without a launcher too
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     here = _device(device)
     if here.type == "cuda":
         torch.cuda.set_device(here)

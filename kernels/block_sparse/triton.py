@@ -34,7 +34,7 @@ SHARED_ROWS = 8  # rows a list from which programs go by queries
 
 # Keys of a tile, warps and stages by the larger of the padded dims.
 BY_QUERY = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)}
-BY_QUERY_BACKWARD = {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 8, 1)}
+BY_QUERY_BACKWARD = {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 1)}
 BY_BLOCK = {64: (64, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2)}
 KEY_GRADIENTS = {64: (64, 4, 2), 128: (64, 8, 2), 256: (64, 8, 1)}
 

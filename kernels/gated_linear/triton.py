@@ -32,6 +32,8 @@ CHUNK = 64
 SUB = 16  # tokens whose channels' decays are multiplied step by step; also the least side of a matrix product
 BLOCK = 64  # channels of a tile
 LANES = 128  # channels of a program that goes token by token
+PROGRAMS = 256  # that go through chunks in order at once: fewer leave a GPU idle, and a row is then cut into segments
+LEAST_SEGMENT = 8  # chunks of a segment
 LOG2_E = tl.constexpr(math.log2(math.e))
 STRONGEST = tl.constexpr(-40.0)  # nothing is left of what decays more in one step: e^-40 is 4e-18
 
@@ -141,20 +143,30 @@ def _cumulate_back(moments, ids, ends, T, N, D, H, K, C: tl.constexpr, LANES: tl
 
 @triton.jit
 def _states(
-    k, v, G, W, ids, initial, starts, final, T, H, GROUPS, K, V, N,
-    DECAY: tl.constexpr, VALUE: tl.constexpr, ADD: tl.constexpr,
+    k, v, G, W, ids, initial, starts, final, passed, T, H, GROUPS, K, V, N, LENGTH,
+    DECAY: tl.constexpr, VALUE: tl.constexpr, ADD: tl.constexpr, SUMMARY: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """States before the first N chunks, and after them. Without ADD: of k = 0, only what enters goes on."""
+    """States before the first N chunks, and after them. Without ADD: of k = 0, only what enters goes on.
+
+    Segments of LENGTH chunks run side by side, each from its state of `initial`; `final` are the states after them.
+    SUMMARY: from 0, and instead of the states before the chunks the factor by which a segment passes on what enters it.
+    """
     kd, vd = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
-    bh = tl.program_id(2)
+    segments = tl.maximum(tl.cdiv(N, LENGTH), 1)
+    at, segment = tl.program_id(2), tl.program_id(2) % segments
+    bh = at // segments
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    S = _state(initial, bh, kd, vd, K, V)
     inside = (kd < K)[:, None] & (vd < V)[None, :]
-    for n in range(N):
-        place = tl.cast(bh, tl.int64) * N + n
-        tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
+    if SUMMARY:
+        S, kept = tl.zeros([BK, BV], tl.float32), tl.full([BK, BV], 1.0, tl.float32)
+    else:
+        S = _state(initial, at, kd, vd, K, V)
+    for n in range(segment * LENGTH, tl.minimum(segment * LENGTH + LENGTH, N)):
+        if not SUMMARY:
+            place = tl.cast(bh, tl.int64) * N + n
+            tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
         t, own, before, last = _own(ids, n, T, C)
         end = tl.minimum(n * C + C, T) - 1
         leave = (own == last) & (own >= 0)
@@ -164,46 +176,79 @@ def _states(
             values = _tile(v, b, t, h, T, H, V, vd)
         if DECAY == 0:
             S *= goes
+            if SUMMARY:
+                kept *= goes
             if ADD:
                 keys = tl.where(leave[:, None], keys, 0.0)
         if DECAY == 1:
             total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
             S *= goes * tl.exp2(total)
+            if SUMMARY:
+                kept *= goes * tl.exp2(total)
             if ADD:
                 sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
                 keys = (keys * tl.where(leave, _fall(total - sums), 0.0)[:, None]).to(k.dtype.element_ty)
         if DECAY == 2:
             totals = _row(G, b, end, h, T, H, K, kd)
             S *= (goes * tl.exp2(totals))[:, None]
+            if SUMMARY:
+                kept *= (goes * tl.exp2(totals))[:, None]
             if ADD:
                 fall = _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd))
                 keys = (keys * tl.where(leave[:, None], fall, 0.0)).to(k.dtype.element_ty)
         if VALUE:
             across = _row(W, b, end, h, T, H, V, vd)
             S *= tl.exp2(across)[None, :]
+            if SUMMARY:
+                kept *= tl.exp2(across)[None, :]
             if ADD:
                 values = (values * _fall(across[None, :] - _tile(W, b, t, h, T, H, V, vd))).to(v.dtype.element_ty)
         if ADD:
             S += _dot(tl.trans(keys), values)
-    tl.store(_square(final, bh, kd, vd, K, V), S, mask=inside)
+    tl.store(_square(final, at, kd, vd, K, V), S, mask=inside)
+    if SUMMARY:
+        tl.store(_square(passed, at, kd, vd, K, V), kept, mask=inside)
+
+
+@triton.jit
+def _enter(first, added, passed, entering, size, SEGMENTS, BACK: tl.constexpr, BLOCK: tl.constexpr):
+    """entering[s + 1] = entering[s] passed[s] + added[s] from entering[0] = first, or BACK from the last one down.
+
+    `[B H, SEGMENTS, size]`, first `[B H, size]`.
+    """
+    bh, i = tl.cast(tl.program_id(1), tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    S = tl.load(first + bh * size + i, mask=i < size, other=0.0)
+    for step in range(SEGMENTS):
+        segment = SEGMENTS - 1 - step if BACK else step
+        at = (bh * SEGMENTS + segment) * size + i
+        tl.store(entering + at, S, mask=i < size)
+        S = S * tl.load(passed + at, mask=i < size, other=0.0) + tl.load(added + at, mask=i < size, other=0.0)
 
 
 @triton.jit
 def _state_gradients(
-    q, do, G, W, ids, dfinal, afters, dinitial, T, H, GROUPS, K, V, N, scale,
-    DECAY: tl.constexpr, VALUE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, do, G, W, ids, dfinal, afters, dinitial, passed, T, H, GROUPS, K, V, N, LENGTH, scale,
+    DECAY: tl.constexpr, VALUE: tl.constexpr, SUMMARY: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the states after the first N chunks, and of the state before them."""
+    """Gradients of the states after the first N chunks, and of the state before them; segments as in `_states`."""
     kd, vd = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
-    bh = tl.program_id(2)
+    segments = tl.maximum(tl.cdiv(N, LENGTH), 1)
+    at, segment = tl.program_id(2), tl.program_id(2) % segments
+    bh = at // segments
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    dS = _state(dfinal, bh, kd, vd, K, V)
     inside = (kd < K)[:, None] & (vd < V)[None, :]
-    for back in range(N):
-        n = N - 1 - back
-        place = tl.cast(bh, tl.int64) * N + n
-        tl.store(_square(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
+    if SUMMARY:
+        dS, kept = tl.zeros([BK, BV], tl.float32), tl.full([BK, BV], 1.0, tl.float32)
+    else:
+        dS = _state(dfinal, at, kd, vd, K, V)
+    stop = tl.minimum(segment * LENGTH + LENGTH, N)
+    for back in range(stop - segment * LENGTH):
+        n = stop - 1 - back
+        if not SUMMARY:
+            place = tl.cast(bh, tl.int64) * N + n
+            tl.store(_square(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
         t, own, before, last = _own(ids, n, T, C)
         end = tl.minimum(n * C + C, T) - 1
         enter = (own == before) & (own >= 0)
@@ -212,20 +257,33 @@ def _state_gradients(
         given = _tile(do, b, t, h, T, H, V, vd)
         if DECAY == 0:
             dS *= goes
+            if SUMMARY:
+                kept *= goes
             queries = (queries * tl.where(enter, scale, 0.0)[:, None]).to(q.dtype.element_ty)
         if DECAY == 1:
-            dS *= goes * tl.exp2(tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h))
+            falls = goes * tl.exp2(tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h))
+            dS *= falls
+            if SUMMARY:
+                kept *= falls
             sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
             queries = (queries * tl.where(enter, scale * tl.exp2(sums), 0.0)[:, None]).to(q.dtype.element_ty)
         if DECAY == 2:
-            dS *= (goes * tl.exp2(_row(G, b, end, h, T, H, K, kd)))[:, None]
+            falls = goes * tl.exp2(_row(G, b, end, h, T, H, K, kd))
+            dS *= falls[:, None]
+            if SUMMARY:
+                kept *= falls[:, None]
             fall = scale * tl.exp2(_tile(G, b, t, h, T, H, K, kd))
             queries = (queries * tl.where(enter[:, None], fall, 0.0)).to(q.dtype.element_ty)
         if VALUE:
-            dS *= tl.exp2(_row(W, b, end, h, T, H, V, vd))[None, :]
+            across = tl.exp2(_row(W, b, end, h, T, H, V, vd))
+            dS *= across[None, :]
+            if SUMMARY:
+                kept *= across[None, :]
             given = (given * tl.exp2(_tile(W, b, t, h, T, H, V, vd))).to(do.dtype.element_ty)
         dS += _dot(tl.trans(queries), given)
-    tl.store(_square(dinitial, bh, kd, vd, K, V), dS, mask=inside)
+    tl.store(_square(dinitial, at, kd, vd, K, V), dS, mask=inside)
+    if SUMMARY:
+        tl.store(_square(passed, at, kd, vd, K, V), kept, mask=inside)
 
 
 @triton.jit
@@ -615,9 +673,37 @@ class _Run:
         )
         return moments
 
-    def by_state(self) -> tuple[int, int, int]:
+    def segments(self, chunks: int) -> int:
+        """Into how many segments `chunks` chunks are cut for the passes that go through them in order."""
         s = self.sizes
-        return _ceil(s.keys, s.key_block), _ceil(s.values, s.value_block), s.batch * s.heads
+        programs = _ceil(s.keys, s.key_block) * _ceil(s.values, s.value_block) * s.batch * s.heads
+        length = max(LEAST_SEGMENT, _ceil(chunks * programs, PROGRAMS))
+        return _ceil(chunks, length)
+
+    def in_order(self, kernel: Any, tensors: tuple[Tensor, ...], entering: Tensor, into: Tensor, chunks: int,
+                 scale: tuple[float, ...], back: bool, **constants: Any) -> Tensor:  # fmt: skip
+        """Runs `_states` or `_state_gradients`, in segments where there are few rows and heads; returns the last state.
+
+        What each segment does to a state is found first, then what enters it, and then all run side by side.
+        """
+        s = self.sizes
+        segments = self.segments(chunks)
+        length = _ceil(chunks, max(1, segments))
+        rows, square = s.batch * s.heads, s.keys * s.values
+        grid = (_ceil(s.keys, s.key_block), _ceil(s.values, s.value_block), rows * max(1, segments))
+        sizes = (s.length, s.heads, s.groups, s.keys, s.values, chunks, max(1, length), *scale)
+        constants = {"DECAY": self.decay, "VALUE": self.by_value} | self.tiles() | constants
+        entering = entering.contiguous()
+        if segments > 1:
+            added, passed, entered = (self.empty(rows, segments, square) for _ in range(3))
+            kernel[grid](*tensors, entering, into, added, passed, *sizes, SUMMARY=True, **constants)
+            _enter[(_ceil(square, 1024), rows)](
+                entering, added, passed, entered, square, segments, BACK=back, BLOCK=1024, num_warps=4
+            )
+            entering = entered
+        last = self.empty(rows, max(1, segments), s.keys, s.values)
+        kernel[grid](*tensors, entering, into, last, last, *sizes, SUMMARY=False, **constants)
+        return last[:, 0 if back else -1].unflatten(0, (s.batch, s.heads))
 
     def tiles(self) -> dict[str, Any]:
         return {"C": CHUNK, "BK": self.sizes.key_block, "BV": self.sizes.value_block, "num_warps": 4}
@@ -627,12 +713,9 @@ class _Run:
         s = self.sizes
         chunks = s.chunks if chunks is None else chunks
         starts = self.empty(s.batch * s.heads, chunks, s.keys, s.values, dtype=self.dtype)
-        final = self.empty(s.batch, s.heads, s.keys, s.values)
-        _states[self.by_state()](
-            self.k, self.v, self.G, self.W, self.ids, entering.contiguous(), starts, final,
-            s.length, s.heads, s.groups, s.keys, s.values, chunks,
-            DECAY=self.decay, VALUE=self.by_value, ADD=add, **self.tiles(),
-        )  # fmt: skip
+        tensors = (self.k, self.v, self.G, self.W, self.ids)
+        warps = 4 if add else 8  # without keys and values, four warps spill
+        final = self.in_order(_states, tensors, entering, starts, chunks, (), back=False, ADD=add, num_warps=warps)
         return starts, final
 
     def state_gradients(self, dout: Tensor, dfinal: Tensor | None, chunks: int | None = None) -> tuple[Tensor, Tensor]:
@@ -640,13 +723,10 @@ class _Run:
         s = self.sizes
         chunks = s.chunks if chunks is None else chunks
         afters = self.empty(s.batch * s.heads, chunks, s.keys, s.values, dtype=self.dtype)
-        dinitial = self.empty(s.batch, s.heads, s.keys, s.values)
-        dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
-        _state_gradients[self.by_state()](
-            self.q, dout, self.G, self.W, self.ids, dfinal, afters, dinitial,
-            s.length, s.heads, s.groups, s.keys, s.values, chunks, self.scale,
-            DECAY=self.decay, VALUE=self.by_value, **self.tiles(),
-        )  # fmt: skip
+        shape = (s.batch, s.heads, s.keys, s.values)
+        dfinal = torch.zeros(shape, device=dout.device) if dfinal is None else dfinal.float()
+        tensors = (self.q, dout, self.G, self.W, self.ids)
+        dinitial = self.in_order(_state_gradients, tensors, dfinal, afters, chunks, (self.scale,), back=True)
         return afters, dinitial
 
     def outputs(self, starts: Tensor, out: Tensor, scores: Tensor | None, *, intra: bool, add: bool = False) -> None:
@@ -827,7 +907,8 @@ def _of_decay(gradient: Tensor | None, log_decay: Tensor | None) -> Tensor | Non
 # How arguments of these names are typed where the tensors are bfloat16: what is not listed is a pointer to float32.
 _BY_NAME = (
     dict.fromkeys(("q", "k", "v", "do", "x", "y", "starts", "afters", "out", "dq", "dk", "dv", "dx", "dy"), "*bf16")
-    | dict.fromkeys(("T", "H", "GROUPS", "X_GROUPS", "Y_GROUPS", "K", "V", "D", "N", "B", "stride"), "i32")
+    | dict.fromkeys(("T", "H", "GROUPS", "X_GROUPS", "Y_GROUPS", "K", "V", "D", "N", "LENGTH", "B", "stride"), "i32")
+    | dict.fromkeys(("SEGMENTS", "size"), "i32")
     | {"ids": "*i32", "scale": "fp32"}
 )
 
@@ -862,8 +943,10 @@ def compilations() -> list[Compilation]:
     for variant, decay in kinds.items():
         plain = {"DECAY": decay, "VALUE": False}
         found += [
-            _compilation(_states, variant, CHUNK, **plain, ADD=True),
-            _compilation(_state_gradients, variant, CHUNK, **plain),
+            _compilation(_states, variant, CHUNK, **plain, ADD=True, SUMMARY=False),
+            _compilation(_states, f"{variant}, summary", CHUNK, **plain, ADD=True, SUMMARY=True),
+            _compilation(_state_gradients, variant, CHUNK, **plain, SUMMARY=False),
+            _compilation(_state_gradients, f"{variant}, summary", CHUNK, **plain, SUMMARY=True),
             _compilation(_outputs, variant, CHUNK, **plain, INTRA=True, ADD=False),
             _compilation(_values, variant, CHUNK, **plain),
         ]
@@ -872,14 +955,16 @@ def compilations() -> list[Compilation]:
     both = {"DECAY": CHANNEL, "VALUE": True}
     entering = {"DECAY": TOKEN, "VALUE": False}
     found += [
-        _compilation(_states, "entering", 0, **entering, ADD=False),
+        _compilation(_states, "entering", 0, warps=8, **entering, ADD=False, SUMMARY=False),
+        _compilation(_states, "entering, summary", 0, warps=8, **entering, ADD=False, SUMMARY=True),
+        _compilation(_enter, "", 0, BACK=False, BLOCK=1024),
         _compilation(_outputs, "entering", CHUNK, **entering, INTRA=False, ADD=True),
         _compilation(_from_states, "by channel", CHUNK, warps=8, VALUE=False),
         _compilation(_scores, "by channel", SUB, narrow, DECAY=True),
         _compilation(_scores, "undecayed", SUB, narrow, DECAY=False),
         _compilation(_mix, "by channel", SUB, narrow, BOTH=True),
-        _compilation(_states, "of values", CHUNK, **both, ADD=True),
-        _compilation(_state_gradients, "of values", CHUNK, **both),
+        _compilation(_states, "of values", CHUNK, **both, ADD=True, SUMMARY=False),
+        _compilation(_state_gradients, "of values", CHUNK, **both, SUMMARY=False),
         _compilation(_outputs, "of values", CHUNK, float32=("out",), **both, INTRA=False, ADD=False),
         _compilation(_values, "of values", CHUNK, float32=("dv",), **both),
         _compilation(_from_states, "of values", CHUNK, warps=8, VALUE=True),

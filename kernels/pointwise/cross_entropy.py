@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import by_kernels
+
 NO_TARGET = -100
+CPU_CHUNK = 512
+LOGIT_BYTES = 2**29  # of a chunk elsewhere: enough for matrix products at full speed, little beside the activations
 
 
 def cross_entropy(
@@ -17,29 +21,34 @@ def cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
     """The sum over tokens of −log softmax(logits)[target], logits = logit_scale (hidden weightᵀ + bias).
 
     hidden `[B, T, D]`, weight `[Vocab, D]`, targets int64 `[B, T]` with −100 for tokens without one, bias `[Vocab]`.
     Returns a scalar, float32 (float64 for float64): a sum, so that the caller divides by the targets of the whole
-    global batch. The logits of at most `chunk` tokens exist at a time, in forward and again in backward, which
+    global batch. The logits of at most `chunk` tokens exist at a time (None: 512 on a CPU, elsewhere as many as take
+    half a gibibyte), in forward and again in backward, which
     recomputes them; what is kept is the inputs and one number a token. `weight` is kept as the very parameter that was
     given, for engines that shard it between forward and backward. A target outside the vocabulary is torch's
-    RuntimeError (a device assertion on an accelerator). Raises ValueError where shapes do not fit.
+    RuntimeError on a CPU, and a loss of NaN on CUDA. Raises ValueError where shapes do not fit.
     """
+    chunk = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, bias, chunk)
     return _CrossEntropy.apply(hidden, weight, targets, bias, chunk, logit_scale)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def loss_and_correct(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 512) -> tuple[Tensor, Tensor]:
+def loss_and_correct(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
     """What evaluation counts: (`cross_entropy` of the same, without gradient; targets that have the largest logit).
 
     Shapes, dtypes and errors as of `cross_entropy`; the second is an int64 scalar, and of equal logits the first is the
     largest. Again the logits of at most `chunk` tokens exist at a time.
     """
+    chunk = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, None, chunk)
     rows, ids = hidden.flatten(0, -2), targets.flatten()
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -49,6 +58,14 @@ def loss_and_correct(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: 
 
     lse, picked = _scan(rows, weight, ids, None, chunk, 1.0, count)
     return _sum(lse, picked, ids), correct
+
+
+def _chunk(hidden: Tensor, weight: Tensor, chunk: int | None) -> int:
+    if chunk is not None:
+        return chunk
+    if hidden.device.type == "cpu":
+        return CPU_CHUNK
+    return max(CPU_CHUNK, LOGIT_BYTES // (weight.shape[0] * hidden.element_size()) // 256 * 256)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int) -> None:
@@ -79,8 +96,12 @@ def _scan(
     """Of rows `[n, D]` the log-sum-exp of their logits and their target's logit, `[n]`; `look` sees their chunks."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     lse, picked = (torch.empty(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(2))
+    kernels = by_kernels("cross_entropy", rows) if bias is None and look is None else None
     for start in range(0, rows.shape[0], chunk):
         part = slice(start, start + chunk)
+        if kernels is not None:
+            kernels.likelihood(rows[part] @ weight.t(), ids[part], scale, lse[part], picked[part])
+            continue
         logits = _logits(rows[part], weight, bias, scale, dtype)
         lse[part] = logits.logsumexp(-1)
         picked[part] = logits.gather(-1, _present(ids[part])).squeeze(-1)
@@ -125,13 +146,14 @@ class _CrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(rows) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         dbias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        kernels = by_kernels("cross_entropy", rows) if bias is None else None
         for start in range(0, rows.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            dlogits = _logits(rows[part], weight, bias, ctx.scale, dtype).sub_(lse[part].unsqueeze(-1)).exp_()
-            chosen = _present(ids[part])
-            dlogits.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=dtype))
-            factor = (dloss * ctx.scale).expand(dlogits.shape[0]).masked_fill(ids[part] == NO_TARGET, 0.0)
-            dlogits.mul_(factor.unsqueeze(-1))
+            if kernels is not None:
+                logits = rows[part] @ weight.t()
+                dlogits = kernels.likelihood_gradient(logits, ids[part], lse[part], dloss, ctx.scale)
+            else:
+                dlogits = _dlogits(rows[part], weight, bias, ids[part], lse[part], dloss, ctx.scale)
             if dbias is not None:
                 dbias += dlogits.sum(0)
             dlogits = dlogits.to(weight.dtype)
@@ -147,6 +169,17 @@ class _CrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _dlogits(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, lse: Tensor, dloss: Tensor, scale: float
+) -> Tensor:
+    """The gradient of the summed loss by the logits of these rows, in the type of lse."""
+    dlogits = _logits(rows, weight, bias, scale, lse.dtype).sub_(lse.unsqueeze(-1)).exp_()
+    chosen = _present(ids)
+    dlogits.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=lse.dtype))
+    factor = (dloss * scale).expand(dlogits.shape[0]).masked_fill(ids == NO_TARGET, 0.0)
+    return dlogits.mul_(factor.unsqueeze(-1))
 
 
 def _accumulate(dweight: Tensor, dlogits: Tensor, rows: Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import by_kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm over the last dim (Zhang and Sennrich, 2019, arXiv 1910.07467).
@@ -26,13 +28,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+        ctx.offset, ctx.kernels = offset, None
+        if kernels := _kernels(x):
+            y, inverse = kernels.norm(x, weight, eps, offset)
+            ctx.save_for_backward(x, weight, inverse)
+            ctx.kernels = kernels
+            return y
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
         y = wide * inverse
         if weight is not None:
             y = y.mul_(weight.to(wide.dtype) + offset)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.offset = offset
         return y.to(x.dtype)
 
     @staticmethod
@@ -40,6 +47,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """With n = x·inverse and g = dy·(offset + weight):  dx = inverse (g − n mean(g·n)),  dweight = Σ dy·n."""
         x, weight, inverse = ctx.saved_tensors
+        if ctx.kernels is not None:
+            return *ctx.kernels.norm_backward(dy, x, weight, inverse, ctx.offset), None, None
         g = dy.to(inverse.dtype)
         n = x.to(inverse.dtype) * inverse
         dweight = None
@@ -50,3 +59,9 @@ class _RmsNorm(torch.autograd.Function):
         along = (g * n).mean(-1, keepdim=True)
         dx = n.mul_(along).neg_().add_(g).mul_(inverse)
         return dx.to(x.dtype), dweight, None, None
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of Triton kernels where it serves x, else None."""
+    kernels = by_kernels("rms_norm", x)
+    return kernels if kernels is not None and kernels.takes_norm(x) else None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dispatch import by_kernels
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = silu(gate) * up, elementwise (Shazeer, 2020, arXiv 2002.05202).
@@ -25,6 +27,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.kernels = by_kernels("swiglu", gate)
+        if ctx.kernels is not None:
+            return ctx.kernels.gated(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
@@ -32,5 +37,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         """With s = sigmoid(gate):  dup = dy·gate·s,  dgate = dy·up·s (1 + gate (1 − s))."""
         gate, up = ctx.saved_tensors
+        if ctx.kernels is not None:
+            return ctx.kernels.gated_backward(dy, gate, up)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, F.silu(gate).mul_(dy)

@@ -161,7 +161,8 @@ def attend_backward(
         p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
 
     Float32 (float64 for float64). `dlse` `[B, T, H]` is the gradient of lse. The gradients of tiles add up. The same
-    inputs give the same bits at every run. Libraries know no `dlse`: with one, "library" is the Triton kernels.
+    inputs give the same bits at every run, from libraries too where torch.use_deterministic_algorithms is on. Libraries
+    know no `dlse`: with one, "library" is the Triton kernels.
     """
     if backend == "library" and dlse is not None:
         backend = "auto"

@@ -3,14 +3,16 @@
 A tile is cut into calls of sequences that lie one after the other, as libraries take packed rows, and the calls merge
 by log-sum-exp. Names and meanings of these routines shift between versions; so no version is looked at: a provider is
 used for a kind of problem once it has agreed with the reference on a small one.
+
+Libraries add up gradients in the order of arrival, so that the last bits may differ from run to run, unless
+torch.use_deterministic_algorithms is on (`trainer.deterministic`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +83,8 @@ def _flash_attn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) ->
     dq, dk, dv = (torch.empty_like(x) for x in (at.q, at.k, at.v))
     library._flash_attn_varlen_backward(
         dout, at.q, at.k, at.v, out, lse.T.contiguous(), dq, dk, dv, *at.offsets(), *at.longest(), dropout_p=0.0,
-        softmax_scale=at.scale, softcap=0.0, alibi_slopes=None, deterministic=True, **_limits_given(at.call),
+        softmax_scale=at.scale, softcap=0.0, alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(), **_limits_given(at.call),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -98,7 +101,7 @@ def _cudnn_forward(at: Problem) -> tuple[Tensor, Tensor]:
 
 def _cudnn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
     q, k, v, dout, out = (at.batch(x) for x in (at.q, at.k, at.v, dout, out))
-    lse = at.batch(lse.unsqueeze(-1)).squeeze(-1).contiguous()
+    lse = at.batch(lse.unsqueeze(-1)).contiguous()
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, at.call.kind == "causal",
@@ -132,28 +135,18 @@ def _on_cuda(call: Call, device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _for_cudnn(call: Call, device: torch.device) -> bool:
+    # Its backward is not deterministic, and torch refuses it then.
+    return device.type == "cuda" and call.is_dense and not torch.are_deterministic_algorithms_enabled()
+
+
 PROVIDERS = [
     Provider("flash-attn", _on_cuda, _flash_attn_forward, _flash_attn_backward),
-    Provider("cuDNN", lambda call, device: device.type == "cuda" and call.is_dense, _cudnn_forward, _cudnn_backward),
+    Provider("cuDNN", _for_cudnn, _cudnn_forward, _cudnn_backward),
     Provider("torch's flash attention", _on_cuda, _torch_forward, _torch_backward),
 ]
 
 _tested: dict[tuple[object, ...], bool] = {}
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Libraries sum gradients in the order of arrival unless torch is told not to."""
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = fill and before
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
-        memory.fill_uninitialized_memory = fill
 
 
 def provider_for(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Provider | None:
@@ -211,6 +204,11 @@ def _index(ranges: Sequence[tuple[int, int]], total: int, device: torch.device) 
     return None if at == total else torch.arange(at).to(device, non_blocking=True)
 
 
+def _is_one_call(q: Tensor, k: Tensor, tile: Tile) -> bool:
+    """Whether a single call covers all queries and keys in their order, so that nothing is gathered or merged."""
+    return len(_plan(tile)) == 1 and all(index is None for index in _indices(tile, 0, q.device))
+
+
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
     flat = x.flatten(0, 1)
     return flat.contiguous() if index is None else flat.index_select(0, index)
@@ -235,6 +233,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float, provider: Provider | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend`. Each call's out is rounded to q's type; they merge in float32."""
+    if tile is not None and _is_one_call(q, k, tile):
+        problem, *_ = next(_problems(q, k, v, tile, scale))
+        found, level = _provider(problem, provider).forward(problem)
+        return found.float().unflatten(0, q.shape[:2]), level.float().contiguous().unflatten(0, q.shape[:2])
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     if tile is None:
@@ -265,13 +267,18 @@ def attend_backward(
     provider: Provider | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend_backward`; libraries know no gradient of lse, so there is none here."""
+    if tile is not None and _is_one_call(q, k, tile):
+        problem, *_ = next(_problems(q, k, v, tile, scale))
+        given = (dout.to(q.dtype).flatten(0, 1), out.to(q.dtype).flatten(0, 1), lse.float().flatten(0, 1))
+        found = _provider(problem, provider).backward(problem, *given)
+        dq, dk, dv = (part.float().view(x.shape) for part, x in zip(found, (q, k, v), strict=True))
+        return dq, dk, dv
     sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
     if tile is not None:
         dout, out = dout.to(q.dtype), out.to(q.dtype)
         for number, (problem, queries, keys) in enumerate(_problems(q, k, v, tile, scale)):
             given = (_take(dout, queries), _take(out, queries), _take(lse, queries).float())
-            with _deterministic():
-                found = _provider(problem, provider).backward(problem, *given)
+            found = _provider(problem, provider).backward(problem, *given)
             for total, part, index in zip(sums, found, (queries, keys, keys), strict=True):
                 part = part.float()
                 _put(total.flatten(0, 1), index, part + _take(total, index) if number else part)

@@ -47,7 +47,7 @@ def _small(monkeypatch):
         monkeypatch.setattr(kernels, "BLOCK", 16)
         monkeypatch.setattr(kernels, "LANES", 16)
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
 
@@ -122,6 +122,14 @@ def test_every_variant(variant):
 @pytest.mark.parametrize("variant", ["channel", "constant channel", "value and channel"])
 def test_decays_by_channel(variant):
     check(SHORT if variant == "constant channel" else TWO_CHUNKS, variant, heads=1)
+
+
+@pytest.mark.parametrize("variant", ["none", "token", "value and channel"])
+def test_chunks_in_segments_side_by_side(variant, monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_SEGMENT", 1)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2 if variant == "token" else 8)
+    documents = Documents.from_lengths([[3, 40, 16]]).slice(2, 57)
+    check(documents, variant, heads=1, keys=4, values=3)
 
 
 def test_grouped_heads():

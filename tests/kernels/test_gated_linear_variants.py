@@ -101,7 +101,7 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(variant, docum
     op, inputs, state, *given = draw(documents, variant, strength)
     expected = run(op, inputs, state, documents, *given, backend="reference")
     assert all(bool(x.isfinite().all()) for x in expected)
-    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
     try:
         assert_near(run(op, inputs, state, documents, *given), expected, 1e-9)
         assert_near(run(op, inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)

@@ -1,0 +1,218 @@
+"""Token-local math as Triton kernels: one read and one write of each tensor, sums in float32, every run the same.
+
+Rows are the last dim of a tensor, all else flattened. A program takes ROWS of them at a time, so that narrow rows (the
+channels of a head) fill it as wide ones do; gradients of weights are summed by a fixed number of programs, and over
+these by torch.
+"""
+
+# Kernels are typed by Triton, when they are compiled.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..compilation import Compilation
+
+WIDEST = 8192  # the widest row that a program of rms_norm holds
+TILE = 4096  # elements that a program holds at a time, unless a row is wider
+SUMS = 512  # programs that sum gradients of a weight
+VOCABULARY_BLOCK = 4096  # logits that a program reads at a time
+
+
+@triton.jit
+def _norm(x, weight, y, inverse, rows, D, eps, offset, WEIGHT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr):
+    """y = x / sqrt(mean x^2 + eps) (offset + weight), and the factor of each row."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, W)
+    inside = (i < rows)[:, None] & (d < D)[None, :]
+    at = tl.cast(i, tl.int64)[:, None] * D + d[None, :]
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(values * values, 1) / D + eps)
+    values *= factor[:, None]
+    if WEIGHT:
+        values *= (tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32) + offset)[None, :]
+    tl.store(inverse + i, factor, mask=i < rows)
+    tl.store(y + at, values.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    x, weight, dy, inverse, dx, sums, rows, D, offset, steps,
+    WEIGHT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """dx, and the gradient of weight by the rows of each program, which are `steps` tiles: `[programs, D]`."""
+    d = tl.arange(0, W)
+    total = tl.zeros([W], tl.float32)
+    if WEIGHT:
+        gain = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32) + offset
+    for step in range(steps):
+        i = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
+        inside = (i < rows)[:, None] & (d < D)[None, :]
+        at = tl.cast(i, tl.int64)[:, None] * D + d[None, :]
+        factor = tl.load(inverse + i, mask=i < rows, other=0.0)[:, None]
+        n = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * factor
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHT:
+            total += tl.sum(g * n, 0)
+            g *= gain[None, :]
+        along = tl.sum(g * n, 1) / D
+        tl.store(dx + at, ((g - n * along[:, None]) * factor).to(dx.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        tl.store(sums + tl.cast(tl.program_id(0), tl.int64) * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def _gated(gate, up, y, size, BLOCK: tl.constexpr):
+    """y = silu(gate) up."""
+    i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + i, mask=i < size, other=0.0).to(tl.float32)
+    u = tl.load(up + i, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(y + i, (g * _sigmoid(g) * u).to(y.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _gated_backward(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
+    """dup = dy gate s, dgate = dy up s (1 + gate (1 - s)), s = sigmoid(gate)."""
+    i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + i, mask=i < size, other=0.0).to(tl.float32)
+    u = tl.load(up + i, mask=i < size, other=0.0).to(tl.float32)
+    d = tl.load(dy + i, mask=i < size, other=0.0).to(tl.float32)
+    s = _sigmoid(g)
+    tl.store(dup + i, (d * g * s).to(dup.dtype.element_ty), mask=i < size)
+    tl.store(dgate + i, (d * u * s * (1.0 + g * (1.0 - s))).to(dgate.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _likelihood(logits, ids, lse, picked, V, scale, BLOCK: tl.constexpr):
+    """Of each row of logits, times scale: the log-sum-exp, and the target's logit: token 0's where there is none, NaN
+    where it is outside the vocabulary.
+    """
+    row = tl.cast(tl.program_id(0), tl.int64)
+    logits += row * V
+    largest, total = tl.full([], -1e30, tl.float32), tl.zeros([], tl.float32)
+    for start in range(0, V, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + j, mask=j < V, other=float("-inf")).to(tl.float32) * scale
+        above = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - above) + tl.sum(tl.where(j < V, tl.exp(x - above), 0.0), 0)
+        largest = above
+    tl.store(lse + row, largest + tl.log(total))
+    target = tl.maximum(tl.load(ids + row), 0)
+    tl.store(picked + row, tl.load(logits + target, mask=target < V, other=float("nan")).to(tl.float32) * scale)
+
+
+@triton.jit
+def _likelihood_gradient(logits, ids, lse, dloss, V, scale, BLOCK: tl.constexpr):
+    """Each logit becomes its gradient: dloss scale (softmax - 1 at the target), 0 in rows without a target."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = logits + row * V + j
+    target, level = tl.load(ids + row), tl.load(lse + row)
+    x = tl.load(at, mask=j < V, other=0.0).to(tl.float32) * scale
+    gradient = tl.exp(x - level) - tl.where(j == target, 1.0, 0.0)
+    gradient *= tl.where(target >= 0, tl.load(dloss).to(tl.float32) * scale, 0.0)
+    tl.store(at, gradient.to(logits.dtype.element_ty), mask=j < V)
+
+
+def _shape(width: int) -> dict[str, Any]:
+    padded = triton.next_power_of_2(width)
+    return {"ROWS": max(1, TILE // padded), "W": padded, "num_warps": 4 if padded <= TILE else 16}
+
+
+def takes_norm(x: Tensor) -> bool:
+    """Whether `norm` serves these rows."""
+    return 0 < x.shape[-1] <= WIDEST and x.numel() > 0
+
+
+def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(y in x's type, factors of the rows `[..., 1]`) of `rms_norm`."""
+    x, width = x.contiguous(), x.shape[-1]
+    y, inverse = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    rows, shape = inverse.numel(), _shape(width)
+    _norm[(triton.cdiv(rows, shape["ROWS"]),)](
+        x, x if weight is None else weight, y, inverse, rows, width, eps, offset, WEIGHT=weight is not None, **shape
+    )
+    return y, inverse
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, inverse: Tensor, offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, gradient of weight) in their types."""
+    x, dy, width = x.contiguous(), dy.contiguous(), x.shape[-1]
+    dx, rows, shape = torch.empty_like(x), inverse.numel(), _shape(width)
+    tiles = triton.cdiv(rows, shape["ROWS"])
+    steps = triton.cdiv(tiles, SUMS) if weight is not None else 1
+    programs = triton.cdiv(tiles, steps)
+    sums = dx if weight is None else x.new_empty((programs, width), dtype=torch.float32)
+    _norm_backward[(programs,)](
+        x, x if weight is None else weight, dy, inverse, dx, sums, rows, width, offset, steps,
+        WEIGHT=weight is not None, **shape,
+    )  # fmt: skip
+    return dx, None if weight is None else sums.sum(0).to(weight.dtype)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _gated[(triton.cdiv(y.numel(), TILE),)](gate, up, y, y.numel(), BLOCK=TILE, num_warps=8)
+    return y
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of (gate, up)."""
+    gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _gated_backward[(triton.cdiv(dy.numel(), TILE),)](gate, up, dy, dgate, dup, dy.numel(), BLOCK=TILE, num_warps=8)
+    return dgate, dup
+
+
+def likelihood(logits: Tensor, ids: Tensor, scale: float, lse: Tensor, picked: Tensor) -> None:
+    """Writes the log-sum-exp of logits `[n, Vocab]`, times scale, and the logit of each target to float32 `[n]`."""
+    n, vocabulary = logits.shape
+    _likelihood[(n,)](logits, ids, lse, picked, vocabulary, scale, BLOCK=VOCABULARY_BLOCK, num_warps=8)
+
+
+def likelihood_gradient(logits: Tensor, ids: Tensor, lse: Tensor, dloss: Tensor, scale: float) -> Tensor:
+    """The gradient of the summed loss by the logits, in their place."""
+    n, vocabulary = logits.shape
+    _likelihood_gradient[(n, triton.cdiv(vocabulary, VOCABULARY_BLOCK))](
+        logits, ids, lse, dloss, vocabulary, scale, BLOCK=VOCABULARY_BLOCK, num_warps=8
+    )
+    return logits
+
+
+_KINDS = {"rows": "i32", "D": "i32", "V": "i32", "size": "i64", "steps": "i32", "eps": "fp32", "offset": "fp32"}
+_KINDS |= {"scale": "fp32", "ids": "*i64"} | dict.fromkeys(("inverse", "sums", "lse", "picked", "dloss"), "*fp32")
+
+
+def compilations() -> list[Compilation]:
+    """Every kernel at its production shapes, in bfloat16."""
+
+    def compilation(kernel: Any, variant: str, warps: int, **constants: Any) -> Compilation:
+        names = [name for name in kernel.arg_names if name not in constants]
+        signature = {name: _KINDS.get(name, "*bf16") for name in names}
+        divisible = tuple(name for name in names if signature[name].startswith("*") or name in ("D", "V"))
+        return Compilation(kernel, signature, constants, divisible, warps=warps, variant=variant)
+
+    found = []
+    for width in (64, 2048, WIDEST):
+        shape = _shape(width)
+        warps = shape.pop("num_warps")
+        found += [compilation(kernel, f"of {width}", warps, WEIGHT=True, **shape) for kernel in (_norm, _norm_backward)]
+    found += [compilation(kernel, "", 8, BLOCK=TILE) for kernel in (_gated, _gated_backward)]
+    found += [compilation(kernel, "", 8, BLOCK=VOCABULARY_BLOCK) for kernel in (_likelihood, _likelihood_gradient)]
+    return found
