@@ -100,7 +100,7 @@ def _corpus(cache: TokenCache, length: int, seed: int) -> Corpus:
     fingerprint, padding = cache.metadata["fingerprint"], cache.tokenizer.end_of_text
     fingerprint = f"{fingerprint}-{cache.metadata['validation_fraction']}"
     training, validation = np.flatnonzero(~cache.held_out), np.flatnonzero(cache.held_out)
-    # In the order of their hashes, so that the first rows, if only they are evaluated, are a fair sample of all.
+    # In the order of their hashes, so that each row is a fair choice of documents, for when only some are evaluated.
     validation = validation[np.argsort(cache.hashes[validation], kind="stable")]
     shared = {"length": length, "fingerprint": fingerprint, "padding": padding}
     return Corpus(

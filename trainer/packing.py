@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import struct
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -14,7 +17,7 @@ from torch import Tensor
 from ..kernels.documents import Documents
 
 NO_TARGET = -100
-STATE_VERSION = 1
+ROUNDS = 8  # of the network that permutes rows; four are the least that look random
 TABLES_KEPT = 4  # a row lies in one epoch or, at a seam, in two; small corpora have several in a row
 
 
@@ -33,7 +36,7 @@ class Row(NamedTuple):
     """A row of N tokens: int64 `tokens` and `targets` `[N]`, and the lengths of its documents in order.
 
     Lengths sum to N, or to less where the row's end is padding. `targets` is −100 where there is none: at the last
-    token of a document and at padding. The last token of a row has its target though the next row holds it.
+    token of a document and at padding. The last token of a row has its target though another row holds it.
     """
 
     tokens: np.ndarray
@@ -52,8 +55,11 @@ class Batch(NamedTuple):
 class RowStream(ABC):
     """Rows of `length` tokens, each computed from its number alone, whichever was asked for before.
 
-    `seed` and `fingerprint` tell the stream from others when a run is resumed.
+    `seed` and `fingerprint` tell the stream from others when a run is resumed, and so does `version`, which is raised
+    when the same seed and data give other rows.
     """
+
+    version = 1
 
     def __init__(self, length: int, fingerprint: str, seed: int | None = None) -> None:
         if length < 1:
@@ -80,7 +86,7 @@ class RowStream(ABC):
     def resume(self, state: dict[str, Any]) -> int:
         """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream."""
         remedies = {
-            "version": "Use the version of LongReach that wrote it",
+            "version": "Its rows come in another order: use the LongReach that wrote it, or start anew with init_from",
             "fingerprint": "The data or their settings changed: restore them, or start anew with init_from",
             "sequence_length": "Restore data.sequence_length, or start anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
@@ -94,7 +100,7 @@ class RowStream(ABC):
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "version": STATE_VERSION,
+            "version": self.version,
             "fingerprint": self.fingerprint,
             "sequence_length": self.length,
             "seed": self.seed,
@@ -104,10 +110,17 @@ class RowStream(ABC):
 class TokenStream(RowStream):
     """Documents end to end, cut into rows of `length` tokens; a cut document starts anew, at position 0, in each row.
 
-    With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, and row k
-    is tokens k·N .. k·N+N of the epochs laid end to end. Without one it is `members` once, in their order, and its last
-    row is padded. Any row costs one look-up in its epoch's table, whichever was asked for before.
+    With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, the epochs
+    are laid end to end and cut after every N tokens. Without one it is `members` once, in their order, and its last row
+    is padded.
+
+    The rows that lie wholly in an epoch come in an order of their own, by (seed, e) too: neighbours share a document,
+    and a long one would fill step after step. A row with tokens of two epochs stays between them, and a padded one at
+    the end, so that tokens e·E .. (e+1)·E of the rows one after another are epoch e, of E tokens, each once. Any row
+    costs one look-up in its epoch's table of documents, whichever was asked for before.
     """
+
+    version = 2  # rows were in the order of the documents in 1
 
     def __init__(
         self,
@@ -143,7 +156,7 @@ class TokenStream(RowStream):
         tokens = np.full(self.length, self.padding, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
         lengths, at = [], 0
-        for document, start, n in self._pieces(number * self.length, self.length):
+        for document, start, n in self._pieces(self._cut(number) * self.length, self.length):
             # One token more than the piece: the target of its last token, unless the document ends there.
             ids = self.documents[document][start : start + n + 1]
             tokens[at : at + n] = ids[:n]
@@ -151,6 +164,14 @@ class TokenStream(RowStream):
             lengths.append(n)
             at += n
         return Row(tokens, targets, lengths)
+
+    def _cut(self, number: int) -> int:
+        """Which of the rows in the order of the documents is row `number`."""
+        epoch = number * self.length // self.tokens if self.seed is not None else 0
+        first, stop = -(-epoch * self.tokens // self.length), (epoch + 1) * self.tokens // self.length
+        if number >= stop:
+            return number  # it reaches into the next epoch, or into the padding
+        return first + permuted(number - first, stop - first, (self.seed or 0, epoch))
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token in it, tokens) of `count` tokens from token `start` of the stream."""
@@ -178,6 +199,23 @@ class TokenStream(RowStream):
                 self._tables.popitem(last=False)
         self._tables.move_to_end(epoch)
         return self._tables[epoch]
+
+
+def permuted(index: int, count: int, key: tuple[int, int]) -> int:
+    """Where `index` goes in a permutation of 0 .. count − 1 that depends on `key`, two of 0 .. 2^64 − 1, alone.
+
+    A Feistel network over the least square that holds them, walked until it comes back below `count` (Black and
+    Rogaway, 2002, "Ciphers with arbitrary finite domains"): no table, however many rows an epoch has.
+    """
+    side = 1 + math.isqrt(count - 1)
+    while True:
+        left, right = divmod(index, side)
+        for number in range(ROUNDS):
+            digest = hashlib.blake2b(struct.pack("<4Q", *key, number, right), digest_size=8).digest()
+            left, right = right, (left + int.from_bytes(digest, "little")) % side
+        index = left * side + right
+        if index < count:
+            return index
 
 
 def batch(stream: RowStream, rows: Iterable[int]) -> Batch:

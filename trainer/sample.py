@@ -18,7 +18,8 @@ def draw_sample(engine: Engine, corpus: Corpus, prompt: str, *, tokens: int, tem
     document that ends is therefore followed by the next.
     """
     tokenizer = corpus.tokenizer
-    ids = tokenizer.encode(prompt) if prompt else corpus.validation.row(0).tokens[:PROMPT_TOKENS].tolist()
+    document = int(corpus.validation.members[0])
+    ids = tokenizer.encode(prompt) if prompt else corpus.cache[document][:PROMPT_TOKENS].tolist()
     engine.module.eval()
     try:
         with torch.no_grad():

@@ -10,14 +10,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from longreach.trainer import sources
+from longreach.trainer import sample, sources
 from longreach.trainer.data import Corpus, open_corpus
 from longreach.trainer.data_settings import DataSettings
 from longreach.trainer.sources import Source
@@ -134,8 +137,31 @@ class TestSources:
         with pytest.raises(ValueError, match=r"data=stdlib must find at least 4,000,000 bytes.*Use a full Python"):
             opened(tmp_path, "stdlib")
 
+    def test_no_long_source_fills_step_after_step(self, tmp_path: Path) -> None:
+        made = opened(tmp_path, "stdlib", path=None, sequence_length=4096).train
+        filled = []
+        for step in range(made.tokens // 4096 // 8):
+            tokens: Counter[int] = Counter()
+            for row in range(8 * step, 8 * step + 8):
+                for document, _, n in made._pieces(made._cut(row) * 4096, 4096):
+                    tokens[document] += n
+            filled.append(max(tokens.values()) > 8 * 4096 / 2)
+        assert len(filled) > 200
+        assert np.mean(filled) <= 0.1
+
 
 class TestCorpus:
+    def test_a_sample_without_a_prompt_begins_where_a_document_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        corpus = opened(tmp_path, path=str(write_texts(tmp_path / "texts")), sequence_length=8)
+        monkeypatch.setattr(sample, "generate", lambda *_, **__: [])
+        engine: Any = SimpleNamespace(module=torch.nn.Identity(), device="cpu")
+        text = sample.draw_sample(engine, corpus, "", tokens=4, temperature=0.0, seed=0)
+        held = corpus.tokenizer.decode_documents([corpus.cache[int(i)] for i in corpus.validation.members])
+        assert len(text) > 8  # more than a row
+        assert any(document.startswith(text) for document in held)
+
     def test_split_and_counts(self, tmp_path: Path) -> None:
         folder = write_texts(tmp_path / "texts")
         corpus = opened(tmp_path, path=str(folder), validation_fraction=0.2)
