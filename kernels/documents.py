@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -111,7 +113,10 @@ class Documents:
         rows = []
         for row in self.runs:
             cut = []
-            for run in row:
+            # Few of the runs of a long row lie in a span of it.
+            first = max(bisect_right(row, start, key=attrgetter("start")) - 1, 0)
+            last = bisect_left(row, stop, key=attrgetter("start"))
+            for run in row[first:last]:
                 low, high = max(run.start, start), min(run.stop, stop)
                 if low < high:
                     position = 0 if run.is_padding else run.position + low - run.start

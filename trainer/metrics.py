@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..kernels.documents import Documents
-from ..kernels.mask import Mask
+from ..kernels.documents import PADDING, Documents, Run
 from ..parallel.layout import Layout
 
 # Dense peak FLOPs a second by part of the device's name, as its maker publishes it, for matrix multiplies without
@@ -125,10 +125,23 @@ def work_of(documents: Documents, targets: int, layout: Layout, flops: int) -> W
 
 
 def attention_pairs(documents: Documents, layout: Layout) -> list[int]:
-    """Visible pairs of plain causal attention that each sequence rank computes."""
-    mask = Mask()
-    tiles = [mask.tile(layout.documents(documents, rank), documents) for rank in range(layout.ranks)]
-    return [tile.pairs if tile else 0 for tile in tiles]
+    """Visible pairs of plain causal attention that each sequence rank computes.
+
+    documents: of whole rows, each document one run. One pass over them, however many ranks there are: pairs are summed
+    up to every border of a span, and the spans of a rank added.
+    """
+    borders = np.arange(layout.ranks * layout.spans + 1) * layout.span_length
+    pairs = np.zeros(len(borders) - 1, np.int64)
+    for row in documents.runs:
+        runs = np.array(row, np.int64).reshape(-1, len(Run._fields))
+        document, start, length, _ = runs.T
+        seen = np.where(document == PADDING, 0, 1)
+        # Of a run's first n tokens the first sees one key of those held, itself, the next two: n (n + 1) / 2 together.
+        before = np.concatenate([[0], np.cumsum(seen * length * (length + 1) // 2)])
+        place = np.searchsorted(start, borders, side="right") - 1
+        n = borders - start[place]
+        pairs += np.diff(before[place] + seen[place] * n * (n + 1) // 2)
+    return [int(pairs[list(layout.spans_of(rank))].sum()) for rank in range(layout.ranks)]
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

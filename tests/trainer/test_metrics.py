@@ -3,10 +3,13 @@
 import json
 import math
 import resource
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
@@ -76,6 +79,38 @@ def test_attention_work_is_that_of_the_dense_mask(spans: int) -> None:
     assert work.imbalance == pytest.approx(max(expected) / (sum(expected) / 3))
     assert (work.tokens, work.places) == (88, 96)
     assert work.padding == pytest.approx(8 / 96)
+
+
+@st.composite
+def shared_rows(draw: st.DrawFn) -> tuple[Documents, Layout]:
+    """Packed rows, whose first document may have begun before and whose end may be padding, and who holds them."""
+    ranks, spans, behind = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(0, 7))
+    length = ranks * spans * draw(st.integers(1, 9))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        lengths, left = [], draw(st.integers(0, behind + length))
+        while left:
+            lengths.append(draw(st.integers(1, left)))
+            left -= lengths[-1]
+        rows.append(lengths)
+    return Documents.from_lengths(rows, behind + length).slice(behind, behind + length), Layout(length, ranks, spans)
+
+
+@given(shared_rows())
+def test_attention_work_is_that_of_every_ranks_tile(shared: tuple[Documents, Layout]) -> None:
+    documents, layout = shared
+    tiles = [Mask().tile(layout.documents(documents, rank), documents) for rank in range(layout.ranks)]
+    assert attention_pairs(documents, layout) == [0 if tile is None else tile.pairs for tile in tiles]
+
+
+def test_attention_work_of_many_documents_on_many_ranks_takes_no_time() -> None:
+    lengths = [1 + (37 * i) % 180 for i in range(5689)]
+    length = -(-sum(lengths) // 512) * 512
+    documents, layout = Documents.from_lengths([lengths], length), Layout(length, 64, 8)
+    started = time.process_time()
+    work = work_of(documents, sum(lengths), layout, 0)
+    assert time.process_time() - started < 0.3  # 0.01 s; 2 s while the documents were cut for each rank
+    assert work.mean * 64 == sum(n * (n + 1) // 2 for n in lengths)
 
 
 def test_work_adds_up() -> None:
