@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,20 @@ class MetricsFile:
         self.path = path
         self._unwritten: list[str] = []
 
-    def resume_at(self, step: int) -> None:
-        """Keeps the lines up to `step`; written aside and renamed, so that a kill here loses nothing either."""
+    def resume_at(self, step: int, each: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Keeps the lines up to `step`, and calls `each` with what they say.
+
+        Written aside and renamed, so that a kill here loses nothing either.
+        """
         if not self.path.exists():
             return
-        kept = [line for line, record in _records(self.path) if record["step"] <= step]
         aside = self.path.with_suffix(".jsonl.partial")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with self.path.open(encoding="utf-8") as lines, aside.open("w", encoding="utf-8") as kept:
+            for line, record in _records(lines):
+                if record["step"] <= step:
+                    kept.write(line + "\n")
+                    if each is not None:
+                        each(record)
         os.replace(aside, self.path)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -69,18 +76,15 @@ class MetricsFile:
                 raise
         self._unwritten.clear()
 
-    def read(self) -> list[dict[str, Any]]:
-        return [record for _, record in _records(self.path)] if self.path.exists() else []
 
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _records(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield line, record
+            yield line.rstrip("\n"), record
 
 
 @dataclass(frozen=True)

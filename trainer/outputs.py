@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .metrics import MetricsFile
-from .plots import plot_loss
+from .plots import LossCurves
 from .progress import RunProgress
 from .run_directory import RunDirectory
 from .settings import Settings
@@ -26,10 +26,11 @@ class Outputs:
         self.directory, self.first = directory, first
         self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
         self.metrics = MetricsFile(directory.metrics)
+        self.curves = LossCurves()
         self.tracker: Tracker | None = None
         self._failing = False
         if first:
-            self.metrics.resume_at(step)
+            self.metrics.resume_at(step, self.curves.add)
             self._keep(lambda: directory.write_config(asdict(settings)))
             self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say)
             self.progress.start()
@@ -58,7 +59,7 @@ class Outputs:
     def plot(self) -> None:
         if self.first:
             title = self.directory.path.name
-            self._keep(lambda: plot_loss(self.metrics.read(), self.directory.plot, title))
+            self._keep(lambda: self.curves.draw(self.directory.plot, title))
 
     def close(self, *, failed: bool = False) -> None:
         self.progress.close()
@@ -67,6 +68,7 @@ class Outputs:
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.first:
+            self.curves.add(record)
             self._keep(lambda: self.metrics.write(record))
             if self.tracker is not None:
                 self.tracker.log(record)

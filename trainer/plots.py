@@ -2,34 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-
-def plot_loss(records: Iterable[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Draws training and validation loss over the steps of `records` (lines of metrics.jsonl) into `path`."""
-    records = list(records)
-    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.35, linewidth=0.8)
-        axes.plot(*zip(*smoothed(training), strict=True), color="tab:blue", linewidth=1.8, label="training")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    axes.grid(alpha=0.25)
-    if training or validation:
-        axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+POINTS = 2000  # of a curve at most, about two for each pixel across
 
 
-def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+class Point(NamedTuple):
+    """Neighbouring steps of a curve as one: how many, the sums of their numbers and values, the extreme values."""
+
+    size: int
+    steps: int
+    values: float
+    least: float
+    greatest: float
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        return self.steps / self.size, self.values / self.size
+
+
+class Curve:
+    """Values over steps in bounded memory: `points` are at most POINTS, each of equally many steps but for the last."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self._each = 1  # steps of a point
+
+    def add(self, step: int, value: float) -> None:
+        new = Point(1, step, value, value, value)
+        if self.points and self.points[-1].size < self._each:
+            self.points[-1] = _joined(self.points[-1], new)
+            return
+        if len(self.points) == POINTS:
+            self.points = [_joined(*pair) for pair in zip(self.points[::2], self.points[1::2], strict=True)]
+            self._each *= 2
+        self.points.append(new)
+
+
+def _joined(a: Point, b: Point) -> Point:
+    least, greatest = min(a.least, b.least), max(a.greatest, b.greatest)
+    return Point(a.size + b.size, a.steps + b.steps, a.values + b.values, least, greatest)
+
+
+class LossCurves:
+    """Training and validation loss of a run, taken from the lines of metrics.jsonl one by one."""
+
+    def __init__(self) -> None:
+        self.training, self.validation = Curve(), Curve()
+
+    def add(self, record: dict[str, Any]) -> None:
+        for curve, key in ((self.training, "loss"), (self.validation, "validation_loss")):
+            value = record.get(key)
+            if value is not None and math.isfinite(value):
+                curve.add(record["step"], value)
+
+    def draw(self, path: Path, title: str = "") -> None:
+        """Draws both curves into `path`; a training loss that was high or low for one step only is seen too."""
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        if self.training.points:
+            means = [point.mean for point in self.training.points]
+            extremes = [(p.mean[0], value) for p in self.training.points for value in (p.least, p.greatest)]
+            axes.plot(*zip(*extremes, strict=True), color="tab:blue", alpha=0.35, linewidth=0.8)
+            axes.plot(*zip(*smoothed(means), strict=True), color="tab:blue", linewidth=1.8, label="training")
+        if self.validation.points:
+            means = [point.mean for point in self.validation.points]
+            axes.plot(*zip(*means, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+        axes.grid(alpha=0.25)
+        if self.training.points or self.validation.points:
+            axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Running mean over a fortieth of the points, exponentially weighted and without the pull of the first one."""
     keep = 1 - 1 / max(1, len(points) / 40)
     out, total, weight = [], 0.0, 0.0

@@ -15,7 +15,7 @@ from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
 from longreach.parallel.layout import Layout
 from longreach.trainer.metrics import MetricsFile, Work, attention_pairs, peak_flops, peak_memory_bytes, work_of
-from longreach.trainer.plots import plot_loss, smoothed
+from longreach.trainer.plots import POINTS, Curve, LossCurves, smoothed
 
 
 def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
@@ -27,9 +27,10 @@ def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
     with path.open("a") as end:
         end.write('{"step": 3, "lo')
     before = path.read_text().splitlines()
-    MetricsFile(path).resume_at(4)
+    said: list[dict[str, float]] = []
+    MetricsFile(path).resume_at(4, said.append)
     assert path.read_text().splitlines() == [*before[:4], before[5]]
-    assert [record["step"] for record in MetricsFile(path).read()] == [1, 2, 3, 4, 4]
+    assert said == [json.loads(line) for line in [*before[:4], before[5]]]
     MetricsFile(path).resume_at(0)
     assert path.read_text() == ""
     MetricsFile(tmp_path / "absent.jsonl").resume_at(3)
@@ -42,7 +43,7 @@ def test_lines_that_the_disk_refused_come_later_and_whole(tmp_path: Path) -> Non
         file.write({"step": 1})
     folder.mkdir()
     file.write({"step": 2})
-    assert [record["step"] for record in file.read()] == [1, 2]
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2]
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
@@ -125,10 +126,38 @@ def test_what_is_not_known_is_not_invented() -> None:
 
 
 def test_the_plot_holds_both_curves(tmp_path: Path) -> None:
-    records = [{"step": step, "loss": 5.0 / step} for step in range(1, 50)] + [{"step": 20, "loss": None}]
-    plot_loss([*records, {"step": 25, "validation_loss": 1.0}], tmp_path / "plots" / "loss.png")
+    curves = LossCurves()
+    curves.draw(tmp_path / "empty.png")  # a run that ended before its first step
+    for step in range(1, 50):
+        curves.add({"step": step, "loss": 5.0 / step})
+    for record in ({"step": 20, "loss": None}, {"step": 25, "validation_loss": 1.0}, {"step": 26, "loss": math.inf}):
+        curves.add(record)
+    assert [point.mean for point in curves.training.points] == [(step, 5.0 / step) for step in range(1, 50)]
+    assert [point.mean for point in curves.validation.points] == [(25, 1.0)]
+    curves.draw(tmp_path / "plots" / "loss.png")
     assert (tmp_path / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    plot_loss([], tmp_path / "empty.png")  # a run that ended before its first step
+
+
+@pytest.mark.parametrize("steps", [POINTS, 2 * POINTS + 1, 30_000])
+def test_a_curve_keeps_its_shape_and_its_spikes_in_bounded_memory(steps: int) -> None:
+    values = [5 / (1 + step / 1000) for step in range(steps)]
+    values[777] = 9.0
+    curve = Curve()
+    for step, value in enumerate(values):
+        curve.add(step, value)
+        assert len(curve.points) <= POINTS
+    assert len(curve.points) >= POINTS / 2
+    sizes = [point.size for point in curve.points]
+    assert set(sizes[:-1]) == {sizes[0]}
+    assert sum(sizes) == steps
+    first = 0
+    for point in curve.points:
+        part = values[first : first + point.size]
+        step, mean = point.mean
+        assert step == first + (point.size - 1) / 2
+        assert mean == pytest.approx(sum(part) / len(part))
+        assert (point.least, point.greatest) == (min(part), max(part))
+        first += point.size
 
 
 def test_smoothing_keeps_a_constant_and_lags_little() -> None:

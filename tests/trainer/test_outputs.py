@@ -21,3 +21,24 @@ def test_a_disk_that_is_full_at_the_start_is_told_and_the_run_goes_on(tmp_path, 
     assert said.count("run.dir cannot be written: [Errno 28] No space left on device") == 1
     assert "free space" in said
     assert '"step": 1' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def line(step):
+    return {"step": step, "loss": 5.0 / step, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0}
+
+
+def test_the_plot_goes_on_where_a_run_does_and_metrics_are_not_read_again(tmp_path):
+    settings = Settings()
+    settings.logger.wandb.mode = "disabled"
+    first = Outputs(settings, RunDirectory(tmp_path), first=True, step=0)
+    for step in range(1, 8):
+        first.training(line(step), 1.0)
+    first.close()
+    resumed = Outputs(settings, RunDirectory(tmp_path), first=True, step=5)
+    (tmp_path / "metrics.jsonl").unlink()
+    resumed.training(line(6), 1.0)
+    resumed.validation({"step": 6, "validation_loss": 1.5, "accuracy": 0.5})
+    resumed.close()
+    assert [point.mean for point in resumed.curves.training.points] == [(step, 5.0 / step) for step in range(1, 7)]
+    assert [point.mean for point in resumed.curves.validation.points] == [(6, 1.5)]
+    assert (tmp_path / "plots" / "loss.png").stat().st_size > 1000
