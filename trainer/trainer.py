@@ -51,16 +51,16 @@ class Trainer:
         found = found_checkpoint(settings, self.directory, mesh)
         self.corpus = together(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
+        self.step, self.tokens, self.row = 0, 0, 0
         if found is not None:
             together(mesh, lambda: check_same_model(found, settings.model))
+            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(found).state["data"]))
         self.shape = together(mesh, lambda: check_model(build, settings.model, settings.parallel.mixers))
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
-        self.step, self.tokens, self.row = 0, 0, 0
         if found is not None:
             state = checkpoint.load(self.engine, found)
             self.step, self.tokens = state["step"], state["tokens"]
-            self.row = together(mesh, lambda: self.corpus.train.resume(state["data"]))
         together(mesh, lambda: self.directory.make() if mesh.rank == 0 else None)
         self.outputs = Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step)
         self.peak = peak_flops(device, settings.trainer.dtype)

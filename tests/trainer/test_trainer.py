@@ -251,6 +251,12 @@ def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path
         (settings(texts, uninterrupted, trainer__seed=5), "seed must be 5; got 0"),
         (settings(texts, uninterrupted, data__sequence_length=64), "sequence_length must be 64; got 96"),
     ]
+    old = shutil.copytree(uninterrupted, tmp_path / "old")
+    for file in old.glob("checkpoints/*/index.json"):
+        index = json.loads(file.read_text())
+        index["state"]["data"]["version"] = 1
+        file.write_text(json.dumps(index))
+    bad.append((settings(texts, old), "version must be 2; got 1. Its rows come in another order: use the"))
     heads = settings(texts, tmp_path)
     heads.model["mixers"] = {**MODEL["mixers"], "softmax": {**MODEL["mixers"]["softmax"], "heads": 5}}  # type: ignore[dict-item]
     wide = settings(texts, uninterrupted)
