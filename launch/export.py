@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,13 +16,18 @@ from torch import Tensor
 from ..models import hf
 from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
+from ..trainer.origin import read_origin
 from ..trainer.run_directory import locate, read_config
 from ..trainer.tensor_files import checksum
-from ..trainer.tokenizers import checkpoint_tokenizer
+from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
 from .build import build
 
 DTYPES = ("float32", "bfloat16", "float16")
+OTHERS = (
+    "Other models stay with LongReach: python -m longreach.launch.generate draws text from this checkpoint, init_from "
+    "trains it further, and its weights are safetensors by parameter name in {}"
+)
 
 
 @dataclass
@@ -33,7 +37,7 @@ class ExportSettings:
     checkpoint: str | None = None
     path: str | None = None
     dtype: str = "float32"  # as in the checkpoint, or bfloat16, float16
-    max_positions: int | None = None  # null: data.sequence_length of the run, or those of init_from if they are more
+    max_positions: int | None = None  # null: the longest rows of any stage, those of init_from's config.json included
     shard_bytes: int = 5_000_000_000  # largest file
 
 
@@ -63,12 +67,19 @@ def export(settings: ExportSettings) -> Path:
     if not settings.path:
         raise ValueError("path must be a new folder for the exported model; got none. Give path=OUT")
     if settings.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {settings.dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {settings.dtype!r}. Choose one")
     if settings.max_positions is not None and settings.max_positions < 1:
-        raise ValueError(f"max_positions must be at least 1; got {settings.max_positions}")
+        raise ValueError(
+            f"max_positions must be at least 1; got {settings.max_positions}. Leave it out: the longest rows trained on"
+        )
     source = locate(settings.checkpoint, "checkpoint")
     run = read_config(source)
-    end_of_text = checkpoint_tokenizer(source).end_of_text
+    tokenizer = checkpoint_tokenizer(source)
+    origin = read_origin(source, tokenizer)
+    try:
+        positions = hf.max_positions(run["model"], origin.positions)
+    except ValueError as error:
+        raise ValueError(f"{error}. {OTHERS.format(source)}") from None
     with torch.device("meta"):
         model = build(run["model"])
     out = Path(settings.path).expanduser()
@@ -76,10 +87,12 @@ def export(settings: ExportSettings) -> Path:
         _weights(checkpoint.verify(source), model),
         run["model"],
         out,
-        _files(source, run),
-        max_positions=settings.max_positions or _max_positions(run),
+        hf.tokenizer_files(source / "tokenizer"),
+        max_positions=settings.max_positions or positions,
         dtype=getattr(torch, settings.dtype),
-        config={"bos_token_id": None, "eos_token_id": end_of_text},
+        config=_token_ids(origin.config, tokenizer),
+        origin=origin.config,
+        generation={**origin.generation, **_token_ids(origin.generation or origin.config, tokenizer)},
         shard_bytes=settings.shard_bytes,
     )
     return out
@@ -96,23 +109,14 @@ def _weights(stored: checkpoint.Stored, model: LanguageModel) -> Iterator[tuple[
         yield name, stored.map(name)
 
 
-def _files(source: Path, run: dict[str, Any]) -> list[Path]:
-    """The tokenizer's files, and what the model that training began with has beside them."""
-    files = {file.name: file for file in hf.tokenizer_files(source / "tokenizer")}
-    origin = run.get("init_from")
-    if origin and run.get("data", {}).get("tokenizer") == origin:
-        files = {file.name: file for file in hf.tokenizer_files(origin)} | files
-    return list(files.values())
-
-
-def _max_positions(run: dict[str, Any]) -> int:
-    """Rows of continued training are often shorter than those that the model was made for, and still is."""
-    trained, origin = int(run["data"]["sequence_length"]), run.get("init_from")
-    try:
-        before = json.loads((Path(origin) / "config.json").read_text(encoding="utf-8")) if origin else {}
-        return max(trained, int(before.get("max_position_embeddings") or 0))
-    except (OSError, ValueError):  # the folder that training began with has gone
-        return trained
+def _token_ids(said: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids of what begins and ends a text, as trained; several ends, or a BOS that none used, as `said` before."""
+    ends = said.get("eos_token_id")
+    kept = tokenizer.end_of_text in (ends if isinstance(ends, list) else [ends])
+    return {
+        "bos_token_id": said.get("bos_token_id") if tokenizer.bos is None else tokenizer.bos,
+        "eos_token_id": ends if kept else tokenizer.end_of_text,
+    }
 
 
 def main() -> None:

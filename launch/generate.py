@@ -49,11 +49,12 @@ def generate(settings: GenerationSettings) -> None:
     model, tokenizer = load(locate(settings.checkpoint, "checkpoint"), device)
     drawn = draw(
         model,
-        tokenizer.encode(settings.prompt),
+        _prompt(tokenizer, settings.prompt, model.vocabulary),
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         stop=(tokenizer.end_of_text,),
+        known=tokenizer.ids(),
         seed=settings.seed,
         device=device,
     )
@@ -74,6 +75,16 @@ def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
         model = build(model_settings)
     model.at_step(checkpoint.load_weights(path, model)["step"])
     return model.eval(), tokenizer
+
+
+def _prompt(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
+    ids = tokenizer.encode_prompt(text)
+    if max(ids, default=0) >= rows:
+        raise ValueError(
+            f"prompt must have tokens that the model has; got {tokenizer.describe(max(ids))} with an embedding of "
+            f"{rows} rows. Leave it out of the prompt"
+        )
+    return ids
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: str, ids: Iterable[int]) -> Iterator[str]:

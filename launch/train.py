@@ -53,6 +53,11 @@ def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
         )
     with_text = settings.data.source != "recall"
     if with_text and not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
+        if own is not None and not (own / "tokenizer").is_dir():
+            raise ValueError(
+                f"data.tokenizer must be given with init_from of a run without text, as with data=recall; got {own}. "
+                "Name one that the model has rows for"
+            )
         settings.data.tokenizer = origin if own is None else str(own / "tokenizer")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -19,14 +20,16 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop: Collection[int] = (),
+    known: Collection[int] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[int]:
     """Yields new token ids as they are drawn, at most `max_new_tokens`, ending before the first id of `stop`.
 
     temperature: divides the logits; 0 takes the likeliest token. top_p: draws from the smallest set of tokens that
-    has at least this probability (nucleus sampling, Holtzman et al., 2020, arXiv 1904.09751). The draw depends on
-    `seed` alone; it is made on the CPU. Raises ValueError for settings out of range, at the call.
+    has at least this probability (nucleus sampling, Holtzman et al., 2020, arXiv 1904.09751). known: the only ids that
+    are drawn, by default all: an embedding can have more rows than its tokenizer has tokens. The draw depends on `seed`
+    alone; it is made on the CPU. Raises ValueError for settings out of range, at the call.
     """
     if not prompt_ids:
         raise ValueError("prompt must have at least one token; got none. Begin with the end-of-text token")
@@ -40,7 +43,13 @@ def generate(
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
     if temperature == 0 and top_p != 1:
         raise ValueError(f"top_p must be 1 at temperature 0, where it has no effect; got {top_p}")
-    return _tokens(model, prompt_ids, max_new_tokens, temperature, top_p, frozenset(stop), seed, torch.device(device))
+    drawn = [token for token in range(model.vocabulary) if known is None or token in known]
+    if not drawn:
+        raise ValueError(f"known must hold ids in 0..{model.vocabulary - 1}; got none")
+    device = torch.device(device)
+    unknown = torch.ones(model.vocabulary, dtype=torch.bool, device=device)
+    unknown[torch.tensor(drawn, device=device)] = False
+    return _tokens(model, prompt_ids, max_new_tokens, temperature, top_p, frozenset(stop), unknown, seed, device)
 
 
 def _tokens(
@@ -50,6 +59,7 @@ def _tokens(
     temperature: float,
     top_p: float,
     stop: frozenset[int],
+    unknown: Tensor,
     seed: int,
     device: torch.device,
 ) -> Iterator[int]:
@@ -58,6 +68,7 @@ def _tokens(
     unread = prompt_ids
     for _ in range(max_new_tokens):
         logits = next_logits(model, torch.tensor([unread], device=device), cache)[0]
+        logits = logits.masked_fill(unknown, -math.inf)
         token = _draw(logits, temperature, top_p, generator)
         if token in stop:
             return

@@ -26,9 +26,9 @@ def text_baselines(corpus: Corpus) -> Baselines:
 
     The token models predict what a language model is scored on: every token but the first of each document, end of
     text included; the byte model predicts every byte, and an end of text a document. All are divided by the bytes of
-    the text. Unigrams add one to every count. The bigram is interpolated with the unigram by absolute discounting (Ney
-    et al., 1994): with n(v, w) counts, n(v) their sum, m(v) the number of distinct w after v, and d = n_1/(n_1 + 2 n_2)
-    from the numbers of pairs seen once and twice,
+    the text. Unigrams add one to every count, and do not count the BOS that begins documents. The bigram is
+    interpolated with the unigram by absolute discounting (Ney et al., 1994): with n(v, w) counts, n(v) their sum, m(v)
+    the number of distinct w after v, and d = n_1/(n_1 + 2 n_2) from the numbers of pairs seen once and twice,
 
         p(w | v) = max(n(v, w) - d, 0) / n(v) + d m(v) / n(v) p(w)
     """
@@ -36,7 +36,9 @@ def text_baselines(corpus: Corpus) -> Baselines:
     held_out = _documents(corpus, corpus.validation.members)
     vocabulary = corpus.tokenizer.vocabulary_size
     size = corpus.text_bytes("validation")
-    counts = np.bincount(np.concatenate(training), minlength=vocabulary) + 1.0
+    bos = corpus.tokenizer.beginning[:1]
+    counted = np.concatenate([ids[1:] if ids[0] in bos else ids for ids in training])
+    counts = np.bincount(counted, minlength=vocabulary) + 1.0
     unigram = counts / counts.sum()
     before, after = _pairs(held_out)
     bigram = _bigram(*_pairs(training), before, after, unigram)

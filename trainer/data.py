@@ -17,7 +17,7 @@ from .recall import RecallCorpus, open_recall
 from .sources import open_source
 from .token_cache import TokenCache, open_token_cache
 from .tokenization import FORMAT
-from .tokenizers import Tokenizer, check_vocabulary_size, load_tokenizer
+from .tokenizers import BOS, Tokenizer, check_vocabulary_size, load_tokenizer, refuse_bos
 
 DEFAULT_CACHE = "~/.cache/longreach"
 DEFAULT_VOCABULARY = 4096
@@ -58,7 +58,8 @@ class Corpus:
     def bytes_per_token(self, split: str) -> float:
         """Bytes of text for each *target* of a split: bits a byte = mean loss / ln 2 / bytes_per_token.
 
-        Every token but the first of each document is a target, end of text included.
+        Every token but the first of each document is a target, end of text included. A document that begins with BOS
+        has so all of its text among its targets; BOS itself is none, and has no bytes.
         """
         return self.text_bytes(split) / self.stream(split).targets
 
@@ -72,8 +73,10 @@ def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, see
     if settings.source == "recall":
         return open_recall(settings)
     _check(settings)
-    trained = settings.tokenizer == "bpe"
-    tokenizer = None if trained else load_tokenizer(settings.tokenizer)
+    bos = settings.bos.lower()  # as a command line's true becomes the text True
+    if settings.tokenizer == "bpe":
+        refuse_bos(bos, "bpe")
+    tokenizer = None if settings.tokenizer == "bpe" else load_tokenizer(settings.tokenizer, bos)
     source = open_source(settings, None if tokenizer is None else tokenizer.vocabulary_size)
     vocabulary_size = settings.vocabulary_size or DEFAULT_VOCABULARY
     made_of = {
@@ -93,10 +96,11 @@ def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, see
     )
     for note in cache.metadata["notes"]:
         log.warning("%s", note)
-    return _corpus(cache, settings.sequence_length, seed)
+    # The cache's may have been another's, with the same ids and another chat template.
+    return _corpus(cache, tokenizer or cache.tokenizer, settings.sequence_length, seed)
 
 
-def _corpus(cache: TokenCache, length: int, seed: int) -> Corpus:
+def _corpus(cache: TokenCache, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
     fingerprint, padding = cache.metadata["fingerprint"], cache.tokenizer.end_of_text
     fingerprint = f"{fingerprint}-{cache.metadata['validation_fraction']}"
     training, validation = np.flatnonzero(~cache.held_out), np.flatnonzero(cache.held_out)
@@ -104,7 +108,7 @@ def _corpus(cache: TokenCache, length: int, seed: int) -> Corpus:
     validation = validation[np.argsort(cache.hashes[validation], kind="stable")]
     shared = {"length": length, "fingerprint": fingerprint, "padding": padding}
     return Corpus(
-        cache.tokenizer,
+        tokenizer,
         TokenStream(cache, training, seed=seed, **shared),
         TokenStream(cache, validation, **shared),
         cache,
@@ -113,6 +117,8 @@ def _corpus(cache: TokenCache, length: int, seed: int) -> Corpus:
 
 
 def _check(settings: DataSettings) -> None:
+    if settings.bos.lower() not in BOS:
+        raise ValueError(f"data.bos must be one of {', '.join(BOS)}; got {settings.bos}. Choose one")
     if not 0 < settings.validation_fraction < 1:
         raise ValueError(
             f"data.validation_fraction must lie between 0 and 1; got {settings.validation_fraction}. Try 0.05"

@@ -34,6 +34,7 @@ class DataSettings:
     column: str | None = None  # field of the text ("text"), or of the token ids ("input_ids") for pretokenized
     max_documents: int | None = None  # hub: stop after so many documents; recall: begin again
     tokenizer: str = "bpe"  # bytes, bpe (trained on the data), or the path or name of a Hugging Face tokenizer
+    bos: str = "auto"  # documents and prompts begin with BOS: auto = as the tokenizer's own template says; true; false
     vocabulary_size: int | None = None  # bpe: 4096 by default; recall: 8192
     sequence_length: int = 4096  # tokens in a packed row, over all its ranks
     rows_per_step: int = 8  # rows in the global batch, whatever the ranks

@@ -22,7 +22,7 @@ TABLES_KEPT = 4  # a row lies in one epoch or, at a seam, in two; small corpora 
 
 
 class TokenizedDocuments(Protocol):
-    """Documents as token ids, each ended by end of text."""
+    """Documents as token ids, each ended by end of text and, with some tokenizers, begun by BOS."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -108,7 +108,8 @@ class RowStream(ABC):
 
 
 class TokenStream(RowStream):
-    """Documents end to end, cut into rows of `length` tokens; a cut document starts anew, at position 0, in each row.
+    """Documents end to end, cut into rows of `length` tokens; a cut document starts anew, at position 0, in each row,
+    without another BOS.
 
     With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, the epochs
     are laid end to end and cut after every N tokens. Without one it is `members` once, in their order, and its last row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from .exchange import from_first_rank, together
 from .recall import RecallCorpus
 from .run_directory import RunDirectory, find_checkpoint
 from .settings import Settings
+from .tokenizers import SMALLEST_VOCABULARY
+
+log = logging.getLogger("longreach")
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 
@@ -33,22 +37,71 @@ def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) ->
 def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[str, Any]:
     """The model's configuration, complete: of `model`, or of the Hugging Face checkpoint that training starts from.
 
-    Raises ValueError where the vocabulary does not hold the data's.
+    Raises ValueError where the vocabulary does not hold an id that occurs in the data or begins a prompt. A tokenizer
+    may have more: that is logged.
     """
     model = configured_model(settings)
     if not model.get("_target_"):
         raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
     if settings.trainer.activation_checkpointing != "none":
         model["activation_checkpointing"] = settings.trainer.activation_checkpointing
-    tokens = corpus.vocabulary_size
     if model.get("vocabulary") is None:
-        model["vocabulary"] = tokens
-    if model["vocabulary"] < tokens:
-        raise ValueError(
-            f"model.vocabulary must be at least the data's {tokens}; got {model['vocabulary']}. "
-            "Leave it out, or choose another data.tokenizer or data.vocabulary_size"
-        )
+        model["vocabulary"] = corpus.vocabulary_size
+    if model["vocabulary"] < corpus.vocabulary_size:
+        _check_ids(settings, corpus, model["vocabulary"])
     return model
+
+
+def _check_ids(settings: Settings, corpus: Corpus | RecallCorpus, rows: int) -> None:
+    """Of a vocabulary that is smaller than the data's: raises ValueError for an id that is met and has no row."""
+    if not isinstance(corpus, Corpus):
+        raise ValueError(
+            f"model.vocabulary must be at least the {corpus.vocabulary_size} of data=recall; got {rows}. "
+            f"Use data.vocabulary_size={rows}"
+        )
+    tokenizer, prompt = corpus.tokenizer, settings.evaluation.prompt
+    met = max(corpus.cache.largest_id, *tokenizer.beginning)
+    if met >= rows:
+        raise ValueError(
+            f"model.vocabulary must be larger than every id of the data and of prompts; got {rows} with "
+            f"{tokenizer.describe(met)} of data.tokenizer={settings.data.tokenizer}. "
+            + _remedy(settings, corpus, met, rows)
+        )
+    if prompt and (met := max(tokenizer.encode_prompt(prompt), default=-1)) >= rows:
+        raise ValueError(
+            f"evaluation.prompt must have tokens that the model has; got {tokenizer.describe(met)} with an embedding "
+            f"of {rows} rows. Leave it out of the prompt"
+        )
+    log.warning(
+        "model.vocabulary: the embedding has %s rows, data.tokenizer %s ids; none without a row occurs in the data",
+        f"{rows:,}",
+        f"{corpus.vocabulary_size:,}",
+    )
+
+
+def _remedy(settings: Settings, corpus: Corpus, met: int, rows: int) -> str:
+    """What can be done about the id `met` in a model of fewer `rows`."""
+    origin, tokenizer, chosen = settings.init_from, corpus.tokenizer, settings.data.tokenizer
+    if met in tokenizer.beginning:
+        return "Use data.bos=false, so that nothing begins with it"
+    ways = []
+    if origin is None:
+        ways.append(f"leave model.vocabulary out or raise it to {met + 1}")
+    elif checkpoint.is_one(origin) and chosen != str(Path(origin) / "tokenizer"):
+        ways.append("leave data.tokenizer out, to take that of init_from")
+    if chosen == "bpe" and rows >= SMALLEST_VOCABULARY:
+        ways.append(f"use data.vocabulary_size={rows}")
+    else:
+        ways.append("name a data.tokenizer with smaller ids")
+    if met != tokenizer.end_of_text:
+        ways.append("leave the documents with this token out of the data")
+    if origin is not None and not checkpoint.is_one(origin):
+        ways.append(
+            f"give the model {met + 1} rows first, with transformers: model.resize_token_embeddings({met + 1}) and "
+            "model.save_pretrained(OTHER_PATH)"
+        )
+    text = ", or ".join(ways)
+    return text[0].upper() + text[1:]
 
 
 def configured_model(settings: Settings) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def draw_sample(engine: Engine, corpus: Corpus, prompt: str, *, tokens: int, tem
     """
     tokenizer = corpus.tokenizer
     document = int(corpus.validation.members[0])
-    ids = tokenizer.encode(prompt) if prompt else corpus.cache[document][:PROMPT_TOKENS].tolist()
+    ids = tokenizer.encode_prompt(prompt) if prompt else corpus.cache[document][:PROMPT_TOKENS].tolist()
     engine.module.eval()
     try:
         with torch.no_grad():
@@ -28,6 +28,7 @@ def draw_sample(engine: Engine, corpus: Corpus, prompt: str, *, tokens: int, tem
                 ids,
                 max_new_tokens=tokens,
                 temperature=temperature,
+                known=tokenizer.ids(),
                 seed=seed,
                 device=engine.device,
             )

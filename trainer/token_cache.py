@@ -32,12 +32,13 @@ class TokenCache:
     """The documents of a cache directory as read-only views of its memory-mapped ids.
 
     `lengths` and `bytes` are int64, `hashes` uint64 and `held_out` bool `[documents]`; `cache[i]` is the ids of
-    document i, the last of them end of text, in the type they are stored in.
+    document i, the last of them end of text, in the type they are stored in. No id is larger than `largest_id`.
     """
 
     def __init__(self, directory: Path) -> None:
         self.metadata: dict[str, Any] = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
         self.tokenizer = load_tokenizer(directory / TOKENIZER_DIRECTORY)
+        self.largest_id = int(self.metadata["largest_id"])
         reader = pa.ipc.open_file(pa.memory_map(str(directory / TOKENS_FILE)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._offsets = [batch.column("ids").offsets.to_numpy() for batch in batches]

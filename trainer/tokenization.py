@@ -16,7 +16,7 @@ import pyarrow as pa
 from .sources import Document, Source
 from .tokenizers import Tokenizer, train_bpe
 
-FORMAT = 1
+FORMAT = 2
 TOKENS_FILE, METADATA_FILE, TOKENIZER_DIRECTORY = "tokens.arrow", "metadata.json", "tokenizer"
 STAGE_FILE = "text.arrow"
 BYTES_AT_ONCE = 8 << 20  # of text held in memory
@@ -109,7 +109,7 @@ def _id_entries(ids: np.ndarray, tokenizer: Tokenizer, skipped: Counter[str]) ->
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)
     for part in parts if len(parts) == 1 or parts[-1].size else parts[:-1]:
         ended = part if part.size and part[-1] == tokenizer.end_of_text else np.append(part, tokenizer.end_of_text)
-        if len(ended) < 2:
+        if tokenizer.is_blank(ended):
             skipped["blank"] += 1
         else:
             yield Entry(ended, _hash(ended.astype("<i8").tobytes()), len(tokenizer.decode(ended).encode()))
@@ -197,7 +197,7 @@ def _write_tokens(
     dtype = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32
     ids_type = pa.large_list(pa.from_numpy_dtype(dtype))
     schema = pa.schema([("ids", ids_type), ("bytes", pa.int64()), ("hash", pa.uint64())])
-    totals: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0}
+    totals: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "largest_id": 0}
     ids_digest, documents_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     hashes = [np.empty(0, np.uint64)]
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -216,6 +216,7 @@ def _write_tokens(
             totals["documents"] += len(kept)
             totals["tokens"] += len(values)
             totals["bytes"] += int(sizes.sum())
+            totals["largest_id"] = max(totals["largest_id"], int(values.max()))
     parts = (ids_digest.hexdigest(), documents_digest.hexdigest(), tokenizer.identity)
     totals["fingerprint"] = hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
     return totals, np.concatenate(hashes)
@@ -224,8 +225,8 @@ def _write_tokens(
 def _encode(batch: list[Entry], tokenizer: Tokenizer, skipped: Counter[str]) -> tuple[list[Entry], list[np.ndarray]]:
     texts = [entry.content for entry in batch if isinstance(entry.content, str)]
     encoded = tokenizer.encode_documents(texts) if texts else [np.asarray(entry.content) for entry in batch]
-    # A tokenizer that normalises can leave nothing of a text but its end.
-    pairs = [(entry, ids) for entry, ids in zip(batch, encoded, strict=True) if len(ids) > 1]
+    # A tokenizer that normalises can leave nothing of a text but its beginning and its end.
+    pairs = [(entry, ids) for entry, ids in zip(batch, encoded, strict=True) if not tokenizer.is_blank(ids)]
     if len(pairs) < len(batch):
         skipped["blank"] += len(batch) - len(pairs)
     return [entry for entry, _ in pairs], [ids for _, ids in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from .data import Corpus, open_corpus
 from .evaluation import Loss, evaluate, evaluate_truncated
 from .exchange import gather_numbers, together
 from .metrics import Work, peak_flops, peak_memory_bytes, work_of
+from .origin import Origin, read_origin
 from .outputs import Outputs, show_log
 from .packing import NO_TARGET, Batch, batch
 from .preparation import Build, check_model, check_same_model, found_checkpoint, make_engine, model_settings
@@ -55,6 +56,7 @@ class Trainer:
         if found is not None:
             together(mesh, lambda: check_same_model(found, settings.model))
             self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(found).state["data"]))
+        self.origin = together(mesh, lambda: self._origin(found))
         self.shape = together(mesh, lambda: check_model(build, settings.model, settings.parallel.mixers))
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
@@ -239,11 +241,19 @@ class Trainer:
             self.outputs.say(f"{error}. The run goes on")
 
     def _write_beside(self, folder: Path) -> None:
-        """What generation needs besides the weights."""
+        """What generation and export need besides the weights."""
         if isinstance(self.corpus, Corpus):
             self.corpus.tokenizer.save(folder / "tokenizer")
+        self.origin.save(folder)
         text = yaml.safe_dump(asdict(self.settings), sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def _origin(self, found: Path | None) -> Origin:
+        """What the first rank writes of where the weights came from; the other ranks need nothing of it."""
+        begun = found or self.settings.init_from
+        tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
+        before = read_origin(begun, tokenizer) if begun and self.mesh.rank == 0 else Origin()
+        return replace(before, longest_row=max(before.longest_row, self.settings.data.sequence_length))
 
     def _introduce(self, found: Path | None) -> None:
         settings, mesh, say = self.settings, self.mesh, self.outputs.say

@@ -29,8 +29,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    "additional_chat_templates",  # a folder
 )
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -256,7 +258,10 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 def copy_files(files: Iterable[Path], folder: Path) -> None:
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        if file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        else:
+            shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager

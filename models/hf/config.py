@@ -36,6 +36,22 @@ IGNORED = frozenset(
     ]
 )
 
+# Keys that an export says anew or that are of another file, so that those of the model it began with do not count.
+SAID_ANEW = frozenset(
+    [
+        "rope_parameters",
+        "original_max_position_embeddings",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "quantization_config",
+        "auto_map",
+        "_name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+    ]
+)
+
 
 class ConfigReader:
     """A config.json, read key by key; `finish` raises one ValueError that names every key that does not fit."""

@@ -80,15 +80,129 @@ def foreign(path: Path, end: str = "</s>", config: dict | None = None) -> Path:
     return path
 
 
-def test_a_foreign_tokenizer_adds_and_cuts_nothing(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_begins_as_its_template_says_and_cuts_nothing(tmp_path: Path) -> None:
     path = foreign(tmp_path)
     for name in (path, path / "tokenizer.json"):
         loaded = load_tokenizer(name)
         assert loaded.encode("hello world hello") == [3, 9, 3]
-        assert loaded.encode_documents(["hello world hello", "hello"])[1].tolist() == [3, 2]
+        assert loaded.encode_documents(["hello world hello", "hello"])[1].tolist() == [0, 3, 2]
+        assert loaded.encode_prompt("hello") == [0, 3]
         assert loaded.vocabulary_size == 10
     loaded.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("hello " * 20) == [3] * 20
+
+
+def byte_level(path: Path, processor: object, config: dict | None = None) -> Path:
+    """A byte-level BPE as most models have it, with another's post-processor."""
+    library = tokenizers.Tokenizer.from_str(BPE.library.to_str())
+    library.add_special_tokens(["<s>", "</s>", "[gMASK]"])
+    library.post_processor = processor  # type: ignore[assignment]
+    path.mkdir(parents=True, exist_ok=True)
+    library.save(str(path / "tokenizer.json"))
+    if config is not None:
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **config}
+        (path / "tokenizer_config.json").write_text(json.dumps(told))
+    return path
+
+
+def template(*before: tuple[str, int], after: tuple[tuple[str, int], ...] = ()) -> processors.PostProcessor:
+    single = [*(name for name, _ in before), "$A", *(name for name, _ in after)]
+    return processors.TemplateProcessing(single=single, special_tokens=[*before, *after])  # type: ignore[arg-type]
+
+
+PROMPT = "def größer(argument):\n"
+BEGIN, END, MASK = ("<s>", 380), ("</s>", 381), ("[gMASK]", 382)
+TEMPLATES = {
+    "begins": (template(BEGIN), [380]),
+    "after byte level": (processors.Sequence([processors.ByteLevel(), template(BEGIN)]), [380]),  # Llama 3
+    "begins twice": (template(MASK, BEGIN), [382, 380]),  # GLM
+    "and ends": (template(BEGIN, after=(END,)), [380]),
+    "roberta": (processors.RobertaProcessing(END, BEGIN), [380]),
+    "bert": (processors.BertProcessing(END, MASK), [382]),
+    "only ends": (template(after=(END,)), []),
+    "byte level": (processors.ByteLevel(), []),  # GPT-2
+    "none": (None, []),
+}
+
+
+def theirs(path: Path, text: str) -> list[int]:
+    """What transformers makes of a prompt with the same files, without the end that a template may add."""
+    ids = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(path)(text).input_ids
+    return ids[:-1] if ids[-1] == 381 else ids
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_begins_as_with_transformers(tmp_path: Path, name: str) -> None:
+    processor, beginning = TEMPLATES[name]
+    path = byte_level(tmp_path / "files", processor, {"bos_token": "<s>"})
+    for bos in ("auto", "true", "false"):
+        loaded = load_tokenizer(path, bos)
+        expected = {"auto": beginning, "true": beginning or [380], "false": []}[bos]
+        assert loaded.encode_prompt(PROMPT) == [*expected, *loaded.encode(PROMPT)]
+        for document in loaded.encode_documents([PROMPT, "x"]):
+            assert document[: len(expected) + 1].tolist() == [*expected, document[len(expected)]]
+            assert document[-1] == loaded.end_of_text == 381
+            assert not loaded.is_blank(document)
+        assert loaded.decode_documents(loaded.encode_documents([PROMPT])) == [PROMPT]
+        assert loaded.is_blank(np.array([*expected, 381]))
+        # What is saved says so itself, to transformers as well.
+        loaded.save(tmp_path / bos)
+        again = load_tokenizer(tmp_path / bos)
+        assert (again.beginning, again.bos, again.identity) == (loaded.beginning, loaded.bos, loaded.identity)
+        assert theirs(tmp_path / bos, PROMPT) == loaded.encode_prompt(PROMPT)
+    assert theirs(path, PROMPT) == load_tokenizer(path).encode_prompt(PROMPT)
+    beginnings = {load_tokenizer(path, bos).beginning for bos in ("auto", "true", "false")}
+    assert len({load_tokenizer(path, bos).identity for bos in ("auto", "true", "false")}) == len(beginnings)
+
+
+def test_a_config_that_adds_bos_counts_where_no_template_does(tmp_path: Path) -> None:
+    wants = {"bos_token": {"__type": "AddedToken", "content": "<s>", "special": True}, "add_bos_token": True}
+    loaded = load_tokenizer(byte_level(tmp_path / "wants", processors.ByteLevel(), wants))
+    assert loaded.beginning == (380,)
+    loaded.save(tmp_path / "saved")
+    assert theirs(tmp_path / "saved", "x") == loaded.encode_prompt("x")
+    unknown = {"bos_token": "<begin>", "add_bos_token": True}
+    assert load_tokenizer(byte_level(tmp_path / "unknown", None, unknown)).beginning == ()
+    declared = load_tokenizer(byte_level(tmp_path / "declared", None, {"bos_token": "<s>"}))
+    assert (declared.beginning, declared.bos) == ((), 380)
+    # A template holds against a config that denies it, as in transformers; the saved files no longer disagree.
+    denied = load_tokenizer(
+        byte_level(tmp_path / "denied", template(BEGIN), {"bos_token": "<s>", "add_bos_token": False})
+    )
+    assert denied.encode_prompt("x") == theirs(tmp_path / "denied", "x")
+    assert json.loads(denied.carried["tokenizer_config.json"])["add_bos_token"] is True
+
+
+def test_bos_that_no_tokenizer_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.bos must be auto or false .*; got true with data\.tokenizer=bytes\. Leave"
+    ):
+        load_tokenizer("bytes", "true")
+    BPE.save(tmp_path / "bpe")
+    with pytest.raises(ValueError, match=r"data\.bos must be auto or false .* name a tokenizer with a bos_token"):
+        load_tokenizer(tmp_path / "bpe", "true")
+    # Without a word on BOS, the usual name of one is taken where it is asked for, and only there.
+    path = byte_level(tmp_path / "bare", None)
+    assert load_tokenizer(path).beginning == ()
+    assert load_tokenizer(path, "true").beginning == (380,)
+    wrong = byte_level(tmp_path / "wrong", template(("<s>", 999)))
+    with pytest.raises(ValueError, match=r"data\.tokenizer must begin texts with tokens that it has; .* the id 999"):
+        load_tokenizer(wrong)
+
+
+def test_every_file_of_a_tokenizer_goes_along(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "files", config={"eos_token": "</s>"})
+    (path / "additional_chat_templates").mkdir()
+    others = ("tokenizer.model", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/tool.jinja")
+    for name in others:
+        (path / name).write_bytes(b"\xff" + name.encode())
+    (path / "model.safetensors").write_bytes(b"not the tokenizer's")
+    load_tokenizer(path).save(tmp_path / "a")
+    load_tokenizer(tmp_path / "a").save(tmp_path / "b")
+    files = {str(file.relative_to(tmp_path / "b")) for file in (tmp_path / "b").rglob("*") if file.is_file()}
+    assert files == {"tokenizer.json", "tokenizer_config.json", *others}
+    for name in others:
+        assert (tmp_path / "b" / name).read_bytes() == (path / name).read_bytes()
 
 
 @pytest.mark.parametrize("declared", ["world", {"content": "world", "lstrip": False}])
