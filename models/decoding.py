@@ -45,7 +45,7 @@ def generate(
         raise ValueError(f"top_p must be 1 at temperature 0, where it has no effect; got {top_p}")
     drawn = [token for token in range(model.vocabulary) if known is None or token in known]
     if not drawn:
-        raise ValueError(f"known must hold ids in 0..{model.vocabulary - 1}; got none")
+        raise ValueError(f"known must hold ids in 0..{model.vocabulary - 1}; got none of them. Leave it out for all")
     device = torch.device(device)
     unknown = torch.ones(model.vocabulary, dtype=torch.bool, device=device)
     unknown[torch.tensor(drawn, device=device)] = False

@@ -21,6 +21,7 @@ from .tokenizers import BOS, Tokenizer, check_vocabulary_size, load_tokenizer, r
 
 DEFAULT_CACHE = "~/.cache/longreach"
 DEFAULT_VOCABULARY = 4096
+DOCUMENTS_LOOKED_AT = 1000
 
 log = logging.getLogger("longreach")
 
@@ -97,7 +98,17 @@ def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, see
     for note in cache.metadata["notes"]:
         log.warning("%s", note)
     # The cache's may have been another's, with the same ids and another chat template.
-    return _corpus(cache, tokenizer or cache.tokenizer, settings.sequence_length, seed)
+    corpus = _corpus(cache, tokenizer or cache.tokenizer, settings.sequence_length, seed)
+    if settings.source == "pretokenized" and not _begins(corpus):
+        log.warning("data.bos: prompts begin with BOS and no document does; data.bos=false leaves it out of prompts")
+    return corpus
+
+
+def _begins(corpus: Corpus) -> bool:
+    """Whether prompts begin as the first documents do, or one of them at least: rows may hold parts of documents."""
+    begin = corpus.tokenizer.beginning
+    first = (corpus.cache[number][: len(begin)] for number in range(min(len(corpus.cache), DOCUMENTS_LOOKED_AT)))
+    return any(tuple(ids.tolist()) == begin for ids in first)
 
 
 def _corpus(cache: TokenCache, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:

@@ -58,9 +58,10 @@ def _check_ids(settings: Settings, corpus: Corpus | RecallCorpus, rows: int) -> 
         raise ValueError(
             f"model.vocabulary must be at least the {corpus.vocabulary_size} of data=recall; got {rows}. "
             f"Use data.vocabulary_size={rows}"
+            + (", or leave model.vocabulary out" if settings.init_from is None else "")
         )
     tokenizer, prompt = corpus.tokenizer, settings.evaluation.prompt
-    met = max(corpus.cache.largest_id, *tokenizer.beginning)
+    met = max((corpus.cache.largest_id, *tokenizer.beginning))
     if met >= rows:
         raise ValueError(
             f"model.vocabulary must be larger than every id of the data and of prompts; got {rows} with "

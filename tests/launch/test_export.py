@@ -2,26 +2,32 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 import yaml
 from distributed import run_ranks
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 from longreach.launch.build import build
 from longreach.launch.export import ExportSettings, export
+from longreach.launch.train import to_settings
 from longreach.models import hf
+from longreach.models.hf import llama
 from longreach.parallel.mesh import Mesh
 from longreach.trainer import checkpoint
 from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 from longreach.trainer.settings import Settings
 from longreach.trainer.tokenizers import byte_tokenizer
+from longreach.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # engines on several ranks: a minute together
 
@@ -44,8 +50,6 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
     """A Hugging Face folder with a tokenizer."""
-    from longreach.models.hf import llama
-
     settings = llama.settings(CONFIG)
     model = build(settings)
     model.initialise(seed=4)
@@ -149,6 +153,110 @@ def test_a_hybrid_is_not_exported(origin, tmp_path):
     with pytest.raises(ValueError, match=r"must be a Llama or a Qwen3; it is not, by mixers .*RetNet"):
         export(ExportSettings(str(saved), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_says_what_can_be_done_instead(origin, tmp_path):
+    model = hf.read_settings(origin)
+    model["mixers"]["full"] |= {"qk_norm": "full"}
+    (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
+    with pytest.raises(
+        ValueError, match=r"it is not, by qk_norm='full'\. Other models stay .*generate.*init_from"
+    ) as told:
+        export(ExportSettings(str(saved), str(tmp_path / "out"), max_positions=64))
+    assert str(told.value).endswith(f"safetensors by parameter name in {saved}")
+
+
+ORIGINAL = {
+    **CONFIG,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 258,  # one less than the tokenizer's ids
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "max_position_embeddings": 64,
+    "initializer_range": 0.01,
+    "pad_token_id": 9,
+    "bos_token_id": 257,
+    "eos_token_id": [256, 9],
+    "use_cache": False,
+    "of_a_tool": {"kept": [1, 2]},
+}
+
+
+def save_original(folder):
+    """A small Llama with BOS in its template, a chat template, and a token that it has no row for."""
+    tokenizer = byte_tokenizer()
+    tokenizer.library.add_special_tokens(["<s>"])
+    tokenizer.library.add_tokens(["<tool>"])
+    tokenizer.library.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(folder / "tokenizer")
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    generation = {"temperature": 0.5, "do_sample": True, "bos_token_id": 257, "eos_token_id": [256, 9]}
+    (folder / "tokenizer" / "generation_config.json").write_text(json.dumps(generation))
+    settings = llama.settings(ORIGINAL)
+    model = build(settings)
+    model.initialise(seed=4)
+    files = hf.tokenizer_files(folder / "tokenizer")
+    hf.write(model.named_parameters(), settings, folder / "model", files, max_positions=64, origin=ORIGINAL)
+    return folder / "model"
+
+
+def train_once(rank, world, overrides):
+    with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
+        settings = to_settings(hydra.compose("train", overrides), overrides, {})
+    Trainer(settings, build, Mesh.create(), torch.device("cpu"), ["train"]).run()
+
+
+def test_what_the_origin_said_goes_through_two_stages(tmp_path):
+    """Rows of 128 tokens, then of 32; the folder that all began with has gone by then."""
+    origin = save_original(tmp_path / "origin")
+    before = {file.name: file.read_bytes() for file in origin.iterdir()}
+    assert json.loads(before["config.json"]) == {**json.loads(before["config.json"]), **ORIGINAL}
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"{number} is a number. " * 40)
+    begun = origin
+    for stage, length in (("first", 128), ("second", 32)):
+        overrides = [
+            f"init_from={begun}", "data=text", f"data.path='{tmp_path}/*.txt'", f"data.cache_dir={tmp_path / 'cache'}",
+            f"data.sequence_length={length}", "data.rows_per_step=1", "trainer.steps=1", "evaluation.sample_tokens=4",
+            "evaluation.prompt=4", f"run.dir={tmp_path / stage}", "logger.wandb.mode=disabled",
+        ]  # fmt: skip
+        run_ranks(1, train_once, overrides)
+        shutil.rmtree(begun)
+        begun = tmp_path / stage
+    out = export(ExportSettings(str(begun), str(tmp_path / "out")))
+    after = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert after.keys() == before.keys()
+    told = {
+        name: (json.loads(before[name]), json.loads(after[name])) for name in before if name.endswith("config.json")
+    }
+    assert told["config.json"][1] == {**told["config.json"][0], "max_position_embeddings": 128}
+    assert told["generation_config.json"][1] == told["generation_config.json"][0]
+    assert told["tokenizer_config.json"][1] == told["tokenizer_config.json"][0]
+    assert after["chat_template.jinja"] == before["chat_template.jinja"]
+
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("größe").input_ids == [257, *"größe".encode()]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.temperature == 0.5
+    assert (model.config.bos_token_id, model.generation_config.bos_token_id) == (257, 257)
+    assert model.generate(max_new_tokens=3, do_sample=False).tolist()[0][0] == 257
+
+
+def test_yarns_length_is_its_own_whatever_was_trained(origin):
+    settings = hf.read_settings(origin)
+    assert hf.max_positions(settings, 64) == hf.max_positions(settings, 4096) == 512
+    settings["mixers"]["full"]["rope_scaling"] = None
+    assert hf.max_positions(settings, 4096) == 4096
 
 
 @pytest.mark.slow

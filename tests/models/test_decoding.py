@@ -81,6 +81,19 @@ def test_stop_ends_before_its_token():
     assert list(generate(model, [3, 1], max_new_tokens=0)) == []
 
 
+def test_only_ids_that_a_tokenizer_knows_are_drawn():
+    model, known = small_hybrid("lightning_attention"), {3, 7, 11, 1000}
+    drawn = list(generate(model, [3, 1], max_new_tokens=40, temperature=50.0, known=known))
+    assert set(drawn) == {3, 7, 11}
+    assert set(generate(model, [3, 1], max_new_tokens=40, temperature=50.0, top_p=0.9, known=known)) <= {3, 7, 11}
+    greedy = next(generate(model, [3, 1], max_new_tokens=1, temperature=0.0, known=known))
+    logits = full(model, torch.tensor([[3, 1]]))[0, -1]
+    assert greedy == max((3, 7, 11), key=lambda token: float(logits[token]))
+    assert list(generate(model, [3, 1], max_new_tokens=9, known=range(99))) == list(
+        generate(model, [3, 1], max_new_tokens=9)
+    )
+
+
 def counts(logits, temperature, top_p, draws=1500):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.tensor([_draw(logits, temperature, top_p, generator) for _ in range(draws)])
@@ -106,6 +119,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative; got -1"),
         ({"temperature": -0.1}, "temperature must not be negative"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]; got 0.0"),
+        ({"known": [61]}, r"known must hold ids in 0..60; got none"),
         ({"temperature": 0.0, "top_p": 0.5}, "top_p must be 1 at temperature 0"),
     ],
 )

@@ -19,10 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from longreach.trainer import sample, sources
+from longreach.trainer.baselines import text_baselines
 from longreach.trainer.data import Corpus, open_corpus
 from longreach.trainer.data_settings import DataSettings
+from longreach.trainer.packing import NO_TARGET
 from longreach.trainer.sources import Source
 from longreach.trainer.token_cache import open_token_cache
 from longreach.trainer.tokenization import held_out
@@ -250,6 +253,84 @@ class TestCorpus:
             pieces = opened(tmp_path, path=str(tmp_path / "texts"), cache_dir=str(tmp_path / "b"), tokenizer=tokenizer)
             assert texts_of(pieces) == texts_of(whole)
         np.testing.assert_array_equal(pieces.cache.held_out, whole.cache.held_out)
+
+
+def bytes_with_bos(folder: Path) -> Path:
+    """The byte tokenizer with a `<s>`, id 257, that its template puts before a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.library.add_special_tokens(["<s>"])
+    tokenizer.library.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(folder)
+    return folder
+
+
+class TestBos:
+    def test_documents_begin_with_it_and_bits_per_byte_do_not_count_it(self, tmp_path: Path) -> None:
+        folder, name = write_texts(tmp_path / "texts"), str(bytes_with_bos(tmp_path / "tokenizer"))
+        corpus, without = (opened(tmp_path, path=str(folder), tokenizer=name, bos=bos) for bos in ("auto", "false"))
+        assert corpus.fingerprint != without.fingerprint
+        assert len(list((tmp_path / "cache").glob("text-*/metadata.json"))) == 2
+        assert texts_of(corpus) == texts_of(without)
+        for i, text in enumerate(texts_of(corpus)):
+            assert corpus.cache[i].tolist() == [257, *text.encode(), 256]
+            assert without.cache[i].tolist() == [*text.encode(), 256]
+        for split in ("train", "validation"):
+            stream, size = corpus.stream(split), corpus.text_bytes(split)
+            # Every byte of the text is a target now, the first too, and so is each document's end.
+            assert stream.targets == size + len(stream.members)
+            assert corpus.bytes_per_token(split) == size / stream.targets
+            assert without.text_bytes(split) == size
+        # The mean over all rows, times targets a byte, is the sum of losses over the bytes of text.
+        rows = [corpus.validation.row(number) for number in range(corpus.validation.rows or 0)]
+        assert sum(int((row.targets != NO_TARGET).sum()) for row in rows) == corpus.validation.targets
+        assert not any((row.targets == 257).any() for row in rows)
+
+    def test_a_document_that_a_row_cuts_goes_on_without_it(self, tmp_path: Path) -> None:
+        name = str(bytes_with_bos(tmp_path / "tokenizer"))
+        corpus = opened(tmp_path, path=str(write_texts(tmp_path / "texts")), tokenizer=name)
+        stream = corpus.validation
+        rows = [stream.row(number) for number in range(stream.rows or 0)]
+        together = np.concatenate([row.tokens[: sum(row.lengths)] for row in rows])
+        assert together.tolist() == np.concatenate([corpus.cache[int(i)] for i in stream.members]).tolist()
+        assert sum(len(row.lengths) for row in rows) > (together == 257).sum() == len(stream.members)
+
+    def test_ids_stay_as_they_are(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        name = str(bytes_with_bos(tmp_path / "tokenizer"))
+        rows = [[1, 2, 3, 256, 257, 256, 257, 4, 256], [5, 6], [257, 256]]
+        for bos, begun in (("auto", (257,)), ("true", (257,)), ("false", ())):
+            write_parquet(tmp_path / "a.parquet", {"input_ids": rows})
+            corpus = opened(tmp_path, "pretokenized", path=str(tmp_path / "a.parquet"), tokenizer=name, bos=bos)
+            found = [corpus.cache[i].tolist() for i in range(len(corpus.cache))]
+            kept = [[1, 2, 3, 256], *([] if begun else [[257, 256]]), [257, 4, 256], [5, 6, 256]]
+            assert found == [*kept, *([] if begun else [[257, 256]])]
+            assert corpus.tokenizer.beginning == begun
+            assert caplog.text == ""
+        write_parquet(tmp_path / "b.parquet", {"input_ids": rows[1:2] * 3 + [[7, 8]]})
+        opened(tmp_path, "pretokenized", path=str(tmp_path / "b.parquet"), tokenizer=name)
+        assert "data.bos: prompts begin with BOS and no document does; data.bos=false" in caplog.text
+
+    def test_counting_models_do_not_count_it(self, tmp_path: Path) -> None:
+        folder, name = write_texts(tmp_path / "texts"), str(bytes_with_bos(tmp_path / "tokenizer"))
+        corpus, without = (opened(tmp_path, path=str(folder), tokenizer=name, bos=bos) for bos in ("auto", "false"))
+        counts = np.ones(258)
+        for document in corpus.train.members:
+            np.add.at(counts, corpus.cache[int(document)][1:], 1)
+        scored = np.concatenate([corpus.cache[int(document)][1:] for document in corpus.validation.members])
+        expected = -np.log2(counts / counts.sum())[scored].sum() / corpus.text_bytes("validation")
+        found = text_baselines(corpus)
+        assert found.token_unigram == pytest.approx(expected, rel=1e-12)
+        assert found.byte_unigram == text_baselines(without).byte_unigram
+
+    def test_what_it_may_be(self, tmp_path: Path) -> None:
+        path = str(write_texts(tmp_path / "texts"))
+        for options, message in (
+            ({"bos": "yes"}, r"data\.bos must be one of auto, true, false; got yes\. Choose one"),
+            ({"bos": "True"}, r"data\.bos must be auto or false .*; got true with data\.tokenizer=bytes"),
+            ({"bos": "true", "tokenizer": "bpe"}, r"data\.bos must be auto or false .* data\.tokenizer=bpe"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                opened(tmp_path, path=path, **options)
+        assert opened(tmp_path, path=path, bos="False").tokenizer.beginning == ()
 
 
 class TestBadInput:
