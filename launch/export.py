@@ -37,7 +37,7 @@ class ExportSettings:
     checkpoint: str | None = None
     path: str | None = None
     dtype: str = "float32"  # as in the checkpoint, or bfloat16, float16
-    max_positions: int | None = None  # null: the longest rows of any stage, those of init_from's config.json included
+    max_positions: int | None = None  # null: YaRN's own, or else the longest rows of any stage, or those of init_from
     shard_bytes: int = 5_000_000_000  # largest file
 
 

@@ -49,7 +49,7 @@ def generate(settings: GenerationSettings) -> None:
     model, tokenizer = load(locate(settings.checkpoint, "checkpoint"), device)
     drawn = draw(
         model,
-        _prompt(tokenizer, settings.prompt, model.vocabulary),
+        prompt_ids(tokenizer, settings.prompt, model.vocabulary),
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -77,7 +77,8 @@ def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def _prompt(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
+    """The ids of a prompt, begun as documents are. Raises ValueError for a token beyond the embedding's `rows`."""
     ids = tokenizer.encode_prompt(text)
     if max(ids, default=0) >= rows:
         raise ValueError(

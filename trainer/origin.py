@@ -41,13 +41,16 @@ class Origin:
 def read_origin(path: str | Path, tokenizer: Tokenizer | None) -> Origin:
     """The origin of a Hugging Face model, which is itself, or of a checkpoint, for a model that uses `tokenizer`.
 
-    Ids of another tokenizer's tokens are left out. Raises ValueError for files that are no JSON.
+    Ids of another tokenizer's tokens are left out. Raises ValueError for files that cannot be read or are no JSON.
     """
     path = Path(path).expanduser()
-    if not checkpoint.is_one(path):
-        origin, theirs = Origin(*hf.read_configs(path)), path / TOKENIZER_FILE
-    else:
-        origin, theirs = _of_checkpoint(path), path / "tokenizer" / TOKENIZER_FILE
+    try:
+        if not checkpoint.is_one(path):
+            origin, theirs = Origin(*hf.read_configs(path)), path / TOKENIZER_FILE
+        else:
+            origin, theirs = _of_checkpoint(path), path / "tokenizer" / TOKENIZER_FILE
+    except OSError as error:
+        raise ValueError(f"{path} must hold files that can be read; {error}. Check its permissions") from None
     if tokenizer is None or _same_ids(theirs, tokenizer):
         return origin
     return replace(origin, config=_without_ids(origin.config), generation=_without_ids(origin.generation))

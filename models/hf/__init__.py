@@ -106,7 +106,7 @@ def _kept(origin: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, 
     if origin.get("model_type") != described["model_type"]:
         return dict(described)
     # Initial values were the origin's, and so was the name of the class.
-    first = {key: origin[key] for key in ("architectures", "initializer_range") if key in origin}
+    first = {key: origin[key] for key in ("architectures", "initializer_range") if origin.get(key) is not None}
     others = {key: value for key, value in origin.items() if key not in SAID_ANEW}
     return {**others, **described, **first}
 

@@ -1,9 +1,26 @@
 """Text that is streamed equals text that is decoded at once, and ends where it should."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from longreach.launch.generate import text_pieces, until
+from longreach.launch.generate import prompt_ids, text_pieces, until
 from longreach.trainer.tokenizers import Tokenizer, byte_tokenizer, train_bpe
+
+
+def test_a_prompt_begins_as_documents_do_and_has_tokens_that_the_model_has() -> None:
+    own = byte_tokenizer()
+    own.library.add_special_tokens(["<s>"])
+    own.library.add_tokens(["<tool>"])
+    own.library.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer = Tokenizer(own.library, 256, {})
+    assert prompt_ids(tokenizer, "größe", 258) == [257, *"größe".encode()]
+    with pytest.raises(
+        ValueError, match=r"prompt must .*; got id 258 \('<tool>'\) with an embedding of 258 rows\. Leave"
+    ):
+        prompt_ids(tokenizer, "a <tool>", 258)
+    assert prompt_ids(tokenizer, "a <tool>", 259)[-1] == 258
+    pieces = list(text_pieces(tokenizer, "größe", [*"!ß".encode()]))
+    assert pieces == ["!", "ß"]
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])

@@ -249,6 +249,32 @@ def test_the_tokenizer_is_carried_along(tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(ours).generation_config.temperature == 0.5
 
 
+def test_what_a_config_says_besides_is_kept_and_not_what_training_changed(tmp_path):
+    """As transformers 5 writes it: the rope's settings and the type under other names, which would win over ours."""
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = transformers.LlamaConfig(
+        **SMALL, rope_parameters=rope, dtype="bfloat16", pad_token_id=5, initializer_range=0.01, of_a_tool={"kept": 1}
+    )
+    origin = json.loads(config.to_json_string(use_diff=False))
+    assert {"rope_parameters", "dtype"} <= origin.keys()
+    settings = hf.llama.settings(origin)
+    settings["mixers"]["full"]["rope_base"] = 1e6  # a later stage's
+    model = instantiate(settings, _convert_="all")
+    ours = write(model, settings, tmp_path / "ours", origin=origin, generation={"pad_token_id": 5})
+    written = transformers.AutoConfig.from_pretrained(ours)
+    assert written.rope_parameters["rope_theta"] == 1e6
+    assert written.rope_parameters["factor"] == 8.0
+    assert (written.pad_token_id, written.initializer_range, written.of_a_tool) == (5, 0.01, {"kept": 1})
+    assert (written.max_position_embeddings, written.dtype) == (4 * ORIGINAL, torch.float32)
+    assert written.architectures == ["LlamaForCausalLM"]
+    assert json.loads((ours / "generation_config.json").read_text()) == {"pad_token_id": 5}
+    # Of another family nothing is kept.
+    ours = write(model, settings, tmp_path / "other", origin={**origin, "model_type": "qwen3"})
+    assert "of_a_tool" not in json.loads((ours / "config.json").read_text())
+
+
 # What follows needs no transformers: config.json as it is found on disk.
 
 
