@@ -59,8 +59,8 @@ class Corpus:
     def bytes_per_token(self, split: str) -> float:
         """Bytes of text for each *target* of a split: bits a byte = mean loss / ln 2 / bytes_per_token.
 
-        Every token but the first of each document is a target, end of text included. A document that begins with BOS
-        has so all of its text among its targets; BOS itself is none, and has no bytes.
+        Every token but the first of each document is a target, end of text included. Where documents begin with BOS,
+        all of their text is among the targets; BOS itself is none, and has no bytes.
         """
         return self.text_bytes(split) / self.stream(split).targets
 

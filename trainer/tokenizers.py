@@ -257,7 +257,7 @@ def _begin(library: tokenizers.Tokenizer, carried: dict[str, bytes], bos: str, n
             _set_template(library, [found])
     elif begins and not wanted:
         _set_template(library, [])
-    # Whatever else reads the files shall begin texts alike, and know BOS for no part of the text.
+    # Whatever else reads the files shall begin texts alike, and BOS is never shown as a part of the text.
     if CONFIG_FILE in carried and config.get("add_bos_token", begins) != wanted:
         carried[CONFIG_FILE] = (json.dumps({**config, "add_bos_token": wanted}, indent=2) + "\n").encode()
     names = [_name(library, token, name) for token in _template(library)[0]]
