@@ -86,6 +86,7 @@ class Outputs:
 def show_log(first: bool) -> None:
     """LongReach's own log on the terminal: of the first rank all, of the others errors."""
     log = logging.getLogger("longreach")
+    log.disabled = False  # Hydra's job_logging=disabled switches off the loggers that were there before it
     log.setLevel(logging.INFO if first else logging.ERROR)
     if not log.handlers:
         handler = logging.StreamHandler(sys.stdout)

@@ -1,8 +1,10 @@
 """What a run shows and keeps, where its files cannot be written."""
 
 import errno
+import logging
+import logging.config
 
-from longreach.trainer.outputs import Outputs
+from longreach.trainer.outputs import Outputs, show_log
 from longreach.trainer.run_directory import RunDirectory
 from longreach.trainer.settings import Settings
 
@@ -42,3 +44,16 @@ def test_the_plot_goes_on_where_a_run_does_and_metrics_are_not_read_again(tmp_pa
     assert [point.mean for point in resumed.curves.training.points] == [(step, 5.0 / step) for step in range(1, 7)]
     assert [point.mean for point in resumed.curves.validation.points] == [(6, 1.5)]
     assert (tmp_path / "plots" / "loss.png").stat().st_size > 1000
+
+
+def test_notes_are_shown_though_hydra_has_switched_loggers_off(capsys):
+    log = logging.getLogger("longreach")
+    before = log.disabled, log.level, log.propagate, list(log.handlers)
+    try:
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": True})
+        log.handlers.clear()
+        show_log(first=True)
+        log.warning("some documents were left out")
+        assert capsys.readouterr().out == "some documents were left out\n"
+    finally:
+        log.disabled, log.level, log.propagate, log.handlers = before
