@@ -56,7 +56,7 @@ def _check_ids(settings: Settings, corpus: Corpus | RecallCorpus, rows: int) -> 
     """Of a vocabulary that is smaller than the data's: raises ValueError for an id that is met and has no row."""
     if not isinstance(corpus, Corpus):
         raise ValueError(
-            f"model.vocabulary must be at least the {corpus.vocabulary_size} of data=recall; got {rows}. "
+            f"model.vocabulary must be at least the data's {corpus.vocabulary_size}; got {rows}. "
             f"Use data.vocabulary_size={rows}"
             + (", or leave model.vocabulary out" if settings.init_from is None else "")
         )
@@ -64,7 +64,7 @@ def _check_ids(settings: Settings, corpus: Corpus | RecallCorpus, rows: int) -> 
     met = max((corpus.cache.largest_id, *tokenizer.beginning))
     if met >= rows:
         raise ValueError(
-            f"model.vocabulary must be larger than every id of the data and of prompts; got {rows} with "
+            f"model.vocabulary must be at least the data's {met + 1}; got {rows}, without a row for "
             f"{tokenizer.describe(met)} of data.tokenizer={settings.data.tokenizer}. "
             + _remedy(settings, corpus, met, rows)
         )

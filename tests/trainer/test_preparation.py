@@ -67,7 +67,7 @@ def test_an_id_that_occurs_without_a_row_is_named_with_what_helps(texts: Path) -
     with pytest.raises(ValueError, match=r"evaluation\.prompt must .*; got id 257 \('<tool>'\) .* Leave it out of"):
         prepared(texts, tokenizer, prompt="a <tool> for it")
     (texts / "held.txt").write_text("a document with a <tool> in it")
-    with pytest.raises(ValueError, match=r"model\.vocabulary must .* got 257 with id 257 \('<tool>'\)") as caught:
+    with pytest.raises(ValueError, match=r"must be at least the data's 258; got 257, .* id 257 \('<tool>'\)") as caught:
         prepared(texts, tokenizer)
     assert "Leave model.vocabulary out or raise it to 258, or name a data.tokenizer with" in str(caught.value)
     assert "or leave the documents with this token out of the data" in str(caught.value)
@@ -112,7 +112,7 @@ def test_ids_made_elsewhere_are_held_to_the_rows_too(texts: Path) -> None:
     pq.write_table(pa.table({"input_ids": [[i, 9, 256] for i in range(4)]}), file)
     assert prepared(texts, tokenizer, **given)["vocabulary"] == 257
     pq.write_table(pa.table({"input_ids": [[i, 257, 256] for i in range(4)]}), file)
-    with pytest.raises(ValueError, match=r"got 257 with id 257 \('<tool>'\)"):
+    with pytest.raises(ValueError, match=r"got 257, without a row for id 257 \('<tool>'\)"):
         prepared(texts, tokenizer, **given)
     # Prompts begin with it, though these ids do not.
     pq.write_table(pa.table({"input_ids": [[i, 9, 256] for i in range(5)]}), file)
