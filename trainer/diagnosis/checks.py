@@ -111,11 +111,19 @@ def not_rounded_right(got: Tensor, expected: Tensor) -> float:
 
 def call_results(call: Call, parts: list[list[Tensor]], layout: Layout) -> list[Tensor]:
     """[output, gradients] of an op for whole rows from those of the ranks."""
-    whole = [layout.unshard([part[0] for part in parts])]
+    whole = [_of_every_rank(parts) if call.of_the_row else layout.unshard([part[0] for part in parts])]
     for index, x in enumerate(call.tensors(), 1):
         mine = [part[index] for part in parts]
         whole.append(layout.unshard(mine) if is_rows(x, layout.length) else sum_of(mine))
     return whole
+
+
+def _of_every_rank(parts: list[list[Tensor]]) -> Tensor:
+    """What all ranks have alike; not a number where they differ."""
+    first, *others = (part[0] for part in parts)
+    for other in others:
+        first = torch.where((first == other) | (first.isnan() & other.isnan()), first, math.nan)
+    return first
 
 
 def assembled(parts: list[Fragments], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

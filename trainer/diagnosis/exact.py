@@ -14,7 +14,7 @@ from . import checks, work
 from .bench import Bench
 from .cases import Case, Change, changes
 from .checks import EXACT, Difference
-from .truth import Call, alone, gradients_of, plain, plain_ops, run, truth_of
+from .truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
 
 MODES = ("none", "mixing", "full")  # of trainer.activation_checkpointing
 
@@ -57,7 +57,7 @@ def operations(bench: Bench) -> None:
     for (case, calls), parts in zip(jobs, shared, strict=True):
         for index, (call, dout) in enumerate(calls):
             got = checks.call_results(call, [part[index] for part in parts], case.layout)
-            expected = gradients_of(plain(call.op), call, dout, Sequence.single(case.documents))
+            expected = gradients_of(plain_op(call.op), call, dout, Sequence.single(case.documents))
             found.setdefault(call.op, []).extend(_of_call(bench, call, case, got, expected))
     for op, differences in found.items():
         worst = checks.first_over(differences, EXACT)
@@ -65,7 +65,8 @@ def operations(bench: Bench) -> None:
 
 
 def _of_call(bench: Bench, call: Call, case: Case, got: list[Tensor], expected: list[Tensor]) -> list[Difference]:
-    inside, place = case.inside, f"{bench.names[call.layer]}; {case.name}"
+    place = f"{bench.names[call.layer]}; {call.variant}{case.name}"
+    inside = slice(None) if call.of_the_row else case.inside
     floor = 1e-4 * max((float(g.abs().max()) for g in expected[1:]), default=0.0)
     found = [Difference(checks.relative(got[0][inside], expected[0][inside]), f"output in {place}")]
     for name, a, b in zip(call.names(), got[1:], expected[1:], strict=True):

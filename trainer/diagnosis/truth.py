@@ -1,4 +1,5 @@
-"""Truth: what a case gives on one process, computed by the kernels' references without anything of `parallel`'s ops."""
+"""Truth: what a case gives on one process, by `definitions` and the references of recurrences, without `parallel`'s ops.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from ...kernels.documents import Documents
 from ...models.language_model import LanguageModel
 from ...parallel import ops
 from ...parallel.sequence import Sequence
+from . import definitions
 from .cases import Case
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
+OF_THE_ROW = ("window_means", "local_windows")  # their replayed output is of the whole row, on every rank
 
 
 @dataclass
@@ -37,6 +40,12 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shape: torch.Size  # of the output
+    variant: str = ""  # how the call differs from the one in the model
+
+    @property
+    def of_the_row(self) -> bool:
+        """Whether every rank has the whole output, rather than that of its tokens."""
+        return self.op in OF_THE_ROW
 
     def tensors(self) -> list[Tensor]:
         return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
@@ -92,7 +101,9 @@ def merges(name: str) -> bool:
 
 
 def plain(name: str, backend: str = "reference") -> Op:
-    """The op on one device, straight from the kernels."""
+    """The op on one device without ranks: as it is defined, or by another backend of its kernel."""
+    if backend == "reference" and hasattr(definitions, name):
+        return _defined(name)
     package = package_of(name)
     if package is None:
         return getattr(ops, name)
@@ -107,6 +118,47 @@ def plain(name: str, backend: str = "reference") -> Op:
     return op
 
 
+def _defined(name: str) -> Op:
+    function = getattr(definitions, name)
+
+    def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        if name == "gather_windows":
+            kwargs["length"] = seq.layout.length
+        lengths = [[run.length for run in row if not run.is_padding] for row in seq.documents.runs]
+        return function(*args, **kwargs, lengths=lengths)
+
+    return op
+
+
+def replayed(name: str, find: Callable[[str], Op]) -> Op:
+    """The op by which a call is replayed, of those that `find` gives.
+
+    What ranks hold of windows differs by layout, so that `local_windows` is followed by something made of each window,
+    not linear and different by place, and by `gather_windows`.
+    """
+    if name != "local_windows":
+        return find(name)
+    cut, gather = find("local_windows"), find("gather_windows")
+
+    def there_and_back(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "") -> Tensor:
+        rows = cast(Tensor, cut(x, seq=seq, size=size, stride=stride))
+        weights = torch.arange(1.0, size + 1, device=x.device).cos().to(x.dtype)
+        made = torch.tanh(torch.einsum("bws...,s->bw...", rows, weights)) + 1.0
+        return cast(Tensor, gather(made, seq=seq, size=size, stride=stride))
+
+    return there_and_back
+
+
+def shared_op(name: str) -> Op:
+    """The op as ranks replay it."""
+    return replayed(name, lambda name: getattr(ops, name))
+
+
+def plain_op(name: str, backend: str = "reference") -> Op:
+    """The same on one device."""
+    return replayed(name, lambda name: plain(name, backend))
+
+
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The output among what an op gives."""
     return result[0] if isinstance(result, tuple) else result
@@ -114,14 +166,17 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @contextmanager
 def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -> Iterator[None]:
-    """Meanwhile mixers, whose names in the pattern are `names`, call the kernels themselves; every call is noted."""
+    """Meanwhile mixers, whose names in the pattern are `names`, call the ops of one device; every call is noted."""
     originals = {name: getattr(ops, name) for name in ops.__all__}
 
     def noting(name: str, op: Op) -> Op:
         def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
             result = op(*args, seq=seq, **kwargs)
-            noted = Call(seq.layer, names[seq.layer], name, args, kwargs, _first(result).shape)
-            if noted.shape[1] == seq.layout.length:  # others are of windows, and tested in their mixers
+            shape = _first(result).shape
+            if name == "local_windows":  # see `replayed`
+                shape = torch.Size((shape[0], seq.layout.length // kwargs["stride"], *shape[3:]))
+            if name != "gather_windows":
+                noted = Call(seq.layer, names[seq.layer], name, args, kwargs, shape)
                 calls.append(noted.mapped(lambda x: x.detach().clone()))
             return result
 
@@ -162,7 +217,7 @@ def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) ->
 
 
 def truth_of(model: LanguageModel, case: Case) -> Result:
-    """The case on one process, by the references alone."""
+    """The case on one process, by definitions alone."""
     calls: list[Call] = []
     with plain_ops(calls, model.names):
         result = run(model, Sequence.single(case.documents), case.tokens, case.targets)

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from ...kernels.documents import Documents
 from ...models.language_model import LanguageModel
-from ...parallel import ops
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
@@ -20,7 +19,7 @@ from ..engine import Engine, EngineSettings, OptimizerSettings
 from ..settings import ParallelSettings, strategy_of, ulysses_ranks
 from .cases import Case
 from .model import Build, fill
-from .truth import Call, Result, gradients_of, run
+from .truth import Call, Result, gradients_of, run, shared_op
 
 BETAS = (0.9, 0.95)
 
@@ -136,12 +135,19 @@ def replay(jobs: list[tuple[Case, list[tuple[Call, Tensor]]]]) -> dict[int, list
 
 def _replayed(call: Call, dout: Tensor, seq: Sequence, case: Case) -> list[Tensor]:
     (worker,) = _workers
-    op, here = getattr(ops, call.op), seq.at(call.layer, call.mixer)
+    here = seq.at(call.layer, call.mixer)
+    mine = dout * _share(seq) if call.of_the_row else seq.shard(dout)
     try:
-        return on_host(gradients_of(op, local(call, seq), seq.shard(dout).to(worker.device), here))
+        return on_host(gradients_of(shared_op(call.op), local(call, seq), mine.to(worker.device), here))
     except Exception as error:
         place = f"op {call.op} of layer {call.layer} ({call.mixer}); {case.name}"
         raise RuntimeError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _share(seq: Sequence) -> float:
+    """This rank's share of a gradient that is the sum of all ranks'."""
+    ranks = seq.layout.ranks
+    return 2 * (seq.rank + 1) / (ranks * (ranks + 1))
 
 
 def local(call: Call, seq: Sequence) -> Call:
