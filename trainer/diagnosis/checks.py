@@ -13,7 +13,7 @@ from ...parallel.layout import Layout
 from .cases import Case
 from .report import FAIL, PASS, Row
 from .truth import Call, Result
-from .work import Fragments, is_rows
+from .work import Fragments
 
 EXACT = 1e-9  # of float64 results that differ by the order of sums alone
 
@@ -112,9 +112,9 @@ def not_rounded_right(got: Tensor, expected: Tensor) -> float:
 def call_results(call: Call, parts: list[list[Tensor]], layout: Layout) -> list[Tensor]:
     """[output, gradients] of an op for whole rows from those of the ranks."""
     whole = [_of_every_rank(parts) if call.of_the_row else layout.unshard([part[0] for part in parts])]
-    for index, x in enumerate(call.tensors(), 1):
+    for index, split in enumerate(call.per_token(layout.length), 1):
         mine = [part[index] for part in parts]
-        whole.append(layout.unshard(mine) if is_rows(x, layout.length) else sum_of(mine))
+        whole.append(layout.unshard(mine) if split else sum_of(mine))
     return whole
 
 

@@ -58,6 +58,7 @@ def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> No
         say,
         {
             "one process": lambda: exact.one_process(bench),
+            "differences": lambda: exact.differences(bench),
             "every op in float64": lambda: exact.operations(bench),
             "the model in float64": lambda: exact.model(bench),
             "leaks": lambda: exact.leaks(bench),

@@ -6,16 +6,20 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...kernels.documents import Documents
 from ...models.decoding import next_logits
 from ...parallel.sequence import DecodingCache, Sequence
-from . import checks, work
+from . import checks, variants, work
 from .bench import Bench
-from .cases import Case, Change, changes
+from .cases import NO_TARGET, Case, Change, changes
 from .checks import EXACT, Difference
 from .truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
 
+STEP = 2e-6  # of parameters, along a direction of length 1
+SLOPE = 1e-5  # of differences: the third derivative and the rounding of losses make less than a tenth of it
+ALL_LAYERS = 3  # cases in which the ops of all layers run; in the others, one of those that differ by layer alone
 MODES = ("none", "mixing", "full")  # of trainer.activation_checkpointing
 
 
@@ -34,6 +38,41 @@ def one_process(bench: Bench) -> None:
     bench.add(checks.row("one device = references", checks.first_over(single, EXACT), EXACT, "chunked, float64", 2))
 
 
+def differences(bench: Bench) -> None:
+    """Loss and gradients of one device by nothing that they are computed with: a softmax written out, and differences.
+
+    Truth and ranks run the same mixers, norms and backward formulas. A gradient that one of these gets wrong, a detach
+    too many for instance, agrees everywhere but with what the loss itself does along a random direction.
+    """
+    model, case, truth = bench.model(torch.float64), bench.cases[0], bench.truths[0]
+    seq = Sequence.single(case.documents)
+    logits = truth.hidden @ model.head.weight.detach().T
+    exact = F.cross_entropy(logits.flatten(0, 1), case.targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+    loss = Difference(checks.relative(truth.loss, exact), f"loss; {case.name}")
+    bench.add(checks.row("loss = its definition", loss, EXACT, "float64", 3))
+
+    def loss_at(parameter: Tensor, change: Tensor) -> float:
+        parameter += change
+        loss = float(model(case.tokens, seq, case.targets)[0])
+        parameter -= change
+        return loss
+
+    found, generator = [], torch.Generator().manual_seed(0)
+    floor = 1e-4 * max(float(g.norm()) for g in truth.gradients.values())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            step = direction * (STEP / direction.norm())
+            slope = (loss_at(parameter, step) - loss_at(parameter, -step)) / 2
+            gradient = truth.gradients[name]
+            # Both are of the size of the gradient's norm over the root of its numbers, and small only by chance.
+            scale = max(float(gradient.norm()), floor) * STEP / math.sqrt(parameter.numel())
+            error = abs(slope - float((gradient * step).sum())) / scale
+            found.append(Difference(error, f"{name}; {case.name}"))
+    worst = checks.worst(found)
+    bench.add(checks.row("gradient = difference of losses", worst, SLOPE, "chunked, float64", 2))
+
+
 def model(bench: Bench) -> None:
     """Loss, outputs of the mixers and gradients of the whole model."""
     shared = bench.share(work.run_cases, [(case, "none", torch.float64) for case in bench.cases])
@@ -50,11 +89,19 @@ def model(bench: Bench) -> None:
 
 
 def operations(bench: Bench) -> None:
-    """The ops with the very inputs that they have in the model, so that an error is theirs alone."""
-    jobs = [(case, [(call, call.dout(torch.float64)) for call in truth.calls]) for case, truth in bench.in_pairs()]
-    shared = bench.share(work.replay, jobs)
+    """The ops with the very inputs that they have in the model, so that an error is theirs alone.
+
+    And with windows, blocks and taps at the edges of spans, and on rows whose spans hold several chunks.
+    """
+    jobs = []
+    for number, (case, truth) in enumerate(bench.in_pairs()):
+        own = truth.calls if number < ALL_LAYERS else variants.distinct(truth.calls)
+        jobs.append((case, [*own, *variants.edge_calls(case, truth.calls)]))
+    jobs += [(case, [call]) for case, call in variants.long_jobs(bench.truths[0].calls, bench.sequence)]
+    given = [(case, [(call, call.dout(torch.float64)) for call in calls]) for case, calls in jobs]
+    shared = bench.share(work.replay, given)
     found: dict[str, list[Difference]] = {}
-    for (case, calls), parts in zip(jobs, shared, strict=True):
+    for (case, calls), parts in zip(given, shared, strict=True):
         for index, (call, dout) in enumerate(calls):
             got = checks.call_results(call, [part[index] for part in parts], case.layout)
             expected = gradients_of(plain_op(call.op), call, dout, Sequence.single(case.documents))

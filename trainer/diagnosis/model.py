@@ -1,4 +1,4 @@
-"""The user's model made small: the same kinds of layers, heads, groups and taps at a fraction of the width."""
+"""The user's model made small: two layers of each kind, heads, groups and taps as they are, a fraction of the width."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,36 +23,36 @@ COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must sha
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
-    """A configuration of little width with one layer of each kind of mixer, two of those that give others tensors.
+    """A configuration of little width with two layers of each kind of mixer, where the model has as many.
 
     Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`, other
-    settings to what the mixer says is small. The smallest width that every layer accepts is taken. Raises ValueError if
-    the model itself cannot be built.
+    settings to what the mixer says is small, and settings of one name that differ still do: what is kept by layer or by
+    setting would otherwise never be mistaken for another's. The smallest width that every layer accepts is taken.
+    Raises ValueError if the model itself cannot be built.
     """
     whole = complete(model)
     with torch.device("meta"):
         original = build(whole)
     names = original.names
-    talkative = {name for name, mixer in zip(names, original.mixers, strict=True) if mixer.reads or mixer.publishes}
-    if len(set(names)) == 1:
-        talkative.add(names[0])  # a layer behind another one, in any model
     pattern: list[str] = []
     for name in names:
-        if pattern.count(name) < (2 if name in talkative else 1):
+        if pattern.count(name) < 2:
             pattern.append(name)
     counts = {name: _counts(mixer) for name, mixer in zip(names, original.mixers, strict=True)}
     for width in (w for w in WIDTHS if w < original.width):
-        small = {**_scaled(whole, width / original.width, window), "width": width, "depth": len(pattern)}
-        small["pattern"] = pattern
-        small["vocabulary"] = VOCABULARY
-        try:
-            with torch.device("meta"):
-                made = build(small)
-        except (ValueError, ZeroDivisionError):
-            continue
-        if all(_counts(mixer) == counts[name] for name, mixer in zip(pattern, made.mixers, strict=True)):
-            return small
-    return {**_scaled(whole, 1.0, window), "depth": len(pattern), "pattern": pattern, "vocabulary": VOCABULARY}
+        for distinct in (True, False):  # settings that differ may not fit together when they are small
+            scale = _Scale(width / original.width, window, _values(whole) if distinct else {})
+            small = {**scale(whole), "width": width, "depth": len(pattern)}
+            small |= {"pattern": pattern, "vocabulary": VOCABULARY}
+            try:
+                with torch.device("meta"):
+                    made = build(small)
+            except (ValueError, ZeroDivisionError):
+                continue
+            if all(_counts(mixer) == counts[name] for name, mixer in zip(pattern, made.mixers, strict=True)):
+                return small
+    same_width = _Scale(1.0, window, {})(whole)
+    return {**same_width, "depth": len(pattern), "pattern": pattern, "vocabulary": VOCABULARY}
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
@@ -65,29 +65,64 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _scaled(settings: Any, ratio: float, window: int) -> Any:
-    if isinstance(settings, dict):
-        result = {}
-        for name, value in {**settings, **_small(settings)}.items():
+class _Scale:
+    """Settings made small. values: the different ones of each name, ascending, that are to stay different."""
+
+    def __init__(self, ratio: float, window: int, values: dict[str, list[int]]) -> None:
+        self.ratio, self.window, self.values = ratio, window, values
+
+    def __call__(self, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        least, result = _least(settings), {}
+        for name, value in {**settings, **_given_or_default(settings, least)}.items():
             if type(value) is int and name == "window":
-                result[name] = min(value, window)
+                result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
+            elif type(value) is int and name in least:
+                # By doubling, what divides another value goes on doing so.
+                result[name] = min(value, least[name] << self._below(name, value))
             elif type(value) is int and SIZES.search(name):
-                result[name] = max(1, round(value * ratio))
+                result[name] = self._size(name, value)
             elif name in ("rope_scaling", "width"):
                 result[name] = value
             else:
-                result[name] = _scaled(value, ratio, window)
+                result[name] = self(value)
         return result
-    return settings
+
+    def _below(self, name: str, value: int) -> int:
+        return sum(other < value for other in self.values.get(name, ()))
+
+    def _above(self, name: str, value: int) -> int:
+        return sum(other > value for other in self.values.get(name, ()))
+
+    def _size(self, name: str, value: int) -> int:
+        size = 0
+        for other in (*(v for v in self.values.get(name, ()) if v < value), value):
+            size = max(1, round(other * self.ratio), size + 2 if size else 0)  # heads are to stay even
+        return size
 
 
-def _small(settings: dict[str, Any]) -> dict[str, int]:
-    """What a mixer says that it gets in place of larger settings, given or default."""
-    if "_target_" not in settings:
-        return {}
-    part = get_object(settings["_target_"])
-    known, least = inspect.signature(part).parameters, getattr(part, "small", {})
-    return {name: min(value, settings.get(name, known[name].default)) for name, value in least.items()}
+def _values(settings: Any) -> dict[str, list[int]]:
+    """The different values of each setting that shrinks, wherever in the model."""
+    found: dict[str, set[int]] = {}
+    if isinstance(settings, dict):
+        for name, value in {**settings, **_given_or_default(settings, _least(settings))}.items():
+            if type(value) is int:
+                found.setdefault(name, set()).add(value)
+            for inner, values in _values(value).items():
+                found.setdefault(inner, set()).update(values)
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def _least(settings: dict[str, Any]) -> Mapping[str, int]:
+    """What a mixer says that it gets in place of larger settings."""
+    return getattr(get_object(settings["_target_"]), "small", {}) if "_target_" in settings else {}
+
+
+def _given_or_default(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """Settings of a mixer by these names."""
+    known = inspect.signature(get_object(settings["_target_"])).parameters if names else {}
+    return {name: settings.get(name, known[name].default) for name in names}
 
 
 def _counts(mixer: nn.Module) -> dict[str, int]:

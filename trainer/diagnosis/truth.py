@@ -1,5 +1,4 @@
-"""Truth: what a case gives on one process, by `definitions` and the references of recurrences, without `parallel`'s ops.
-"""
+"""Truth: what a case gives on one process, by `definitions` and the references of recurrences alone."""
 
 from __future__ import annotations
 
@@ -27,6 +26,7 @@ from .cases import Case
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
+SUMMARIES = {"compressed_attention": ("k", "v"), "select_blocks": ("summaries",)}  # of windows, known to every rank
 OF_THE_ROW = ("window_means", "local_windows")  # their replayed output is of the whole row, on every rank
 
 
@@ -49,6 +49,14 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def per_token(self, length: int) -> list[bool]:
+        """Which of `tensors` have a value a token, `[B, N, …]`, and are split among ranks."""
+        summaries = SUMMARIES.get(self.op, ())
+        return [
+            x.dim() >= 3 and x.shape[1] == length and name not in summaries
+            for name, x in zip(self.names(), self.tensors(), strict=True)
+        ]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The call with every tensor changed."""

@@ -153,12 +153,8 @@ def _share(seq: Sequence) -> float:
 def local(call: Call, seq: Sequence) -> Call:
     """The call with the tokens that this rank holds of whole rows; constants stay whole."""
     (worker,) = _workers
-    return call.mapped(lambda x: (seq.shard(x) if is_rows(x, seq.layout.length) else x).to(worker.device))
-
-
-def is_rows(x: Tensor, length: int) -> bool:
-    """Whether a tensor has a value a token, `[B, N, …]`."""
-    return x.dim() >= 3 and x.shape[1] == length
+    split = iter(call.per_token(seq.layout.length))
+    return call.mapped(lambda x: (seq.shard(x) if next(split) else x).to(worker.device))
 
 
 def on_host(result: Any) -> Any:
