@@ -13,6 +13,8 @@ from ...kernels.documents import Documents
 from ...parallel.layout import Layout
 
 NO_TARGET = -100
+FAR = 100_000  # bfloat16 counts to 256, float32 angles are off by a hundredth here
+MERGES = 16  # spans over which rounded sums would show
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Case:
     lengths: list[list[int]]
     tokens: Tensor
     targets: Tensor
+    far: bool = False  # whether mixers are told positions from `FAR` on
 
     @property
     def documents(self) -> Documents:
@@ -44,6 +47,14 @@ def make_cases(ranks: int, spans: int, vocabulary: int) -> list[Case]:
     cuts += sorted({(spans, 2), (2, 2), (max(2, spans), 1)})
     shapes = [Layout(ranks * count * n, ranks, count) for count, n in cuts]
     return [case for layout in shapes for case in _packings(layout, vocabulary)]
+
+
+def case_of_many(ranks: int, vocabulary: int) -> Case:
+    """One long document, and two with padding, over spans enough for sixteen states or keys to be put together."""
+    spans = max(2, -(-MERGES // ranks))
+    layout = Layout(ranks * spans * 5, ranks, spans)
+    n = layout.length
+    return _case(f"{ranks * spans} spans of 5", layout, [[n], [n - n // 4 - 9, n // 4]], vocabulary)
 
 
 def _packings(layout: Layout, vocabulary: int) -> list[Case]:

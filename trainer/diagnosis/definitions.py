@@ -252,3 +252,32 @@ def _numbered(lengths: Lengths, count: Any) -> Iterator[tuple[int, int, int, int
         number = 0 if row != row_before else number
         yield row, start, size, number
         row_before, number = row, number + count(size)
+
+
+def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention_factor: float = 1.0) -> Tensor:
+    """Pairs (x_i, x_(i + R/2)) as complex numbers, turned by their token's angle."""
+    rotated = 2 * len(inverse_frequencies)
+    angle = positions.double()[..., None, None] * inverse_frequencies.double()
+    turn = torch.polar(torch.full_like(angle, attention_factor), angle)
+    first, second = x[..., :rotated].double().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * turn
+    return torch.cat([turned.real.to(x.dtype), turned.imag.to(x.dtype), x[..., rotated:]], dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
+    (wide,) = _exact(x)
+    normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (normed if weight is None else normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    wide, factor = _exact(gate, up)
+    return (wide * wide.sigmoid() * factor).to(gate.dtype)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the token losses, over targets that are not −100."""
+    hidden, weight = _exact(hidden, weight)
+    chosen = targets >= 0
+    logs = (hidden[chosen] @ weight.T).log_softmax(-1)
+    return -logs.gather(-1, targets[chosen].unsqueeze(-1)).sum()

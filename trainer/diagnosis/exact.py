@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ...kernels import pointwise
 from ...kernels.documents import Documents
+from ...kernels.pointwise import rope_frequencies
 from ...models.decoding import next_logits
 from ...parallel.sequence import DecodingCache, Sequence
-from . import checks, variants, work
+from . import checks, definitions, variants, work
 from .bench import Bench
 from .cases import NO_TARGET, Case, Change, changes
 from .checks import EXACT, Difference
@@ -33,23 +35,69 @@ def one_process(bench: Bench) -> None:
         packed.append(Difference(error, f"hidden states; {case.name}"))
         own = run(model, Sequence.single(case.documents), case.tokens, case.targets)
         single += checks.of_layers(own, truth, bench.names, case)
+        single.append(checks.of_loss(own, truth, case))
         single += checks.of_gradients(own.gradients, truth.gradients, case.name)
-    bench.add(checks.row("packed documents = each alone", checks.worst(packed), EXACT, "reference, float64", 3))
-    bench.add(checks.row("one device = references", checks.first_over(single, EXACT), EXACT, "chunked, float64", 2))
+    bench.add(checks.row("packed documents = each alone", checks.worst(packed), EXACT, "definitions, float64", 3))
+    bench.add(checks.row("one device = definitions", checks.first_over(single, EXACT), EXACT, "chunked, float64", 2))
+
+
+def pointwise_functions(bench: Bench) -> None:
+    """Rotation, norm, SwiGLU and loss as they are defined, with their gradients; in bfloat16, rounded once."""
+    for name, (tensors, rest, settings) in _pointwise_inputs().items():
+        found = []
+        for dtype in (torch.float64, torch.bfloat16):
+            given = [x.to(dtype) for x in tensors]
+            # In float32 a sum over a vocabulary, or over tokens, is not exact: twice the rounding is not told from it.
+            got, expected = (
+                _with_gradients(function, [x.to(kind) for x in given], rest, settings)
+                for function, kind in ((getattr(pointwise, name), dtype), (getattr(definitions, name), torch.float64))
+            )
+            for what, a, b in zip(["output", "gradient of 1st", "gradient of 2nd"], got, expected, strict=False):
+                error = checks.relative(a, b) if dtype == torch.float64 else EXACT * _rounding_errors(a, b)
+                found.append(Difference(error, f"{what} in {str(dtype).removeprefix('torch.')}"))
+        bench.add(checks.row(f"function {name}", checks.worst(found), EXACT, "float64, bfloat16", 0))
+
+
+def _pointwise_inputs() -> dict[str, tuple[list[Tensor], list[Tensor], dict[str, Any]]]:
+    """For each function: tensors that have gradients, others, and settings."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        # Bfloat16 holds them exactly.
+        return torch.randn(shape, generator=generator).bfloat16().double()
+
+    positions = torch.stack([torch.arange(40), 100_000 + torch.arange(40)])  # no float of 16 bits counts so far
+    targets = torch.randint(61, (2, 600), generator=generator)  # the loss is added up from chunks of 512
+    targets[0, 5:20] = NO_TARGET
+    return {
+        "rope": ([normal(2, 40, 3, 12)], [positions], {"inverse_frequencies": rope_frequencies(8, 10000.0)[0]}),
+        "rms_norm": ([normal(2, 40, 24), normal(24)], [], {"offset": 1.0}),
+        "swiglu": ([normal(2, 40, 24), normal(2, 40, 24)], [], {}),
+        "cross_entropy": ([normal(2, 600, 24), normal(61, 24) / 4], [targets], {}),
+    }
+
+
+def _with_gradients(function: Any, tensors: list[Tensor], rest: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = function(*leaves, *rest, **settings)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(dout.bfloat16().to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def _rounding_errors(got: Tensor, exact: Tensor) -> float:
+    """The error in units of twice that of rounding the exact result to bfloat16."""
+    return checks.rms(got, exact) / (2 * checks.rms(exact.bfloat16(), exact))
 
 
 def differences(bench: Bench) -> None:
-    """Loss and gradients of one device by nothing that they are computed with: a softmax written out, and differences.
+    """The gradients of one device beside what the loss does along a random direction.
 
-    Truth and ranks run the same mixers, norms and backward formulas. A gradient that one of these gets wrong, a detach
-    too many for instance, agrees everywhere but with what the loss itself does along a random direction.
+    Truth and ranks run the same mixers: a gradient that one of these gets wrong, a detach too many for instance, agrees
+    everywhere but with the loss itself.
     """
     model, case, truth = bench.model(torch.float64), bench.cases[0], bench.truths[0]
     seq = Sequence.single(case.documents)
-    logits = truth.hidden @ model.head.weight.detach().T
-    exact = F.cross_entropy(logits.flatten(0, 1), case.targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
-    loss = Difference(checks.relative(truth.loss, exact), f"loss; {case.name}")
-    bench.add(checks.row("loss = its definition", loss, EXACT, "float64", 3))
 
     def loss_at(parameter: Tensor, change: Tensor) -> float:
         parameter += change

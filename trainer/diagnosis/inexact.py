@@ -12,16 +12,22 @@ from torch import Tensor
 from ...models.language_model import LanguageModel
 from ...parallel.sequence import Sequence
 from ..engine import EngineSettings
-from . import checks, work
+from . import checks, variants, work
 from .bench import Bench
-from .cases import NO_TARGET, Case
+from .cases import FAR, NO_TARGET, Case, case_of_many
 from .checks import Difference
-from .truth import Call, gradients_of, merges, plain_op, plain_ops, run, truth_of
+from .truth import Call, Result, gradients_of, plain_op, plain_ops, run, truth_of
 
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose
 # Of errors relative to what is expected; below this nothing is told from chance.
 FLOORS = {torch.bfloat16: 2**-8, torch.float32: 2**-16}
-Replay = tuple[Case, list[tuple[Call, Tensor]]]
+ADDED = 1.5  # errors of two rounded numbers added up, over that of one
+AGAIN = 0.2  # of the entries may not be the exact ones rounded once; where partial results are rounded it is over 0.3
+# Of these ops gradients too, or nothing; of others the output alone.
+ROUNDED_ONCE = {
+    "softmax_attention": True, "block_sparse_attention": True, "compressed_attention": True, "window_means": True,
+    "local_windows": False,
+}  # fmt: skip
 
 
 def zero_stages(bench: Bench, own: EngineSettings, dtype: str) -> None:
@@ -69,31 +75,47 @@ def _engine_rows(bench: Bench) -> list[Case]:
 
 
 def rounded(bench: Bench, dtype: torch.dtype) -> None:
-    """Errors of gradients, and of each op, in `dtype` against float64: beside those of one device in that type."""
+    """Errors of gradients, and of each op, in `dtype` against float64: beside those of one device in that type.
+
+    With positions far into a document they may not be larger than at its start, on ranks or not.
+    """
     model, exact = bench.model(dtype), work.filled(bench.topology, dtype).double()
-    floor = FLOORS[dtype]
-    cases, name = bench.cases[:3], str(dtype).removeprefix("torch.")
-    shared = bench.share(work.run_cases, [(case, "none", dtype) for case in cases])
+    name, cases = str(dtype).removeprefix("torch."), bench.cases[:3]
+    far = replace(cases[0], far=True)
+    *near, beyond = bench.share(work.run_cases, [(case, "none", dtype) for case in (*cases, far)])
     found: list[Difference] = []
-    replays: list[Replay] = []
-    for case, parts in zip(cases, shared, strict=True):
-        calls: list[Call] = []
+    at_start: dict[str, float] = {}
+    for case, parts in zip(cases, near, strict=True):
         tokens, targets = case.tokens.to(bench.device), case.targets.to(bench.device)
-        with plain_ops(calls, model.names, "auto"):
+        with plain_ops([], model.names, "auto"):
             single = work.on_host(run(model, Sequence.single(case.documents), tokens, targets))
         truth = truth_of(exact, case)
-        ours = checks.of_norms(checks.together(parts, case.layout).gradients, truth.gradients)
         theirs = checks.of_norms(single.gradients, truth.gradients)
-        compared = _compared(ours, theirs, floor, case.name)
-        if checks.worst(compared).error > 1.0:
-            noise = _noise(exact, case, truth.gradients, torch.finfo(dtype).eps / 2)
-            compared = _compared(ours, {p: max(theirs[p], noise[p]) for p in theirs}, floor, case.name)
-        found += compared
-        calls = [call.mapped(Tensor.cpu) for call in calls]
-        replays.append((case, [(c, c.dout(dtype)) for call in calls for c in (call, sharper(call))]))
+        found += _beside(bench, exact, case, truth, parts, theirs, dtype)
+        at_start = at_start or theirs
     ran = bench.ran(name)
     bench.add(checks.row(f"{name}: gradients beside one device's", checks.worst(found), 1.0, ran, 5))
-    _rounded_ops(bench, dtype, replays)
+    worst = checks.worst(_beside(bench, exact, far, truth_of(exact, far), beyond, at_start, dtype))
+    bench.add(checks.row(f"{name}: positions from {FAR:,} on", worst, 1.0, ran, 4))
+    _rounded_ops(bench, model, dtype)
+
+
+def _beside(
+    bench: Bench,
+    exact: LanguageModel,
+    case: Case,
+    truth: Result,
+    parts: list[Result],
+    theirs: dict[str, float],
+    dtype: torch.dtype,
+) -> list[Difference]:
+    """The ranks' errors beside those of one device; where that is not enough, beside what any rounding makes."""
+    ours, floor = checks.of_norms(checks.together(parts, case.layout).gradients, truth.gradients), FLOORS[dtype]
+    compared = _compared(ours, theirs, floor, case.name)
+    if checks.worst(compared).error > 1.0:
+        noise = _noise(exact, case, truth.gradients, torch.finfo(dtype).eps / 2)
+        compared = _compared(ours, {p: max(theirs[p], noise[p]) for p in theirs}, floor, case.name)
+    return compared
 
 
 def _compared(ours: dict[str, float], theirs: dict[str, float], floor: float, name: str) -> list[Difference]:
@@ -118,28 +140,37 @@ def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding:
     return noise
 
 
-def _rounded_ops(bench: Bench, dtype: torch.dtype, replays: list[Replay]) -> None:
-    shared = bench.share(work.replay, replays)
+def _rounded_ops(bench: Bench, model: LanguageModel, dtype: torch.dtype) -> None:
+    """Each op over many spans, beside its definition in float32 rounded once; on a GPU, beside one device."""
+    case, noted = case_of_many(bench.sequence, bench.topology.model["vocabulary"]), []
+    with torch.no_grad(), plain_ops(noted, model.names, "auto"):
+        model(case.tokens.to(bench.device), Sequence.single(case.documents))
+    calls = [call.mapped(Tensor.cpu) for call in variants.distinct(noted)]
+    calls += [sharper(call) for call in calls if call.op in variants.PAIRED]
+    given = [(call, call.dout(dtype)) for call in calls]
+    (parts,) = bench.share(work.replay, [(case, given)])
     found: dict[str, list[Difference]] = {}
-    for (case, calls), parts in zip(replays, shared, strict=True):
-        single = Sequence.single(case.documents)
-        for index, (call, dout) in enumerate(calls):
-            got = checks.call_results(call, [part[index] for part in parts], case.layout)
+    single = Sequence.single(case.documents)
+    for index, (call, dout) in enumerate(given):
+        got = checks.call_results(call, [part[index] for part in parts], case.layout)
+        if bench.device.type == "cuda":
             here = call.mapped(lambda x: x.to(bench.device))
             own = work.on_host(gradients_of(plain_op(call.op, "auto"), here, dout.to(bench.device), single))
-            truth = gradients_of(plain_op(call.op), call.mapped(exactly), dout.double(), single)
-            place = f"{bench.names[call.layer]}; {case.name}"
-            for name, *values in zip(["output", *call.names()], got, own, truth, strict=True):
-                a, b, t = (
-                    (x[case.inside] for x in values) if name == "output" and not call.of_the_row else values
-                )
-                what = name if name == "output" else f"gradient of {name}"
-                error = Difference(worse(a, b, t, FLOORS[dtype], once=merges(call.op)), f"{what} in {place}")
-                found.setdefault(call.op, []).append(error)
-    type_name = str(dtype).removeprefix("torch.")
+        else:
+            float32 = call.mapped(lambda x: x.float() if x.is_floating_point() else x)
+            own = gradients_of(plain_op(call.op), float32, dout.float(), single)
+        truth = gradients_of(plain_op(call.op), call.mapped(exactly), dout.double(), single)
+        place = f"{bench.names[call.layer]}; {case.name}"
+        for name, a, b, t in zip(["output", *call.names()], got, own, truth, strict=True):
+            if name == "output" and not call.of_the_row:
+                a, b, t = (x[case.inside] for x in (a, b, t))
+            what = name if name == "output" else f"gradient of {name}"
+            once = ROUNDED_ONCE.get(call.op, name == "output")
+            error = Difference(worse(a, b.to(a.dtype), t, dtype, once=once), f"{what} in {place}")
+            found.setdefault(call.op, []).append(error)
+    name = str(dtype).removeprefix("torch.")
     for op, differences in found.items():
-        row = f"{type_name}: op {op} beside one device's"
-        bench.add(checks.row(row, checks.worst(differences), 1.0, bench.ran(type_name), 1))
+        bench.add(checks.row(f"{name}: op {op}", checks.worst(differences), 1.0, bench.ran(name), 1))
 
 
 def _mean(errors: dict[str, float]) -> float:
@@ -147,16 +178,18 @@ def _mean(errors: dict[str, float]) -> float:
     return math.sqrt(sum(error**2 for error in errors.values()) / len(errors))
 
 
-def worse(got: Tensor, single: Tensor, truth: Tensor, floor: float, *, once: bool) -> float:
-    """How much worse than one device ranks are: at most 1 where they are as good.
+def worse(got: Tensor, single: Tensor, truth: Tensor, dtype: torch.dtype, *, once: bool) -> float:
+    """How much worse ranks are than `single`, and than rounding `truth` once: at most 1 where they are as good.
 
-    once: the op is to round once, however many ranks give a part; others may add two rounded numbers.
+    once: nothing may be rounded twice, however many ranks give a part; others may add two rounded numbers.
     """
-    error = checks.rms(got, truth) / (1.5 * checks.rms(single, truth) + floor)
+    best = max(checks.rms(single, truth), checks.rms(truth.to(dtype), truth))
+    least = FLOORS[dtype] if dtype == torch.float32 or not best else 0.0  # of sums that are none of the ranks' doing
+    error = checks.rms(got, truth) / (ADDED * best + least)
     if not once or got.dtype != torch.bfloat16:
         return error
     mine, theirs = (checks.not_rounded_right(x, truth) for x in (got, single))
-    return max(error, mine / (1.5 * theirs + 0.03))
+    return max(error, mine / (1.5 * theirs + AGAIN))
 
 
 def exactly(x: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, cast
@@ -17,16 +18,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import kernels
+from ...kernels import pointwise
 from ...kernels.documents import Documents
 from ...models.language_model import LanguageModel
 from ...parallel import ops
 from ...parallel.sequence import Sequence
 from . import definitions
-from .cases import Case
+from .cases import FAR, Case
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
 SUMMARIES = {"compressed_attention": ("k", "v"), "select_blocks": ("summaries",)}  # of windows, known to every rank
+POINTWISE = ("cross_entropy", "rms_norm", "rope", "swiglu")
 OF_THE_ROW = ("window_means", "local_windows")  # their replayed output is of the whole row, on every rank
 
 
@@ -103,11 +106,6 @@ def package_of(name: str) -> ModuleType | None:
     return None
 
 
-def merges(name: str) -> bool:
-    """Whether partial results of an op over keys are merged, which takes place before anything is rounded."""
-    return hasattr(package_of(name), "merge")
-
-
 def plain(name: str, backend: str = "reference") -> Op:
     """The op on one device without ranks: as it is defined, or by another backend of its kernel."""
     if backend == "reference" and hasattr(definitions, name):
@@ -150,9 +148,11 @@ def replayed(name: str, find: Callable[[str], Op]) -> Op:
 
     def there_and_back(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "") -> Tensor:
         rows = cast(Tensor, cut(x, seq=seq, size=size, stride=stride))
-        weights = torch.arange(1.0, size + 1, device=x.device).cos().to(x.dtype)
-        made = torch.tanh(torch.einsum("bws...,s->bw...", rows, weights)) + 1.0
-        return cast(Tensor, gather(made, seq=seq, size=size, stride=stride))
+        weights = torch.arange(1.0, size + 1, device=x.device).cos()
+        weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+        exact = rows.to(torch.promote_types(x.dtype, torch.float32))
+        made = torch.tanh(torch.einsum("bws...,s->bw...", exact, weights)) + 1.0
+        return cast(Tensor, gather(made.to(x.dtype), seq=seq, size=size, stride=stride))
 
     return there_and_back
 
@@ -190,13 +190,53 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
 
         return call
 
-    try:
-        for name in originals:
-            setattr(ops, name, noting(name, plain(name, backend)))
-        yield
-    finally:
+    with ExitStack() as restored:
         for name, original in originals.items():
-            setattr(ops, name, original)
+            restored.callback(setattr, ops, name, original)
+            setattr(ops, name, noting(name, plain(name, backend)))
+        if backend == "reference":
+            _define_pointwise(restored)
+        yield
+
+
+def _define_pointwise(restored: ExitStack) -> None:
+    """What the models import of `kernels.pointwise` is as it is defined, until `restored` closes."""
+    models = LanguageModel.__module__.rpartition(".")[0]
+    for module in [module for name, module in sys.modules.items() if name.startswith(models)]:
+        for name in POINTWISE:
+            original = getattr(pointwise, name)
+            if vars(module).get(name) is original:
+                restored.callback(setattr, module, name, original)
+                setattr(module, name, getattr(definitions, name))
+
+
+class FarSequence(Sequence):
+    """A sequence that tells mixers positions from `FAR` on."""
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        return super().positions(device) + FAR
+
+    @classmethod
+    def of_near(cls, seq: Sequence) -> FarSequence:
+        return cls(**{field.name: getattr(seq, field.name) for field in fields(seq)})
+
+
+@contextmanager
+def far_positions(seq: Sequence) -> Iterator[Sequence]:
+    """A sequence of far positions; meanwhile ops get it as it is, whatever mixers are told."""
+
+    def near(op: Op) -> Op:
+        def call(*args: Any, seq: Sequence, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+            return op(*args, seq=Sequence(**{field.name: getattr(seq, field.name) for field in fields(seq)}), **kwargs)
+
+        return call
+
+    with ExitStack() as restored:
+        for name in ops.__all__:
+            original = getattr(ops, name)
+            restored.callback(setattr, ops, name, original)
+            setattr(ops, name, near(original))
+        yield FarSequence.of_near(seq)
 
 
 def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) -> Result:
@@ -228,7 +268,8 @@ def truth_of(model: LanguageModel, case: Case) -> Result:
     """The case on one process, by definitions alone."""
     calls: list[Call] = []
     with plain_ops(calls, model.names):
-        result = run(model, Sequence.single(case.documents), case.tokens, case.targets)
+        seq = Sequence.single(case.documents)
+        result = run(model, FarSequence.of_near(seq) if case.far else seq, case.tokens, case.targets)
     result.calls = calls
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ..engine import Engine, EngineSettings, OptimizerSettings
 from ..settings import ParallelSettings, strategy_of, ulysses_ranks
 from .cases import Case
 from .model import Build, fill
-from .truth import Call, Result, gradients_of, run, shared_op
+from .truth import Call, Result, far_positions, gradients_of, run, shared_op
 
 BETAS = (0.9, 0.95)
 
@@ -106,8 +107,9 @@ def run_cases(jobs: list[tuple[Case, str, torch.dtype]]) -> dict[int, Result]:
         model.activation_checkpointing = checkpointing
         seq = worker.sequence(case.documents, case.layout)
         tokens, targets = (seq.shard(x).to(worker.device) for x in (case.tokens, case.targets))
-        run(model, seq, tokens.flip(0), targets)  # a sequence serves more than one forward
-        results[number] = on_host(run(model, seq, tokens, targets))
+        with far_positions(seq) if case.far else nullcontext(seq) as told:
+            run(model, told, tokens.flip(0), targets)  # a sequence serves more than one forward
+            results[number] = on_host(run(model, told, tokens, targets))
         model.activation_checkpointing = "none"
     return results
 
@@ -145,9 +147,8 @@ def _replayed(call: Call, dout: Tensor, seq: Sequence, case: Case) -> list[Tenso
 
 
 def _share(seq: Sequence) -> float:
-    """This rank's share of a gradient that is the sum of all ranks'."""
-    ranks = seq.layout.ranks
-    return 2 * (seq.rank + 1) / (ranks * (ranks + 1))
+    """This rank's share of a gradient that is the sum of all ranks': a half, a quarter, …, which rounds nothing."""
+    return 0.5 ** min(seq.rank + 1, seq.layout.ranks - 1)
 
 
 def local(call: Call, seq: Sequence) -> Call:
