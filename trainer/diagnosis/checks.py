@@ -13,7 +13,6 @@ from ...parallel.layout import Layout
 from .cases import Case
 from .report import FAIL, PASS, Row
 from .truth import Call, Result
-from .work import Fragments
 
 EXACT = 1e-9  # of float64 results that differ by the order of sums alone
 
@@ -124,15 +123,3 @@ def _of_every_rank(parts: list[list[Tensor]]) -> Tensor:
     for other in others:
         first = torch.where((first == other) | (first.isnan() & other.isnan()), first, math.nan)
     return first
-
-
-def assembled(parts: list[Fragments], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Whole gradients from what the ranks of an engine hold."""
-    whole = {}
-    for name, shape in shapes.items():
-        flat = torch.full((shape.numel(),), math.nan)
-        for part in parts:
-            start, values = part.gradients[name]
-            flat[start : start + len(values)] = values
-        whole[name] = flat.view(shape)
-    return whole

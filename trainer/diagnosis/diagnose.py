@@ -10,7 +10,7 @@ import torch
 
 from ..preparation import check_model, configured_model
 from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
-from . import exact, inexact
+from . import exact, inexact, loop
 from .bench import Bench
 from .model import Build, complete, reduced
 from .ranks import RankFailure
@@ -52,7 +52,6 @@ def diagnose(
 
 
 def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> None:
-    dtype = settings.trainer.dtype
     _attempt(
         bench,
         say,
@@ -65,7 +64,8 @@ def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> No
             "leaks": lambda: exact.leaks(bench),
             "recomputation": lambda: exact.recomputation(bench, settings.trainer.activation_checkpointing),
             "decoding": lambda: exact.decoding(bench),
-            "ZeRO stages": lambda: inexact.zero_stages(bench, settings.engine, dtype),
+            "the grid of ranks": lambda: loop.grid(bench, settings),
+            "the training loop": lambda: loop.training_steps(bench, settings),
             "float32": lambda: inexact.rounded(bench, torch.float32),
             "bfloat16": lambda: inexact.rounded(bench, torch.bfloat16),
         },
@@ -94,7 +94,7 @@ def _on_cuda(
         say,
         {
             f"CUDA: {dtype}": lambda: inexact.rounded(bench, getattr(torch, dtype)),
-            "CUDA: ZeRO stages": lambda: inexact.zero_stages(bench, settings.engine, dtype),
+            "CUDA: the training loop": lambda: loop.training_steps(bench, settings),
         },
     )
 

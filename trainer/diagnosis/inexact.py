@@ -1,4 +1,4 @@
-"""Inexact checks: the engine in float32, and rounded types, whose errors may not exceed those of one device."""
+"""Inexact checks: rounded types, whose errors may not exceed those of one device, and of rounding once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ...models.language_model import LanguageModel
 from ...parallel.sequence import Sequence
-from ..engine import EngineSettings
 from . import checks, variants, work
 from .bench import Bench
-from .cases import FAR, NO_TARGET, Case, case_of_many
+from .cases import FAR, Case, case_of_many
 from .checks import Difference
 from .truth import Call, Result, gradients_of, plain_op, plain_ops, run, truth_of
 
@@ -28,50 +27,6 @@ ROUNDED_ONCE = {
     "softmax_attention": True, "block_sparse_attention": True, "compressed_attention": True, "window_means": True,
     "local_windows": False,
 }  # fmt: skip
-
-
-def zero_stages(bench: Bench, own: EngineSettings, dtype: str) -> None:
-    """A step under the engine on every stage, the configuration's first: loss, gradient norm and gradients.
-
-    Data ranks and micro-batches have very different numbers of targets, so that a mean of means is not the mean.
-    """
-    rows = _engine_rows(bench)
-    model = bench.model(torch.float64).cpu()
-    truths = [run(model, Sequence.single(case.documents), case.tokens, case.targets) for case in rows]
-    targets = sum(truth.targets for truth in truths)
-    loss = sum(float(truth.loss) for truth in truths) / targets
-    gradients = {name: checks.sum_of([t.gradients[name] for t in truths]) / targets for name in truths[0].gradients}
-    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-    shapes = {name: g.shape for name, g in gradients.items()}
-    what = f"rows of {', '.join(str(truth.targets) for truth in truths)} targets"
-
-    def check(stage: int, dtype: str, limit: float) -> None:
-        chosen = own if stage == own.zero_stage else EngineSettings(stage)
-        parts = bench.run(work.engine_step, rows, chosen, dtype)
-        found = [
-            Difference(abs(sum(part.loss for part in parts) - loss) / loss, f"loss; {what}"),
-            *(Difference(abs(part.norm - norm) / norm, f"gradient norm; {what}") for part in parts),
-        ]
-        if dtype == "float32":
-            found += checks.of_gradients(checks.assembled(parts, shapes), gradients, what)
-        found = [d if d.error == d.error else d._replace(error=math.inf) for d in found]
-        ran = f"DeepSpeed, {bench.ran(dtype)}"
-        bench.add(checks.row(f"ZeRO-{stage}: one step over all ranks", checks.worst(found), limit, ran, 5))
-
-    for stage in sorted(range(4), key=lambda stage: stage != own.zero_stage):
-        check(stage, "float32", 1e-3)
-    if dtype != "float32":
-        check(own.zero_stage, dtype, 5e-2)
-
-
-def _engine_rows(bench: Bench) -> list[Case]:
-    rows = []
-    for index in range(2 * bench.data_ranks):
-        case = bench.cases[index % 3]
-        targets = case.targets.clone()
-        targets[:, case.layout.length // (index + 1) :] = NO_TARGET
-        rows.append(replace(case, targets=targets))
-    return rows
 
 
 def rounded(bench: Bench, dtype: torch.dtype) -> None:

@@ -136,7 +136,7 @@ def fill(model: LanguageModel, seed: int = 0) -> None:
 
     A new model's gates are nearly open or shut and some of its matrices zero: an error behind one would not show.
     """
-    model.initialise(seed)
+    LanguageModel.initialise(model, seed)  # whatever stands in for it here
     for name, parameter in model.named_parameters():
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -22,7 +22,7 @@ from typing import Any
 
 GRACE_SECONDS = 2.0  # what the others get to finish after one rank failed: they may wait for it in a collective
 START_SECONDS = 240.0
-PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "longreach.trainer.diagnosis.work"]
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "longreach.trainer.diagnosis.training"]
 
 
 class RankFailure(RuntimeError):

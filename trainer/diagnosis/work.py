@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...kernels.documents import Documents
@@ -16,13 +16,10 @@ from ...models.language_model import LanguageModel
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
-from ..engine import Engine, EngineSettings, OptimizerSettings
 from ..settings import ParallelSettings, strategy_of, ulysses_ranks
 from .cases import Case
 from .model import Build, fill
 from .truth import Call, Result, far_positions, gradients_of, run, shared_op
-
-BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,7 @@ class Topology:
     cuda: bool = False
 
 
-class Fragments(NamedTuple):
-    """What a step under the engine gave, as far as this rank holds it."""
-
-    loss: float
-    norm: float
-    gradients: dict[str, tuple[int, Tensor]]  # of each parameter: index of the first element, and elements
-
-
-class _Worker:
+class Worker:
     """What a rank keeps between functions."""
 
     def __init__(self, topology: Topology) -> None:
@@ -66,7 +55,7 @@ class _Worker:
         return [(n, job) for n, job in enumerate(jobs) if n % self.mesh.data_ranks == self.mesh.data_rank]
 
 
-_workers: list[_Worker] = []
+_workers: list[Worker] = []
 _chosen: dict[str, str] = {}  # op to implementation, as the kernels told
 
 
@@ -90,7 +79,13 @@ def configure(topology: Topology) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(_Listener())
-    _workers[:] = [_Worker(topology)]
+    _workers[:] = [Worker(topology)]
+
+
+def this_worker() -> Worker:
+    """What this rank keeps."""
+    (worker,) = _workers
+    return worker
 
 
 def backends() -> dict[str, str]:
@@ -163,35 +158,3 @@ def on_host(result: Any) -> Any:
     if isinstance(result, Result):
         return Result(*(on_host(getattr(result, field.name)) for field in fields(Result)))
     return pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, result)
-
-
-def engine_step(case_rows: list[Case], settings: EngineSettings, dtype: str) -> Fragments:
-    """One step of the engine on rows dealt to data ranks and micro-batches; the gradient is read from Adam's moment."""
-    (worker,) = _workers
-    topology, mesh = worker.topology, worker.mesh
-
-    def load(model: nn.Module, gather: Any) -> None:
-        with gather(list(model.parameters())):
-            fill(model)  # type: ignore[arg-type]
-
-    engine = Engine(
-        lambda: topology.build(topology.model),
-        settings=settings,
-        optimizer=OptimizerSettings(betas=BETAS, weight_decay=0.0),
-        dtype=dtype,
-        mesh=mesh,
-        device=worker.device,
-        load=load,
-    )
-    normaliser = sum(int((case.targets != -100).sum()) for case in case_rows)
-    total = 0.0
-    for case in case_rows[mesh.data_rank :: mesh.data_ranks]:
-        seq = worker.sequence(case.documents, case.layout)
-        tokens, targets = (seq.shard(x).to(worker.device) for x in (case.tokens, case.targets))
-        loss, _ = engine(tokens, seq, targets)
-        engine.backward(loss, normaliser)
-        total += float(loss.detach()) / normaliser
-    norm = engine.step(1e-3)
-    moments = {name: engine.fragment(p, "exp_avg") for name, p in engine.named_parameters()}
-    parts = {name: (part.start, part.values.float().cpu() / (1 - BETAS[0])) for name, part in moments.items()}
-    return Fragments(total, norm, parts)

@@ -1,0 +1,181 @@
+"""Training: what the ranks of a diagnosis do in a step of the trainer itself, and the groups of larger worlds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...models.language_model import LanguageModel
+from ...parallel import mesh as mesh_module
+from ...parallel.mesh import Mesh
+from ..engine import Gather
+from ..packing import Batch, Row, TokenStream
+from ..preparation import make_engine
+from ..schedule import Schedule
+from ..settings import Settings, layout_of
+from ..trainer import Trainer
+from . import work
+from .model import Build, fill
+
+KINDS = ("parameter", "exp_avg", "exp_avg_sq")
+SEED = 5  # of the order of the documents
+
+
+class Documents:
+    """Documents of these lengths; every token's id is its number among all of them, modulo the vocabulary."""
+
+    def __init__(self, lengths: list[int], vocabulary: int | None = None) -> None:
+        self.lengths = np.array(lengths)
+        self.starts = np.cumsum([0, *lengths[:-1]])
+        self.vocabulary = vocabulary
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        ids = np.arange(self.lengths[document]) + self.starts[document]
+        return ids if self.vocabulary is None else ids % self.vocabulary
+
+
+def stream_of(lengths: list[int], length: int, vocabulary: int | None = None) -> TokenStream:
+    """Rows of these documents, as training packs them."""
+    return TokenStream(Documents(lengths, vocabulary), np.arange(len(lengths)), length=length, seed=SEED)
+
+
+@dataclass
+class Step:
+    """What a step of the trainer gave on one rank; fragments are (index of the first element, elements)."""
+
+    loss: float
+    norm: float
+    rate: float
+    rows: list[Row]
+    next_rows: list[Row]
+    state: dict[str, dict[str, tuple[int, Tensor]]]  # of KINDS, by parameter
+    alone: dict[str, Tensor] = field(default_factory=dict)  # sum of its micro-batches' gradients without an engine
+
+
+class _Silent:
+    """Stands for what shows and keeps a run: takes anything, and remembers the record of the step."""
+
+    record: dict[str, Any]
+
+    def training(self, record: dict[str, Any], *rest: Any) -> None:
+        self.record = record
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _Filled(NamedTuple):
+    """Builds a model whose initial values are those of the diagnosis."""
+
+    build: Build
+
+    def __call__(self, model: dict[str, Any]) -> LanguageModel:
+        made = self.build(model)
+
+        def initialise(seed: int, gather: Gather) -> None:
+            with gather(list(made.parameters())):
+                fill(made)
+
+        made.initialise = initialise  # type: ignore[method-assign]
+        return made
+
+
+class _Examined(Trainer):
+    """The trainer with rows of its own and nothing that it writes; its step is the one that trains."""
+
+    def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, stream: TokenStream) -> None:
+        self.settings, self.mesh, self.device, self.command = settings, mesh, device, []
+        self.layout = layout_of(settings)
+        self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
+        with torch.device("meta"):
+            self.shape = build(settings.model)
+        self.corpus: Any = SimpleNamespace(train=stream)
+        self.engine = make_engine(settings, _Filled(build), mesh, device, resuming=False)
+        self.outputs: Any = _Silent()
+        self.directory: Any = _Silent()
+        self.step = self.tokens = self.row = self.first = self.skipped = 0
+        self.peak, self.saved = None, None
+
+    def examine(self) -> Step:
+        """A step, and the rows that the next would read."""
+        parts = self._read_step()
+        self._train_step()
+        record = self.outputs.record
+        state = {
+            name: {kind: self._held(parameter, kind) for kind in KINDS}
+            for name, parameter in self.engine.named_parameters()
+        }
+        rows, later = ([row for part, _ in read for row in _rows(part)] for read in (parts, self._read_step()))
+        return Step(record["loss"], record["grad_norm"], record["learning_rate"], rows, later, state)
+
+    def _held(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
+        part = self.engine.fragment(parameter, kind)
+        return part.start, part.values.float().cpu().clone()
+
+    def alone(self, model: LanguageModel, targets: int) -> dict[str, Tensor]:
+        """The sum of the micro-batches' gradients in float32, computed as the step does but by the model itself."""
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+        for part, seq in self._read_step():
+            tokens, wanted = (seq.shard(x).to(self.device) for x in (part.tokens, part.targets))
+            model.zero_grad(set_to_none=True)
+            loss, _ = model(tokens, seq, wanted)
+            (loss / targets * self.mesh.world_size).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    total[name] += parameter.grad.float()
+        return {name: gradient.cpu() for name, gradient in total.items()}
+
+
+def _rows(part: Batch) -> list[Row]:
+    lengths = [[run.length for run in runs if not run.is_padding] for runs in part.documents.runs]
+    return [Row(*row) for row in zip(part.tokens.numpy(), part.targets.numpy(), lengths, strict=True)]
+
+
+def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
+    """One step of the trainer; in bfloat16 also what the model alone gives. `targets` are those of the whole step."""
+    worker = work.this_worker()
+    topology = worker.topology
+    stream = stream_of(lengths, settings.data.sequence_length, topology.model["vocabulary"])
+    settings = replace(settings, model=topology.model)
+    trainer = _Examined(settings, topology.build, worker.mesh, worker.device, stream)
+    alone = {}
+    if settings.trainer.dtype == "bfloat16":
+        alone = trainer.alone(worker.model(torch.bfloat16), targets)
+    step = trainer.examine()
+    return replace(step, alone=alone)
+
+
+class Place(NamedTuple):
+    """Where a rank stands in a mesh, and the ranks of its groups (None where it has no such group)."""
+
+    data_rank: int
+    sequence_rank: int
+    row: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+    ring: tuple[int, ...] | None
+
+
+def places(sequence: int, ulysses: int, world: int) -> list[Place]:
+    """The mesh as each of `world` ranks would make it: groups are noted, and none is formed."""
+    found = []
+    for rank in range(world):
+        stand_in = SimpleNamespace(
+            is_initialized=lambda: True,
+            get_rank=lambda *_, rank=rank: rank,
+            get_world_size=lambda *_: world,
+            new_group=lambda ranks, **_: tuple(sorted(ranks)),
+            group=SimpleNamespace(WORLD=tuple(range(world))),
+            ProcessGroup=tuple,
+        )
+        with mock.patch.object(mesh_module, "dist", stand_in):
+            made: Any = Mesh.create(sequence, ulysses)
+        heads, ring = (made.heads.group, made.heads.ring) if made.heads else (None, None)
+        found.append(Place(made.data_rank, made.sequence_rank, made.sequence_group, heads, ring))
+    return found
