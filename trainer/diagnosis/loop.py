@@ -23,7 +23,7 @@ from .training import Place, Step
 from .truth import Result, run
 
 RATE = 1e-2  # large enough for float32 to tell what a step changes
-FLOAT32 = 1e-4  # of sums in float32; they are off by some 1e-6
+FLOAT32 = 1e-3  # of gradients in float32; they are off by 1e-6, and by 1e-4 where a layer normalises what is near 0
 SUM = 1e-4  # of gradients in bfloat16 that are added up in float32; one rounded sum is off by 2e-3
 DATA_RANKS = 3  # of the world that the groups are worked out for
 

@@ -122,6 +122,10 @@ class _Examined(Trainer):
     def alone(self, model: LanguageModel, targets: int) -> dict[str, Tensor]:
         """The sum of the micro-batches' gradients in float32, computed as the step does but by the model itself."""
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+        held = dict(self.engine.named_parameters())
+        with torch.no_grad(), self.engine.gather(list(held.values())):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(held[name])
         for part, seq in self._read_step():
             tokens, wanted = (seq.shard(x).to(self.device) for x in (part.tokens, part.targets))
             model.zero_grad(set_to_none=True)
@@ -147,7 +151,7 @@ def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
     trainer = _Examined(settings, topology.build, worker.mesh, worker.device, stream)
     alone = {}
     if settings.trainer.dtype == "bfloat16":
-        alone = trainer.alone(worker.model(torch.bfloat16), targets)
+        alone = trainer.alone(work.filled(topology, torch.bfloat16).to(worker.device), targets)
     step = trainer.examine()
     return replace(step, alone=alone)
 
