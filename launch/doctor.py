@@ -21,6 +21,7 @@ class DoctorSettings:
     """What the doctor alone is told; everything else is what training gets."""
 
     whole: bool = False  # keep the model as large as it is
+    verbose: bool = False  # a table with every check's numbers, and the time that each part takes
 
 
 @dataclass
@@ -33,11 +34,17 @@ class Configuration(Settings):
 configuration.register("doctor_settings", Configuration)
 
 
-def examine(settings: Settings, whole: bool) -> bool:
+def examine(settings: Settings, chosen: DoctorSettings) -> bool:
     """Prints the report; whether all that was tested passed."""
     console = Console(width=None if sys.stdout.isatty() else 160)
-    report = diagnose(settings, build, whole=whole, say=lambda line: print(line, flush=True))
-    report.show(console)
+    if chosen.verbose or not terminal:
+        report = diagnose(
+            settings, build, whole=chosen.whole, say=console.print if chosen.verbose else lambda line: None
+        )
+    else:
+        with console.status("one process") as status:  # on a terminal, and gone when the report comes
+            report = diagnose(settings, build, whole=chosen.whole, say=status.update)
+    report.show(console, verbose=chosen.verbose)
     return not report.failed
 
 
@@ -46,9 +53,9 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="doctor")
     def compose(config: DictConfig) -> None:
-        whole = bool(config.doctor.whole)
+        chosen = DoctorSettings(bool(config.doctor.whole), bool(config.doctor.verbose))
         try:
-            passed = examine(to_settings(config, configuration.overrides(), configuration.choices()), whole)
+            passed = examine(to_settings(config, configuration.overrides(), configuration.choices()), chosen)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

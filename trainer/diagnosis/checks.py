@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from ...parallel.layout import Layout
 from .cases import Case
-from .report import FAIL, PASS, Row
+from .report import FAIL, PASS, RELATIVE, Row
 from .truth import Call, Result
 
+LAYOUT = re.compile(r"\d+ (?:span\(s\)|spans) of \d+")
 EXACT = 1e-9  # of float64 results that differ by the order of sums alone
 
 
@@ -48,10 +50,32 @@ def first_over(differences: Iterable[Difference], limit: float) -> Difference:
     return next((d for d in listed if not d.error <= limit), worst(listed))
 
 
-def row(check: str, found: Difference, limit: float, ran: str, precedence: int) -> Row:
-    """A verdict."""
-    verdict = PASS if found.error <= limit else FAIL
-    return Row(check, verdict, found.error, limit, found.where, ran, precedence)
+def row(
+    check: str,
+    found: Iterable[Difference],
+    limit: float,
+    ran: str,
+    precedence: int,
+    *,
+    first: bool = False,
+    unit: str = RELATIVE,
+) -> Row:
+    """A verdict on the worst of the errors; with `first`, for places in the order of the computation, the first."""
+    listed = list(found)
+    shown = first_over(listed, limit) if first else worst(listed)
+    passed = shown.error <= limit
+    verdict, extent = (PASS, "") if passed else (FAIL, _extent(listed, limit))
+    return Row(check, verdict, shown.error, limit, shown.where, ran, precedence, unit, extent)
+
+
+def _extent(found: list[Difference], limit: float) -> str:
+    """How many of the comparisons fail, and in which layouts."""
+    failing = [d for d in found if not d.error <= limit]
+    every, wrong = (dict.fromkeys(LAYOUT.findall(" ".join(d.where for d in listed))) for listed in (found, failing))
+    text = f"{len(failing)} of {len(found)} comparisons"
+    if len(every) < 2:
+        return text
+    return f"{text}, in {'every layout' if len(wrong) == len(every) else 'layouts of ' + ', '.join(wrong)}"
 
 
 def together(parts: list[Result], layout: Layout) -> Result:

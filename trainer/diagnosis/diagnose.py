@@ -12,7 +12,7 @@ from ..preparation import check_model, configured_model
 from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
 from . import exact, inexact, loop
 from .bench import Bench
-from .model import Build, complete, reduced
+from .model import Build, complete, reduced, shrunk
 from .ranks import RankFailure
 from .report import FAIL, NOT_TESTED, Report, Row
 from .work import Topology
@@ -41,7 +41,7 @@ def diagnose(
     window = max(2, 7 * spans_of(parallel) * 3 // 2)  # of the cases' longest spans: beyond one rank, not over two
     model = complete(configured) if whole else reduced(configured, build, window=window)
     data_ranks = 2 if parallel.sequence <= 2 else 1
-    report = Report(_title(model, parallel, data_ranks))
+    report = Report(_title(model, parallel, data_ranks), unseen=_unseen(complete(configured), model))
     report.rows += _never_tested(settings, parallel)
     topology = Topology(build, model, parallel)
     _on_host(Bench(topology, data_ranks, report, prepare), settings, say)
@@ -128,6 +128,15 @@ def _title(model: dict, parallel: ParallelSettings, data_ranks: int) -> str:
         f"{model['depth']} layers of width {model['width']}; {data_ranks} data x {parallel.sequence} sequence rank(s)"
         f"{f' of which {by_heads} by heads' if by_heads > 1 else ''}, {spans} span(s) each; {', '.join(chosen)}"
     )
+
+
+def _unseen(whole: dict, small: dict) -> list[str]:
+    """What the model and its rows were reduced to."""
+    changed = shrunk(whole, small)
+    rows = "rows are short: of many layouts, spans of 1 to 7 tokens; ops alone run on spans over two chunks too"
+    if not changed:
+        return [rows]
+    return [f"what takes larger sizes to show: {', '.join(changed)} (doctor.whole=true keeps them)", rows]
 
 
 def _never_tested(settings: Settings, parallel: ParallelSettings) -> list[Row]:

@@ -20,6 +20,8 @@ from .truth import Call, Result, gradients_of, plain_op, plain_ops, run, truth_o
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose
 # Of errors relative to what is expected; below this nothing is told from chance.
 FLOORS = {torch.bfloat16: 2**-8, torch.float32: 2**-16}
+AS_GOOD = "of the error against float64 that one device allows for"
+ROUNDING = "of the error that rounding once and adding two such numbers allow for"
 ADDED = 1.5  # errors of two rounded numbers added up, over that of one
 AGAIN = 0.2  # of the entries may not be the exact ones rounded once; where partial results are rounded it is over 0.3
 # Of these ops gradients too, or nothing; of others the output alone.
@@ -49,9 +51,9 @@ def rounded(bench: Bench, dtype: torch.dtype) -> None:
         found += _beside(bench, exact, case, truth, parts, theirs, dtype)
         at_start = at_start or theirs
     ran = bench.ran(name)
-    bench.add(checks.row(f"{name}: gradients beside one device's", checks.worst(found), 1.0, ran, 5))
-    worst = checks.worst(_beside(bench, exact, far, truth_of(exact, far), beyond, at_start, dtype))
-    bench.add(checks.row(f"{name}: positions from {FAR:,} on", worst, 1.0, ran, 4))
+    bench.add(checks.row(f"{name}: gradients beside one device's", found, 1.0, ran, 5, unit=AS_GOOD))
+    found = _beside(bench, exact, far, truth_of(exact, far), beyond, at_start, dtype)
+    bench.add(checks.row(f"{name}: positions from {FAR:,} on", found, 1.0, ran, 4, unit=AS_GOOD))
     _rounded_ops(bench, model, dtype)
 
 
@@ -125,7 +127,7 @@ def _rounded_ops(bench: Bench, model: LanguageModel, dtype: torch.dtype) -> None
             found.setdefault(call.op, []).append(error)
     name = str(dtype).removeprefix("torch.")
     for op, differences in found.items():
-        bench.add(checks.row(f"{name}: op {op}", checks.worst(differences), 1.0, bench.ran(name), 1))
+        bench.add(checks.row(f"{name}: op {op}", differences, 1.0, bench.ran(name), 1, unit=ROUNDING))
 
 
 def _mean(errors: dict[str, float]) -> float:

@@ -65,6 +65,21 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def shrunk(whole: dict[str, Any], small: dict[str, Any]) -> list[str]:
+    """What `reduced` made small, as "setting from -> to"; settings that are left at a default have no "from"."""
+    before, after = _leaves(whole), _leaves(small)
+    names = [name for name in after if name.split(".")[0] != "pattern" and before.get(name) != after[name]]
+    return [f"{name} {before[name]} -> {after[name]}" if name in before else f"{name} {after[name]}" for name in names]
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        path = f"{prefix}{name}".removeprefix("mixers.")
+        found |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
+
+
 class _Scale:
     """Settings made small. values: the different ones of each name, ascending, that are to stay different."""
 
