@@ -37,10 +37,8 @@ configuration.register("doctor_settings", Configuration)
 def examine(settings: Settings, chosen: DoctorSettings) -> bool:
     """Prints the report; whether all that was tested passed."""
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if chosen.verbose or not terminal:
-        report = diagnose(
-            settings, build, whole=chosen.whole, say=console.print if chosen.verbose else lambda line: None
-        )
+    if chosen.verbose:
+        report = diagnose(settings, build, whole=chosen.whole, say=console.print)
     else:
         with console.status("one process") as status:  # on a terminal, and gone when the report comes
             report = diagnose(settings, build, whole=chosen.whole, say=status.update)

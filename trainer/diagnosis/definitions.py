@@ -43,10 +43,13 @@ def _joined(x: Tensor, parts: list[tuple[int, int, Tensor]], value: float = 0.0)
     return torch.stack(rows)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Of one document: q `[T, H, K]`, k `[S, G, K]`, v `[S, G, V]`, seen `[H or 1, T, S]`; out and lse `[T, H]`."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (scale * torch.einsum("thk,shk->hts", q, k)).masked_fill(~seen, -torch.inf)
+    scores = (factor * torch.einsum("thk,shk->hts", q, k)).masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     if sink is not None:
         lse = torch.logaddexp(lse, sink[:, None])
@@ -78,7 +81,7 @@ def softmax_attention(
     scale: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
     q, k, v = _exact(q, k, v)
     parts = []
     for row, start, size in documents_of(lengths):
@@ -101,7 +104,7 @@ def block_sparse_attention(
     scale: float | None = None,
     dense_length: int = 0,
 ) -> Tensor:
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
     q, k, v = _exact(q, k, v)
     parts = []
     for row, start, size, first in _numbered(lengths, lambda n: -(-n // block_size)):
@@ -118,7 +121,7 @@ def block_sparse_attention(
 def compressed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lengths: Lengths, size: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
     q, k, v = _exact(q, k, v)
     outs, sums = [], []
     for row, start, length, first in _numbered(lengths, lambda n: _windows(n, size, stride)):
@@ -141,7 +144,6 @@ def select_blocks(
     scale: float | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, summaries = _exact(q.detach(), summaries.detach())
     size, stride, block = rule.span, rule.step, rule.block_size
     parts, firsts = [], [first for *_, first in _numbered(lengths, lambda n: _windows(n, size, stride))]
@@ -155,13 +157,14 @@ def select_blocks(
     return _joined(q, parts, -1).int()
 
 
-def _block_scores(q: Tensor, keys: Tensor, rule: Any, scale: float, lse: Tensor | None) -> Tensor:
+def _block_scores(q: Tensor, keys: Tensor, rule: Any, scale: float | None, lse: Tensor | None) -> Tensor:
     """The score of each block of one document, −inf for one that no window which the query sees touches."""
     length, count, group = len(q), len(keys), q.shape[1] // keys.shape[1]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     time = torch.arange(length, device=q.device)
     begins = torch.arange(count, device=q.device) * rule.step
     seen = begins[None] + rule.span - 1 <= time[:, None]  # [T, windows]
-    scores = scale * torch.einsum("thk,nhk->htn", q, keys.repeat_interleave(group, dim=1))
+    scores = factor * torch.einsum("thk,nhk->htn", q, keys.repeat_interleave(group, dim=1))
     if rule.score == "softmax":
         hidden = scores.masked_fill(~seen, -torch.inf)
         total = hidden.logsumexp(-1) if lse is None else lse.transpose(0, 1)
