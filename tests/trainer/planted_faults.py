@@ -1,13 +1,41 @@
 """Faults that tests of the doctor plant in its ranks: each function spoils one thing in the process that calls it."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.recurrence import Summary
-from longreach.parallel import collectives, ring, state_passing
+from longreach.models.rotary import Rotary
+from longreach.parallel import collectives, mesh, ring, state_passing, windows
 from longreach.parallel.sequence import Sequence
+from longreach.trainer import engine
 from longreach.trainer.engine import Engine
+from longreach.trainer.packing import TokenStream
+from longreach.trainer.trainer import Trainer
+
+_spoiled: list[tuple[Any, str, Any]] = []
+
+
+def plant(fault: str) -> None:
+    """The fault of this name, until `heal`."""
+    globals()[fault]()
+
+
+def heal() -> None:
+    """Everything as it was."""
+    while _spoiled:
+        setattr(*_spoiled.pop())
+
+
+def spoil(owner: Any, name: str, value: Any) -> Any:
+    """Sets an attribute; returns what it was."""
+    original = vars(owner).get(name, getattr(owner, name))
+    _spoiled.append((owner, name, original))
+    setattr(owner, name, value)
+    return original
 
 
 def local_positions() -> None:
@@ -16,34 +44,132 @@ def local_positions() -> None:
     def positions(self, device="cpu"):
         return torch.arange(self.layout.local_length, dtype=torch.int32).expand(self.documents.batch, -1).to(device)
 
-    Sequence.positions = positions
+    spoil(Sequence, "positions", positions)
 
 
 def dropped_state() -> None:
     """No state enters from the ranks before."""
-    original = state_passing._gather
 
     def gather(mine, seq):
         summaries, transitions = original(mine, seq)
         return [Summary(s.transition, torch.zeros_like(s.state)) for s in summaries], transitions
 
-    state_passing._gather = gather
+    original = spoil(state_passing, "_gather", gather)
 
 
 def transition_through_documents() -> None:
     """A span's transition is not zero though a document starts inside it."""
-    original = GatedLinearRecurrence.summarize
 
     def summarize(self, inputs, final_state, documents, *, backend="auto"):
         summary = original(self, inputs, final_state, documents, backend=backend)
         return Summary(torch.where(summary.transition == 0, 0.5, summary.transition), summary.state)
 
-    GatedLinearRecurrence.summarize = summarize
+    original = spoil(GatedLinearRecurrence, "summarize", summarize)
+
+
+def state_of_long_spans() -> None:
+    """What a span of more than a chunk does to the state loses a tenth."""
+
+    def begin(self, inputs, documents, **settings):
+        begun = original(self, inputs, documents, **settings)
+        if documents.length <= 64:
+            return begun
+        return begun._replace(summary=Summary(begun.summary.transition, 0.9 * begun.summary.state))
+
+    original = spoil(GatedLinearRecurrence, "begin", begin)
+
+
+def missing_halo() -> None:
+    """A convolution sees zeros before each span."""
+    original = spoil(collectives, "_halo_forward", lambda x, seq, width: torch.zeros_like(original(x, seq, width)))
+
+
+def halo_of_one_span() -> None:
+    """A convolution sees no further than the span before its own."""
+    original = spoil(collectives, "_halo_parts", lambda span, width, tail: original(span, width, tail)[:1])
+
+
+def one_ring_for_all_masks() -> None:
+    """The plan of a ring is kept whatever the mask."""
+
+    def of(cls, mask, seq):
+        return seq.derive("ring", lambda: cls._make(mask, seq))
+
+    spoil(ring.RingPlan, "of", classmethod(of))
+
+
+def short_of_the_window() -> None:
+    """Windows a little longer than a span do not reach over the rank before."""
+
+    def make(cls, mask, seq):
+        plan = original.__func__(cls, mask, seq)
+        if mask.window is None or not seq.layout.span_length < mask.window < 2 * seq.layout.span_length:
+            return plan
+        return cls(tuple(None if s > 1 else tile for s, tile in enumerate(plan.tiles)), plan.hops, plan.seen_by)
+
+    original = spoil(ring.RingPlan, "_make", classmethod(make))
+
+
+def one_plan_for_all_windows() -> None:
+    """What tells which tokens make which window is kept whatever their size."""
+
+    def plan(self, seq, device):
+        return seq.derive("windows", lambda: tuple(x if isinstance(x, int) else x.to(device) for x in self._make(seq)))
+
+    spoil(windows.WindowMeans, "_plan", plan)
+
+
+def bfloat16_partials() -> None:
+    """Partial results of a ring are rounded before they are merged."""
+
+    def attend(q, *rest, **settings):
+        out, lse = original(q, *rest, **settings)
+        return out.to(q.dtype).to(out.dtype), lse.to(q.dtype).to(lse.dtype)
+
+    original = spoil(ring, "attend", attend)
+
+
+def bfloat16_query_gradients() -> None:
+    """The gradient of the queries is added up in their type."""
+
+    def attend_backward(dout, q, *rest, **settings):
+        dq, dk, dv = original(dout, q, *rest, **settings)
+        return dq.to(q.dtype).to(dq.dtype), dk, dv
+
+    original = spoil(ring, "attend_backward", attend_backward)
+
+
+def bfloat16_states() -> None:
+    """States travel in bfloat16."""
+
+    def gather(mine, seq):
+        rounded = mine.state.bfloat16().to(mine.state.dtype) if mine.state.dtype == torch.float32 else mine.state
+        return original(Summary(mine.transition, rounded), seq)
+
+    original = spoil(state_passing, "_gather", gather)
+
+
+def bfloat16_window_means() -> None:
+    """Windows, and the gradients of their tokens, are added up in the type of the tokens."""
+    spoil(windows, "_exact", lambda x: x.dtype)
+
+
+def bfloat16_positions() -> None:
+    """Positions are rounded to the type of what they rotate."""
+    original = spoil(Rotary, "__call__", lambda self, x, positions: original(self, x, positions.to(x.dtype)))
+
+
+def groups_of_strangers() -> None:
+    """Ranks that share a row are as far apart as data ranks are."""
+
+    def group(size, stride, world, rank):
+        return original(size, max(1, world // size), world, rank)
+
+    original = spoil(mesh, "_group", group)
 
 
 def loss_averaged_per_rank() -> None:
     """The loss of a rank is divided by its own targets, and the mean of that is taken over the ranks."""
-    forward, backward = Engine.__call__, Engine.backward
 
     def call(self, tokens, seq, targets):
         self.counted = max(1, int((targets != -100).sum()))
@@ -52,24 +178,62 @@ def loss_averaged_per_rank() -> None:
     def average(self, loss_sum, normaliser):
         backward(self, loss_sum / self.counted, self.mesh.world_size)
 
-    Engine.__call__, Engine.backward = call, average
+    forward, backward = spoil(Engine, "__call__", call), spoil(Engine, "backward", average)
 
 
-def missing_halo() -> None:
-    """A convolution sees zeros before each span."""
-    original = collectives._halo_forward
-    collectives._halo_forward = lambda x, seq, width: torch.zeros_like(original(x, seq, width))
+def targets_of_the_token() -> None:
+    """The target of a token is the token."""
+
+    def row(self, number):
+        made = original(self, number)
+        made.targets[made.targets != -100] = made.tokens[made.targets != -100]
+        return made
+
+    original = spoil(TokenStream, "row", row)
 
 
-def bfloat16_partials() -> None:
-    """Partial results of a ring are rounded before they are merged."""
-    original = ring.attend
+def every_data_rank_reads_the_same() -> None:
+    """The rows of a step are those of the first data rank, on all."""
 
-    def attend(q, *rest, **settings):
-        out, lse = original(q, *rest, **settings)
-        return out.to(q.dtype).to(out.dtype), lse.to(q.dtype).to(lse.dtype)
+    def read(self):
+        own, self.mesh = self.mesh, replace(self.mesh, rank=self.mesh.sequence_rank)
+        try:
+            return original(self)
+        finally:
+            self.mesh = own
 
-    ring.attend = attend
+    original = spoil(Trainer, "_read_step", read)
+
+
+def _configured(**changes: Any) -> None:
+    def configuration(*arguments):
+        return original(*arguments) | changes
+
+    original = spoil(engine, "configuration", configuration)
+
+
+def nothing_is_clipped() -> None:
+    """Gradients are not clipped."""
+    _configured(gradient_clipping=0.0)
+
+
+def bfloat16_accumulation() -> None:
+    """Gradients of micro-batches are added up in bfloat16."""
+    _configured(data_types={"grad_accum_dtype": "bf16"})
+
+
+def bfloat16_reduction() -> None:
+    """Gradients are added up over ranks in bfloat16."""
+    _configured(communication_data_type="bf16")
+
+
+def norms_decay() -> None:
+    """Weight decay shrinks norms too."""
+
+    def groups(model, weight_decay):
+        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+
+    spoil(engine, "parameter_groups", groups)
 
 
 def a_rank_raises() -> None:
@@ -80,4 +244,4 @@ def a_rank_raises() -> None:
             raise RuntimeError("out of luck")
         return original(x, seq, width)
 
-    original, collectives._halo_forward = collectives._halo_forward, forward
+    original = spoil(collectives, "_halo_forward", forward)

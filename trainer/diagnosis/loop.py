@@ -34,7 +34,7 @@ def grid(bench: Bench, settings: Settings) -> None:
     shapes = {(p.sequence, ulysses_ranks(p)) for p in (given, bench.topology.parallel)}
     for sequence, by_heads in sorted(shapes):
         world = DATA_RANKS * sequence
-        expected = [_place(rank, sequence, by_heads) for rank in range(world)]
+        expected = [place_of(rank, sequence, by_heads) for rank in range(world)]
         for places in bench.run(training.places, sequence, by_heads, world):
             pairs = enumerate(zip(places, expected, strict=True))
             wrong = [f"rank {rank}: {a} in place of {b}" for rank, (a, b) in pairs if a != b]
@@ -43,7 +43,7 @@ def grid(bench: Bench, settings: Settings) -> None:
     bench.add(checks.row("groups of ranks = the grid", found, 0.0, "arithmetic", 0, unit="ranks"))
 
 
-def _place(rank: int, sequence: int, by_heads: int) -> Place:
+def place_of(rank: int, sequence: int, by_heads: int) -> Place:
     """Rank r is number r mod P of data rank r // P; heads are exchanged by neighbours, and rings join those alike."""
     row = rank - rank % sequence
     if sequence == 1:
