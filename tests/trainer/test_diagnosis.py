@@ -136,10 +136,20 @@ class Pooled(Bench):
 
 
 @pytest.fixture(scope="module")
-def four_ranks():
-    ranks = rank_processes.Ranks(4)
-    yield ranks
-    ranks.close()
+def pools():
+    """The ranks that are alive, if any."""
+    made = []
+    yield made
+    for ranks in made:
+        ranks.close()
+
+
+@pytest.fixture
+def four_ranks(pools):
+    """One pool for all tests, and a new one after a rank has failed."""
+    if not pools or not all(process.is_alive() for process in pools[0].processes):
+        pools[:] = [rank_processes.Ranks(4)]
+    return pools[0]
 
 
 def bench_of(make, *overrides, change=lambda model: None):
@@ -188,8 +198,7 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
         ("missing_halo", ["model=gated_deltanet_tiny"], ops, "op short_conv"),
         ("halo_of_one_span", ["model=gated_deltanet_tiny"], ops, "op short_conv"),
         ("one_ring_for_all_masks", SLIDING, ops, "op softmax_attention"),
-        ("short_of_the_window", [*SLIDING, "parallel.sequence=4"], ops, "op softmax_attention"),
-        ("one_plan_for_all_windows", ["model=moba_tiny"], whole_model, "output of every mixer"),
+        ("a_window_as_long_as_a_span", SLIDING, ops, "op softmax_attention"),
         ("bfloat16_partials", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_query_gradients", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_states", ["model=minimax_01_tiny"], bfloat16, "bfloat16: op gated_linear_attention"),
@@ -212,15 +221,23 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
 )  # fmt: skip
 def test_each_kind_of_fault_is_named(four_ranks, fault, overrides, stage, culprit):
     sequence = [] if any(o.startswith("parallel.sequence") for o in overrides) else ["parallel.sequence=2"]
-    change = two_block_sizes if "model=moba_tiny" in overrides else lambda model: None
-    make = lambda topology, data: Pooled(topology, data, four_ranks)  # noqa: E731
-    bench, settings = bench_of(make, *overrides, *sequence, change=change)
+    bench, settings = bench_of(lambda topology, data: Pooled(topology, data, four_ranks), *overrides, *sequence)
     four_ranks.run(planted_faults.plant, fault, timeout=60)
     try:
         stage(bench, settings)
     finally:
         four_ranks.run(planted_faults.heal, timeout=60)
     assert [row.check for row in bench.report.culprits][:1] == [culprit]
+
+
+@pytest.mark.slow
+def test_what_is_kept_without_its_setting_meets_another_layer(four_ranks):
+    make = lambda topology, data: Pooled(topology, data, four_ranks)  # noqa: E731
+    bench, settings = bench_of(make, "model=moba_tiny", "parallel.sequence=2", change=two_block_sizes)
+    four_ranks.run(planted_faults.plant, "one_plan_for_all_windows", timeout=60)
+    with pytest.raises(rank_processes.RankFailure, match="op window_means of layer 1 .other.") as failure:
+        ops(bench, settings)
+    assert not failure.value.silent
 
 
 def test_a_detach_in_a_mixer_differs_from_the_loss(monkeypatch):

@@ -81,7 +81,10 @@ def _on(call: Call, case: Case, variant: str) -> Call:
             return _lists(call, case, x, generator)
         if not rows and not (windows and x.dim() == 4):
             return x
-        chosen = torch.randint(x.shape[1], (n if rows else windows,), generator=generator)
+        count = n if rows else windows
+        if not x.shape[1]:  # the model's rows are shorter than a window
+            return torch.randn(2, count, *x.shape[2:], generator=generator, dtype=x.dtype)
+        chosen = torch.randint(x.shape[1], (count,), generator=generator)
         noise = torch.rand(2, len(chosen), *x.shape[2:], generator=generator, dtype=x.dtype)
         picked = x[torch.arange(2) % x.shape[0]][:, chosen]
         # What was −inf, of queries that saw no window, may see some here.
