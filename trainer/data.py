@@ -95,7 +95,7 @@ def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, see
         vocabulary_size=vocabulary_size,
         validation_fraction=settings.validation_fraction,
     )
-    for note in cache.metadata["notes"]:
+    for note in [*source.notes, *cache.metadata["notes"]]:
         log.warning("%s", note)
     # The cache's may have been another's, with the same ids and another chat template.
     corpus = _corpus(cache, tokenizer or cache.tokenizer, settings.sequence_length, seed)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
-import os
 import sysconfig
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .data_settings import DataSettings, RecallSettings
+from .files import SUFFIXES, UNREADABLE, LeftOut, find_files, open_bytes, unreadable, walk
+from .hub import HubDataset
 
-SUFFIXES = {
-    "text": (),
-    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
-    "parquet": (".parquet",),
-    "pretokenized": (".parquet",),
-}
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_BYTES = 4_000_000  # a full standard library has about 12 MB; minimal packages of Python have far less
 ROWS_READ_AT_ONCE = 1024
@@ -41,13 +31,17 @@ class Source:
 
     `identity` is JSON-able and cheap: the files with their sizes and times, or the name of a hub data set. `read`
     yields the documents, in a fixed order, as text or (pretokenized) as int64 token ids; it adds what it leaves out to
-    the counter it is given, as "invalid UTF-8" or "blank". `setting` and `place` name it in messages.
+    what it is given, as "invalid UTF-8" or "blank". `setting` and `place` name it in messages. `notes` says what was
+    passed over when it was opened. `read_from`, where reading is slow or may fail at any document, reads those from a
+    number on, so that what was read can be kept.
     """
 
     identity: dict[str, Any]
-    read: Callable[[Counter[str]], Iterator[Document]]
+    read: Callable[[LeftOut], Iterator[Document]]
     setting: str
     place: str
+    notes: list[str] = field(default_factory=list)
+    read_from: Callable[[int], Iterator[str]] | None = None
 
 
 def open_source(settings: DataSettings, vocabulary: int | None = None) -> Source:
@@ -64,55 +58,29 @@ def open_source(settings: DataSettings, vocabulary: int | None = None) -> Source
         )
     refuse_ignored(settings)
     if kind == "hub":
-        return _hub(settings)
+        data_set = HubDataset.of(settings)
+        return Source(
+            data_set.identity,
+            lambda left_out: data_set.read_from(0),
+            "data.name",
+            data_set.name,
+            read_from=data_set.read_from,
+        )
     if kind == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = _stdlib_files(root)
-        return Source(_identity(kind, files), lambda skipped: _read_text(files, skipped), "data=stdlib", str(root))
-    files = find_files(settings.path, kind)
+        # Its empty files are nobody's oversight.
+        return Source(_identity(kind, files), lambda left_out: _read_text(files, LeftOut()), "data=stdlib", str(root))
     column = settings.column or ("input_ids" if kind == "pretokenized" else "text")
-    if kind == "text":
-        return Source(_identity(kind, files), lambda s: _read_text(files, s), "data.path", str(settings.path))
-    readers: dict[str, Callable[[Counter[str]], Iterator[Document]]] = {
-        "jsonl": lambda skipped: _read_jsonl(files, column, skipped),
-        "parquet": lambda skipped: _read_parquet(files, column, skipped),
-        "pretokenized": lambda skipped: _read_token_ids(files, column, vocabulary, skipped),
+    files, notes = find_files(settings.path, kind, column)
+    readers: dict[str, Callable[[LeftOut], Iterator[Document]]] = {
+        "text": lambda left_out: _read_text(files, left_out),
+        "jsonl": lambda left_out: _read_jsonl(files, column, left_out),
+        "parquet": lambda left_out: _read_parquet(files, column, left_out),
+        "pretokenized": lambda left_out: _read_token_ids(files, column, vocabulary),
     }
-    return Source(_identity(kind, files) | {"column": column}, readers[kind], "data.path", str(settings.path))
-
-
-def find_files(path: str | None, kind: str) -> list[Path]:
-    """The files of a file, folder or glob pattern, sorted; hidden ones are left out of a folder."""
-    if not path:
-        raise ValueError(f"data.path must be given with data={kind}; got nothing. Name a file, a folder or a pattern")
-    place = Path(path).expanduser()
-    suffixes = SUFFIXES[kind]
-    try:
-        if place.is_dir():
-            files = [f for f in _walk(place) if not suffixes or f.name.lower().endswith(suffixes)]
-        elif place.is_file():
-            files = [place]
-        else:
-            files = sorted(Path(f) for f in glob.glob(str(place), recursive=True) if Path(f).is_file())
-    except OSError as error:
-        raise _unreadable(place, error) from None
-    if not files and place.is_dir():
-        wanted = f"at least one {' or '.join(suffixes)} file" if suffixes else "at least one file"
-        raise ValueError(f"data.path must hold {wanted}; got {path}, which holds none. Name another path")
-    if not files:
-        raise ValueError(f"data.path must be a file, a folder or a pattern that matches files; got {path}. Check it")
-    return [file.absolute() for file in files]
-
-
-def _walk(root: Path, skipped: frozenset[str] | set[str] = frozenset()) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    files = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
-        files += [Path(folder, name) for name in names if not name.startswith(".") and Path(folder, name).is_file()]
-    return sorted(files)
+    identity = _identity(kind, files) | ({} if kind == "text" else {"column": column})
+    return Source(identity, readers[kind], "data.path", str(settings.path), notes)
 
 
 def _identity(kind: str, files: list[Path]) -> dict[str, Any]:
@@ -144,13 +112,9 @@ def refuse_ignored(settings: DataSettings) -> None:
         )
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"data.path must be readable; got {file}: {error}. Check the file and its permissions")
-
-
 def _stdlib_files(root: Path) -> list[Path]:
-    files = [file for file in _walk(root, STDLIB_SKIPPED) if file.suffix == ".py"] if root.is_dir() else []
-    files = [file for file in files if not _is_codec_table(file)]
+    files = walk(root, LeftOut(), follow=False, skipped=STDLIB_SKIPPED) if root.is_dir() else []
+    files = [file for file in files if file.suffix == ".py" and not _is_codec_table(file)]
     size = sum(file.stat().st_size for file in files)
     if size < STDLIB_BYTES:
         raise ValueError(
@@ -168,39 +132,48 @@ def _is_codec_table(file: Path) -> bool:
     return "decoding_table = (" in text or "decoding_map" in text
 
 
-def _read_text(files: list[Path], skipped: Counter[str]) -> Iterator[str]:
+def _read_text(files: list[Path], left_out: LeftOut) -> Iterator[str]:
     for file in files:
         try:
-            # A byte-order mark says how the file is encoded; it is no part of its text.
-            yield file.read_bytes().decode("utf-8-sig")
+            with open_bytes(file) as content:
+                # A byte-order mark says how the file is encoded; it is no part of its text.
+                text = content.read().decode("utf-8-sig")
         except UnicodeDecodeError:
-            skipped["invalid UTF-8"] += 1
-        except OSError as error:
-            raise _unreadable(file, error) from None
+            left_out.add("invalid UTF-8", file)
+            continue
+        except UNREADABLE as error:
+            raise unreadable(file, error) from None
+        if text and not text.isspace():
+            yield text
+        else:
+            left_out.add("blank", file)
 
 
-def _read_jsonl(files: list[Path], column: str, skipped: Counter[str]) -> Iterator[str]:
+def _read_jsonl(files: list[Path], column: str, left_out: LeftOut) -> Iterator[str]:
     for file in files:
         try:
-            with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
+            with open_bytes(file) as lines:
                 for number, line in enumerate(lines, 1):
                     try:
                         text = line.decode("utf-8-sig")
                     except UnicodeDecodeError:
-                        skipped["invalid UTF-8"] += 1
+                        left_out.add("invalid UTF-8", f"{file}:{number}")
                         continue
                     if text.strip():
-                        yield _json_field(text.rstrip(), column, f"{file}:{number}")
-        except (OSError, EOFError, zlib.error) as error:
-            raise _unreadable(file, error) from None
+                        yield _json_field(text.rstrip(), column, file, number)
+        except UNREADABLE as error:
+            raise unreadable(file, error) from None
 
 
-def _json_field(line: str, column: str, where: str) -> str:
+def _json_field(line: str, column: str, file: Path, number: int) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        message = f"data.path must hold one JSON object a line; got {where}: {error.msg} at column {error.colno}"
-        raise ValueError(f"{message}. Repair or remove that line") from None
+        place = f"{file}:{number}: {error.msg} at column {error.colno}"
+        raise ValueError(
+            f"data.path must hold one JSON object a line; got {place}. Repair or remove that line"
+        ) from None
+    where = f"{file}:{number}"
     if not isinstance(record, dict):
         raise ValueError(f"data.path must hold one JSON object a line; got {where}: {type(record).__name__}. Repair it")
     if column not in record:
@@ -221,7 +194,7 @@ def _open_parquet(file: Path, column: str) -> pq.ParquetFile:
     try:
         parquet = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(file, error) from None
+        raise unreadable(file, error) from None
     if column not in parquet.schema_arrow.names:
         raise ValueError(
             f"data.column must be a column of every file; got {column!r}, which {file} lacks. "
@@ -241,32 +214,39 @@ def _parquet_chunks(file: Path, column: str, accepted: Callable[[pa.DataType], b
         for batch in parquet.iter_batches(batch_size=ROWS_READ_AT_ONCE, columns=[column]):
             yield batch.column(0)
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(file, error) from None
+        raise unreadable(file, error) from None
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    """Whether it is read as text, however it is stored: views, dictionaries, bytes, JSON, or nothing but nulls."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    texts = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in texts)
 
 
 def _is_id_list(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_list(kind) for is_list in lists) and pa.types.is_integer(kind.value_type)
+    lists = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in lists) and pa.types.is_integer(kind.value_type)
 
 
-def _read_parquet(files: list[Path], column: str, skipped: Counter[str]) -> Iterator[str]:
+def _read_parquet(files: list[Path], column: str, left_out: LeftOut) -> Iterator[str]:
     for file in files:
+        row = 0
         for chunk in _parquet_chunks(file, column, _is_text, "text"):
+            stored = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
             # As bytes: Parquet writers need not have checked that what they call a string is UTF-8.
-            for text in chunk.cast(pa.large_binary()).to_pylist():
+            for text in stored.cast(pa.large_binary()).to_pylist():
                 try:
                     yield (text or b"").decode("utf-8")
                 except UnicodeDecodeError:
-                    skipped["invalid UTF-8"] += 1
+                    left_out.add("invalid UTF-8", f"{file}, row {row}")
+                row += 1
 
 
-def _read_token_ids(
-    files: list[Path], column: str, vocabulary: int | None, skipped: Counter[str]
-) -> Iterator[np.ndarray]:
+def _read_token_ids(files: list[Path], column: str, vocabulary: int | None) -> Iterator[np.ndarray]:
     for file in files:
         row = 0
         for chunk in _parquet_chunks(file, column, _is_id_list, "integer lists"):
@@ -281,46 +261,3 @@ def _read_token_ids(
                 )
             yield from np.split(ids, np.cumsum(lengths)[:-1])
             row += len(chunk)
-
-
-def _hub(settings: DataSettings) -> Source:
-    if not settings.name:
-        raise ValueError("data.name must be given with data=hub; got nothing. Name a data set as owner/name")
-    if settings.max_documents is not None and settings.max_documents < 1:
-        raise ValueError(f"data.max_documents must be at least 1; got {settings.max_documents}. Raise or remove it")
-    identity = {
-        "source": "hub",
-        "name": settings.name,
-        "subset": settings.subset,
-        "split": settings.split or "train",
-        "column": settings.column or "text",
-        "max_documents": settings.max_documents,
-    }
-
-    def read(skipped: Counter[str]) -> Iterator[str]:
-        for example in islice(_stream(identity), settings.max_documents):
-            column = identity["column"]
-            if column not in example:
-                raise ValueError(
-                    f"data.column must be a field of {settings.name}; got {column!r}. It has {', '.join(example)}"
-                )
-            text = example[column]
-            if text is not None and not isinstance(text, str):
-                kind = type(text).__name__
-                raise ValueError(f"data.column must be a field of text; got {column!r}, which is {kind}. Change it")
-            yield text or ""
-
-    return Source(identity, read, "data.name", settings.name)
-
-
-def _stream(identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    import datasets  # a second to import, which only this source has to spend
-
-    try:
-        yield from datasets.load_dataset(identity["name"], identity["subset"], split=identity["split"], streaming=True)
-    except Exception as error:  # the hub's client raises errors of many kinds
-        raise ValueError(
-            f"data.name must be a data set that can be read from the hub or its cache; got {identity['name']} "
-            f"(subset {identity['subset']}, split {identity['split']}): {type(error).__name__}: {error}. "
-            "Check the name, the network and HF_HUB_OFFLINE"
-        ) from error

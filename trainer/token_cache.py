@@ -12,12 +12,14 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from . import kept
 from .sources import Source
 from .tokenization import METADATA_FILE, TOKENIZER_DIRECTORY, TOKENS_FILE, held_out, tokenize
 from .tokenizers import Tokenizer, load_tokenizer
@@ -71,12 +73,17 @@ def open_token_cache(
 
     `tokenizer` None trains a BPE of `vocabulary_size` on the documents that are not held out. Nobody waits in a
     collective: a builder that fails leaves its error for those who wait, one that dies leaves the work to the next.
+    What a source that can be read from any document on has given is kept until the cache is whole.
     Raises ValueError for unusable data or cache folder.
     """
 
     def build(temporary: Path) -> None:
         started = time.monotonic()
-        tokenize(temporary, source, tokenizer, vocabulary_size=vocabulary_size, validation_fraction=validation_fraction)
+        documents, read_from, read = directory.with_name(directory.name + ".documents"), source.read_from, source
+        if read_from is not None:
+            read = replace(source, read=lambda left_out: kept.read_on(documents, read_from))
+        tokenize(temporary, read, tokenizer, vocabulary_size=vocabulary_size, validation_fraction=validation_fraction)
+        documents.unlink(missing_ok=True)
         log.info("token cache %s built in %.1f s", directory, time.monotonic() - started)
 
     if not (directory / METADATA_FILE).is_file():

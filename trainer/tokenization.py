@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from .files import LeftOut
 from .sources import Document, Source
 from .tokenizers import Tokenizer, train_bpe
 
@@ -44,7 +44,7 @@ def tokenize(
     `tokenizer` None trains a BPE of `vocabulary_size` on the documents that are not held out; the text is then staged
     on disk, so that a source is read once. Raises ValueError where nothing readable remains or nothing can be held out.
     """
-    skipped: Counter[str] = Counter()
+    skipped = LeftOut()
     notes: list[str] = []
     log.info("reading %s (%s) into the token cache", source.place, source.setting)
     batches = _batches(_at_least_two(_entries(source, tokenizer, skipped), validation_fraction, notes))
@@ -57,8 +57,11 @@ def tokenize(
     totals, hashes = _write_tokens(directory / TOKENS_FILE, batches, tokenizer, skipped)
     _refuse_nothing(totals["documents"], source, skipped)
     held_out(hashes, validation_fraction)
-    if skipped["invalid UTF-8"]:
-        notes.append(f"{source.setting}: {skipped['invalid UTF-8']:,} documents are not valid UTF-8 and were left out")
+    for reason, said in (("invalid UTF-8", "not valid UTF-8"), ("blank", "blank")):
+        if number := skipped[reason]:
+            documents = "1 document is" if number == 1 else f"{number:,} documents are"
+            left_out = "was left out" if number == 1 else "were left out"
+            notes.append(f"{source.setting}: {documents} {said} and {left_out}{skipped.named(reason)}")
     (directory / STAGE_FILE).unlink(missing_ok=True)
     tokenizer.save(directory / TOKENIZER_DIRECTORY)
     metadata = {"format": FORMAT, "validation_fraction": validation_fraction, "notes": notes, "skipped": dict(skipped)}
@@ -81,13 +84,13 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return hashes < np.uint64(threshold)
 
 
-def _refuse_nothing(documents: int, source: Source, skipped: Counter[str]) -> None:
+def _refuse_nothing(documents: int, source: Source, skipped: LeftOut) -> None:
     if not documents:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "no document"
         raise ValueError(f"{source.setting} must hold readable text; got {source.place} ({left_out}). Name another")
 
 
-def _entries(source: Source, tokenizer: Tokenizer | None, skipped: Counter[str]) -> Iterator[Entry]:
+def _entries(source: Source, tokenizer: Tokenizer | None, skipped: LeftOut) -> Iterator[Entry]:
     """Documents with their hashes; blank ones and text that UTF-8 cannot hold are counted and left out."""
     for document in source.read(skipped):
         if not isinstance(document, str):
@@ -104,7 +107,7 @@ def _entries(source: Source, tokenizer: Tokenizer | None, skipped: Counter[str])
             yield Entry(document, _hash(content), len(content))
 
 
-def _id_entries(ids: np.ndarray, tokenizer: Tokenizer, skipped: Counter[str]) -> Iterator[Entry]:
+def _id_entries(ids: np.ndarray, tokenizer: Tokenizer, skipped: LeftOut) -> Iterator[Entry]:
     """The documents of a row of ids: end of text ends one, wherever it stands, and the row's end does too."""
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)
     for part in parts if len(parts) == 1 or parts[-1].size else parts[:-1]:
@@ -191,10 +194,10 @@ def _train(file: Path, hashes: np.ndarray, size: int, vocabulary_size: int, frac
 
 
 def _write_tokens(
-    file: Path, batches: Iterable[list[Entry]], tokenizer: Tokenizer, skipped: Counter[str]
+    file: Path, batches: Iterable[list[Entry]], tokenizer: Tokenizer, skipped: LeftOut
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Writes the ids; returns totals with the fingerprint, which is that of the content wherever it came from."""
-    dtype = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32
+    dtype = tokenizer.id_type
     ids_type = pa.large_list(pa.from_numpy_dtype(dtype))
     schema = pa.schema([("ids", ids_type), ("bytes", pa.int64()), ("hash", pa.uint64())])
     totals: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "largest_id": 0}
@@ -205,7 +208,7 @@ def _write_tokens(
             kept, documents = _encode(batch, tokenizer, skipped)
             if not kept:
                 continue
-            values = np.concatenate(documents).astype(dtype)
+            values = np.concatenate(documents).astype(dtype, copy=False)
             offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
             ids = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
             sizes = np.array([entry.bytes for entry in kept], np.int64)
@@ -222,7 +225,7 @@ def _write_tokens(
     return totals, np.concatenate(hashes)
 
 
-def _encode(batch: list[Entry], tokenizer: Tokenizer, skipped: Counter[str]) -> tuple[list[Entry], list[np.ndarray]]:
+def _encode(batch: list[Entry], tokenizer: Tokenizer, skipped: LeftOut) -> tuple[list[Entry], list[np.ndarray]]:
     texts = [entry.content for entry in batch if isinstance(entry.content, str)]
     encoded = tokenizer.encode_documents(texts) if texts else [np.asarray(entry.content) for entry in batch]
     # A tokenizer that normalises can leave nothing of a text but its beginning and its end.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ..models.hf import TOKENIZER_FILES
+
+from .pieces import AT_ONCE, PIECE, PieceEncoder, cut_for_training
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (
@@ -39,6 +42,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 DECLARING_FILES = (CONFIG_FILE, "special_tokens_map.json")
 CARRIED_FILES = tuple(name for name in TOKENIZER_FILES if name != TOKENIZER_FILE)
+# What is encoded in parallel: the library is half as fast where thousands of results wait for their end.
+TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 128, AT_ONCE * PIECE
 
 
 class Tokenizer:
@@ -74,17 +79,34 @@ class Tokenizer:
         return [*self.beginning, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int64 ids of each text, each begun by `beginning` and ended by `end_of_text`."""
-        if self._is_bytes:
-            parts: list[Sequence[int] | np.ndarray] = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        else:
-            parts = [e.ids for e in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
-        begin, end = np.array(self.beginning, np.int64), np.array([self.end_of_text])
-        return [np.concatenate([begin, np.asarray(ids, np.int64), end]) for ids in parts]
+        """Ids of each text in `id_type`, each begun by `beginning` and ended by `end_of_text`."""
+        begin, end = np.array(self.beginning, self.id_type), np.array([self.end_of_text], self.id_type)
+        return [np.concatenate([begin, ids, end]) for ids in self._ids(texts)]
 
     def is_blank(self, document: np.ndarray) -> bool:
         """Whether the ids of an ended document hold nothing but its beginning and its end."""
         return len(document) <= 1 + len(self.beginning) and tuple(document[:-1].tolist()) in ((), self.beginning)
+
+    def _ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """The ids of each text: short texts many at once, long ones in pieces."""
+        if self._is_bytes:
+            yield from (np.frombuffer(text.encode(), np.uint8) for text in texts)
+            return
+        for group in _groups(texts):
+            if len(group[0]) > CHARACTERS_AT_ONCE:
+                yield self._pieces.encode(group[0], self.id_type)
+            else:
+                encoded = self.library.encode_batch_fast(group, add_special_tokens=False)
+                yield from (np.array(found.ids, self.id_type) for found in encoded)
+
+    @property
+    def id_type(self) -> type[np.uint16] | type[np.uint32]:
+        """The smallest type that ids are stored in."""
+        return np.uint16 if self.vocabulary_size <= 2**16 else np.uint32
+
+    @cached_property
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self.library)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -138,8 +160,29 @@ def train_bpe(batches: Iterable[list[str]], vocabulary_size: int) -> Tokenizer:
         initial_alphabet=list(_byte_characters()),
         show_progress=False,
     )
-    library.train_from_iterator(batches, trainer)
+    splitter = library.pre_tokenizer
+    assert splitter is not None
+
+    def pieces() -> Iterator[list[str]]:
+        for texts in batches:
+            yield from _groups([piece for text in texts for piece in cut_for_training(text, splitter)])
+
+    library.train_from_iterator(pieces(), trainer)
     return Tokenizer(library, 0, _own_files())
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, as many together as are encoded at once; one of more than CHARACTERS_AT_ONCE is alone."""
+    group: list[str] = []
+    characters = 0
+    for text in texts:
+        if group and (len(group) == TEXTS_AT_ONCE or characters + len(text) > CHARACTERS_AT_ONCE):
+            yield group
+            group, characters = [], 0
+        group.append(text)
+        characters += len(text)
+    if group:
+        yield group
 
 
 def check_vocabulary_size(size: int) -> None:

@@ -18,7 +18,7 @@ from . import checkpoint, failure, report
 from .baselines import text_baselines
 from .data import Corpus, open_corpus
 from .evaluation import Loss, evaluate, evaluate_truncated
-from .exchange import gather_numbers, together
+from .exchange import gather_numbers, prepare, together
 from .metrics import Work, peak_flops, peak_memory_bytes, work_of
 from .origin import Origin, read_origin
 from .outputs import Outputs, show_log
@@ -50,7 +50,7 @@ class Trainer:
         show_log(first=mesh.rank == 0)
         together(mesh, lambda: self.directory.check() if mesh.rank == 0 else None)
         found = found_checkpoint(settings, self.directory, mesh)
-        self.corpus = together(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
+        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0
         if found is not None:

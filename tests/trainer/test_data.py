@@ -356,7 +356,12 @@ class TestBadInput:
             caplog.clear()
             corpus = opened(tmp_path, path=str(folder))
             warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-            assert warnings == ["data.path: 2 documents are not valid UTF-8 and were left out"]
+            invalid = f"{folder}/latin.txt, {folder}/picture.png"
+            blank = f"{folder}/part1/040.txt, {folder}/part2/041.txt"
+            assert warnings == [
+                f"data.path: 2 documents are not valid UTF-8 and were left out ({invalid})",
+                f"data.path: 2 documents are blank and were left out ({blank})",
+            ]
         assert sorted(texts_of(corpus)) == sorted(TEXTS)
         assert corpus.cache.metadata["skipped"] == {"blank": 2, "invalid UTF-8": 2}
 

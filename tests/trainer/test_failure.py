@@ -1,6 +1,7 @@
 """One rank says why, once; what it says depends on who is to blame."""
 
 import io
+import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from distributed import run_ranks
 
 from longreach.parallel.mesh import Mesh
+from longreach.trainer import exchange as exchange_module
 from longreach.trainer import failure
-from longreach.trainer.exchange import from_first_rank, gather_numbers, together
+from longreach.trainer.exchange import from_first_rank, gather_numbers, prepare, together
 from longreach.trainer.run_directory import RunDirectory, find_checkpoint, locate, passed_over
 
 
@@ -72,6 +74,50 @@ def test_values_and_errors_are_shared() -> None:
         assert numbers == [[0.0, 2.5], [1.0, 2.5], [2.0, 2.5]]
         assert chosen == "from 0"
         assert error == "only rank 1 sees this"
+
+
+def prepare_apart(rank: int, world: int) -> tuple[int, list[str]]:
+    exchange_module.BEAT_S, exchange_module.SILENT_S, exchange_module.POLLS_S = 0.05, 0.4, (0.02, 0.05)
+    mesh = Mesh.create(world)
+
+    def slow() -> int:
+        time.sleep(0.8 if rank == 1 else 0.0)  # longer than silence is allowed to last
+        return rank
+
+    result, errors = prepare(mesh, slow), []
+    for error in (ValueError("data.path must be there"), OSError("no room")):
+
+        def fail(error: Exception = error) -> None:
+            if rank == 1:
+                time.sleep(0.2)
+                raise error
+
+        with pytest.raises(Exception) as raised:  # noqa: PT011
+            prepare(mesh, fail)
+        errors.append(f"{type(raised.value).__name__}: {raised.value}")
+    return result, errors
+
+
+def test_ranks_that_prepare_at_different_speeds_wait_and_fail_together() -> None:
+    first, second = run_ranks(2, prepare_apart)
+    assert first == (0, ["ValueError: data.path must be there", "RuntimeError: rank 1 failed: no room"])
+    assert second == (1, ["ValueError: data.path must be there", "OSError: no room"])
+
+
+def prepare_beside_a_silent_rank(rank: int, world: int) -> str:
+    exchange_module.SILENT_S = 0.3
+    mesh = Mesh.create(world)
+    if rank == 1:
+        next(exchange_module._preparations)  # it never comes to this one
+        time.sleep(1.0)
+        return ""
+    with pytest.raises(RuntimeError, match="Timed out waiting for rank 1") as raised:
+        prepare(mesh, lambda: None)
+    return failure.message(raised.value, started=False)
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_lost() -> None:
+    assert run_ranks(2, prepare_beside_a_silent_rank)[0].startswith("rank 0 has lost another rank")
 
 
 def test_incomplete_checkpoints_are_never_a_silent_new_start(tmp_path: Path) -> None:

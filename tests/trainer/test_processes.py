@@ -53,3 +53,38 @@ def test_a_wrong_start_is_told(program, environment, message):
     result = run(["-c", program], **environment)
     assert result.returncode == 1
     assert message in result.stderr
+
+
+SLOW_NODE = """
+import os, sys, time
+from longreach.parallel.mesh import Mesh
+from longreach.trainer import processes, token_cache
+from longreach.trainer.data import open_corpus
+from longreach.trainer.data_settings import DataSettings
+from longreach.trainer.exchange import prepare, together
+processes.start(0.05, "cpu")  # three seconds
+mesh, tokenize = Mesh.create(2), token_cache.tokenize
+def slowly(*given, **options):
+    time.sleep(6 * mesh.rank)
+    tokenize(*given, **options)
+token_cache.tokenize = slowly
+data = DataSettings("text", sys.argv[1], tokenizer="bytes", sequence_length=64)
+corpus = prepare(mesh, lambda: open_corpus(data, f"{sys.argv[2]}/{mesh.rank}"))
+together(mesh, lambda: None)
+print(f"{corpus.fingerprint}\\n", end="", flush=True)
+processes.end()
+"""
+
+
+@pytest.mark.slow
+def test_nodes_with_caches_of_their_own_may_tokenise_at_different_speeds(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(30):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"document {number}\n" * 9)
+    (tmp_path / "program.py").write_text(SLOW_NODE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = run([str(tmp_path / "program.py"), str(tmp_path / "texts"), str(tmp_path / "caches")], *launcher)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.split()
+    assert first == second
+    assert len(list((tmp_path / "caches").glob("*/text-*/metadata.json"))) == 2
