@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGURATIONS = "../conf"
+PACKAGE = Path(__file__).resolve().parent.parent
 Schema = TypeVar("Schema")
 ConfigurationError = (HydraException, OmegaConfBaseException)
 
@@ -42,6 +44,14 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...
 
     The other ranks wait for the launcher to end them: one that left first would have the first ended unheard.
     """
+    other = other_checkout(Path.cwd())
+    if other is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"note: this runs the LongReach in {PACKAGE}, not the one in {other}. To run that one: bash "
+            f"{other}/launch/torchrun.sh, and after it also PYTHONPATH={other}/.cache/import python -m …",
+            file=sys.stderr,
+            flush=True,
+        )
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come here rather than to Hydra's own printing
     sys.argv[1:] = [quoted(argument, texts) for argument in without_launcher_arguments(sys.argv[1:])]
     try:
@@ -52,6 +62,14 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...
         else:
             time.sleep(5)
         sys.exit(1)
+
+
+def other_checkout(folder: Path) -> Path | None:
+    """The checkout of LongReach that a folder is in, if it is not the one that runs."""
+    for place in (folder, *folder.parents):
+        if (place / "launch" / "train.py").is_file() and (place / "kernels").is_dir():
+            return None if place.samefile(PACKAGE) else place
+    return None
 
 
 def without_launcher_arguments(arguments: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from ..trainer import failure
 from ..trainer.diagnosis.diagnose import diagnose
 from ..trainer.settings import Settings
 from . import configuration
@@ -54,8 +55,8 @@ def main() -> None:
         chosen = DoctorSettings(bool(config.doctor.whole), bool(config.doctor.verbose))
         try:
             passed = examine(to_settings(config, configuration.overrides(), configuration.choices()), chosen)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            print(failure.message(error, started=False), file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(130)

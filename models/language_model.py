@@ -17,10 +17,11 @@ from ..kernels.documents import Documents
 from ..kernels.pointwise import cross_entropy, loss_and_correct
 from ..parallel.sequence import Kept, Sequence
 from .block import Block
-from .mixer import Mixer, construct
+from .mixer import RECIPE, Mixer, check_mixer, construct, name_of, naming
 from .normalisation import RMSNorm
 
 NO_TARGET = -100
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # of torch, whose weights start at 1 as ours do
 CHECKPOINTING = ("none", "full", "mixing")
 
 Part = Callable[..., nn.Module]
@@ -98,7 +99,8 @@ class LanguageModel(nn.Module):
             context = {
                 "width": width, "depth": depth, "layer": layer, "occurrence": occurrence, "norm_eps": norm_eps,
             }  # fmt: skip
-            mixer = construct(mixers[name], f"model.mixers.{name}", **context)
+            setting = f"model.mixers.{name}"
+            mixer = check_mixer(construct(mixers[name], setting, **context), setting)
             rest = construct(feed_forward, "model.feed_forward", **context)
             return construct(block or Block, "model.block", mixer=mixer, feed_forward=rest, **context)
 
@@ -136,13 +138,14 @@ class LanguageModel(nn.Module):
         for layer, (block, mixer) in enumerate(zip(self.blocks, self.mixers, strict=True)):
             here = seq.at(layer, self.names[layer])
             read = [shared[name] for name in mixer.reads]
-            if not recompute:
-                x, published = block(x, here, *read)
-            else:
-                if self.activation_checkpointing == "mixing":
-                    here = replace(here, kept=Kept())
-                outputs = checkpoint(block, x, here, *read, use_reentrant=False, preserve_rng_state=False)
-                x, published = cast(tuple[Tensor, tuple[Tensor, ...]], outputs)
+            if recompute and self.activation_checkpointing == "mixing":
+                here = replace(here, kept=Kept())
+            with self.naming(layer):
+                if recompute:
+                    outputs = checkpoint(block, x, here, *read, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    outputs = block(x, here, *read)
+            x, published = cast(tuple[Tensor, tuple[Tensor, ...]], outputs)
             shared.update(zip(mixer.publishes, published, strict=True))
         return self.norm(x)
 
@@ -151,10 +154,21 @@ class LanguageModel(nn.Module):
         """The mixer of each layer."""
         return [cast(Mixer, block.mixer) for block in self.blocks]
 
+    def naming(self, layer: int) -> AbstractContextManager[None]:
+        """Errors within say which part of this layer they are of: see `mixer.naming`."""
+        block = self.blocks[layer]
+        feed_forward = f"model.feed_forward ({name_of(type(block.feed_forward))}), layer {layer}"
+        owners = {self._mixer_name(layer): block.mixer, feed_forward: block.feed_forward}
+        return naming(f"model.block ({name_of(type(block))}), layer {layer}", cast(dict[str, nn.Module], owners))
+
+    def _mixer_name(self, layer: int) -> str:
+        return f"model.mixers.{self.names[layer]} ({name_of(type(self.blocks[layer].mixer))}), layer {layer}"
+
     def at_step(self, step: int) -> None:
         """Tells every mixer at which step of training the model is, counted from 0: see `Mixer.at_step`."""
-        for mixer in self.mixers:
-            mixer.at_step(step)
+        for layer, mixer in enumerate(self.mixers):
+            with naming(self._mixer_name(layer)):
+                mixer.at_step(step)
 
     def parameter_count(self) -> int:
         """Parameters, shared ones once. Under ZeRO-3 the tensors are empty and carry their size in `ds_numel`."""
@@ -165,7 +179,17 @@ class LanguageModel(nn.Module):
         seq = Sequence.single(documents)
         weights = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
         linear = 2 * weights * documents.batch * documents.length
-        return linear + sum(mixer.mixing_flops(seq) for mixer in self.mixers)
+        return linear + sum(self._mixing_flops(layer, mixer, seq) for layer, mixer in enumerate(self.mixers))
+
+    def _mixing_flops(self, layer: int, mixer: Mixer, seq: Sequence) -> int:
+        with naming(self._mixer_name(layer)):
+            count = mixer.mixing_flops(seq)
+        if not isinstance(count, int | float):
+            raise ValueError(
+                f"model.mixers.{self.names[layer]} must count its ops' FLOPs as a number; got {count!r} from "
+                f"{name_of(type(mixer))}.mixing_flops. Return 0 where it calls no op"
+            )
+        return count
 
     @torch.no_grad()
     def initialise(self, seed: int, gather: Gather | None = None) -> None:
@@ -180,6 +204,12 @@ class LanguageModel(nn.Module):
             with gather([parameter]) if gather else nullcontext():
                 parameter.copy_(self._initial_value(name, parameter.shape, seed))
 
+    def check_initial_values(self) -> None:
+        """Raises ValueError for a parameter that gets no initial value: a vector of which no layer knows the value."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                self._initial_value(name, parameter.shape, seed=0)
+
     def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -188,12 +218,27 @@ class LanguageModel(nn.Module):
         for cut in range(1, len(path)):  # from the outermost module inwards: a mixer knows more than its layers
             module = self.get_submodule(".".join(path[:cut]))
             own = getattr(module, "initialise_parameter", None)
-            if own is not None and own(".".join(path[cut:]), value, generator):
+            if own is None:
+                if isinstance(module, NORMS) and path[cut:] == ["weight"]:
+                    return value.fill_(1.0)
+                continue
+            with self.naming(int(path[1])) if path[0] == "blocks" else nullcontext():
+                done = own(".".join(path[cut:]), value, generator)
+            if not isinstance(done, bool):
+                raise ValueError(
+                    f"{name} must be answered for with True or False; got {done!r} from initialise_parameter of "
+                    f"{name_of(type(module))}. Return True where it has filled the tensor, and False elsewhere"
+                )
+            if done:
                 return value
         if path[-1] == "bias":
             return value.zero_()
         if value.dim() < 2:
-            raise ValueError(f"{name} must get its value from initialise_parameter of its layer; it is not a matrix")
+            part = f" of model.mixers.{self.names[int(path[1])]}" if path[::2][:2] == ["blocks", "mixer"] else ""
+            raise ValueError(
+                f"{name}{part} must get its initial value from initialise_parameter of its mixer or layer; it is not a "
+                f"matrix, and has no other. Fill the tensor there and return True, as {RECIPE} shows"
+            )
         writes_residual = path[-3:-1] == ["mixer", "output"] or path[-3:-1] == ["feed_forward", "down"]
         scale = 1 / math.sqrt(2 * self.depth) if writes_residual else 1.0
         return value.normal_(0.0, self.initial_std * scale, generator=generator)

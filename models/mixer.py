@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from ..parallel.sequence import Sequence
+
+RECIPE = "examples/04_add_a_mixer.md"
+SCALARS = (bool, int, float, str)
 
 
 class Mixer(nn.Module):
@@ -47,33 +52,153 @@ class Mixer(nn.Module):
         """Told before each step of training, counted from 0: for what changes as a run goes on."""
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        """Fill `tensor` for the parameter `name` and return True; or return False for the model's own rule."""
+        """Fill `tensor` for the parameter `name` and return True; or return False for the model's own rule.
+
+        What the constructor gave a parameter counts for nothing: values depend on the seed and the name alone.
+        """
         return False
+
+
+class PartError(RuntimeError):
+    """A part of the model failed with a ValueError of its own, which would pass for one about settings."""
+
+
+@contextmanager
+def naming(part: str, owners: Mapping[str, nn.Module] = MappingProxyType({})) -> Iterator[None]:
+    """Errors within are said to be of `part`, or of that of the modules `owners` which was at work.
+
+    A ValueError that LongReach's own code raises is about settings, and begins with the name. Any other error keeps its
+    traceback and gets the name as a note; a ValueError is the cause of a `PartError` then.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+        at_work = {id(frame.f_locals.get("self")) for frame in frames}
+        owned = [name for name, module in owners.items() if at_work & {id(each) for each in module.modules()}]
+        named = (owned or [part])[0]
+        if not isinstance(error, ValueError):
+            error.add_note(named)
+            raise
+        packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+        own = __name__.partition(".")[0]
+        if set(packages) <= {own, "hydra", "torch", "contextlib"} and packages[-1:] in ([], [own]):
+            raise ValueError(f"{named}: {error}") from None
+        raise PartError(f"{named}: {type(error).__name__}: {error}") from error
 
 
 def construct(part: Callable[..., nn.Module], setting: str, **available: Any) -> nn.Module:
     """Calls a partial from the configuration with those of the `available` arguments that its signature declares.
 
-    Raises ValueError, naming `setting` and near matches, for arguments that the part does not know, and for missing
-    ones: a partial hides both until it is called.
+    Raises ValueError, naming `setting`, for what is no partial, for what `check_settings` refuses, and for a class that
+    does not begin by making itself a module. What the part itself raises is `naming`'s.
     """
+    if isinstance(part, nn.Module) or not callable(part):
+        raise ValueError(
+            f"{setting} must be a partial, from which every layer makes its own; got a {type(part).__name__}. "
+            "Give it _partial_: true"
+        )
     function = part.func if isinstance(part, partial) else part
     given = dict(part.keywords) if isinstance(part, partial) else {}
-    parameters = inspect.signature(function).parameters
-    for name in given:
+    check_settings(function, given, setting, available)
+    known = inspect.signature(function).parameters
+    arguments = {name: value for name, value in available.items() if name in known and name not in given}
+    with naming(f"{setting} ({name_of(function)})"):
+        made = part(**arguments)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{setting} must make a torch.nn.Module; got a {type(made).__name__}. Name a class of them")
+    if "_modules" not in vars(made):
+        raise ValueError(f"{setting} must be made by {name_of(function)}.__init__ calling super().__init__() first")
+    return made
+
+
+def check_settings(
+    function: Callable[..., Any], given: Mapping[str, Any], setting: str, available: Collection[str] = ()
+) -> None:
+    """Raises ValueError, naming `setting` and near matches, for settings that do not fit the function's signature.
+
+    Unknown names, missing ones that are not `available` either, numbers and texts of another type than it declares, and
+    None where it declares none; and a signature that does not name its settings, behind which all of these would hide.
+    """
+    parameters, called = inspect.signature(function).parameters, name_of(function)
+    for name, parameter in parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "positional-only ")
+            raise ValueError(
+                f"{setting} must be a class whose constructor names its settings; {called} takes {stars}{name}. "
+                "Declare each of them: def __init__(self, *, width: int, heads: int)"
+            )
+    hints = _type_hints(function)
+    for name, value in given.items():
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(parameters)}"
-            raise ValueError(f"{setting} must use settings of {function.__name__}; got {name!r}. {hint}")
-    arguments = {name: value for name, value in available.items() if name in parameters and name not in given}
+            raise ValueError(f"{setting} must use settings of {called}; got {name!r}. {hint}")
+        if not _fits(value, hints.get(name, Any)):
+            default = parameters[name].default
+            hint = "" if default is inspect.Parameter.empty else f", or leave it out: it is {default!r} then"
+            expected = " or ".join(map(name_of, _alternatives(hints[name]))).replace("NoneType", "null")
+            raise ValueError(f"{setting}.{name} must be of type {expected}; got {value!r}. Change it{hint}")
     missing = [
         name
         for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and name not in given and name not in arguments
+        if parameter.default is parameter.empty and name not in given and name not in available
     ]
     if missing:
-        raise ValueError(f"{setting} must give {', '.join(missing)}; got {', '.join(given) or 'nothing'}")
-    return part(**arguments)
+        got = ", ".join(given) or "nothing"
+        raise ValueError(f"{setting} must give {', '.join(missing)}; got {got}. {called} has no default for it")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What messages call a class or function."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
+    except Exception:  # annotations are free to name what does not exist at run time
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the declared type, where that is made of scalars, lists, mappings and None."""
+    allowed = _alternatives(hint)
+    if not all(each in (*SCALARS, NoneType, list, tuple, dict) for each in allowed):
+        return True
+    listed = isinstance(value, list | tuple) and (list in allowed or tuple in allowed)  # YAML has no tuples
+    return listed or type(value) in allowed or (type(value) is int and float in allowed)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one that it is, without what their elements are."""
+    several = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(get_origin(each) or each for each in several)
+
+
+def check_mixer(mixer: nn.Module, setting: str) -> Mixer:
+    """The module as a mixer. Raises ValueError, naming `setting`, for what every mixer states and this one does not."""
+    made = type(mixer).__name__
+    if not isinstance(mixer, Mixer):
+        raise ValueError(
+            f"{setting} must be a mixer; got {made}, which is none. Derive it from longreach.models.mixer.Mixer"
+        )
+    for method, what in (("forward", "mixes x [B, T, D]"), ("mixing_flops", "counts its ops' FLOPs")):
+        if getattr(type(mixer), method) is getattr(Mixer, method):
+            raise ValueError(f"{setting} must define {method}, which {what}; {made} has none. {RECIPE} shows one")
+    for attribute in ("publishes", "reads", "no_weight_decay"):
+        names = getattr(mixer, attribute)
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"{setting} must have names in {made}.{attribute}; got {names!r}. Write a tuple: ('name',)"
+            )
+    parameters = dict(mixer.named_parameters())
+    if unknown := [name for name in mixer.no_weight_decay if name not in parameters]:
+        raise ValueError(
+            f"{setting} must name parameters in {made}.no_weight_decay; got {', '.join(unknown)}. "
+            f"Known: {', '.join(parameters)}"
+        )
+    return mixer
 
 
 def check_groups(heads: int, kv_heads: int) -> None:

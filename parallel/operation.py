@@ -53,14 +53,29 @@ def mix(
 ) -> Tensor:
     """Runs the operation `build(*settings)`; `slot` names its state within the layer, for recomputation.
 
-    Settings are plain values and classes, so that a compiled graph can be keyed by them.
+    Settings are plain values and classes, so that a compiled graph can be keyed by them. Tensors without data, on
+    `meta`, are a rehearsal: their shapes and types are those of a run on as many ranks, and nothing is sent.
     """
     if torch.compiler.is_compiling():
         name = _name(build, settings)
         given = [x for x in inputs if x is not None]
         mask = [x is not None for x in inputs]
         return _mix(seq.handle, name, given, mask, seq.layout.ranks, seq.layout.spans)[0]
-    return _Mix.apply(build(*settings), seq, slot, *inputs)  # type: ignore[return-value]
+    seq.claim(slot)
+    rehearsed = next(x.device.type for x in inputs if x is not None) == "meta"
+    run = _Rehearsed if rehearsed else _Mix
+    return run.apply(build(*settings), seq, slot, *inputs)  # type: ignore[return-value]
+
+
+class _Rehearsed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, seq: Sequence, slot: str, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return operation.like(inputs, seq.layout.ranks, seq.layout.spans)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(None if x is None else torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 class _Mix(torch.autograd.Function):

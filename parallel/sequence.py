@@ -89,6 +89,7 @@ class Sequence:
     backend: of the kernels ("auto", "reference", …). cache: what decoding carries, owned by the caller.
     handle: a number, as a tensor on the host, by which compiled graphs name the sequence.
     kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
+    slots: in a rehearsal, those that the layer's ops have used so far.
 
     An argument, never ambient state: recomputation under activation checkpointing runs on other threads.
     """
@@ -103,6 +104,7 @@ class Sequence:
     backend: str = "auto"
     cache: DecodingCache | None = None
     kept: Kept | None = None
+    slots: set[str] | None = None
     _derived: _Derived = field(default_factory=lambda: _Derived(), repr=False, compare=False)
     handle: Tensor = field(default_factory=lambda: _new_handle(), repr=False, compare=False)
 
@@ -132,6 +134,16 @@ class Sequence:
         return cls(documents, Layout(documents.length), backend=backend)
 
     @classmethod
+    def rehearsal(cls, documents: Documents, layout: Layout, strategy: Strategy, ulysses: int = 1) -> Sequence:
+        """Of the first of ranks that share rows, for tensors on `meta`: shapes are those of a run, nothing is sent.
+
+        `ulysses` of the ranks exchange tokens for heads. No process group is needed: nobody joins these.
+        """
+        group = None if layout.ranks == 1 else dist.ProcessGroup(0, layout.ranks)  # type: ignore[call-arg]
+        heads = None if group is None or ulysses == 1 else Heads(ulysses, group)
+        return cls(documents, layout, group=group, strategy=strategy, heads=heads, slots=set())
+
+    @classmethod
     def decoding(cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto") -> Sequence:
         """The next `length` tokens of one document a row, after the `cache.length` tokens that the cache has seen."""
         documents = Documents.whole(batch, length, position=cache.length)
@@ -139,7 +151,8 @@ class Sequence:
 
     def at(self, layer: int, mixer: str = "") -> Sequence:
         """The same sequence as layer `layer` sees it, whose mixer the model's pattern calls `mixer`."""
-        return replace(self, layer=layer, strategy=self.strategy.of(mixer))
+        slots = None if self.slots is None else set[str]()
+        return replace(self, layer=layer, strategy=self.strategy.of(mixer), slots=slots)
 
     @property
     def by_heads(self) -> Sequence:
@@ -217,6 +230,17 @@ class Sequence:
     def unfold(self, x: Tensor) -> Tensor:
         """The inverse of `fold`."""
         return x if self.layout.ranks == 1 else torch.cat(x.chunk(self.layout.spans, dim=0), dim=1)
+
+    def claim(self, slot: str) -> None:
+        """Raises ValueError, in a rehearsal, for a slot that another op of the layer has: they would share a state."""
+        if self.slots is None:
+            return
+        if slot in self.slots:
+            raise ValueError(
+                f"slot must differ between the ops that a mixer calls; got {slot!r} twice. Name one of them otherwise: "
+                f"slot={slot + ' 2'!r}"
+            )
+        self.slots.add(slot)
 
     def once(self, slot: str, compute: Callable[[], Result]) -> Result:
         """`compute()`, or what it gave before if this is a recomputation that keeps the ops' results."""

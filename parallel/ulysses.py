@@ -19,6 +19,7 @@ from .mesh import Heads
 from .operation import Operation, Setting, Tensors, is_sequence
 from .sequence import Sequence
 
+REMEDY = "Change it, lower parallel.ulysses, or choose another strategy for this mixer in parallel.mixers"
 ALIGNMENT = 16  # bytes: so that any type can be read in place from a message
 
 
@@ -30,7 +31,7 @@ class Ulysses:
     for ops without heads), and constants `[H, …]`, of which it takes its own. Grouped heads fewer than the U ranks go
     to all ranks whose query heads use them. Inputs at the places `common` have no heads, `[B, T, …]`, and go to every
     rank. Backward exchanges the inputs again rather than keeping a second copy. Every exchange is one message a pair of
-    ranks. Raises ValueError, on all ranks alike, for heads that the ranks do not divide.
+    ranks. Raises ValueError, on all ranks alike and before anything is sent, for heads that the ranks do not divide.
     """
 
     ranks: int
@@ -39,6 +40,7 @@ class Ulysses:
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
         heads = _heads(seq)
+        self._check(inputs)
         out, saved = self.inner.forward(self._to_heads(inputs, seq, heads), seq.by_heads)
         return _to_tokens([out], seq, heads)[0], saved
 
@@ -54,6 +56,8 @@ class Ulysses:
         return tuple(self._own_gradient(i, x, back.get(i, gradients[i]), seq, heads) for i, x in enumerate(inputs))
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+        self._check(inputs)
+
         def held(place: int, x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
@@ -71,6 +75,23 @@ class Ulysses:
         )
         shape = [out.shape[0], out.shape[1] // self.ranks, out.shape[2] * self.ranks, *out.shape[3:]]
         return out.new_empty(shape), saved
+
+    def _check(self, inputs: Tensors) -> None:
+        """Of the sequences with heads those with most have the op's heads; the others may be grouped."""
+        shared = [x for i, x in enumerate(inputs) if x is not None and is_sequence(x) and i not in self.common]
+        constants = [x.shape[0] for x in inputs if x is not None and not is_sequence(x)]
+        counts = [x.shape[2] for x in shared]
+        if wrong := [count for count in (max(counts), *constants) if count % self.ranks]:
+            what = "heads" if any(x.dim() > 3 for x in shared) else "channels"
+            raise ValueError(
+                f"{what} must be a multiple of the {self.ranks} ranks that exchange tokens for heads; got {wrong[0]}. "
+                f"{REMEDY}"
+            )
+        if wrong := [count for count in counts if count % self.ranks and self.ranks % count]:
+            raise ValueError(
+                f"key/value heads and groups must be a multiple or a divisor of the {self.ranks} ranks that exchange "
+                f"tokens for heads; got {wrong[0]}. {REMEDY}"
+            )
 
     def _to_heads(self, inputs: Tensors, seq: Sequence, heads: Heads) -> Tensors:
         """What this rank runs on: its heads of the tokens of all ranks of the group."""
@@ -122,17 +143,8 @@ def _own(x: Tensor, seq: Sequence, heads: Heads) -> Tensor:
     """The heads of a constant `[H, …]` that are this rank's, a view; a sequence as it is."""
     if is_sequence(x):
         return x
-    _check(x.shape[0], heads.ranks)
     share = x.shape[0] // heads.ranks
     return x[_place(seq, heads) * share :][:share]
-
-
-def _check(count: int, ranks: int, *, grouped: bool = False) -> None:
-    if count % ranks and not (grouped and ranks % count == 0):
-        raise ValueError(
-            f"heads (channels, of ops without heads) must be a multiple of the {ranks} ranks that exchange tokens for "
-            f"heads, or grouped heads a divisor of them; got {count}. Change parallel.ulysses, or use another strategy"
-        )
 
 
 def _shares(x: Tensor, ranks: int, *, common: bool) -> list[Tensor]:
@@ -140,7 +152,6 @@ def _shares(x: Tensor, ranks: int, *, common: bool) -> list[Tensor]:
     if common:
         return [x] * ranks
     count = x.shape[2]
-    _check(count, ranks, grouped=True)
     if count >= ranks:
         return list(x.chunk(ranks, dim=2))
     return [x[:, :, rank * count // ranks :][:, :, :1] for rank in range(ranks)]

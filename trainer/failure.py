@@ -59,7 +59,8 @@ def message(error: BaseException, *, started: bool, hint: str = "") -> str:
         )
     else:
         lines = "".join(traceback.format_exception(error)).rstrip()
-        text = f"{lines}\nrank {rank} failed: {type(error).__name__}: {error}"
+        where = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", ())))
+        text = f"{lines}\nrank {rank} failed: {where}{type(error).__name__}: {error}"
         if isinstance(error, torch.OutOfMemoryError):
             text += (
                 "\nRaise parallel.sequence or engine.zero_stage, set trainer.activation_checkpointing=full, or lower "

@@ -18,12 +18,14 @@ from .data import Corpus
 from .engine import Engine, Gather
 from .exchange import from_first_rank, together
 from .recall import RecallCorpus
+from .rehearsal import rehearse
 from .run_directory import RunDirectory, find_checkpoint
 from .settings import Settings
 from .tokenizers import SMALLEST_VOCABULARY
 
 log = logging.getLogger("longreach")
 
+logger = logging.getLogger("longreach")
 Build = Callable[[dict[str, Any]], LanguageModel]
 
 
@@ -127,16 +129,22 @@ def check_same_model(found: Path, model: dict[str, Any]) -> None:
         )
 
 
-def check_model(build: Build, model: dict[str, Any], strategies: dict[str, str]) -> LanguageModel:
+def check_model(
+    build: Build, model: dict[str, Any], settings: Settings, note: Callable[[str], None] = logger.warning
+) -> LanguageModel:
     """The model without memory: what does not fit shows here, and the meters count by it.
 
-    strategies: `parallel.mixers`. Raises ValueError for the name of a mixer that the model has not.
+    note: gets a line for what the writer of a mixer should know. Raises ValueError for the name of a mixer in
+    `parallel.mixers` that the model has not, for a parameter without an initial value, and what `rehearse` raises.
     """
     with torch.device("meta"):
         built = build(model)
-    if unknown := [name for name in strategies if name not in built.names]:
+    if unknown := [name for name in settings.parallel.mixers if name not in built.names]:
         names = ", ".join(dict.fromkeys(built.names))
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
+    built.check_initial_values()
+    for line in rehearse(lambda: build(model), settings):
+        note(line)
     return built
 
 

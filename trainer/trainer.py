@@ -57,7 +57,7 @@ class Trainer:
             together(mesh, lambda: check_same_model(found, settings.model))
             self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(found).state["data"]))
         self.origin = together(mesh, lambda: self._origin(found))
-        self.shape = together(mesh, lambda: check_model(build, settings.model, settings.parallel.mixers))
+        self.shape = together(mesh, lambda: check_model(build, settings.model, settings))
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
         if found is not None:

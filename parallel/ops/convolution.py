@@ -61,6 +61,8 @@ def _with_history(x: Tensor, seq: Sequence, width: int, slot: str) -> tuple[Tens
     """Folded spans of x, and the `width` rows before each: from other ranks, or from the decoding cache."""
     if seq.cache is None:
         folded = seq.fold(x)
+        if seq.layout.ranks == 1:
+            seq.claim(slot)  # which decoding needs even where there is no halo
         return folded, halo(folded, seq, width, slot)
     history = seq.cache.entries.get((seq.layer, slot), (x.new_zeros(x.shape[0], width, *x.shape[2:]),))[0]
     seq.cache.entries[seq.layer, slot] = (torch.cat([history, x], dim=1)[:, x.shape[1] :],)

@@ -1,0 +1,148 @@
+"""Rehearsal: one forward and backward on tensors without data, which shows before a run what step 1 would fail on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.documents import Documents
+from ..models.language_model import LanguageModel
+from ..models.mixer import Mixer, name_of
+from ..parallel.layout import Layout
+from ..parallel.sequence import Sequence
+from .settings import Settings, layout_of, strategy_of, ulysses_ranks
+
+LONGEST_SPAN = 2048  # tokens; what is derived from positions takes time on the host
+# A part that needs values, a CUDA device or a kernel of its own cannot be rehearsed; that is no fault.
+UNREHEARSABLE = ("meta", "cuda", "triton", "device", "pointer", "data_ptr", "storage")
+
+
+def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str]:
+    """Runs a new model on `meta` as the first rank of its topology would; returns what its writer should know.
+
+    No memory is taken and nothing is sent; ops give the shapes and types that they give on as many ranks. Raises, with
+    the part in front, whatever a mixer's or another layer's forward raises, and ValueError where its output does not
+    fit its input, where two ops of a mixer share a slot, or where ranks that exchange tokens for heads do not divide
+    them. What cannot be rehearsed is among the notes.
+    """
+    with torch.device("meta"):
+        model = build()
+        notes = _notes_on_tensors(model)
+        model.to("meta")
+        for parameter in model.parameters():  # buffers keep their type under the engine too
+            parameter.data = parameter.data.to(getattr(torch, settings.trainer.dtype))
+        for layer in range(model.depth):
+            _check_outputs(model, layer)
+        model.at_step(0)
+        layout = layout_of(settings)
+        error = _attempt(model, _shortened(layout), settings)
+        if error is not None:  # of a layer that asks for the whole length, perhaps
+            error = _attempt(model, layout, settings)
+    if error is None:
+        return notes + _notes_on_gradients(model)
+    if isinstance(error, ValueError) or not any(word in str(error).lower() for word in UNREHEARSABLE):
+        raise error
+    where = "; ".join(getattr(error, "__notes__", ())) or "the model"
+    return [*notes, f"{where} cannot be tried before step 1: {str(error).splitlines()[0]}"]
+
+
+def _attempt(model: LanguageModel, layout: Layout, settings: Settings) -> Exception | None:
+    """A forward and backward under the layout; what they raise."""
+    documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
+    seq = Sequence.rehearsal(documents, layout, strategy_of(settings.parallel), ulysses_ranks(settings.parallel))
+    tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
+    try:
+        model.flops(documents)
+        loss, _ = model(tokens, seq, tokens)
+        loss.backward()
+    except Exception as error:
+        return error
+    return None
+
+
+def _shortened(layout: Layout) -> Layout:
+    """The layout with spans halved until they are short: what a layer cuts its tokens by divides them still."""
+    span = layout.span_length
+    while span > LONGEST_SPAN:
+        span //= 2
+    return Layout(span * layout.ranks * layout.spans, layout.ranks, layout.spans)
+
+
+def _check_outputs(model: LanguageModel, layer: int) -> None:
+    """Has the layer's parts checked whenever they run."""
+    mixer, feed_forward = model.mixers[layer], model.blocks[layer].feed_forward
+
+    def mixed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+        if mixer.publishes:
+            count = 1 + len(mixer.publishes)
+            if not isinstance(result, tuple) or len(result) != count:
+                names = ", ".join(mixer.publishes)
+                raise ValueError(f"forward must return its output and what it publishes, {names}; got {_form(result)}")
+            result = result[0]
+        _check_like(result, arguments[0])
+
+    def fed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+        _check_like(result, arguments[0])
+
+    mixer.register_forward_hook(mixed)
+    if isinstance(feed_forward, nn.Module):
+        feed_forward.register_forward_hook(fed)
+
+
+def _check_like(result: Any, x: Tensor) -> None:
+    if isinstance(result, Tensor) and (result.shape, result.dtype) == (x.shape, x.dtype):
+        return
+    hint = "End with a return" if result is None else "Project back to the width, and cast back to the input's type"
+    raise ValueError(f"forward must return a tensor like its input, {_form(x)}; got {_form(result)}. {hint}")
+
+
+def _form(value: Any) -> str:
+    """A value's shape and type, as messages say them."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_form, value))})"
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} in {str(value.dtype).removeprefix('torch.')}"
+    return "nothing" if value is None else f"a {name_of(type(value))}"
+
+
+def _parts(model: LanguageModel) -> Iterator[tuple[str, nn.Module]]:
+    """(setting, module) of each mixer, once, and of the feed-forward layer."""
+    for name in dict.fromkeys(model.names):
+        layer = model.names.index(name)
+        yield f"model.mixers.{name}", model.mixers[layer]
+    yield "model.feed_forward", model.get_submodule("blocks.0.feed_forward")
+
+
+def _notes_on_tensors(model: LanguageModel) -> list[str]:
+    """Of tensors that neither a move of the model nor a checkpoint finds, and of layers that start too large."""
+    notes = []
+    for setting, part in _parts(model):
+        modules = [(f"{path}." if path else "", module) for path, module in part.named_modules()]
+        plain = [path + name for path, module in modules for name, x in vars(module).items() if isinstance(x, Tensor)]
+        placed = [name for name, x in (*part.named_parameters(), *part.named_buffers()) if x.device.type != "meta"]
+        saved = [name for name in part.state_dict() if name in dict(part.named_buffers())]
+        told = [
+            ("keeps plain tensors, which do not move with the model", plain, "register_buffer(…, persistent=False)"),
+            ("makes tensors on a device of its own choice, before they are split", placed, "leave out device="),
+            ("has buffers that a checkpoint does not hold", saved, "say so with persistent=False, or use parameters"),
+        ]
+        if isinstance(part, Mixer) and not any(name.startswith("output.") for name, _ in part.named_parameters()):
+            told.append(
+                ("has no layer called output", ["it starts smaller the deeper the model"], "call its last one so")
+            )
+        notes += [f"{setting}: {name_of(type(part))} {what} ({', '.join(of)}): {hint}" for what, of, hint in told if of]
+    return notes
+
+
+def _notes_on_gradients(model: LanguageModel) -> list[str]:
+    notes = []
+    for setting, part in _parts(model):
+        if idle := [name for name, x in part.named_parameters() if x.requires_grad and x.grad is None]:
+            notes.append(
+                f"{setting}: {name_of(type(part))} learns nothing in {', '.join(idle)}, which forward does not use or "
+                "detaches"
+            )
+    return notes
