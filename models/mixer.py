@@ -189,9 +189,7 @@ def check_mixer(mixer: nn.Module, setting: str) -> Mixer:
     for attribute in ("publishes", "reads", "no_weight_decay"):
         names = getattr(mixer, attribute)
         if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                f"{setting} must have names in {made}.{attribute}; got {names!r}. Write a tuple: ('name',)"
-            )
+            raise ValueError(f"{setting} must have names in {made}.{attribute}; got {names!r}. Write ('name',)")
     parameters = dict(mixer.named_parameters())
     if unknown := [name for name in mixer.no_weight_decay if name not in parameters]:
         raise ValueError(

@@ -1,5 +1,6 @@
 """What the pages say is what the code does: settings, examples, the recipe for a mixer."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -24,6 +25,55 @@ def test_the_readme_has_the_settings_of_today() -> None:
     readme = page.README.read_text()
     assert page.updated(readme) == readme, "run python docs/settings.py"
     assert not [line for line in page.section().splitlines() if line.endswith("|  |")], "a setting has no comment"
+
+
+FOLDERS = "benchmarks|conf|docs|examples|kernels|launch|models|parallel|tests|trainer"
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
+SOURCES = [
+    path
+    for folder in FOLDERS.split("|")
+    for ending in ("*.py", "*.sh", "*.yaml", "*.sbatch")
+    for path in (ROOT / folder).rglob(ending)
+]
+MADE_BY_THE_READER = {"models/mixers/decayed_attention.py", "conf/mixer/decayed_attention.yaml"}
+
+
+@pytest.mark.parametrize("paths", [PAGES, SOURCES], ids=["pages", "sources"])
+def test_every_path_that_is_named_exists(paths: list[Path]) -> None:
+    assert not {path.name: wrong for path in paths if (wrong := missing_paths(path) - MADE_BY_THE_READER)}
+
+
+def missing_paths(path: Path) -> set[str]:
+    """The paths in a file's text that lead nowhere."""
+    named = re.findall(rf"(?<![\w/.…-])(?:longreach/)?((?:{FOLDERS})/[\w/.-]*[\w/])(?![\w*…<{{])", path.read_text())
+    if path in PAGES:
+        named += [name for name in re.findall(r"`([\w-]+\.(?:md|py|sh))`", path.read_text()) if not own_file(name)]
+    return {name for name in named if not (ROOT / name).exists()}
+
+
+def own_file(name: str) -> bool:
+    """Whether a file of this name is somewhere in the repository, or is one that a reader would write."""
+    return name.startswith("my_") or any(source.name == name for source in [*PAGES, *SOURCES])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_dotted_name_exists(path: Path) -> None:
+    for name in set(re.findall(r"longreach(?:\.\w+)+", path.read_text())):
+        if "decayed_attention" not in name:
+            head, _, last = name.rpartition(".")
+            assert find_spec(name) or hasattr(importlib.import_module(head), last), name
+
+
+def find_spec(name: str) -> object:
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def test_the_readme_leads_to_every_example() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not [path.name for path in (ROOT / "examples").glob("0*") if f"examples/{path.name}" not in readme]
 
 
 @pytest.mark.slow

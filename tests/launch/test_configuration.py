@@ -3,6 +3,7 @@
 import io
 import sys
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import hydra
 import pytest
@@ -163,6 +164,21 @@ def test_other_values_keep_their_grammar() -> None:
     assert configuration.quoted("data.path=null", TEXTS) == "data.path=null"
     assert configuration.quoted("run.dir='a,b'", TEXTS) == "run.dir='a,b'"
     assert configuration.quoted("optimizer.betas=[0.9,0.99]", TEXTS) == "optimizer.betas=[0.9,0.99]"
+
+
+def test_another_checkout_around_the_working_directory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").touch()
+    inner = tmp_path / "kernels" / "softmax"
+    inner.mkdir(parents=True)
+    assert configuration.other_checkout(inner) == tmp_path
+    assert configuration.other_checkout(configuration.PACKAGE / "kernels") is None
+    monkeypatch.chdir(inner)
+    told = complaint(monkeypatch, "trainer.stepps=3")
+    assert f"note: this runs the LongReach in {configuration.PACKAGE}, not the one in {tmp_path}" in told
+    assert f"bash {tmp_path}/launch/torchrun.sh" in told
+    monkeypatch.chdir(configuration.PACKAGE)
+    assert "note:" not in complaint(monkeypatch, "trainer.stepps=3")
 
 
 def test_generation_has_a_schema_too() -> None:

@@ -159,3 +159,11 @@ def test_generation_says_what_is_wrong(run: Path, tmp_path: Path) -> None:
         assert shown.returncode == 1
         assert message in shown.stderr
         assert "Traceback" not in shown.stderr
+
+
+def test_heads_that_the_ranks_cannot_split_end_both_before_a_folder_is_made(tmp_path: Path) -> None:
+    heads = ("parallel.attention=ulysses", "model.mixers.softmax.heads=1", "model.mixers.softmax.kv_heads=1")
+    done = train("torchrun", tmp_path / "run", *heads, "trainer.steps=1")
+    assert done.returncode == 1
+    assert done.stderr.count("error: model.mixers.softmax (SoftmaxAttention), layer 7: heads must be a multiple") == 1
+    assert not (tmp_path / "run").exists()
