@@ -37,7 +37,7 @@ def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: tor
                 f"backend must be one that runs on {device}; {op} got 'triton', which needs CUDA or Triton's "
                 "interpreter (TRITON_INTERPRET=1 before Python starts). Use 'auto' or 'chunked'"
             )
-    if (op, chosen, device) not in _logged:
+    if device != "meta" and (op, chosen, device) not in _logged:  # on meta nothing runs
         _logged.add((op, chosen, device))
         why = "chosen for this device" if backend == "auto" else "by request"
         logger.info("%s on %s: %s, %s", op, device, chosen, why)
