@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -18,6 +19,7 @@ from .engine_config import configuration
 from .masters import Fragment, Masters, shape_of
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Engine:
         self._clip, self._norm = clip, 0.0
         if self.zero_stage == 0:
             self._adam.register_step_pre_hook(self._before_adam)
+        elif hasattr(self._engine.optimizer, "get_grads_for_norm"):
+            _sum_norms_in_float64(self._engine.optimizer)
 
     def __call__(self, *args: Any) -> Any:
         """The model's forward."""
@@ -166,15 +170,23 @@ class Engine:
     def _before_adam(self, *_: Any) -> None:
         # Stage 0 only: the gradients are reduced by now, and DeepSpeed keeps no norm of them.
         gradients = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._norm = float(norm)
-        if not torch.isfinite(norm):
-            self._norm = float("inf")
+        self._norm = float(norms(gradients).norm())
+        if not math.isfinite(self._norm):
+            self._norm = math.inf
             for group in self._adam.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # which AdamW passes over
         elif self._clip:
             torch._foreach_mul_(gradients, min(1.0, self._clip / (self._norm + 1e-6)))
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Norms of parts of the tensors, float64 `[parts]`; their norm is that of all tensors together.
+
+    In float32 the squares of millions of numbers lose the fourth digit on a CPU.
+    """
+    parts = [part for tensor in tensors for part in tensor.detach().flatten().split(NORM_PART)]
+    return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -191,6 +203,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         (decaying if decays else others).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _sum_norms_in_float64(optimizer: Any) -> None:
+    """Makes DeepSpeed's optimizer of stage 1 in bfloat16, the one that adds up squares in float32, see norms alone.
+
+    The others use float64 themselves. By a private name of DeepSpeed 0.19.8, which the engine's tests pin.
+    """
+    original = optimizer.get_grads_for_norm
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        found = original(for_clipping)
+        if for_clipping:
+            return found
+        gradients, experts = found
+        return [norms(gradients).float()] if gradients else [], experts
+
+    optimizer.get_grads_for_norm = get_grads_for_norm
 
 
 @contextmanager

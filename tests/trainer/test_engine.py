@@ -13,6 +13,7 @@ from longreach.trainer.engine import parameter_groups
 
 pytestmark = pytest.mark.slow  # engines on several ranks
 STEPS = 4
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 def train(rank, world, stage, accumulation, clip, dtype, config, recompute):
@@ -78,8 +79,7 @@ def test_bfloat16_keeps_float32_masters_and_equal_norms_on_every_stage(stage):
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_offloaded_optimizer_states(stage):
-    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    check(run_ranks(2, train, stage, 2, 0.2, "float32", config, False), 0.2, 1e-5, 1e-5)
+    check(run_ranks(2, train, stage, 2, 0.2, "float32", OFFLOADED, False), 0.2, 1e-5, 1e-5)
 
 
 def step_on_nan(rank, world, stage, dtype):
@@ -105,6 +105,36 @@ def test_a_gradient_that_is_not_finite_steps_nothing(stage, dtype):
         assert norm == float("inf")
         assert unchanged
         assert 0 < next_norm < float("inf")
+
+
+def norms_of_a_wide_model(rank, world, stage, dtype, clip, config):
+    """The engine's norm of a gradient of two million numbers, and the square of what this rank holds of it, clipped."""
+    engine = make_engine(
+        stage, model=lambda: SmallModel(width=32, vocabulary=65536), dtype=dtype, clip=clip, config=config
+    )
+    norm = train_step(engine, 0, rank, world, 2)
+    held = [engine.fragment(parameter, "exp_avg").values.double() for _, parameter in engine.named_parameters()]
+    return norm, float(sum(values.square().sum() for values in held)) / (1 - ADAM.betas[0]) ** 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "dtype", "config"),
+    [
+        *((stage, "float32", {}) for stage in range(4)),
+        *((stage, "bfloat16", {}) for stage in (1, 2, 3)),
+        *((stage, "bfloat16", OFFLOADED) for stage in (1, 3)),
+    ],
+)
+def test_the_norm_of_millions_of_numbers_is_right_to_the_sixth_digit_and_clips(stage, dtype, config, world):
+    results = run_ranks(world, norms_of_a_wide_model, stage, dtype, 0.0, config)
+    held = sum(square for _, square in results) / (world if stage == 0 else 1)
+    for norm, _ in results:
+        assert norm == pytest.approx(held**0.5, rel=1e-6)
+    clip = results[0][0] / 3
+    clipped = run_ranks(world, norms_of_a_wide_model, stage, dtype, clip, config)
+    assert sum(square for _, square in clipped) / (world if stage == 0 else 1) == pytest.approx(clip**2, rel=2e-6)
+    assert clipped[0][0] == pytest.approx(results[0][0], rel=1e-7)
 
 
 def largest_held(rank, world, stage):
