@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import Documents
-from ..kernels.pointwise import cross_entropy, loss_and_correct
+from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
 from ..parallel.sequence import Kept, Sequence
 from .block import Block
 from .mixer import RECIPE, Mixer, check_mixer, construct, name_of, naming
@@ -26,6 +26,13 @@ CHECKPOINTING = ("none", "full", "mixing")
 
 Part = Callable[..., nn.Module]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+
+
+class Embedding(nn.Embedding):
+    """The input layer: tokens int64 `[B, T]` to `[B, T, D]`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight)
 
 
 class Head(nn.Linear):
@@ -106,7 +113,7 @@ class LanguageModel(nn.Module):
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
         check_reads(self.mixers)
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = Embedding(vocabulary, width)
         self.norm = RMSNorm(width, norm_eps)
         self.head = Head(width, vocabulary)
         if tied_embeddings:

@@ -1,8 +1,18 @@
-"""Token-local math: norms, rotary positions, gated activations, and the loss."""
+"""Token-local math: embeddings, norms, rotary positions, gated activations, and the loss."""
 
 from .cross_entropy import cross_entropy, loss_and_correct
+from .embedding import embedding
 from .rms_norm import rms_norm
 from .rope import RopeScaling, rope, rope_frequencies
 from .swiglu import swiglu
 
-__all__ = ["RopeScaling", "cross_entropy", "loss_and_correct", "rms_norm", "rope", "rope_frequencies", "swiglu"]
+__all__ = [
+    "RopeScaling",
+    "cross_entropy",
+    "embedding",
+    "loss_and_correct",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "swiglu",
+]
