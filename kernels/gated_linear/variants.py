@@ -133,7 +133,7 @@ class Call:
         """The plain recurrence."""
         keys, log_decay, queries = self.k, self.inputs[3], self.queries
         if self.stabilised:
-            keys = (self.of_heads(keys) * self.key_factor).to(keys.dtype)
+            keys = self.of_heads(keys) * self.key_factor  # in what is computed in, so that they are rounded once
             log_decay = self.scales.log_decay.to(self.dtype)
         if self.exclusive:
             # That of the token after, where it goes on with the document; the first has its state at hand.
