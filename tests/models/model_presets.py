@@ -32,6 +32,25 @@ def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
     return mixer
 
 
+def as_new(mixer: str | Mixer) -> Mixer:
+    """A mixer, by the name of its YAML or itself, with the values that a run begins with, none of them zero.
+
+    So gates are open and states last: what `randomise` gives forgets within a few tokens.
+    """
+    partial = mixer_partial(mixer) if isinstance(mixer, str) else lambda: mixer
+    settings = {"vocabulary": 3, "width": WIDTH, "depth": 1, "pattern": ["it"], "mixers": {"it": partial}}
+    model = LanguageModel(**settings, feed_forward=feed_forward(8), initial_std=WIDTH**-0.5)
+    model.initialise(0)
+    generator, made = torch.Generator().manual_seed(3), model.mixers[0]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * noise * (1 if parameter.dim() < 2 else parameter.shape[1] ** -0.5)
+    if made.publishes:
+        made.register_forward_hook(lambda module, arguments, outputs: outputs[0])
+    return made
+
+
 def build_model(preset: str = "quickstart", *, vocabulary: int = 61, **changes: Any) -> LanguageModel:
     settings = OmegaConf.load(CONF / "model" / f"{preset}.yaml")
     changes = {"vocabulary": vocabulary, "_partial_": True, **changes}  # called here, so that errors come as they are

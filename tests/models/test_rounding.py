@@ -1,0 +1,174 @@
+"""What bfloat16 loses in every mixer, told by float64 of the same rounded numbers; planted faults are found."""
+
+import planted_roundings
+import pytest
+import torch
+from distributed import run_ranks
+from model_presets import MIXERS, WIDTH, as_new, build_mixer, small_hybrid, tokens
+
+from longreach.kernels.documents import Documents
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
+from longreach.trainer.diagnosis.checks import of_norms
+from longreach.trainer.diagnosis.precision import noted_ops, of_ops, plain_rotations
+
+LENGTH = 2048
+DOCUMENTS = Documents.from_lengths([[1900, 148]], LENGTH)
+FAR = Documents.whole(1, LENGTH, position=100_000)
+# Relative norm. Activations that are rounded, a dozen times on the way, make 0.4 to 2 %; what adds up rounded numbers
+# makes more with every token.
+GRADIENTS = 0.03
+ROUNDINGS = 1.25  # of an op, which rounds once; a gradient may be the sum of two parts that do
+
+
+def one_of(rank, world, spans, documents, strategy=None):
+    if world == 1:
+        return Sequence.single(documents)
+    layout, strategy = Layout(LENGTH, world, spans), strategy or Strategy()
+    heads = world if "ulysses" in (strategy.attention, strategy.recurrent) else 1
+    return Sequence.shared(documents, layout, Mesh.create(world, heads), strategy)
+
+
+def draw():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, LENGTH, WIDTH, generator=generator).bfloat16() for _ in range(2)]
+
+
+def build(name):
+    """A mixer as a run begins it: of the name of its YAML, or of a class here."""
+    return as_new(planted_roundings.ForgettingAttention() if name == "forgetting" else name)
+
+
+def gradients_of_rank(rank, world, name, spans, documents, fault=None, dtype=torch.bfloat16, lists=None):
+    """Gradients of parameters and input, and the lists that a selector gave, or is to give, for what a rank holds."""
+    seq, noted = one_of(rank, world, spans, documents), []
+    mixer = build(name).bfloat16().to(dtype)
+    if hasattr(mixer, "selector"):
+        mixer.selector.register_forward_hook(lambda *call: noted.append(call[-1]) if lists is None else lists)
+    x, dout = (seq.shard(part).to(dtype) for part in draw())
+    x.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            getattr(planted_roundings, fault)(patch)
+        mixer(x, seq).backward(dout)
+    return (
+        {label: p.grad.float() if dtype.itemsize == 2 else p.grad for label, p in mixer.named_parameters()},
+        x.grad,
+        noted,
+    )
+
+
+def errors(name, world=1, spans=1, documents=DOCUMENTS, fault=None):
+    """Relative errors of the gradients of all parameters, summed over ranks as engines do, and of the input."""
+    layout = Layout(LENGTH, world, spans)
+    arguments = name, spans, documents, fault
+    parts = [gradients_of_rank(0, 1, *arguments)] if world == 1 else run_ranks(world, gradients_of_rank, *arguments)
+    lists = layout.unshard([part[2][0] for part in parts]) if parts[0][2] else None
+    with plain_rotations(documents):
+        exact, dx, _ = gradients_of_rank(0, 1, name, 1, documents, None, torch.float64, lists)
+    got = {label: sum(part[0][label] for part in parts) for label in exact}
+    return of_norms({**got, "input": layout.unshard([part[1] for part in parts])}, {**exact, "input": dx})
+
+
+def roundings_of_rank(rank, world, name, spans, strategy=None, fault=None):
+    """The largest error of each op's output and gradients, in roundings."""
+    seq, found = one_of(rank, world, spans, DOCUMENTS, strategy), {}
+    with noted_ops() as noted, torch.no_grad():
+        build_mixer(name, torch.bfloat16)(seq.shard(draw()[0]), seq)
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            getattr(planted_roundings, fault)(patch)
+        for error, place in of_ops(noted, torch.bfloat16):
+            found[place] = max(error, found.get(place, 0.0))
+    return found
+
+
+def roundings(name, world=1, spans=1, strategy=None, fault=None):
+    if world == 1:
+        return roundings_of_rank(0, 1, name, spans, strategy, fault)
+    parts = run_ranks(world, roundings_of_rank, name, spans, strategy, fault)
+    return {place: max(part[place] for part in parts) for place in parts[0]}
+
+
+def some(*often):
+    """Every mixer, those not named here with the slow tests."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in MIXERS]
+
+
+@pytest.mark.parametrize("name", some("softmax_attention", "gated_deltanet", "mlstm"))
+def test_gradients_in_bfloat16_are_those_of_float64(name):
+    found = errors(name)
+    assert max(found.values()) < GRADIENTS, found
+
+
+@pytest.mark.parametrize("name", some("infllm_v2", "mlstm", "mamba"))
+def test_every_op_adds_up_in_float32_and_rounds_once(name):
+    found = roundings(name)
+    assert found
+    assert max(found.values()) < ROUNDINGS, found
+
+
+@pytest.mark.parametrize("name", some("gated_linear_attention"))
+def test_gradients_on_two_ranks_are_those_of_float64(name):
+    found = errors(name, 2, 2)
+    assert max(found.values()) < GRADIENTS, found
+
+
+@pytest.mark.parametrize("name", some("softmax_attention"))
+def test_every_op_on_two_ranks_adds_up_in_float32_and_rounds_once(name):
+    found = roundings(name, 2, 2)
+    assert max(found.values()) < ROUNDINGS, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [Strategy("gather"), Strategy("ulysses", "ulysses")], ids=str)
+@pytest.mark.parametrize("name", ["softmax_attention", "gated_deltanet", "mamba2"])
+def test_other_strategies_round_once_too(name, strategy):
+    found = roundings(name, 2, 1, strategy)
+    assert max(found.values()) < ROUNDINGS, found
+
+
+@pytest.mark.parametrize("name", ["softmax_attention", "retnet"])
+def test_a_hundred_thousand_tokens_on_rotations_are_as_exact(name):
+    found = errors(name, documents=FAR)
+    assert max(found.values()) < GRADIENTS, found
+
+
+def test_every_parameter_of_a_model_has_the_gradient_of_float64():
+    gradients = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        model = small_hybrid("lightning_attention", dtype=torch.float64, tied_embeddings=True, vocabulary=11)
+        model.initialise(0)
+        model.bfloat16().to(dtype)
+        seq = Sequence.single(DOCUMENTS)
+        loss, count = model(tokens(1, LENGTH, 11), seq, tokens(1, LENGTH, 11).roll(-1, dims=1))
+        (loss / count).backward()
+        gradients[dtype] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = of_norms(gradients[torch.bfloat16], gradients[torch.float64])
+    assert max(found.values()) < GRADIENTS, found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_gate_whose_sums_are_made_of_rounded_gradients_is_found(world):
+    assert errors("forgetting", world, world)["forget.weight"] > 5 * GRADIENTS
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "place"),
+    [
+        ("queries_gradient_added_up_rounded", "softmax_attention", "softmax_attention: gradient of q"),
+        ("blocks_gradient_added_up_rounded", "moba", "block_sparse_attention: gradient of q"),
+        ("window_means_added_up_rounded", "moba", "window_means: output"),
+    ],
+)
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_op_that_adds_up_in_bfloat16_is_found(world, fault, name, place):
+    assert roundings(name, world, world, fault=fault)[place] > 1.2 * ROUNDINGS
+
+
+@pytest.mark.parametrize("fault", ["positions_rounded", "angles_rounded"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_rotations_that_are_rounded_are_found(world, fault):
+    assert max(errors("softmax_attention", world, world, fault=fault).values()) > 2 * GRADIENTS
