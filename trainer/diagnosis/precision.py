@@ -87,14 +87,14 @@ def plain_rotations(documents: Documents) -> Iterator[None]:
     A position or an angle that is rounded in every type alike is wrong in float64 too.
     """
     original = Rotary.__call__
-    positions = torch.zeros(documents.batch, documents.length, dtype=torch.float64)
-    for row, runs in zip(positions, documents.runs, strict=True):
+    counted = torch.zeros(documents.batch, documents.length, dtype=torch.float64)
+    for row, runs in zip(counted, documents.runs, strict=True):
         for run in runs:
             row[run.start : run.stop] = torch.arange(run.position, run.end_position, dtype=torch.float64)
 
-    def rotate(self: Rotary, x: Tensor, given: Tensor) -> Tensor:
+    def rotate(self: Rotary, x: Tensor, positions: Tensor) -> Tensor:
         inverse_frequencies, factor = self.frequencies(x.device)
-        angles = positions.to(x.device)[..., None, None] * inverse_frequencies.double()
+        angles = counted.to(x.device)[..., None, None] * inverse_frequencies.double()
         first, second, rest = x.tensor_split((self.rotated // 2, self.rotated), dim=-1)
         turned = torch.complex(first.double(), second.double()) * torch.polar(torch.full_like(angles, factor), angles)
         return torch.cat([turned.real.to(x.dtype), turned.imag.to(x.dtype), rest], dim=-1)
