@@ -13,7 +13,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ..models.hf import TOKENIZER_FILES
-
 from .pieces import AT_ONCE, PIECE, PieceEncoder, cut_for_training
 
 END_OF_TEXT = "<|endoftext|>"
