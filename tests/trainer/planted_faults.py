@@ -203,26 +203,27 @@ def every_data_rank_reads_the_same() -> None:
     original = spoil(Trainer, "_read_step", read)
 
 
-def _configured(**changes: Any) -> None:
-    def configuration(*arguments):
-        return original(*arguments) | changes
+def _configured(dtypes: tuple[str, ...], **changes: Any) -> None:
+    def configuration(zero_stage, dtype, *rest):
+        made = original(zero_stage, dtype, *rest)
+        return made | changes if dtype in dtypes else made
 
     original = spoil(engine, "configuration", configuration)
 
 
 def nothing_is_clipped() -> None:
     """Gradients are not clipped."""
-    _configured(gradient_clipping=0.0)
+    _configured(("float32", "bfloat16"), gradient_clipping=0.0)
 
 
 def bfloat16_accumulation() -> None:
     """Gradients of micro-batches are added up in bfloat16."""
-    _configured(data_types={"grad_accum_dtype": "bf16"})
+    _configured(("bfloat16",), data_types={"grad_accum_dtype": "bf16"})
 
 
 def bfloat16_reduction() -> None:
     """Gradients are added up over ranks in bfloat16."""
-    _configured(communication_data_type="bf16")
+    _configured(("bfloat16",), communication_data_type="bf16")
 
 
 def norms_decay() -> None:

@@ -217,6 +217,10 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
             "bfloat16_reduction", ["model=llama_tiny", BFLOAT16], loop.training_steps,
             "ZeRO-1, bfloat16: sum over micro-batches",
         ),
+        (
+            "bfloat16_accumulation", ["model=llama_tiny", BFLOAT16], loop.training_steps,
+            "ZeRO-1, bfloat16: sum over micro-batches",
+        ),
     ],
 )  # fmt: skip
 def test_each_kind_of_fault_is_named(four_ranks, fault, overrides, stage, culprit):

@@ -86,9 +86,14 @@ class Report:
 
     @property
     def culprits(self) -> list[Row]:
-        """Failures that no other explains."""
+        """Failures that no other explains; of those on several ZeRO stages one."""
         failures = self.failures
-        return [row for row in failures if not any(cause.explains(row) for cause in failures)]
+        found: list[Row] = []
+        for row in failures:
+            staged = row.check.startswith("ZeRO-") and any(row.family[0] == other.family[0] for other in found)
+            if not staged and not any(cause.explains(row) for cause in failures):
+                found.append(row)
+        return found
 
     def verdict(self) -> str:
         """The last line."""
@@ -154,7 +159,9 @@ class Report:
             yield from _wrapped(row.extent, "      extent  ")
         if row.ran:
             yield from _wrapped(row.ran, "      ran     ")
-        following = [other.check for other in self.failures if other not in self.culprits and row.explains(other)]
+        alike = row.family[0] if row.check.startswith("ZeRO-") else None
+        rest = [other for other in self.failures if other not in self.culprits]
+        following = [other.check for other in rest if row.explains(other) or other.family[0] == alike]
         if following:
             yield from _wrapped(", ".join(following), "      so too  ")
 
