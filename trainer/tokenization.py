@@ -58,7 +58,8 @@ def tokenize(
     _refuse_nothing(totals["documents"], source, skipped)
     held_out(hashes, validation_fraction)
     for reason, said in (("invalid UTF-8", "not valid UTF-8"), ("blank", "blank")):
-        if number := skipped[reason]:
+        # A blank file may be an oversight; blank lines and rows are what every corpus has.
+        if (number := skipped[reason]) and (reason != "blank" or skipped.named(reason)):
             documents = "1 document is" if number == 1 else f"{number:,} documents are"
             left_out = "was left out" if number == 1 else "were left out"
             notes.append(f"{source.setting}: {documents} {said} and {left_out}{skipped.named(reason)}")
