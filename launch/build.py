@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 
 from ..models.language_model import LanguageModel
 from ..models.mixer import check_settings, name_of, naming
+from . import working_directory
 
 HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")  # keys that are no settings
 PARTS = ("feed_forward", "block")  # and each of the mixers: what the model makes anew for every layer
@@ -27,6 +28,7 @@ def build(model: dict[str, Any]) -> LanguageModel:
     Raises ValueError for settings that the model refuses, and for a `_target_` that cannot be found or does not take
     its settings. What a module or a constructor of the user's raises keeps its traceback.
     """
+    working_directory.use()
     _check_targets(model, "model")
     _check_parts(model)
     try:

@@ -9,9 +9,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,10 +22,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..trainer import launchers
+
 CONFIGURATIONS = "../conf"
 PACKAGE = Path(__file__).resolve().parent.parent
 Schema = TypeVar("Schema")
 ConfigurationError = (HydraException, OmegaConfBaseException)
+# One text in Hydra's quotes and no more, unlike '"Yes," she said, "no"'.
+QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*["]""", flags=re.DOTALL)
 
 
 def register(name: str, schema: type) -> None:
@@ -37,7 +42,7 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
-def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...] = ()) -> None:
+def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str] = ()) -> None:
     """Calls a function made by `hydra.main`; configuration errors become one message, of the first rank alone.
 
     texts: settings whose values are taken as they are written, whatever Hydra's grammar makes of their characters.
@@ -55,8 +60,9 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: tuple[str, ...
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come here rather than to Hydra's own printing
     sys.argv[1:] = [quoted(argument, texts) for argument in without_launcher_arguments(sys.argv[1:])]
     try:
+        _refuse_multirun(sys.argv[1:])
         compose()
-    except ConfigurationError as error:
+    except (ConfigurationError, MultirunError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(explain(error, config_name, sys.argv[1:]), file=sys.stderr, flush=True)
         else:
@@ -72,6 +78,43 @@ def other_checkout(folder: Path) -> Path | None:
     return None
 
 
+def join_launcher() -> None:
+    """Takes this process's rank from whatever started it; ends a process that cannot join the others, with a reason."""
+    try:
+        note = launchers.adopt()
+    except ValueError as error:
+        if launchers.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    if note:
+        print(note, file=sys.stderr, flush=True)
+
+
+def run_once() -> None:
+    """For commands of one process: ends all others that a launcher may have started."""
+    if launchers.rank() > 0:
+        sys.exit(0)
+
+
+class MultirunError(ValueError):
+    """Hydra's sweeps were asked for."""
+
+
+def _refuse_multirun(arguments: list[str]) -> None:
+    """Raises MultirunError for -m, --multirun (which argparse lets one shorten) and hydra.mode=MULTIRUN.
+
+    Hydra would run the jobs one after another in the same processes, but those are one world: process groups, compiled
+    ops and the engine's global state belong to the first job.
+    """
+    for argument in arguments:
+        flag = argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument))
+        if flag or re.fullmatch(r"\+*hydra\.mode=['\"]?(multirun|2)['\"]?", argument, flags=re.IGNORECASE):
+            raise MultirunError(
+                f"{argument} must be left out; a command is one run, since its processes form one world. Start one "
+                "command for each value: for x in 1 2 3; do … trainer.seed=$x; done"
+            )
+
+
 def without_launcher_arguments(arguments: list[str]) -> list[str]:
     """The arguments without the `--local_rank=N` that DeepSpeed's launcher adds and Hydra would refuse."""
     kept, skip = [], False
@@ -85,23 +128,43 @@ def without_launcher_arguments(arguments: list[str]) -> list[str]:
     return kept
 
 
-def quoted(argument: str, texts: tuple[str, ...]) -> str:
+def texts_of(schema: type, prefix: str = "") -> dict[str, bool]:
+    """The dotted names of a dataclass's settings whose values are texts, and whether they may be null."""
+    found: dict[str, bool] = {}
+    for name, kind in get_type_hints(schema).items():
+        options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        if dataclasses.is_dataclass(kind):
+            found |= texts_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif str in options:
+            found[prefix + name] = type(None) in options
+    return found
+
+
+def quoted(argument: str, texts: Collection[str]) -> str:
     """The override with its value in quotes, if it sets one of `texts` and is neither null nor quoted already.
 
-    A path with a comma would otherwise be a sweep, and a prompt with a parenthesis a function call.
+    2024_10 would otherwise be the number 202410, a path with a comma a sweep, and a prompt with a parenthesis a
+    function call. Where `texts` says that a setting is never null, "null" is a text as well.
     """
     name, equals, value = argument.partition("=")
-    if not equals or name.lstrip("+") not in texts or value == "null":
+    key = name.lstrip("+")
+    if not equals or key not in texts:
         return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+    nullable = texts[key] if isinstance(texts, Mapping) else True
+    if (value == "null" and nullable) or QUOTED.fullmatch(value):
         return argument
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m.group(1) * 2 + ("\\'" if m.group(2) else ""), value)
-    return f"{name}='{escaped.replace('${', chr(92) + '${')}'"
+    # A backslash counts before a quote, for Hydra, and before an interpolation, for OmegaConf.
+    literal = re.sub(r"(\\*)\$\{", lambda m: m.group(1) * 2 + "\\${", value)
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m.group(1) * 2 + ("\\'" if m.group(2) else ""), literal)
+    return f"{name}='{escaped}'"
 
 
 def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     """Hydra's message, with its cause, and the names that are near the one it did not find."""
+    if isinstance(error, MultirunError):
+        return f"error: {error}"
     lines = [str(error).partition("\nConfig search path")[0].strip()]
+    lines[0] = re.sub(r"\n3\. To sweep over it, add --multirun.*", "", lines[0]).replace("\\'", "'")
     if isinstance(error, OverrideParseException):
         override = error.override
         return f"The override {override!r} cannot be read: {lines[0]}\nPut the value in quotes: \"name='value'\""

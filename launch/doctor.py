@@ -14,7 +14,7 @@ from ..trainer.diagnosis.diagnose import diagnose
 from ..trainer.settings import Settings
 from . import configuration
 from .build import build
-from .train import TEXTS, to_settings
+from .train import to_settings
 
 
 @dataclass
@@ -48,6 +48,7 @@ def examine(settings: Settings, chosen: DoctorSettings) -> bool:
 
 
 def main() -> None:
+    configuration.run_once()
     configuration.quiet_libraries()
 
     @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="doctor")
@@ -62,7 +63,7 @@ def main() -> None:
             sys.exit(130)
         sys.exit(0 if passed else 1)
 
-    configuration.run_main(compose, "doctor", TEXTS)
+    configuration.run_main(compose, "doctor", configuration.texts_of(Configuration))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,21 @@ install_missing() {
 # The number of CUDA devices that torch sees.
 count_gpus() { (cd / && "$PYTHON" -c "import torch; print(torch.cuda.device_count())"); }
 
+# A TCP port that nothing listens on now.
+free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+# Ends a script that srun or mpirun started several times: each would train on its own, into the same folder.
+refuse_several() {
+    local tasks=${OMPI_COMM_WORLD_SIZE:-1}
+    if [ -n "${SLURM_STEP_ID:-}" ]; then tasks=${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}; fi
+    if [ "$tasks" -gt 1 ]; then
+        echo "this script must be started once; got $tasks tasks, each of which would train alone. Start one task a node" \
+            "with NODES, NODE_RANK and HEAD, as launch/slurm.sbatch does, or every rank by itself:" \
+            "srun python -m longreach.launch.train" >&2
+        exit 1
+    fi
+}
+
 # threads_for RANKS: cores for each rank of this machine.
 threads_for() {
     local cores

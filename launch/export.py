@@ -18,6 +18,7 @@ from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
 from ..trainer.origin import read_origin
 from ..trainer.run_directory import locate, read_config
+from ..trainer.settings import home
 from ..trainer.tensor_files import checksum
 from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
@@ -72,7 +73,7 @@ def export(settings: ExportSettings) -> Path:
         raise ValueError(
             f"max_positions must be at least 1; got {settings.max_positions}. Leave it out: the longest rows trained on"
         )
-    source = locate(settings.checkpoint, "checkpoint")
+    source = locate(home(settings.checkpoint, "checkpoint"), "checkpoint")
     run = read_config(source)
     tokenizer = checkpoint_tokenizer(source)
     origin = read_origin(source, tokenizer)
@@ -82,7 +83,7 @@ def export(settings: ExportSettings) -> Path:
         raise ValueError(f"{error}. {OTHERS.format(source)}") from None
     with torch.device("meta"):
         model = build(run["model"])
-    out = Path(settings.path).expanduser()
+    out = Path(home(settings.path, "path"))
     hf.write(
         _weights(checkpoint.verify(source), model),
         run["model"],
@@ -120,8 +121,9 @@ def _token_ids(said: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def main() -> None:
+    configuration.run_once()
     configuration.quiet_libraries()
-    configuration.run_main(compose, "export", ("checkpoint", "path"))
+    configuration.run_main(compose, "export", configuration.texts_of(ExportSettings))
 
 
 if __name__ == "__main__":

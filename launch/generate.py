@@ -15,6 +15,7 @@ from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
 from ..trainer import checkpoint
 from ..trainer.run_directory import locate, read_config
+from ..trainer.settings import home
 from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
 from .build import build
@@ -25,7 +26,7 @@ class GenerationSettings:
     """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken."""
 
     checkpoint: str | None = None
-    prompt: str | None = None
+    prompt: str = ""
     max_new_tokens: int = 256
     temperature: float = 0.8  # 0 takes the likeliest token
     top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
@@ -46,7 +47,7 @@ def generate(settings: GenerationSettings) -> None:
     if any(not text for text in settings.stop):
         raise ValueError("stop must be texts that are not empty; got an empty one. Remove it")
     device = _device(settings.device)
-    model, tokenizer = load(locate(settings.checkpoint, "checkpoint"), device)
+    model, tokenizer = load(locate(home(settings.checkpoint, "checkpoint"), "checkpoint"), device)
     drawn = draw(
         model,
         prompt_ids(tokenizer, settings.prompt, model.vocabulary),
@@ -130,6 +131,7 @@ def _device(name: str) -> torch.device:
 
 
 def main() -> None:
+    configuration.run_once()
     configuration.quiet_libraries()
 
     @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="generate")
@@ -143,7 +145,7 @@ def main() -> None:
             print()
             sys.exit(130)
 
-    configuration.run_main(compose, "generate", ("checkpoint", "prompt"))
+    configuration.run_main(compose, "generate", configuration.texts_of(GenerationSettings))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #   bash launch/quickstart.sh run.dir=runs/quickstart/TIME      goes on from the newest checkpoint there
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+refuse_several
 install_missing
 
 gpus=$(count_gpus)
@@ -22,8 +23,8 @@ elif [ "$gpus" -eq 1 ]; then
 else ranks=2
 fi
 
-cd "$repository"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_for "$ranks")}
-export LONGREACH_COMMAND="bash launch/quickstart.sh"
+export LONGREACH_COMMAND=${LONGREACH_COMMAND:-"bash $(printf %q "$0")"}
+trap '' USR1  # the ranks save and end at this signal; torchrun would die of it
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
     -m longreach.launch.train "${overrides[@]}"

@@ -7,13 +7,14 @@
 #   HEAD         address of machine 0      PORT   a free port on it (default 29500)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if [ "${NODES:-1}" -eq 1 ]; then refuse_several; fi
 install_missing
 
 gpus=$(count_gpus)
 RANKS=${RANKS:-$((gpus > 0 ? gpus : 2))}
 NODES=${NODES:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_for "$RANKS")}
-export LONGREACH_COMMAND="bash launch/torchrun.sh"
+export LONGREACH_COMMAND=${LONGREACH_COMMAND:-"bash $(printf %q "$0")"}
 if [ "$NODES" -eq 1 ]; then
     where=(--standalone)
 else
@@ -21,4 +22,5 @@ else
     : "${HEAD:?HEAD must be the address of machine 0}"
     where=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$HEAD" --master-port "${PORT:-29500}")
 fi
+trap '' USR1  # the ranks save and end at this signal; torchrun would die of it
 exec "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc-per-node "$RANKS" -m longreach.launch.train "$@"

@@ -12,13 +12,12 @@ from ..parallel.mesh import Mesh
 from ..trainer import failure, processes
 from ..trainer.report import launch_command
 from ..trainer.run_directory import own_checkpoint, read_config
-from ..trainer.settings import Settings, check, ulysses_ranks
+from ..trainer.settings import Settings, check, expand_paths, ulysses_ranks
 from ..trainer.trainer import Trainer
 from . import configuration
 from .build import build
 
-TEXTS = ("data.path", "data.cache_dir", "data.tokenizer", "run.dir", "checkpoint.resume", "init_from")
-TEXTS += ("evaluation.prompt", "logger.wandb.name")
+TEXTS = configuration.texts_of(Settings)
 
 configuration.register("settings", Settings)
 
@@ -32,6 +31,7 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
     if OmegaConf.is_missing(config.model, "vocabulary"):
         config.model.vocabulary = None  # the tokenizer's
     settings = configuration.to_schema(config, Settings)
+    expand_paths(settings)
     if settings.run.name is None:
         settings.run.name = (choices.get("experiment") or choices.get("model") or "run").replace("/", "-")
     if settings.init_from is not None:
@@ -73,6 +73,7 @@ def train(settings: Settings, command: list[str]) -> None:
 
 def main() -> None:
     configuration.quiet_libraries()
+    configuration.join_launcher()
     command = launch_command("longreach.launch.train", configuration.without_launcher_arguments(sys.argv[1:]))
 
     @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="train")

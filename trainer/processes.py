@@ -11,18 +11,21 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from . import launchers
+from .launchers import LAUNCHED
 
 
 def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic: bool = False) -> torch.device:
-    """Joins the processes of torchrun, of deepspeed or of a Slurm step into one group; returns this rank's device.
+    """Joins the processes of torchrun, deepspeed, srun or mpirun into one group; returns this rank's device.
 
     Without a launcher the group is this process alone, and no port is opened. `device` is `auto` (CUDA where there is
     any), `cuda` or `cpu`. Collectives on the host's memory work on every device. A rank that is silent in a collective
     for `timeout_minutes` ends the run. `deterministic` asks torch and libraries for the same bits at every run. Does
     nothing more than name the device where a group exists.
-    Raises ValueError for a device that is not there and for an incomplete environment.
+    Raises ValueError for a device that is not there, for an incomplete environment, and where the processes do not
+    meet.
     """
+    launchers.adopt()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, without a launcher too
     if deterministic:
@@ -38,7 +41,7 @@ def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic:
     timeout = timedelta(minutes=timeout_minutes)
     missing = [name for name in LAUNCHED if name not in os.environ]
     if not missing:
-        dist.init_process_group(backend, timeout=timeout)
+        _meet(backend, timeout)
     elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -47,6 +50,22 @@ def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic:
             f"{os.environ['WORLD_SIZE']}. Start the run with torchrun or deepspeed"
         )
     return here
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        where, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"MASTER_PORT must be a free port of {os.environ['MASTER_ADDR']}; got {os.environ['MASTER_PORT']}, "
+                "which is in use. Give another"
+            ) from None
+        raise ValueError(
+            f"the {size} processes of WORLD_SIZE must all be started, and reach {where}; rank {os.environ['RANK']} did "
+            f"not meet them ({str(error).splitlines()[0]}). Start all, and check MASTER_ADDR and MASTER_PORT"
+        ) from None
 
 
 def end() -> None:
@@ -77,6 +96,8 @@ def _device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("device must be cpu on a machine without CUDA; got cuda")
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1 and launchers.one_gpu_a_process():
+        local = 0
     if local >= count:
         raise ValueError(f"processes on one machine must not exceed its {count} GPU(s); got local rank {local}")
     return torch.device("cuda", local)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import launchers
 from .baselines import Baselines
 from .run_directory import RunDirectory
 
@@ -71,9 +72,8 @@ def commands(
     lines = []
     if checkpoint is not None:
         if prompt is not None:
-            text = prompt.replace("\\", "\\\\").replace('"', '\\"')
-            where = shlex.quote(str(checkpoint))
-            lines.append(f'more text     python -m longreach.launch.generate checkpoint={where} prompt="{text}"')
+            words = [f"checkpoint={checkpoint}", f"prompt={prompt}"]
+            lines.append(f"more text     python -m longreach.launch.generate {shlex.join(words)}")
         lines.append(f"to resume     {resume_command(command, directory, steps=2 * steps)}")
     return lines
 
@@ -81,18 +81,21 @@ def commands(
 def resume_command(command: list[str], directory: RunDirectory, steps: int | None = None) -> str:
     """`command` (launcher, module and overrides) with this run's folder, and with more steps if given."""
     replaced = ("run.dir=", "trainer.steps=") if steps else ("run.dir=",)
-    kept = [word for word in command if not word.startswith(replaced)]
+    kept = [word for word in command if not word.lstrip("+").startswith(replaced)]
     more = [f"run.dir={directory.path}"] + ([f"trainer.steps={steps}"] if steps else [])
     return shlex.join(kept + more)
 
 
 def launch_command(module: str, arguments: list[str]) -> list[str]:
-    """The command line that started this process: the script that said so, torchrun, or python."""
+    """The command line that started this process: the script that said so, srun, mpirun, torchrun, or python."""
     if script := os.environ.get("LONGREACH_COMMAND"):
         return [*shlex.split(script), *arguments]
+    if launcher := launchers.command():
+        return [*launcher, "python", "-m", module, *arguments]
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return ["torchrun", "--standalone", "--nproc-per-node", ranks, "-m", module, *arguments]
     if "RANK" in os.environ:
+        ranks = os.environ.get("LOCAL_SIZE", ranks)
         return ["deepspeed", "--num_gpus", ranks, "--module", module, *arguments]
     return ["python", "-m", module, *arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ DTYPES = ("float32", "bfloat16")
 LAYOUTS = {"contiguous": 1, "zigzag": 2}  # spans a rank by default
 CHECKPOINTING = ("none", "full", "mixing")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+PATHS = ("run.dir", "init_from", "data.path", "data.cache_dir", "data.tokenizer", "checkpoint.resume")
 
 
 @dataclass
@@ -76,9 +78,9 @@ class WandbSettings:
     """Weights & Biases: `auto` is online when logged in, offline otherwise."""
 
     mode: str = "auto"  # or online, offline, disabled
-    project: str = "longreach"  # where W&B files the run
-    entity: str | None = None  # W&B team; null: your own
-    name: str | None = None  # null: the name of run.dir
+    project: str | None = None  # where W&B files the run; null: WANDB_PROJECT, or longreach
+    entity: str | None = None  # W&B team; null: WANDB_ENTITY, or your own
+    name: str | None = None  # null: WANDB_NAME, or the name of run.dir
 
 
 @dataclass
@@ -113,6 +115,26 @@ class Settings:
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     run: RunSettings = field(default_factory=RunSettings)
     init_from: str | None = None  # a Hugging Face model, a checkpoint or a run, whose weights and tokenizer are taken
+
+
+def home(path: str, setting: str) -> str:
+    """The path with its `~` or `~user` replaced. Raises ValueError for a user that there is not."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        user = whole.partition("/")[0]
+        raise ValueError(f"{setting} must begin with the home of a user that exists; got {path}. Check {user}")
+    return whole
+
+
+def expand_paths(settings: Settings) -> None:
+    """Replaces `~` in every path of the settings."""
+    for setting in PATHS:
+        *groups, name = setting.split(".")
+        holder: Any = settings
+        for group in groups:
+            holder = getattr(holder, group)
+        if (path := getattr(holder, name)) is not None:
+            setattr(holder, name, home(path, setting))
 
 
 def spans_of(parallel: ParallelSettings) -> int:

@@ -29,7 +29,7 @@ from .progress import count
 from .run_directory import RunDirectory, passed_over
 from .sample import draw_sample
 from .schedule import Schedule
-from .settings import Settings, check, layout_of, micro_batches, strategy_of
+from .settings import Settings, check, expand_paths, layout_of, micro_batches, strategy_of
 
 
 class Trainer:
@@ -41,6 +41,7 @@ class Trainer:
     """
 
     def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, command: list[str]) -> None:
+        together(mesh, lambda: expand_paths(settings))
         together(mesh, lambda: check(settings, mesh.world_size))
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
         self.layout = layout_of(settings)
