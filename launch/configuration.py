@@ -62,7 +62,7 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str
     try:
         _refuse_multirun(sys.argv[1:])
         compose()
-    except (ConfigurationError, MultirunError) as error:
+    except (*ConfigurationError, MultirunError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(explain(error, config_name, sys.argv[1:]), file=sys.stderr, flush=True)
         else:

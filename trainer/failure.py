@@ -7,26 +7,77 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from . import peers
+
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "recv returned", "Timed out")
 GRACE_SECONDS = 3.0  # in which the launcher ends the ranks that have nothing to say
+STEP_SECONDS = 20.0  # in which a step may come to its end after SIGTERM; launchers kill after 30
+ASKS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
     """SIGTERM arrived: the launcher ends this rank because another one failed, or the job is cancelled."""
 
 
+class _State:
+    asked = 0  # the signal that asked for the run's end
+    stepping = False  # whether someone looks at `asked` soon
+    ending = False  # whether the run is being ended already
+
+
 def catch_termination() -> None:
-    """Turns SIGTERM into `Stopped`, so that files and W&B are closed."""
+    """Lets SIGTERM and SIGUSR1 end a run gently: see `asked`.
+
+    Where no step is under way, and where one takes too long, SIGTERM raises `Stopped`, so that files and W&B are
+    closed.
+    """
+    _State.asked, _State.stepping, _State.ending = 0, False, False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if _State.ending:
+            return
+        _State.asked = max(_State.asked, number)
+        if number == signal.SIGTERM:
+            if not _State.stepping:
+                raise Stopped
+            if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+                signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
+        if not _State.ending:
+            raise Stopped
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in ASKS:
+        signal.signal(number, ask)
+    signal.signal(signal.SIGALRM, stop)
+
+
+def asked() -> int:
+    """The signal that has asked this rank to save and end: SIGTERM, SIGUSR1, or 0 for none."""
+    return _State.asked
+
+
+@contextmanager
+def stepping() -> Iterator[None]:
+    """While steps are taken, after each of which `asked` is looked at."""
+    _State.stepping = True
+    try:
+        yield
+    finally:
+        _State.stepping = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def take_time() -> None:
+    """Lets no signal cut short what comes now: it ends the run."""
+    _State.ending = True
 
 
 def report(error: BaseException, *, started: bool, hint: str = "") -> None:
@@ -38,24 +89,32 @@ def report(error: BaseException, *, started: bool, hint: str = "") -> None:
     if getattr(error, "reported", False):
         return
     error.reported = True  # type: ignore[attr-defined]
+    take_time()  # the launcher's SIGTERM has nothing to add
     if not _first():
         time.sleep(GRACE_SECONDS)
         return
-    print(message(error, started=started, hint=hint), file=sys.stderr, flush=True)
+    others = peers.joined()
+    lost = others.lost() if others is not None and _is_consequence(error) else []
+    print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
+    if others is not None:
+        time.sleep(peers.NOTICE_SECONDS)
 
 
-def message(error: BaseException, *, started: bool, hint: str = "") -> str:
-    """What is printed."""
+def message(error: BaseException, *, started: bool, hint: str = "", lost: list[int] | None = None) -> str:
+    """What is printed. lost: the ranks that were killed or do not answer, to which the error is due."""
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, KeyboardInterrupt | Stopped):
+    if lost:
+        text = f"{_named(lost)} killed or stopped answering; the others end too"
+        if not isinstance(error, Stopped):
+            text += f"\n(rank {rank} has lost another rank: {_noticed(error)})"
+    elif isinstance(error, KeyboardInterrupt | Stopped):
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by SIGTERM"
     elif isinstance(error, ValueError) and not started:
         return f"error: {error}"
-    elif any(sign in str(error) for sign in LOST_PEER):
-        where = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    elif _is_consequence(error):
         text = (
             f"rank {rank} has lost another rank, which was killed or stopped answering; this rank ends too\n"
-            f"({str(error).splitlines()[0]}{where})"
+            f"({_noticed(error)})"
         )
     else:
         lines = "".join(traceback.format_exception(error)).rstrip()
@@ -69,6 +128,20 @@ def message(error: BaseException, *, started: bool, hint: str = "") -> str:
     return f"{text}\n{hint}" if hint else text
 
 
+def _is_consequence(error: BaseException) -> bool:
+    """Whether another rank may be the cause: a connection that broke, or the launcher's SIGTERM."""
+    return isinstance(error, Stopped) or any(sign in str(error) for sign in LOST_PEER)
+
+
+def _named(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"rank {names} was" if len(ranks) == 1 else f"ranks {names} were"
+
+
+def _noticed(error: BaseException) -> str:
+    return "; ".join([str(error).splitlines()[0], *getattr(error, "__notes__", ())])
+
+
 def _first() -> bool:
     if not dist.is_initialized():
         # Before the ranks have met, most errors are those of all: the first rank speaks, and another one only if the
@@ -78,6 +151,8 @@ def _first() -> bool:
         return True
     if dist.get_world_size() == 1:
         return True
+    if (others := peers.joined()) is not None:
+        return others.first()
     # A counter in the store that the ranks met at: it outlives a rank, and asking it needs no other rank.
     try:
         return dist.distributed_c10d._get_default_store().add("longreach/failures", 1) == 1

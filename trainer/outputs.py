@@ -32,7 +32,8 @@ class Outputs:
         if first:
             self.metrics.resume_at(step, self.curves.add)
             self._keep(lambda: directory.write_config(asdict(settings)))
-            self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say)
+            before = sorted([*self.metrics.read(), *directory.read_samples(step)], key=lambda record: record["step"])
+            self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say, before)
             self.progress.start()
 
     def say(self, message: str) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from . import launchers
+from . import launchers, peers
 from .launchers import LAUNCHED
 
 
@@ -55,6 +55,7 @@ def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic:
 def _meet(backend: str, timeout: timedelta) -> None:
     try:
         dist.init_process_group(backend, timeout=timeout)
+        peers.join()
     except dist.DistError as error:
         where, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
         if "EADDRINUSE" in str(error):
@@ -70,6 +71,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
 
 def end() -> None:
     """Leaves the default process group, if there is one."""
+    peers.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -59,7 +59,8 @@ def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple
     ]
     mode, folder = tracked
     if mode == "offline" and folder is not None:
-        lines.append(f"W&B offline   {folder}   (send it: wandb sync {shlex.quote(str(folder))})")
+        parts = f"{shlex.quote(str(folder.parent))}/offline-run-*"  # one for each start of the run; the last is whole
+        lines.append(f"W&B offline   {folder}   (send it: wandb sync {parts})")
     if checkpoint is not None:
         lines.append(f"checkpoint    {checkpoint}")
     return lines

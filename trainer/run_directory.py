@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ class RunDirectory:
     def add_sample(self, step: int, text: str) -> None:
         with self.samples.open("a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n\n")
+
+    def read_samples(self, last: int) -> list[dict[str, Any]]:
+        """The samples up to step `last`, in the order of steps; of those of one step the last that was written."""
+        if not self.samples.exists():
+            return []
+        text = self.samples.read_text(encoding="utf-8", errors="replace")
+        _, *parts = re.split(r"^--- step (\d+)\n", text, flags=re.MULTILINE)
+        found = {int(step): sample.removesuffix("\n\n") for step, sample in zip(parts[::2], parts[1::2], strict=True)}
+        return [{"step": step, "sample": sample} for step, sample in sorted(found.items()) if step <= last]
 
 
 def find_checkpoint(resume: str, directory: RunDirectory) -> Path | None:

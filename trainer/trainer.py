@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ class Trainer:
         self.outputs = Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step)
         self.peak = peak_flops(device, settings.trainer.dtype)
         self.saved, self.text = found, ""
+        self.asked = 0  # the signal that ends the run after this step
         self._introduce(found)
 
     def run(self) -> None:
@@ -78,12 +80,17 @@ class Trainer:
         )
         failed = True
         try:
-            while self.step < chosen.steps:
-                profiler.before(self.step + 1)
-                self._train_step()
-                profiler.after(self.step)
-                self._after_step()
-            self._conclude()
+            with failure.stepping():
+                while self.step < chosen.steps and not self.asked:
+                    profiler.before(self.step + 1)
+                    self._train_step()
+                    profiler.after(self.step)
+                    self._after_step()
+            if self.asked and self.step < chosen.steps:
+                failure.take_time()
+                self._stop_early()
+            else:
+                self._conclude()
             failed = False
         except BaseException as error:
             advice = report.resume_command(self.command, self.directory)
@@ -109,7 +116,8 @@ class Trainer:
             loss, _ = self.engine(tokens, seq, targets)
             self.engine.backward(loss, work.targets)
             total += loss.detach()
-        losses = gather_numbers([float(total), peak_memory_bytes(self.device)], self.mesh)
+        losses = gather_numbers([float(total), peak_memory_bytes(self.device), failure.asked()], self.mesh)
+        self.asked = int(losses[:, 2].max())  # the same on all ranks, which may have heard at different times
         loss = float(losses[:, 0].sum()) / work.targets
         if not math.isfinite(loss):
             raise ArithmeticError(
@@ -240,6 +248,20 @@ class Trainer:
             )
         except checkpoint.CheckpointError as error:
             self.outputs.say(f"{error}. The run goes on")
+
+    def _stop_early(self) -> None:
+        """Saves and ends before the last step, as a signal has asked. Raises Stopped for SIGTERM: then the run has
+        failed.
+        """
+        if self.settings.checkpoint.every and (self.saved is None or self.saved.name != f"step-{self.step:08d}"):
+            self._save()
+        if self.asked == signal.SIGTERM:
+            raise failure.Stopped
+        self.outputs.plot()
+        resume = report.resume_command(self.command, self.directory)
+        where = f"{self.saved.name} is saved" if self.saved else "no checkpoint was saved (checkpoint.every=0)"
+        self.outputs.say(f"ended after step {self.step}, as {signal.Signals(self.asked).name} asks; {where}")
+        self.outputs.say(f"to resume     {resume}")
 
     def _write_beside(self, folder: Path) -> None:
         """What generation and export need besides the weights."""
