@@ -32,7 +32,7 @@ class Peers:
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self._waiting, self._store = _connect(), _connect()
-        self._called, self._over = threading.Event(), threading.Event()
+        self._called, self._gone, self._over = threading.Event(), threading.Event(), threading.Event()
         # What tells this run's note "it has been said" from those of others on this machine.
         identity = self._store.compare_set("run", "", uuid.uuid4().hex).decode()
         self._said = Path(tempfile.gettempdir()) / f"longreach-said-{identity}"
@@ -40,13 +40,15 @@ class Peers:
 
     def first(self) -> bool:
         """Whether no other rank has asked before: the one that may say why the run ends. It calls all others."""
+        if self._gone.is_set():
+            return self._first_here()
         try:
             if self._store.add("failures", 1) > 1:
                 return False
             for rank in range(self.world):
                 self._store.set(f"call/{rank}", "")
             return True
-        except RuntimeError:  # the store went with the rank that held it; one that was called knows that it has spoken
+        except RuntimeError:  # the store has gone; if this rank was called before, one that said why has closed it
             return not self._called.is_set() and self._first_here()
 
     def lost(self) -> list[int]:
@@ -54,11 +56,13 @@ class Peers:
         answers = [f"here/{rank}" for rank in range(self.world)]
         try:
             deadline = time.monotonic() + ANSWER_SECONDS
-            while not self._store.check(answers) and time.monotonic() < deadline:
+            while not self._gone.is_set() and not self._store.check(answers) and time.monotonic() < deadline:
                 time.sleep(0.02)
-            return [rank for rank, answer in enumerate(answers) if not self._store.check([answer])]
+            if not self._gone.is_set():
+                return [rank for rank, answer in enumerate(answers) if not self._store.check([answer])]
         except RuntimeError:
-            return [] if _launcher_hosts() else [0]
+            pass
+        return [] if _launcher_hosts() else [0]
 
     def leave(self) -> None:
         """Ends the thread, at the end of a run that went well."""
@@ -81,8 +85,8 @@ class Peers:
             self._called.set()
             if not self._over.is_set():
                 self._waiting.set(f"here/{self.rank}", "")
-        except RuntimeError:
-            pass  # the store has gone, and with it the rank that held it
+        except RuntimeError:  # the rank that held the store was lost
+            self._gone.set()
         if not self._over.wait(END_SECONDS):
             os._exit(1)
 

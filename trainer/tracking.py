@@ -102,6 +102,8 @@ class Tracker:
     def close(self, *, failed: bool = False) -> None:
         """Ends the W&B run, as failed if so, once all is written."""
         if self._writer.is_alive():
+            if failed:
+                self._say = lambda message: None  # the reason of the run's end is what is to be read
             self._actions.put(lambda: self._run.finish(exit_code=int(failed)))
             self._actions.put(None)
             self._writer.join(FAILED_SECONDS if failed else None)

@@ -1,6 +1,7 @@
 """Overrides as users write them, and what they are told when they are wrong."""
 
 import io
+import random
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -12,9 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from longreach.launch import configuration
+from longreach.launch.doctor import Configuration
+from longreach.launch.export import ExportSettings
 from longreach.launch.generate import GenerationSettings
 from longreach.launch.train import TEXTS, to_settings
-from longreach.trainer.settings import Settings
+from longreach.trainer.settings import PATHS, Settings
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
@@ -158,6 +161,71 @@ AWKWARD = [
 def test_texts_arrive_as_they_are_written(text: str) -> None:
     override = OverridesParser.create().parse_override(configuration.quoted(f"prompt={text}", ("prompt",)))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+def test_any_text_arrives_as_it_is_written() -> None:
+    random_ = random.Random(0)
+    for _ in range(400):
+        text = "".join(random_.choices("\\\\'\"${}x,:= \n[](1_0#~é", k=random_.randrange(9)))
+        if configuration.QUOTED.fullmatch(text) is None:
+            override = OverridesParser.create().parse_override(
+                configuration.quoted(f"prompt={text}", {"prompt": False})
+            )
+            assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+WORDS = ("2024_10", "007", "1e5", "true", "None", "off", "~", '"Yes," she said', '"a" and "b"', "a=b", "${oc.env:HOME}")
+
+
+def test_every_setting_of_text_takes_text() -> None:
+    names = ("run.name", "evaluation.prompt", "logger.wandb.project", "data.column", "init_from", "schedule.kind")
+    for words in (WORDS[::2], WORDS[1::2]):
+        given = dict(zip(names, words, strict=False))
+        config = compose(*[configuration.quoted(f"{name}={word}", TEXTS) for name, word in given.items()])
+        for name, word in given.items():
+            assert OmegaConf.select(config, name) == word
+    config = compose(configuration.quoted("data.tokenizer='a,b'", TEXTS), configuration.quoted("run.name=null", TEXTS))
+    assert config.data.tokenizer == "a,b"
+    assert config.run.name is None
+
+
+def test_a_prompt_of_the_word_null_is_a_prompt() -> None:
+    assert compose(configuration.quoted("evaluation.prompt=null", TEXTS)).evaluation.prompt == "null"
+    texts = configuration.texts_of(GenerationSettings)
+    assert compose(configuration.quoted("prompt=null", texts), name="generate").prompt == "null"
+    assert compose(configuration.quoted("checkpoint=null", texts), name="generate").checkpoint is None
+    assert {"run.dir", "doctor.whole"} & configuration.texts_of(Configuration).keys() == {"run.dir"}
+    assert configuration.texts_of(ExportSettings) == {"checkpoint": True, "path": True, "dtype": False}
+
+
+def test_home_is_known_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    got = settings(*[configuration.quoted(f"{setting}=~/there", TEXTS) for setting in PATHS])
+    for setting in PATHS:
+        assert OmegaConf.select(OmegaConf.structured(got), setting) == "/home/someone/there"
+    with pytest.raises(
+        ValueError, match=r"run\.dir must begin with the home of a user that exists; got ~nobody-here/x"
+    ):
+        settings(configuration.quoted("run.dir=~nobody-here/x", TEXTS))
+
+
+def test_every_path_among_the_settings_is_known() -> None:
+    paths = {name for name in TEXTS if name.endswith((".dir", "_dir", ".path", "init_from", "tokenizer", "resume"))}
+    assert paths == set(PATHS)
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "--multi", "hydra.mode=MULTIRUN", "+hydra.mode=multirun"])
+def test_sweeps_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    printed = complaint(monkeypatch, "trainer.seed=1", flag)
+    assert printed.startswith(f"error: {flag} must be left out; a command is one run")
+    assert "for x in" in printed
+
+
+def test_a_list_of_values_is_not_answered_with_the_advice_to_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = complaint(monkeypatch, "trainer.seed=1,2")
+    assert "Ambiguous value for argument 'trainer.seed=1,2'" in printed
+    assert "key='value1,value2'" in printed
+    assert "multirun" not in printed
 
 
 def test_other_values_keep_their_grammar() -> None:

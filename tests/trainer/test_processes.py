@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,6 +40,25 @@ def test_torchrun_ranks_find_one_another(tmp_path):
     result = run([str(tmp_path / "program.py")], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ranks 2 2\n") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_tasks_of_srun_and_mpirun_find_one_another(launcher):
+    def variables(rank):
+        job = str(os.getpid())
+        if launcher == "mpirun":
+            names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+            sizes = dict.fromkeys(("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"), "2")
+            return dict.fromkeys(names, str(rank)) | sizes | {"PMIX_NAMESPACE": job}
+        place = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(rank))
+        return place | {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": job, "SLURM_NNODES": "1"}
+
+    with ThreadPoolExecutor() as both:
+        results = list(both.map(lambda rank: run(["-c", PROGRAM], **variables(rank)), range(2)))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "ranks 2 2\n"
 
 
 @pytest.mark.slow
