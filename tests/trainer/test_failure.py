@@ -1,6 +1,11 @@
 """One rank says why, once; what it says depends on who is to blame."""
 
 import io
+import os
+import re
+import socket
+import subprocess
+import sys
 import time
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -46,6 +51,66 @@ def test_what_is_said(error: BaseException, started: bool, expected: str) -> Non
     text = failure.message(error, started=started, hint="resume so")
     assert expected in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("error", [failure.Stopped(), RuntimeError("[..] Connection closed by peer [1.2.3.4]:5")])
+def test_lost_ranks_are_named_whatever_their_peers_notice(error: BaseException) -> None:
+    text = failure.message(error, started=True, hint="resume so", lost=[1, 3])
+    assert text.startswith("ranks 1, 3 were killed or stopped answering")
+    assert "SIGTERM" not in text
+    assert text.endswith("resume so")
+
+
+CASCADE = """
+import os, signal, sys, time, torch.distributed as dist, torch
+from longreach.trainer import failure, processes
+failure.catch_termination()
+processes.start(1, "cpu")
+rank, how, victim = int(os.environ["RANK"]), sys.argv[1], int(sys.argv[2])
+dist.barrier()
+try:
+    with failure.stepping():
+        if rank == victim:
+            time.sleep(0.3)
+            if how == "KILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ArithmeticError("the real reason")
+        if how == "KILL" and rank == 2:
+            time.sleep(0.8)
+            raise failure.Stopped  # the launcher's SIGTERM, in a rank that has noticed nothing
+        dist.recv(torch.zeros(1), 1 - victim if rank == 2 else victim)  # rank 2 notices the end of who noticed
+except BaseException as error:
+    failure.report(error, started=True)
+    processes.leave(1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "victim", "expected"),
+    [
+        ("KILL", "1", "rank 1 was killed or stopped answering"),
+        ("KILL", "0", "rank 0 was killed or stopped answering"),  # which holds the store that the others met at
+        ("RAISE", "0", "rank 0 failed: ArithmeticError: the real reason"),
+    ],
+)
+def test_of_several_ranks_that_fail_in_turn_the_first_is_shown_once(how: str, victim: str, expected: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(3):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-c", CASCADE, how, victim]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = "".join(process.communicate(timeout=90)[1] for process in ranks)
+    told = re.findall(
+        r"^.*(?:was killed or|were killed or|failed: |ended by|has lost another rank, ).*$", said, re.MULTILINE
+    )
+    assert len(told) == 1, said
+    assert told[0].startswith(expected)
+    assert all(process.returncode for process in ranks)
 
 
 def test_a_bug_keeps_its_traceback_and_lack_of_memory_its_remedies() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,61 @@ def test_config_curves_and_sample_are_recorded_at_their_steps(tmp_path: Path) ->
     assert (tmp_path / "wandb" / "run-id.txt").read_text().strip() in str(again.directory)
 
 
+@pytest.mark.slow
+def test_a_resumed_run_is_one_whole_curve_under_the_variables_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for name, value in {"PROJECT": "mine", "ENTITY": "team", "NAME": "run 7", "RUN_ID": "one"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    first = Tracker(WandbSettings(mode="offline"), tmp_path, {}, said.append)
+    for step in range(1, 6):  # killed after step 5; step 3 was saved
+        first.log({"step": step, "loss": 100.0 + step})
+    first.close(failed=True)
+    time.sleep(1)  # a part is named by the second that it began in
+    kept = [{"step": step, "loss": 100.0 + step} for step in range(1, 4)]
+    history = [*kept, {"step": 3, "validation_loss": 7.0}, {"step": 3, "sample": "text"}]
+    again = Tracker(WandbSettings(mode="offline"), tmp_path, {}, said.append, history)
+    for step in range(4, 7):
+        again.log({"step": step, "loss": 200.0 + step})
+    again.close()
+    assert said == []
+    parts = sorted((tmp_path / "wandb").glob("offline-run-*-one"))
+    assert len(parts) == 2
+    assert parts[1] == again.directory
+    written = records(parts[1])
+    (run,) = (record["run"] for record in written if record["type"] == "run")
+    assert (run["project"], run["entity"], run["display_name"], run["run_id"]) == ("mine", "team", "run 7", "one")
+    history = {record["history"]["step"]["num"]: record["history"]["item"] for record in written if "history" in record}
+    curve = {step: item["loss"] for step, item in history.items()}
+    assert curve == {1: 101.0, 2: 102.0, 3: 103.0, 4: 204.0, 5: 205.0, 6: 206.0}
+    assert history[3]["validation_loss"] == 7.0
+    assert "sample.path" in history[3]
+
+
+def test_settings_come_before_the_variables_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def init(**arguments: Any) -> None:
+        given.update(arguments)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("wandb.init", init)
+    for name in ("PROJECT", "ENTITY", "NAME", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", "variable")
+    Tracker(WandbSettings("offline", "project", "entity", "name"), tmp_path, {}, print)
+    assert [given[name] for name in ("project", "entity", "name", "id")] == ["project", "entity", "name", "variable"]
+    for name in ("PROJECT", "ENTITY", "NAME", "RUN_ID"):
+        monkeypatch.delenv(f"WANDB_{name}")
+    Tracker(WandbSettings("offline"), tmp_path, {}, print)
+    assert [given[name] for name in ("project", "entity", "name", "id")] == [
+        "longreach",
+        None,
+        tmp_path.name,
+        "variable",  # the run's own, from its first start
+    ]
+
+
 def test_what_fails_is_said_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
@@ -75,5 +131,7 @@ def test_nobody_is_asked_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode("auto") == "disabled"
     assert choose_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert choose_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "1234")
     assert tracking.logged_in()
