@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYT
 LAUNCHERS = {
     "alone": [sys.executable, "-m"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--module"],
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=29571", "--module"],
 }
 SETTINGS = (
     "model=minimax_01_tiny",
@@ -97,7 +97,126 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the ranks")
+def started(launcher: str, run: Path, *overrides: str) -> tuple[subprocess.Popen[str], dict[int, int]]:
+    """A run that has saved a checkpoint and is three steps further than it was, and its processes by rank."""
+    before = len(lines(run)) if run.exists() else 0
+    process = subprocess.Popen(
+        command(launcher, run, "evaluation.every=0", "checkpoint.every=2", "trainer.steps=100000", *overrides),
+        env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "MASTER_PORT": "29573"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() or len(lines(run)) < before + 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    # DeepSpeed has a launcher in between.
+    below = [child for pid in (process.pid, *children(process.pid)) for child in children(pid)]
+    return process, {rank: pid for pid in below if (rank := rank_of(pid)) is not None}
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank of a process that trains; None for others, such as W&B's."""
+    try:
+        program, variables = (Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+    except OSError:
+        return None
+    given = [entry for entry in variables if entry.startswith(b"RANK=")]
+    return int(given[0][5:]) if given and b"longreach.launch.train" in program else None
+
+
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the ranks")
+
+
+@NEEDS_PROC
+@pytest.mark.parametrize(("launcher", "victim"), [("torchrun", 1), ("deepspeed", 0)])
+def test_the_rank_that_was_killed_is_named(tmp_path: Path, launcher: str, victim: int) -> None:
+    process, ranks = started(launcher, tmp_path / "run")
+    assert set(ranks) == {0, 1}
+    os.kill(ranks[victim], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said.count(f"rank {victim} was killed or stopped answering; the others end too") == 1
+    assert said.count("killed or stopped answering") == 1
+    assert "ended by SIGTERM" not in said
+    assert "to resume from step-" in said
+
+
+@NEEDS_PROC
+def test_a_run_that_is_asked_to_end_saves_on_all_ranks_and_goes_on_later(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process, ranks = started("torchrun", run)
+    os.kill(ranks[1], signal.SIGUSR1)  # one rank has heard; all end after the same step
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said[-3000:]
+    last = int(lines(run)[-1]["step"])
+    assert f"ended after step {last}, as SIGUSR1 asks; step-{last:08d} is saved" in said
+    assert "to resume     torchrun" in said
+    process, ranks = started("torchrun", run)
+    process.send_signal(signal.SIGTERM)  # as the launcher gets it
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"going on after step {last} from" in said
+    again = int(lines(run)[-1]["step"])
+    assert again > last
+    assert (run / "checkpoints" / f"step-{again:08d}").exists()
+    assert f"ended by SIGTERM\nthis was in step {again + 1}; to resume from step-{again:08d}" in said
+
+
+MIXER = """
+from longreach.models.mixers.lightning_attention import LightningAttention
+
+
+class Mine(LightningAttention):
+    pass
+"""
+
+
+def test_a_script_trains_a_mixer_of_the_users_folder(tmp_path: Path) -> None:
+    (tmp_path / "users_mixer.py").write_text(MIXER)
+    settings = [*SETTINGS, "model.mixers.lightning._target_=users_mixer.Mine", "trainer.steps=1", "run.dir=~/run"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "torchrun.sh"), *settings, "evaluation.every=0", "checkpoint.every=0"],
+        env={**ENVIRONMENT, "RANKS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(lines(tmp_path / "run")) >= 1
+
+
+def slurm(task: int, tasks: int = 2) -> dict[str, str]:
+    place = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(task))
+    return place | {
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NNODES": "1",
+    }
+
+
+def test_two_tasks_of_slurm_are_one_run(run: Path, tmp_path: Path) -> None:
+    more = ("parallel.sequence=2", "trainer.steps=2", "evaluation.every=0", f"run.dir={tmp_path / 'run'}")
+    program = [*LAUNCHERS["alone"], "longreach.launch.train", *SETTINGS, *more]
+    both = [
+        subprocess.Popen(program, env=ENVIRONMENT | slurm(task), stdout=subprocess.PIPE, text=True) for task in (0, 1)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "1 data x 2 sequence rank(s)" in said[0]
+    assert "to resume     srun -n 2 python -m longreach.launch.train" in said[0]
+    assert said[1] == ""
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    shown = [generate(f"checkpoint={run}", "prompt=a", "max_new_tokens=2", more=slurm(task)).stdout for task in (0, 1)]
+    assert shown[0].startswith("a")
+    assert shown[1] == ""  # a command of one process runs once
+
+
+@NEEDS_PROC
 def test_a_killed_rank_ends_the_run_which_then_resumes(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "run"
     more = ("trainer.steps=6", "evaluation.every=3", "evaluation.rows=2", "checkpoint.every=2")
@@ -127,9 +246,9 @@ def test_a_killed_rank_ends_the_run_which_then_resumes(run: Path, tmp_path: Path
     assert got == [{key: line.get(key) for key in exact} for line in lines(run)]
 
 
-def generate(*overrides: str) -> subprocess.CompletedProcess[str]:
+def generate(*overrides: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-X", "importtime", "-m", "longreach.launch.generate", *overrides]
-    return subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(program, env=ENVIRONMENT | (more or {}), capture_output=True, text=True, timeout=120)
 
 
 def test_a_checkpoint_alone_is_enough_to_generate(run: Path, tmp_path: Path) -> None:
