@@ -30,9 +30,15 @@ class Outputs:
         self.tracker: Tracker | None = None
         self._failing = False
         if first:
-            self.metrics.resume_at(step, self.curves.add)
+            lines: list[dict[str, Any]] = []
+
+            def keep(record: dict[str, Any]) -> None:
+                self.curves.add(record)
+                lines.append(record)
+
+            self.metrics.resume_at(step, keep)
+            before = sorted([*lines, *directory.read_samples(step)], key=lambda record: record["step"])
             self._keep(lambda: directory.write_config(asdict(settings)))
-            before = sorted([*self.metrics.read(), *directory.read_samples(step)], key=lambda record: record["step"])
             self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say, before)
             self.progress.start()
 
