@@ -13,11 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,82 +26,19 @@ from torch import Tensor, nn
 from ..parallel.collectives import agree
 from ..parallel.mesh import Mesh
 from .engine import Engine
+from .failure import remedy
 from .masters import KINDS, shape_of
-from .tensor_files import Place, TensorWriter, checksum, map_tensor, read_places
+from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
+from .stored import Stored as Stored
+from .stored import examine as examine
+from .stored import is_one as is_one
+from .stored import latest as latest
+from .stored import verify as verify
+from .tensor_files import TensorWriter
 
-INDEX = "index.json"
-FORMAT = "longreach checkpoint 1"
 PIECE = 1 << 22  # elements: 16 MiB
 Shapes = dict[str, tuple[int, ...]]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that could not be written, or that is truncated, damaged, or of another model."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A verified checkpoint: its state, and file, place and checksum of each tensor."""
-
-    path: Path
-    state: dict[str, Any]
-    adam_steps: int
-    tensors: dict[str, tuple[str, Place, int]]
-
-    def map(self, key: str) -> Tensor:
-        """A tensor, read from the disk where it is touched."""
-        file, place, _ = self.tensors[key]
-        return map_tensor(self.path / file, place)
-
-
-def is_one(path: str | Path) -> bool:
-    """Whether a folder is a checkpoint, complete or not."""
-    return (Path(path) / INDEX).is_file()
-
-
-def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint of a folder of checkpoints."""
-    for path in reversed(_steps(Path(directory))):
-        try:
-            verify(path)
-        except CheckpointError:
-            continue
-        return path
-    return None
-
-
-def verify(path: str | Path) -> Stored:
-    """Reads the index and compares it with the files' sizes and headers.
-
-    Raises CheckpointError where they disagree or where `path` is no checkpoint. Says nothing of the tensors' bytes.
-    """
-    path = Path(path)
-    try:
-        index = json.loads((path / INDEX).read_text())
-        if index["format"] != FORMAT:
-            raise _refusal(path, f"its {INDEX} is not of the format {FORMAT!r}")
-        tensors: dict[str, tuple[str, Place, int]] = {}
-        for file, entry in index["files"].items():
-            tensors.update(_verify_file(path, Path(file).name, entry))
-        return Stored(path, index["state"], index["adam_steps"], tensors)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _refusal(path, f"{INDEX} cannot be read ({type(error).__name__}: {error})") from None
-
-
-def _verify_file(path: Path, file: str, entry: dict[str, Any]) -> dict[str, tuple[str, Place, int]]:
-    try:
-        size = (path / file).stat().st_size
-        places = read_places(path / file) if size == entry["bytes"] else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _refusal(path, f"{file} cannot be read ({error})") from None
-    if size != entry["bytes"]:
-        raise _refusal(path, f"{file} has {size} of {entry['bytes']} bytes")
-    if places.keys() != entry["crc32"].keys():
-        raise _refusal(path, f"{file} does not hold the tensors that {INDEX} says")
-    return {key: (file, place, entry["crc32"][key]) for key, place in places.items()}
 
 
 def save(
@@ -112,12 +47,15 @@ def save(
     state: dict[str, Any],
     keep: int,
     beside: Callable[[Path], None] | None = None,
+    spare: int | None = None,
 ) -> Path:
     """Writes `directory`/step-N, N = state["step"], and removes all but the newest `keep`; every rank calls it.
 
     state: what the run needs to go on, as JSON. beside: called on the first rank with the folder while it is being
-    written, to put more files into it (tokenizer, configuration). Written aside, brought to the disk, then renamed. If
-    any rank cannot write, all raise CheckpointError, nothing of the attempt stays, and earlier ones are untouched.
+    written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well.
+    Written aside, brought to the disk, then renamed. If any rank cannot write, all raise CheckpointError, nothing of
+    the attempt stays, and earlier ones are untouched. `directory` is made, but not the folder that it lies in: one that
+    has vanished does not come back with half of what it held.
     """
     directory, mesh = Path(directory), engine.mesh
     path = directory / f"step-{state['step']:08d}"
@@ -125,9 +63,10 @@ def save(
     error = None
     if mesh.rank == 0:
         try:
+            directory.mkdir(exist_ok=True)
             for left_over in directory.glob(".step-*"):
-                shutil.rmtree(left_over)
-            temporary.mkdir(parents=True)
+                _remove(left_over)
+            temporary.mkdir()
         except OSError as failure:
             error = f"{failure}"
     _agree(error, mesh, path)
@@ -143,8 +82,8 @@ def save(
                     beside(temporary)
                 every = {file: entry for part, _ in gathered for file, entry in part.items()}
                 _complete(temporary, path, {"state": state, "adam_steps": engine.adam_steps, "files": every})
-                _prune(directory, path, keep)
-        except OSError as failure:
+                _prune(directory, path, keep, spare)
+        except Exception as failure:  # of whatever kind: the tokenizers' library raises bare ones for a full disk
             error = f"{failure}"
         if error is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -152,20 +91,19 @@ def save(
     return path
 
 
-def load(engine: Engine, path: str | Path) -> dict[str, Any]:
+def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[str, Any]:
     """Sets parameters, moments and step count of the engine; returns the state that was saved. Every rank calls it.
 
-    Raises CheckpointError on every rank alike, before anything is set, if the checkpoint is incomplete, damaged or of
-    another model.
+    examined: the bytes have been looked at (see `examine`). Raises CheckpointError on every rank alike, before anything
+    is set, if the checkpoint is incomplete, damaged or of another model.
     """
     parameters = dict(engine.named_parameters())
     stored, error = None, None
     try:
         stored = verify(path)
         _check_model(stored, parameters)
-        # Each byte is read by one rank.
-        mine = sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size]
-        _check_bytes(stored, mine)
+        if not examined:  # each byte is read by one rank
+            check_bytes(stored, sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size])
     except CheckpointError as failure:
         error = str(failure)
     try:
@@ -190,7 +128,7 @@ def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = Non
     """
     stored, parameters = verify(path), dict(model.named_parameters())
     _check_model(stored, parameters)
-    _check_bytes(stored, list(parameters))
+    check_bytes(stored, list(parameters))
     for name, parameter in parameters.items():
         with gather([parameter]) if gather else nullcontext():
             parameter.copy_(stored.map(name))
@@ -296,11 +234,16 @@ def _complete(temporary: Path, path: Path, index: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(temporary)
+    replaced = path.with_name(f".{path.name}.replaced")
     if path.exists():  # a run that was resumed from an earlier checkpoint comes by here again
-        os.rename(path, path.with_name(f".{path.name}.replaced"))
+        os.rename(path, replaced)
     os.rename(temporary, path)
     _sync_folder(path.parent)
-    shutil.rmtree(path.with_name(f".{path.name}.replaced"), ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:
@@ -311,15 +254,21 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _steps(directory: Path) -> list[Path]:
-    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None:
+    """Those after `written` stay: of a run that goes on from an earlier one, since they are damaged, until it is there.
 
-
-def _prune(directory: Path, written: Path, keep: int) -> None:
-    others = [path for path in _steps(directory) if path != written]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(path, ignore_errors=True)
+    Nor do damaged ones count among those that are kept.
+    """
+    kept, spared = 1, spare is None or step_of(written) <= spare
+    for path in reversed([path for path in steps(directory) if step_of(path) < step_of(written)]):
+        complete = is_complete(path)
+        if complete and kept < keep:
+            kept += 1
+            spared = spared or step_of(path) <= (spare or 0)
+        elif complete and not spared and step_of(path) <= (spare or 0):
+            spared = True
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_model(stored: Stored, parameters: dict[str, nn.Parameter]) -> None:
@@ -336,21 +285,8 @@ def _check_model(stored: Stored, parameters: dict[str, nn.Parameter]) -> None:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
             f"checkpoint {stored.path} must be of this model; {', '.join(problems[:3])}{more}. "
-            "Use the model that it was saved with, or checkpoint.resume=none"
+            "Use the model that it was saved with, or another run.dir"
         )
-
-
-def _check_bytes(stored: Stored, keys: list[str]) -> None:
-    for key in keys:
-        file, place, expected = stored.tensors[key]
-        if checksum(stored.path / file, place) != expected:
-            raise _refusal(stored.path, f"the bytes of {key} in {file} have changed since they were written")
-
-
-def _refusal(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {path} must be complete and undamaged; {what}. Use an earlier one, or checkpoint.resume=none"
-    )
 
 
 def _agree(error: str | None, mesh: Mesh, path: Path) -> None:
@@ -358,5 +294,5 @@ def _agree(error: str | None, mesh: Mesh, path: Path) -> None:
         agree(error, mesh.world_size)
     except ValueError as failure:
         raise CheckpointError(
-            f"checkpoint {path} could not be written: {failure}. Earlier ones stay; free space or check run.dir"
+            f"checkpoint {path} could not be written: {failure}. Earlier ones stay; {remedy(failure)}"
         ) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -17,9 +19,37 @@ import torch.distributed as dist
 from . import peers
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "recv returned", "Timed out")
+REMEDIES = {
+    errno.ENOSPC: "free space or check run.dir",
+    errno.EDQUOT: "free space, or have the quota of its file system raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or name another run.dir"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "put the folder back, or name another run.dir"),
+}
 GRACE_SECONDS = 3.0  # in which the launcher ends the ranks that have nothing to say
 STEP_SECONDS = 20.0  # in which a step may come to its end after SIGTERM; launchers kill after 30
 ASKS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, or has not kept what it should, for a reason that its message says whole.
+
+    resumable: the same command goes on from the newest checkpoint.
+    """
+
+    resumable = True
+
+
+class RunLost(RunFailed):
+    """The run's folder is no longer its own."""
+
+    resumable = False
+
+
+class NotFinite(RunFailed, ArithmeticError):
+    """Numbers of the training are not finite, and with the same settings would not be again."""
+
+    resumable = False
 
 
 class Stopped(BaseException):
@@ -111,6 +141,8 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by SIGTERM"
     elif isinstance(error, ValueError) and not started:
         return f"error: {error}"
+    elif isinstance(error, RunFailed):
+        text = f"error: {error}"
     elif _is_consequence(error):
         text = (
             f"rank {rank} has lost another rank, which was killed or stopped answering; this rank ends too\n"
@@ -130,6 +162,8 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
 
 def _is_consequence(error: BaseException) -> bool:
     """Whether another rank may be the cause: a connection that broke, or the launcher's SIGTERM."""
+    if isinstance(error, RunFailed):
+        return False
     return isinstance(error, Stopped) or any(sign in str(error) for sign in LOST_PEER)
 
 
@@ -140,6 +174,12 @@ def _named(ranks: list[int]) -> str:
 
 def _noticed(error: BaseException) -> str:
     return "; ".join([str(error).splitlines()[0], *getattr(error, "__notes__", ())])
+
+
+def remedy(error: object) -> str:
+    """What to do about a file that cannot be written, by the number in the system's message."""
+    number = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(error))
+    return REMEDIES.get(int(number[1] or number[2]), "check run.dir") if number else "check run.dir"
 
 
 def _first() -> bool:

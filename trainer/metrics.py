@@ -52,18 +52,33 @@ class MetricsFile:
         if not self.path.exists():
             return
         aside = self.path.with_suffix(".jsonl.partial")
-        with self.path.open(encoding="utf-8") as lines, aside.open("w", encoding="utf-8") as kept:
-            for line, record in _records(lines):
-                if record["step"] <= step:
-                    kept.write(line + "\n")
-                    if each is not None:
-                        each(record)
-        os.replace(aside, self.path)
+        try:
+            with self.path.open(encoding="utf-8") as lines, aside.open("w", encoding="utf-8") as kept:
+                for line, record in _records(lines):
+                    if record["step"] <= step:
+                        kept.write(line + "\n")
+                        if each is not None:
+                            each(record)
+            os.replace(aside, self.path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line. Raises OSError where it cannot be written yet."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._unwritten.append(json.dumps(finite) + "\n")
+        self.flush()
+
+    @property
+    def unwritten(self) -> int:
+        """Lines that are still to be written."""
+        return len(self._unwritten)
+
+    def flush(self) -> None:
+        """Writes what could not be written before. Raises OSError where it still cannot be."""
+        if not self._unwritten:
+            return
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             data = "".join(self._unwritten).encode()

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from .failure import remedy
 from .metrics import MetricsFile
 from .plots import LossCurves
 from .progress import RunProgress
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, unwritable
 from .settings import Settings
 from .tracking import Tracker
 
@@ -19,7 +20,9 @@ from .tracking import Tracker
 class Outputs:
     """Terminal, metrics.jsonl, samples.txt, plots and W&B of the first rank.
 
-    A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on.
+    A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on; lines of
+    metrics and the configuration are written when there is room again. Raises ValueError if metrics.jsonl cannot be
+    brought back to `step`.
     """
 
     def __init__(self, settings: Settings, directory: RunDirectory, *, first: bool, step: int) -> None:
@@ -29,6 +32,7 @@ class Outputs:
         self.curves = LossCurves()
         self.tracker: Tracker | None = None
         self._failing = False
+        self._config: dict[str, Any] | None = None  # while it is still to be written
         if first:
             lines: list[dict[str, Any]] = []
 
@@ -36,9 +40,13 @@ class Outputs:
                 self.curves.add(record)
                 lines.append(record)
 
-            self.metrics.resume_at(step, keep)
-            before = sorted([*lines, *directory.read_samples(step)], key=lambda record: record["step"])
-            self._keep(lambda: directory.write_config(asdict(settings)))
+            try:
+                self.metrics.resume_at(step, keep)
+                before = sorted([*lines, *directory.read_samples(step)], key=lambda record: record["step"])
+            except OSError as error:
+                raise unwritable(directory.path, error) from None
+            self._config = asdict(settings)
+            self._keep(self._flush)
             self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say, before)
             self.progress.start()
 
@@ -68,15 +76,35 @@ class Outputs:
             title = self.directory.path.name
             self._keep(lambda: self.curves.draw(self.directory.plot, title))
 
+    def unkept(self) -> list[str]:
+        """What still cannot be written at the end."""
+        try:
+            self._flush()
+        except OSError as error:
+            parts = ["config.yaml"] if self._config is not None else []
+            parts += [f"the last {self.metrics.unwritten} line(s) of metrics.jsonl"] if self.metrics.unwritten else []
+            return [f"{' and '.join(parts)} could not be written: {error}; {remedy(error)}"]
+        return []
+
+    def _flush(self) -> None:
+        self.metrics.flush()
+        if self._config is not None:
+            self.directory.write_config(self._config)
+            self._config = None
+
     def close(self, *, failed: bool = False) -> None:
         self.progress.close()
         if self.tracker is not None:
             self.tracker.close(failed=failed)
 
     def _record(self, record: dict[str, Any]) -> None:
+        def write() -> None:
+            self.metrics.write(record)
+            self._flush()
+
         if self.first:
             self.curves.add(record)
-            self._keep(lambda: self.metrics.write(record))
+            self._keep(write)
             if self.tracker is not None:
                 self.tracker.log(record)
 
@@ -86,7 +114,7 @@ class Outputs:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                self.say(f"run.dir cannot be written: {error}. The run goes on; free space")
+                self.say(f"run.dir cannot be written: {error}. The run goes on; {remedy(error)}")
             self._failing = True
 
 

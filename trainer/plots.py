@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,8 +77,13 @@ class LossCurves:
         axes.grid(alpha=0.25)
         if self.training.points or self.validation.points:
             axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        path.parent.mkdir(exist_ok=True)  # but not the run's folder, should that have gone
+        aside = path.with_name(f".{path.name}")
+        try:
+            figure.savefig(aside, dpi=150, format="png")
+            os.replace(aside, path)  # so that a full disk leaves the one before
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ from .engine import Engine, Gather
 from .exchange import from_first_rank, together
 from .recall import RecallCorpus
 from .rehearsal import rehearse
-from .run_directory import RunDirectory, find_checkpoint
+from .run_directory import Candidates, RunDirectory, candidates
 from .settings import Settings
 from .tokenizers import SMALLEST_VOCABULARY
 
@@ -29,11 +29,31 @@ logger = logging.getLogger("longreach")
 Build = Callable[[dict[str, Any]], LanguageModel]
 
 
-def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) -> Path | None:
-    """The checkpoint to start from, as the first rank sees the file system."""
+def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) -> tuple[Path | None, list[str]]:
+    """The checkpoint to start from, with its bytes examined, and what is to be said of that; every rank calls it.
+
+    The newest good one of the run, or else what `checkpoint.resume` names, as the first rank sees the file system.
+    Raises ValueError on every rank where there are some and none is good.
+    """
     resume = settings.checkpoint.resume
-    found = together(mesh, lambda: find_checkpoint(resume, directory) if mesh.rank == 0 else None)
-    return from_first_rank(found, mesh)
+    there = together(mesh, lambda: candidates(resume, directory) if mesh.rank == 0 else Candidates([], []))
+    there = from_first_rank(there, mesh)
+    problems: list[str] = []
+    for path in there:
+        problem = checkpoint.examine(path, mesh)
+        if problem is None:
+            notes = [f"passed over: {problem}" for problem in problems]
+            named = Path(resume).expanduser().resolve()
+            if resume != "auto" and path in there.own and named not in (path.resolve(), *path.resolve().parents):
+                notes.append(
+                    f"checkpoint.resume={resume} counts for a run's first start, and this one goes on from its own "
+                    f"{path.name}. To start from there once more, give another run.dir"
+                )
+            return path, notes
+        problems.append(problem)
+    if problems:
+        raise there.refusal(directory, problems)
+    return None, []
 
 
 def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[str, Any]:

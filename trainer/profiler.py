@@ -34,7 +34,7 @@ class Profiler:
         if self._profile is None:
             return
         self._profile.__exit__(None, None, None)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         self._profile.export_chrome_trace(str(self.folder / f"rank-{self.rank}.json.gz"))
         table = self._profile.key_averages().table(sort_by=self._sort, row_limit=40)
         (self.folder / f"rank-{self.rank}.txt").write_text(table + "\n", encoding="utf-8")

@@ -10,7 +10,10 @@ from typing import Any
 
 from . import launchers
 from .baselines import Baselines
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, read_config
+from .schedule import Schedule, schedule_of
+from .settings import Settings
+from .stored import is_complete, step_of, steps
 
 
 def comparison(record: dict[str, Any], baselines: Baselines | None) -> list[str]:
@@ -50,11 +53,13 @@ def _table(title: str, others: list[tuple[str, float]], own: tuple[str, float]) 
     return [*lines, f"  {own[0]:<28} {own[1]:7.4f}"]
 
 
-def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple[str, Path | None]) -> list[str]:
-    """Where the run's files are."""
+def whereabouts(
+    directory: RunDirectory, checkpoint: Path | None, tracked: tuple[str, Path | None], problems: list[str]
+) -> list[str]:
+    """Where the run's files are, and what could not be kept."""
     lines = [
         f"run           {directory.path}",
-        f"loss curve    {directory.plot}",
+        *([f"loss curve    {directory.plot}"] if directory.plot.exists() else []),
         *([f"samples       {directory.samples}"] if directory.samples.exists() else []),
     ]
     mode, folder = tracked
@@ -63,28 +68,89 @@ def whereabouts(directory: RunDirectory, checkpoint: Path | None, tracked: tuple
         lines.append(f"W&B offline   {folder}   (send it: wandb sync {parts})")
     if checkpoint is not None:
         lines.append(f"checkpoint    {checkpoint}")
-    return lines
+    return [*lines, *(f"NOT KEPT      {problem}" for problem in problems)]
 
 
 def commands(
-    command: list[str], directory: RunDirectory, checkpoint: Path | None, steps: int, prompt: str | None
+    command: list[str], directory: RunDirectory, saved: Path | None, settings: Settings, prompt: str | None
 ) -> list[str]:
     """How to generate from the run, if its data are text (`prompt` is one), and how to go on with it."""
     lines = []
-    if checkpoint is not None:
+    if saved is not None:
         if prompt is not None:
-            words = [f"checkpoint={checkpoint}", f"prompt={prompt}"]
+            words = [f"checkpoint={saved}", f"prompt={prompt}"]
             lines.append(f"more text     python -m longreach.launch.generate {shlex.join(words)}")
-        lines.append(f"to resume     {resume_command(command, directory, steps=2 * steps)}")
+        if saved == directory.checkpoints / saved.name and step_of(saved) == settings.trainer.steps:
+            more, how = continuation(command, directory, settings)
+            lines += [f"to resume     {more}", f"              ({how})"]
+        else:
+            lines.append(f"to resume     {resume_command(command, directory, saved)}")
     return lines
 
 
-def resume_command(command: list[str], directory: RunDirectory, steps: int | None = None) -> str:
-    """`command` (launcher, module and overrides) with this run's folder, and with more steps if given."""
-    replaced = ("run.dir=", "trainer.steps=") if steps else ("run.dir=",)
-    kept = [word for word in command if not word.lstrip("+").startswith(replaced)]
-    more = [f"run.dir={directory.path}"] + ([f"trainer.steps={steps}"] if steps else [])
-    return shlex.join(kept + more)
+def continuation(command: list[str], directory: RunDirectory, settings: Settings) -> tuple[str, str]:
+    """A command that goes on with a run that has trained and saved its last step, and how its learning rate follows.
+
+    wsd goes on from before its decay, in a new folder, since this one keeps the end of the run. What has decayed goes
+    on at the rate that it ended at, and where that is nothing much, a new stage warms up again.
+    """
+    schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
+    steps, more = schedule.steps, 2 * schedule.steps
+    changes: dict[str, object] = {"run.dir": directory.path, "trainer.steps": more}
+    if (start := _before_decay(directory, schedule)) is not None:
+        changes["schedule.warmup_steps"] = schedule.warmup
+        if step_of(start) < steps:
+            changes |= {"run.dir": f"{directory.path}-to-{more}", "checkpoint.resume": start}
+        changed = _changed(command, changes, "checkpoint.resume")
+        return changed, f"from step {step_of(start)}, before the decay, at the learning rate that it had"
+    last = schedule(steps - 1)
+    if last >= SMALL_FRACTION * schedule.peak:
+        changes |= {"optimizer.learning_rate": f"{last:.6g}", "schedule": "wsd", "schedule.warmup_steps": 0}
+        changed = _changed(command, changes, "checkpoint.resume", "schedule")
+        return changed, f"from step {steps} at the learning rate that it ended at, {last:.3g}, which decays at the end"
+    warmup = max(schedule.warmup, min(steps // 10, steps - schedule.decay))
+    changes = {"run.dir": f"{directory.path}-next", "init_from": directory.path, "schedule.warmup_steps": warmup}
+    changes["trainer.seed"] = settings.trainer.seed + 1
+    if settings.data.vocabulary_size is not None:
+        changes["data.vocabulary_size"] = "null"  # the tokenizer comes with the weights
+    changed = _changed(command, changes, "checkpoint.resume")
+    return changed, "the learning rate has decayed: a new stage from these weights, which warms up again"
+
+
+def changed_schedule(schedule: Schedule, found: Path, step: int) -> str | None:
+    """What is said where a run goes on after `step` from a checkpoint by another schedule than it has followed."""
+    try:
+        before = schedule_of(read_config(found))
+    except ValueError as error:
+        return f"whether the schedule has changed is not known: {error}"
+    return schedule.announcement(before, step)
+
+
+SMALL_FRACTION = 0.01  # of the peak: at a smaller learning rate there is little to go on with
+
+
+def _before_decay(directory: RunDirectory, schedule: Schedule) -> Path | None:
+    end = schedule.extendable
+    if end is None:
+        return None
+    there = (path for path in reversed(steps(directory.checkpoints)) if step_of(path) <= end)
+    return next((path for path in there if is_complete(path)), None)
+
+
+def resume_command(command: list[str], directory: RunDirectory, saved: Path | None) -> str:
+    """The command (launcher, module, overrides) with this run's folder, to go on from its newest checkpoint."""
+    own = saved is not None and saved.parent == directory.checkpoints
+    return _changed(command, {"run.dir": directory.path}, *(["checkpoint.resume"] if own else []))
+
+
+def _changed(command: list[str], changes: dict[str, object], *dropped: str) -> str:
+    """The command with these settings instead of those that it has of them, and of the groups or names `dropped`."""
+
+    def stays(word: str) -> bool:
+        name, equals, _ = word.lstrip("+").partition("=")
+        return not equals or not (name in changes or any(name == d or name.startswith(f"{d}.") for d in dropped))
+
+    return shlex.join([*filter(stays, command), *(f"{name}={value}" for name, value in changes.items())])
 
 
 def launch_command(module: str, arguments: list[str]) -> list[str]:

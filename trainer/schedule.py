@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 KINDS = ("cosine", "wsd")
 
@@ -17,7 +18,7 @@ class ScheduleSettings:
     kind: str = "cosine"  # or wsd: warm-up, stable, decay
     warmup_steps: int | None = None  # null: a fiftieth of trainer.steps, at least 1
     decay_steps: int | None = None  # wsd only; null: a fifth of trainer.steps
-    final_fraction: float = 0.1  # learning rate of the last step, as a fraction of the peak
+    final_fraction: float = 0.1  # learning rate of the last step, as a fraction of the peak; 0 is met one step later
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Schedule:
     """The learning rate of step s = 0, 1, …, steps − 1; W warm-up steps, D decay steps, f the final fraction.
 
         warm-up  s < W            peak (s + 1) / W
-        cosine   otherwise        peak (f + (1 − f) (1 + cos(pi x)) / 2),  x = (s + 1 − W) / (steps − W)
+        cosine   otherwise        peak (f + (1 − f) (1 + cos(pi x)) / 2),  x = (s + 1 − W) / (E − W)
         wsd      s < steps − D    peak
-                 otherwise        peak (1 − (1 − f) x),                    x = (s + 1 − steps + D) / D
+                 otherwise        peak (1 − (1 − f) x),                    x = (s + 1 − steps + D) / (E − steps + D)
 
-    Steps past the end keep the last rate. Raises ValueError where the parts do not fit into the steps.
+    E = steps, so that the last step is taken at the final fraction; or, since a step at rate 0 would train nothing,
+    E = steps + 1 where f = 0. Steps past the end keep the last rate. Raises ValueError where the parts do not fit into
+    the steps.
     """
 
     settings: ScheduleSettings
@@ -71,13 +74,52 @@ class Schedule:
         return self.steps // 5 if given is None else given
 
     def __call__(self, step: int) -> float:
-        floor = self.settings.final_fraction
+        floor, step = self.settings.final_fraction, min(step, self.steps - 1)
+        end = self.steps + (floor == 0)
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         if self.settings.kind == "cosine":
-            x = min(1.0, (step + 1 - self.warmup) / max(1, self.steps - self.warmup))
+            x = (step + 1 - self.warmup) / (end - self.warmup)
             return self.peak * (floor + (1 - floor) * (1 + math.cos(math.pi * x)) / 2)
-        if step < self.steps - self.decay or self.decay == 0:
+        start = self.steps - self.decay
+        if step < start:
             return self.peak
-        x = min(1.0, (step + 1 - self.steps + self.decay) / self.decay)
-        return self.peak * (1 - (1 - floor) * x)
+        return self.peak * (1 - (1 - floor) * (step + 1 - start) / (end - start))
+
+    @property
+    def extendable(self) -> int | None:
+        """The last step after which more steps can be added without a jump: wsd before its decay; cosine has none."""
+        return self.steps - self.decay if self.settings.kind == "wsd" else None
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All that it depends on, by the name of the setting, with defaults resolved."""
+        return {
+            "trainer.steps": self.steps,
+            "optimizer.learning_rate": self.peak,
+            "schedule.kind": self.settings.kind,
+            "schedule.warmup_steps": self.warmup,
+            "schedule.decay_steps": self.decay,
+            "schedule.final_fraction": self.settings.final_fraction,
+        }
+
+    def announcement(self, before: Schedule, step: int) -> str | None:
+        """What is said where a run that followed `before` for `step` steps goes on by this one; None if they agree."""
+        old = before.parts
+        changed = [f"{name} was {old[name]} and is {new}" for name, new in self.parts.items() if old[name] != new]
+        if not changed or step < 1 or step >= self.steps:
+            return None
+        last, following = before(step - 1), self(step)
+        return (
+            f"the schedule has changed: {', '.join(changed)}. The learning rate was {last:.3g} at step {step} and is "
+            f"{following:.3g} at step {step + 1} (x {following / last:.3g})"
+        )
+
+
+def schedule_of(config: dict[str, Any]) -> Schedule:
+    """The schedule of a run's config.yaml. Raises ValueError where that does not describe one."""
+    try:
+        settings = ScheduleSettings(**config["schedule"])
+        return Schedule(settings, float(config["optimizer"]["learning_rate"]), int(config["trainer"]["steps"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.yaml must hold the run's schedule; got none that can be read ({error})") from None

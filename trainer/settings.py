@@ -29,6 +29,7 @@ class TrainerSettings:
     seed: int = 0  # of initial values, order of the data and sample
     dtype: str = "float32"  # or bfloat16, with float32 master weights
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
+    max_skipped_steps: int = 10  # steps in a row whose gradient is not finite and steps nothing; then the run ends
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
     compile: bool = False  # torch.compile what is local to a token
     deterministic: bool = False  # the same bits at every run on CUDA too, at a price: libraries' attention takes longer
@@ -69,8 +70,8 @@ class CheckpointSettings:
     """Checkpoints: when, how many, and which one to start from."""
 
     every: int = 500  # steps, and at the end; 0 = never
-    keep: int = 2  # the newest so many
-    resume: str = "auto"  # auto: the newest complete one of run.dir; none; or the path of one
+    keep: int = 2  # the newest so many; of schedule=wsd also the newest from before its decay, to go on from
+    resume: str = "auto"  # auto: the newest good one of run.dir; none; or the path of one, for the run's first start
 
 
 @dataclass
@@ -201,6 +202,7 @@ def _check_trainer(trainer: TrainerSettings) -> None:
     _at_least("trainer.seed", trainer.seed, 0)
     _one_of("trainer.dtype", trainer.dtype, DTYPES)
     _at_least("trainer.clip", trainer.clip, 0)
+    _at_least("trainer.max_skipped_steps", trainer.max_skipped_steps, 1)
     _one_of("trainer.activation_checkpointing", trainer.activation_checkpointing, CHECKPOINTING)
     _at_least("trainer.profile_start", trainer.profile_start, 0)
     _at_least("trainer.profile_steps", trainer.profile_steps, 1)

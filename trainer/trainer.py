@@ -19,7 +19,7 @@ from . import checkpoint, failure, report
 from .baselines import text_baselines
 from .data import Corpus, open_corpus
 from .evaluation import Loss, evaluate, evaluate_truncated
-from .exchange import gather_numbers, prepare, together
+from .exchange import from_first_rank, gather_numbers, prepare, together
 from .metrics import Work, peak_flops, peak_memory_bytes, work_of
 from .origin import Origin, read_origin
 from .outputs import Outputs, show_log
@@ -27,7 +27,7 @@ from .packing import NO_TARGET, Batch, batch
 from .preparation import Build, check_model, check_same_model, found_checkpoint, make_engine, model_settings
 from .profiler import Profiler
 from .progress import count
-from .run_directory import RunDirectory, passed_over
+from .run_directory import RunDirectory
 from .sample import draw_sample
 from .schedule import Schedule
 from .settings import Settings, check, expand_paths, layout_of, micro_batches, strategy_of
@@ -47,11 +47,18 @@ class Trainer:
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
         self.layout = layout_of(settings)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
-        self.directory = RunDirectory.choose(settings.run, mesh)
-        settings.run.dir = str(self.directory.path)
         show_log(first=mesh.rank == 0)
-        together(mesh, lambda: self.directory.check() if mesh.rank == 0 else None)
-        found = found_checkpoint(settings, self.directory, mesh)
+        self.directory = RunDirectory.claim(settings.run, mesh)
+        settings.run.dir = str(self.directory.path)
+        try:
+            self._prepare(build)
+        except BaseException:
+            self.directory.release(unused=True)
+            raise
+
+    def _prepare(self, build: Build) -> None:
+        settings, mesh = self.settings, self.mesh
+        found, notes = found_checkpoint(settings, self.directory, mesh)
         self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0
@@ -61,16 +68,16 @@ class Trainer:
         self.origin = together(mesh, lambda: self._origin(found))
         self.shape = together(mesh, lambda: check_model(build, settings.model, settings))
         torch.manual_seed(settings.trainer.seed)
-        self.engine = make_engine(settings, build, mesh, device, resuming=found is not None)
+        self.engine = make_engine(settings, build, mesh, self.device, resuming=found is not None)
         if found is not None:
-            state = checkpoint.load(self.engine, found)
+            state = checkpoint.load(self.engine, found, examined=True)
             self.step, self.tokens = state["step"], state["tokens"]
-        together(mesh, lambda: self.directory.make() if mesh.rank == 0 else None)
-        self.outputs = Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step)
-        self.peak = peak_flops(device, settings.trainer.dtype)
-        self.saved, self.text = found, ""
+        self.outputs = together(mesh, lambda: Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step))
+        self.peak = peak_flops(self.device, settings.trainer.dtype)
+        self.saved, self.unsaved, self.text = found, "", ""
+        self.first, self.skipped = self.step, 0
         self.asked = 0  # the signal that ends the run after this step
-        self._introduce(found)
+        self._introduce(found, notes)
 
     def run(self) -> None:
         """Trains to the last step. On an error one rank says why, and it is raised on."""
@@ -93,14 +100,19 @@ class Trainer:
                 self._conclude()
             failed = False
         except BaseException as error:
-            advice = report.resume_command(self.command, self.directory)
-            hint = f"to resume from {self.saved.name}: {advice}" if self.saved else "no checkpoint was saved yet"
-            hint = f"this was in step {self.step + 1}; {hint}"
+            hints = [] if isinstance(error, failure.RunFailed) else [f"this was in step {self.step + 1}"]
+            if getattr(error, "resumable", True):
+                again = report.resume_command(self.command, self.directory, self.saved)
+                hints += [f"to resume from {self.saved.name}: {again}" if self.saved else "no checkpoint was saved yet"]
+            hint = "; ".join(hints)
             failure.report(error, started=True, hint=hint)
             raise
         finally:
-            profiler.close()
-            self.outputs.close(failed=failed)
+            try:
+                profiler.close()
+                self.outputs.close(failed=failed)
+            finally:
+                self.directory.release()
 
     def _train_step(self) -> None:
         started = time.perf_counter()
@@ -116,11 +128,14 @@ class Trainer:
             loss, _ = self.engine(tokens, seq, targets)
             self.engine.backward(loss, work.targets)
             total += loss.detach()
-        losses = gather_numbers([float(total), peak_memory_bytes(self.device), failure.asked()], self.mesh)
+        gone = self.directory.lost() is not None
+        losses = gather_numbers([float(total), peak_memory_bytes(self.device), failure.asked(), gone], self.mesh)
         self.asked = int(losses[:, 2].max())  # the same on all ranks, which may have heard at different times
+        if losses[0, 3]:
+            self._check_directory()
         loss = float(losses[:, 0].sum()) / work.targets
         if not math.isfinite(loss):
-            raise ArithmeticError(
+            raise failure.NotFinite(
                 f"the loss must be finite; got {loss} at step {self.step + 1}. Lower optimizer.learning_rate, or set "
                 "trainer.clip"
             )
@@ -131,8 +146,31 @@ class Trainer:
         self.tokens += int(work.tokens)
         seconds = time.perf_counter() - started
         self.outputs.training(self._record(loss, norm, rate, seconds, work, int(losses[:, 1].max())), seconds)
-        if not math.isfinite(norm):
+        self._check_gradient(norm)
+
+    def _check_gradient(self, norm: float) -> None:
+        """Tells of a step that was skipped; many in a row, or all that there were to the end, fail the run."""
+        if math.isfinite(norm):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        chosen = self.settings.trainer
+        all_of_them = self.step == chosen.steps and self.skipped == self.step - self.first
+        if self.skipped < chosen.max_skipped_steps and not all_of_them:
             self.outputs.say(f"step {self.step}: the gradient is not finite; the weights stay as they are")
+            return
+        first = self.step - self.skipped + 1
+        raise failure.NotFinite(
+            f"the gradient must be finite; got {self.skipped} step(s) in a row, {first} to {self.step}, where it was "
+            "not, and the weights stay as they are. Lower optimizer.learning_rate, or set trainer.clip, and start in "
+            f"another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
+        )
+
+    def _check_directory(self) -> None:
+        """Raises RunLost on every rank where the folder is no longer this run's; every rank calls it."""
+        lost = from_first_rank(self.directory.lost(), self.mesh)
+        if lost is not None:
+            raise failure.RunLost(f"run.dir must stay this run's until it ends; {lost}")
 
     def _read_step(self) -> list[tuple[Batch, Sequence]]:
         """This rank's micro-batches: its data rank's share of the step's rows, in the order of the rows."""
@@ -183,7 +221,7 @@ class Trainer:
         if evaluation.sample_tokens and (last or (evaluation.every and self.step % evaluation.every == 0)):
             self._sample()
         if every and (self.step % every == 0 or last):
-            self._save()
+            self._save(last)
 
     def _validate(self, last: bool) -> None:
         """Writes a validation line; after the last step also the comparisons that the settings ask for."""
@@ -234,34 +272,45 @@ class Trainer:
         )
         self.outputs.sample(self.step, self.text)
 
-    def _save(self) -> None:
-        """Saves a checkpoint; one that cannot be written is told, and the run goes on."""
+    def _save(self, last: bool) -> None:
+        """Saves a checkpoint. One that cannot be written is told, and the next is tried; the last one fails the run."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "data": self.corpus.train.state(self.row),
             "model": self.settings.model,
         }
+        chosen = self.settings.checkpoint
         try:
             self.saved = checkpoint.save(
-                self.engine, self.directory.checkpoints, state, self.settings.checkpoint.keep, self._write_beside
+                *(self.engine, self.directory.checkpoints, state, chosen.keep, self._write_beside),
+                spare=self.schedule.extendable,
             )
         except checkpoint.CheckpointError as error:
-            self.outputs.say(f"{error}. The run goes on")
+            self._check_directory()
+            if last:
+                self.unsaved = str(error)
+            else:
+                again = min(self.step - self.step % chosen.every + chosen.every, self.settings.trainer.steps)
+                self.outputs.say(f"{error}. The run goes on and saves again after step {again}")
 
     def _stop_early(self) -> None:
         """Saves and ends before the last step, as a signal has asked. Raises Stopped for SIGTERM: then the run has
         failed.
         """
         if self.settings.checkpoint.every and (self.saved is None or self.saved.name != f"step-{self.step:08d}"):
-            self._save()
+            self._save(last=True)
         if self.asked == signal.SIGTERM:
+            if self.unsaved:
+                self.outputs.say(self.unsaved)
             raise failure.Stopped
-        self.outputs.plot()
-        resume = report.resume_command(self.command, self.directory)
-        where = f"{self.saved.name} is saved" if self.saved else "no checkpoint was saved (checkpoint.every=0)"
-        self.outputs.say(f"ended after step {self.step}, as {signal.Signals(self.asked).name} asks; {where}")
-        self.outputs.say(f"to resume     {resume}")
+        problems = self._problems()
+        resume = report.resume_command(self.command, self.directory, self.saved)
+        where = f"{self.saved.name} is saved" if self.saved else "no checkpoint was saved"
+        why = f"ended after step {self.step}, as {signal.Signals(self.asked).name} asks"
+        self.outputs.say(f"{why}; {where}\nto resume     {resume}")
+        if problems:
+            raise failure.RunFailed(f"{why}, but not all of it is kept: {'; '.join(problems)}")
 
     def _write_beside(self, folder: Path) -> None:
         """What generation and export need besides the weights."""
@@ -278,7 +327,7 @@ class Trainer:
         before = read_origin(begun, tokenizer) if begun and self.mesh.rank == 0 else Origin()
         return replace(before, longest_row=max(before.longest_row, self.settings.data.sequence_length))
 
-    def _introduce(self, found: Path | None) -> None:
+    def _introduce(self, found: Path | None, notes: list[str]) -> None:
         settings, mesh, say = self.settings, self.mesh, self.outputs.say
         parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
         say(f"run           {self.directory.path}")
@@ -288,24 +337,37 @@ class Trainer:
             f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
             f"{parallel}, ZeRO-{settings.engine.zero_stage}, {self.device.type}"
         )
-        for name in passed_over(found, self.directory):
-            say(f"{name} is not complete and is passed over")
+        for note in notes:
+            say(note)
         if found is not None:
             say(f"going on after step {self.step} from {found}")
+            if mesh.rank == 0 and (announced := report.changed_schedule(self.schedule, found, self.step)):
+                say(announced)
         if self.step >= settings.trainer.steps:
             say(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
 
     def _conclude(self) -> None:
+        """Shows what came of the run. Raises RunFailed on every rank where its end could not be kept."""
+        problems = self._problems()
+        if self.mesh.rank == 0:
+            self._summarise(problems)
+        if problems:
+            raise failure.RunFailed(f"the run has trained to its end, but not all of it is kept: {'; '.join(problems)}")
+
+    def _problems(self) -> list[str]:
+        """What could not be kept at the end, on every rank alike. Raises RunLost where all has gone."""
+        self._check_directory()
         self.outputs.plot()
-        if self.mesh.rank:
-            return
+        return from_first_rank([*([self.unsaved] if self.unsaved else []), *self.outputs.unkept()], self.mesh)
+
+    def _summarise(self, problems: list[str]) -> None:
         tracker = self.outputs.tracker
         tracked = (tracker.mode, tracker.directory) if tracker else ("disabled", None)
         self.outputs.progress.close()
         lines = [""]
         if self.text:
             lines += ["sample", *(f"  {line}" for line in self.text.splitlines()), ""]
-        lines += report.whereabouts(self.directory, self.saved, tracked)
+        lines += report.whereabouts(self.directory, self.saved, tracked, problems)
         prompt = (self.settings.evaluation.prompt or "Once") if isinstance(self.corpus, Corpus) else None
-        lines += report.commands(self.command, self.directory, self.saved, self.settings.trainer.steps, prompt)
+        lines += report.commands(self.command, self.directory, self.saved, self.settings, prompt)
         self.outputs.say("\n".join(lines))

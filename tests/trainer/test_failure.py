@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from longreach.parallel.mesh import Mesh
 from longreach.trainer import exchange as exchange_module
 from longreach.trainer import failure
 from longreach.trainer.exchange import from_first_rank, gather_numbers, prepare, together
-from longreach.trainer.run_directory import RunDirectory, find_checkpoint, locate, passed_over
 
 
 def fail(rank: int, world: int) -> str:
@@ -185,14 +183,22 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost() -> None:
     assert run_ranks(2, prepare_beside_a_silent_rank)[0].startswith("rank 0 has lost another rank")
 
 
-def test_incomplete_checkpoints_are_never_a_silent_new_start(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
-    assert find_checkpoint("auto", directory) is None
-    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"step-00000004 must be complete and undamaged; index\.json cannot be read"):
-        find_checkpoint("auto", directory)
-    with pytest.raises(ValueError, match=r"checkpoint\.resume must be a checkpoint's folder.* got .*nowhere"):
-        locate(tmp_path / "nowhere", "checkpoint.resume")
-    with pytest.raises(ValueError, match="must be complete"):
-        locate(tmp_path, "checkpoint")
-    assert passed_over(tmp_path / "checkpoints" / "step-00000002", directory) == ["step-00000004"]
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("[Errno 28] No space left on device (rank 3)", "free space"),
+        ("No space left on device (os error 28)", "free space"),
+        ("[Errno 122] Disk quota exceeded", "quota"),
+        ("[Errno 30] Read-only file system: 'x'", "make it writable"),
+        ("[Errno 2] No such file or directory: 'x'", "put the folder back"),
+        ("something else", "check run.dir"),
+    ],
+)
+def test_the_advice_fits_what_the_system_said(error: str, expected: str) -> None:
+    assert expected in failure.remedy(error)
+
+
+def test_a_run_that_failed_for_a_known_reason_is_told_without_a_traceback() -> None:
+    error = failure.RunLost("run.dir must stay")
+    said = failure.message(error, started=True, hint="this was in step 3")
+    assert said == "error: run.dir must stay\nthis was in step 3"

@@ -1,10 +1,14 @@
 """Learning rates against their definitions, and settings that do not fit."""
 
 import math
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from longreach.trainer.schedule import Schedule, ScheduleSettings
+from longreach.trainer.schedule import KINDS, Schedule, ScheduleSettings, schedule_of
+from longreach.trainer.settings import Settings
 
 
 def rates(settings: ScheduleSettings, peak: float, steps: int) -> list[float]:
@@ -22,8 +26,52 @@ def test_cosine_warms_up_and_ends_at_the_final_fraction() -> None:
 
 
 def test_wsd_stays_and_then_falls_linearly() -> None:
-    got = rates(ScheduleSettings("wsd", warmup_steps=2, decay_steps=5, final_fraction=0.0), 1.0, 12)
-    assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.0])
+    got = rates(ScheduleSettings("wsd", warmup_steps=2, decay_steps=5, final_fraction=0.1), 1.0, 12)
+    assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28, 0.1])
+
+
+def test_a_decay_to_nothing_ends_one_step_later() -> None:
+    got = rates(ScheduleSettings("wsd", warmup_steps=2, decay_steps=4, final_fraction=0.0), 1.0, 12)
+    assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    got = rates(ScheduleSettings("cosine", warmup_steps=0, final_fraction=0.0), 1.0, 3)
+    assert got == pytest.approx([(1 + math.cos(math.pi * x)) / 2 for x in (0.25, 0.5, 0.75)])
+
+
+@given(st.data())
+def test_no_step_is_taken_at_rate_0(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(KINDS))
+    steps = data.draw(st.integers(1, 10) | st.integers(1, 3000))
+    warmup = data.draw(st.none() | st.integers(0, steps))
+    room = steps - (max(1, steps // 50) if warmup is None else warmup)
+    decay = data.draw(st.none() | st.integers(1, room)) if kind == "wsd" and room else None
+    fraction = data.draw(st.sampled_from([0.0, 1.0]) | st.floats(1e-6, 1))
+    if kind == "wsd" and decay is None and steps // 5 > room:
+        return
+    got = rates(ScheduleSettings(kind, warmup, decay, fraction), 1.0, steps)
+    assert min(got) > 0
+    assert max(got) <= 1
+    end = room if kind == "cosine" else (steps // 5 if decay is None else decay)
+    if end and fraction:
+        assert got[-1] == pytest.approx(fraction)
+
+
+def test_another_schedule_is_announced_with_the_rates_before_and_after() -> None:
+    short = Schedule(ScheduleSettings("cosine"), 3e-4, 100)
+    assert short.announcement(short, 50) is None
+    said = Schedule(ScheduleSettings("cosine"), 3e-4, 200).announcement(short, 100)
+    assert said is not None
+    assert "trainer.steps was 100 and is 200" in said
+    assert "was 3e-05 at step 100 and is 0.000167 at step 101 (x 5.57)" in said
+    assert "optimizer.learning_rate was 0.0003 and is 0.001" in str(
+        Schedule(ScheduleSettings("cosine"), 1e-3, 100).announcement(short, 7)
+    )
+
+
+def test_a_schedule_is_read_from_the_configuration_of_a_run() -> None:
+    settings = Settings(schedule=ScheduleSettings("wsd", final_fraction=0.0))
+    assert schedule_of(asdict(settings)) == Schedule(settings.schedule, 3e-4, 1000)
+    with pytest.raises(ValueError, match="must hold the run's schedule"):
+        schedule_of({"schedule": {"kind": "wsd"}})
 
 
 def test_defaults_follow_the_number_of_steps() -> None:

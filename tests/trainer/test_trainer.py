@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from longreach.models.mixer import Mixer
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
-from longreach.trainer import checkpoint
+from longreach.trainer import checkpoint, failure
 from longreach.trainer.data_settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
 from longreach.trainer.evaluation import evaluate, evaluate_truncated
@@ -219,16 +220,19 @@ def train_on_a_full_disk(rank: int, world: int, chosen: Settings) -> str:
     try:
         trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
         trainer.outputs.say = said.append  # type: ignore[method-assign]
-        trainer.run()
+        with pytest.raises(failure.RunFailed, match=r"not all of it is kept: checkpoint .*No space left on device"):
+            trainer.run()
     finally:
         checkpoint.TensorWriter = real  # type: ignore[misc]
     assert calls
     return "\n".join(said)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(texts: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_fails_the_run(texts: Path, tmp_path: Path) -> None:
     chosen = settings(texts, tmp_path / "run", trainer__steps=5)
     (said,) = run_ranks(1, train_on_a_full_disk, chosen)
+    assert "The run goes on and saves again after step 5" in said
+    assert "NOT KEPT      checkpoint" in said
     assert said.count("No space left on device (rank 0). Earlier ones stay; free space or check run.dir") == 2
     assert lines(tmp_path / "run")[-1]["step"] == 5
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
@@ -279,6 +283,49 @@ def test_a_loss_that_is_not_finite_ends_the_run(texts: Path, tmp_path: Path) -> 
     (message,) = run_ranks(1, refuse, chosen)
     assert "the loss must be finite; got" in message
     assert "Lower optimizer.learning_rate" in message
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32")])
+def test_gradients_that_are_never_finite_end_the_run(texts: Path, tmp_path: Path, stage: int, dtype: str) -> None:
+    chosen = settings(
+        texts,
+        tmp_path / "run",
+        engine__zero_stage=stage,
+        trainer__dtype=dtype,
+        trainer__steps=30,
+        trainer__max_skipped_steps=4,
+        checkpoint__every=0,
+        evaluation__every=0,
+    )
+    results = run_ranks(2, train_with_gradients_that_are_not_finite, chosen, range(4, 8))
+    assert results == 2 * [("the gradient must be finite; got 4 step(s) in a row, 4 to 7, where it was not", 7)]
+
+
+def test_steps_that_are_skipped_now_and_then_do_not_end_the_run(texts: Path, tmp_path: Path) -> None:
+    chosen = settings(texts, tmp_path / "run", trainer__steps=9, trainer__max_skipped_steps=4, evaluation__every=0)
+    bad = [1, 2, 3, 5, 6, 7, 9]
+    assert run_ranks(1, train_with_gradients_that_are_not_finite, chosen, bad) == [("", 9)]
+    chosen = settings(texts, tmp_path / "few", trainer__steps=3, evaluation__every=0)
+    ((said, _),) = run_ranks(1, train_with_gradients_that_are_not_finite, chosen, [1, 2, 3])
+    assert "got 3 step(s) in a row, 1 to 3" in said  # all that there were
+
+
+def train_with_gradients_that_are_not_finite(
+    rank: int, world: int, chosen: Settings, bad: Container[int]
+) -> tuple[str, int]:
+    """One rank's gradient is not, in the steps `bad`; the start of the reason for which the run ended, and its step."""
+    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+    backward = trainer.engine.backward
+
+    def spoil(loss: torch.Tensor, normaliser: float) -> None:
+        backward(loss * math.inf if trainer.step + 1 in bad and rank == world - 1 else loss, normaliser)
+
+    trainer.engine.backward = spoil  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except failure.NotFinite as error:
+        return str(error).partition(", and the weights")[0], trainer.step
+    return "", trainer.step
 
 
 def truncated(rank: int, world: int, chosen: Settings, context: int) -> tuple[float, float, int]:

@@ -1,0 +1,234 @@
+"""What befalls runs: killed and started again, started twice, their folder gone, their disk full, their rate too high.
+
+By the real command line, mostly on two ranks: none hangs, all end, and the reason is shown once.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+ALONE = [sys.executable, "-m", "longreach.launch.train"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+TWO += ["longreach.launch.train", "parallel.sequence=2"]
+SETTINGS = (
+    "model=llama_tiny",
+    "model.width=32",
+    "model.depth=2",
+    "model.mixers.softmax.heads=2",
+    "model.mixers.softmax.kv_heads=2",
+    "data.tokenizer=bytes",
+    "data.sequence_length=64",
+    "data.rows_per_step=2",
+    "evaluation.every=0",
+    "evaluation.sample_tokens=0",
+    "checkpoint.every=2",
+    "logger.wandb.mode=disabled",
+    "logger.print_every=1",
+)
+ENDLESS = "trainer.steps=100000"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"text {number}, and then some more of it. " * 20)
+    cache = tmp_path_factory.mktemp("cache")
+    return "data=text", f"data.path={folder}", f"data.cache_dir={cache}"
+
+
+@pytest.fixture
+def start(texts: tuple[str, ...], tmp_path: Path):
+    """Starts a training command in `tmp_path`; what still runs at the end of the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(program: list[str], *overrides: str) -> subprocess.Popen[str]:
+        chosen = {word.partition("=")[0]: word for word in (*SETTINGS, *texts, *overrides)}
+        return launch([*program, *chosen.values()])
+
+    def launch(command: list[str]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    begin.launch = launch  # type: ignore[attr-defined]
+    yield begin
+    for process in started:
+        kill(process)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == status, said[-3000:]
+    return said
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Launcher and ranks at once, as a node that fails."""
+    ranks = children(process.pid)
+    process.kill()
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    assert process.stdout is not None
+    if not process.stdout.closed:
+        process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def rates(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["learning_rate"] for record in records if "loss" in record}
+
+
+def printed(said: str) -> list[str]:
+    """The command that a run printed to go on with."""
+    (line,) = [line for line in said.splitlines() if line.startswith("to resume ")]
+    words = shlex.split(line.removeprefix("to resume"))
+    return [sys.executable, *words[1:]]
+
+
+def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoints(start, tmp_path: Path) -> None:
+    finish(start(ALONE, "run.dir=first", "trainer.steps=4"))
+    command = (*TWO, "run.dir=second", "checkpoint.resume=first/checkpoints/step-00000004", "trainer.steps=3000")
+    process = start(list(command))
+    wait_for(process, lambda: len(saved(tmp_path / "second")) == 2)
+    kill(process)
+    assert (tmp_path / "second/lock.json").exists()
+    newest = saved(tmp_path / "second")[-1]
+    shutil.rmtree(tmp_path / "first")
+    process = start(list(command))
+    wait_for(process, lambda: saved(tmp_path / "second")[-1] > newest)
+    os.kill(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert "lock.json was left by process" in said
+    assert "checkpoint.resume=first/checkpoints/step-00000004 counts for a run's first start" in said
+    assert f"from second/checkpoints/{newest}" in said or f"from {tmp_path}/second/checkpoints/{newest}" in said
+    assert sorted(rates(tmp_path / "second")) == list(range(5, len(rates(tmp_path / "second")) + 5))
+    assert not (tmp_path / "second/lock.json").exists()
+
+
+def test_a_run_passes_over_a_damaged_checkpoint(start, tmp_path: Path) -> None:
+    finish(start(ALONE, "run.dir=run", "trainer.steps=4"))
+    weights = next((tmp_path / "run/checkpoints/step-00000004").glob("weights-*"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    said = finish(start(TWO, "run.dir=run", "trainer.steps=4"))
+    assert said.count("passed over: checkpoint run/checkpoints/step-00000004 must be complete and undamaged") == 1
+    assert "going on after step 2" in said
+    assert "passed over" not in finish(start(ALONE, "run.dir=run", "trainer.steps=4"))
+
+
+def test_a_run_is_refused_where_another_goes_on(start, tmp_path: Path) -> None:
+    first = start(TWO, "run.dir=run", ENDLESS)
+    wait_for(first, lambda: saved(tmp_path / "run"))
+    said = finish(start(TWO, "run.dir=run", ENDLESS), status=1)
+    assert said.count("error: run.dir must be of one run at a time; got run, in which process") == 1
+    assert "Give" in said or "give this one another run.dir" in said
+    assert first.poll() is None
+    kill(first)
+    finish(start(ALONE, "run.dir=run", f"trainer.steps={int(saved(tmp_path / 'run')[-1][5:]) + 1}"))
+
+
+def test_runs_that_are_started_together_have_folders_of_their_own(start, tmp_path: Path) -> None:
+    both = [start(ALONE, "run.name=twin", "trainer.steps=4") for _ in range(2)]
+    for process in both:
+        finish(process)
+    runs = list((tmp_path / "runs/twin").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        assert sorted(rates(run)) == [1, 2, 3, 4]
+        assert saved(run) == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("fate", ["removed", "emptied", "a file", "moved"])
+def test_a_folder_that_vanishes_ends_the_run_and_does_not_come_back(start, tmp_path: Path, fate: str) -> None:
+    run = tmp_path / "run"
+    process = start(TWO, "run.dir=run", ENDLESS, "logger.wandb.mode=offline")
+    wait_for(process, lambda: saved(run))
+    if fate == "emptied":
+        for path in run.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    else:
+        run.rename(tmp_path / "elsewhere")
+    if fate == "removed":
+        shutil.rmtree(tmp_path / "elsewhere")
+    if fate == "a file":
+        run.write_text("in its place")
+    said = finish(process, status=1)
+    assert said.count("error: run.dir must stay this run's until it ends; run was moved, removed or emptied") == 1
+    assert "free space" not in said
+    assert not (run / "config.yaml").exists()
+    assert fate == "emptied" or not run.is_dir()
+
+
+def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(start, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("in the way")
+    said = finish(start(TWO, "run.dir=run", "trainer.steps=3"), status=1)
+    assert said.count("could not be written: ") == 3  # after step 2, in the summary, and as the reason
+    assert "The run goes on and saves again after step 3" in said
+    assert "NOT KEPT      checkpoint run/checkpoints/step-00000003 could not be written" in said
+    assert said.count("error: the run has trained to its end, but not all of it is kept: checkpoint run/") == 1
+    assert sorted(rates(tmp_path / "run")) == [1, 2, 3]
+    assert "no checkpoint was saved yet" in said
+
+
+def test_gradients_that_are_never_finite_end_the_run(start, tmp_path: Path) -> None:
+    hybrid = ("model=minimax_01_tiny", "model.width=64", "model.depth=8", "model.mixers.lightning.heads=2")
+    said = finish(start(TWO, "run.dir=run", "trainer.steps=60", "optimizer.learning_rate=1e4", *hybrid), 1)
+    assert said.count("the gradient is not finite; the weights stay as they are") == 9
+    assert said.count("error: the gradient must be finite; got 10 step(s) in a row, ") == 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_printed_command_goes_on_without_a_jump(start, tmp_path: Path, schedule: str) -> None:
+    said = finish(start(ALONE, "run.dir=run", "trainer.steps=20", f"schedule={schedule}"))
+    before = rates(tmp_path / "run")
+    again = finish(start.launch(printed(said)))
+    assert "the schedule has changed: trainer.steps was 20 and is 40" in again
+    run = tmp_path / ("run" if schedule == "cosine" else "run-to-40")
+    after = rates(run)
+    first = 21 if schedule == "cosine" else min(after)
+    assert after[first] == pytest.approx(before[first - 1], rel=1e-5)
+    assert max(after) == 40
+    assert all(after[step] <= after[step - 1] * (1 + 1e-9) for step in range(first + 1, 41))
+
+
+def test_a_longer_schedule_is_announced(start, tmp_path: Path) -> None:
+    finish(start(ALONE, "run.dir=run", "trainer.steps=10"))
+    said = finish(start(TWO, "run.dir=run", "trainer.steps=12"))
+    old, new = rates(tmp_path / "run")[10], rates(tmp_path / "run")[11]
+    assert said.count(f"The learning rate was {old:.3g} at step 10 and is {new:.3g} at step 11") == 1
