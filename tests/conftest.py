@@ -1,10 +1,17 @@
-"""Where there is no GPU, Triton's kernels run under its interpreter: decided before anything imports Triton."""
+"""Where there is no GPU, Triton's kernels run under its interpreter: decided before anything imports Triton.
+
+Property tests draw the same examples at every run, and a busy machine does not fail them.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("longreach", deadline=None, derandomize=True, database=None)
+settings.load_profile("longreach")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

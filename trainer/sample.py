@@ -18,8 +18,10 @@ def draw_sample(engine: Engine, corpus: Corpus, prompt: str, *, tokens: int, tem
     document that ends is therefore followed by the next.
     """
     tokenizer = corpus.tokenizer
-    document = int(corpus.validation.members[0])
-    ids = tokenizer.encode_prompt(prompt) if prompt else corpus.cache[document][:PROMPT_TOKENS].tolist()
+    if prompt:
+        ids = tokenizer.encode_prompt(prompt)
+    else:
+        ids = corpus.cache[int(corpus.validation.members[0])][:PROMPT_TOKENS].tolist()
     engine.module.eval()
     try:
         with torch.no_grad():

@@ -1,12 +1,8 @@
-"""Property tests draw the same examples at every run, and a busy machine does not fail them."""
+"""Triton's interpreter as kernel tests need it."""
 
 import os
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("longreach", deadline=None, derandomize=True, database=None)
-settings.load_profile("longreach")
 
 
 @pytest.fixture
