@@ -8,6 +8,7 @@ of constraints.txt; torch and triton are pinned to the installed version.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder, "constraints.txt")
         pins.write_text("\n".join(constraints(lines)) + "\n", encoding="utf-8")
-        done = subprocess.run([*installer(), "-c", str(pins), *what])
+        # Sources that are built with an old pip import what lies beside their setup.py.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+        done = subprocess.run([*installer(), "-c", str(pins), *what], env=environment, cwd=folder)
     if done.returncode:
         torch = installed("torch")
         print(

@@ -48,6 +48,26 @@ def test_nothing_is_installed_where_nothing_is_missing(install: ModuleType, monk
     assert install.wanted(ROOT, "dev") == ["-e", f"{ROOT}[dev]"]
 
 
+def test_sources_are_built_as_if_the_scripts_had_set_nothing(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An old pip runs setup.py, which imports what lies beside it: with PYTHONSAFEPATH it would not find that."""
+    seen = {}
+
+    def run(command: list[str], env: dict[str, str], cwd: str) -> subprocess.CompletedProcess[str]:
+        seen.update(command=command, env=env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setattr(install, "wanted", lambda *_: ["deepspeed"])
+    monkeypatch.setattr(install, "installer", lambda: ["pip", "install"])
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install.sys, "argv", ["install.py", str(ROOT)])
+    install.main()
+    assert "PYTHONSAFEPATH" not in seen["env"]
+    assert seen["command"][-1] == "deepspeed"
+
+
 def test_every_direct_requirement_is_pinned(install: ModuleType) -> None:
     import tomllib
 
