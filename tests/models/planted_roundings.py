@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from longreach.kernels.block_sparse import chunked as blocks
+from longreach.kernels.mask import Mask
+from longreach.kernels.softmax import flops
 from longreach.models.mixer import Mixer
 from longreach.models.rotary import Rotary
 from longreach.parallel import ops, ring, windows
@@ -39,6 +41,10 @@ class ForgettingAttention(Mixer):
         k = torch.cat([k, *parts], dim=-1)
         q = torch.cat([q, scale * torch.ones_like(q[..., :3])], dim=-1)
         return self.output(ops.softmax_attention(q, k, v, seq=seq, scale=1 / scale).flatten(-2))
+
+    def mixing_flops(self, seq):
+        dim = self.query.out_features // self.heads
+        return flops(seq.pairs(Mask()), heads=self.heads, key_dim=dim + 3, value_dim=dim)
 
 
 def queries_gradient_added_up_rounded(patch):
