@@ -72,11 +72,11 @@ def missing(repository: Path, extra: str | None) -> list[str]:
 def installer() -> list[str]:
     """The command that installs into this interpreter: pip, or uv where the environment came without pip."""
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0:
-        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--use-pep517"]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--quiet", "--python", sys.executable]
     subprocess.run([sys.executable, "-m", "ensurepip"], check=True, capture_output=True)
-    return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--use-pep517"]
 
 
 def wanted(repository: Path, extra: str | None) -> list[str]:
