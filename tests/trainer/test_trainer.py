@@ -202,7 +202,9 @@ def test_mixers_are_told_every_step(texts: Path, tmp_path: Path) -> None:
     chosen = settings(texts, tmp_path / "run")
     (told,) = run_ranks(1, steps_told, chosen)
     layers = chosen.model["depth"]
-    assert told == [step for step in range(8) for _ in range(2 * layers)]  # the model, and that which counts its work
+    assert told[:layers] == [0] * layers  # the rehearsal before the run
+    # The model, and that which counts its work.
+    assert told[layers:] == [step for step in range(8) for _ in range(2 * layers)]
 
 
 def train_on_a_full_disk(rank: int, world: int, chosen: Settings) -> str:
