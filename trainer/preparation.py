@@ -24,8 +24,7 @@ from .settings import Settings
 from .tokenizers import SMALLEST_VOCABULARY
 
 log = logging.getLogger("longreach")
-
-logger = logging.getLogger("longreach")
+STAND_IN = 61  # tokens, where a model is examined before its tokenizer is known
 Build = Callable[[dict[str, Any]], LanguageModel]
 
 
@@ -63,10 +62,6 @@ def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[st
     may have more: that is logged.
     """
     model = configured_model(settings)
-    if not model.get("_target_"):
-        raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
-    if settings.trainer.activation_checkpointing != "none":
-        model["activation_checkpointing"] = settings.trainer.activation_checkpointing
     if model.get("vocabulary") is None:
         model["vocabulary"] = corpus.vocabulary_size
     if model["vocabulary"] < corpus.vocabulary_size:
@@ -128,9 +123,17 @@ def _remedy(settings: Settings, corpus: Corpus, met: int, rows: int) -> str:
 
 
 def configured_model(settings: Settings) -> dict[str, Any]:
-    """The model's configuration as it is given, by `model` or by a Hugging Face checkpoint."""
+    """The model's configuration as it is given, by `model` or by a Hugging Face checkpoint: perhaps without vocabulary.
+
+    Raises ValueError where there is none.
+    """
     origin = settings.init_from
-    return dict(settings.model) if origin is None or checkpoint.is_one(origin) else hf.read_settings(origin)
+    model = dict(settings.model) if origin is None or checkpoint.is_one(origin) else hf.read_settings(origin)
+    if not model.get("_target_"):
+        raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
+    if settings.trainer.activation_checkpointing != "none":
+        model["activation_checkpointing"] = settings.trainer.activation_checkpointing
+    return model
 
 
 def check_same_model(found: Path, model: dict[str, Any]) -> None:
@@ -150,22 +153,28 @@ def check_same_model(found: Path, model: dict[str, Any]) -> None:
 
 
 def check_model(
-    build: Build, model: dict[str, Any], settings: Settings, note: Callable[[str], None] = logger.warning
-) -> LanguageModel:
-    """The model without memory: what does not fit shows here, and the meters count by it.
+    build: Build, model: dict[str, Any], settings: Settings, note: Callable[[str], None] = log.warning
+) -> None:
+    """Tries the model without memory, and before its data are read: what does not fit shows here.
 
-    note: gets a line for what the writer of a mixer should know. Raises ValueError for the name of a mixer in
-    `parallel.mixers` that the model has not, for a parameter without an initial value, and what `rehearse` raises.
+    model: may be without vocabulary. note: gets a line for what the writer of a mixer should know. Raises ValueError
+    for the name of a mixer in `parallel.mixers` that the model has not, for a parameter without an initial value, and
+    what `rehearse` raises.
     """
-    with torch.device("meta"):
-        built = build(model)
+    model = model | {"vocabulary": model.get("vocabulary") or STAND_IN}
+    built = on_meta(build, model)
     if unknown := [name for name in settings.parallel.mixers if name not in built.names]:
         names = ", ".join(dict.fromkeys(built.names))
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
     built.check_initial_values()
     for line in rehearse(lambda: build(model), settings):
         note(line)
-    return built
+
+
+def on_meta(build: Build, model: dict[str, Any]) -> LanguageModel:
+    """The model without memory, by which the meters count."""
+    with torch.device("meta"):
+        return build(model)
 
 
 def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.device, *, resuming: bool) -> Engine:

@@ -24,7 +24,16 @@ from .metrics import Work, peak_flops, peak_memory_bytes, work_of
 from .origin import Origin, read_origin
 from .outputs import Outputs, show_log
 from .packing import NO_TARGET, Batch, batch
-from .preparation import Build, check_model, check_same_model, found_checkpoint, make_engine, model_settings
+from .preparation import (
+    Build,
+    check_model,
+    check_same_model,
+    configured_model,
+    found_checkpoint,
+    make_engine,
+    model_settings,
+    on_meta,
+)
 from .profiler import Profiler
 from .progress import count
 from .run_directory import RunDirectory
@@ -58,6 +67,7 @@ class Trainer:
 
     def _prepare(self, build: Build) -> None:
         settings, mesh = self.settings, self.mesh
+        together(mesh, lambda: check_model(build, configured_model(settings), settings))
         found, notes = found_checkpoint(settings, self.directory, mesh)
         self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
@@ -66,7 +76,7 @@ class Trainer:
             together(mesh, lambda: check_same_model(found, settings.model))
             self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(found).state["data"]))
         self.origin = together(mesh, lambda: self._origin(found))
-        self.shape = together(mesh, lambda: check_model(build, settings.model, settings))
+        self.shape = together(mesh, lambda: on_meta(build, settings.model))
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, build, mesh, self.device, resuming=found is not None)
         if found is not None:

@@ -263,7 +263,7 @@ def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path
         index["state"]["data"]["version"] = 1
         file.write_text(json.dumps(index))
     bad.append((settings(texts, old), "version must be 2; got 1. Its rows come in another order: use the"))
-    heads = settings(texts, tmp_path)
+    heads = settings(tmp_path / "nothing", tmp_path)  # a model is refused before its data are read
     heads.model["mixers"] = {**MODEL["mixers"], "softmax": {**MODEL["mixers"]["softmax"], "heads": 5}}  # type: ignore[dict-item]
     wide = settings(texts, uninterrupted)
     wide.model["width"] = 64

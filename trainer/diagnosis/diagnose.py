@@ -36,7 +36,7 @@ def diagnose(
     """
     check(settings, settings.parallel.sequence)
     configured = configured_model(settings)
-    check_model(build, complete(configured), settings, say)
+    check_model(build, configured, settings, say)
     parallel = at_most(settings.parallel, MOST_RANKS)
     window = max(2, 7 * spans_of(parallel) * 3 // 2)  # of the cases' longest spans: beyond one rank, not over two
     model = complete(configured) if whole else reduced(configured, build, window=window)

@@ -57,8 +57,6 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
     """The configuration with a vocabulary, and without recomputation, which is checked by itself."""
-    if not model.get("_target_"):
-        raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
     whole = copy.deepcopy(model)
     whole["vocabulary"] = whole.get("vocabulary") or VOCABULARY
     whole.pop("activation_checkpointing", None)
