@@ -83,6 +83,7 @@ def read_and_save(rank, world, origin, folder, stage, model=None):
         byte_tokenizer().save(path / "tokenizer")
         (path / "config.yaml").write_text(yaml.safe_dump(asdict(settings)))
 
+    folder.parent.mkdir(parents=True, exist_ok=True)  # the run's
     return checkpoint.save(engine, folder, {"step": 3}, keep=1, beside=beside)
 
 
