@@ -20,7 +20,9 @@ Lengths = list[list[int]]
 
 
 def documents_of(lengths: Lengths) -> Iterator[tuple[int, int, int]]:
-    """(row, first token, length) of every document."""
+    """(row, first token, length) of every document; of nothing but padding one without tokens, which has a gradient."""
+    if not any(lengths):
+        yield 0, 0, 0
     for row, sizes in enumerate(lengths):
         start = 0
         for size in sizes:
@@ -145,6 +147,9 @@ def select_blocks(
     lse: Tensor | None = None,
 ) -> Tensor:
     q, summaries = _exact(q.detach(), summaries.detach())
+    if not any(lengths):
+        heads = summaries.shape[2] if rule.pooled else q.shape[2]
+        return torch.full((*q.shape[:2], heads, rule.count), -1, dtype=torch.int32, device=q.device)
     size, stride, block = rule.span, rule.step, rule.block_size
     parts, firsts = [], [first for *_, first in _numbered(lengths, lambda n: _windows(n, size, stride))]
     numbered = _numbered(lengths, lambda n: -(-n // block))
@@ -240,7 +245,7 @@ def short_conv(
 
 
 def token_shift(x: Tensor, *, lengths: Lengths) -> Tensor:
-    return _joined(x, [(r, s, F.pad(x[r, s : s + n - 1], (0, 0, 1, 0))) for r, s, n in documents_of(lengths)])
+    return _joined(x, [(r, s, F.pad(x[r, s : s + n], (0, 0, 1, 0))[:n]) for r, s, n in documents_of(lengths)])
 
 
 def _windows(length: int, size: int, stride: int) -> int:
