@@ -3,7 +3,6 @@
 import json
 import math
 import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -104,13 +103,13 @@ def test_attention_work_is_that_of_every_ranks_tile(shared: tuple[Documents, Lay
     assert attention_pairs(documents, layout) == [0 if tile is None else tile.pairs for tile in tiles]
 
 
-def test_attention_work_of_many_documents_on_many_ranks_takes_no_time() -> None:
+def test_attention_work_does_not_cut_the_documents_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Layout, "documents")
+    monkeypatch.delattr(Documents, "slice")
     lengths = [1 + (37 * i) % 180 for i in range(5689)]
     length = -(-sum(lengths) // 512) * 512
     documents, layout = Documents.from_lengths([lengths], length), Layout(length, 64, 8)
-    started = time.process_time()
     work = work_of(documents, sum(lengths), layout, 0)
-    assert time.process_time() - started < 0.3  # 0.01 s; 2 s while the documents were cut for each rank
     assert work.mean * 64 == sum(n * (n + 1) // 2 for n in lengths)
 
 
