@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from kernels import machine, peak_bytes
 from longreach.kernels.documents import Documents
-from longreach.models.mixers.block_sparse_attention import InfLLMv2, MoBA
-from longreach.models.mixers.native_sparse_attention import NativeSparseAttention
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.sparse.block_sparse_attention import InfLLMv2, MoBA
+from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
 from longreach.parallel.sequence import Sequence
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,10 +10,10 @@ import torch
 
 from longreach.kernels.documents import Documents
 from longreach.models.decoding import generate
-from longreach.models.feed_forward import SwiGLU
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
-from longreach.models.mixers.gated_linear_attention import GatedLinearAttention
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
 model = LanguageModel(

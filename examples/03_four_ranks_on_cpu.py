@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from longreach.kernels.documents import Documents
-from longreach.models.feed_forward import SwiGLU
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
-from longreach.models.mixers.lightning_attention import LightningAttention
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence

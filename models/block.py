@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..parallel.sequence import Sequence
+from .layers.normalisation import RMSNorm
 from .mixer import Mixer
-from .normalisation import RMSNorm
 
 
 class Block(nn.Module):

@@ -17,8 +17,8 @@ from ..kernels.documents import Documents
 from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
 from ..parallel.sequence import Kept, Sequence
 from .block import Block
+from .layers.normalisation import RMSNorm
 from .mixer import RECIPE, Mixer, check_mixer, construct, name_of, naming
-from .normalisation import RMSNorm
 
 NO_TARGET = -100
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # of torch, whose weights start at 1 as ours do

@@ -16,8 +16,8 @@ from .config import ConfigReader, read_rope, write_rope
 
 BLOCK = "longreach.models.block.Block"
 LANGUAGE_MODEL = "longreach.models.language_model.LanguageModel"
-SOFTMAX_ATTENTION = "longreach.models.mixers.softmax_attention.SoftmaxAttention"
-SWIGLU = "longreach.models.feed_forward.SwiGLU"
+SOFTMAX_ATTENTION = "longreach.models.mixers.softmax.softmax_attention.SoftmaxAttention"
+SWIGLU = "longreach.models.feed_forward.swiglu.SwiGLU"
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 

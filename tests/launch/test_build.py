@@ -76,7 +76,7 @@ MODEL = {
     "depth": 2,
     "pattern": ["mine"],
     "mixers": {"mine": {"_target_": "my_mixers.Plain", "_partial_": True, "heads": 4}},
-    "feed_forward": {"_target_": "longreach.models.feed_forward.SwiGLU", "_partial_": True, "hidden": 48},
+    "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 48},
 }
 
 
@@ -113,7 +113,7 @@ def test_a_mixer_of_a_module_beside_the_data_is_built() -> None:
         (target("elsewhere.Plain"), "No module elsewhere was found. Start from its folder, or"),
         (target("my_mixers.Plian"), "my_mixers has no Plian. Did you mean Plain?"),
         (target("longreach.models.mixers.mamba3.Mamba"), "has no mamba3. Did you mean mamba2?"),
-        (target("longreach.models.feed_forward.SwiGlu"), "Did you mean SwiGLU?"),
+        (target("longreach.models.feed_forward.swiglu.SwiGlu"), "Did you mean SwiGLU?"),
         (target("my_mixers"), "got 'my_mixers', a module. Name one of its classes, such as my_mixers.Plain"),
         (target("my_mixers..Plain"), "Write package.module.Class"),
         (target("my_mixers.text"), r"model.mixers.mine must make a torch.nn.Module; got a str"),
@@ -173,7 +173,7 @@ def test_what_a_writers_code_raises_keeps_its_traceback(name: str, kind: type[Ex
 
 
 def test_a_setting_that_a_mixer_of_ours_refuses_is_one_line_with_its_name() -> None:
-    refused = target("longreach.models.mixers.softmax_attention.SoftmaxAttention")
+    refused = target("longreach.models.mixers.softmax.softmax_attention.SoftmaxAttention")
     refused["mixers"]["mine"]["heads"] = 5
     with pytest.raises(ValueError, match=r"^model.mixers.mine \(SoftmaxAttention\): heads must divide width=32; got 5"):
         build(refused)

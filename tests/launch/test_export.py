@@ -148,7 +148,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tm
 
 def test_a_hybrid_is_not_exported(origin, tmp_path):
     model = hf.read_settings(origin)
-    mixers = {"retnet": {"_target_": "longreach.models.mixers.retnet.RetNet", "_partial_": True, "heads": 2}}
+    mixers = {"retnet": {"_target_": "longreach.models.mixers.linear.retnet.RetNet", "_partial_": True, "heads": 2}}
     model |= {"pattern": ["full", "retnet"], "mixers": {**model["mixers"], **mixers}}
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
     with pytest.raises(ValueError, match=r"must be a Llama or a Qwen3; it is not, by mixers .*RetNet"):

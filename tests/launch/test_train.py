@@ -166,7 +166,7 @@ def test_a_run_that_is_asked_to_end_saves_on_all_ranks_and_goes_on_later(tmp_pat
 
 
 MIXER = """
-from longreach.models.mixers.lightning_attention import LightningAttention
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
 
 
 class Mine(LightningAttention):

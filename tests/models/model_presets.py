@@ -75,7 +75,7 @@ def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: An
 
 
 def feed_forward(hidden: int) -> Callable[..., nn.Module]:
-    target = "longreach.models.feed_forward.SwiGLU"
+    target = "longreach.models.feed_forward.swiglu.SwiGLU"
     return instantiate({"_target_": target, "_partial_": True, "hidden": hidden})
 
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from longreach.kernels.block_sparse import chunked as blocks
 from longreach.kernels.mask import Mask
 from longreach.kernels.softmax import flops
+from longreach.models.layers.rotary import Rotary
 from longreach.models.mixer import Mixer
-from longreach.models.rotary import Rotary
 from longreach.parallel import ops, ring, windows
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.windows import Combination

@@ -509,7 +509,7 @@ def test_weights_are_loaded_one_gathered_parameter_at_a_time(folder):
         hf.load(folder, model, never)
 
 
-SOFTMAX = "longreach.models.mixers.softmax_attention.SoftmaxAttention"
+SOFTMAX = "longreach.models.mixers.softmax.softmax_attention.SoftmaxAttention"
 
 
 def with_mixer(**changes):
@@ -522,7 +522,7 @@ def with_mixer(**changes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: with_mixer(_target_="longreach.models.mixers.retnet.RetNet"), "mixers longreach.*RetNet"),
+        (lambda: with_mixer(_target_="longreach.models.mixers.linear.retnet.RetNet"), "mixers longreach.*RetNet"),
         (lambda: with_mixer(sink_logits=True), "sink_logits=True"),
         (lambda: with_mixer(rope_fraction=0.5), "rope_fraction=0.5"),
         (lambda: with_mixer(rope_base=None), "rope_base=None"),
@@ -561,7 +561,7 @@ def test_settings_by_their_defaults_are_written_in_full(scaling, tmp_path):
         "depth": 4,
         "pattern": ["attention*2"],
         "mixers": {"attention": {"_target_": SOFTMAX, "_partial_": True, "heads": 4, "rope_scaling": scaling}},
-        "feed_forward": {"_target_": "longreach.models.feed_forward.SwiGLU", "_partial_": True, "hidden": 40},
+        "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 40},
     }
     model = instantiate(settings, _convert_="all")
     model.initialise(seed=0)

@@ -13,7 +13,7 @@ from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.gated_linear import flops as gated_linear_flops
 from longreach.models.language_model import expand_pattern
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
 LENGTH = 40

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
-from longreach.models.mixers.gated_linear_attention import GatedLinearAttention
-from longreach.models.mixers.lightning_attention import LightningAttention
-from longreach.models.mixers.retnet import RetNet
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.linear.retnet import RetNet
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
 WIDTH, LENGTH = 32, 21

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
-from longreach.models.decay_gate import DecayGate
-from longreach.models.mixers.gated_deltanet import GatedDeltaNet
-from longreach.models.mixers.kimi_delta_attention import KimiDeltaAttention
-from longreach.models.mixers.rwkv7 import RWKV7, rank
-from longreach.models.normalisation import l2_norm
+from longreach.models.layers.decay_gate import DecayGate
+from longreach.models.layers.normalisation import l2_norm
+from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
+from longreach.models.mixers.delta.kimi_delta_attention import KimiDeltaAttention
+from longreach.models.mixers.delta.rwkv7 import RWKV7, rank
 from longreach.parallel.sequence import Sequence
 
 WIDTH, LENGTH = 32, 75

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longreach.kernels.documents import Documents
-from longreach.models.mixers.mamba import Mamba
+from longreach.models.mixers.state_space.mamba import Mamba
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine import parameter_groups
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longreach.kernels.documents import Documents
-from longreach.models.mixers.mamba2 import Mamba2
-from longreach.models.mixers.mlstm import MLSTM
+from longreach.models.mixers.linear.mlstm import MLSTM
+from longreach.models.mixers.state_space.mamba2 import Mamba2
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine import parameter_groups
 

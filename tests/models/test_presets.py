@@ -6,8 +6,8 @@ from model_presets import MODELS, build_model, tokens
 
 from longreach.kernels.documents import Documents
 from longreach.models.block import Block, MiniMaxBlock
-from longreach.models.mixers.lightning_attention import LightningAttention
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
 SIZES = {"125m": (125e6, 32_768), "1b": (1e9, 32_768), "8b": (8e9, 131_072)}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.recurrence import Summary
-from longreach.models.rotary import Rotary
+from longreach.models.layers.rotary import Rotary
 from longreach.parallel import collectives, mesh, ring, state_passing, windows
 from longreach.parallel.sequence import Sequence
 from longreach.trainer import engine

@@ -12,7 +12,7 @@ from rich.console import Console
 from longreach.kernels import pointwise
 from longreach.launch.build import build
 from longreach.launch.train import to_settings
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.trainer.diagnosis import exact, inexact, loop, training, work
 from longreach.trainer.diagnosis import ranks as rank_processes
 from longreach.trainer.diagnosis.bench import Bench

@@ -8,11 +8,11 @@ from distributed import run_ranks
 from small_model import ADAM, full, make_engine, rate
 
 from longreach.kernels.documents import Documents
-from longreach.models.feed_forward import SwiGLU
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import CHECKPOINTING, LanguageModel
-from longreach.models.mixers.gated_linear_attention import GatedLinearAttention
-from longreach.models.mixers.lightning_attention import LightningAttention
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from longreach.launch.export import ExportSettings, export
 from longreach.launch.generate import GenerationSettings, generate
-from longreach.models.feed_forward import SwiGLU
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longreach.models.feed_forward import SwiGLU
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixer import Mixer, PartError
-from longreach.models.mixers.lightning_attention import LightningAttention
-from longreach.models.mixers.mamba import Mamba
-from longreach.models.mixers.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.state_space.mamba import Mamba
 from longreach.parallel import ops
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.preparation import check_model

@@ -21,7 +21,7 @@ MODEL = {
     "mixers": {
         "softmax": {"_target_": f"{MIXERS}.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
     },
-    "feed_forward": {"_target_": "longreach.models.feed_forward.SwiGLU", "_partial_": True, "hidden": 8},
+    "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 8},
 }
 
 

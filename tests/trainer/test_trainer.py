@@ -51,7 +51,7 @@ MODEL = {
         "lightning": {"_target_": f"{MIXERS}.lightning_attention.LightningAttention", "_partial_": True, "heads": 2},
         "softmax": {"_target_": f"{MIXERS}.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
     },
-    "feed_forward": {"_target_": "longreach.models.feed_forward.SwiGLU", "_partial_": True, "hidden": 48},
+    "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 48},
 }
 EXACT = ("step", "tokens", "loss", "grad_norm", "learning_rate", "validation_loss", "bits_per_byte")
 

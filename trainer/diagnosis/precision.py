@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.documents import Documents
-from ...models.rotary import Rotary
+from ...models.layers.rotary import Rotary
 from ...parallel import ops
 from ...parallel.sequence import Sequence
 from .checks import Difference, rms

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.gated_linear import flops
-from ...kernels.pointwise import rms_norm
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer, head_size
-from ..short_convolution import ShortConvolution
+from ....kernels.gated_linear import flops
+from ....kernels.pointwise import rms_norm
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.short_convolution import ShortConvolution
+from ...mixer import Mixer, head_size
 
 
 class Mamba2(Mixer):

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.delta_rule import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..decay_gate import DecayGate
-from ..mixer import Mixer, head_size
-from ..normalisation import RMSNorm, l2_norm
-from ..short_convolution import ShortConvolution
+from ....kernels.delta_rule import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.decay_gate import DecayGate
+from ...layers.normalisation import RMSNorm, l2_norm
+from ...layers.short_convolution import ShortConvolution
+from ...mixer import Mixer, head_size
 
 
 class KimiDeltaAttention(Mixer):

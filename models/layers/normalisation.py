@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.pointwise import rms_norm
+from ...kernels.pointwise import rms_norm
 
 
 class RMSNorm(nn.Module):

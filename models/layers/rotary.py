@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.pointwise import RopeScaling, rope, rope_frequencies
+from ...kernels.pointwise import RopeScaling, rope, rope_frequencies
 
 
 def rotary(head_dim: int, base: float | None, fraction: float, scaling: dict[str, Any] | None) -> Rotary | None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.gated_linear import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer, head_size
-from ..normalisation import RMSNorm
-from ..short_convolution import ShortConvolution
+from ....kernels.gated_linear import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import RMSNorm
+from ...layers.short_convolution import ShortConvolution
+from ...mixer import Mixer, head_size
 
 
 class LightningAttention(Mixer):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import compressed, softmax
-from ...kernels.mask import Mask
-from ...kernels.select_blocks import Rule
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer, check_groups, head_size
-from ..normalisation import RMSNorm
-from ..rotary import rotary
-from ..selector import Selector
-from ..short_convolution import ShortConvolution
+from ....kernels import compressed, softmax
+from ....kernels.mask import Mask
+from ....kernels.select_blocks import Rule
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import RMSNorm
+from ...layers.rotary import rotary
+from ...layers.selector import Selector
+from ...layers.short_convolution import ShortConvolution
+from ...mixer import Mixer, check_groups, head_size
 
 COMPRESSIONS = ("mlp", "mean")
 

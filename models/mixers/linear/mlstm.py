@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.gated_linear import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer, head_size
-from ..normalisation import HeadNorm
+from ....kernels.gated_linear import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import HeadNorm
+from ...mixer import Mixer, head_size
 
 
 class MLSTM(Mixer):

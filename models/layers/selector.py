@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..kernels import select_blocks as selection
-from ..kernels.block_sparse import flops, most_visits
-from ..kernels.select_blocks import Rule
-from ..parallel import ops
-from ..parallel.sequence import Sequence
+from ...kernels import select_blocks as selection
+from ...kernels.block_sparse import flops, most_visits
+from ...kernels.select_blocks import Rule
+from ...parallel import ops
+from ...parallel.sequence import Sequence
 
 
 class Selector(nn.Module):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.mask import Mask
-from ...kernels.softmax import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer, check_groups, head_size
-from ..normalisation import RMSNorm
-from ..rotary import rotary
-from ..short_convolution import ShortConvolution
+from ....kernels.mask import Mask
+from ....kernels.softmax import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import RMSNorm
+from ...layers.rotary import rotary
+from ...layers.short_convolution import ShortConvolution
+from ...mixer import Mixer, check_groups, head_size
 
 QK_NORMS = (None, "head", "full")
 

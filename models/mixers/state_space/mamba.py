@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.pointwise import rms_norm
-from ...kernels.selective_scan import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer
-from ..normalisation import RMSNorm
-from ..short_convolution import ShortConvolution
+from ....kernels.pointwise import rms_norm
+from ....kernels.selective_scan import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import RMSNorm
+from ...layers.short_convolution import ShortConvolution
+from ...mixer import Mixer
 
 PART_NORMS = (None, "weighted", "weightless")
 

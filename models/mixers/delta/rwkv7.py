@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.delta_rule import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer
-from ..normalisation import HeadNorm
+from ....kernels.delta_rule import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import HeadNorm
+from ...mixer import Mixer
 
 MIXES = ("r", "w", "k", "v", "a", "g")
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.select_blocks import Rule
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..selector import Selector
-from .softmax_attention import SoftmaxAttention
+from ....kernels.select_blocks import Rule
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.selector import Selector
+from ..softmax.softmax_attention import SoftmaxAttention
 
 
 class _SelectedAttention(SoftmaxAttention):

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.gated_linear import flops
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from ..mixer import Mixer, head_size
-from ..normalisation import HeadNorm
-from ..rotary import Rotary
+from ....kernels.gated_linear import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.normalisation import HeadNorm
+from ...layers.rotary import Rotary
+from ...mixer import Mixer, head_size
 
 
 class RetNet(Mixer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..kernels.pointwise import swiglu
+from ...kernels.pointwise import swiglu
 
 
 class SwiGLU(nn.Module):

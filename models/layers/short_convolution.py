@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..parallel import ops
-from ..parallel.sequence import Sequence
+from ...parallel import ops
+from ...parallel.sequence import Sequence
 
 
 class ShortConvolution(nn.Module):
