@@ -1,0 +1,93 @@
+"""Operation: an op with its own backward, and the one autograd function through which every op runs.
+
+The public op on one device and the op on ranks that share rows run alike; only what `where` is differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Operation(Protocol):
+    """One op as forward and backward on explicit tensors; both run without autograd.
+
+    `where` says which tokens the tensors are of: documents on one device, or a sequence that ranks share.
+    """
+
+    def forward(self, inputs: Tensors, where: Any) -> tuple[Tensors, Tensors]:
+        """The outputs, and what backward needs besides inputs and outputs."""
+        ...
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Any
+    ) -> Tensors:
+        """The gradient of each input, None for an input that is None, given those of the outputs (None: it is 0)."""
+        ...
+
+
+class Kept:
+    """The results of the ops of one layer, kept for the recomputation of the layer in backward.
+
+    The first call for a slot stores its result and the second takes it back, so that a recomputation repeats no
+    collective. A slot is therefore used once in a layer's forward.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Any] = {}
+
+    def take(self, slot: Hashable) -> Any:
+        """What the first call stored; None if this is the first."""
+        return self._results.pop(slot, None)
+
+    def store(self, slot: Hashable, result: Any) -> None:
+        self._results[slot] = result
+
+
+def run(
+    operation: Operation, inputs: Tensors, where: Any, *, kept: Kept | None = None, slot: str = "", note: str = ""
+) -> tuple[Tensor, ...]:
+    """The operation's outputs, differentiable in every input.
+
+    kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
+    """
+    return _Run.apply(operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Operation, where: Any, kept: Kept | None, slot: str, note: str, *inputs: Tensor | None
+    ) -> Tensors:
+        results = None if kept is None else kept.take(slot)
+        if results is None:
+            try:
+                results = operation.forward(inputs, where)
+            except RuntimeError as error:
+                error.add_note(note)
+                raise
+            if kept is not None:
+                kept.store(slot, results)
+        outputs, saved = results
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *outputs, *saved)
+        ctx.operation, ctx.where, ctx.note, ctx.counts = operation, where, note, (len(inputs), len(outputs))
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        number, produced = ctx.counts
+        tensors = ctx.saved_tensors
+        inputs, outputs, saved = tensors[:number], tensors[number : number + produced], tensors[number + produced :]
+        try:
+            found = ctx.operation.backward(gradients, inputs, outputs, saved, ctx.where)
+        except RuntimeError as error:
+            error.add_note(ctx.note)
+            raise
+        return None, None, None, None, None, *found
