@@ -20,12 +20,12 @@ class Operation(Protocol):
     `where` says which tokens the tensors are of: documents on one device, or a sequence that ranks share.
     """
 
-    def forward(self, inputs: Tensors, where: Any) -> tuple[Tensors, Tensors]:
+    def forward(self, inputs: Tensors, where: Any, /) -> tuple[Tensors, Tensors]:
         """The outputs, and what backward needs besides inputs and outputs."""
         ...
 
     def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Any
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Any, /
     ) -> Tensors:
         """The gradient of each input, None for an input that is None, given those of the outputs (None: it is 0)."""
         ...

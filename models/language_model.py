@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import Documents
+from ..kernels.operation import Kept
 from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
-from ..parallel.sequence import Kept, Sequence
+from ..parallel.sequence import Sequence
 from .block import Block
 from .layers.normalisation import RMSNorm
 from .mixer import RECIPE, Mixer, check_mixer, construct, name_of, naming

@@ -7,33 +7,38 @@ document border, and are not compiled anew for the next batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..kernels import operation
+from ..kernels.operation import Tensors
 from .sequence import Sequence
 
-Tensors: TypeAlias = tuple[Tensor | None, ...]
 Setting: TypeAlias = bool | int | float | str | tuple[int, ...] | Callable | None
 
 
-class Operation(Protocol):
-    """One op under one strategy. All methods run without autograd; every rank calls them in the same order."""
+class Operation(ABC):
+    """One op under one strategy, a `kernels.operation.Operation`; every rank calls its methods in the same order."""
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
-        """The output for the tokens held here, and what backward needs besides inputs and output."""
-        ...
+    outputs: ClassVar[int] = 1
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
-        """The gradient of each input, None for an input that is None."""
-        ...
+    @abstractmethod
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
+        """The outputs for the tokens of this rank, and what backward needs besides inputs and outputs."""
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
-        """Empty tensors of the shapes and types that `forward` returns, in dense layout, for `spans` spans a rank."""
-        ...
+    @abstractmethod
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
+        """The gradient of each input, None for an input that is None, given those of the outputs (None: it is 0)."""
+
+    @abstractmethod
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
+        """Empty tensors of the shapes and types that `forward` returns, in dense layout, for `spans` spans per rank."""
 
 
 def present(*inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -50,7 +55,7 @@ def is_sequence(x: Tensor) -> bool:
 
 def mix(
     build: Callable[..., Operation], settings: tuple[Setting, ...], inputs: Tensors, seq: Sequence, slot: str
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """Runs the operation `build(*settings)`; `slot` names its state within the layer, for recomputation.
 
     Settings are plain values and classes, so that a compiled graph can be keyed by them. Tensors without data, on
@@ -58,53 +63,32 @@ def mix(
     """
     if torch.compiler.is_compiling():
         name = _name(build, settings)
-        given = [x for x in inputs if x is not None]
-        mask = [x is not None for x in inputs]
-        return _mix(seq.handle, name, given, mask, seq.layout.ranks, seq.layout.spans)[0]
+        present = [x for x in inputs if x is not None]
+        places = [x is not None for x in inputs]
+        results = _mix(seq.handle, name, present, places, seq.layout.ranks, seq.layout.spans)
+        return tuple(results[: _outputs(name)])
     seq.claim(slot)
-    rehearsed = next(x.device.type for x in inputs if x is not None) == "meta"
-    run = _Rehearsed if rehearsed else _Mix
-    return run.apply(build(*settings), seq, slot, *inputs)  # type: ignore[return-value]
+    op = build(*settings)
+    if next(x.device.type for x in inputs if x is not None) == "meta":
+        return operation.run(_Rehearsal(op), inputs, seq)
+    ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
+    note = f"in {type(op).__name__} of layer {seq.layer}, on {ranks}"
+    return operation.run(op, inputs, seq, kept=seq.kept, slot=slot, note=note)
 
 
-class _Rehearsed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, operation: Operation, seq: Sequence, slot: str, *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return operation.like(inputs, seq.layout.ranks, seq.layout.spans)[0]
+class _Rehearsal:
+    """The operation's shapes and types on tensors without data."""
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(None if x is None else torch.empty_like(x) for x in ctx.saved_tensors)
+    def __init__(self, op: Operation) -> None:
+        self.op = op
 
+    def forward(self, inputs: Tensors, where: Sequence) -> tuple[Tensors, Tensors]:
+        return self.op.like(inputs, where.layout.ranks, where.layout.spans)[0], ()
 
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, operation: Operation, seq: Sequence, slot: str, *inputs: Tensor | None) -> Tensor:
-        with _named(operation, seq):
-            out, saved = seq.once(slot, lambda: operation.forward(inputs, seq))
-        ctx.save_for_backward(*inputs, out, *saved)
-        ctx.operation, ctx.seq, ctx.inputs = operation, seq, len(inputs)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        held = ctx.saved_tensors
-        inputs, out, saved = held[: ctx.inputs], held[ctx.inputs], held[ctx.inputs + 1 :]
-        with _named(ctx.operation, ctx.seq):
-            return None, None, None, *ctx.operation.backward(dout, inputs, out, saved, ctx.seq)
-
-
-@contextmanager
-def _named(operation: Operation, seq: Sequence) -> Iterator[None]:
-    """Errors within, a silent peer among them, say where they arose."""
-    try:
-        yield
-    except RuntimeError as error:
-        ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
-        error.add_note(f"in {type(operation).__name__} of layer {seq.layer}, on {ranks}")
-        raise
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Sequence
+    ) -> Tensors:
+        return tuple(None if x is None else torch.empty_like(x) for x in inputs)
 
 
 _operations: dict[str, Operation] = {}
@@ -117,6 +101,11 @@ def _name(build: Callable[..., Operation], settings: tuple[Setting, ...]) -> str
     if name not in _operations:
         _operations[name] = build(*settings)
     return name
+
+
+@torch.compiler.assume_constant_result
+def _outputs(name: str) -> int:
+    return _operations[name].outputs
 
 
 def _spread(given: list[Tensor], mask: list[bool]) -> Tensors:
@@ -147,41 +136,40 @@ def _missing(tensors: list[Tensor], pattern: Tensors) -> Tensors:
 
 @torch.library.custom_op("longreach::mix", mutates_args=())
 def _mix(handle: Tensor, name: str, given: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
-    inputs = _spread(given, mask)
-    out, saved = _operations[name].forward(inputs, Sequence.of(handle))
-    return _unaliased(_dense((out, *saved), out), given)
+    outputs, saved = _operations[name].forward(_spread(given, mask), Sequence.of(handle))
+    return _unaliased(_dense((*outputs, *saved), given[0]), given)
 
 
 @_mix.register_fake
 def _(handle: Tensor, name: str, given: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
-    out, saved = _operations[name].like(_spread(given, mask), ranks, spans)
-    return _dense((out, *saved), out)
+    outputs, saved = _operations[name].like(_spread(given, mask), ranks, spans)
+    return _dense((*outputs, *saved), given[0])
 
 
 @torch.library.custom_op("longreach::mix_backward", mutates_args=())
 def _mix_backward(
     handle: Tensor,
     name: str,
-    dout: Tensor,
+    gradients: list[Tensor],
     given: list[Tensor],
     mask: list[bool],
     results: list[Tensor],
     ranks: int,
     spans: int,
 ) -> list[Tensor]:
-    operation, inputs = _operations[name], _spread(given, mask)
-    pattern = operation.like(tuple(None if x is None else x.to("meta") for x in inputs), ranks, spans)[1]
-    saved = _missing(results[1:], pattern)
-    gradients = operation.backward(dout, inputs, results[0], saved, Sequence.of(handle))
-    dense = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True) if x is not None]
-    return _unaliased(_dense(tuple(dense), dout), [dout, *given, *results])
+    op, inputs = _operations[name], _spread(given, mask)
+    pattern = op.like(tuple(None if x is None else x.to("meta") for x in inputs), ranks, spans)[1]
+    outputs, saved = tuple(results[: op.outputs]), _missing(results[op.outputs :], pattern)
+    found = op.backward(tuple(gradients), inputs, outputs, saved, Sequence.of(handle))
+    dense = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True) if x is not None]
+    return _unaliased(_dense(tuple(dense), given[0]), [*gradients, *given, *results])
 
 
 @_mix_backward.register_fake
 def _(
     handle: Tensor,
     name: str,
-    dout: Tensor,
+    gradients: list[Tensor],
     given: list[Tensor],
     mask: list[bool],
     results: list[Tensor],
@@ -197,10 +185,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(handle, *given, *output)
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     handle, *held = ctx.saved_tensors
     given, results = held[: ctx.given], held[ctx.given :]
-    dinputs = _mix_backward(handle, ctx.name, gradients[0], given, ctx.mask, results, ctx.ranks, ctx.spans)
+    number = _operations[ctx.name].outputs
+    of_outputs = [
+        torch.zeros_like(x) if g is None else g for x, g in zip(results[:number], gradients[:number], strict=True)
+    ]
+    dinputs = _mix_backward(handle, ctx.name, of_outputs, given, ctx.mask, results, ctx.ranks, ctx.spans)
     return None, None, dinputs, None, None, None
 
 

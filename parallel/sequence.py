@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.documents import Documents
 from ..kernels.mask import Mask
+from ..kernels.operation import Kept
 from .layout import Layout
 from .mesh import Heads, Mesh
 from .strategy import Strategy
@@ -58,23 +59,6 @@ _numbers = itertools.count()
 
 def _new_handle() -> Tensor:
     return torch.tensor(next(_numbers), device="cpu")
-
-
-class Kept:
-    """What the mixing ops of one layer computed, handed back once when activation checkpointing recomputes it.
-
-    The first call for a slot computes and stores, the second takes: so a recomputation repeats no collective. A slot
-    is therefore used once in a layer's forward.
-    """
-
-    def __init__(self) -> None:
-        self._results: dict[Hashable, Any] = {}
-
-    def once(self, slot: Hashable, compute: Callable[[], Result]) -> Result:
-        if slot in self._results:
-            return self._results.pop(slot)
-        self._results[slot] = result = compute()
-        return result
 
 
 @dataclass(frozen=True)
@@ -241,10 +225,6 @@ class Sequence:
                 f"slot={slot + ' 2'!r}"
             )
         self.slots.add(slot)
-
-    def once(self, slot: str, compute: Callable[[], Result]) -> Result:
-        """`compute()`, or what it gave before if this is a recomputation that keeps the ops' results."""
-        return compute() if self.kept is None else self.kept.once(slot, compute)
 
     def derive(self, key: Hashable, compute: Callable[[], Result]) -> Result:
         """A host-side value that depends on documents and layout alone, computed once for all layers."""

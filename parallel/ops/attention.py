@@ -9,9 +9,9 @@ from ...kernels.documents import Documents, Run
 from ...kernels.mask import Mask
 from ...kernels.softmax import check_inputs
 from ...kernels.softmax import softmax_attention as attend_here
-from ..gather import GatherAttention
-from ..ring import RingAttention
 from ..sequence import DecodingCache, Sequence
+from ..strategies.gather import GatherAttention
+from ..strategies.ring import RingAttention
 from .mixing import mix_by
 
 

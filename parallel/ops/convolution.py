@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import short_conv as kernels
-from ..collectives import halo
 from ..sequence import Sequence
+from ..strategies.halo import halo
 
 
 def short_conv(

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..operation import Operation, Setting, Tensors, mix
+from ...kernels.operation import Tensors
+from ..operation import Operation, Setting, mix
 from ..sequence import Sequence
-from ..ulysses import ulysses
+from ..strategies.ulysses import ulysses
 
 
 def mix_by(
@@ -23,5 +24,5 @@ def mix_by(
 ) -> Tensor:
     """The operation `build(*settings)`, with tokens exchanged for heads or as they are."""
     if by_heads and seq.heads is not None:
-        return mix(ulysses, (seq.heads.ranks, common, build, *settings), inputs, seq, slot)
-    return mix(build, settings, inputs, seq, slot)
+        return mix(ulysses, (seq.heads.ranks, common, build, *settings), inputs, seq, slot)[0]
+    return mix(build, settings, inputs, seq, slot)[0]

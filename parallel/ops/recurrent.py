@@ -13,7 +13,7 @@ from ...kernels.recurrence import Inputs, Recurrence
 from ...kernels.selective_scan import SelectiveRecurrence
 from ..operation import Setting
 from ..sequence import Sequence
-from ..state_passing import StatePassing
+from ..strategies.state_passing import StatePassing
 from .mixing import mix_by
 
 

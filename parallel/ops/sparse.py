@@ -15,11 +15,18 @@ from ...kernels.mask import Mask
 from ...kernels.select_blocks import Rule
 from ...kernels.select_blocks import select_blocks as select_here
 from ...kernels.softmax import check_inputs
-from ..block_sparse import BlockSelection, BlockSparseAttention
-from ..compressed import CompressedAttention
 from ..operation import mix
 from ..sequence import Sequence
-from ..windows import GatherWindows, LocalWindows, WindowMeans, check_windows, summaries_decoded, windows_decoded
+from ..strategies.compressed import CompressedAttention
+from ..strategies.listed_blocks import BlockSelection, BlockSparseAttention
+from ..strategies.windows import (
+    GatherWindows,
+    LocalWindows,
+    WindowMeans,
+    check_windows,
+    summaries_decoded,
+    windows_decoded,
+)
 from .attention import extend_keys, shared_attention
 
 
@@ -49,10 +56,10 @@ def block_sparse_attention(
     if seq.cache is None:
         settings = (block_size, query_block, mask.causal, mask.window, mask.sink_tokens, scale)
         if not dense_length:
-            return mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+            return mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)[0]
         dense = shared_attention(q, k, v, None, mask, scale, dense_length, seq, f"{slot} dense")
         blocks = sparse_lists(blocks, seq.positions(q.device), dense_length, query_block)
-        sparsely = mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)
+        sparsely = mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)[0]
         return dense + sparsely  # each is 0 where the other is not
     k, v, keys = extend_keys(k, v, Mask(), seq, seq.cache, slot)
     return attend_blocks_here(  # type: ignore[return-value]
@@ -80,8 +87,8 @@ def compressed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if seq.cache is None:
-        raw = mix(CompressedAttention, (size, stride, scale), (q, k, v), seq, slot)
-        return raw[..., :-1].to(q.dtype), raw[..., -1].detach()
+        out, lse = mix(CompressedAttention, (size, stride, scale), (q, k, v), seq, slot)
+        return out.to(q.dtype), lse.detach()
     row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
     return attend_windows_here(  # type: ignore[return-value]
         q, k, v, size=size, stride=stride, documents=seq.local, row_documents=row, scale=scale, return_lse=True,
@@ -111,7 +118,7 @@ def select_blocks(
             rule.block_size, rule.count, rule.window, rule.stride, rule.score, rule.aggregate, rule.pooled,
             rule.initial, rule.local,
         )  # fmt: skip
-        return mix(_block_selection, (scale, *rule_settings), (q, summaries, lse), seq, slot)
+        return mix(_block_selection, (scale, *rule_settings), (q, summaries, lse), seq, slot)[0]
     row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
     return select_here(
         q, summaries, rule=rule, documents=seq.local, row_documents=row, scale=scale, lse=lse, backend=seq.backend
@@ -131,7 +138,7 @@ def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = No
     stride = size if stride is None else stride
     check_windows(size, stride)
     if seq.cache is None:
-        return mix(WindowMeans, (size, stride), (x,), seq, slot)
+        return mix(WindowMeans, (size, stride), (x,), seq, slot)[0]
     rows = windows_decoded(x, seq, seq.cache, size, stride, f"{slot} rows")
     means = rows.to(torch.promote_types(x.dtype, torch.float32)).mean(2).to(x.dtype)
     return summaries_decoded(means, seq, seq.cache, slot)
@@ -145,7 +152,7 @@ def local_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str
     """
     check_windows(size, stride)
     if seq.cache is None:
-        return mix(LocalWindows, (size, stride), (x,), seq, slot)
+        return mix(LocalWindows, (size, stride), (x,), seq, slot)[0]
     return windows_decoded(x, seq, seq.cache, size, stride, slot)
 
 
@@ -153,5 +160,5 @@ def gather_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: st
     """Summaries `[B, W, …]` of the `local_windows` of every rank to those of the whole row, `[B, N // stride, …]`."""
     check_windows(size, stride)
     if seq.cache is None:
-        return mix(GatherWindows, (seq.layout.length, size, stride), (x,), seq, slot)
+        return mix(GatherWindows, (seq.layout.length, size, stride), (x,), seq, slot)[0]
     return summaries_decoded(x, seq, seq.cache, slot)

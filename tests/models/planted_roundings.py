@@ -9,9 +9,10 @@ from longreach.kernels.mask import Mask
 from longreach.kernels.softmax import flops
 from longreach.models.layers.rotary import Rotary
 from longreach.models.mixer import Mixer
-from longreach.parallel import ops, ring, windows
+from longreach.parallel import ops
 from longreach.parallel.sequence import Sequence
-from longreach.parallel.windows import Combination
+from longreach.parallel.strategies import ring, windows
+from longreach.parallel.strategies.windows import Combination
 
 
 class ForgettingAttention(Mixer):

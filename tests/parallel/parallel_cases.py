@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
+from longreach.kernels.operation import Kept
 from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
-from longreach.parallel.sequence import Kept, Sequence
+from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.trainer.diagnosis.truth import plain_ops
 

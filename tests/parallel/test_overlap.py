@@ -10,7 +10,9 @@ from parallel_cases import CASES, local, shared
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.mask import Mask
-from longreach.parallel import block_sparse, ops, ring
+from longreach.parallel import ops
+from longreach.parallel.strategies import listed_blocks as block_sparse
+from longreach.parallel.strategies import ring
 
 WORLD, LENGTH = 3, 48
 

@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from longreach.kernels import block_sparse as kernel
 from longreach.kernels.block_sparse import BlockLayout
 from longreach.kernels.mask import Mask
+from longreach.kernels.operation import Kept
 from longreach.parallel import ops
-from longreach.parallel.block_sparse import BlockSparseAttention, bytes_sent
 from longreach.parallel.collectives import counting
-from longreach.parallel.sequence import Kept, Sequence
+from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategies.listed_blocks import BlockSparseAttention, bytes_sent
 
 # block size, query block, heads with lists, mask
 ATTENTION = {

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.recurrence import Summary
 from longreach.models.layers.rotary import Rotary
-from longreach.parallel import collectives, mesh, ring, state_passing, windows
+from longreach.parallel import collectives, mesh
 from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategies import ring, state_passing, windows
 from longreach.trainer import engine
 from longreach.trainer.engine import Engine
 from longreach.trainer.packing import TokenStream

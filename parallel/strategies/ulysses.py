@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import all_to_all
-from .mesh import Heads
-from .operation import Operation, Setting, Tensors, is_sequence
-from .sequence import Sequence
+from ...kernels.operation import Tensors
+from ..collectives import all_to_all
+from ..mesh import Heads
+from ..operation import Operation, Setting, is_sequence, present
+from ..sequence import Sequence
 
 REMEDY = "Change it, lower parallel.ulysses, or choose another strategy for this mixer in parallel.mixers"
 ALIGNMENT = 16  # bytes: so that any type can be read in place from a message
 
 
 @dataclass(frozen=True)
-class Ulysses:
+class Ulysses(Operation):
     """The operation `inner`, each rank of `Sequence.heads` with its share of heads and the tokens of all of them.
 
     An `Operation` with the inputs of `inner`: sequences `[B, T, H, …]`, of which each rank gets H / U heads (channels,
@@ -38,24 +39,24 @@ class Ulysses:
     inner: Operation
     common: tuple[int, ...] = ()
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         heads = _heads(seq)
         self._check(inputs)
-        out, saved = self.inner.forward(self._to_heads(inputs, seq, heads), seq.by_heads)
-        return _to_tokens([out], seq, heads)[0], saved
+        outputs, saved = self.inner.forward(self._to_heads(inputs, seq, heads), seq.by_heads)
+        return tuple(_to_tokens(list(present(*outputs)), seq, heads)), saved
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         heads = _heads(seq)
-        exchanged = self._to_heads((*inputs, dout, out), seq, heads)
-        held, dout_held, out_held = exchanged[:-2], exchanged[-2], exchanged[-1]
-        assert dout_held is not None
-        assert out_held is not None
-        gradients = self.inner.backward(dout_held, held, out_held, saved, seq.by_heads)
+        exchanged = self._to_heads((*inputs, *gradients, *outputs), seq, heads)
+        held, dout, out = exchanged[: len(inputs)], exchanged[len(inputs) :][:1], present(*exchanged[len(inputs) + 1 :])
+        gradients = self.inner.backward(dout, held, out, saved, seq.by_heads)
         sequences = [i for i, x in enumerate(inputs) if x is not None and is_sequence(x) and gradients[i] is not None]
         back = dict(zip(sequences, _to_tokens([_present(gradients[i]) for i in sequences], seq, heads), strict=True))
         return tuple(self._own_gradient(i, x, back.get(i, gradients[i]), seq, heads) for i, x in enumerate(inputs))
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         self._check(inputs)
 
         def held(place: int, x: Tensor | None) -> Tensor | None:
@@ -70,11 +71,11 @@ class Ulysses:
             return x.new_empty(shape)
 
         ring = ranks // self.ranks
-        out, saved = self.inner.like(
+        (out,), saved = self.inner.like(
             tuple(held(place, x) for place, x in enumerate(inputs)), ring, spans if ring > 1 else 1
         )
         shape = [out.shape[0], out.shape[1] // self.ranks, out.shape[2] * self.ranks, *out.shape[3:]]
-        return out.new_empty(shape), saved
+        return (out.new_empty(shape),), saved
 
     def _check(self, inputs: Tensors) -> None:
         """Of the sequences with heads those with most have the op's heads; the others may be grouped."""

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.mask import Mask, Tile
-from ..kernels.softmax import attend, attend_backward, merge
+from ...kernels.mask import Mask, Tile
+from ...kernels.softmax import attend, attend_backward, merge
+from ..collectives import exchange, finish
+from ..sequence import Sequence
 from .attention import Block, SharedAttention
-from .collectives import exchange, finish
-from .sequence import Sequence
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Mask
-from ..kernels.softmax import apply_sink, sink_backward
-from .operation import Tensors
-from .sequence import Sequence
+from ...kernels.mask import Mask
+from ...kernels.operation import Tensors
+from ...kernels.softmax import apply_sink, sink_backward
+from ..operation import Operation, present
+from ..sequence import Sequence
 
 
 @dataclass(frozen=True)
-class SharedAttention(ABC):
+class SharedAttention(Operation):
     """softmax(scale q kᵀ + mask) v over keys and values of all sequence ranks; on one rank, over those held.
 
     Tokens at position `until` of their document and beyond, if it is given, take no part: their outputs are 0.
@@ -45,7 +46,7 @@ class SharedAttention(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of what is held here, in out's type."""
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         q, k, v, sink_logits = _present(inputs)
         result = self.attend(q, k, v, self._cut(seq))
         if result is None:  # every token held here is padding
@@ -54,15 +55,18 @@ class SharedAttention(ABC):
             result = out, q.new_full(q.shape[:-1], float("-inf"), dtype=dtype)
         return rounded_once(*(result if sink_logits is None else apply_sink(*result, sink_logits)), q.dtype)
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         q, k, v, sink_logits = _present(inputs)
-        out, lse = exact_result(out, saved)
+        out, lse = exact_result(outputs, saved)
+        (dout,) = present(*gradients)
         dout = dout.to(out.dtype)
         dsink = None if sink_logits is None else sink_backward(dout, out, lse, sink_logits)
         dq, dk, dv = self.attend_backward(dout, q, k, v, out, lse, self._cut(seq))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         q, _, v, _ = _present(inputs)
         return attention_like(q, v)
 
@@ -70,23 +74,23 @@ class SharedAttention(ABC):
         return seq if self.until is None else seq.up_to(self.until)
 
 
-def rounded_once(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensors]:
+def rounded_once(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     """The output in the queries' type, and what backward needs: the exact output where that is another, and lse."""
-    return out.to(dtype), (None if out.dtype == dtype else out, lse)
+    return (out.to(dtype),), (None if out.dtype == dtype else out, lse)
 
 
-def exact_result(out: Tensor, saved: Tensors) -> tuple[Tensor, Tensor]:
+def exact_result(outputs: tuple[Tensor, ...], saved: Tensors) -> tuple[Tensor, Tensor]:
     """(exact output, lse) of what `rounded_once` gave."""
     exact, lse = saved
     assert lse is not None
-    return out if exact is None else exact, lse
+    return outputs[0] if exact is None else exact, lse
 
 
-def attention_like(q: Tensor, v: Tensor) -> tuple[Tensor, Tensors]:
+def attention_like(q: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], Tensors]:
     """Empty tensors like those of `rounded_once`, for queries `[B, T, H, K]` and values `[…, V]`."""
     shape, exact = (*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     out = None if exact == q.dtype else q.new_empty(shape, dtype=exact)
-    return q.new_empty(shape), (out, q.new_empty(shape[:-1], dtype=exact))
+    return (q.new_empty(shape),), (out, q.new_empty(shape[:-1], dtype=exact))
 
 
 def _present(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

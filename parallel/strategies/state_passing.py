@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.recurrence import Inputs, Recurrence, Summary
-from .collectives import Gathering, in_row_order
-from .operation import is_sequence
-from .sequence import Sequence
+from ...kernels.operation import Tensors
+from ...kernels.recurrence import Inputs, Recurrence, Summary
+from ..collectives import Gathering, in_row_order
+from ..operation import Operation, is_sequence
+from ..sequence import Sequence
 
 
 @dataclass(frozen=True)
-class StatePassing:
+class StatePassing(Operation):
     """A recurrence over the whole row; on one rank, over the tokens held, without any collective.
 
     An `Operation`; its inputs are the recurrence's. It saves the states that enter this rank's segments, the
@@ -35,11 +36,11 @@ class StatePassing:
     op: Recurrence
     scale: float | None
 
-    def forward(self, inputs: Inputs, seq: Sequence) -> tuple[Tensor, Inputs]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         self.op.check(inputs)
         op, folded, settings = self.op, _fold(inputs, seq), {"scale": self.scale, "backend": seq.backend}
         if seq.layout.ranks == 1:
-            return seq.unfold(op.forward(folded, None, seq.spans, **settings)[0]), (None, None, None)
+            return (seq.unfold(op.forward(folded, None, seq.spans, **settings)[0]),), (None, None, None)
         out, summary, reads = op.begin(folded, seq.spans, **settings)
         summaries, transitions = _gather(summary, seq)
         state = op.nothing(summaries[0].state)
@@ -52,10 +53,13 @@ class StatePassing:
         kept = op.reads_like(inputs)
         if reads is not None and kept is not None:
             reads = reads.to(kept.dtype)
-        return seq.unfold(out), (initial, transitions, reads)
+        return (seq.unfold(out),), (initial, transitions, reads)
 
-    def backward(self, dout: Tensor, inputs: Inputs, out: Tensor, saved: Inputs, seq: Sequence) -> Inputs:
-        initial, transitions, reads = saved
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
+        (dout,), (initial, transitions, reads) = gradients, saved
+        assert dout is not None
         op, settings = self.op, {"scale": self.scale, "backend": seq.backend}
         folded, dout = _fold(inputs, seq), seq.fold(dout)
         dfinal = None
@@ -68,18 +72,18 @@ class StatePassing:
             for d, x in zip(dinputs, inputs, strict=True)
         )
 
-    def like(self, inputs: Inputs, ranks: int, spans: int) -> tuple[Tensor, Inputs]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         if any(x is not None and x.device.type == "meta" for x in inputs):  # a rehearsal: no `forward` will check
             self.op.check(inputs)
         out, state, transition = self.op.like(inputs)
         if ranks == 1:
-            return out, (None, None, None)
+            return (out,), (None, None, None)
         batch, rest = state.shape[0], transition.shape[1:]
         initial = state.new_empty(spans * batch, *state.shape[1:])
         reads = self.op.reads_like(inputs)
         if reads is not None:
             reads = reads.new_empty(spans * batch, reads.shape[1] // spans, *reads.shape[2:])
-        return out, (initial, transition.new_empty(ranks * spans, batch, *rest), reads)
+        return (out,), (initial, transition.new_empty(ranks * spans, batch, *rest), reads)
 
 
 def _fold(inputs: Inputs, seq: Sequence) -> Inputs:

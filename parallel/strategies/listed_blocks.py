@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.block_sparse import BlockLayout, BlockTile, attend, attend_backward, check_blocks, merge
-from ..kernels.documents import PADDING, Documents, Run
-from ..kernels.mask import Mask
-from ..kernels.select_blocks import Rule, select_blocks
+from ...kernels.block_sparse import BlockLayout, BlockTile, attend, attend_backward, check_blocks, merge
+from ...kernels.documents import PADDING, Documents, Run
+from ...kernels.mask import Mask
+from ...kernels.operation import Tensors
+from ...kernels.select_blocks import Rule, select_blocks
+from ..collectives import Gathering, agree, exchange, finish
+from ..operation import Operation, present
+from ..sequence import Sequence
 from .attention import attention_like, exact_result, rounded_once
-from .collectives import Gathering, agree, exchange, finish
-from .operation import Tensors, present
-from .sequence import Sequence
 from .windows import rows_of
 
 
@@ -141,7 +142,7 @@ class _Keys:
 
 
 @dataclass(frozen=True)
-class BlockSparseAttention:
+class BlockSparseAttention(Operation):
     """softmax(scale q kᵀ + mask) v over the listed blocks of the whole row; on one rank, the kernel.
 
     Keys and values travel in their own type, which loses nothing; partial results and gradients are float32 (float64),
@@ -159,7 +160,7 @@ class BlockSparseAttention:
     sink_tokens: int
     scale: float
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         q, k, v, blocks = present(*inputs)
         plan = self.ask(q, k, blocks, seq)
         keys = None if plan is None else _Keys(k, v, plan, seq)
@@ -170,9 +171,12 @@ class BlockSparseAttention:
             out, lse = merge(out, lse, *attend(q, *received, blocks, tile=self._tile(seq, plan.keys), **settings))
         return rounded_once(out, lse, q.dtype)
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         q, k, v, blocks = present(*inputs)
-        out, lse = exact_result(out, saved)
+        out, lse = exact_result(outputs, saved)
+        (dout,) = present(*gradients)
         dout = dout.to(out.dtype)
         settings = {"scale": self.scale, "backend": seq.backend}
         plan = self.ask(q, k, blocks, seq)
@@ -187,7 +191,7 @@ class BlockSparseAttention:
             dk, dv = _send_home(dk, dv, dkeys, keys, seq)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         q, _, v, _ = present(*inputs)
         return attention_like(q, v)
 
@@ -250,7 +254,7 @@ def _send_home(dk: Tensor, dv: Tensor, dkeys: list[Tensor] | None, keys: _Keys, 
 
 
 @dataclass(frozen=True)
-class BlockSelection:
+class BlockSelection(Operation):
     """The blocks that each query held here lists, among those of the whole row: `[B, T, J, count]`, no gradient.
 
     Sends nothing: summaries are of all windows. An `Operation`, so that graphs hold no document and a recomputation
@@ -260,7 +264,7 @@ class BlockSelection:
     scale: float
     rule: Rule
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         q, summaries, lse = inputs
         assert q is not None
         assert summaries is not None
@@ -268,14 +272,16 @@ class BlockSelection:
             q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
             backend=seq.backend,
         )  # fmt: skip
-        return lists, ()
+        return (lists,), ()
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         return (None,) * len(inputs)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         q, summaries, _ = inputs
         assert q is not None
         assert summaries is not None
         heads = summaries.shape[2] if self.rule.pooled else q.shape[2]
-        return q.new_empty(*q.shape[:2], heads, self.rule.count, dtype=torch.int32), ()
+        return (q.new_empty(*q.shape[:2], heads, self.rule.count, dtype=torch.int32),), ()

@@ -15,11 +15,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..kernels.select_blocks import WindowLayout
-from .collectives import Gathering, Halo, scatter_sum
-from .layout import Layout
-from .operation import Tensors
-from .sequence import DecodingCache, Sequence
+from ...kernels.operation import Tensors
+from ...kernels.select_blocks import WindowLayout
+from ..collectives import Gathering, scatter_sum
+from ..layout import Layout
+from ..operation import Operation, present
+from ..sequence import DecodingCache, Sequence
+from .halo import Halo
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def check_windows(size: int, stride: int) -> None:
 
 
 @dataclass(frozen=True)
-class WindowMeans:
+class WindowMeans(Operation):
     """The mean of every window's tokens, `[B, T, …]` held here to `[B, N // stride, …]` of the whole row.
 
     A window is added up from parts: the tokens of one stride of a document that one rank holds. Parts are gathered,
@@ -72,27 +74,30 @@ class WindowMeans:
     size: int
     stride: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         (x,) = inputs
         assert x is not None
         parts_of, windows_of, parts = self._plan(seq, x.device)
         rows = parts_of(x.to(_exact(x)).flatten(0, 1)).unflatten(0, (x.shape[0], parts))
         gathered = _gather(rows, seq).flatten(0, 2)
         means = windows_of(gathered) / self.size
-        return means.to(x.dtype).unflatten(0, (x.shape[0], -1)), ()
+        return (means.to(x.dtype).unflatten(0, (x.shape[0], -1)),), ()
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         (x,) = inputs
         assert x is not None
+        (dout,) = present(*gradients)
         parts_of, windows_of, parts = self._plan(seq, x.device)
         dparts = windows_of.transpose(dout.to(_exact(x)).flatten(0, 1) / self.size)
         dparts = scatter_sum(dparts.unflatten(0, (seq.layout.ranks, x.shape[0] * parts)), seq)
         return (parts_of.transpose(dparts).to(x.dtype).view(x.shape),)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         (x,) = inputs
         assert x is not None
-        return x.new_empty(x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:]), ()
+        return (x.new_empty(x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:]),), ()
 
     def _plan(self, seq: Sequence, device: torch.device) -> tuple[Combination, Combination, int]:
         """Held tokens to parts `[B, parts]`, parts of all ranks to windows, and how many parts a rank has at most."""
@@ -130,7 +135,7 @@ class WindowMeans:
 
 
 @dataclass(frozen=True)
-class LocalWindows:
+class LocalWindows(Operation):
     """The rows of the windows whose last token is held here: `[B, T, …]` to `[B, W, size, …]`.
 
     W = spans · ceil(span length / stride): as many as can end in the spans, span after span; places that are left are
@@ -142,40 +147,45 @@ class LocalWindows:
     size: int
     stride: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         (x,) = inputs
         assert x is not None
         folded = seq.fold(x)
-        before = self._halo.forward((folded,), seq)[0] if seq.layout.ranks > 1 else self._nothing_before(folded)
+        before = self._before(folded, seq)
         rows = self._plan(seq, x.device)(torch.cat([before, folded], dim=1).flatten(0, 1))
-        return rows.view(x.shape[0], -1, self.size, *x.shape[2:]), ()
+        return (rows.view(x.shape[0], -1, self.size, *x.shape[2:]),), ()
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         (x,) = inputs
         assert x is not None
+        (dout,) = present(*gradients)
         folded = seq.fold(x)
         drows = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 2))
         drows = drows.unflatten(0, (folded.shape[0], -1))
         dfolded = drows[:, self.size - 1 :]
         if seq.layout.ranks > 1 and self.size > 1:
-            (returned,) = self._halo.backward(drows[:, : self.size - 1], (folded,), folded, (), seq)
+            (returned,) = self._halo.backward((drows[:, : self.size - 1],), (folded,), (), (), seq)
             assert returned is not None
             dfolded = dfolded + returned
         return (seq.unfold(dfolded).to(x.dtype),)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         (x,) = inputs
         assert x is not None
         spans = spans if ranks > 1 else 1
         windows = spans * _windows_a_span(x.shape[1] // spans, self.stride)
-        return x.new_empty(x.shape[0], windows, self.size, *x.shape[2:]), ()
+        return (x.new_empty(x.shape[0], windows, self.size, *x.shape[2:]),), ()
 
     @property
     def _halo(self) -> Halo:
         return Halo(self.size - 1)
 
-    def _nothing_before(self, folded: Tensor) -> Tensor:
-        return folded.new_zeros(folded.shape[0], self.size - 1, *folded.shape[2:])
+    def _before(self, folded: Tensor, seq: Sequence) -> Tensor:
+        if seq.layout.ranks == 1:
+            return folded.new_zeros(folded.shape[0], self.size - 1, *folded.shape[2:])
+        return present(*self._halo.forward((folded,), seq)[0])[0]
 
     def _plan(self, seq: Sequence, device: torch.device) -> Combination:
         """Of the folded rows, each after its halo."""
@@ -195,7 +205,7 @@ class LocalWindows:
 
 
 @dataclass(frozen=True)
-class GatherWindows:
+class GatherWindows(Operation):
     """What every rank made of its `LocalWindows`, `[B, W, …]`, to the summaries of the row, `[B, N // stride, …]`.
 
     One all-gather, in the type of the summaries; backward, every rank sends each other the gradients of its windows,
@@ -208,22 +218,25 @@ class GatherWindows:
     size: int
     stride: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensors]:
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         (x,) = inputs
         assert x is not None
         summaries = self._plan(seq, x.device)(_gather(x, seq).flatten(0, 2))
-        return summaries.unflatten(0, (x.shape[0], -1)), ()
+        return (summaries.unflatten(0, (x.shape[0], -1)),), ()
 
-    def backward(self, dout: Tensor, inputs: Tensors, out: Tensor, saved: Tensors, seq: Sequence) -> Tensors:
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
         (x,) = inputs
         assert x is not None
+        (dout,) = present(*gradients)
         dgathered = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 1))
         return (scatter_sum(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape),)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[Tensor, Tensors]:
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         (x,) = inputs
         assert x is not None
-        return x.new_empty(x.shape[0], self.length // self.stride, *x.shape[2:]), ()
+        return (x.new_empty(x.shape[0], self.length // self.stride, *x.shape[2:]),), ()
 
     def _plan(self, seq: Sequence, device: torch.device) -> Combination:
         return seq.derive((self, str(device)), lambda: self._make(seq).to(device))

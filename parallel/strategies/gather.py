@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Tile
-from ..kernels.softmax import attend, attend_backward
+from ...kernels.mask import Tile
+from ...kernels.softmax import attend, attend_backward
+from ..collectives import Gathering, in_row_order, scatter_sum
+from ..sequence import Sequence
 from .attention import Block, SharedAttention
-from .collectives import Gathering, in_row_order, scatter_sum
-from .sequence import Sequence
 
 
 class GatherAttention(SharedAttention):
