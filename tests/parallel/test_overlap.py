@@ -87,4 +87,4 @@ def overlapped(rank, world):
 @pytest.mark.slow
 def test_what_travels_does_so_during_a_computation() -> None:
     # A ring of three: two blocks each way, and the gradient of the first that comes by; listed blocks: one exchange.
-    assert run_ranks(WORLD, overlapped, timeout=60) == [{"ring": (2, 3), "block_sparse": (1, 1)}] * WORLD
+    assert run_ranks(WORLD, overlapped, timeout=60) == [{"ring": (2, 3), "listed_blocks": (1, 1)}] * WORLD
