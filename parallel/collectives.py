@@ -33,6 +33,36 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
+class Packed:
+    """Tensors as one flat message per type; `tensors` are views of the messages."""
+
+    def __init__(self, flats: list[Tensor], like: tuple[Tensor, ...]) -> None:
+        self.flats = flats
+        parts = {flat.dtype: iter(flat.split([x.numel() for x in like if x.dtype == flat.dtype])) for flat in flats}
+        self.tensors = tuple(next(parts[x.dtype]).view(x.shape) for x in like)
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> Packed:
+        return cls([torch.cat([x.reshape(-1) for x in same]) for same in _by_type(tensors)], tensors)
+
+    @classmethod
+    def like(cls, tensors: tuple[Tensor, ...]) -> Packed:
+        """Messages without values, to receive such tensors."""
+        return cls([same[0].new_empty(sum(x.numel() for x in same)) for same in _by_type(tensors)], tensors)
+
+    def to(self, peer: int) -> list[tuple[Tensor, int]]:
+        """The messages and the rank that they go to, or come from, as `exchange` takes them."""
+        return [(flat, peer) for flat in self.flats]
+
+    def add(self, other: Packed) -> None:
+        for mine, theirs in zip(self.flats, other.flats, strict=True):
+            mine += theirs
+
+
+def _by_type(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    return [[x for x in tensors if x.dtype == dtype] for dtype in dict.fromkeys(x.dtype for x in tensors)]
+
+
 class Gathering:
     """An all-gather under way, of one `[spans, …]` tensor a rank; `in_row_order` sorts what comes of it."""
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.documents import Documents
-from ..kernels.mask import Mask
+from ..kernels.masks.mask import Mask
 from ..kernels.operation import Kept
 from .layout import Layout
 from .mesh import Heads, Mesh

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..attend import ListedAttend, OnOneDevice, check_documents
+from ..blocks import BlockLayout, BlockTile
 from ..dispatch import resolve
 from ..documents import Documents
-from ..mask import Mask
-from ..softmax import bytes_sent, check_inputs, merge, softmax_attention, state_bytes
+from ..masks import Mask, Pattern
+from ..masks.pattern import Intervals
+from ..operation import run
+from ..plain import made_of
+from ..softmax import check_inputs, softmax_attention
 from . import chunked, reference
-from .blocks import Block, BlockLayout, BlockTile
 from .visits import visits_of
-
-__all__ = [
-    "Block",
-    "BlockLayout",
-    "BlockTile",
-    "attend",
-    "attend_backward",
-    "block_sparse_attention",
-    "bytes_sent",
-    "check_blocks",
-    "count_visits",
-    "flops",
-    "merge",
-    "most_visits",
-    "sparse_lists",
-    "state_bytes",
-]
 
 
 def block_sparse_attention(
@@ -42,7 +30,7 @@ def block_sparse_attention(
     *,
     block_size: int,
     query_block: int = 1,
-    mask: Mask | None = None,
+    mask: Pattern | None = None,
     documents: Documents | None = None,
     key_documents: Documents | None = None,
     scale: float | None = None,
@@ -73,28 +61,23 @@ def block_sparse_attention(
 
     Yuan et al., 2025, "Native Sparse Attention", arXiv 2502.11089; Lu et al., 2025, "MoBA", arXiv 2502.13189.
     """
-    check_inputs(q, k, v)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    op = BlockSparseAttend(block_size, query_block, Mask() if mask is None else mask, factor)
     if documents is None:
         documents = Documents.whole(q.shape[0], q.shape[1])
     if key_documents is None:
         key_documents = documents
-    for name, held, x in (("documents", documents, q), ("key_documents", key_documents, k)):
-        if (held.batch, held.length) != tuple(x.shape[:2]):
-            raise ValueError(
-                f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {held.batch} of {held.length}. "
-                "Pass documents for the queries, and key_documents where keys are other tokens than the queries"
-            )
-    layout = BlockLayout(key_documents, block_size)
-    tile = BlockTile(layout, documents, key_documents, Mask() if mask is None else mask, query_block)
+    check_inputs(q, k, v)
+    check_documents(documents, key_documents, q, k)
+    tile = BlockTile(op.layout(key_documents), documents, key_documents, op.mask, query_block)
     check_blocks(blocks, tile, heads=q.shape[2], kv_heads=k.shape[2])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if dense_length:
         blocks = sparse_lists(blocks, documents.positions(q.device), dense_length, query_block)
-    reached = tile if tile.mask.reaches(documents, key_documents) else None
-    out, lse = _BlockSparseAttention.apply(q, k, v, blocks, reached, scale, backend)  # type: ignore[misc]
+    inputs = BlockSparseInputs(q, k, v, blocks)
+    out, lse = run(OnOneDevice(op), inputs, (op.tile(documents, key_documents), backend))
     if dense_length:
         dense, dense_lse = softmax_attention(
-            q, k, v, mask=tile.mask, documents=documents.up_to(dense_length),
+            q, k, v, mask=op.mask, documents=documents.up_to(dense_length),
             key_documents=key_documents.up_to(dense_length), scale=scale, return_lse=True, backend=backend,
         )  # fmt: skip
         short = documents.positions(q.device).unsqueeze(-1) < dense_length
@@ -112,34 +95,61 @@ def sparse_lists(blocks: Tensor, positions: Tensor, dense_length: int, query_blo
     return torch.where(positions[:, :, None, None] >= dense_length, blocks, -1)
 
 
-class _BlockSparseAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        blocks: Tensor,
-        tile: BlockTile | None,
-        scale: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = attend(q, k, v, blocks, tile=tile, scale=scale, backend=backend)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, blocks)
-        ctx.tile, ctx.scale, ctx.backend = tile, scale, backend
-        ctx.set_materialize_grads(False)
-        return out, lse
+class BlockSparseInputs(NamedTuple):
+    """q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, and the lists `[B, L, J, M]` of the queries."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, blocks = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv = attend_backward(
-            dout, q, k, v, out, lse, blocks, tile=ctx.tile, scale=ctx.scale, dlse=dlse, backend=ctx.backend
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: Tensor
+
+
+@dataclass(frozen=True)
+class BlockSparseAttend(ListedAttend):
+    """The op as `longreach.kernels.attend` describes it. `mask` is a pattern or the `settings` of one."""
+
+    record = BlockSparseInputs
+
+    block_size: int
+    query_block: int
+    mask: Pattern
+    scale: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", made_of(self.mask))
+
+    def check(self, inputs: BlockSparseInputs) -> None:
+        check_inputs(inputs.q, inputs.k, inputs.v)
+
+    def check_lists(self, inputs: BlockSparseInputs, layout: BlockLayout, queries: Documents) -> None:
+        tile = BlockTile(layout, queries, queries, self.mask, self.query_block)
+        check_blocks(inputs.blocks, tile, heads=inputs.q.shape[2], kv_heads=inputs.k.shape[2])
+
+    def layout(self, rows: Documents) -> BlockLayout:
+        return BlockLayout(rows, self.block_size)
+
+    def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> BlockTile | None:
+        layout = self.layout(keys) if layout is None else layout
+        return BlockTile.of(layout, queries, keys, mask=self.mask, query_block=self.query_block)
+
+    def kept(self, length: int) -> Intervals:
+        return [(0, length)]
+
+    def attend(
+        self, inputs: BlockSparseInputs, received: tuple[Tensor, ...], tile: BlockTile, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        k, v = received
+        return attend(inputs.q, k, v, inputs.blocks, tile=tile, scale=self.scale, backend=backend)
+
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: BlockSparseInputs, received: tuple[Tensor, ...], out: Tensor,
+        lse: Tensor, tile: BlockTile, backend: str,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+        k, v = received
+        dq, *travelled = attend_backward(
+            dout, inputs.q, k, v, out, lse, inputs.blocks, tile=tile, scale=self.scale, dlse=dlse, backend=backend
         )
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return {"q": dq}, tuple(travelled)
 
 
 def check_blocks(blocks: Tensor, tile: BlockTile, *, heads: int, kv_heads: int) -> None:
@@ -179,13 +189,13 @@ def _implementation(backend: str, q: Tensor) -> ModuleType:
 
 @torch.no_grad()
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention over what the tile's keys hold of the listed blocks: out `[B, T, H, V]`, lse `[B, T, H]`.
 
     Float32 (float64 for float64). The keys may be any part of the rows: tiles over parts that make up the rows give,
     merged, attention over the whole blocks. Queries that see nothing have out 0 and lse −inf, the neutral element of
-    `merge`; `tile=None` is a tile in which no query sees anything. No gradient flows through the results.
+    `merge`. No gradient flows through the results.
     """
     return _implementation(backend, q).attend(q, k, v, blocks, tile=tile, scale=scale)
 
@@ -200,7 +210,7 @@ def attend_backward(
     lse: Tensor,
     blocks: Tensor,
     *,
-    tile: BlockTile | None,
+    tile: BlockTile,
     scale: float,
     dlse: Tensor | None = None,
     backend: str = "auto",
@@ -232,10 +242,10 @@ def most_visits(documents: Documents, *, block_size: int, count: int) -> int:
     """
     total = 0
     for row in documents.runs:
-        for run in row:
-            if not run.is_padding:
-                total += _listed_before(run.end_position, block_size, count)
-                total -= _listed_before(run.position, block_size, count)
+        for part in row:
+            if not part.is_padding:
+                total += _listed_before(part.end_position, block_size, count)
+                total -= _listed_before(part.position, block_size, count)
     return total
 
 

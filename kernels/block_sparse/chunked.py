@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..softmax.chunked import merge_weight
-from .blocks import BlockTile
+from ..attend import merge_weight
+from ..blocks import BlockTile
 from .visits import Group, Visits, visits_of
 
 SCORES = 1 << 17  # of a product held at once: they stay in cache between the passes over them
@@ -62,14 +62,8 @@ class _Problem:
         return ~self.tile.mask.visible(query, key).unsqueeze(1)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend`. Blocks merge into (out, lse) in the order of their ids."""
-    if tile is None:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=dtype)
-        return out, q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
     inside = _Problem(q, k, v, blocks, tile, scale)
     out, lse = inside.zeros(inside.value_dim), inside.zeros(1).fill_(float("-inf"))
     for group in inside.visits.groups:
@@ -115,15 +109,12 @@ def attend_backward(
     lse: Tensor,
     blocks: Tensor,
     *,
-    tile: BlockTile | None,
+    tile: BlockTile,
     scale: float,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend_backward`. A block's dk and dv are summed in the order of queries."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if tile is None:
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        return dq, dk, dv
     inside = _Problem(q, k, v, blocks, tile, scale)
     dout = dout.to(dtype)
     delta = (dout * out.to(dtype)).sum(-1)

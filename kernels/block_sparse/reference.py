@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import BlockTile
+from ..blocks import BlockTile
 
 
 def visible(blocks_BLJM: Tensor, tile: BlockTile) -> Tensor:
@@ -20,20 +20,16 @@ def visible(blocks_BLJM: Tensor, tile: BlockTile) -> Tensor:
     return (listed_BTJS & seen_BTS.unsqueeze(2)).transpose(1, 2)
 
 
-def _scores(q_BTHK: Tensor, k_BSGK: Tensor, blocks_BLJM: Tensor, tile: BlockTile | None, scale: float) -> Tensor:
+def _scores(q_BTHK: Tensor, k_BSGK: Tensor, blocks_BLJM: Tensor, tile: BlockTile, scale: float) -> Tensor:
     """`[B, H, T, S]` in float32 or float64, −inf where the key is hidden or its block is not listed."""
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     k_BSHK = k_BSGK.to(dtype).repeat_interleave(q_BTHK.shape[2] // k_BSGK.shape[2], dim=2)
     s_BHTS = scale * torch.einsum("bthk,bshk->bhts", q_BTHK.to(dtype), k_BSHK)
-    if tile is None:
-        return torch.full_like(s_BHTS, float("-inf"))
     seen_BHTS = visible(blocks_BLJM, tile).repeat_interleave(q_BTHK.shape[2] // blocks_BLJM.shape[2], dim=1)
     return s_BHTS.masked_fill(~seen_BHTS, float("-inf"))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
     """out_i = Σ_j exp(s_ij − lse_i) v_j,  lse_i = log Σ_j exp(s_ij),  s_ij = scale·q_i·k_j where j is shown."""
     s_BHTS = _scores(q, k, blocks, tile, scale)
     lse_BHT = s_BHTS.logsumexp(-1)
@@ -51,7 +47,7 @@ def attend_backward(
     lse: Tensor,
     blocks: Tensor,
     *,
-    tile: BlockTile | None,
+    tile: BlockTile,
     scale: float,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocks import BlockTile
 from ..compilation import Compilation
-from ..mask import Mask
-from .blocks import BlockTile
+from ..masks import Mask, Pattern
+from ..masks.triton import flat_bands, visible
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -43,12 +44,9 @@ FAR = tl.constexpr(1 << 30)  # where a key stands that is not there
 
 
 @triton.jit
-def _visible(at, key_at, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+def _visible(at, key_at, BANDS: tl.constexpr):
     """Of positions: −1 for a query that must see nothing, FAR for a key that is not there."""
-    seen = key_at <= at if CAUSAL else (at >= 0) & (key_at < FAR)
-    if WINDOW > 0:
-        seen = seen & ((at - key_at < WINDOW) | (key_at < SINKS))
-    return seen
+    return visible(at, key_at, BANDS) & (at >= 0) & (key_at < FAR)
 
 
 @triton.jit
@@ -56,7 +54,7 @@ def _attend_by_query(
     q, k, v, lists, pieces, places, out, lse, scale, T, S, L, N,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, BANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of one list over its blocks: out [B, T, H, V] and natural lse [B, T, H]."""
     PARTS: tl.constexpr = (QUERIES * R + TILE - 1) // TILE
@@ -93,7 +91,7 @@ def _attend_by_query(
         v_here = tl.load(v + key[:, None] * V + vd[None, :], mask=held[:, None] & (vd[None, :] < V), other=0.0)
         key_at = tl.where(held, first + offset, FAR)
         at = tl.where((place >= base) & (place < stop), place - base, -1)
-        seen = _visible(at[None, :], key_at[:, None], CAUSAL, WINDOW, SINKS)
+        seen = _visible(at[None, :], key_at[:, None], BANDS)
         x = tl.dot(k_here, q_t, input_precision=PRECISION) * (scale * 1.4426950408889634)
         x = tl.where(seen, x, -1e30)
         higher = tl.maximum(most, tl.max(x, 0))
@@ -114,7 +112,7 @@ def _query_gradients_by_query(
     q, k, v, dout, lse2, delta, lists, pieces, places, dq, scale, T, S, L, N,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, BANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [B, T, H, K] of the rows of one list; `lse2` is in base 2."""
     PARTS: tl.constexpr = (QUERIES * R + TILE - 1) // TILE
@@ -152,7 +150,7 @@ def _query_gradients_by_query(
         v_here = tl.load(v + key[:, None] * V + vd[None, :], mask=held[:, None] & (vd[None, :] < V), other=0.0)
         key_at = tl.where(held, first + offset, FAR)
         at = tl.where((place >= base) & (place < stop), place - base, -1)
-        seen = _visible(at[None, :], key_at[:, None], CAUSAL, WINDOW, SINKS)
+        seen = _visible(at[None, :], key_at[:, None], BANDS)
         x = tl.dot(k_here, q_t, input_precision=PRECISION) * (scale * 1.4426950408889634)
         p = tl.exp2(tl.where(seen, x - lse_here[None, :], -1e30))
         ds = p * (tl.dot(v_here, dout_t, input_precision=PRECISION) - delta_here[None, :])
@@ -178,7 +176,7 @@ def _attend_by_block(
     TOTAL,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, BANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows that list one block, over that block: a partial result for each slot, its lse in base 2 (−1e30 for none)."""
     tile = tl.program_id(0)
@@ -213,7 +211,7 @@ def _attend_by_block(
             k_t = tl.load(k + key[None, :] * K + kd[:, None], mask=held[None, :] & (kd[:, None] < K), other=0.0)
             v_here = tl.load(v + key[:, None] * V + vd[None, :], mask=held[:, None] & (vd[None, :] < V), other=0.0)
             key_at = tl.where(held, first + offset, FAR)
-            seen = _visible(at[:, None], key_at[None, :], CAUSAL, WINDOW, SINKS)
+            seen = _visible(at[:, None], key_at[None, :], BANDS)
             x = tl.dot(q_here, k_t, input_precision=PRECISION) * (scale * 1.4426950408889634)
             x = tl.where(seen, x, -1e30)
             higher = tl.maximum(most, tl.max(x, 1))
@@ -236,7 +234,7 @@ def _query_gradients_by_block(
     N, TOTAL,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, BANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one block gives to dq of the rows that list it, for each slot."""
     tile = tl.program_id(0)
@@ -276,7 +274,7 @@ def _query_gradients_by_block(
             k_here = tl.load(k + key[:, None] * K + kd[None, :], mask=held[:, None] & (kd[None, :] < K), other=0.0)
             v_t = tl.load(v + key[None, :] * V + vd[:, None], mask=held[None, :] & (vd[:, None] < V), other=0.0)
             key_at = tl.where(held, first + offset, FAR)
-            seen = _visible(at[:, None], key_at[None, :], CAUSAL, WINDOW, SINKS)
+            seen = _visible(at[:, None], key_at[None, :], BANDS)
             x = tl.dot(q_here, tl.trans(k_here), input_precision=PRECISION) * (scale * 1.4426950408889634)
             p = tl.exp2(tl.where(seen, x - lse_here[:, None], -1e30))
             ds = p * (tl.dot(dout_here, v_t, input_precision=PRECISION) - delta_here[:, None])
@@ -331,7 +329,7 @@ def _key_gradients(
     partial_dk, partial_dv, scale, segment, T, S, L, N, TOTAL,
     M: tl.constexpr, J: tl.constexpr, G: tl.constexpr, R: tl.constexpr, QUERIES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    STEPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, BANDS: tl.constexpr, PRECISION: tl.constexpr,
     GIVE_K: tl.constexpr, GIVE_V: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of some keys of one block, from a segment of the rows that list it: final, or a share to be summed."""
@@ -385,7 +383,7 @@ def _key_gradients(
             lse_here = tl.load(lse2 + row, mask=inside, other=1e30)
             delta_here = tl.load(delta + row, mask=inside, other=0.0)
             at = tl.where((place >= base) & (place < stop), place - base, -1)
-            seen = _visible(at[:, None], key_at[None, :], CAUSAL, WINDOW, SINKS)
+            seen = _visible(at[:, None], key_at[None, :], BANDS)
             x = tl.dot(q_here, tl.trans(k_here), input_precision=PRECISION) * (scale * 1.4426950408889634)
             p = tl.exp2(tl.where(seen, x - lse_here[:, None], -1e30))
             if GIVE_V:
@@ -514,7 +512,7 @@ class _Problem:
 def _constants(
     table: dict[int, tuple[int, int, int]],
     rows: int,
-    mask: Mask,
+    mask: Pattern,
     *,
     block_size: int,
     slots: int,
@@ -536,7 +534,7 @@ def _constants(
     return {
         "M": slots, "J": list_heads, "G": groups, "R": heads // list_heads, "QUERIES": queries,
         "K": key_dim, "V": value_dim, "KP": padded_key, "VP": padded_value, "TILE": rows, "KEYS": keys,
-        "STEPS": -(-block_size // keys), "CAUSAL": mask.causal, "WINDOW": mask.window or 0, "SINKS": mask.sink_tokens,
+        "STEPS": -(-block_size // keys), "BANDS": flat_bands(mask),
         "PRECISION": "ieee" if exact else "tf32", "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
@@ -558,13 +556,11 @@ def _rows_of(width: int) -> int:
     return min(ROWS, max(16, triton.next_power_of_2(width)))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend`."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if tile is None or not blocks.numel() or not tile.layout.count:
+    if not blocks.numel() or not tile.layout.count:
         return out.zero_(), lse.fill_(float("-inf"))
     problem = _Problem(q, k, v, blocks, tile, scale)
     if problem.by_query:
@@ -585,13 +581,13 @@ def attend_backward(
     lse: Tensor,
     blocks: Tensor,
     *,
-    tile: BlockTile | None,
+    tile: BlockTile,
     scale: float,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend_backward`."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    if tile is None or not blocks.numel() or not tile.layout.count:
+    if not blocks.numel() or not tile.layout.count:
         return dq, dk, dv
     problem = _Problem(q, k, v, blocks, tile, scale)
     delta = (dout.float() * out.float()).sum(-1)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mask import Mask
-from .blocks import BlockTile
+from ..blocks import BlockTile
 
 
 class Group(NamedTuple):
@@ -33,28 +32,6 @@ class Visits(NamedTuple):
 
     rows: Tensor
     groups: list[Group]
-
-
-def seen(mask: Mask, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Whether a query at `position` sees any of the keys at positions start..stop of its document."""
-    if not mask.causal:
-        return start < stop
-    any_key = (start < stop) & (position >= start)
-    if mask.window is None:
-        return any_key
-    latest = torch.minimum(position, stop - 1)
-    return any_key & ((position - latest < mask.window) | (start < mask.sink_tokens))
-
-
-def seen_whole(mask: Mask, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Whether a query at `position` sees all of the keys at positions start..stop of its document."""
-    if not mask.causal:
-        return torch.ones_like(start, dtype=torch.bool)
-    every = position >= stop - 1
-    if mask.window is None:
-        return every
-    behind_sinks = start.clamp(min=mask.sink_tokens)
-    return every & ((position - behind_sinks < mask.window) | (stop <= mask.sink_tokens))
 
 
 def by_token(blocks: Tensor, tile: BlockTile) -> Tensor:
@@ -82,8 +59,8 @@ def visits_of(blocks: Tensor, tile: BlockTile, groups: int) -> Visits:
         columns = table[part].flatten(0, 1).T.contiguous()
         start, width, owner = (columns[i].index_select(0, flat).view(ids.shape) for i in (2, 1, 3))
         stop = start + width
-        some = listed & (owner == document) & seen(tile.mask, position, start, stop)
-        whole = seen_whole(tile.mask, position, start, stop)
+        visible = tile.mask.count(position, start, stop)
+        some, whole = listed & (owner == document) & (visible > 0), visible == width
         at = some.flatten().nonzero().squeeze(1)
         piece = ((row * groups + group) * count + ids) * parts + part
         keys.append((piece * 2 + whole).flatten().index_select(0, at))

@@ -7,17 +7,19 @@ to windows as causal attention does to tokens. The kernels of softmax attention 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import softmax
+from ..attend import Attend, OnOneDevice
 from ..documents import Documents
-from ..select_blocks.windows import WindowLayout, seen_windows
+from ..masks.pattern import Intervals
+from ..operation import run
+from ..windows import WindowLayout, seen_windows
 from .folding import Folding
-
-__all__ = ["Folding", "attend", "attend_backward", "check_inputs", "compressed_attention", "flops"]
 
 
 def compressed_attention(
@@ -50,29 +52,62 @@ def compressed_attention(
     documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
     windows = WindowLayout(documents if row_documents is None else row_documents, size, stride)
     check_inputs(q, k, v, windows, documents)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    folding = Folding(windows, documents, k.shape[1])
-    out, lse = _CompressedAttention.apply(q, k, v, folding, scale, backend)  # type: ignore[misc]
-    return (out, lse) if return_lse else out
+    op = CompressedAttend(size, stride, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    out, lse = run(OnOneDevice(op), (q, k, v), (Folding(windows, documents, k.shape[1]), backend))
+    return (out, lse.detach()) if return_lse else out
 
 
-class _CompressedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, folding: Folding, scale: float, backend: str
+class CompressedInputs(NamedTuple):
+    """q `[B, T, H, K]`, and summaries k `[B, N, G, K]` and v `[B, N, G, V]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class CompressedAttend(Attend):
+    """The op as `longreach.kernels.attend` describes it; of its log-sum-exp there is no gradient."""
+
+    record = CompressedInputs
+
+    size: int
+    stride: int
+    scale: float
+
+    def check(self, inputs: CompressedInputs) -> None:
+        softmax.check_inputs(*inputs)
+
+    def tile(self, queries: Documents, keys: Documents) -> Folding:
+        """Of the summaries of whole rows, one for every `stride` tokens of `keys`."""
+        return Folding(WindowLayout(keys, self.size, self.stride), queries, keys.length // self.stride)
+
+    def kept(self, length: int) -> Intervals:
+        return [(0, length)]
+
+    def attend(
+        self, inputs: CompressedInputs, received: tuple[Tensor, ...], tile: Folding, backend: str
     ) -> tuple[Tensor, Tensor]:
-        exact, lse = attend(q, k, v, folding=folding, scale=scale, backend=backend)
-        ctx.save_for_backward(q, k, v, exact, lse)
-        ctx.folding, ctx.scale, ctx.backend = folding, scale, backend
-        ctx.mark_non_differentiable(lse)
-        return exact.to(q.dtype), lse
+        k, v = received
+        if tile.tile is None:
+            return self.zeros(inputs)
+        groups = k.shape[2]
+        out, lse = softmax.attend(tile.fold(inputs.q, groups), k, v, tile=tile.tile, scale=self.scale, backend=backend)
+        return tile.unfold(out, groups, 0.0), tile.unfold(lse, groups, float("-inf"))
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = attend_backward(dout, q, k, v, out, lse, folding=ctx.folding, scale=ctx.scale, backend=ctx.backend)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: CompressedInputs, received: tuple[Tensor, ...], out: Tensor,
+        lse: Tensor, tile: Folding, backend: str,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+        k, v = received
+        if tile.tile is None:
+            return {"q": torch.zeros_like(inputs.q)}, (torch.zeros_like(k), torch.zeros_like(v))
+        groups = k.shape[2]
+        dq, *travelled = softmax.attend_backward(
+            tile.fold(dout, groups), tile.fold(inputs.q, groups), k, v, tile.fold(out, groups),
+            tile.fold(lse.unsqueeze(-1), groups).squeeze(-1), tile=tile.tile, scale=self.scale, backend=backend,
+        )  # fmt: skip
+        return {"q": tile.unfold(dq, groups, 0.0)}, tuple(travelled)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, windows: WindowLayout, documents: Documents) -> None:
@@ -88,45 +123,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, windows: WindowLayout, documen
             f"k and v must have one summary for each window of {windows.size} tokens at every {windows.stride}th, "
             f"{windows.count} a row; got {k.shape[1]}. Order them as WindowLayout does"
         )
-
-
-@torch.no_grad()
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, folding: Folding, scale: float, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """out `[B, T, H, V]` and lse `[B, T, H]`, float32 (float64 for float64)."""
-    groups = k.shape[2]
-    if folding.tile is None:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
-        return out, q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
-    out, lse = softmax.attend(folding.fold(q, groups), k, v, tile=folding.tile, scale=scale, backend=backend)
-    return folding.unfold(out, groups, 0.0), folding.unfold(lse, groups, float("-inf"))
-
-
-@torch.no_grad()
-def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    folding: Folding,
-    scale: float,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), float32 (float64 for float64)."""
-    groups, exact = k.shape[2], out.dtype
-    if folding.tile is None:
-        dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (q, k, v))
-        return dq, dk, dv
-    dq, dk, dv = softmax.attend_backward(
-        folding.fold(dout.to(exact), groups), folding.fold(q, groups), k, v, folding.fold(out, groups),
-        folding.fold(lse.unsqueeze(-1), groups).squeeze(-1), tile=folding.tile, scale=scale, backend=backend,
-    )  # fmt: skip
-    return folding.unfold(dq, groups, 0.0), dk, dv
 
 
 def flops(documents: Documents, *, size: int, stride: int, heads: int, key_dim: int, value_dim: int) -> int:

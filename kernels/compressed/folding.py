@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..documents import PADDING, Documents, Run
-from ..mask import Mask, Tile
-from ..select_blocks.windows import WindowLayout
+from ..masks import Mask, Tile
+from ..masks.strides import Order
+from ..windows import WindowLayout
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,8 @@ class Folding:
         return Documents(tuple(rows), self.length)
 
     @property
-    def _places(self) -> tuple[Documents, Tensor, Tensor]:
-        """(documents of the places, int64 `[B, places · stride]` of queries, `[B, T]` of where each query is folded).
-
-        T stands for no query, places · stride for a query that sees no window.
-        """
+    def _places(self) -> tuple[Documents, Order]:
+        """The documents of the places, and the queries in the order of `places · stride`."""
         if "places" in self._made:
             return self._made["places"]
         lead, stride = self.windows.size - 1, self.windows.stride
@@ -84,32 +82,21 @@ class Folding:
                 end = places[-1].stop if places else 0
                 places.append(Run(PADDING, end, most - end, 0))
         packed = tuple(tuple(run for run in places if run.length) for places in rows)
-        self._made["places"] = Documents(packed, most), queries, folded
+        self._made["places"] = Documents(packed, most), Order(queries, folded)
         return self._made["places"]
 
     def fold(self, x: Tensor, groups: int) -> Tensor:
         """`[B, T, H, D]` to `[B, places, groups · stride · H / groups, D]`: of a group, one query after the other."""
-        index = self._on(x.device)[0]
-        rows = _rows(torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1), index)
+        rows = self._order(x.device).take(x)
         rows = rows.unflatten(1, (-1, self.windows.stride)).unflatten(3, (groups, -1))
         return rows.transpose(2, 3).flatten(2, 4)
 
-    def unfold(self, x: Tensor, groups: int, nothing: float) -> Tensor:
-        """The inverse, with `nothing` for queries that see no window; `[B, places, heads, …]` to `[B, T, H, …]`."""
+    def unfold(self, x: Tensor, groups: int, fill: float) -> Tensor:
+        """The inverse, with `fill` for queries that see no window; `[B, places, heads, …]` to `[B, T, H, …]`."""
         x = x.unflatten(2, (groups, self.windows.stride, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        index = self._on(x.device)[1]
-        return _rows(torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), nothing)], dim=1), index)
+        return self._order(x.device).back(x, fill)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The two index tensors on a device."""
-        key = str(device)
-        if key not in self._made:
-            _, queries, folded = self._places
-            self._made[key] = queries.to(device), folded.to(device)
-        return self._made[key]
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x `[B, N, …]` at `[B, M]`."""
-    offset = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
+    def _order(self, device: torch.device) -> Order:
+        if str(device) not in self._made:
+            self._made[str(device)] = self._places[1].to(device)
+        return self._made[str(device)]

@@ -10,7 +10,7 @@ Within a chunk a program steps token by token, `tokens` of them loaded at a time
 # Kernels are typed by Triton, when they are compiled, and it has no unpacking of tuples.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false
-# ruff: noqa: ANN201, RUF005, SIM108
+# ruff: noqa: RUF005, SIM108
 
 from __future__ import annotations
 

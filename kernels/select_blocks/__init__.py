@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_sparse.blocks import BlockLayout
+from ..blocks import BlockLayout
 from ..dispatch import resolve
 from ..documents import Documents
+from ..windows import WindowLayout, seen_windows
 from . import chunked, reference
 from .rule import Rule
-from .windows import WindowLayout, seen_windows
 
 __all__ = ["Rule", "WindowLayout", "bytes_sent", "flops", "select_blocks", "state_bytes"]
 

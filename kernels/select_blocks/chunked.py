@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_sparse.blocks import BlockLayout
+from ..blocks import BlockLayout
 from ..documents import Documents
+from ..windows import WindowLayout
 from .rule import Rule
-from .windows import WindowLayout
 
 SCORES = 1 << 20  # window scores held at once
 BLOCKS = 512  # blocks whose scores are held at once

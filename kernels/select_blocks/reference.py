@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_sparse.blocks import BlockLayout
+from ..blocks import BlockLayout
 from ..documents import Documents
+from ..windows import WindowLayout
 from .rule import Rule
-from .windows import WindowLayout
 
 
 def window_scores(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..plain import Plain
+
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Plain):
     """Which blocks a query lists, given its scores against the summaries of windows.
 
     block_size: tokens of a block (l').         count: blocks a list (n), the forced ones among them.
@@ -55,6 +57,7 @@ class Rule:
             raise ValueError(
                 f"stride must divide window and block_size; got {self.step} for {self.span} and {self.block_size}"
             )
+        super().__post_init__()
 
     @property
     def span(self) -> int:

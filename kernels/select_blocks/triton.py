@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..block_sparse.blocks import BlockLayout
+from ..blocks import BlockLayout
 from ..compilation import Compilation
 from ..documents import Documents
+from ..windows import WindowLayout
 from .rule import Rule
-from .windows import WindowLayout
 
 ROWS = 64  # queries × heads that a program takes
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..attend import Attend, OnOneDevice, check_documents, merge
 from ..dispatch import resolve
 from ..documents import Documents
-from ..mask import Mask, Tile
+from ..masks import Mask, Pattern, Tile
+from ..masks.pattern import Intervals
+from ..masks.strides import Order, without_strides
+from ..operation import run
+from ..plain import made_of
 from . import chunked, library, reference
-
-__all__ = [
-    "apply_sink",
-    "attend",
-    "attend_backward",
-    "bytes_sent",
-    "check_inputs",
-    "flops",
-    "merge",
-    "sink_backward",
-    "softmax_attention",
-    "state_bytes",
-]
 
 
 def softmax_attention(
@@ -32,7 +25,7 @@ def softmax_attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Mask | None = None,
+    mask: Pattern | None = None,
     documents: Documents | None = None,
     key_documents: Documents | None = None,
     scale: float | None = None,
@@ -56,58 +49,76 @@ def softmax_attention(
     Dao et al., 2022, "FlashAttention", arXiv 2205.14135; grouped heads: Ainslie et al.,
     2023, arXiv 2305.13245; sink logits: Xiao et al., 2023, arXiv 2309.17453.
     """
-    check_inputs(q, k, v, sink_logits)
-    mask = Mask() if mask is None else mask
+    op = SoftmaxAttend(Mask() if mask is None else mask, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    inputs = SoftmaxInputs(q, k, v, sink_logits)
+    op.check(inputs)
     if documents is None:
         documents = Documents.whole(q.shape[0], q.shape[1])
     if key_documents is None:
         key_documents = documents
-    for name, held, x in (("documents", documents, q), ("key_documents", key_documents, k)):
-        if (held.batch, held.length) != tuple(x.shape[:2]):
-            raise ValueError(
-                f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {held.batch} of {held.length}. "
-                "Pass documents for the queries, and key_documents where keys are other tokens than the queries"
-            )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = _SoftmaxAttention.apply(  # type: ignore[misc]
-        q, k, v, sink_logits, mask.tile(documents, key_documents), scale, backend
-    )
+    check_documents(documents, key_documents, q, k)
+    out, lse = run(OnOneDevice(op), inputs, (op.tile(documents, key_documents), backend))
     return (out, lse) if return_lse else out
 
 
-class _SoftmaxAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink_logits: Tensor | None,
-        tile: Tile | None,
-        scale: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = attend(q, k, v, tile=tile, scale=scale, backend=backend)
-        if sink_logits is not None:
-            out, lse = apply_sink(out, lse, sink_logits)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sink_logits, out, lse)
-        ctx.tile, ctx.scale, ctx.backend = tile, scale, backend
-        ctx.set_materialize_grads(False)
-        return out, lse
+class SoftmaxInputs(NamedTuple):
+    """q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, sink_logits `[H]`."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sink_logits, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv = attend_backward(
-            dout, q, k, v, out, lse, tile=ctx.tile, scale=ctx.scale, dlse=dlse, backend=ctx.backend
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sink_logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SoftmaxAttend(Attend):
+    """The op as `longreach.kernels.attend` describes it. `mask` is a pattern or the `settings` of one."""
+
+    record = SoftmaxInputs
+
+    mask: Pattern
+    scale: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", made_of(self.mask))
+
+    def check(self, inputs: SoftmaxInputs) -> None:
+        check_inputs(inputs.q, inputs.k, inputs.v, inputs.sink_logits)
+
+    def tile(self, queries: Documents, keys: Documents) -> Tile | None:
+        return self.mask.tile(queries, keys)
+
+    def reaches(self, queries: Documents, keys: Documents) -> bool:
+        return self.mask.reaches(queries, keys)
+
+    def kept(self, length: int) -> Intervals:
+        return self.mask.kept(length)
+
+    def attend(
+        self, inputs: SoftmaxInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        k, v = received
+        return attend(inputs.q, k, v, tile=tile, scale=self.scale, backend=backend)
+
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: SoftmaxInputs, received: tuple[Tensor, ...], out: Tensor,
+        lse: Tensor, tile: Tile, backend: str,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+        k, v = received
+        dq, *travelled = attend_backward(
+            dout, inputs.q, k, v, out, lse, tile=tile, scale=self.scale, dlse=dlse, backend=backend
         )
-        dsink = None
-        if sink_logits is not None and ctx.needs_input_grad[3]:
-            dsink = sink_backward(dout, out, lse, sink_logits, dlse)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None, None
+        return {"q": dq}, tuple(travelled)
+
+    def finish(self, out: Tensor, lse: Tensor, inputs: SoftmaxInputs) -> tuple[Tensor, Tensor]:
+        return (out, lse) if inputs.sink_logits is None else apply_sink(out, lse, inputs.sink_logits)
+
+    def finish_backward(
+        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: SoftmaxInputs
+    ) -> dict[str, Tensor]:
+        if inputs.sink_logits is None:
+            return {}
+        return {"sink_logits": sink_backward(dout, out, lse, inputs.sink_logits, dlse)}
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None) -> None:
@@ -132,14 +143,22 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = N
 
 @torch.no_grad()
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys of one tile: out `[B, T, H, V]` and lse `[B, T, H]`, float32 (float64 for float64).
 
-    Queries that see nothing in the tile have out 0 and lse −inf, the neutral element of `merge`; `tile=None` is a tile
-    in which no query sees anything. No gradient flows through the results.
+    Queries that see nothing in the tile have out 0 and lse −inf, the neutral element of `merge`. No gradient flows
+    through the results.
     """
-    return _implementation(backend, q, k, v, tile).attend(q, k, v, tile=tile, scale=scale)
+    merged: tuple[Tensor, Tensor] | None = None
+    for part in without_strides(tile, q.device):
+        inputs = _in_order(q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
+        out, lse = _implementation(backend, *inputs, part.tile).attend(*inputs, tile=part.tile, scale=scale)
+        if part.queries is not None:
+            out, lse = part.queries.back(out), part.queries.back(lse, float("-inf"))
+        merged = (out, lse) if merged is None else merge(*merged, out, lse)
+    assert merged is not None  # a tile has visible pairs
+    return merged
 
 
 @torch.no_grad()
@@ -151,7 +170,7 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    tile: Tile | None,
+    tile: Tile,
     scale: float,
     dlse: Tensor | None = None,
     backend: str = "auto",
@@ -166,18 +185,31 @@ def attend_backward(
     """
     if backend == "library" and dlse is not None:
         backend = "auto"
-    run = _implementation(backend, q, k, v, tile, has_dlse=dlse is not None)
-    if run is library:
-        return library.attend_backward(dout, q, k, v, out, lse, tile=tile, scale=scale)
-    return run.attend_backward(dout, q, k, v, out, lse, tile=tile, scale=scale, dlse=dlse)
+    total: tuple[Tensor, ...] | None = None
+    for part in without_strides(tile, q.device):
+        inputs = _in_order(q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
+        results = _in_order(out, part.queries), _in_order(lse, part.queries)
+        module = _implementation(backend, *inputs, part.tile, has_dlse=dlse is not None)
+        extra = {} if dlse is None else {"dlse": _in_order(dlse, part.queries)}
+        gradients = module.attend_backward(
+            _in_order(dout, part.queries), *inputs, *results, tile=part.tile, scale=scale, **extra
+        )
+        if part.queries is not None and part.keys is not None:
+            orders = part.queries, part.keys, part.keys
+            gradients = tuple(order.back(x) for order, x in zip(orders, gradients, strict=True))
+        total = gradients if total is None else tuple(a + b for a, b in zip(total, gradients, strict=True))
+    assert total is not None
+    return total[0], total[1], total[2]
 
 
-def _implementation(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile | None, *, has_dlse: bool = False
-) -> ModuleType:
+def _in_order(x: Tensor, order: Order | None) -> Tensor:
+    return x if order is None else order.take(x)
+
+
+def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, has_dlse: bool = False) -> ModuleType:
     """The module that runs a tile. Raises ValueError where the backend asked for by name cannot."""
     if backend == "library" or (backend == "auto" and q.device.type == "cuda" and not has_dlse):
-        refusal = None if tile is None else library.refusal(q, k, v, tile)
+        refusal = library.refusal(q, k, v, tile)
         if refusal is None:
             return library
         if backend == "library":
@@ -190,12 +222,6 @@ def _implementation(
 
         return kernels
     return chunked if chosen == "chunked" else reference
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of a and b together, from that over each; −inf in lse means no keys."""
-    weight = chunked.merge_weight(lse_a, lse_b).unsqueeze(-1)
-    return torch.lerp(out_a, out_b, weight), torch.logaddexp(lse_a, lse_b)
 
 
 def apply_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,11 +249,11 @@ def flops(work: Tile | int, *, heads: int, key_dim: int, value_dim: int) -> int:
 
 
 def state_bytes(
-    tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, mask: Mask | None = None, element_bytes: int = 2
+    tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, mask: Pattern | None = None, element_bytes: int = 2
 ) -> int:
     """Bytes of keys and values that decoding keeps for one row after `tokens` tokens; a window bounds them."""
-    if mask is not None and mask.window is not None:
-        tokens = min(tokens, mask.sink_tokens + mask.window - 1)
+    if mask is not None:
+        tokens = sum(stop - start for start, stop in mask.kept(tokens))
     return tokens * kv_heads * (key_dim + value_dim) * element_bytes
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..mask import Tile
+from ..attend import merge_weight
+from ..masks import Tile
+from ..masks.rectangles import rectangles
 from .rectangle import FlashRectangles, Gradient, PlainRectangles
-from .tiling import rectangles
 
 Routine = type[FlashRectangles] | type[PlainRectangles]
 
@@ -17,22 +18,15 @@ def routine_for(device: torch.device) -> Routine:
     return FlashRectangles if device.type == "cpu" else PlainRectangles
 
 
-def merge_weight(lse_a: Tensor, lse_b: Tensor) -> Tensor:
-    """exp(lse_b) / (exp(lse_a) + exp(lse_b)), and 0 where both are −inf."""
-    return torch.sigmoid(lse_b - lse_a).masked_fill_(lse_b == float("-inf"), 0.0)
-
-
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float, routine: Routine | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, routine: Routine | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend`. Rectangles merge into (out, lse) in the order of the tile's cut."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
-    if tile is None:
-        return out, lse
     routine = routine or routine_for(q.device)
-    inside = routine(q, k, v, mask=tile.mask, scale=scale)
+    inside = routine(q, k, v, scale=scale)
     rows, written = (0, 0), bytearray()
     for at in rectangles(tile, inside.limit):
         if at.rows != rows:
@@ -57,7 +51,7 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    tile: Tile | None,
+    tile: Tile,
     scale: float,
     dlse: Tensor | None = None,
     routine: Routine | None = None,
@@ -65,10 +59,8 @@ def attend_backward(
     """See `longreach.kernels.softmax.attend_backward`. Sums in the order of the tile's cut: the same at every run."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
-    if tile is None:
-        return dq, dk, dv
     routine = routine or routine_for(q.device)
-    inside = routine(q, k, v, mask=tile.mask, scale=scale, gradient=Gradient(dout, out, lse, dlse))
+    inside = routine(q, k, v, scale=scale, gradient=Gradient(dout, out, lse, dlse))
     for at in rectangles(tile, inside.limit):
         dq_here, dk_here, dv_here = inside.backward(at)
         if (at.rows, at.queries, at.keys) == ((0, q.shape[0]), (0, q.shape[1]), (0, k.shape[1])):  # there is no other

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..attend import merge_weight
 from ..documents import Documents
-from ..mask import Mask, Tile
+from ..masks import Mask, Tile
+from ..masks.calls import Call, plan
 from . import reference
-from .calls import Call, plan
-from .chunked import merge_weight
 
 logger = logging.getLogger("longreach")
 
@@ -230,17 +230,15 @@ def _provider(problem: Problem, provider: Provider | None) -> Provider:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float, provider: Provider | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, provider: Provider | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend`. Each call's out is rounded to q's type; they merge in float32."""
-    if tile is not None and _is_one_call(q, k, tile):
+    if _is_one_call(q, k, tile):
         problem, *_ = next(_problems(q, k, v, tile, scale))
         found, level = _provider(problem, provider).forward(problem)
         return found.float().unflatten(0, q.shape[:2]), level.float().contiguous().unflatten(0, q.shape[:2])
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-    if tile is None:
-        return out, lse
     rows, levels = out.flatten(0, 1), lse.flatten(0, 1)
     for number, (problem, queries, _) in enumerate(_problems(q, k, v, tile, scale)):
         found, level = _provider(problem, provider).forward(problem)
@@ -262,26 +260,25 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    tile: Tile | None,
+    tile: Tile,
     scale: float,
     provider: Provider | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend_backward`; libraries know no gradient of lse, so there is none here."""
-    if tile is not None and _is_one_call(q, k, tile):
+    if _is_one_call(q, k, tile):
         problem, *_ = next(_problems(q, k, v, tile, scale))
         given = (dout.to(q.dtype).flatten(0, 1), out.to(q.dtype).flatten(0, 1), lse.float().flatten(0, 1))
         found = _provider(problem, provider).backward(problem, *given)
         dq, dk, dv = (part.float().view(x.shape) for part, x in zip(found, (q, k, v), strict=True))
         return dq, dk, dv
     sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
-    if tile is not None:
-        dout, out = dout.to(q.dtype), out.to(q.dtype)
-        for number, (problem, queries, keys) in enumerate(_problems(q, k, v, tile, scale)):
-            given = (_take(dout, queries), _take(out, queries), _take(lse, queries).float())
-            found = _provider(problem, provider).backward(problem, *given)
-            for total, part, index in zip(sums, found, (queries, keys, keys), strict=True):
-                part = part.float()
-                _put(total.flatten(0, 1), index, part + _take(total, index) if number else part)
+    dout, out = dout.to(q.dtype), out.to(q.dtype)
+    for number, (problem, queries, keys) in enumerate(_problems(q, k, v, tile, scale)):
+        given = (_take(dout, queries), _take(out, queries), _take(lse, queries).float())
+        found = _provider(problem, provider).backward(problem, *given)
+        for total, part, index in zip(sums, found, (queries, keys, keys), strict=True):
+            part = part.float()
+            _put(total.flatten(0, 1), index, part + _take(total, index) if number else part)
     return sums[0], sums[1], sums[2]
 
 
@@ -315,6 +312,7 @@ def _error(provider: Provider, kind: str, like: Tensor, group: int, value_dim: i
     documents = Documents.from_lengths([[80, 80]])
     mask = {"full": Mask(causal=False), "causal": Mask(), "band": Mask(window=33)}[kind]
     tile = mask.tile(documents, documents)
+    assert tile is not None
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, dim: int) -> Tensor:

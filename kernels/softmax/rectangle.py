@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..mask import Mask
-from .tiling import Rectangle
+from ..masks import Mask
+from ..masks.rectangles import Rectangle
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -32,23 +32,23 @@ class _Rectangles:
 
     limit: int | None = None
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> None:
-        self.mask, self.scale = mask, scale
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> None:
+        self.scale = scale
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.key_dim, self.value_dim = q.shape[-1], v.shape[-1]
         self.q, self.k, self.v = (x.to(self.dtype) for x in (q, k, v))
-        self._bands: dict[tuple[int, int, int], Tensor] = {}
+        self._bands: dict[tuple[int, int, int, int], Tensor] = {}
 
     def band(self, at: Rectangle) -> Tensor:
         """0 where visible and −inf elsewhere, `[queries, keys]`; a few are kept, since most bands are alike."""
         n, m = at.queries[1] - at.queries[0], at.keys[1] - at.keys[0]
-        key = (n, m, at.lead)
+        key = (n, m, at.lead, at.window)
         if key not in self._bands:
             if len(self._bands) == 16:  # the ends of many documents differ, and not all may stay in memory
                 self._bands.clear()
             device = self.q.device
             i, j = torch.arange(n, device=device) + at.lead, torch.arange(m, device=device)
-            hidden = ~Mask(window=self.mask.window).visible(i, j)
+            hidden = ~Mask(window=at.window).visible(i, j)
             self._bands[key] = torch.zeros(n, m, dtype=self.dtype, device=device).masked_fill_(hidden, float("-inf"))
         return self._bands[key]
 
@@ -66,10 +66,8 @@ class FlashRectangles(_Rectangles):
     column, 0 in v, 1 in dout and −dlse in out, puts −dlse into the row sums of dout·out and changes nothing else.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, gradient: Gradient | None = None
-    ) -> None:
-        super().__init__(q, k, v, mask=mask, scale=scale)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, gradient: Gradient | None = None) -> None:
+        super().__init__(q, k, v, scale=scale)
         columns = self.value_dim
         if gradient is not None:
             dout, out = gradient.dout.to(self.dtype), gradient.out.to(self.dtype)
@@ -119,10 +117,8 @@ class PlainRectangles(_Rectangles):
 
     limit = 1024
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, gradient: Gradient | None = None
-    ) -> None:
-        super().__init__(q, k, v, mask=mask, scale=scale)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, gradient: Gradient | None = None) -> None:
+        super().__init__(q, k, v, scale=scale)
         if gradient is not None:
             dout = gradient.dout.to(self.dtype)
             delta = (dout * gradient.out.to(self.dtype)).sum(-1, keepdim=True)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..mask import Tile
+from ..masks import Tile
 
 
-def _scores(q_BTHK: Tensor, k_BSGK: Tensor, tile: Tile | None, scale: float) -> Tensor:
+def _scores(q_BTHK: Tensor, k_BSGK: Tensor, tile: Tile, scale: float) -> Tensor:
     """`[B, G, R, T, S]` in float32 or float64, R heads a group, −inf where the mask hides the key."""
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     q_BTGRK = q_BTHK.to(dtype).unflatten(2, (k_BSGK.shape[2], -1))
     s_BGRTS = scale * torch.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK.to(dtype))
-    if tile is None:
-        return torch.full_like(s_BGRTS, float("-inf"))
     visible_BTS = tile.mask.dense(tile.queries, tile.keys, q_BTHK.device)
     return s_BGRTS.masked_fill(~visible_BTS[:, None, None], float("-inf"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """out_i = Σ_j exp(s_ij − lse_i) v_j,  lse_i = log Σ_j exp(s_ij),  s_ij = scale·q_i·k_j where j is visible."""
     s_BGRTS = _scores(q, k, tile, scale)
     lse_BGRT = s_BGRTS.logsumexp(-1)
@@ -36,7 +34,7 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    tile: Tile | None,
+    tile: Tile,
     scale: float,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

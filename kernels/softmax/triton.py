@@ -10,7 +10,7 @@ any mask, then the rest by (document, position). Scores are in units of log 2, s
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compilation import Compilation
-from ..mask import Tile
-from .blocks import key_ranges, query_ranges
+from ..masks import Mask, Pattern, Tile
+from ..masks.block_ranges import key_ranges, query_ranges
+from ..masks.triton import flat_bands, visible
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
@@ -129,17 +130,6 @@ def _places(ids, positions, first, count, nobody, N: tl.constexpr):
 
 
 @triton.jit
-def _visible(q_id, q_at, k_id, k_at, window, sinks, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """The mask, of whatever shape queries and keys broadcast to."""
-    seen = q_id == k_id
-    if CAUSAL:
-        seen = seen & (k_at <= q_at)
-    if WINDOW:
-        seen = seen & ((q_at - k_at < window) | (k_at < sinks))
-    return seen
-
-
-@triton.jit
 def _product(a0, a1, b0, b1, SPLIT: tl.constexpr):
     """a bᵀ over dims in two parts, of which the second may be empty."""
     s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
@@ -150,8 +140,8 @@ def _product(a0, a1, b0, b1, SPLIT: tl.constexpr):
 
 @triton.jit
 def _forward_range(
-    acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids, k_positions, first, last, keys, scale, window, sinks,
-    k_stride, v_stride, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, N: tl.constexpr,
+    acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids, k_positions, first, last, keys, scale,
+    k_stride, v_stride, MASKED: tl.constexpr, BANDS: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over blocks first..last of keys."""
@@ -165,7 +155,7 @@ def _forward_range(
             if K1 > 0:
                 k1 = _rows(k_base, start, k_stride, keep, N, K0, K, K1)
             s = _product(q0, q1, k0, k1, K1 > 0) * scale
-            seen = _visible(q_id[:, None], q_at[:, None], k_id[None, :], k_at[None, :], window, sinks, CAUSAL, WINDOW)
+            seen = (q_id[:, None] == k_id[None, :]) & visible(q_at[:, None], k_at[None, :], BANDS)
             s = tl.where(seen, s, HIDDEN)
             m_new = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s - m_new[:, None])
@@ -190,9 +180,9 @@ def _forward_range(
 @triton.jit
 def _forward(
     q, k, v, out, lse, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
-    queries, keys, blocks, heads, group, scale, window, sinks,
+    queries, keys, blocks, heads, group, scale,
     q_row, q_stride, q_head, k_row, k_stride, k_head, v_row, v_stride, v_head,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one block of queries of one head; `group` heads read one head of keys and values."""
@@ -216,14 +206,14 @@ def _forward(
     for n in range(whole, masked):
         acc, m, weight = _forward_range(
             acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids, k_positions,
-            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, window, sinks,
-            k_stride, v_stride, False, CAUSAL, WINDOW, N, K, K0, K1, V, V0,
+            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
+            k_stride, v_stride, False, BANDS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     for n in range(masked, end):
         acc, m, weight = _forward_range(
             acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids + row * keys, k_positions + row * keys,
-            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, window, sinks,
-            k_stride, v_stride, True, CAUSAL, WINDOW, N, K, K0, K1, V, V0,
+            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
+            k_stride, v_stride, True, BANDS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     seen = m > HIDDEN / 2  # else `weight` counts hidden keys, each as if it were visible
     weight = tl.where(seen, weight, 1.0)
@@ -262,8 +252,8 @@ def _delta(
 
 @triton.jit
 def _dq_range(
-    dq0, dq1, q0, q1, do, level, delta, q_id, q_at, k_base, v_base, k_ids, k_positions, first, last, keys, scale,
-    window, sinks, k_stride, v_stride, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    dq0, dq1, q0, q1, do, level, delta, q_id, q_at, k_base, v_base, k_ids, k_positions, first, last, keys,
+    scale, k_stride, v_stride, MASKED: tl.constexpr, BANDS: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     for block in range(first, last):
@@ -277,7 +267,7 @@ def _dq_range(
                 k1 = _rows(k_base, start, k_stride, keep, N, K0, K, K1)
             v = _rows(v_base, start, v_stride, keep, N, 0, V, V0)
             p = tl.exp2(_product(q0, q1, k0, k1, K1 > 0) * scale - level[:, None])
-            seen = _visible(q_id[:, None], q_at[:, None], k_id[None, :], k_at[None, :], window, sinks, CAUSAL, WINDOW)
+            seen = (q_id[:, None] == k_id[None, :]) & visible(q_at[:, None], k_at[None, :], BANDS)
             p = tl.where(seen, p, 0.0)
         else:
             k0 = _whole_rows(k_base, start, k_stride, N, 0, K, K0)
@@ -297,9 +287,9 @@ def _dq_range(
 @triton.jit
 def _dq(
     dq, dout, q, k, v, lse2, delta, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
-    queries, keys, blocks, heads, group, scale, dq_scale, window, sinks, d_row, d_stride, d_head,
+    queries, keys, blocks, heads, group, scale, dq_scale, d_row, d_stride, d_head,
     q_row, q_stride, q_head, k_row, k_stride, k_head, v_row, v_stride, v_head,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head."""
@@ -328,14 +318,14 @@ def _dq(
     for n in range(whole, masked):
         dq0, dq1 = _dq_range(
             dq0, dq1, q0, q1, do, level, shift, q_id, q_at, k_base, v_base, k_ids, k_positions,
-            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, window, sinks,
-            k_stride, v_stride, False, CAUSAL, WINDOW, N, K, K0, K1, V, V0,
+            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
+            k_stride, v_stride, False, BANDS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     for n in range(masked, end):
         dq0, dq1 = _dq_range(
             dq0, dq1, q0, q1, do, level, shift, q_id, q_at, k_base, v_base, k_ids + row * keys,
-            k_positions + row * keys, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, window,
-            sinks, k_stride, v_stride, True, CAUSAL, WINDOW, N, K, K0, K1, V, V0,
+            k_positions + row * keys, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
+            k_stride, v_stride, True, BANDS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     held = first + tl.arange(0, M) < queries
     to = dq + (row * queries * heads + head) * K
@@ -347,8 +337,7 @@ def _dq(
 @triton.jit
 def _dkv_range(
     dk0, dk1, dv, k0, k1, v, k_id, k_at, q_base, d_base, level_base, delta_base, q_ids, q_positions, first, last,
-    queries, scale, window, sinks, q_stride, d_stride, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, M: tl.constexpr,
+    queries, scale, q_stride, d_stride, MASKED: tl.constexpr, BANDS: tl.constexpr, M: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """Scores transposed, keys by queries: both products that follow then take them as their left side."""
@@ -366,7 +355,7 @@ def _dkv_range(
             level = tl.load(level_base + at, mask=keep, other=-HIDDEN)
             shift = tl.load(delta_base + at, mask=keep, other=0.0)
             p = tl.exp2(_product(k0, k1, q0, q1, K1 > 0) * scale - level[None, :])
-            seen = _visible(q_id[None, :], q_at[None, :], k_id[:, None], k_at[:, None], window, sinks, CAUSAL, WINDOW)
+            seen = (q_id[None, :] == k_id[:, None]) & visible(q_at[None, :], k_at[:, None], BANDS)
             p = tl.where(seen, p, 0.0)
         else:
             q0 = _whole_rows(q_base, start, q_stride, M, 0, K, K0)
@@ -389,9 +378,9 @@ def _dkv_range(
 @triton.jit
 def _dkv(
     dk, dv, dout, q, k, v, lse2, delta, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
-    queries, keys, blocks, groups, group, scale, dk_scale, window, sinks, d_row, d_stride, d_head,
+    queries, keys, blocks, groups, group, scale, dk_scale, d_row, d_stride, d_head,
     q_row, q_stride, q_head, k_row, k_stride, k_head, v_row, v_stride, v_head,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one of `groups` heads, summed over the `group` query heads that read it."""
@@ -421,15 +410,14 @@ def _dkv(
         for n in range(whole, masked):
             dk0, dk1, dvalue = _dkv_range(
                 dk0, dk1, dvalue, k0, k1, value, k_id, k_at, q_base, d_base, lse2 + at, delta + at,
-                q_ids, q_positions, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), queries, scale, window,
-                sinks, q_stride, d_stride, False, CAUSAL, WINDOW, M, K, K0, K1, V, V0,
+                q_ids, q_positions, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), queries, scale,
+                q_stride, d_stride, False, BANDS, M, K, K0, K1, V, V0,
             )  # fmt: skip
         for n in range(masked, end):
             dk0, dk1, dvalue = _dkv_range(
                 dk0, dk1, dvalue, k0, k1, value, k_id, k_at, q_base, d_base, lse2 + at, delta + at,
                 q_ids + row * queries, q_positions + row * queries, tl.load(bounds + 2 * n),
-                tl.load(bounds + 2 * n + 1), queries, scale, window,
-                sinks, q_stride, d_stride, True, CAUSAL, WINDOW, M, K, K0, K1, V, V0,
+                tl.load(bounds + 2 * n + 1), queries, scale, q_stride, d_stride, True, BANDS, M, K, K0, K1, V, V0,
             )  # fmt: skip
     held = first + tl.arange(0, N) < keys
     to = dk + (row * keys * groups + shared) * K
@@ -460,19 +448,14 @@ class _Work:
         queries, keys = self.tile.queries, self.tile.keys
         return queries.ids(device), queries.positions(device), keys.ids(device), keys.positions(device)
 
-    def mask(self) -> tuple[int, int]:
-        return self.tile.mask.window or 0, self.tile.mask.sink_tokens
-
-    def constants(self, blocks: Blocks) -> dict[str, int | bool]:
-        return _constants(
-            blocks, self.key_dim, self.value_dim, causal=self.tile.mask.causal, window=self.tile.mask.window is not None
-        )
+    def constants(self, blocks: Blocks) -> dict[str, Any]:
+        return _constants(blocks, self.key_dim, self.value_dim, self.tile.mask)
 
 
-def _constants(blocks: Blocks, key_dim: int, value_dim: int, *, causal: bool, window: bool) -> dict[str, int | bool]:
+def _constants(blocks: Blocks, key_dim: int, value_dim: int, mask: Pattern) -> dict[str, Any]:
     k0, k1 = split_dim(key_dim)
     return {
-        "CAUSAL": causal, "WINDOW": window, "M": blocks.queries, "N": blocks.keys,
+        "BANDS": flat_bands(mask), "M": blocks.queries, "N": blocks.keys,
         "K": key_dim, "K0": k0, "K1": k1, "V": value_dim, "V0": padded(value_dim),
     }  # fmt: skip
 
@@ -481,19 +464,17 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend`; results are float32."""
     out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if tile is None:
-        return out.zero_(), lse.fill_(float("-inf"))
     work = _Work(q, k, v, tile, scale)
     with torch.cuda.device_of(q):
         blocks = work.blocks.forward
         number = triton.cdiv(work.queries, blocks.queries)
         _forward[(number * work.batch * work.heads,)](
             work.q, work.k, work.v, out, lse, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
-            work.queries, work.keys, number, work.heads, work.heads // work.groups, work.scale * LOG2_E, *work.mask(),
+            work.queries, work.keys, number, work.heads, work.heads // work.groups, work.scale * LOG2_E,
             *_strides(work.q, work.k, work.v), **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
@@ -508,14 +489,12 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    tile: Tile | None,
+    tile: Tile,
     scale: float,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend_backward`; gradients are float32, dk and dv written once each."""
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    if tile is None:
-        return dq.zero_(), dk.zero_(), dv.zero_()
     work = _Work(q, k, v, tile, scale)
     with torch.cuda.device_of(q):
         delta, lse2 = _levels(work, dout, out, lse, dlse)
@@ -526,7 +505,7 @@ def attend_backward(
         _dq[(number * work.batch * work.heads,)](
             dq, *given, lse2, delta, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
             work.queries, work.keys, number, work.heads, work.heads // work.groups,
-            work.scale * LOG2_E, work.scale * work.sign, *work.mask(), *_strides(*given), **work.constants(blocks),
+            work.scale * LOG2_E, work.scale * work.sign, *_strides(*given), **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         blocks = work.blocks.dkv
@@ -534,7 +513,7 @@ def attend_backward(
         _dkv[(number * work.batch * work.groups,)](
             dk, dv, *given, lse2, delta, *work.places(), *query_ranges(tile, blocks.keys, blocks.queries, q.device),
             work.queries, work.keys, number, work.groups, work.heads // work.groups,
-            work.scale * LOG2_E, work.scale, *work.mask(), *_strides(*given), **work.constants(blocks),
+            work.scale * LOG2_E, work.scale, *_strides(*given), **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return dq, dk, dv
@@ -562,15 +541,16 @@ _INTEGERS = ("q_ids", "q_positions", "k_ids", "k_positions", "offsets", "bounds"
 def compilations() -> list[Compilation]:
     """Every kernel at the dims of production models in bfloat16, the widest with a window and sinks too."""
     found = []
-    for key_dim, value_dim, window in ((64, 64, False), (128, 128, False), (128, 128, True), (192, 128, False)):
+    windowed = Mask(window=4096, sink_tokens=4)
+    for key_dim, value_dim, mask in ((64, 64, Mask()), (128, 128, Mask()), (128, 128, windowed), (192, 128, Mask())):
         chosen = blockings(torch.bfloat16, key_dim, value_dim)
-        variant = f"{key_dim}/{value_dim}" + (" window" if window else "")
+        variant = f"{key_dim}/{value_dim}" + (" window" if mask == windowed else "")
         for kernel, blocks, rows in (
             (_forward, chosen.forward, chosen.forward.queries),
             (_dq, chosen.dq, chosen.dq.queries),
             (_dkv, chosen.dkv, chosen.dkv.keys),
         ):
-            constants = _constants(blocks, key_dim, value_dim, causal=True, window=window)
+            constants = _constants(blocks, key_dim, value_dim, mask)
             found.append(_compilation(kernel, constants, blocks.warps, blocks.stages, rows, variant))
     for value_dim in (64, 128):
         constants = {"HAS_DLSE": False, "M": DELTA_ROWS, "V": value_dim, "V0": value_dim}

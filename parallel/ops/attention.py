@@ -1,17 +1,23 @@
-"""Softmax attention on a sequence of which this rank holds a part."""
+"""Attention on a sequence that ranks share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.attend import Attend, OnOneDevice
 from ...kernels.documents import Documents, Run
-from ...kernels.mask import Mask
-from ...kernels.softmax import check_inputs
-from ...kernels.softmax import softmax_attention as attend_here
-from ..sequence import DecodingCache, Sequence
-from ..strategies.gather import GatherAttention
-from ..strategies.ring import RingAttention
+from ...kernels.masks import Mask, Pattern
+from ...kernels.masks.pattern import union
+from ...kernels.operation import run
+from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
+from ..operation import Setting
+from ..sequence import Sequence
+from ..strategies.gather import gather
+from ..strategies.ring import ring
 from .mixing import mix_by
 
 
@@ -21,7 +27,7 @@ def softmax_attention(
     v: Tensor,
     *,
     seq: Sequence,
-    mask: Mask | None = None,
+    mask: Pattern | None = None,
     scale: float | None = None,
     sink_logits: Tensor | None = None,
     slot: str = "attention",
@@ -31,63 +37,62 @@ def softmax_attention(
     q `[B, T, H, K]`; k `[B, T, G, K]` and v `[B, T, G, V]` with G dividing H; `sink_logits` `[H]`. See
     `longreach.kernels.softmax`.
     """
-    mask = Mask() if mask is None else mask
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_inputs(q, k, v, sink_logits)
-    if seq.cache is None:
-        return shared_attention(q, k, v, sink_logits, mask, scale, None, seq, slot)
-    k, v, keys = extend_keys(k, v, mask, seq, seq.cache, slot)
-    return attend_here(  # type: ignore[return-value]
-        q, k, v, mask=mask, documents=seq.local, key_documents=keys, scale=scale, sink_logits=sink_logits,
-        backend=seq.backend,
-    )  # fmt: skip
+    settings = (Mask() if mask is None else mask).settings, q.shape[-1] ** -0.5 if scale is None else scale
+    return attention(SoftmaxAttend, settings, SoftmaxInputs(q, k, v, sink_logits), seq=seq, slot=slot)
 
 
-def shared_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_logits: Tensor | None,
-    mask: Mask,
-    scale: float | None,
-    until: int | None,
+def attention(
+    build: Callable[..., Attend],
+    settings: tuple[Setting, ...],
+    inputs: Any,
+    *,
     seq: Sequence,
     slot: str,
+    until: int | None = None,
 ) -> Tensor:
-    """By the strategy for attention; tokens from position `until` on take no part."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    strategy = seq.strategy.attention
-    build = GatherAttention if strategy == "gather" else RingAttention
-    settings = (mask.causal, mask.window, mask.sink_tokens, scale, until)
-    return mix_by(build, settings, (q, k, v, sink_logits), seq, slot, by_heads=strategy == "ulysses")
+    """The op `build(*settings)` on a record of its inputs, over the keys of the whole row: `[B, T, H, V]` in q's type.
+
+    By the strategy for attention, or continued from the decoding cache. `slot` names its state within the layer.
+    Tokens from position `until` of their document on take no part: their outputs are 0.
+    """
+    if seq.cache is not None:
+        op = build(*settings)
+        op.check(inputs)
+        extended, keys = with_cached(op, inputs, seq, slot)
+        return run(OnOneDevice(op), extended, (op.tile(seq.local, keys), seq.backend))[0]
+    by_heads = seq.strategy.attention == "ulysses"
+    strategy = gather if seq.strategy.attention == "gather" else ring
+    return mix_by(strategy, (until, build, *settings), inputs, seq, slot, by_heads=by_heads)
 
 
-def extend_keys(
-    k: Tensor, v: Tensor, mask: Mask, seq: Sequence, cache: DecodingCache, slot: str
-) -> tuple[Tensor, Tensor, Documents]:
-    """Cached and new keys and values, and where they stand; the cache keeps what a later query can still see."""
-    old = cache.entries.get((seq.layer, slot))
-    if old is not None:
-        k, v = torch.cat([old[0], k], dim=1), torch.cat([old[1], v], dim=1)
-    total = cache.length + seq.layout.length
-    runs = _kept_runs(total, k.shape[1], mask)
-    keys = Documents((runs,) * k.shape[0], k.shape[1])
-    cache.entries[seq.layer, slot] = _trim(k, mask), _trim(v, mask)
-    return k, v, keys
+def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, Documents]:
+    """The inputs with the cached keys before the new ones, and where these stand.
+
+    The cache keeps of them what a later query can still see.
+    """
+    assert seq.cache is not None
+    entries, key = seq.cache.entries, (seq.layer, slot)
+    sent, before = op.sent(inputs), seq.cache.length
+    total = before + sent[0].shape[1]
+    if key in entries:
+        sent = tuple(torch.cat(pair, dim=1) for pair in zip(entries[key], sent, strict=True))
+    runs, start = [], 0
+    for first, stop in union([*op.kept(before), (before, total)]):
+        runs.append(Run(0, start, stop - first, first))
+        start += stop - first
+    entries[key] = _parts(sent, runs, op.kept(total))
+    extended = inputs._replace(**dict(zip(op.travels, sent, strict=True)))
+    return extended, Documents((tuple(runs),) * sent[0].shape[0], start)
 
 
-def _kept_runs(total: int, held: int, mask: Mask) -> tuple[Run, ...]:
-    """Positions of `held` keys out of `total`: all of them, or the sinks and then the latest."""
-    if held == total:
-        return (Run(0, 0, total, 0),)
-    sinks = mask.sink_tokens
-    latest = Run(0, sinks, held - sinks, total - (held - sinks))
-    return (Run(0, 0, sinks, 0), latest) if sinks else (latest,)
-
-
-def _trim(x: Tensor, mask: Mask) -> Tensor:
-    """Drops the keys that no query after these can see."""
-    if mask.window is None or x.shape[1] <= mask.sink_tokens + mask.window - 1:
-        return x
-    latest = x[:, x.shape[1] - (mask.window - 1) :]
-    return torch.cat([x[:, : mask.sink_tokens], latest], dim=1)
+def _parts(sent: tuple[Tensor, ...], runs: list[Run], kept: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Of tensors whose tokens are `runs` of one document, those at the kept positions."""
+    cuts = [
+        (max(low, r.position) - r.position + r.start, min(high, r.end_position) - r.position + r.start)
+        for low, high in kept
+        for r in runs
+    ]
+    cuts = [(low, high) for low, high in cuts if low < high]
+    if sum(high - low for low, high in cuts) == sent[0].shape[1]:
+        return sent
+    return tuple(torch.cat([x[:, low:high] for low, high in cuts] or [x[:, :0]], dim=1) for x in sent)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.block_sparse import block_sparse_attention as attend_blocks_here
-from ...kernels.block_sparse import sparse_lists
+from ...kernels.block_sparse import BlockSparseAttend, BlockSparseInputs, sparse_lists
+from ...kernels.block_sparse import block_sparse_attention as block_sparse_attention_here
+from ...kernels.compressed import CompressedAttend
 from ...kernels.compressed import compressed_attention as attend_windows_here
 from ...kernels.documents import Documents
-from ...kernels.mask import Mask
+from ...kernels.masks import Mask, Pattern
+from ...kernels.operation import Tensors
+from ...kernels.plain import made_of
 from ...kernels.select_blocks import Rule
 from ...kernels.select_blocks import select_blocks as select_here
-from ...kernels.softmax import check_inputs
-from ..operation import mix
+from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
+from ..operation import Operation, mix
 from ..sequence import Sequence
-from ..strategies.compressed import CompressedAttention
-from ..strategies.listed_blocks import BlockSelection, BlockSparseAttention
+from ..strategies.listed_blocks import by_blocks
+from ..strategies.replicated import replicated
 from ..strategies.windows import (
     GatherWindows,
     LocalWindows,
@@ -27,7 +31,7 @@ from ..strategies.windows import (
     summaries_decoded,
     windows_decoded,
 )
-from .attention import extend_keys, shared_attention
+from .attention import attention, with_cached
 
 
 def block_sparse_attention(
@@ -39,7 +43,7 @@ def block_sparse_attention(
     seq: Sequence,
     block_size: int,
     query_block: int = 1,
-    mask: Mask | None = None,
+    mask: Pattern | None = None,
     scale: float | None = None,
     dense_length: int = 0,
     slot: str = "block_sparse",
@@ -52,19 +56,24 @@ def block_sparse_attention(
     """
     mask = Mask() if mask is None else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_inputs(q, k, v)
+    inputs = BlockSparseInputs(q, k, v, blocks)
+    settings: tuple[Any, ...] = (block_size, query_block, mask.settings, scale)
     if seq.cache is None:
-        settings = (block_size, query_block, mask.causal, mask.window, mask.sink_tokens, scale)
+        if dense_length:
+            sparse = sparse_lists(blocks, seq.positions(q.device), dense_length, query_block)
+            inputs = inputs._replace(blocks=sparse)
+        sparsely = mix(by_blocks, (BlockSparseAttend, *settings), inputs, seq, slot)[0]
         if not dense_length:
-            return mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)[0]
-        dense = shared_attention(q, k, v, None, mask, scale, dense_length, seq, f"{slot} dense")
-        blocks = sparse_lists(blocks, seq.positions(q.device), dense_length, query_block)
-        sparsely = mix(BlockSparseAttention, settings, (q, k, v, blocks), seq, slot)[0]
+            return sparsely
+        dense = attention(
+            SoftmaxAttend, (mask.settings, scale), SoftmaxInputs(q, k, v), seq=seq, slot=f"{slot} dense",
+            until=dense_length,
+        )  # fmt: skip
         return dense + sparsely  # each is 0 where the other is not
-    k, v, keys = extend_keys(k, v, Mask(), seq, seq.cache, slot)
-    return attend_blocks_here(  # type: ignore[return-value]
-        q, k, v, blocks, block_size=block_size, query_block=query_block, mask=mask, documents=seq.local,
-        key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
+    extended, keys = with_cached(BlockSparseAttend(*settings), inputs, seq, slot)
+    return block_sparse_attention_here(  # type: ignore[return-value]
+        q, extended.k, extended.v, blocks, block_size=block_size, query_block=query_block, mask=mask,
+        documents=seq.local, key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
     )  # fmt: skip
 
 
@@ -87,8 +96,8 @@ def compressed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if seq.cache is None:
-        out, lse = mix(CompressedAttention, (size, stride, scale), (q, k, v), seq, slot)
-        return out.to(q.dtype), lse.detach()
+        out, lse = mix(replicated, (CompressedAttend, size, stride, scale), (q, k, v), seq, slot)
+        return out, lse.detach()
     row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
     return attend_windows_here(  # type: ignore[return-value]
         q, k, v, size=size, stride=stride, documents=seq.local, row_documents=row, scale=scale, return_lse=True,
@@ -114,19 +123,48 @@ def select_blocks(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, summaries, lse = q.detach(), summaries.detach(), None if lse is None else lse.detach()
     if seq.cache is None:
-        rule_settings = (
-            rule.block_size, rule.count, rule.window, rule.stride, rule.score, rule.aggregate, rule.pooled,
-            rule.initial, rule.local,
-        )  # fmt: skip
-        return mix(_block_selection, (scale, *rule_settings), (q, summaries, lse), seq, slot)[0]
+        return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse), seq, slot)[0]
     row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
     return select_here(
         q, summaries, rule=rule, documents=seq.local, row_documents=row, scale=scale, lse=lse, backend=seq.backend
     )
 
 
-def _block_selection(scale: float, *rule: Any) -> BlockSelection:
-    return BlockSelection(scale, Rule(*rule))
+@dataclass(frozen=True)
+class BlockSelection(Operation):
+    """The blocks that each query held here lists, among those of the whole row: `[B, T, J, count]`, no gradient.
+
+    Sends nothing: summaries are of all windows. An `Operation`, so that graphs hold no document and a recomputation
+    takes the lists of the first time; its inputs are (q, summaries, lse or None).
+    """
+
+    scale: float
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", made_of(self.rule))
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
+        q, summaries, lse = inputs
+        assert q is not None
+        assert summaries is not None
+        lists = select_here(
+            q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
+            backend=seq.backend,
+        )  # fmt: skip
+        return (lists,), ()
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
+        return (None,) * len(inputs)
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
+        q, summaries, _ = inputs
+        assert q is not None
+        assert summaries is not None
+        heads = summaries.shape[2] if self.rule.pooled else q.shape[2]
+        return (q.new_empty(*q.shape[:2], heads, self.rule.count, dtype=torch.int32),), ()
 
 
 def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = None, slot: str = "means") -> Tensor:

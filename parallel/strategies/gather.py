@@ -6,56 +6,68 @@ the keys and values of whole rows, which grouped heads keep small (Llama 3 train
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...kernels.mask import Tile
-from ...kernels.softmax import attend, attend_backward
-from ..collectives import Gathering, in_row_order, scatter_sum
+from ...kernels.attend import Attend
+from ..collectives import Gathering, Packed, in_row_order, scatter_sum
 from ..sequence import Sequence
-from .attention import Block, SharedAttention
+from .attention import SharedAttention
 
 
 class GatherAttention(SharedAttention):
-    """Attention of the queries held here over the gathered keys and values of the row.
+    """Attention of a rank's queries over the gathered keys of the row.
 
     Backward gathers them again rather than keeping them, and exchanges the gradients all to all; each owner adds them
     in the order of the ranks.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> tuple[Tensor, Tensor] | None:
-        k, v = _gather(k, v, seq)
-        tile = self._tile(seq)
-        return None if tile is None else attend(q, k, v, tile=tile, scale=self.scale, backend=seq.backend)
+    def over_keys(self, inputs: Any, where: Sequence) -> tuple[Tensor, Tensor] | None:
+        seq = self.rows(where)
+        keys, tile = _gather(self.op.sent(inputs), seq), self._tile(seq)
+        return None if tile is None else self.op.attend(inputs, keys, tile, seq.backend)
 
-    def attend_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seq: Sequence
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        every_k, every_v = _gather(k, v, seq)
-        tile = self._tile(seq)
+    def over_keys_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        seq = self.rows(where)
+        keys, tile = _gather(self.op.sent(inputs), seq), self._tile(seq)
         if tile is None:
-            dq, dk, dv = (torch.zeros_like(x, dtype=out.dtype) for x in (q, every_k, every_v))
+            stay = {"q": torch.zeros_like(inputs.q)}
+            gradients = tuple(torch.zeros_like(x, dtype=out.dtype) for x in keys)
         else:
-            dq, dk, dv = attend_backward(
-                dout, q, every_k, every_v, out, lse, tile=tile, scale=self.scale, backend=seq.backend
-            )
+            stay, gradients = self.op.attend_backward(dout, dlse, inputs, keys, out, lse, tile, seq.backend)
         if seq.layout.ranks == 1:
-            return dq, dk, dv
-        parts = [Block.pack(seq.layout.shard(dk, rank), seq.layout.shard(dv, rank)) for rank in range(seq.layout.ranks)]
-        total = scatter_sum(torch.stack([part.flat for part in parts]), seq)
-        return dq, *Block(total, *parts[0].shapes).unpack()
+            return stay, gradients
+        parts = [Packed.of(tuple(seq.layout.shard(x, rank) for x in gradients)) for rank in range(seq.layout.ranks)]
+        total = Packed.like(parts[0].tensors)
+        for number, flat in enumerate(total.flats):
+            flat.copy_(scatter_sum(torch.stack([part.flats[number] for part in parts]), seq))
+        return stay, total.tensors
 
-    def _tile(self, seq: Sequence) -> Tile | None:
-        return seq.derive(("gather", self.mask), lambda: self.mask.tile(seq.local, seq.documents))
+    def _tile(self, seq: Sequence) -> Any:
+        return seq.derive(("gather", self.op), lambda: self.op.tile(seq.local, seq.documents))
 
 
-def _gather(k: Tensor, v: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
-    """Keys and values of the whole rows, `[B, N, …]`."""
+def _gather(own: tuple[Tensor, ...], seq: Sequence) -> tuple[Tensor, ...]:
+    """What travels, of the whole rows `[B, N, …]`; one message for tensors of one type."""
     if seq.layout.ranks == 1:
-        return k, v
-    spans, heads = seq.layout.spans, k.shape[2]
-    flat = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)  # [B, T, G * (K + V)], one message
-    mine = torch.stack(flat.chunk(spans, dim=1))
-    row = torch.cat(in_row_order(Gathering(mine, seq).wait(), seq), dim=1)
-    split = heads * k.shape[3]
-    return row[..., :split].unflatten(2, (heads, -1)), row[..., split:].unflatten(2, (heads, -1))
+        return own
+    whole: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(x.dtype for x in own):
+        places = [place for place, x in enumerate(own) if x.dtype == dtype]
+        flat = torch.cat([own[place].flatten(2) for place in places], dim=-1)  # [B, T, …]
+        mine = torch.stack(flat.chunk(seq.layout.spans, dim=1))
+        row = torch.cat(in_row_order(Gathering(mine, seq).wait(), seq), dim=1)
+        widths = [own[place].shape[2:].numel() for place in places]
+        for place, x in zip(places, row.split(widths, dim=-1), strict=True):
+            whole[place] = x.unflatten(-1, own[place].shape[2:])
+    return tuple(whole[place] for place in range(len(own)))
+
+
+def gather(until: int | None, build: Callable[..., Attend], *settings: Any) -> GatherAttention:
+    """The op `build(*settings)` by a gather; plain values, as `mix` wants them."""
+    return GatherAttention(build(*settings), until)

@@ -8,20 +8,19 @@ attended by parts. Gradients of keys and values go back to their owners the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.block_sparse import BlockLayout, BlockTile, attend, attend_backward, check_blocks, merge
+from ...kernels.attend import ListedAttend, merge
+from ...kernels.blocks import BlockLayout
 from ...kernels.documents import PADDING, Documents, Run
-from ...kernels.mask import Mask
-from ...kernels.operation import Tensors
-from ...kernels.select_blocks import Rule, select_blocks
 from ..collectives import Gathering, agree, exchange, finish
-from ..operation import Operation, present
 from ..sequence import Sequence
-from .attention import attention_like, exact_result, rounded_once
+from .attention import SharedAttention
 from .windows import rows_of
 
 
@@ -106,12 +105,12 @@ def bytes_sent(
 
 
 class _Keys:
-    """Keys and values of the listed blocks that other ranks hold, under way as one message from each."""
+    """Keys of the listed blocks that other ranks hold, under way as one message from each."""
 
-    def __init__(self, k: Tensor, v: Tensor, plan: BlockPlan, seq: Sequence) -> None:
-        self.plan, self.shapes = plan, (k.shape[2:], v.shape[2:])
-        self.batch = k.shape[0]
-        packed = self.pack(k, v)
+    def __init__(self, own: tuple[Tensor, ...], plan: BlockPlan, seq: Sequence) -> None:
+        self.plan, self.shapes = plan, [x.shape[2:] for x in own]
+        self.batch = own[0].shape[0]
+        packed = self.pack(own)
         self.sends = [(packed[index], peer) for peer, index in enumerate(plan.sends) if len(index)]
         self.receives = [
             (packed.new_empty(len(index), packed.shape[1]), peer)
@@ -121,16 +120,16 @@ class _Keys:
         self.works = exchange(self.sends, self.receives, seq)
 
     @staticmethod
-    def pack(k: Tensor, v: Tensor) -> Tensor:
-        """A row a token."""
-        return torch.cat([k.flatten(2), v.flatten(2)], dim=-1).flatten(0, 1)
+    def pack(tensors: tuple[Tensor, ...]) -> Tensor:
+        """One row per token."""
+        return torch.cat([x.flatten(2) for x in tensors], dim=-1).flatten(0, 1)
 
-    def unpack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = rows.unflatten(0, (self.batch, -1)).split([shape.numel() for shape in self.shapes], dim=-1)
-        return k.unflatten(-1, self.shapes[0]), v.unflatten(-1, self.shapes[1])
+    def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        parts = rows.unflatten(0, (self.batch, -1)).split([shape.numel() for shape in self.shapes], dim=-1)
+        return tuple(x.unflatten(-1, shape) for x, shape in zip(parts, self.shapes, strict=True))
 
-    def wait(self) -> tuple[Tensor, Tensor] | None:
-        """k `[B, S, G, K]` and v `[B, S, G, V]` of what was asked for, in the order of the row; None where nothing."""
+    def wait(self) -> tuple[Tensor, ...] | None:
+        """What was asked for, `[B, S, …]` in the order of the row; None where nothing."""
         finish(self.works)
         if not self.receives:
             return None
@@ -141,67 +140,58 @@ class _Keys:
         return self.unpack(rows)
 
 
-@dataclass(frozen=True)
-class BlockSparseAttention(Operation):
-    """softmax(scale q kᵀ + mask) v over the listed blocks of the whole row; on one rank, the kernel.
+class ListedAttention(SharedAttention):
+    """An `Attend` over listed blocks of the whole row; on one rank, over its own tokens.
 
-    Keys and values travel in their own type, which loses nothing; partial results and gradients are float32 (float64),
-    and an owner adds the gradients in the order of ranks: the result is the same at every run. Backward asks and sends
-    again rather than keep what it was sent. Lists that are wrong on one rank raise ValueError on all of them.
-
-    An `Operation`; its inputs are (q, k, v, blocks). It saves the output in float32, where it is not already, and the
-    log-sum-exp.
+    An owner adds gradients in the order of ranks: the result is the same at every run. Backward asks and sends again
+    rather than keep what it was sent. Lists that are wrong on one rank raise ValueError on all of them.
     """
 
-    block_size: int
-    query_block: int
-    causal: bool
-    window: int | None
-    sink_tokens: int
-    scale: float
+    op: ListedAttend
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        q, k, v, blocks = present(*inputs)
-        plan = self.ask(q, k, blocks, seq)
-        keys = None if plan is None else _Keys(k, v, plan, seq)
-        settings = {"scale": self.scale, "backend": seq.backend}
-        out, lse = attend(q, k, v, blocks, tile=self._tile(seq), **settings)
+    def over_keys(self, inputs: Any, where: Sequence) -> tuple[Tensor, Tensor] | None:
+        seq, own = where, self.op.sent(inputs)
+        plan = self.ask(inputs, seq)
+        keys = None if plan is None else _Keys(own, plan, seq)
+        tile = self._tile(seq)
+        result = None if tile is None else self.op.attend(inputs, own, tile, seq.backend)
         received = None if keys is None else keys.wait()
         if plan is not None and received is not None:
-            out, lse = merge(out, lse, *attend(q, *received, blocks, tile=self._tile(seq, plan.keys), **settings))
-        return rounded_once(out, lse, q.dtype)
+            tile = self._tile(seq, plan.keys)
+            if tile is not None:
+                partial = self.op.attend(inputs, received, tile, seq.backend)
+                result = partial if result is None else merge(*result, *partial)
+        return result
 
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
-    ) -> Tensors:
-        q, k, v, blocks = present(*inputs)
-        out, lse = exact_result(outputs, saved)
-        (dout,) = present(*gradients)
-        dout = dout.to(out.dtype)
-        settings = {"scale": self.scale, "backend": seq.backend}
-        plan = self.ask(q, k, blocks, seq)
-        keys = None if plan is None else _Keys(k, v, plan, seq)
-        dq, dk, dv = attend_backward(dout, q, k, v, out, lse, blocks, tile=self._tile(seq), **settings)
+    def over_keys_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        seq, own = where, self.op.sent(inputs)
+        plan = self.ask(inputs, seq)
+        keys = None if plan is None else _Keys(own, plan, seq)
+
+        def backward(received: tuple[Tensor, ...], tile: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+            if tile is None:
+                zeros = tuple(torch.zeros_like(x, dtype=out.dtype) for x in (inputs.q, *received))
+                return zeros[0], zeros[1:]
+            stay, gradients = self.op.attend_backward(dout, dlse, inputs, received, out, lse, tile, seq.backend)
+            return stay["q"], gradients
+
+        dq, dkeys = backward(own, self._tile(seq))
         if plan is not None and keys is not None:
-            received, dkeys = keys.wait(), None
+            received, dreceived = keys.wait(), None
             if received is not None:
-                tile = self._tile(seq, plan.keys)
-                dq_part, *dkeys = attend_backward(dout, q, *received, out, lse, blocks, tile=tile, **settings)
+                dq_part, dreceived = backward(received, self._tile(seq, plan.keys))
                 dq = dq + dq_part
-            dk, dv = _send_home(dk, dv, dkeys, keys, seq)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+            dkeys = _send_home(dkeys, dreceived, keys, seq)
+        return {"q": dq}, dkeys
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        q, _, v, _ = present(*inputs)
-        return attention_like(q, v)
-
-    def ask(self, q: Tensor, k: Tensor, blocks: Tensor, seq: Sequence) -> BlockPlan | None:
+    def ask(self, inputs: Any, seq: Sequence) -> BlockPlan | None:
         """Tells the other ranks which blocks are listed here, and plans what travels; None on one rank."""
         layout = self._layout(seq)
-        tile = BlockTile(layout, seq.local, seq.local, self._mask, self.query_block)
         error = None
         try:
-            check_blocks(blocks, tile, heads=q.shape[2], kv_heads=k.shape[2])
+            self.op.check_lists(inputs, layout, seq.local)
         except ValueError as wrong:
             if seq.layout.ranks == 1:
                 raise
@@ -209,40 +199,33 @@ class BlockSparseAttention(Operation):
         if seq.layout.ranks == 1:
             return None
         batch = seq.documents.batch
-        message = torch.zeros(batch * layout.count + 1, dtype=torch.uint8, device=q.device)
+        message = torch.zeros(batch * layout.count + 1, dtype=torch.uint8, device=inputs.q.device)
         if error is None:
-            message[:-1] = listed_blocks(blocks, layout.count).flatten()
+            message[:-1] = listed_blocks(inputs.blocks, layout.count).flatten()
         else:
             message[-1] = 1
         told = Gathering(message, seq).wait().cpu()
         if told[:, -1].any():
             agree(error and f"{error} (on sequence rank {seq.rank})", seq.layout.ranks, seq.group)
-        return BlockPlan.of(told[:, :-1].bool().unflatten(1, (batch, -1)), layout, seq).to(q.device)
-
-    @property
-    def _mask(self) -> Mask:
-        return Mask(self.causal, self.window, self.sink_tokens)
+        return BlockPlan.of(told[:, :-1].bool().unflatten(1, (batch, -1)), layout, seq).to(inputs.q.device)
 
     def _layout(self, seq: Sequence) -> BlockLayout:
-        return seq.derive(("blocks", self.block_size), lambda: BlockLayout(seq.documents, self.block_size))
+        return seq.derive(("blocks", self.op), lambda: self.op.layout(seq.documents))
 
-    def _tile(self, seq: Sequence, keys: Documents | None = None) -> BlockTile | None:
-        """This rank's queries against the keys that it holds, or against those that it was sent."""
-
-        def make() -> BlockTile | None:
-            held = seq.local if keys is None else keys
-            return BlockTile.of(self._layout(seq), seq.local, held, mask=self._mask, query_block=self.query_block)
-
-        return (
-            seq.derive(("block tile", self.block_size, self._mask, self.query_block), make) if keys is None else make()
-        )
+    def _tile(self, seq: Sequence, keys: Documents | None = None) -> Any:
+        """This rank's queries against its own keys, or against those that it was sent."""
+        if keys is not None:
+            return self.op.tile(seq.local, keys, self._layout(seq))
+        return seq.derive(("block tile", self.op), lambda: self.op.tile(seq.local, seq.local, self._layout(seq)))
 
 
-def _send_home(dk: Tensor, dv: Tensor, dkeys: list[Tensor] | None, keys: _Keys, seq: Sequence) -> tuple[Tensor, Tensor]:
+def _send_home(
+    dkeys: tuple[Tensor, ...], dreceived: tuple[Tensor, ...] | None, keys: _Keys, seq: Sequence
+) -> tuple[Tensor, ...]:
     """Sends the gradients of received keys to their owners, and adds what comes back for those sent."""
-    total, plan, sends = keys.pack(dk, dv), keys.plan, []
-    if dkeys is not None:
-        packed = keys.pack(*dkeys)
+    total, plan, sends = keys.pack(dkeys), keys.plan, []
+    if dreceived is not None:
+        packed = keys.pack(dreceived)
         sends = [(packed[index], peer) for peer, index in enumerate(plan.receives) if len(index)]
     receives = [
         (total.new_empty(len(index), total.shape[1]), peer) for peer, index in enumerate(plan.sends) if len(index)
@@ -253,35 +236,6 @@ def _send_home(dk: Tensor, dv: Tensor, dkeys: list[Tensor] | None, keys: _Keys, 
     return keys.unpack(total)
 
 
-@dataclass(frozen=True)
-class BlockSelection(Operation):
-    """The blocks that each query held here lists, among those of the whole row: `[B, T, J, count]`, no gradient.
-
-    Sends nothing: summaries are of all windows. An `Operation`, so that graphs hold no document and a recomputation
-    takes the lists of the first time; its inputs are (q, summaries, lse or None).
-    """
-
-    scale: float
-    rule: Rule
-
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        q, summaries, lse = inputs
-        assert q is not None
-        assert summaries is not None
-        lists = select_blocks(
-            q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
-            backend=seq.backend,
-        )  # fmt: skip
-        return (lists,), ()
-
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
-    ) -> Tensors:
-        return (None,) * len(inputs)
-
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        q, summaries, _ = inputs
-        assert q is not None
-        assert summaries is not None
-        heads = summaries.shape[2] if self.rule.pooled else q.shape[2]
-        return (q.new_empty(*q.shape[:2], heads, self.rule.count, dtype=torch.int32),), ()
+def by_blocks(build: Callable[..., ListedAttend], *settings: Any) -> ListedAttention:
+    """The op `build(*settings)` over listed blocks; plain values, as `mix` wants them."""
+    return ListedAttention(build(*settings))

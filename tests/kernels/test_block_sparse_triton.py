@@ -4,10 +4,11 @@ import pytest
 import torch
 from block_lists import random_lists
 
-from longreach.kernels.block_sparse import BlockLayout, BlockTile, attend, attend_backward
+from longreach.kernels.block_sparse import attend, attend_backward
 from longreach.kernels.block_sparse import triton as kernels
+from longreach.kernels.blocks import BlockLayout, BlockTile
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = Documents.from_lengths([[3, 9, 1], [12]], 13)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 
-from longreach.kernels.block_sparse import BlockLayout
+from longreach.kernels.blocks import BlockLayout
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.kernels.select_blocks import (
     Rule,
     WindowLayout,

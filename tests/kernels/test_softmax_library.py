@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
+from longreach.kernels.masks.calls import Call, Span, plan
 from longreach.kernels.softmax import library, reference, softmax_attention
-from longreach.kernels.softmax.calls import Call, Span, plan
 from longreach.kernels.softmax.library import Problem, Provider
 from longreach.parallel.layout import Layout
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from longreach.kernels.block_sparse import chunked as blocks
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.kernels.softmax import flops
 from longreach.models.layers.rotary import Rotary
 from longreach.models.mixer import Mixer

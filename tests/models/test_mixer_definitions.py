@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.linear.retnet import RetNet

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.kernels.operation import Kept
 from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longreach.kernels import delta_rule, diagonal_scan, gated_linear, short_conv
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.parallel import ops
 from longreach.parallel.collectives import counting
 from longreach.parallel.layout import Layout

@@ -24,7 +24,7 @@ def test_two_spans_are_the_zigzag() -> None:
 
 
 def test_zigzag_balances_one_causal_document_exactly() -> None:
-    from longreach.kernels.mask import Mask
+    from longreach.kernels.masks import Mask
 
     layout, row = Layout(64, 4, 2), Documents.whole(1, 64)
     work = [Mask().tile(layout.documents(row, rank), row).pairs for rank in range(4)]

@@ -9,7 +9,7 @@ from distributed import run_ranks
 from parallel_cases import CASES, local, shared
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.parallel import ops
 from longreach.parallel.strategies import listed_blocks as block_sparse
 from longreach.parallel.strategies import ring

@@ -5,7 +5,7 @@ import torch
 from distributed import run_ranks
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout

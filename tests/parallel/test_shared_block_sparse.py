@@ -9,13 +9,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from longreach.kernels import block_sparse as kernel
-from longreach.kernels.block_sparse import BlockLayout
-from longreach.kernels.mask import Mask
+from longreach.kernels.block_sparse import BlockSparseAttend, BlockSparseInputs
+from longreach.kernels.blocks import BlockLayout
+from longreach.kernels.masks import Mask
 from longreach.kernels.operation import Kept
 from longreach.parallel import ops
 from longreach.parallel.collectives import counting
 from longreach.parallel.sequence import Sequence
-from longreach.parallel.strategies.listed_blocks import BlockSparseAttention, bytes_sent
+from longreach.parallel.strategies.listed_blocks import by_blocks, bytes_sent
 
 # block size, query block, heads with lists, mask
 ATTENTION = {
@@ -105,7 +106,7 @@ def counted(rank, world):
         asked, asks = sum(tokens(rank, p) for p in others), sum(tokens(p, rank) for p in others)
         a_token, bits = GROUPS * (KEY + VALUE) * 8, (world - 1) * (2 * layout.count + 1)
         inputs = [seq.shard(x).requires_grad_() for x in drawn()]
-        plan = BlockSparseAttention(8, 1, True, None, 0, 1.0).ask(inputs[0], inputs[1], everyone[rank], seq)
+        plan = by_blocks(BlockSparseAttend, 8, 1, Mask(), 1.0).ask(BlockSparseInputs(*inputs, everyone[rank]), seq)
         formula = bytes_sent(
             plan, blocks=2 * layout.count, ranks=world, kv_heads=GROUPS, key_dim=KEY, value_dim=VALUE, element_bytes=8
         )

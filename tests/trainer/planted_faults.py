@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.recurrence import Summary
+from longreach.kernels.softmax import SoftmaxAttend
 from longreach.models.layers.rotary import Rotary
-from longreach.parallel import collectives, mesh
+from longreach.parallel import mesh
 from longreach.parallel.sequence import Sequence
-from longreach.parallel.strategies import ring, state_passing, windows
+from longreach.parallel.strategies import halo, ring, state_passing, windows
 from longreach.trainer import engine
 from longreach.trainer.engine import Engine
 from longreach.trainer.packing import TokenStream
@@ -82,19 +83,19 @@ def state_of_long_spans() -> None:
 
 def missing_halo() -> None:
     """A convolution sees zeros before each span."""
-    original = spoil(collectives, "_halo_forward", lambda x, seq, width: torch.zeros_like(original(x, seq, width)))
+    original = spoil(halo, "_halo_forward", lambda x, seq, width: torch.zeros_like(original(x, seq, width)))
 
 
 def halo_of_one_span() -> None:
     """A convolution sees no further than the span before its own."""
-    original = spoil(collectives, "_halo_parts", lambda span, width, tail: original(span, width, tail)[:1])
+    original = spoil(halo, "_halo_parts", lambda span, width, tail: original(span, width, tail)[:1])
 
 
 def one_ring_for_all_masks() -> None:
     """The plan of a ring is kept whatever the mask."""
 
-    def of(cls, mask, seq):
-        return seq.derive("ring", lambda: cls._make(mask, seq))
+    def of(cls, op, seq):
+        return seq.derive("ring", lambda: cls._make(op, seq))
 
     spoil(ring.RingPlan, "of", classmethod(of))
 
@@ -102,11 +103,11 @@ def one_ring_for_all_masks() -> None:
 def a_window_as_long_as_a_span() -> None:
     """What windows of one span and two tokens give is a little too small; others are right."""
 
-    def attend(q, *rest, tile, **settings):
-        out, lse = original(q, *rest, tile=tile, **settings)
-        return (0.9 * out if tile.mask.window == q.shape[1] + 2 else out), lse
+    def attend(self, inputs, received, tile, backend):
+        out, lse = original(self, inputs, received, tile, backend)
+        return (0.9 * out if tile.mask.window == inputs.q.shape[1] + 2 else out), lse
 
-    original = spoil(ring, "attend", attend)
+    original = spoil(SoftmaxAttend, "attend", attend)
 
 
 def one_plan_for_all_windows() -> None:
@@ -121,21 +122,21 @@ def one_plan_for_all_windows() -> None:
 def bfloat16_partials() -> None:
     """Partial results of a ring are rounded before they are merged."""
 
-    def attend(q, *rest, **settings):
-        out, lse = original(q, *rest, **settings)
-        return out.to(q.dtype).to(out.dtype), lse.to(q.dtype).to(lse.dtype)
+    def attend(self, inputs, received, tile, backend):
+        dtype, results = inputs.q.dtype, original(self, inputs, received, tile, backend)
+        return tuple(x.to(dtype).to(x.dtype) for x in results)
 
-    original = spoil(ring, "attend", attend)
+    original = spoil(SoftmaxAttend, "attend", attend)
 
 
 def bfloat16_query_gradients() -> None:
     """The gradient of the queries is added up in their type."""
 
-    def attend_backward(dout, q, *rest, **settings):
-        dq, dk, dv = original(dout, q, *rest, **settings)
-        return dq.to(q.dtype).to(dq.dtype), dk, dv
+    def attend_backward(self, dout, dlse, inputs, *rest):
+        stay, travelled = original(self, dout, dlse, inputs, *rest)
+        return {"q": stay["q"].to(inputs.q.dtype).to(stay["q"].dtype)}, travelled
 
-    original = spoil(ring, "attend_backward", attend_backward)
+    original = spoil(SoftmaxAttend, "attend_backward", attend_backward)
 
 
 def bfloat16_states() -> None:
@@ -244,4 +245,4 @@ def a_rank_raises() -> None:
             raise RuntimeError("out of luck")
         return original(x, seq, width)
 
-    original = spoil(collectives, "_halo_forward", forward)
+    original = spoil(halo, "_halo_forward", forward)

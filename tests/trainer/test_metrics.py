@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Mask
 from longreach.parallel.layout import Layout
 from longreach.trainer.metrics import MetricsFile, Work, attention_pairs, peak_flops, peak_memory_bytes, work_of
 from longreach.trainer.plots import POINTS, Curve, LossCurves, smoothed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels import compressed, softmax
-from ....kernels.mask import Mask
+from ....kernels.masks.mask import Mask
 from ....kernels.select_blocks import Rule
 from ....parallel import ops
 from ....parallel.sequence import Sequence

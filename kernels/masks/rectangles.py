@@ -1,4 +1,4 @@
-"""Tiling: cuts a tile into rectangles of held tokens whose mask is trivial, causal from the corner, or a band."""
+"""Tiling: cuts a tile into rectangles whose mask is trivial, causal from the corner, or a band."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..documents import Run
-from ..mask import Mask, Tile
+from .pattern import FAR, Pattern, Tile
 
 NARROW = 512  # windows up to this many keys are cut into bands alone
 
@@ -15,8 +15,8 @@ class Rectangle(NamedTuple):
     """Rows, queries and keys (half-open index ranges) that one call of an attention routine takes.
 
     Every query sees at least one key of its rectangle, so that no log-sum-exp is of nothing. `shape` is "full" (all
-    pairs are visible), "causal" (a square: query n sees keys 0..n) or "band" (with `lead` = position of the first
-    query − position of the first key, query n sees key m where 0 <= lead + n − m < window).
+    pairs are visible), "causal" (a square: query n sees keys 0..n) or "band" (query n sees key m where
+    0 <= lead + n − m < window).
     """
 
     rows: tuple[int, int]
@@ -24,6 +24,7 @@ class Rectangle(NamedTuple):
     keys: tuple[int, int]
     shape: str
     lead: int = 0
+    window: int = 0
 
 
 class _Cut(NamedTuple):
@@ -34,6 +35,8 @@ class _Cut(NamedTuple):
     c: int
     d: int
     shape: str
+    lead: int = 0
+    window: int = 0
 
 
 def rectangles(tile: Tile, limit: int | None = None) -> Iterator[Rectangle]:
@@ -47,8 +50,9 @@ def rectangles(tile: Tile, limit: int | None = None) -> Iterator[Rectangle]:
         for query, key in pieces:
             to_index, to_key = query.start - query.position, key.start - key.position
             for cut in _cut(tile.mask, query, key):
-                for a, b, c, d, shape in _limited(cut, limit):
-                    yield Rectangle(rows, (a + to_index, b + to_index), (c + to_key, d + to_key), shape, a - c)
+                for a, b, c, d, shape, lead, window in _limited(cut, limit):
+                    queries, keys = (a + to_index, b + to_index), (c + to_key, d + to_key)
+                    yield Rectangle(rows, queries, keys, shape, *((lead, window) if shape == "band" else ()))
 
 
 def _alike_rows(tile: Tile) -> Iterator[tuple[tuple[int, int], tuple[tuple[Run, Run], ...]]]:
@@ -69,17 +73,19 @@ def _alike_rows(tile: Tile) -> Iterator[tuple[tuple[int, int], tuple[tuple[Run, 
         yield (start, stop), tuple(shared)
 
 
-def _cut(mask: Mask, query: Run, key: Run) -> Iterator[_Cut]:
-    a, b, c, d = query.position, query.end_position, key.position, key.end_position
-    if not mask.causal:
-        yield _Cut(a, b, c, d, "full")
-    elif mask.window is None:
-        yield from _causal(a, b, c, d)
-    else:
-        behind_sinks = min(max(mask.sink_tokens, c), d)
-        if behind_sinks > c:
-            yield from _causal(a, b, c, behind_sinks)
-        yield from _window(a, b, behind_sinks, d, mask.window)
+def _cut(mask: Pattern, query: Run, key: Run) -> Iterator[_Cut]:
+    """The rectangles of every band. Keys are counted from `ahead` of them on: a band is causal then, or a window."""
+    a, b = query.position, query.end_position
+    for band in mask.bands:
+        c, d = band.within(key.position, key.end_position)
+        if c >= d:
+            continue
+        if d - 1 - a <= band.ahead and b - 1 - c <= band.back:
+            yield _Cut(a, b, c, d, "full")
+            continue
+        ahead = band.ahead if band.ahead < FAR else d - 1 - a
+        for cut in _window(a, b, c - ahead, d - ahead, band.back + ahead + 1):
+            yield cut._replace(c=cut.c + ahead, d=cut.d + ahead, lead=cut.a - cut.c)
 
 
 def _causal(a: int, b: int, c: int, d: int) -> Iterator[_Cut]:
@@ -112,23 +118,25 @@ def _window(a: int, b: int, c: int, d: int, window: int) -> Iterator[_Cut]:
         high = min(low + step, last)
         oldest, kept = max(c, low - window + 1), max(c, high - window)
         if window <= NARROW or high - low > window:
-            yield _Cut(low, high, oldest, min(d, high), "band" if high - low > 1 else "full")
+            shape = "band" if high - low > 1 else "full"
+            yield _Cut(low, high, oldest, min(d, high), shape, window=window)
             continue
         if oldest < kept:
             leaving = min(kept, d)
-            yield _Cut(low, min(high, leaving + window - 1), oldest, leaving, "band")
+            yield _Cut(low, min(high, leaving + window - 1), oldest, leaving, "band", window=window)
         if kept < d:
             yield from _causal(low, high, kept, min(d, high))
 
 
 def _limited(cut: _Cut, limit: int | None) -> Iterator[_Cut]:
-    a, b, c, d, shape = cut
+    a, b, c, d, shape, *_ = cut
     if limit is None or shape == "band" or (b - a <= limit and d - c <= limit):
         yield cut
         return
     for low in range(a, b, limit):
         high = min(low + limit, b)
-        for left in range(c, d if shape == "full" else low, limit):
-            yield _Cut(low, high, left, min(left + limit, d if shape == "full" else low), "full")
+        diagonal = c + low - a if shape == "causal" else d
+        for left in range(c, diagonal, limit):
+            yield _Cut(low, high, left, min(left + limit, diagonal), "full")
         if shape == "causal":
-            yield _Cut(low, high, low, high, "causal")
+            yield _Cut(low, high, diagonal, c + high - a, "causal")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..documents import Run
-from ..mask import Mask, Piece, Tile
+from .pattern import Pattern, Piece, Tile
 
 UNLIMITED = -1
 
@@ -62,30 +62,20 @@ def plan(tile: Tile) -> tuple[Call, ...]:
     return tuple(Call(*limits, tuple(spans)) for limits, spans, _ in calls)
 
 
-def _spans(mask: Mask, piece: Piece) -> Iterator[tuple[tuple[int, int], Span]]:
-    """Limits and span of what a piece's mask leaves: sinks and window apart, without tokens that see nothing."""
+def _spans(mask: Pattern, piece: Piece) -> Iterator[tuple[tuple[int, int], Span]]:
+    """Limits and span of what each band leaves of a piece, without tokens that see nothing or are not seen."""
     row, query, key = piece
-    if mask.window is None:
-        windows: list[tuple[int, int, int | None]] = [(key.position, key.end_position, None)]
-    else:
-        behind = min(max(mask.sink_tokens, key.position), key.end_position)
-        windows = [(key.position, behind, None), (behind, key.end_position, mask.window)]
-    for c, d, window in windows:
-        a, b = query.position, query.end_position
-        if mask.causal:
-            a, d = max(a, c), min(d, b)
-        if window is not None:
-            b, c = min(b, d - 1 + window), max(c, a - window + 1)
+    for band in mask.bands:
+        c, d = band.within(key.position, key.end_position)
+        if c >= d:
+            continue
+        a, b = max(query.position, c - band.ahead), min(query.end_position, d + band.back)
+        c, d = max(c, a - band.back), min(d, b + band.ahead)
         if a < b and c < d:
-            yield _limits(mask.causal, window, a, b, c, d), Span(row, _held(query, a, b), _held(key, c, d))
-
-
-def _limits(causal: bool, window: int | None, a: int, b: int, c: int, d: int) -> tuple[int, int]:
-    """(left, right) for queries at positions a..b and keys at c..d <= b, counted from the last query and key."""
-    reach = UNLIMITED if window is None or b - 1 - c < window else window - 1 - (b - d)
-    ahead = UNLIMITED if not causal or d - 1 <= a else b - d
-    # With a limit on one side alone the other one is unlimited; with none every pair is visible.
-    return reach, ahead
+            # Limits are counted from the last query and key; with none on either side every pair is visible.
+            left = UNLIMITED if b - 1 - c <= band.back else band.back + d - b
+            right = UNLIMITED if d - 1 - a <= band.ahead else band.ahead + b - d
+            yield (left, right), Span(row, _held(query, a, b), _held(key, c, d))
 
 
 def _held(run: Run, first: int, stop: int) -> tuple[int, int]:

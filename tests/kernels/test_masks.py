@@ -1,4 +1,4 @@
-"""Mask: the predicate, its closed-form counts, and the cutting of blocks into tiles."""
+"""Masks: the predicate, its closed-form counts and intervals, and the cutting of blocks into tiles."""
 
 import pytest
 import torch
@@ -6,19 +6,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents, Run
-from longreach.kernels.mask import Mask
+from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
+from longreach.kernels.plain import made_of
 
 masks = st.one_of(
     st.just(Mask()),
     st.just(Mask(causal=False)),
     st.builds(lambda window, sinks: Mask(window=window, sink_tokens=sinks), st.integers(1, 12), st.integers(0, 5)),
+    st.builds(Dilated, st.integers(1, 4), st.one_of(st.none(), st.integers(1, 12))),
+    st.just(Bands((Band(back=3, ahead=2), Band(ahead=-4, stride=3)))),  # both sides nearby, every third far behind
 )
 runs = st.builds(lambda length, position: Run(0, 0, length, position), st.integers(1, 15), st.integers(0, 20))
 rows_of_lengths = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=3)
 
 
-def seen(mask: Mask, i: int, j: int) -> bool:
+def seen(mask: Pattern, i: int, j: int) -> bool:
     """The definition, one pair at a time."""
+    if isinstance(mask, Dilated):
+        return i >= j and (i - j) % mask.dilation == 0 and (mask.window is None or i - j < mask.window)
+    if isinstance(mask, Bands):
+        return -2 <= i - j <= 3 or (i - j >= 4 and (i - j) % 3 == 0)
     if not mask.causal:
         return True
     if mask.window is None:
@@ -57,12 +64,34 @@ def test_the_dense_mask_and_the_tile_of_a_part_against_a_part(mask, rows, data):
         assert mask.pairs(piece.query, piece.key) > 0
 
 
-def test_square_causal_tiles_are_recognised():
-    whole, packed = Documents.whole(2, 6), Documents.from_lengths([[2, 4], [6]])
-    assert Mask().tile(whole, whole).is_square_causal
-    assert not Mask().tile(packed, packed).is_square_causal
-    assert not Mask(window=2).tile(whole, whole).is_square_causal
-    assert not Mask().tile(Documents.whole(2, 6, position=1), whole).is_square_causal
+@given(masks, st.integers(0, 25), st.integers(1, 9))
+def test_intervals_hold_what_some_and_what_all_see(mask, start, length):
+    stop, positions = start + length, range(40)
+    for intervals, sees in (
+        (mask.keys_of(start, stop), lambda own, other: seen(mask, own, other)),
+        (mask.queries_of(start, stop), lambda own, other: seen(mask, other, own)),
+    ):
+        some, every = ({p for a, b in each for p in positions if a <= p < b} for each in intervals)
+        own = range(start, stop)
+        assert {p for p in positions if any(sees(o, p) for o in own)} <= some
+        assert every <= {p for p in positions if all(sees(o, p) for o in own)}
+        if isinstance(mask, Mask):  # a band without a stride: nothing is given away
+            assert every == {p for p in positions if all(sees(o, p) for o in own)}
+
+
+@given(masks, st.integers(0, 30), st.integers(0, 20), st.integers(0, 20))
+def test_counts_of_keys_and_what_a_cache_keeps(mask, i, start, length):
+    keys = torch.tensor([start]), torch.tensor([start + length])
+    expected = sum(seen(mask, i, j) for j in range(start, start + length))
+    assert mask.count(torch.tensor([i]), *keys).tolist() == [expected]
+    kept = {p for a, b in mask.kept(start) for p in range(a, b)}
+    assert {j for j in range(start) for later in range(start, start + 40) if seen(mask, later, j)} <= kept
+    assert kept <= set(range(start))
+
+
+def test_a_pattern_is_made_again_of_its_settings():
+    for mask in (Mask(window=3, sink_tokens=1), Dilated(2, window=7), Bands((Band(back=3),))):
+        assert made_of(mask.settings) == mask
 
 
 def test_bad_masks():
@@ -74,3 +103,5 @@ def test_bad_masks():
         Mask(window=3, sink_tokens=-1)
     with pytest.raises(ValueError, match="with a window"):
         Mask(sink_tokens=2)
+    with pytest.raises(ValueError, match="dilation must be at least 1"):
+        Dilated(0)

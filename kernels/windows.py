@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..documents import Documents
+from .documents import Documents
 
 
 @dataclass(frozen=True)

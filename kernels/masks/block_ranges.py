@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..documents import Run
-from ..mask import Mask, Tile
-
-Intervals = list[tuple[int, int]]
+from .pattern import Intervals, Tile, intersection, union
 
 
 class BlockRanges(NamedTuple):
@@ -49,67 +45,29 @@ def _ranges(tile: Tile, of: str, block: int, other_block: int) -> BlockRanges:
     number = -(-held.length // block)
     seen: list[Intervals] = [[] for _ in range(number * held.batch)]
     whole: list[Intervals] = [[] for _ in range(number * held.batch)]
-    partners: Callable[[Mask, Run, int, int], tuple[Intervals, Intervals]] = _keys if of == "keys" else _queries
+    partners = tile.mask.keys_of if of == "keys" else tile.mask.queries_of
     for row, query, key in tile.pieces:
         run, other = (query, key) if of == "keys" else (key, query)
         shift = other.start - other.position  # from a position to where it is held
         for n in range(run.start // block, -(-run.stop // block)):
             start, stop = max(run.start, n * block), min(run.stop, (n + 1) * block)
             position = start - run.start + run.position
-            some, every = partners(tile.mask, other, position, position + stop - start)
+            inside = [(other.position, other.end_position)]
+            some, every = (intersection(x, inside) for x in partners(position, position + stop - start))
             at = row * number + n
-            seen[at] += [((a + shift) // other_block, -(-(b + shift) // other_block)) for a, b in some if a < b]
+            seen[at] += [((a + shift) // other_block, -(-(b + shift) // other_block)) for a, b in some]
             if stop - start == min(block, held.length - n * block):  # else the block has tokens of something else
                 whole[at] += [(-(-(a + shift) // other_block), (b + shift) // other_block) for a, b in every]
     offsets, bounds = [0], []
     for some, every in zip(seen, whole, strict=True):
-        every = _union(every)
+        every = union(every)
         bounds += every
         offsets.append(len(bounds))
-        bounds += _without(_union(some), every)
+        bounds += _without(union(some), every)
         offsets.append(len(bounds))
     return BlockRanges(
         torch.tensor(offsets, dtype=torch.int32), torch.tensor(bounds or [(0, 0)], dtype=torch.int32).view(-1, 2)
     )
-
-
-def _keys(mask: Mask, key: Run, a: int, b: int) -> tuple[Intervals, Intervals]:
-    """Positions in `key` that some query of positions a..b sees, and those that all of them see."""
-    c, d = key.position, key.end_position
-    if not mask.causal:
-        return [(c, d)], [(c, d)]
-    if mask.window is None:
-        return [(c, min(d, b))], [(c, min(d, a + 1))]
-    sinks = mask.sink_tokens
-    return (
-        [(c, min(d, b, sinks)), (max(c, a - mask.window + 1), min(d, b))],
-        [(c, min(d, a + 1, sinks)), (max(c, b - mask.window), min(d, a + 1))],
-    )
-
-
-def _queries(mask: Mask, query: Run, c: int, d: int) -> tuple[Intervals, Intervals]:
-    """Positions in `query` that see some key of positions c..d, and those that see all of them."""
-    a, b = query.position, query.end_position
-    if not mask.causal:
-        return [(a, b)], [(a, b)]
-    if mask.window is None:
-        return [(max(a, c), b)], [(max(a, d - 1), b)]
-    sinks = mask.sink_tokens
-    last = b if c < sinks else min(b, d - 1 + mask.window)
-    last_of_all = b if d <= sinks else min(b, max(c, sinks) + mask.window)
-    return [(max(a, c), last)], [(max(a, d - 1), last_of_all)]
-
-
-def _union(intervals: Intervals) -> Intervals:
-    joined: Intervals = []
-    for a, b in sorted(intervals):
-        if a >= b:
-            continue
-        if joined and a <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
-        else:
-            joined.append((a, b))
-    return joined
 
 
 def _without(intervals: Intervals, removed: Intervals) -> Intervals:

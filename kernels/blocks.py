@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..documents import Documents, Run
-from ..mask import Mask
+from .documents import Documents, Run
+from .masks import Mask, Pattern
 
 
 class Block(NamedTuple):
@@ -137,7 +137,7 @@ class BlockTile:
     layout: BlockLayout
     queries: Documents
     keys: Documents
-    mask: Mask = field(default_factory=Mask)
+    mask: Pattern = field(default_factory=Mask)
     query_block: int = 1
     _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -147,7 +147,13 @@ class BlockTile:
 
     @classmethod
     def of(
-        cls, layout: BlockLayout, queries: Documents, keys: Documents, *, mask: Mask | None = None, query_block: int = 1
+        cls,
+        layout: BlockLayout,
+        queries: Documents,
+        keys: Documents,
+        *,
+        mask: Pattern | None = None,
+        query_block: int = 1,
     ) -> BlockTile | None:
         """The tile, or None where the mask hides every key from every query, whatever is listed."""
         mask = Mask() if mask is None else mask

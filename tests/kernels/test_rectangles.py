@@ -8,14 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents, Run
-from longreach.kernels.mask import Mask
-from longreach.kernels.softmax import tiling
-from longreach.kernels.softmax.tiling import rectangles
+from longreach.kernels.masks import Band, Bands, Mask
+from longreach.kernels.masks import rectangles as tiling
+from longreach.kernels.masks.rectangles import rectangles
 
 masks = st.one_of(
     st.just(Mask()),
     st.just(Mask(causal=False)),
     st.builds(lambda window, sinks: Mask(window=window, sink_tokens=sinks), st.integers(1, 150), st.integers(0, 20)),
+    st.builds(lambda back, ahead: Bands((Band(back=back, ahead=ahead),)), st.integers(0, 90), st.integers(0, 40)),
+    st.just(Bands((Band(back=7, ahead=3), Band(back=60, ahead=-9)))),
+    st.just(Bands((Band(first=5, back=20),))),
 )
 
 
@@ -33,7 +36,7 @@ def cover(tile, limit=None):
             assert n == m
             visible = behind >= 0
         else:
-            visible = (behind + at.lead >= 0) & (behind + at.lead < tile.mask.window)
+            visible = (behind + at.lead >= 0) & (behind + at.lead < at.window)
         assert visible.any(-1).all(), "a query that sees nothing would have a log-sum-exp of nothing"
         if limit is not None and at.shape != "band":
             assert max(n, m) <= limit
@@ -74,7 +77,7 @@ def test_packed_rows(mask, rows, limit):
 def test_rows_packed_alike_share_their_rectangles():
     whole = Documents.whole(4, 50)
     (only,) = rectangles(Mask().tile(whole, whole))
-    assert only == ((0, 4), (0, 50), (0, 50), "causal", 0)
+    assert only == ((0, 4), (0, 50), (0, 50), "causal", 0, 0)
     mixed = Documents.from_lengths([[3, 4], [3, 4], [], [3, 4], [7]])
     assert [at.rows for at in rectangles(Mask().tile(mixed, mixed))] == [(0, 2)] * 2 + [(3, 4)] * 2 + [(4, 5)]
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.mask import Mask
-from longreach.kernels.softmax.blocks import key_ranges, query_ranges
+from longreach.kernels.masks import Mask
+from longreach.kernels.masks.block_ranges import key_ranges, query_ranges
 from longreach.parallel.layout import Layout
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=1), Mask(window=9), Mask(window=9, sink_tokens=3), Mask(window=40)]

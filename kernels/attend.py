@@ -1,0 +1,185 @@
+"""Attend: what an op over keys says of itself, so that it runs on one device and under every strategy across ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockLayout
+from .documents import Documents
+from .masks.pattern import Intervals
+from .operation import Tensors
+
+
+class Attend(ABC):
+    """Attention of queries to keys that come in parts, from wherever: partial results merge by log-sum-exp.
+
+    A frozen dataclass of plain settings. `record` is the NamedTuple of its inputs; its q is `[B, T, H, K]`. `travels`
+    names the inputs `[B, S, …]` that go where the queries are, and whose gradients go home the same way: keys and
+    values, factors per key beside them. All methods run without autograd; results are float32 (float64 for float64).
+    """
+
+    record: ClassVar[type]
+    travels: ClassVar[tuple[str, ...]] = ("k", "v")
+
+    @abstractmethod
+    def check(self, inputs: Any) -> None:
+        """Raises ValueError for inputs that do not fit."""
+
+    @abstractmethod
+    def tile(self, queries: Documents, keys: Documents) -> Any:
+        """What `attend` needs to know of these queries and keys; None where no query sees any key."""
+
+    def reaches(self, queries: Documents, keys: Documents) -> bool:
+        """Whether any query sees any key."""
+        return self.tile(queries, keys) is not None
+
+    @abstractmethod
+    def kept(self, length: int) -> Intervals:
+        """Which of the first `length` positions queries after them can see: what a decoding cache has to keep."""
+
+    @abstractmethod
+    def attend(self, inputs: Any, received: tuple[Tensor, ...], tile: Any, backend: str) -> tuple[Tensor, Tensor]:
+        """out `[B, T, H, V]` and log-sum-exp `[B, T, H]` over the keys `received`.
+
+        Queries that see none of them have out 0 and log-sum-exp −inf, the neutral element of `merge`.
+        """
+
+    @abstractmethod
+    def attend_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: Any, received: tuple[Tensor, ...], out: Tensor, lse: Tensor,
+        tile: Any, backend: str,
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+        """Gradients of the inputs that stay, by name, and of what was received, given the final (out, lse).
+
+        Both add up over parts of the keys.
+        """
+
+    def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
+        """What is done once, after the last merge."""
+        return out, lse
+
+    def finish_backward(
+        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Any
+    ) -> dict[str, Tensor]:
+        """Gradients of the inputs that `finish` alone uses, by name."""
+        return {}
+
+    def sent(self, inputs: Any) -> tuple[Tensor, ...]:
+        """The inputs that travel."""
+        return tuple(getattr(inputs, name) for name in self.travels)
+
+    def zeros(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """(out, log-sum-exp) of queries that see nothing."""
+        exact = torch.promote_types(inputs.q.dtype, torch.float32)
+        shape = inputs.q.shape[:-1]
+        return (
+            inputs.q.new_zeros((*shape, inputs.v.shape[-1]), dtype=exact),
+            inputs.q.new_full(shape, float("-inf"), dtype=exact),
+        )
+
+
+class ListedAttend(Attend):
+    """An `Attend` whose inputs list, in `blocks`, which blocks of keys each query sees."""
+
+    @abstractmethod
+    def layout(self, rows: Documents) -> BlockLayout:
+        """The blocks of whole rows, by which lists number them."""
+
+    @abstractmethod
+    def check_lists(self, inputs: Any, layout: BlockLayout, queries: Documents) -> None:
+        """Raises ValueError for lists that do not fit; looks at ids only of lists on the host."""
+
+    @abstractmethod
+    def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> Any:
+        """Of keys that are whole rows, or any part of the rows of `layout`."""
+
+
+class Attention(ABC):
+    """An `Attend` as an operation. Subclasses say which keys come to the queries, and how.
+
+    Its output is out `[B, T, H, V]` in q's type. It saves that in float32, where it is not already, and the
+    log-sum-exp, which is a second output where `returns_lse`.
+    """
+
+    op: Attend
+    returns_lse: ClassVar[bool] = False
+
+    @abstractmethod
+    def over_keys(self, inputs: Any, where: Any) -> tuple[Tensor, Tensor] | None:
+        """(out, log-sum-exp) of the queries, before `finish`; None where they see nothing."""
+
+    @abstractmethod
+    def over_keys_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Any
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Gradients of the inputs that stay, by name, and of the own inputs that travel."""
+
+    def forward(self, inputs: Tensors, where: Any) -> tuple[Tensors, Tensors]:
+        named = self.op.record(*inputs)
+        self.op.check(named)
+        out, lse = self.op.finish(*(self.over_keys(named, where) or self.op.zeros(named)), named)
+        rounded = out.to(named.q.dtype)
+        exact = None if rounded.dtype == out.dtype else out
+        return ((rounded, lse), (exact, None)) if self.returns_lse else ((rounded,), (exact, lse))
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Any
+    ) -> Tensors:
+        named = self.op.record(*inputs)
+        out = outputs[0] if saved[0] is None else saved[0]
+        lse = outputs[1] if saved[1] is None else saved[1]
+        dlse = gradients[1] if self.returns_lse else None
+        dout = torch.zeros_like(out) if gradients[0] is None else gradients[0].to(out.dtype)
+        found = self.op.finish_backward(dout, dlse, out, lse, named)
+        stay, travelled = self.over_keys_backward(dout, dlse, named, out, lse, where)
+        found |= stay | dict(zip(self.op.travels, travelled, strict=True))
+        return tuple(
+            found[name].to(x.dtype) if x is not None and name in found else None
+            for name, x in zip(named._fields, inputs, strict=True)
+        )
+
+
+class OnOneDevice(Attention):
+    """All keys are at hand; `where` is (tile, backend)."""
+
+    returns_lse = True
+
+    def __init__(self, op: Attend) -> None:
+        self.op = op
+
+    def over_keys(self, inputs: Any, where: Any) -> tuple[Tensor, Tensor] | None:
+        tile, backend = where
+        return None if tile is None else self.op.attend(inputs, self.op.sent(inputs), tile, backend)
+
+    def over_keys_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Any
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        (tile, backend), sent = where, self.op.sent(inputs)
+        if tile is None:
+            return {"q": torch.zeros_like(inputs.q)}, tuple(torch.zeros_like(x) for x in sent)
+        return self.op.attend_backward(dout, dlse, inputs, sent, out, lse, tile, backend)
+
+
+def check_documents(documents: Documents, key_documents: Documents, q: Tensor, k: Tensor) -> None:
+    """Raises ValueError unless these are the documents of queries `[B, T, …]` and of keys `[B, S, …]`."""
+    for name, held, x in (("documents", documents, q), ("key_documents", key_documents, k)):
+        if (held.batch, held.length) != tuple(x.shape[:2]):
+            raise ValueError(
+                f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {held.batch} of {held.length}. "
+                "Pass documents for the queries, and key_documents where keys are other tokens than the queries"
+            )
+
+
+def merge_weight(lse_a: Tensor, lse_b: Tensor) -> Tensor:
+    """exp(lse_b) / (exp(lse_a) + exp(lse_b)), and 0 where both are −inf."""
+    return torch.sigmoid(lse_b - lse_a).masked_fill_(lse_b == float("-inf"), 0.0)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of a and b together, from that over each; −inf in lse means no keys."""
+    weight = merge_weight(lse_a, lse_b).unsqueeze(-1)
+    return torch.lerp(out_a, out_b, weight), torch.logaddexp(lse_a, lse_b)

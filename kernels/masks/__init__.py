@@ -1,0 +1,9 @@
+"""Masks: which keys a query sees; one small file per pattern, and what is derived of them all."""
+
+from .dilated import Dilated as Dilated
+from .mask import Mask as Mask
+from .pattern import Band as Band
+from .pattern import Bands as Bands
+from .pattern import Pattern as Pattern
+from .pattern import Piece as Piece
+from .pattern import Tile as Tile

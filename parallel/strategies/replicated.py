@@ -1,0 +1,36 @@
+"""Replicated keys: every rank has all of them already, as it has the summaries of all windows, and nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...kernels.attend import Attend
+from ..sequence import Sequence
+from .attention import SharedAttention
+
+
+class ReplicatedAttention(SharedAttention):
+    """Attention of a rank's queries over keys of the whole row; the log-sum-exp is its second output."""
+
+    returns_lse: ClassVar[bool] = True
+    outputs: ClassVar[int] = 2
+
+    def over_keys(self, inputs: Any, where: Sequence) -> tuple[Tensor, Tensor]:
+        return self.op.attend(inputs, self.op.sent(inputs), self._tile(where), where.backend)
+
+    def over_keys_backward(
+        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        tile, sent = self._tile(where), self.op.sent(inputs)
+        return self.op.attend_backward(dout, dlse, inputs, sent, out, lse, tile, where.backend)
+
+    def _tile(self, seq: Sequence) -> Any:
+        return seq.derive(("replicated", self.op), lambda: self.op.tile(seq.local, seq.documents))
+
+
+def replicated(build: Callable[..., Attend], *settings: Any) -> ReplicatedAttention:
+    """The op `build(*settings)` over keys that every rank has; plain values, as `mix` wants them."""
+    return ReplicatedAttention(build(*settings))
