@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,23 @@ from .blocks import BlockLayout
 from .documents import Documents
 from .masks.pattern import Intervals
 from .operation import Tensors
+
+
+class Gradient(NamedTuple):
+    """The final (out, lse) of queries, merged over all keys and finished, and the gradients that came for them.
+
+    dout, out `[B, T, H, V]`; lse `[B, T, H]`, and its gradient where there is one.
+    """
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None = None
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """dout · out − dlse, `[B, T, H]`."""
+        total = (self.dout.to(dtype) * self.out.to(dtype)).sum(-1)
+        return total if self.dlse is None else total - self.dlse.to(dtype)
 
 
 class Attend(ABC):
@@ -50,21 +67,15 @@ class Attend(ABC):
 
     @abstractmethod
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, received: tuple[Tensor, ...], out: Tensor, lse: Tensor,
-        tile: Any, backend: str,
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
-        """Gradients of the inputs that stay, by name, and of what was received, given the final (out, lse).
-
-        Both add up over parts of the keys.
-        """
+        self, gradient: Gradient, inputs: Any, received: tuple[Tensor, ...], tile: Any, backend: str
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Gradients of the inputs that stay, by name, and of what was received; both add up over parts of the keys."""
 
     def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
         """What is done once, after the last merge."""
         return out, lse
 
-    def finish_backward(
-        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Any
-    ) -> dict[str, Tensor]:
+    def finish_backward(self, gradient: Gradient, inputs: Any) -> dict[str, Tensor]:
         """Gradients of the inputs that `finish` alone uses, by name."""
         return {}
 
@@ -114,7 +125,7 @@ class Attention(ABC):
 
     @abstractmethod
     def over_keys_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Any
+        self, gradient: Gradient, inputs: Any, where: Any
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Gradients of the inputs that stay, by name, and of the own inputs that travel."""
 
@@ -132,10 +143,10 @@ class Attention(ABC):
         named = self.op.record(*inputs)
         out = outputs[0] if saved[0] is None else saved[0]
         lse = outputs[1] if saved[1] is None else saved[1]
-        dlse = gradients[1] if self.returns_lse else None
         dout = torch.zeros_like(out) if gradients[0] is None else gradients[0].to(out.dtype)
-        found = self.op.finish_backward(dout, dlse, out, lse, named)
-        stay, travelled = self.over_keys_backward(dout, dlse, named, out, lse, where)
+        gradient = Gradient(dout, out, lse, gradients[1] if self.returns_lse else None)
+        found = self.op.finish_backward(gradient, named)
+        stay, travelled = self.over_keys_backward(gradient, named, where)
         found |= stay | dict(zip(self.op.travels, travelled, strict=True))
         return tuple(
             found[name].to(x.dtype) if x is not None and name in found else None
@@ -156,12 +167,12 @@ class OnOneDevice(Attention):
         return None if tile is None else self.op.attend(inputs, self.op.sent(inputs), tile, backend)
 
     def over_keys_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Any
+        self, gradient: Gradient, inputs: Any, where: Any
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         (tile, backend), sent = where, self.op.sent(inputs)
         if tile is None:
             return {"q": torch.zeros_like(inputs.q)}, tuple(torch.zeros_like(x) for x in sent)
-        return self.op.attend_backward(dout, dlse, inputs, sent, out, lse, tile, backend)
+        return self.op.attend_backward(gradient, inputs, sent, tile, backend)
 
 
 def check_documents(documents: Documents, key_documents: Documents, q: Tensor, k: Tensor) -> None:

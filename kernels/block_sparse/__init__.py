@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import ListedAttend, OnOneDevice, check_documents
+from ..attend import Gradient, ListedAttend, OnOneDevice, check_documents
 from ..blocks import BlockLayout, BlockTile
 from ..dispatch import resolve
 from ..documents import Documents
@@ -142,13 +142,10 @@ class BlockSparseAttend(ListedAttend):
         return attend(inputs.q, k, v, inputs.blocks, tile=tile, scale=self.scale, backend=backend)
 
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: BlockSparseInputs, received: tuple[Tensor, ...], out: Tensor,
-        lse: Tensor, tile: BlockTile, backend: str,
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
-        k, v = received
-        dq, *travelled = attend_backward(
-            dout, inputs.q, k, v, out, lse, inputs.blocks, tile=tile, scale=self.scale, dlse=dlse, backend=backend
-        )
+        self, gradient: Gradient, inputs: BlockSparseInputs, received: tuple[Tensor, ...], tile: BlockTile, backend: str
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        q, (k, v) = inputs.q, received
+        dq, *travelled = attend_backward(gradient, q, k, v, inputs.blocks, tile=tile, scale=self.scale, backend=backend)
         return {"q": dq}, tuple(travelled)
 
 
@@ -202,28 +199,21 @@ def attend(
 
 @torch.no_grad()
 def attend_backward(
-    dout: Tensor,
+    gradient: Gradient,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     blocks: Tensor,
     *,
     tile: BlockTile,
     scale: float,
-    dlse: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of one tile, given the final (out, lse), merged over all tiles.
+    """(dq, dk, dv) of one tile, float32 (float64 for float64); the gradients of tiles add up.
 
-        p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
-
-    Float32 (float64 for float64). `dlse` `[B, T, H]` is the gradient of lse. The gradients of tiles add up.
+    p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
     """
-    return _implementation(backend, q).attend_backward(
-        dout, q, k, v, out, lse, blocks, tile=tile, scale=scale, dlse=dlse
-    )
+    return _implementation(backend, q).attend_backward(gradient, q, k, v, blocks, tile=tile, scale=scale)
 
 
 def count_visits(blocks: Tensor, tile: BlockTile, *, kv_heads: int) -> int:

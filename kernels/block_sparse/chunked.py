@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..attend import merge_weight
+from ..attend import Gradient, merge_weight
 from ..blocks import BlockTile
 from .visits import Group, Visits, visits_of
 
@@ -101,26 +101,12 @@ def _merge(
 
 
 def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    blocks: Tensor,
-    *,
-    tile: BlockTile,
-    scale: float,
-    dlse: Tensor | None = None,
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend_backward`. A block's dk and dv are summed in the order of queries."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     inside = _Problem(q, k, v, blocks, tile, scale)
-    dout = dout.to(dtype)
-    delta = (dout * out.to(dtype)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse.to(dtype)
-    dout, delta, lse = inside.rows(dout), inside.rows(delta), inside.rows(lse)
+    dout, delta, lse = (inside.rows(x) for x in (gradient.dout.to(dtype), gradient.delta(dtype), gradient.lse))
     dq, dk, dv = inside.zeros(inside.key_dim), torch.zeros_like(inside.k), torch.zeros_like(inside.v)
     for group in inside.visits.groups:
         for offset, width in inside.key_tiles(group):

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attend import Gradient
 from ..blocks import BlockTile
 from ..compilation import Compilation
 from ..masks import Mask, Pattern
@@ -573,28 +574,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, 
 
 
 def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    blocks: Tensor,
-    *,
-    tile: BlockTile,
-    scale: float,
-    dlse: Tensor | None = None,
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend_backward`."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     if not blocks.numel() or not tile.layout.count:
         return dq, dk, dv
     problem = _Problem(q, k, v, blocks, tile, scale)
-    delta = (dout.float() * out.float()).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
+    delta, lse = gradient.delta(torch.float32), gradient.lse
     lse2 = torch.where(lse == float("-inf"), 1e30, lse * LOG2_E)
-    given = dout.to(q.dtype).contiguous(), lse2.contiguous(), delta.contiguous()
+    given = gradient.dout.to(q.dtype).contiguous(), lse2.contiguous(), delta.contiguous()
     _sum_key_gradients(problem, given, dk, dv)
     if problem.by_query:
         _query_gradients(problem, given, dq)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import softmax
-from ..attend import Attend, OnOneDevice
+from ..attend import Attend, Gradient, OnOneDevice
 from ..documents import Documents
 from ..masks.pattern import Intervals
 from ..operation import run
@@ -96,17 +96,19 @@ class CompressedAttend(Attend):
         return tile.unfold(out, groups, 0.0), tile.unfold(lse, groups, float("-inf"))
 
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: CompressedInputs, received: tuple[Tensor, ...], out: Tensor,
-        lse: Tensor, tile: Folding, backend: str,
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+        self, gradient: Gradient, inputs: CompressedInputs, received: tuple[Tensor, ...], tile: Folding, backend: str
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         k, v = received
         if tile.tile is None:
             return {"q": torch.zeros_like(inputs.q)}, (torch.zeros_like(k), torch.zeros_like(v))
         groups = k.shape[2]
-        dq, *travelled = softmax.attend_backward(
-            tile.fold(dout, groups), tile.fold(inputs.q, groups), k, v, tile.fold(out, groups),
-            tile.fold(lse.unsqueeze(-1), groups).squeeze(-1), tile=tile.tile, scale=self.scale, backend=backend,
+        folded = Gradient(
+            tile.fold(gradient.dout, groups), tile.fold(gradient.out, groups),
+            tile.fold(gradient.lse.unsqueeze(-1), groups).squeeze(-1),
         )  # fmt: skip
+        dq, *travelled = softmax.attend_backward(
+            folded, tile.fold(inputs.q, groups), k, v, tile=tile.tile, scale=self.scale, backend=backend
+        )
         return {"q": tile.unfold(dq, groups, 0.0)}, tuple(travelled)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, OnOneDevice, check_documents, merge
+from ..attend import Attend, Gradient, OnOneDevice, check_documents, merge
 from ..dispatch import resolve
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
@@ -101,24 +101,17 @@ class SoftmaxAttend(Attend):
         return attend(inputs.q, k, v, tile=tile, scale=self.scale, backend=backend)
 
     def attend_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: SoftmaxInputs, received: tuple[Tensor, ...], out: Tensor,
-        lse: Tensor, tile: Tile, backend: str,
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+        self, gradient: Gradient, inputs: SoftmaxInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         k, v = received
-        dq, *travelled = attend_backward(
-            dout, inputs.q, k, v, out, lse, tile=tile, scale=self.scale, dlse=dlse, backend=backend
-        )
+        dq, *travelled = attend_backward(gradient, inputs.q, k, v, tile=tile, scale=self.scale, backend=backend)
         return {"q": dq}, tuple(travelled)
 
     def finish(self, out: Tensor, lse: Tensor, inputs: SoftmaxInputs) -> tuple[Tensor, Tensor]:
         return (out, lse) if inputs.sink_logits is None else apply_sink(out, lse, inputs.sink_logits)
 
-    def finish_backward(
-        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: SoftmaxInputs
-    ) -> dict[str, Tensor]:
-        if inputs.sink_logits is None:
-            return {}
-        return {"sink_logits": sink_backward(dout, out, lse, inputs.sink_logits, dlse)}
+    def finish_backward(self, gradient: Gradient, inputs: SoftmaxInputs) -> dict[str, Tensor]:
+        return {} if inputs.sink_logits is None else {"sink_logits": sink_backward(gradient, inputs.sink_logits)}
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None) -> None:
@@ -163,37 +156,24 @@ def attend(
 
 @torch.no_grad()
 def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    tile: Tile,
-    scale: float,
-    dlse: Tensor | None = None,
-    backend: str = "auto",
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of one tile, given the final (out, lse), merged over all tiles and with the sink applied.
+    """(dq, dk, dv) of one tile, float32 (float64 for float64); the gradients of tiles add up.
 
         p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
 
-    Float32 (float64 for float64). `dlse` `[B, T, H]` is the gradient of lse. The gradients of tiles add up. The same
-    inputs give the same bits at every run, from libraries too where torch.use_deterministic_algorithms is on. Libraries
-    know no `dlse`: with one, "library" is the Triton kernels.
+    The same inputs give the same bits at every run, from libraries too where torch.use_deterministic_algorithms is on.
+    Libraries know no gradient of lse: with one, "library" is the Triton kernels.
     """
-    if backend == "library" and dlse is not None:
+    if backend == "library" and gradient.dlse is not None:
         backend = "auto"
     total: tuple[Tensor, ...] | None = None
     for part in without_strides(tile, q.device):
         inputs = _in_order(q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
-        results = _in_order(out, part.queries), _in_order(lse, part.queries)
-        module = _implementation(backend, *inputs, part.tile, has_dlse=dlse is not None)
-        extra = {} if dlse is None else {"dlse": _in_order(dlse, part.queries)}
-        gradients = module.attend_backward(
-            _in_order(dout, part.queries), *inputs, *results, tile=part.tile, scale=scale, **extra
-        )
+        dlse = None if gradient.dlse is None else _in_order(gradient.dlse, part.queries)
+        of_part = Gradient(*(_in_order(x, part.queries) for x in gradient[:3]), dlse)  # type: ignore[arg-type]
+        module = _implementation(backend, *inputs, part.tile, has_dlse=gradient.dlse is not None)
+        gradients = module.attend_backward(of_part, *inputs, tile=part.tile, scale=scale)
         if part.queries is not None and part.keys is not None:
             orders = part.queries, part.keys, part.keys
             gradients = tuple(order.back(x) for order, x in zip(orders, gradients, strict=True))
@@ -230,16 +210,11 @@ def apply_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, T
     return out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink.expand_as(lse))
 
 
-def sink_backward(dout: Tensor, out: Tensor, lse: Tensor, sink_logits: Tensor, dlse: Tensor | None = None) -> Tensor:
-    """Gradient of sink_logits, `[H]` in its type, given (out, lse) with the sink applied.
-
-    dsink = sum over rows and tokens of exp(sink − lse) (dlse − dout · out).
-    """
-    through = -(dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        through = through + dlse
+def sink_backward(gradient: Gradient, sink_logits: Tensor) -> Tensor:
+    """Gradient of sink_logits, `[H]` in its type: Σ exp(sink − lse) (dlse − dout · out) over rows and tokens."""
+    lse = gradient.lse
     share = torch.exp(sink_logits.to(lse.dtype) - lse)
-    return (share * through).sum((0, 1)).to(sink_logits.dtype)
+    return (-share * gradient.delta(lse.dtype)).sum((0, 1)).to(sink_logits.dtype)
 
 
 def flops(work: Tile | int, *, heads: int, key_dim: int, value_dim: int) -> int:

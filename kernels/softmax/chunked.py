@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attend import merge_weight
+from ..attend import Gradient, merge_weight
 from ..masks import Tile
 from ..masks.rectangles import rectangles
-from .rectangle import FlashRectangles, Gradient, PlainRectangles
+from .rectangle import FlashRectangles, PlainRectangles
 
 Routine = type[FlashRectangles] | type[PlainRectangles]
 
@@ -44,23 +44,13 @@ def attend(
 
 
 def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    tile: Tile,
-    scale: float,
-    dlse: Tensor | None = None,
-    routine: Routine | None = None,
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, routine: Routine | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend_backward`. Sums in the order of the tile's cut: the same at every run."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
     routine = routine or routine_for(q.device)
-    inside = routine(q, k, v, scale=scale, gradient=Gradient(dout, out, lse, dlse))
+    inside = routine(q, k, v, scale=scale, gradient=gradient)
     for at in rectangles(tile, inside.limit):
         dq_here, dk_here, dv_here = inside.backward(at)
         if (at.rows, at.queries, at.keys) == ((0, q.shape[0]), (0, q.shape[1]), (0, k.shape[1])):  # there is no other

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import merge_weight
+from ..attend import Gradient, merge_weight
 from ..documents import Documents
 from ..masks import Mask, Tile
 from ..masks.calls import Call, plan
@@ -253,28 +253,19 @@ def attend(
 
 
 def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    tile: Tile,
-    scale: float,
-    provider: Provider | None = None,
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, provider: Provider | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend_backward`; libraries know no gradient of lse, so there is none here."""
+    dout, out = gradient.dout.to(q.dtype), gradient.out.to(q.dtype)
     if _is_one_call(q, k, tile):
         problem, *_ = next(_problems(q, k, v, tile, scale))
-        given = (dout.to(q.dtype).flatten(0, 1), out.to(q.dtype).flatten(0, 1), lse.float().flatten(0, 1))
+        given = (dout.flatten(0, 1), out.flatten(0, 1), gradient.lse.float().flatten(0, 1))
         found = _provider(problem, provider).backward(problem, *given)
         dq, dk, dv = (part.float().view(x.shape) for part, x in zip(found, (q, k, v), strict=True))
         return dq, dk, dv
     sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
-    dout, out = dout.to(q.dtype), out.to(q.dtype)
     for number, (problem, queries, keys) in enumerate(_problems(q, k, v, tile, scale)):
-        given = (_take(dout, queries), _take(out, queries), _take(lse, queries).float())
+        given = (_take(dout, queries), _take(out, queries), _take(gradient.lse, queries).float())
         found = _provider(problem, provider).backward(problem, *given)
         for total, part, index in zip(sums, found, (queries, keys, keys), strict=True):
             part = part.float()
@@ -321,10 +312,11 @@ def _error(provider: Provider, kind: str, like: Tensor, group: int, value_dim: i
     dim = like.shape[3]
     q, k, v, dout = draw(group, dim), draw(1, dim), draw(1, value_dim), draw(group, value_dim)
     out, lse = reference.attend(q, k, v, tile=tile, scale=dim**-0.5)
-    merged = (out / 4, lse + 2 * torch.log(torch.tensor(2.0)))  # as if three such tiles of no value were merged in
+    # As if three such tiles of no value were merged in.
+    gradient = Gradient(dout, out / 4, lse + 2 * torch.log(torch.tensor(2.0)))
     found = (
         *attend(q, k, v, tile=tile, scale=dim**-0.5, provider=provider),
-        *attend_backward(dout, q, k, v, *merged, tile=tile, scale=dim**-0.5, provider=provider),
+        *attend_backward(gradient, q, k, v, tile=tile, scale=dim**-0.5, provider=provider),
     )
-    expected = (out, lse, *reference.attend_backward(dout, q, k, v, *merged, tile=tile, scale=dim**-0.5))
+    expected = (out, lse, *reference.attend_backward(gradient, q, k, v, tile=tile, scale=dim**-0.5))
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))

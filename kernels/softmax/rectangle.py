@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..attend import Gradient
 from ..masks import Mask
 from ..masks.rectangles import Rectangle
 
@@ -16,15 +15,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 COPIED = 32  # queries from which on inputs are copied head by head
-
-
-class Gradient(NamedTuple):
-    """What the backward of every tile is given: the final (out, lse) and the gradients that came for them."""
-
-    dout: Tensor
-    out: Tensor
-    lse: Tensor
-    dlse: Tensor | None = None
 
 
 class _Rectangles:
@@ -120,11 +110,8 @@ class PlainRectangles(_Rectangles):
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, gradient: Gradient | None = None) -> None:
         super().__init__(q, k, v, scale=scale)
         if gradient is not None:
-            dout = gradient.dout.to(self.dtype)
-            delta = (dout * gradient.out.to(self.dtype)).sum(-1, keepdim=True)
-            if gradient.dlse is not None:
-                delta = delta - gradient.dlse.to(self.dtype).unsqueeze(-1)
-            self.gradient = dout, delta, gradient.lse.to(self.dtype).unsqueeze(-1)
+            delta = gradient.delta(self.dtype).unsqueeze(-1)
+            self.gradient = gradient.dout.to(self.dtype), delta, gradient.lse.to(self.dtype).unsqueeze(-1)
 
     def forward(self, at: Rectangle) -> tuple[Tensor, Tensor]:
         q, k, v = self._inputs(at)

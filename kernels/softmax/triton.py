@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attend import Gradient
 from ..compilation import Compilation
 from ..masks import Mask, Pattern, Tile
 from ..masks.block_ranges import key_ranges, query_ranges
@@ -482,23 +483,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float) -> tupl
 
 
 def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    tile: Tile,
-    scale: float,
-    dlse: Tensor | None = None,
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend_backward`; gradients are float32, dk and dv written once each."""
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     work = _Work(q, k, v, tile, scale)
     with torch.cuda.device_of(q):
-        delta, lse2 = _levels(work, dout, out, lse, dlse)
-        dout = _ready(dout.to(q.dtype))  # as an operand of tensor cores
+        delta, lse2 = _levels(work, gradient)
+        dout = _ready(gradient.dout.to(q.dtype))  # as an operand of tensor cores
         given = (dout, work.q, work.k, work.v)
         blocks = work.blocks.dq
         number = triton.cdiv(work.queries, blocks.queries)
@@ -519,10 +511,10 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _levels(work: _Work, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+def _levels(work: _Work, gradient: Gradient) -> tuple[Tensor, Tensor]:
     """What the gradient kernels need of each query: (delta, lse in units of log 2), `[B, H, T]`."""
-    dout, out, lse = _ready(dout), _ready(out), lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    dout, out, lse = _ready(gradient.dout), _ready(gradient.out), gradient.lse.contiguous()
+    dlse = None if gradient.dlse is None else gradient.dlse.contiguous()
     delta = lse.new_empty(work.batch, work.heads, work.queries, dtype=torch.float32)
     lse2 = torch.empty_like(delta)
     number = triton.cdiv(work.queries, DELTA_ROWS)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.attend import Attend
+from ...kernels.attend import Attend, Gradient
 from ..collectives import Gathering, Packed, in_row_order, scatter_sum
 from ..sequence import Sequence
 from .attention import SharedAttention
@@ -31,15 +31,15 @@ class GatherAttention(SharedAttention):
         return None if tile is None else self.op.attend(inputs, keys, tile, seq.backend)
 
     def over_keys_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+        self, gradient: Gradient, inputs: Any, where: Sequence
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         seq = self.rows(where)
         keys, tile = _gather(self.op.sent(inputs), seq), self._tile(seq)
         if tile is None:
             stay = {"q": torch.zeros_like(inputs.q)}
-            gradients = tuple(torch.zeros_like(x, dtype=out.dtype) for x in keys)
+            gradients = tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in keys)
         else:
-            stay, gradients = self.op.attend_backward(dout, dlse, inputs, keys, out, lse, tile, seq.backend)
+            stay, gradients = self.op.attend_backward(gradient, inputs, keys, tile, seq.backend)
         if seq.layout.ranks == 1:
             return stay, gradients
         parts = [Packed.of(tuple(seq.layout.shard(x, rank) for x in gradients)) for rank in range(seq.layout.ranks)]

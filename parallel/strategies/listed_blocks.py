@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.attend import ListedAttend, merge
+from ...kernels.attend import Gradient, ListedAttend, merge
 from ...kernels.blocks import BlockLayout
 from ...kernels.documents import PADDING, Documents, Run
 from ..collectives import Gathering, agree, exchange, finish
@@ -164,7 +164,7 @@ class ListedAttention(SharedAttention):
         return result
 
     def over_keys_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+        self, gradient: Gradient, inputs: Any, where: Sequence
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         seq, own = where, self.op.sent(inputs)
         plan = self.ask(inputs, seq)
@@ -172,9 +172,9 @@ class ListedAttention(SharedAttention):
 
         def backward(received: tuple[Tensor, ...], tile: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
             if tile is None:
-                zeros = tuple(torch.zeros_like(x, dtype=out.dtype) for x in (inputs.q, *received))
+                zeros = tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in (inputs.q, *received))
                 return zeros[0], zeros[1:]
-            stay, gradients = self.op.attend_backward(dout, dlse, inputs, received, out, lse, tile, seq.backend)
+            stay, gradients = self.op.attend_backward(gradient, inputs, received, tile, seq.backend)
             return stay["q"], gradients
 
         dq, dkeys = backward(own, self._tile(seq))

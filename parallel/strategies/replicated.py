@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...kernels.attend import Attend
+from ...kernels.attend import Attend, Gradient
 from ..sequence import Sequence
 from .attention import SharedAttention
 
@@ -22,10 +22,10 @@ class ReplicatedAttention(SharedAttention):
         return self.op.attend(inputs, self.op.sent(inputs), self._tile(where), where.backend)
 
     def over_keys_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+        self, gradient: Gradient, inputs: Any, where: Sequence
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         tile, sent = self._tile(where), self.op.sent(inputs)
-        return self.op.attend_backward(dout, dlse, inputs, sent, out, lse, tile, where.backend)
+        return self.op.attend_backward(gradient, inputs, sent, tile, where.backend)
 
     def _tile(self, seq: Sequence) -> Any:
         return seq.derive(("replicated", self.op), lambda: self.op.tile(seq.local, seq.documents))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.attend import Attend, merge
+from ...kernels.attend import Attend, Gradient, merge
 from ..collectives import Packed, exchange, finish
 from ..sequence import Sequence
 from .attention import SharedAttention
@@ -139,23 +139,23 @@ class RingAttention(SharedAttention):
         return result
 
     def over_keys_backward(
-        self, dout: Tensor, dlse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, where: Sequence
+        self, gradient: Gradient, inputs: Any, where: Sequence
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         seq = self.rows(where)
         plan = RingPlan.of(self.op, seq)
         own = self.op.sent(inputs)
         travel = _Travel(own, seq, plan)
-        stay = {"q": torch.zeros_like(inputs.q, dtype=out.dtype)}
-        total = Packed.of(tuple(torch.zeros_like(x, dtype=out.dtype) for x in own))
+        stay = {"q": torch.zeros_like(inputs.q, dtype=gradient.out.dtype)}
+        total = Packed.of(tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in own))
         returns = _Returns(total, seq, plan)
         for step, tile in enumerate(plan.tiles):
             travel.start(step)
             part: Packed | None = None
             if tile is not None:
                 block = travel.block(step)
-                found, gradients = self.op.attend_backward(dout, dlse, inputs, block, out, lse, tile, seq.backend)
-                for name, gradient in found.items():
-                    stay[name] = stay[name].add_(gradient) if name in stay else gradient
+                found, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
+                for name, part_of in found.items():
+                    stay[name] = stay[name].add_(part_of) if name in stay else part_of
                 part = Packed.of(gradients)
             returns.finish()
             returns.start(part, step)

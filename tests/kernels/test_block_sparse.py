@@ -7,7 +7,7 @@ import torch
 from block_lists import dense_attention, random_lists
 from largest_tensor import LargestTensor
 
-from longreach.kernels.attend import merge
+from longreach.kernels.attend import Gradient, merge
 from longreach.kernels.block_sparse import (
     attend,
     attend_backward,
@@ -166,7 +166,7 @@ def test_parts_of_keys_held_by_ranks_merge_to_the_whole(ranks, spans, backend):
     dout, dlse = torch.randn(1, dtype=q.dtype) * v.repeat_interleave(2, 2), torch.randn(2, 48, 4, dtype=q.dtype)
     tile = BlockTile(blocks, documents, documents)
     whole = attend(q, k, v, lists, tile=tile, scale=0.4, backend="reference")
-    want = attend_backward(dout, q, k, v, *whole, lists, tile=tile, scale=0.4, dlse=dlse, backend="reference")
+    want = attend_backward(Gradient(dout, *whole, dlse), q, k, v, lists, tile=tile, scale=0.4, backend="reference")
     sums = [torch.zeros_like(x) for x in want]
     for rank in range(ranks):
         queries, held = layout.documents(documents, rank), [layout.documents(documents, r) for r in range(ranks)]
@@ -184,8 +184,8 @@ def test_parts_of_keys_held_by_ranks_merge_to_the_whole(ranks, spans, backend):
             if of_rank is None:
                 continue
             parts = attend_backward(
-                dout_here, q_here, keys[r], values[r], *result, lists_here, tile=of_rank, scale=0.4, dlse=dlse_here,
-                backend=backend,
+                Gradient(dout_here, *result, dlse_here), q_here, keys[r], values[r], lists_here, tile=of_rank,
+                scale=0.4, backend=backend,
             )  # fmt: skip
             for total, part, of in zip(sums, parts, (rank, r, r), strict=True):
                 empty = [torch.zeros_like(layout.shard(total, x)) for x in range(ranks)]

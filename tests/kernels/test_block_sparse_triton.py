@@ -4,6 +4,7 @@ import pytest
 import torch
 from block_lists import random_lists
 
+from longreach.kernels.attend import Gradient
 from longreach.kernels.block_sparse import attend, attend_backward
 from longreach.kernels.block_sparse import triton as kernels
 from longreach.kernels.blocks import BlockLayout, BlockTile
@@ -49,7 +50,7 @@ def check(
         out, lse = attend(*given, lists, tile=tile, scale=0.4, backend=backend)
         final = cast(out.to(dtype)), lse
         back = attend_backward(
-            cast(dout), *given, *final, lists, tile=tile, scale=0.4, dlse=cast(dlse), backend=backend
+            Gradient(cast(dout), *final, cast(dlse)), *given, lists, tile=tile, scale=0.4, backend=backend
         )
         results.append((out, lse.masked_fill(lse == float("-inf"), -7.0), *back))
     for name, a, b in zip(NAMES, *results, strict=True):

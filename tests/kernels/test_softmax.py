@@ -6,7 +6,7 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 
-from longreach.kernels.attend import merge
+from longreach.kernels.attend import Gradient, merge
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Band, Bands, Dilated, Mask
 from longreach.kernels.softmax import (
@@ -134,13 +134,13 @@ def test_routines_on_grouped_heads_and_unequal_dims(mask, sizes, routine):
         dout, dlse = torch.randn_like(got[0]), torch.randn_like(got[1])
         given = {"tile": tile, "scale": 0.3, "routine": routine}
         assert_all_close(
-            chunked.attend_backward(dout, q, k, v, *got, **given),
+            chunked.attend_backward(Gradient(dout, *got), q, k, v, **given),
             torch.autograd.grad(want[0], (q, k, v), dout, retain_graph=True),
             1e-9,
         )
         finite = torch.where(want[1].isfinite(), dlse, 0.0)
         assert_all_close(
-            chunked.attend_backward(dout, q, k, v, *got, dlse=dlse, **given),
+            chunked.attend_backward(Gradient(dout, *got, dlse), q, k, v, **given),
             torch.autograd.grad(want, (q, k, v), (dout, finite)),
             1e-9,
         )
@@ -191,7 +191,7 @@ def test_tiles_of_a_ring_merge_to_the_whole(mask, spans, routine):
             if tile is None:
                 continue
             given = {"tile": tile, "scale": 0.3, "routine": routine}
-            back = chunked.attend_backward(dout_here, queries, *parts[other][1:3], out, lse, **given)
+            back = chunked.attend_backward(Gradient(dout_here, out, lse), queries, *parts[other][1:3], **given)
             dq[rank] += back[0]
             dkv[other] = [x + y for x, y in zip(dkv[other], back[1:], strict=True)]
     assert_all_close([layout.unshard(list(x)) for x in zip(*results, strict=True)], whole, 1e-9)
@@ -255,8 +255,8 @@ def test_sink_parts_agree_with_the_op():
     tile = Mask().tile(documents, documents)
     with torch.no_grad():
         final = apply_sink(*attend(q, k, v, tile=tile, scale=8**-0.5), sinks)
-        got = attend_backward(dout, q, k, v, *final, tile=tile, scale=8**-0.5)
-        assert_all_close((*got, sink_backward(dout, *final, sinks)), wanted, 1e-12)
+        got = attend_backward(Gradient(dout, *final), q, k, v, tile=tile, scale=8**-0.5)
+        assert_all_close((*got, sink_backward(Gradient(dout, *final), sinks)), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("routine", ROUTINES)
@@ -267,11 +267,11 @@ def test_nan_in_padding_and_odd_strides_reach_nothing(routine):
     tile = Mask(window=9).tile(documents, documents)
     dout = torch.randn(2, 60, 4, 8, dtype=torch.float64)
     want = chunked.attend(*clean, tile=tile, scale=0.3, routine=routine)
-    wanted = chunked.attend_backward(dout, *clean, *want, tile=tile, scale=0.3, routine=routine)
+    wanted = chunked.attend_backward(Gradient(dout, *want), *clean, tile=tile, scale=0.3, routine=routine)
     dirty = [x.masked_fill(padding[..., None, None], math.nan) for x in (*clean, dout)]
     dirty = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in dirty]  # the last dim is far apart in memory
     got = chunked.attend(*dirty[:3], tile=tile, scale=0.3, routine=routine)
-    back = chunked.attend_backward(dirty[3], *dirty[:3], *got, tile=tile, scale=0.3, routine=routine)
+    back = chunked.attend_backward(Gradient(dirty[3], *got), *dirty[:3], tile=tile, scale=0.3, routine=routine)
     assert_all_close((*got, *back), (*want, *wanted), 1e-12)
 
 
@@ -296,7 +296,7 @@ def test_partial_results_of_bfloat16_are_float32():
     tile = Mask().tile(documents, documents)
     for backend in ("chunked", "reference"):
         out, lse = attend(q, k, v, tile=tile, scale=0.3, backend=backend)
-        back = attend_backward(out, q, k, v, out, lse, tile=tile, scale=0.3, backend=backend)
+        back = attend_backward(Gradient(out, out, lse), q, k, v, tile=tile, scale=0.3, backend=backend)
         assert {x.dtype for x in (out, lse, *back)} == {torch.float32}
     assert not attend(q.requires_grad_(), k, v, tile=tile, scale=0.3)[0].requires_grad
 
@@ -310,7 +310,7 @@ def test_no_matrix_of_all_scores_exists_and_runs_repeat_bitwise(mask, routine):
 
     def both():
         out, lse = chunked.attend(q, k, v, tile=tile, scale=0.3, routine=routine)
-        return out, lse, *chunked.attend_backward(q, q, k, v, out, lse, tile=tile, scale=0.3, routine=routine)
+        return out, lse, *chunked.attend_backward(Gradient(q, out, lse), q, k, v, tile=tile, scale=0.3, routine=routine)
 
     with LargestTensor() as largest:
         first = both()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longreach.kernels.attend import Gradient
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
 from longreach.kernels.masks.calls import Call, Span, plan
@@ -154,8 +155,9 @@ def test_calls_merge_to_the_tile(mask, spans, providers):
         wide = [x.double() for x in (q, k, v)]
         out, lse = reference.attend(*wide, tile=tile, scale=0.3)
         merged = (out / 2, lse + math.log(2))
-        back = library.attend_backward(dout.float(), q, k, v, *(x.float() for x in merged), tile=tile, scale=0.3)
-        wanted = reference.attend_backward(dout.double(), *wide, *merged, tile=tile, scale=0.3)
+        gradient = Gradient(dout.float(), *(x.float() for x in merged))
+        back = library.attend_backward(gradient, q, k, v, tile=tile, scale=0.3)
+        wanted = reference.attend_backward(Gradient(dout.double(), *merged), *wide, tile=tile, scale=0.3)
         assert {x.dtype for x in (*found, *back)} == {torch.float32}
         finite = lse.isfinite()
         torch.testing.assert_close(found[1].double()[finite], lse[finite], rtol=1e-5, atol=1e-5)
@@ -253,10 +255,11 @@ def check_on_a_gpu(provider, mask, sizes):
         out, lse = reference.attend(*wide, tile=tile, scale=dim**-0.5)
         given = (out.float(), lse.float())
         found = library.attend(q, k, v, tile=tile, scale=dim**-0.5, provider=provider)
-        back = library.attend_backward(dout, q, k, v, *given, tile=tile, scale=dim**-0.5, provider=provider)
-        again = library.attend_backward(dout, q, k, v, *given, tile=tile, scale=dim**-0.5, provider=provider)
+        gradient = Gradient(dout, *given)
+        back = library.attend_backward(gradient, q, k, v, tile=tile, scale=dim**-0.5, provider=provider)
+        again = library.attend_backward(gradient, q, k, v, tile=tile, scale=dim**-0.5, provider=provider)
         if torch.are_deterministic_algorithms_enabled():
             assert all(torch.equal(a, b) for a, b in zip(back, again, strict=True))
-        wanted = reference.attend_backward(dout.double(), *wide, out, lse, tile=tile, scale=dim**-0.5)
+        wanted = reference.attend_backward(Gradient(dout.double(), out, lse), *wide, tile=tile, scale=dim**-0.5)
         for a, b in zip((found[0], *back), (out, *wanted), strict=True):
             assert (a.double() - b).norm() <= 0.02 * b.norm()

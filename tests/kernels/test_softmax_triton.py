@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from longreach.kernels.attend import merge
+from longreach.kernels.attend import Gradient, merge
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
 from longreach.kernels.softmax import attend, attend_backward, reference, softmax_attention
@@ -76,10 +76,10 @@ def check(mask, queries, keys=None, *, scale=0.3, **sizes):
     found = attend(*inputs, tile=tile, scale=scale, backend="triton")
     expected = reference.attend(*wide(*inputs), tile=tile, scale=scale)
     merged = (expected[0] / 2, expected[1] + math.log(2))
-    back = attend_backward(
-        dout, *inputs, *(x.float() for x in merged), tile=tile, scale=scale, dlse=dlse, backend="triton"
-    )
-    wanted = reference.attend_backward(*wide(dout, *inputs), *merged, tile=tile, scale=scale, dlse=dlse.double())
+    gradient = Gradient(dout, *(x.float() for x in merged), dlse)
+    back = attend_backward(gradient, *inputs, tile=tile, scale=scale, backend="triton")
+    exact = Gradient(dout.double(), *merged, dlse.double())
+    wanted = reference.attend_backward(exact, *wide(*inputs), tile=tile, scale=scale)
     assert {x.dtype for x in (*found, *back)} == {torch.float32}
     assert error((*found, *back), (*expected, *wanted)) < TOLERANCES[inputs[0].dtype]
 
@@ -140,7 +140,7 @@ def test_nan_in_padding_and_odd_strides_reach_nothing(small):
     results = []
     for *tensors, gradient in ((*inputs, dout), dirty):
         forward = attend(*tensors, tile=tile, scale=0.3, backend="triton")
-        back = attend_backward(gradient, *tensors, *forward, tile=tile, scale=0.3, backend="triton")
+        back = attend_backward(Gradient(gradient, *forward), *tensors, tile=tile, scale=0.3, backend="triton")
         results.append((*forward, *back))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -156,13 +156,13 @@ def test_tiles_merge_to_the_whole(small):
     ]
     merged = merge(*parts[0], *parts[1])
     back = [
-        attend_backward(dout, q, k[:, part], v[:, part], *merged, tile=tile, scale=0.3, backend="triton")
+        attend_backward(Gradient(dout, *merged), q, k[:, part], v[:, part], tile=tile, scale=0.3, backend="triton")
         for part, tile in zip(halves, tiles, strict=True)
     ]
     found = (*merged, back[0][0] + back[1][0], *(torch.cat(x, dim=1) for x in list(zip(*back, strict=True))[1:]))
     tile = Mask().tile(PACKED, PACKED)
     expected = reference.attend(*wide(*inputs), tile=tile, scale=0.3)
-    wanted = reference.attend_backward(*wide(dout, *inputs), *expected, tile=tile, scale=0.3)
+    wanted = reference.attend_backward(Gradient(dout.double(), *expected), *wide(*inputs), tile=tile, scale=0.3)
     assert error(found, (*expected, *wanted)) < 1e-4
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from longreach.kernels import softmax
 from longreach.kernels.block_sparse import chunked as blocks
 from longreach.kernels.masks import Mask
 from longreach.kernels.softmax import flops
@@ -11,7 +12,7 @@ from longreach.models.layers.rotary import Rotary
 from longreach.models.mixer import Mixer
 from longreach.parallel import ops
 from longreach.parallel.sequence import Sequence
-from longreach.parallel.strategies import ring, windows
+from longreach.parallel.strategies import windows
 from longreach.parallel.strategies.windows import Combination
 
 
@@ -50,20 +51,21 @@ class ForgettingAttention(Mixer):
 
 def queries_gradient_added_up_rounded(patch):
     """dq of a ring is in the queries' type, to which 64 keys at a time are added."""
-    original = ring.attend_backward
+    original = softmax.attend_backward
 
-    def attend_backward(dout, q, k, v, out, lse, *, tile, **settings):
+    def attend_backward(gradient, q, k, v, *, tile, **settings):
+        out = gradient.out
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k.to(out.dtype), v.to(out.dtype)))
         for start in range(0, k.shape[1], 64):
             keys = slice(start, start + 64)
             part = tile.mask.tile(tile.queries, tile.keys.slice(start, min(start + 64, k.shape[1])))
             if part is not None:
-                found = original(dout, q, k[:, keys], v[:, keys], out, lse, tile=part, **settings)
+                found = original(gradient, q, k[:, keys], v[:, keys], tile=part, **settings)
                 dq += found[0].to(q.dtype)
                 dk[:, keys], dv[:, keys] = found[1:]
         return dq.to(out.dtype), dk, dv
 
-    patch.setattr(ring, "attend_backward", attend_backward)
+    patch.setattr(softmax, "attend_backward", attend_backward)
 
 
 def blocks_gradient_added_up_rounded(patch):
@@ -77,11 +79,11 @@ def blocks_gradient_added_up_rounded(patch):
     kind = [torch.float32]
     backward = blocks.attend_backward
 
-    def attend_backward(dout, q, *rest, **settings):
+    def attend_backward(gradient, q, *rest, **settings):
         kind[0] = q.dtype
         with patch.context() as inner:
             inner.setattr(torch.Tensor, "index_add_", index_add_)
-            return backward(dout, q, *rest, **settings)
+            return backward(gradient, q, *rest, **settings)
 
     patch.setattr(blocks, "attend_backward", attend_backward)
 

@@ -132,8 +132,8 @@ def bfloat16_partials() -> None:
 def bfloat16_query_gradients() -> None:
     """The gradient of the queries is added up in their type."""
 
-    def attend_backward(self, dout, dlse, inputs, *rest):
-        stay, travelled = original(self, dout, dlse, inputs, *rest)
+    def attend_backward(self, gradient, inputs, *rest):
+        stay, travelled = original(self, gradient, inputs, *rest)
         return {"q": stay["q"].to(inputs.q.dtype).to(stay["q"].dtype)}, travelled
 
     original = spoil(SoftmaxAttend, "attend_backward", attend_backward)
