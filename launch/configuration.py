@@ -42,6 +42,14 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
+def register_sizes() -> None:
+    """Makes the size `llama/1b` of the group `model` known as `llama_1b` too, to command lines and `defaults` alike."""
+    for path in (PACKAGE / "conf" / "model").glob("*/[!_]*.yaml"):
+        family, size = path.parent.name, path.stem
+        node = OmegaConf.create({"defaults": [f"{family}/{size}@_here_"]})
+        ConfigStore.instance().store(group="model", name=f"{family}_{size}", node=node)
+
+
 def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str] = ()) -> None:
     """Calls a function made by `hydra.main`; configuration errors become one message, of the first rank alone.
 

@@ -20,6 +20,7 @@ from .build import build
 TEXTS = configuration.texts_of(Settings)
 
 configuration.register("settings", Settings)
+configuration.register_sizes()
 
 
 def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
