@@ -94,7 +94,8 @@ def _found(target: Any, setting: str) -> Callable[..., Any]:
     found, path = _imported(first, setting, f"{must}. No module {first} was found. {hint}"), first
     for name in rest:
         classes = [each.rpartition(".")[2] for each in _classes(found, path)]
-        hint = _near(name, classes) or _near(name, _names(found)) or f"Known: {', '.join(classes[:8]) or 'no class'}"
+        near = _near(name, classes) or _near(name, _names(found)) or _near_module(name, found, path)
+        hint = near or f"Known: {', '.join(classes[:8]) or 'no class'}"
         missing = f"{must}. {path} has no {name}. {hint}"
         path = f"{path}.{name}"
         if hasattr(found, name):
@@ -121,9 +122,18 @@ def _imported(path: str, setting: str, missing: str) -> Any:
 
 
 def _names(found: Any) -> list[str]:
-    """The public names of a module or class, modules of a package included."""
-    modules = [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
-    return sorted({name for name in (*dir(found), *modules) if not name.startswith("_")})
+    """The public names of a module or class, but for modules."""
+    return [
+        name for name in dir(found) if not name.startswith("_") and not isinstance(getattr(found, name), ModuleType)
+    ]
+
+
+def _near_module(name: str, found: Any, path: str) -> str:
+    """The module of a similar name in the package or further in."""
+    modules = pkgutil.walk_packages(getattr(found, "__path__", []), f"{path}.", onerror=lambda _: None)
+    paths = {module.name.rpartition(".")[2]: module.name for module in modules}
+    near = difflib.get_close_matches(name, paths, n=1)
+    return f"Did you mean {paths[near[0]]}?" if near else ""
 
 
 def _classes(found: Any, path: str) -> list[str]:

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..trainer import launchers
 
@@ -42,12 +42,17 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
+def model_sizes() -> dict[str, str]:
+    """The sizes of conf/model by their short names, as "llama_1b": "llama/1b"."""
+    paths = sorted((PACKAGE / "conf" / "model").glob("*/[!_]*.yaml"))
+    return {f"{path.parent.name}_{path.stem}": f"{path.parent.name}/{path.stem}" for path in paths}
+
+
 def register_sizes() -> None:
-    """Makes the size `llama/1b` of the group `model` known as `llama_1b` too, to command lines and `defaults` alike."""
-    for path in (PACKAGE / "conf" / "model").glob("*/[!_]*.yaml"):
-        family, size = path.parent.name, path.stem
-        node = OmegaConf.create({"defaults": [f"{family}/{size}@_here_"]})
-        ConfigStore.instance().store(group="model", name=f"{family}_{size}", node=node)
+    """Makes the short names of sizes known to Hydra, for command lines and `defaults` alike."""
+    for name, size in model_sizes().items():
+        node = OmegaConf.create({"defaults": [f"{size}@_here_"]})
+        ConfigStore.instance().store(group="model", name=name, node=node)
 
 
 def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str] = ()) -> None:
@@ -190,7 +195,8 @@ def _near(message: str, config_name: str, overrides: list[str]) -> list[str]:
     if missing_option:
         group, name = missing_option.groups()
         options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
-        return _suggest(name, options, lambda option: f"{group}={option}")
+        chosen = next((item.rpartition("=")[0] for item in overrides if item.endswith(f"={name}")), group)
+        return _suggest(name, options, lambda option: f"{chosen}={option}")
     missing_key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)'", message)
     if not missing_key:
         return []
@@ -217,7 +223,7 @@ def _suggestion(names: list[str]) -> list[str]:
 
 def settings_names(config_name: str, overrides: list[str]) -> list[str]:
     """Every dotted name of the configuration, with the groups chosen in `overrides` where those compose."""
-    groups = [item for item in overrides if re.match(r"[\w/]+=", item)]
+    groups = [item for item in overrides if re.match(r"(\+?[\w/]+@[\w.]+|[\w/]+)=", item)]
     for chosen in (groups, []):
         GlobalHydra.instance().clear()
         try:
@@ -239,8 +245,14 @@ def _names(value: Any, prefix: str) -> list[str]:
 
 
 def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
-    """The schema's object, with plain lists and dicts. Raises ValueError for names that `+` has added to it."""
-    settings = OmegaConf.to_object(config)
+    """The schema's object, with plain lists and dicts.
+
+    Raises ValueError for names that `+` has added to it, and for settings that a preset leaves open.
+    """
+    try:
+        settings = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} must be given; got ???. Give {error.full_key}=…") from None
     assert isinstance(settings, schema)
     _refuse_unknown(settings, "")
     return settings

@@ -1,7 +1,6 @@
 """The doctor's checks: they pass on what is right, and name what is planted."""
 
 import io
-from pathlib import Path
 
 import hydra
 import planted_faults
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from longreach.kernels import pointwise
 from longreach.launch.build import build
+from longreach.launch.configuration import model_sizes
 from longreach.launch.train import to_settings
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.trainer.diagnosis import exact, inexact, loop, training, work
@@ -23,7 +23,7 @@ from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, R
 from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.settings import ParallelSettings
 
-MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+MODELS = [*model_sizes(), "quickstart"]
 
 
 def settings_of(*overrides):

@@ -1,12 +1,11 @@
-"""The user's model made small: two layers of each kind, heads, groups and taps as they are, a fraction of the width."""
+"""The user's model made small: two layers of each kind, as many heads, groups and taps, a fraction of the width."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,20 +13,20 @@ from hydra.utils import get_object
 from torch import nn
 
 from ...models.language_model import LanguageModel
+from ...models.mixer import small_sizes
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
 WIDTHS = range(24, 1 << 20, 8)  # tried in this order
-SIZES = re.compile(r"(^|_)(hidden|dim|state|rank)$")  # settings that count channels, not heads
-COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must share with the whole one: ranks divide them
+COUNTS = ("heads", "groups")  # in names of what a smaller model must share with the whole one: ranks divide them
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
     """A configuration of little width with two layers of each kind of mixer, where the model has as many.
 
-    Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`, other
-    settings to what the mixer says is small, and settings of one name that differ still do: what is kept by layer or by
-    setting would otherwise never be mistaken for another's. The smallest width that every layer accepts is taken.
+    Windows shrink to `window`, other settings to what the mixer or feed-forward layer says is `small`; heads, groups
+    and taps stay. Settings of one name that differ still do: what is kept by layer or by setting would otherwise never
+    be mistaken for another's. The smallest width that every layer accepts is taken.
     Raises ValueError if the model itself cannot be built.
     """
     whole = complete(model)
@@ -39,11 +38,10 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
         if pattern.count(name) < 2:
             pattern.append(name)
     counts = {name: _counts(mixer) for name, mixer in zip(names, original.mixers, strict=True)}
-    for width in (w for w in WIDTHS if w < original.width):
+    layers = {"depth": len(pattern), "pattern": pattern, "vocabulary": VOCABULARY}
+    for width in (*(w for w in WIDTHS if w < original.width), original.width):
         for distinct in (True, False):  # settings that differ may not fit together when they are small
-            scale = _Scale(width / original.width, window, _values(whole) if distinct else {})
-            small = {**scale(whole), "width": width, "depth": len(pattern)}
-            small |= {"pattern": pattern, "vocabulary": VOCABULARY}
+            small = {**_Small(window, _values(whole) if distinct else {})(whole), "width": width, **layers}
             try:
                 with torch.device("meta"):
                     made = build(small)
@@ -51,8 +49,7 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
                 continue
             if all(_counts(mixer) == counts[name] for name, mixer in zip(pattern, made.mixers, strict=True)):
                 return small
-    same_width = _Scale(1.0, window, {})(whole)
-    return {**same_width, "depth": len(pattern), "pattern": pattern, "vocabulary": VOCABULARY}
+    return {**whole, **layers}
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +75,11 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-class _Scale:
+class _Small:
     """Settings made small. values: the different ones of each name, ascending, that are to stay different."""
 
-    def __init__(self, ratio: float, window: int, values: dict[str, list[int]]) -> None:
-        self.ratio, self.window, self.values = ratio, window, values
+    def __init__(self, window: int, values: dict[str, list[int]]) -> None:
+        self.window, self.values = window, values
 
     def __call__(self, settings: Any) -> Any:
         if not isinstance(settings, dict):
@@ -94,10 +91,6 @@ class _Scale:
             elif type(value) is int and name in least:
                 # By doubling, what divides another value goes on doing so.
                 result[name] = min(value, least[name] << self._below(name, value))
-            elif type(value) is int and SIZES.search(name):
-                result[name] = self._size(name, value)
-            elif name in ("rope_scaling", "width"):
-                result[name] = value
             else:
                 result[name] = self(value)
         return result
@@ -107,12 +100,6 @@ class _Scale:
 
     def _above(self, name: str, value: int) -> int:
         return sum(other > value for other in self.values.get(name, ()))
-
-    def _size(self, name: str, value: int) -> int:
-        size = 0
-        for other in (*(v for v in self.values.get(name, ()) if v < value), value):
-            size = max(1, round(other * self.ratio), size + 2 if size else 0)  # heads are to stay even
-        return size
 
 
 def _values(settings: Any) -> dict[str, list[int]]:
@@ -127,9 +114,14 @@ def _values(settings: Any) -> dict[str, list[int]]:
     return {name: sorted(values) for name, values in found.items()}
 
 
-def _least(settings: dict[str, Any]) -> Mapping[str, int]:
-    """What a mixer says that it gets in place of larger settings."""
-    return getattr(get_object(settings["_target_"]), "small", {}) if "_target_" in settings else {}
+def _least(settings: dict[str, Any]) -> dict[str, int]:
+    """What a part takes in the place of larger settings."""
+    sizes = small_sizes(get_object(settings["_target_"])) if "_target_" in settings else {}
+    return {name: size for name, size in sizes.items() if not _is_count(name)}
+
+
+def _is_count(name: str) -> bool:
+    return any(word in name for word in COUNTS)
 
 
 def _given_or_default(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
@@ -140,7 +132,7 @@ def _given_or_default(settings: dict[str, Any], names: Iterable[str]) -> dict[st
 
 def _counts(mixer: nn.Module) -> dict[str, int]:
     """How many heads and groups a mixer has, by attribute."""
-    return {name: value for name, value in vars(mixer).items() if type(value) is int and COUNTS.search(name)}
+    return {name: value for name, value in vars(mixer).items() if type(value) is int and _is_count(name)}
 
 
 @torch.no_grad()
