@@ -123,9 +123,8 @@ def _imported(path: str, setting: str, missing: str) -> Any:
 
 def _names(found: Any) -> list[str]:
     """The public names of a module or class, but for modules."""
-    return [
-        name for name in dir(found) if not name.startswith("_") and not isinstance(getattr(found, name), ModuleType)
-    ]
+    public = [name for name in dir(found) if not name.startswith("_")]
+    return [name for name in public if not isinstance(getattr(found, name, None), ModuleType)]
 
 
 def _near_module(name: str, found: Any, path: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from longreach.launch import configuration
@@ -72,12 +72,16 @@ def as_new(mixer: str | Mixer) -> Mixer:
     return made
 
 
-def build_model(preset: str = "quickstart", *, vocabulary: int = 61, **changes: Any) -> LanguageModel:
+def compose_model(preset: str) -> DictConfig:
     with hydra.initialize_config_module(version_base="1.3", config_module="longreach.conf"):
-        settings = hydra.compose(f"model/{preset}").model
+        settings = hydra.compose(f"model/{preset}")
     OmegaConf.set_struct(settings, False)
+    return settings.model
+
+
+def build_model(preset: str = "quickstart", *, vocabulary: int = 61, **changes: Any) -> LanguageModel:
     changes = {"vocabulary": vocabulary, "_partial_": True, **changes}  # called here, so that errors come as they are
-    return instantiate(OmegaConf.merge(settings, changes), _convert_="all")()
+    return instantiate(OmegaConf.merge(compose_model(preset), changes), _convert_="all")()
 
 
 def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> LanguageModel:

@@ -1,10 +1,12 @@
-"""Every file in conf/model builds, has the size that its name states, and learns when it is tiny."""
+"""Every size in conf/model builds, is as large as its name states, writes nothing twice, and learns when tiny."""
 
 import pytest
 import torch
-from model_presets import MODELS, build_model, tokens
+from model_presets import CONF, MODELS, build_model, compose_model, tokens
+from omegaconf import OmegaConf
 
 from longreach.kernels.documents import Documents
+from longreach.launch.configuration import model_sizes
 from longreach.models.block import Block, MiniMaxBlock
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
@@ -26,6 +28,31 @@ def test_every_family_comes_in_every_size():
     every |= {f"{family}_{size}" for family in SPARSE for size in ("tiny", "1b")}
     assert every <= set(MODELS)
     assert all(preset.endswith("_tiny") for preset in set(MODELS) - every)  # hybrids that exercise one more mixer
+
+
+def leaves(settings, prefix=""):
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@pytest.mark.parametrize("size", model_sizes().values())
+def test_a_size_states_in_ten_lines_only_what_differs_from_its_family(size):
+    path = CONF / "model" / f"{size}.yaml"
+    assert len(path.read_text().splitlines()) <= 10
+    stated = OmegaConf.to_container(OmegaConf.load(path))
+    assert stated.pop("defaults") == [f"/model/{path.parent.name}/_base@_here_"]
+    base = dict(leaves(OmegaConf.to_container(compose_model(f"{path.parent.name}/_base"))))
+    assert not [name for name, value in leaves(stated) if base.get(name, "nothing") == value]
+
+
+def test_settings_of_mixers_are_written_once():
+    """Families compose mixers and feed-forward layers by the names of their files."""
+    for path in (CONF / "model").rglob("*.yaml"):
+        targets = [value for name, value in leaves(OmegaConf.to_container(OmegaConf.load(path))) if "_target_" in name]
+        assert not [target for target in targets if ".mixers." in target or ".feed_forward." in target], path
 
 
 @pytest.mark.parametrize("preset", MODELS)
