@@ -33,7 +33,7 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
-def mixer_partial(name: str) -> Callable[..., nn.Module]:
+def mixer_partial(name: str) -> partial[nn.Module]:
     """The mixer of conf/mixer by this name, its sizes made small."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "mixer" / f"{name}.yaml"))  # type: ignore[assignment]
     mixer = get_class(settings["_target_"])

@@ -125,9 +125,10 @@ def _is_count(name: str) -> bool:
 
 
 def _given_or_default(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
-    """Settings of a mixer by these names."""
+    """The numbers among a part's settings of these names."""
     known = inspect.signature(get_object(settings["_target_"])).parameters if names else {}
-    return {name: settings.get(name, known[name].default) for name in names}
+    values = {name: settings.get(name, known[name].default) for name in names}
+    return {name: value for name, value in values.items() if type(value) is int}
 
 
 def _counts(mixer: nn.Module) -> dict[str, int]:
