@@ -32,8 +32,8 @@ class Mixer(nn.Module):
         `forward` takes what it reads after `seq`, and returns what it publishes after its output, as a tuple.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
-    small: sizes with which a few dozen tokens exercise all of the mixer. Tests and the doctor replace larger ones by
-        them; the doctor keeps the numbers of heads and groups. A class states what those it derives from do not.
+    small: sizes with which a few dozen tokens exercise all of the mixer. Tests and the doctor replace larger sizes by
+        these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
     """
 
     publishes: tuple[str, ...] = ()
@@ -156,7 +156,7 @@ def check_settings(
 
 
 def small_sizes(function: Callable[..., Any]) -> dict[str, int]:
-    """`small` of a mixer's or feed-forward layer's class and of those it derives from: the settings that it takes."""
+    """`small` of a mixer's or feed-forward layer's class and its base classes, of the settings that it takes."""
     sizes: dict[str, int] = {}
     for each in reversed(inspect.getmro(function) if inspect.isclass(function) else ()):
         sizes |= vars(each).get("small", {})

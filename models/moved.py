@@ -1,4 +1,4 @@
-"""Classes that older checkpoints and YAML files name by a path where they no longer are."""
+"""Classes that have moved: older checkpoints and YAML files name them by their old paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from . import feed_forward, mixers
 
-# Modules of classes that were named by `_target_` and have moved.
+# Where classes that a `_target_` can name used to be.
 MODULES = frozenset(
     {
         feed_forward.__name__,
@@ -26,7 +26,7 @@ MODULES = frozenset(
 
 
 def with_current_paths(settings: Any) -> Any:
-    """The settings of a model with each `_target_` that has moved replaced by where its class is now."""
+    """A model's settings with the old path of a moved class replaced by its current one, in every `_target_`."""
     if isinstance(settings, list):
         return [with_current_paths(item) for item in settings]
     if not isinstance(settings, dict):
@@ -43,11 +43,11 @@ def _current(target: Any) -> Any:
 
 @cache
 def _paths() -> dict[str, str]:
-    """The dotted path of every class of a mixer or feed-forward layer."""
+    """The current dotted path of every class in the packages of mixers and feed-forward layers, by its name."""
     paths: dict[str, str] = {}
     for package in (mixers, feed_forward):
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            members = vars(import_module(found.name)).values()
-            own = [each for each in members if isinstance(each, type) and each.__module__ == found.name]
-            paths |= {each.__name__: f"{found.name}.{each.__name__}" for each in own}
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            members = vars(import_module(module.name)).values()
+            own = [each for each in members if isinstance(each, type) and each.__module__ == module.name]
+            paths |= {each.__name__: f"{module.name}.{each.__name__}" for each in own}
     return paths

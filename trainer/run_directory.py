@@ -213,7 +213,7 @@ def own_checkpoint(folder: str) -> Path | None:
 
 
 def read_config(found: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint is of, which lies beside its weights; paths of classes as of now.
+    """The configuration of a checkpoint's run, which lies beside its weights, with the current paths of classes.
 
     Raises ValueError where it is missing or names no model.
     """

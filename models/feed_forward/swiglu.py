@@ -17,7 +17,7 @@ class SwiGLU(nn.Module):
     `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
     """
 
-    small = MappingProxyType({"hidden": 48})  # as of a `Mixer`
+    small = MappingProxyType({"hidden": 48})  # see `Mixer.small`
 
     def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""The user's model made small: two layers of each kind, as many heads, groups and taps, a fraction of the width."""
+"""The user's model made small: two layers of each kind, the same heads, groups and taps, a fraction of the width."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,20 +13,20 @@ from hydra.utils import get_object
 from torch import nn
 
 from ...models.language_model import LanguageModel
-from ...models.mixer import small_sizes
+from ...models.mixer import Mixer, small_sizes
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
 WIDTHS = range(24, 1 << 20, 8)  # tried in this order
-COUNTS = ("heads", "groups")  # in names of what a smaller model must share with the whole one: ranks divide them
+COUNTS = ("heads", "groups")  # settings with these words in their names stay as they are: ranks divide them
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
     """A configuration of little width with two layers of each kind of mixer, where the model has as many.
 
-    Windows shrink to `window`, other settings to what the mixer or feed-forward layer says is `small`; heads, groups
-    and taps stay. Settings of one name that differ still do: what is kept by layer or by setting would otherwise never
-    be mistaken for another's. The smallest width that every layer accepts is taken.
+    Windows shrink to `window`, other sizes to the mixer's or feed-forward layer's `small`; heads, groups and taps stay.
+    Values of one setting that differ between layers still differ: if they were equal, a cache that confuses layers
+    would not show. The width is the smallest that every layer accepts; if none is, widths of heads and model stay.
     Raises ValueError if the model itself cannot be built.
     """
     whole = complete(model)
@@ -49,7 +49,7 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
                 continue
             if all(_counts(mixer) == counts[name] for name, mixer in zip(pattern, made.mixers, strict=True)):
                 return small
-    return {**whole, **layers}
+    return {**_Small(window, {}, kept=Mixer.small)(whole), **layers}
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
@@ -68,27 +68,30 @@ def shrunk(whole: dict[str, Any], small: dict[str, Any]) -> list[str]:
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in settings.items():
         path = f"{prefix}{name}".removeprefix("mixers.")
-        found |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return found
+        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
 
 
 class _Small:
-    """Settings made small. values: the different ones of each name, ascending, that are to stay different."""
+    """Settings made small.
 
-    def __init__(self, window: int, values: dict[str, list[int]]) -> None:
-        self.window, self.values = window, values
+    values: for each name its different values, ascending, which are to stay different. kept: sizes not to change.
+    """
+
+    def __init__(self, window: int, values: dict[str, list[int]], kept: Collection[str] = ()) -> None:
+        self.window, self.values, self.kept = window, values, kept
 
     def __call__(self, settings: Any) -> Any:
         if not isinstance(settings, dict):
             return settings
         least, result = _least(settings), {}
-        for name, value in {**settings, **_given_or_default(settings, least)}.items():
+        for name, value in {**settings, **_numbers(settings, least)}.items():
             if type(value) is int and name == "window":
                 result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
-            elif type(value) is int and name in least:
+            elif type(value) is int and name in least and name not in self.kept:
                 # By doubling, what divides another value goes on doing so.
                 result[name] = min(value, least[name] << self._below(name, value))
             else:
@@ -104,18 +107,18 @@ class _Small:
 
 def _values(settings: Any) -> dict[str, list[int]]:
     """The different values of each setting that shrinks, wherever in the model."""
-    found: dict[str, set[int]] = {}
+    values_of: dict[str, set[int]] = {}
     if isinstance(settings, dict):
-        for name, value in {**settings, **_given_or_default(settings, _least(settings))}.items():
+        for name, value in {**settings, **_numbers(settings, _least(settings))}.items():
             if type(value) is int:
-                found.setdefault(name, set()).add(value)
+                values_of.setdefault(name, set()).add(value)
             for inner, values in _values(value).items():
-                found.setdefault(inner, set()).update(values)
-    return {name: sorted(values) for name, values in found.items()}
+                values_of.setdefault(inner, set()).update(values)
+    return {name: sorted(values) for name, values in values_of.items()}
 
 
 def _least(settings: dict[str, Any]) -> dict[str, int]:
-    """What a part takes in the place of larger settings."""
+    """The sizes that replace larger ones of a part, without counts of heads and groups."""
     sizes = small_sizes(get_object(settings["_target_"])) if "_target_" in settings else {}
     return {name: size for name, size in sizes.items() if not _is_count(name)}
 
@@ -124,8 +127,8 @@ def _is_count(name: str) -> bool:
     return any(word in name for word in COUNTS)
 
 
-def _given_or_default(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
-    """The numbers among a part's settings of these names."""
+def _numbers(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """Those settings of a part, given or default, that are numbers."""
     known = inspect.signature(get_object(settings["_target_"])).parameters if names else {}
     values = {name: settings.get(name, known[name].default) for name in names}
     return {name: value for name, value in values.items() if type(value) is int}
