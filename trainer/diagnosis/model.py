@@ -87,11 +87,12 @@ class _Small:
     def __call__(self, settings: Any) -> Any:
         if not isinstance(settings, dict):
             return settings
-        least, result = _least(settings), {}
+        least = {name: size for name, size in _least(settings).items() if name not in self.kept}
+        result = {}
         for name, value in {**settings, **_numbers(settings, least)}.items():
             if type(value) is int and name == "window":
                 result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
-            elif type(value) is int and name in least and name not in self.kept:
+            elif type(value) is int and name in least:
                 # By doubling, what divides another value goes on doing so.
                 result[name] = min(value, least[name] << self._below(name, value))
             else:
