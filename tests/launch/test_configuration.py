@@ -68,7 +68,7 @@ def test_the_contract_names_exist() -> None:
     assert got.model["vocabulary"] is None
 
 
-def test_a_size_has_a_short_name_in_every_place(tmp_path: Path) -> None:
+def test_a_size_has_a_short_name_on_the_command_line_and_in_defaults(tmp_path: Path) -> None:
     assert {"llama_1b": "llama/1b", "minimax_01_tiny": "minimax_01/tiny"}.items() <= model_sizes().items()
     short, path, larger = (model(f"model={name}") for name in ("llama_1b", "llama/1b", "llama_8b"))
     assert short == path != larger

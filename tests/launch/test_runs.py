@@ -119,7 +119,7 @@ def printed(said: str) -> list[str]:
     return [sys.executable, *words[1:]]
 
 
-def test_a_run_of_before_its_classes_moved_goes_on_and_is_read(start, tmp_path: Path) -> None:
+def test_a_checkpoint_with_old_paths_of_classes_is_resumed_generated_from_and_exported(start, tmp_path: Path) -> None:
     finish(start(ALONE, "run.dir=run", "trainer.steps=2"))
     checkpoint = tmp_path / "run/checkpoints/step-00000002"
     for file in (tmp_path / "run/config.yaml", checkpoint / "config.yaml", checkpoint / "index.json"):

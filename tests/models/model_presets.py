@@ -1,4 +1,4 @@
-"""The mixers and models of conf/, mixers made small, filled with values that leave nothing near zero."""
+"""The mixers of conf/ with small sizes, and its models, with parameters far from zero."""
 
 import inspect
 from collections.abc import Callable
@@ -23,7 +23,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
 MODELS = [*configuration.model_sizes(), "quickstart"]
 WIDTH = 32
-# Beside the small sizes: what no preset uses, and blocks longer than the stretches that tests move.
+# Settings that tests add to the small sizes: what no preset uses, and blocks longer than the spans that tests change.
 ODD: dict[str, dict[str, Any]] = {
     "infllm_v2": {"kv_heads": 1, "block_size": 16, "count": 2, "window_size": 8, "window_stride": 4, "initial": 0},
     "mamba2": {"groups": 2},
@@ -34,13 +34,13 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 def mixer_partial(name: str) -> partial[nn.Module]:
-    """The mixer of conf/mixer by this name, its sizes made small."""
+    """The mixer of conf/mixer with this name, with small sizes."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "mixer" / f"{name}.yaml"))  # type: ignore[assignment]
     mixer = get_class(settings["_target_"])
     for size, small in small_sizes(mixer).items():
-        given = settings.get(size, inspect.signature(mixer).parameters[size].default)
-        if type(given) is int:
-            settings[size] = min(given, small)
+        value = settings.get(size, inspect.signature(mixer).parameters[size].default)
+        if type(value) is int:
+            settings[size] = min(value, small)
     return instantiate({**settings, **ODD.get(name, {})}, _convert_="all")
 
 

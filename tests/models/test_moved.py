@@ -1,4 +1,4 @@
-"""Paths of classes as checkpoints and YAML files of before name them."""
+"""Old paths of classes, as in older checkpoints and YAML files."""
 
 import pytest
 from hydra.utils import get_class
@@ -6,7 +6,7 @@ from hydra.utils import get_class
 from longreach.models.moved import with_current_paths
 
 MIXERS = "longreach.models.mixers"
-BEFORE = [
+OLD = [
     f"{MIXERS}.block_sparse_attention.InfLLMv2",
     f"{MIXERS}.block_sparse_attention.MoBA",
     f"{MIXERS}.gated_deltanet.GatedDeltaNet",
@@ -24,8 +24,8 @@ BEFORE = [
 ]
 
 
-@pytest.mark.parametrize("path", BEFORE)
-def test_a_path_of_before_becomes_that_of_the_class_now(path: str) -> None:
+@pytest.mark.parametrize("path", OLD)
+def test_an_old_path_becomes_the_current_one(path: str) -> None:
     settings = with_current_paths({"mixers": {"a": {"_target_": path, "heads": 4}}, "pattern": ["a*3"]})
     target = settings["mixers"]["a"].pop("_target_")
     assert get_class(target).__name__ == path.rpartition(".")[2]
