@@ -1,4 +1,4 @@
-"""Models by configuration: the only place where a `_target_` becomes an object."""
+"""Models from configuration: the only place where a `_target_` becomes an object."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..models.language_model import LanguageModel
 from ..models.mixer import check_settings, name_of, naming
 from . import working_directory
 
-HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")  # keys that are no settings
-PARTS = ("feed_forward", "block")  # and each of the mixers: what the model makes anew for every layer
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")  # keys that are not settings
+PARTS = ("feed_forward", "block")  # what every layer makes anew, beside its mixer
 
 
 def build(model: dict[str, Any]) -> LanguageModel:
-    """The model of a configuration such as those of conf/model.
+    """The model that a configuration such as those in conf/model describes.
 
     Raises ValueError for settings that the model refuses, and for a `_target_` that cannot be found or does not take
-    its settings. What a module or a constructor of the user's raises keeps its traceback.
+    its settings. Errors of a user's own module or constructor keep their traceback.
     """
     working_directory.use()
     _check_targets(model, "model")
@@ -44,15 +44,15 @@ def build(model: dict[str, Any]) -> LanguageModel:
 
 
 def _check_parts(model: dict[str, Any]) -> None:
-    function = _found(model["_target_"], "model")
+    function = _look_up(model["_target_"], "model")
     if isinstance(function, type) and not issubclass(function, LanguageModel):
         raise ValueError(
             f"model._target_ must be a LanguageModel; got {name_of(function)}. A mixer goes into model.mixers, under a "
             "name that model.pattern uses"
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()):
-        return  # a model of one's own, which hands on what it does not know
-    check_settings(function, {name: value for name, value in model.items() if name not in HYDRAS}, "model")
+        return  # a user's own model, which passes on settings that it does not name
+    check_settings(function, {name: value for name, value in model.items() if name not in HYDRA_KEYS}, "model")
     mixers = model.get("mixers")
     if not isinstance(mixers, dict) or not mixers:
         raise ValueError(f"model.mixers must name at least one mixer; got {mixers!r}. Give model.mixers.NAME._target_")
@@ -72,63 +72,76 @@ def _check_parts(model: dict[str, Any]) -> None:
 
 
 def _check_targets(settings: Any, setting: str) -> None:
-    """Raises ValueError for a `_target_`, here or further in, that cannot be found."""
+    """Raises ValueError for a `_target_` at any depth that cannot be found."""
     if isinstance(settings, list):
         for index, item in enumerate(settings):
             _check_targets(item, f"{setting}[{index}]")
     if isinstance(settings, dict):
         if "_target_" in settings:
-            _found(settings["_target_"], setting)
+            _look_up(settings["_target_"], setting)
         for name, value in settings.items():
             _check_targets(value, f"{setting}.{name}")
 
 
-def _found(target: Any, setting: str) -> Callable[..., Any]:
-    """What a `_target_` names. What a module raises when it is imported is its own."""
+def _look_up(target: Any, setting: str) -> Callable[..., Any]:
+    """The class or function that a `_target_` names. What a module raises while it is imported passes through."""
     must = f"{setting}._target_ must be the dotted path of a class; got {target!r}"
     if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")):
         raise ValueError(f"{must}. Write package.module.Class")
     first, *rest = target.split(".")
     beside = [path.stem for path in Path.cwd().glob("*.py")]
-    hint = _near(first, [*beside, "longreach"]) or "Start from its folder, or put that into PYTHONPATH"
-    found, path = _imported(first, setting, f"{must}. No module {first} was found. {hint}"), first
+    named, path = _imported(first, setting), first
+    if named is None:
+        hint = _near(first, [*beside, "longreach"]) or "Start from its folder, or put that into PYTHONPATH"
+        raise ValueError(f"{must}. No module {first} was found. {hint}")
     for name in rest:
-        classes = [each.rpartition(".")[2] for each in _classes(found, path)]
-        hint = _near(name, classes) or _near(name, _names(found)) or f"Known: {', '.join(classes[:8]) or 'no class'}"
-        missing = f"{must}. {path} has no {name}. {hint}"
-        path = f"{path}.{name}"
-        if hasattr(found, name):
-            found = getattr(found, name)
-        elif isinstance(found, ModuleType) and hasattr(found, "__path__"):
-            found = _imported(path, setting, missing)
-        else:
-            raise ValueError(missing)
-    if not callable(found):
-        hint = f", such as {' or '.join(_classes(found, path)[:3])}" if _classes(found, path) else ""
-        raise ValueError(f"{must}, a {name_of(type(found))}. Name one of its classes{hint}")
-    return found
+        inner = getattr(named, name, None)
+        if inner is None and hasattr(named, "__path__"):
+            inner = _imported(f"{path}.{name}", setting)
+        if inner is None:
+            raise ValueError(f"{must}. {path} has no {name}. {_nearest(name, named, path)}")
+        named, path = inner, f"{path}.{name}"
+    if not callable(named):
+        hint = f", such as {' or '.join(_classes(named, path)[:3])}" if _classes(named, path) else ""
+        raise ValueError(f"{must}, a {name_of(type(named))}. Name one of its classes{hint}")
+    return named
 
 
-def _imported(path: str, setting: str, missing: str) -> Any:
-    """The module, or a ValueError that says `missing`."""
+def _imported(path: str, setting: str) -> Any:
+    """The module, or None if there is none."""
     try:
         with naming(f"{setting}._target_, importing {path}"):
             return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name != path:  # something that the module imports
             raise
-        raise ValueError(missing) from None
+        return None
 
 
-def _names(found: Any) -> list[str]:
-    """The public names of a module or class, modules of a package included."""
-    modules = [module.name for module in pkgutil.iter_modules(getattr(found, "__path__", []))]
-    return sorted({name for name in (*dir(found), *modules) if not name.startswith("_")})
+def _nearest(name: str, owner: Any, path: str) -> str:
+    """A hint at what the writer of `path.name` may have meant."""
+    classes = [each.rpartition(".")[2] for each in _classes(owner, path)]
+    near = _near(name, classes) or _near(name, _names(owner)) or _near_module(name, owner, path)
+    return near or f"Known: {', '.join(classes[:8]) or 'no class'}"
 
 
-def _classes(found: Any, path: str) -> list[str]:
+def _names(owner: Any) -> list[str]:
+    """The public names of a module or class, but for modules."""
+    public = [name for name in dir(owner) if not name.startswith("_")]
+    return [name for name in public if not isinstance(getattr(owner, name, None), ModuleType)]
+
+
+def _near_module(name: str, owner: Any, path: str) -> str:
+    """A hint at the module of a similar name in the package or its subpackages."""
+    modules = pkgutil.walk_packages(getattr(owner, "__path__", []), f"{path}.", onerror=lambda _: None)
+    paths = {module.name.rpartition(".")[2]: module.name for module in modules}
+    near = difflib.get_close_matches(name, paths, n=1)
+    return f"Did you mean {paths[near[0]]}?" if near else ""
+
+
+def _classes(owner: Any, path: str) -> list[str]:
     """The dotted paths of the classes that a module defines itself."""
-    own = [name for name, value in vars(found).items() if isinstance(value, type) and value.__module__ == path]
+    own = [name for name, value in vars(owner).items() if isinstance(value, type) and value.__module__ == path]
     return [f"{path}.{name}" for name in own]
 
 

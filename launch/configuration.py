@@ -1,4 +1,4 @@
-"""Configuration: Hydra's schema, command lines as the launchers leave them, and errors with near matches."""
+"""Configuration: Hydra's schemas and short names, arguments that launchers add, and errors with near matches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..trainer import launchers
 
@@ -42,12 +42,26 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=name, node=node)
 
 
+def model_sizes() -> dict[str, str]:
+    """The sizes of conf/model by their short names, as "llama_1b": "llama/1b"."""
+    paths = sorted((PACKAGE / "conf" / "model").glob("*/[!_]*.yaml"))
+    return {f"{path.parent.name}_{path.stem}": f"{path.parent.name}/{path.stem}" for path in paths}
+
+
+def register_sizes() -> None:
+    """Makes the short names of sizes known to Hydra, for command lines and `defaults` alike."""
+    for name, size in model_sizes().items():
+        node = OmegaConf.create({"defaults": [f"{size}@_here_"]})
+        ConfigStore.instance().store(group="model", name=name, node=node)
+
+
 def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str] = ()) -> None:
-    """Calls a function made by `hydra.main`; configuration errors become one message, of the first rank alone.
+    """Calls a function made by `hydra.main`; the first rank prints configuration errors as one message.
 
     texts: settings whose values are taken as they are written, whatever Hydra's grammar makes of their characters.
 
-    The other ranks wait for the launcher to end them: one that left first would have the first ended unheard.
+    The other ranks wait for the launcher to end them: if one exited first, the launcher would end the first rank before
+    it has printed.
     """
     other = other_checkout(Path.cwd())
     if other is not None and int(os.environ.get("RANK", "0")) == 0:
@@ -129,22 +143,22 @@ def without_launcher_arguments(arguments: list[str]) -> list[str]:
 
 
 def texts_of(schema: type, prefix: str = "") -> dict[str, bool]:
-    """The dotted names of a dataclass's settings whose values are texts, and whether they may be null."""
-    found: dict[str, bool] = {}
+    """The dotted names of a dataclass's text settings, and whether each may be null."""
+    texts: dict[str, bool] = {}
     for name, kind in get_type_hints(schema).items():
         options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         if dataclasses.is_dataclass(kind):
-            found |= texts_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            texts |= texts_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif str in options:
-            found[prefix + name] = type(None) in options
-    return found
+            texts[prefix + name] = type(None) in options
+    return texts
 
 
 def quoted(argument: str, texts: Collection[str]) -> str:
-    """The override with its value in quotes, if it sets one of `texts` and is neither null nor quoted already.
+    """The override with its value in quotes, if it sets one of `texts` and is neither null nor already quoted.
 
-    2024_10 would otherwise be the number 202410, a path with a comma a sweep, and a prompt with a parenthesis a
-    function call. Where `texts` says that a setting is never null, "null" is a text as well.
+    Otherwise 2024_10 would be the number 202410, a path with a comma a sweep, and a prompt with a parenthesis a
+    function call. If `texts` says that a setting is never null, "null" is a text as well.
     """
     name, equals, value = argument.partition("=")
     key = name.lstrip("+")
@@ -160,7 +174,7 @@ def quoted(argument: str, texts: Collection[str]) -> str:
 
 
 def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
-    """Hydra's message, with its cause, and the names that are near the one it did not find."""
+    """Hydra's message with its cause, and names similar to the unknown one."""
     if isinstance(error, MultirunError):
         return f"error: {error}"
     lines = [str(error).partition("\nConfig search path")[0].strip()]
@@ -182,11 +196,16 @@ def _near(message: str, config_name: str, overrides: list[str]) -> list[str]:
     if missing_option:
         group, name = missing_option.groups()
         options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
-        return _suggest(name, options, lambda option: f"{group}={option}")
+        chosen = next((item.rpartition("=")[0] for item in overrides if item.endswith(f"={name}")), group)
+        return _suggest(name, options, lambda option: f"{chosen}={option}")
     missing_key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)'", message)
     if not missing_key:
         return []
     key = missing_key.group(1)
+    if "@" in key:
+        return []  # Hydra's own lines say what to write
+    if "/" in key:  # a family's folder, taken for a group
+        return _suggestion([re.sub(r"^(\w+)/(\w+)=", r"\1=\2/", item) for item in overrides if item.startswith(key)])
     known = [name for name in settings_names(config_name, overrides) if not key.startswith(f"{name}.")]
     near = _suggest(key, known, str)
     if near:
@@ -209,7 +228,7 @@ def _suggestion(names: list[str]) -> list[str]:
 
 def settings_names(config_name: str, overrides: list[str]) -> list[str]:
     """Every dotted name of the configuration, with the groups chosen in `overrides` where those compose."""
-    groups = [item for item in overrides if re.match(r"[\w/]+=", item)]
+    groups = [item for item in overrides if re.match(r"(\+?[\w/]+@[\w.]+|[\w/]+)=", item)]
     for chosen in (groups, []):
         GlobalHydra.instance().clear()
         try:
@@ -231,8 +250,14 @@ def _names(value: Any, prefix: str) -> list[str]:
 
 
 def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
-    """The schema's object, with plain lists and dicts. Raises ValueError for names that `+` has added to it."""
-    settings = OmegaConf.to_object(config)
+    """The schema's object, with plain lists and dicts.
+
+    Raises ValueError for names that `+` has added to it, and for settings that a preset leaves open.
+    """
+    try:
+        settings = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} must be given; got ???. Give {error.full_key}=…") from None
     assert isinstance(settings, schema)
     _refuse_unknown(settings, "")
     return settings
@@ -252,7 +277,7 @@ def _refuse_unknown(settings: Any, prefix: str) -> None:
 
 
 def choices() -> dict[str, Any]:
-    """The option that was chosen of each group."""
+    """The option chosen from each group."""
     return dict(HydraConfig.get().runtime.choices)
 
 
@@ -262,6 +287,6 @@ def overrides() -> list[str]:
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries' chatter off the terminal; their warnings stay."""
+    """Silences libraries' informational messages; their warnings stay."""
     for name in ("datasets", "huggingface_hub", "urllib3", "matplotlib", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)

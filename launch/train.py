@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from ..trainer import failure, processes
 from ..trainer.report import launch_command
@@ -20,6 +22,7 @@ from .build import build
 TEXTS = configuration.texts_of(Settings)
 
 configuration.register("settings", Settings)
+configuration.register_sizes()
 
 
 def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
@@ -31,6 +34,7 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
     if OmegaConf.is_missing(config.model, "vocabulary"):
         config.model.vocabulary = None  # the tokenizer's
     settings = configuration.to_schema(config, Settings)
+    settings.model = with_current_paths(settings.model)
     expand_paths(settings)
     if settings.run.name is None:
         settings.run.name = (choices.get("experiment") or choices.get("model") or "run").replace("/", "-")
@@ -40,7 +44,7 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
 
 
 def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
-    models = [item for item in overrides if item.lstrip("+~").startswith(("model=", "model."))]
+    models = [item for item in overrides if re.match(r"[+~]*([\w/]+@)?model[=.]", item)]
     own = own_checkpoint(origin)
     if own is not None:
         settings.init_from = str(own)

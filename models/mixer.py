@@ -32,13 +32,19 @@ class Mixer(nn.Module):
         `forward` takes what it reads after `seq`, and returns what it publishes after its output, as a tuple.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
-    small: settings with which a few dozen tokens exercise all of the mixer; the doctor takes them for larger ones.
+    small: sizes with which a few dozen tokens exercise all of the mixer. Tests and the doctor replace larger sizes by
+        these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
     """
 
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
-    small: Mapping[str, int] = MappingProxyType({})
+    small: Mapping[str, int] = MappingProxyType(
+        {
+            "heads": 4, "kv_heads": 2, "key_heads": 2,
+            "head_dim": 8, "key_dim": 8, "value_dim": 16, "state": 6, "gate_rank": 8,
+        }
+    )  # fmt: skip
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`[B, T, D]` of the tokens held here to the same shape."""
@@ -147,6 +153,14 @@ def check_settings(
     if missing:
         got = ", ".join(given) or "nothing"
         raise ValueError(f"{setting} must give {', '.join(missing)}; got {got}. {called} has no default for it")
+
+
+def small_sizes(function: Callable[..., Any]) -> dict[str, int]:
+    """`small` of a mixer's or feed-forward layer's class and its base classes, of the settings that it takes."""
+    sizes: dict[str, int] = {}
+    for each in reversed(inspect.getmro(function) if inspect.isclass(function) else ()):
+        sizes |= vars(each).get("small", {})
+    return {name: sizes[name] for name in inspect.signature(function).parameters if name in sizes}
 
 
 def name_of(function: Callable[..., Any]) -> str:

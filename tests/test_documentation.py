@@ -35,7 +35,7 @@ SOURCES = [
     for ending in ("*.py", "*.sh", "*.yaml", "*.sbatch")
     for path in (ROOT / folder).rglob(ending)
 ]
-MADE_BY_THE_READER = {"models/mixers/decayed_attention.py", "conf/mixer/decayed_attention.yaml"}
+MADE_BY_THE_READER = {"models/mixers/linear/decayed_attention.py", "conf/mixer/decayed_attention.yaml"}
 
 
 @pytest.mark.parametrize("paths", [PAGES, SOURCES], ids=["pages", "sources"])
@@ -105,7 +105,7 @@ def test_the_recipe_for_a_mixer_makes_one(tmp_path: Path) -> None:
     source = re.search(r"```python\n(.*?)```", recipe, re.DOTALL)[1]
     path = tmp_path / "decayed_attention.py"
     path.write_text(source)
-    name = "longreach.models.mixers.decayed_attention"
+    name = "longreach.models.mixers.linear.decayed_attention"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models import hf
 from ..models.language_model import LanguageModel
+from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from . import checkpoint, engine_config
 from .data import Corpus
@@ -138,7 +139,7 @@ def configured_model(settings: Settings) -> dict[str, Any]:
 
 def check_same_model(found: Path, model: dict[str, Any]) -> None:
     """Raises ValueError, naming the settings, if a checkpoint is of a model that is configured otherwise."""
-    saved = checkpoint.verify(found).state["model"]
+    saved = with_current_paths(checkpoint.verify(found).state["model"])
     free = ("activation_checkpointing",)  # changes what is kept in memory, not what is computed
     differing = [
         f"{name} was {saved.get(name)!r} and is {model.get(name)!r}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from . import checkpoint
 from .exchange import from_first_rank, together
@@ -212,12 +213,12 @@ def own_checkpoint(folder: str) -> Path | None:
 
 
 def read_config(found: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint is of, which lies beside its weights.
+    """The configuration of a checkpoint's run, which lies beside its weights, with the current paths of classes.
 
     Raises ValueError where it is missing or names no model.
     """
     try:
         run = yaml.safe_load((found / "config.yaml").read_text(encoding="utf-8"))
-        return {**run, "model": dict(run["model"])}
+        return {**run, "model": with_current_paths(dict(run["model"]))}
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"checkpoint must hold the config.yaml of its run; got {found}: {error}") from None

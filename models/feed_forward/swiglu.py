@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor, nn
 
 from ...kernels.pointwise import swiglu
@@ -14,6 +16,8 @@ class SwiGLU(nn.Module):
 
     `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
     """
+
+    small = MappingProxyType({"hidden": 48})  # see `Mixer.small`
 
     def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ import random
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -13,6 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from longreach.launch import configuration
+from longreach.launch.build import build
+from longreach.launch.configuration import model_sizes
 from longreach.launch.doctor import Configuration
 from longreach.launch.export import ExportSettings
 from longreach.launch.generate import GenerationSettings
@@ -24,6 +27,10 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module(version_base="1.3", config_module="longreach.conf"):
         return hydra.compose(config_name=name, overrides=list(overrides))
+
+
+def model(*overrides: str) -> dict[str, Any]:
+    return OmegaConf.to_container(compose(*overrides).model)  # type: ignore[return-value]
 
 
 def settings(*overrides: str) -> Settings:
@@ -61,6 +68,30 @@ def test_the_contract_names_exist() -> None:
     assert got.model["vocabulary"] is None
 
 
+def test_a_size_has_a_short_name_on_the_command_line_and_in_defaults(tmp_path: Path) -> None:
+    assert {"llama_1b": "llama/1b", "minimax_01_tiny": "minimax_01/tiny"}.items() <= model_sizes().items()
+    short, path, larger = (model(f"model={name}") for name in ("llama_1b", "llama/1b", "llama_8b"))
+    assert short == path != larger
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [llama_1b]\ndepth: 3\n")
+    assert model("model=mine", f"hydra.searchpath=[file://{tmp_path}]") == {**short, "depth": 3}
+
+
+def test_a_mixer_of_conf_is_added_to_a_model_in_one_line() -> None:
+    mixed = model("model=llama_tiny", "+mixer@model.mixers.mamba=mamba2", "model.pattern=[softmax,mamba]")
+    assert build({**mixed, "vocabulary": 61}).names == ["softmax", "mamba"] * 2
+    assert mixed["mixers"]["mamba"]["state"] == 128
+    assert mixed["mixers"]["softmax"] == model("model=llama_tiny")["mixers"]["softmax"]
+    lightning = model("model=minimax_01_tiny", "mixer@model.mixers.lightning=retnet")["mixers"]["lightning"]
+    assert lightning["_target_"].endswith("RetNet")
+    assert lightning["heads"] == 6  # the size's own, whichever mixer has them
+
+
+def test_a_preset_that_leaves_settings_open_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"model.width must be given; got \?\?\?. Give model.width=…"):
+        settings("model=llama/_base")
+
+
 def options(group: str) -> list[str]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module(version_base="1.3", config_module="longreach.conf"):
@@ -68,14 +99,16 @@ def options(group: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "group", ["model", "data", "optimizer", "schedule", "parallel", "engine", "logger", "experiment"]
+    "group",
+    ["model", "model/llama", "data", "optimizer", "schedule", "parallel", "engine", "logger", "experiment"],
 )
 @pytest.mark.slow
 def test_every_choice_of_a_group_composes(group: str) -> None:
-    chosen = options(group)
+    chosen = [name for name in options(group) if not name.startswith("_")]
     assert chosen
+    group, _, family = group.partition("/")
     for name in chosen:
-        assert isinstance(settings(f"{group}={name}"), Settings)
+        assert isinstance(settings(f"{group}={family and f'{family}/'}{name}"), Settings)
 
 
 def test_the_quickstart_is_what_it_promises() -> None:
@@ -98,6 +131,9 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("data.seqence_length=4", ["Did you mean data.sequence_length"]),
         ("model.widht=4", ["Did you mean model.width"]),
         ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny"]),
+        ("model=lama/1b", ["Could not find 'model/lama/1b'", "Did you mean model=llama_1b"]),
+        ("model/llama=1b", ["Did you mean model=llama/1b?"]),
+        ("+mixer@model.mixers.m=mamba3", [" or +mixer@model.mixers.m=mamba2"]),
         ("schedule=wds", ["Available options", "Did you mean schedule=wsd?"]),
         ("trainer.steps=abc", ["trainer.steps=abc", "could not be converted to Integer"]),
         ("trainer.steps", ["'trainer.steps' cannot be read"]),
@@ -122,6 +158,7 @@ def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch) -> None:
         (["+trainer.stepps=4"], "trainer.stepps must be a setting; .* Did you mean trainer.steps?"),
         (["+foo=4"], "foo must be a setting"),
         (["init_from=/x", "model=llama_tiny"], "model must not be given with init_from of Hugging Face"),
+        (["init_from=/x", "+mixer@model.mixers.m=mamba"], "model must not be given with init_from of Hugging Face"),
         (["init_from=/x", "model.width=8"], r"model must not be given with init_from.* got model\.width=8"),
     ],
 )

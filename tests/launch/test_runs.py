@@ -119,6 +119,27 @@ def printed(said: str) -> list[str]:
     return [sys.executable, *words[1:]]
 
 
+def test_a_checkpoint_with_old_paths_of_classes_is_resumed_generated_from_and_exported(start, tmp_path: Path) -> None:
+    finish(start(ALONE, "run.dir=run", "trainer.steps=2"))
+    checkpoint = tmp_path / "run/checkpoints/step-00000002"
+    for file in (tmp_path / "run/config.yaml", checkpoint / "config.yaml", checkpoint / "index.json"):
+        now = file.read_text()
+        before = now.replace(".mixers.softmax.softmax_attention.", ".mixers.softmax_attention.")
+        before = before.replace(".feed_forward.swiglu.", ".feed_forward.")
+        assert before != now
+        file.write_text(before)
+    model = "model.mixers.softmax._target_=longreach.models.mixers.softmax_attention.SoftmaxAttention"
+    finish(start(ALONE, "run.dir=other", "trainer.steps=1", f"init_from={checkpoint}"))
+    assert saved(tmp_path / "other")
+    generate = [sys.executable, "-m", "longreach.launch.generate", "max_new_tokens=4", "prompt=a"]
+    assert finish(start.launch([*generate, f"checkpoint={checkpoint}"])).startswith("a")
+    export = [sys.executable, "-m", "longreach.launch.export", f"checkpoint={checkpoint}", "path=exported"]
+    finish(start.launch(export))
+    assert "resum" in finish(start(ALONE, "run.dir=run", "trainer.steps=4", model))
+    assert saved(tmp_path / "run")[-1] == "step-00000004"
+    assert ".mixers.softmax.softmax_attention." in (tmp_path / "run/config.yaml").read_text()
+
+
 def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoints(start, tmp_path: Path) -> None:
     finish(start(ALONE, "run.dir=first", "trainer.steps=4"))
     command = (*TWO, "run.dir=second", "checkpoint.resume=first/checkpoints/step-00000004", "trainer.steps=3000")

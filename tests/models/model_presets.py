@@ -1,26 +1,47 @@
-"""The mixers and models that conf/ describes, built small and filled with values that leave nothing near zero."""
+"""The mixers of conf/ with small sizes, and its models, with parameters far from zero."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from longreach.launch import configuration
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
-from longreach.models.mixer import Mixer, construct
+from longreach.models.mixer import Mixer, construct, small_sizes
 from longreach.parallel.sequence import DecodingCache, Sequence
 
+configuration.register_sizes()
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+MODELS = [*configuration.model_sizes(), "quickstart"]
 WIDTH = 32
+# Settings that tests add to the small sizes: what no preset uses, and blocks longer than the spans that tests change.
+ODD: dict[str, dict[str, Any]] = {
+    "infllm_v2": {"kv_heads": 1, "block_size": 16, "count": 2, "window_size": 8, "window_stride": 4, "initial": 0},
+    "mamba2": {"groups": 2},
+    "moba": {"block_size": 16},
+    "native_sparse_attention": {"value_dim": 10, "block_size": 8, "qk_norm": True, "conv_size": 3},
+    "sliding_window_attention": {"kv_heads": 1, "window": 16, "sink_tokens": 2, "sink_logits": True},
+}
 
 
-def mixer_partial(name: str) -> Callable[..., nn.Module]:
-    return instantiate(OmegaConf.load(CONF / "mixer" / f"{name}.yaml"), _convert_="all")
+def mixer_partial(name: str) -> partial[nn.Module]:
+    """The mixer of conf/mixer with this name, with small sizes."""
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "mixer" / f"{name}.yaml"))  # type: ignore[assignment]
+    mixer = get_class(settings["_target_"])
+    for size, small in small_sizes(mixer).items():
+        value = settings.get(size, inspect.signature(mixer).parameters[size].default)
+        if type(value) is int:
+            settings[size] = min(value, small)
+    return instantiate({**settings, **ODD.get(name, {})}, _convert_="all")
 
 
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
@@ -51,10 +72,16 @@ def as_new(mixer: str | Mixer) -> Mixer:
     return made
 
 
+def compose_model(preset: str) -> DictConfig:
+    with hydra.initialize_config_module(version_base="1.3", config_module="longreach.conf"):
+        settings = hydra.compose(f"model/{preset}")
+    OmegaConf.set_struct(settings, False)
+    return settings.model
+
+
 def build_model(preset: str = "quickstart", *, vocabulary: int = 61, **changes: Any) -> LanguageModel:
-    settings = OmegaConf.load(CONF / "model" / f"{preset}.yaml")
     changes = {"vocabulary": vocabulary, "_partial_": True, **changes}  # called here, so that errors come as they are
-    return instantiate(OmegaConf.merge(settings, changes), _convert_="all")()
+    return instantiate(OmegaConf.merge(compose_model(preset), changes), _convert_="all")()
 
 
 def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> LanguageModel:
@@ -66,7 +93,7 @@ def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: An
         "depth": 4,
         "pattern": [name, "softmax"],
         "mixers": {name: mixer_partial(name), "softmax": softmax},
-        "feed_forward": feed_forward(48),
+        "feed_forward": feed_forward(),
         **changes,
     }
     model = LanguageModel(**settings).to(dtype)
@@ -74,9 +101,8 @@ def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: An
     return model
 
 
-def feed_forward(hidden: int) -> Callable[..., nn.Module]:
-    target = "longreach.models.feed_forward.swiglu.SwiGLU"
-    return instantiate({"_target_": target, "_partial_": True, "hidden": hidden})
+def feed_forward(hidden: int = SwiGLU.small["hidden"]) -> Callable[..., nn.Module]:
+    return partial(SwiGLU, hidden=hidden)
 
 
 @torch.no_grad()

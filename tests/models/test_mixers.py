@@ -1,11 +1,16 @@
 """What every mixer promises, for every file in conf/mixer."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 from distributed import run_ranks
-from model_presets import MIXERS, WIDTH, build_mixer, in_pieces
+from model_presets import MIXERS, WIDTH, build_mixer, in_pieces, mixer_partial
 
 from longreach.kernels.documents import Documents
+from longreach.models import mixers
+from longreach.models.mixer import Mixer
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Sequence
 
@@ -26,7 +31,11 @@ def whole(batch=2, length=LENGTH):
 
 
 def test_every_mixer_of_this_package_has_a_file():
-    assert {"softmax_attention", "lightning_attention", "gated_linear_attention", "retnet"} <= set(MIXERS)
+    described = {mixer_partial(name).func for name in MIXERS}
+    for module in pkgutil.walk_packages(mixers.__path__, f"{mixers.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            own = isinstance(value, type) and value.__module__ == module.name and issubclass(value, Mixer)
+            assert not own or name.startswith("_") or value in described, value
 
 
 @pytest.mark.parametrize("name", MIXERS)

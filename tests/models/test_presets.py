@@ -1,16 +1,19 @@
-"""Every file in conf/model builds, has the size that its name states, and learns when it is tiny."""
+"""Every size in conf/model builds, is as large as its name states, writes nothing twice, and learns when tiny."""
+
+import re
 
 import pytest
 import torch
-from model_presets import MODELS, build_model, tokens
+from model_presets import CONF, MODELS, build_model, compose_model, tokens
+from omegaconf import OmegaConf
 
 from longreach.kernels.documents import Documents
+from longreach.launch.configuration import model_sizes
 from longreach.models.block import Block, MiniMaxBlock
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
-SIZES = {"125m": (125e6, 32_768), "1b": (1e9, 32_768), "8b": (8e9, 131_072)}
 FAMILIES = ("llama", "minimax_01", "sliding_window")
 SPARSE = ("nsa", "moba", "infllm_v2", "nsa_gated_deltanet", "moba_lightning")  # tiny and 1B
 SMALL = [preset for preset in MODELS if preset.endswith("_tiny")] + ["quickstart"]
@@ -22,17 +25,42 @@ def on_meta(preset, vocabulary=4096):
 
 
 def test_every_family_comes_in_every_size():
-    every = {f"{family}_{size}" for family in FAMILIES for size in ("tiny", *SIZES)} | {"quickstart"}
+    every = {f"{family}_{size}" for family in FAMILIES for size in ("tiny", "125m", "1b", "8b")} | {"quickstart"}
     every |= {f"{family}_{size}" for family in SPARSE for size in ("tiny", "1b")}
+    every |= {f"{size.partition('/')[0]}_tiny" for size in model_sizes().values()}
     assert every <= set(MODELS)
-    assert all(preset.endswith("_tiny") for preset in set(MODELS) - every)  # hybrids that exercise one more mixer
+
+
+def leaves(settings, prefix=""):
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@pytest.mark.parametrize("size", model_sizes().values())
+def test_a_size_states_in_ten_lines_only_what_differs_from_its_family(size):
+    path = CONF / "model" / f"{size}.yaml"
+    assert len(path.read_text().splitlines()) <= 10
+    stated = OmegaConf.to_container(OmegaConf.load(path))
+    assert stated.pop("defaults") == [f"/model/{path.parent.name}/_base@_here_"]
+    base = dict(leaves(OmegaConf.to_container(compose_model(f"{path.parent.name}/_base"))))
+    assert not [name for name, value in leaves(stated) if base.get(name, "nothing") == value]
+
+
+def test_settings_of_mixers_are_written_once():
+    """Families compose mixers and feed-forward layers by the names of their files."""
+    for path in (CONF / "model").rglob("*.yaml"):
+        targets = [value for name, value in leaves(OmegaConf.to_container(OmegaConf.load(path))) if "_target_" in name]
+        assert not [target for target in targets if ".mixers." in target or ".feed_forward." in target], path
 
 
 @pytest.mark.parametrize("preset", MODELS)
 def test_has_the_size_that_its_name_states(preset):
-    size = preset.rsplit("_", 1)[-1]
-    if size in SIZES:
-        stated, vocabulary = SIZES[size]
+    if size := re.search(r"_([\d.]+)([mb])$", preset):
+        stated = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
+        vocabulary = 32_768 if stated < 4e9 else 131_072
         assert on_meta(preset, vocabulary).parameter_count() == pytest.approx(stated, rel=0.15)
         return
     model = on_meta(preset)

@@ -21,7 +21,7 @@ def hybrid(checkpointing):
         depth=len(MIXERS),
         pattern=list(MIXERS),
         mixers={name: mixer_partial(name) for name in MIXERS},
-        feed_forward=feed_forward(48),
+        feed_forward=feed_forward(),
         activation_checkpointing=checkpointing,
     ).double()
     randomise(model)

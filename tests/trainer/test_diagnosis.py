@@ -1,7 +1,7 @@
 """The doctor's checks: they pass on what is right, and name what is planted."""
 
 import io
-from pathlib import Path
+from types import MappingProxyType
 
 import hydra
 import planted_faults
@@ -11,7 +11,9 @@ from rich.console import Console
 
 from longreach.kernels import pointwise
 from longreach.launch.build import build
+from longreach.launch.configuration import model_sizes
 from longreach.launch.train import to_settings
+from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.trainer.diagnosis import exact, inexact, loop, training, work
 from longreach.trainer.diagnosis import ranks as rank_processes
@@ -23,7 +25,7 @@ from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, R
 from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.settings import ParallelSettings
 
-MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+MODELS = [*model_sizes(), "quickstart"]
 
 
 def settings_of(*overrides):
@@ -275,6 +277,33 @@ def test_settings_that_differ_stay_different_and_two_layers_of_each_kind_remain(
     assert small["pattern"] == ["moba", "other", "softmax", "softmax"]
     assert small["mixers"]["moba"]["block_size"] == 4
     assert small["mixers"]["other"]["block_size"] == 8
+
+
+class Demanding(GatedDeltaNet):
+    """Whose keys and values must be equally wide, and whose blocks are a size of its own."""
+
+    small = MappingProxyType({"block": 3})
+
+    def __init__(self, *, width: int, heads: int, key_dim: int = 64, value_dim: int = 64, block: int = 8):
+        if key_dim != value_dim:
+            raise ValueError("value_dim must equal key_dim")
+        super().__init__(width=width, heads=heads, key_dim=key_dim, value_dim=value_dim)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"key_dim": 4, "value_dim": 4}, {"key_dim": 4, "value_dim": 4, "block": 3}),  # small enough
+        ({"block": 2}, {"block": 2}),  # the usual sizes, made small, do not fit
+    ],
+)
+def test_a_mixer_states_its_own_small_sizes_and_keeps_those_that_do_not_fit(given, expected):
+    model = settings_of("model=sliding_window_tiny").model
+    model["mixers"]["full"] = {"_target_": f"{__name__}.Demanding", "_partial_": True, "heads": 2, **given}
+    small = reduced(model, build, window=10)["mixers"]
+    sizes = {name: value for name, value in small["full"].items() if name in ("key_dim", "value_dim", "block")}
+    assert sizes == expected
+    assert small["window"]["window"] == 10
 
 
 def test_the_groups_of_a_larger_world_are_the_grid():

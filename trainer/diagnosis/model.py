@@ -1,12 +1,11 @@
-"""The user's model made small: two layers of each kind, heads, groups and taps as they are, a fraction of the width."""
+"""The user's model made small: two layers of each kind, the same heads, groups and taps, a fraction of the width."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,20 +13,20 @@ from hydra.utils import get_object
 from torch import nn
 
 from ...models.language_model import LanguageModel
+from ...models.mixer import Mixer, small_sizes
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
 WIDTHS = range(24, 1 << 20, 8)  # tried in this order
-SIZES = re.compile(r"(^|_)(hidden|dim|state|rank)$")  # settings that count channels, not heads
-COUNTS = re.compile(r"heads|groups")  # attributes that a smaller model must share with the whole one: ranks divide them
+COUNTS = ("heads", "groups")  # settings with these words in their names stay as they are: ranks divide them
 
 
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
     """A configuration of little width with two layers of each kind of mixer, where the model has as many.
 
-    Settings that count channels shrink with the width; heads, groups and taps stay. Windows shrink to `window`, other
-    settings to what the mixer says is small, and settings of one name that differ still do: what is kept by layer or by
-    setting would otherwise never be mistaken for another's. The smallest width that every layer accepts is taken.
+    Windows shrink to `window`, other sizes to the mixer's or feed-forward layer's `small`; heads, groups and taps stay.
+    Values of one setting that differ between layers still differ: if they were equal, a cache that confuses layers
+    would not show. The width is the smallest that every layer accepts; if none is, widths of heads and model stay.
     Raises ValueError if the model itself cannot be built.
     """
     whole = complete(model)
@@ -39,20 +38,18 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
         if pattern.count(name) < 2:
             pattern.append(name)
     counts = {name: _counts(mixer) for name, mixer in zip(names, original.mixers, strict=True)}
-    for width in (w for w in WIDTHS if w < original.width):
+    layers = {"depth": len(pattern), "pattern": pattern, "vocabulary": VOCABULARY}
+    for width in (*(w for w in WIDTHS if w < original.width), original.width):
         for distinct in (True, False):  # settings that differ may not fit together when they are small
-            scale = _Scale(width / original.width, window, _values(whole) if distinct else {})
-            small = {**scale(whole), "width": width, "depth": len(pattern)}
-            small |= {"pattern": pattern, "vocabulary": VOCABULARY}
+            small = {**_Small(window, _values(whole) if distinct else {})(whole), "width": width, **layers}
             try:
                 with torch.device("meta"):
                     made = build(small)
-            except (ValueError, ZeroDivisionError):
+            except Exception:  # a mixer may refuse sizes in any way; those of the whole model it has accepted
                 continue
             if all(_counts(mixer) == counts[name] for name, mixer in zip(pattern, made.mixers, strict=True)):
                 return small
-    same_width = _Scale(1.0, window, {})(whole)
-    return {**same_width, "depth": len(pattern), "pattern": pattern, "vocabulary": VOCABULARY}
+    return {**_Small(window, {}, kept=Mixer.small)(whole), **layers}
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
@@ -71,33 +68,33 @@ def shrunk(whole: dict[str, Any], small: dict[str, Any]) -> list[str]:
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in settings.items():
         path = f"{prefix}{name}".removeprefix("mixers.")
-        found |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return found
+        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
 
 
-class _Scale:
-    """Settings made small. values: the different ones of each name, ascending, that are to stay different."""
+class _Small:
+    """Settings made small.
 
-    def __init__(self, ratio: float, window: int, values: dict[str, list[int]]) -> None:
-        self.ratio, self.window, self.values = ratio, window, values
+    values: for each name its different values, ascending, which are to stay different. kept: sizes not to change.
+    """
+
+    def __init__(self, window: int, values: dict[str, list[int]], kept: Collection[str] = ()) -> None:
+        self.window, self.values, self.kept = window, values, kept
 
     def __call__(self, settings: Any) -> Any:
         if not isinstance(settings, dict):
             return settings
-        least, result = _least(settings), {}
-        for name, value in {**settings, **_given_or_default(settings, least)}.items():
+        least = {name: size for name, size in _least(settings).items() if name not in self.kept}
+        result = {}
+        for name, value in {**settings, **_numbers(settings, least)}.items():
             if type(value) is int and name == "window":
                 result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
             elif type(value) is int and name in least:
                 # By doubling, what divides another value goes on doing so.
                 result[name] = min(value, least[name] << self._below(name, value))
-            elif type(value) is int and SIZES.search(name):
-                result[name] = self._size(name, value)
-            elif name in ("rope_scaling", "width"):
-                result[name] = value
             else:
                 result[name] = self(value)
         return result
@@ -108,39 +105,39 @@ class _Scale:
     def _above(self, name: str, value: int) -> int:
         return sum(other > value for other in self.values.get(name, ()))
 
-    def _size(self, name: str, value: int) -> int:
-        size = 0
-        for other in (*(v for v in self.values.get(name, ()) if v < value), value):
-            size = max(1, round(other * self.ratio), size + 2 if size else 0)  # heads are to stay even
-        return size
-
 
 def _values(settings: Any) -> dict[str, list[int]]:
     """The different values of each setting that shrinks, wherever in the model."""
-    found: dict[str, set[int]] = {}
+    values_of: dict[str, set[int]] = {}
     if isinstance(settings, dict):
-        for name, value in {**settings, **_given_or_default(settings, _least(settings))}.items():
+        for name, value in {**settings, **_numbers(settings, _least(settings))}.items():
             if type(value) is int:
-                found.setdefault(name, set()).add(value)
+                values_of.setdefault(name, set()).add(value)
             for inner, values in _values(value).items():
-                found.setdefault(inner, set()).update(values)
-    return {name: sorted(values) for name, values in found.items()}
+                values_of.setdefault(inner, set()).update(values)
+    return {name: sorted(values) for name, values in values_of.items()}
 
 
-def _least(settings: dict[str, Any]) -> Mapping[str, int]:
-    """What a mixer says that it gets in place of larger settings."""
-    return getattr(get_object(settings["_target_"]), "small", {}) if "_target_" in settings else {}
+def _least(settings: dict[str, Any]) -> dict[str, int]:
+    """The sizes that replace larger ones of a part, without counts of heads and groups."""
+    sizes = small_sizes(get_object(settings["_target_"])) if "_target_" in settings else {}
+    return {name: size for name, size in sizes.items() if not _is_count(name)}
 
 
-def _given_or_default(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
-    """Settings of a mixer by these names."""
+def _is_count(name: str) -> bool:
+    return any(word in name for word in COUNTS)
+
+
+def _numbers(settings: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """Those settings of a part, given or default, that are numbers."""
     known = inspect.signature(get_object(settings["_target_"])).parameters if names else {}
-    return {name: settings.get(name, known[name].default) for name in names}
+    values = {name: settings.get(name, known[name].default) for name in names}
+    return {name: value for name, value in values.items() if type(value) is int}
 
 
 def _counts(mixer: nn.Module) -> dict[str, int]:
     """How many heads and groups a mixer has, by attribute."""
-    return {name: value for name, value in vars(mixer).items() if type(value) is int and COUNTS.search(name)}
+    return {name: value for name, value in vars(mixer).items() if type(value) is int and _is_count(name)}
 
 
 @torch.no_grad()

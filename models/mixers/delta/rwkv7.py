@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class RWKV7(Mixer):
     """
 
     no_weight_decay = ("mix", "bonus")
+    small = MappingProxyType({"decay_rank": 8, "rate_rank": 8, "value_rank": 8})
 
     def __init__(
         self,

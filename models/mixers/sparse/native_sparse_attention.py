@@ -49,8 +49,11 @@ class NativeSparseAttention(Mixer):
     """
 
     small = MappingProxyType(
-        {"window_size": 4, "window_stride": 2, "block_size": 4, "count": 3, "initial": 1, "local": 1, "near": 9}
-    )
+        {
+            "window_size": 4, "window_stride": 2, "block_size": 4, "count": 3, "initial": 1, "local": 1, "near": 9,
+            "compression_hidden": 32,
+        }
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Mamba(Mixer):
     """
 
     no_weight_decay = ("A_log",)
+    small = MappingProxyType({"step_rank": 4})
 
     def __init__(
         self,
