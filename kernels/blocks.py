@@ -25,20 +25,16 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """The blocks of whole rows: `block_size` tokens each, restarting at every document, whose last may be short.
+class Numbered:
+    """Stretches of the documents of whole rows, numbered document by document, from 0 in each row.
 
-    Ids number the blocks of a row document by document, from 0 in each row; padding is in no block. `documents` are
-    those of the whole rows, whatever part of them is held where: an id means the same tokens on every rank. Raises
-    ValueError where a document does not begin in its row, since its blocks could not be numbered.
+    `documents` are those of the whole rows, whatever part of them is held where: a number means the same tokens on
+    every rank. Raises ValueError where a document does not begin in its row, since it could not be numbered.
     """
 
     documents: Documents
-    block_size: int
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1; got {self.block_size}")
         for row in self.documents.runs:
             for run in row:
                 if run.position:
@@ -47,30 +43,50 @@ class BlockLayout:
                         f"{run.start}. Pass the documents of the whole row, and the tokens held as a tile"
                     )
 
+    def number(self, length: int) -> int:
+        """How many a document of `length` tokens has."""
+        raise NotImplementedError
+
     @cached_property
     def first(self) -> tuple[dict[int, int], ...]:
-        """For each row, the id of every document's first block."""
+        """For each row, the number of every document's first."""
         rows = []
         for row in self.documents.runs:
             first, count = {}, 0
             for run in row:
                 if not run.is_padding:
                     first[run.document] = count
-                    count += self._blocks_in(run.length)
+                    count += self.number(run.length)
             rows.append(first)
         return tuple(rows)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many blocks each row has."""
-        return tuple(
-            sum(self._blocks_in(run.length) for run in row if not run.is_padding) for row in self.documents.runs
-        )
+        """How many each row has."""
+        return tuple(sum(self.number(run.length) for run in row if not run.is_padding) for row in self.documents.runs)
 
     @property
     def count(self) -> int:
-        """The most blocks of any row: ids are below it."""
+        """The most of any row: numbers are below it."""
         return max(self.counts, default=0)
+
+
+@dataclass(frozen=True)
+class BlockLayout(Numbered):
+    """The blocks of whole rows: `block_size` tokens each, restarting at every document, whose last may be short.
+
+    Their ids are their numbers; padding is in no block.
+    """
+
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1; got {self.block_size}")
+        super().__post_init__()
+
+    def number(self, length: int) -> int:
+        return -(-length // self.block_size)
 
     def row(self, row: int) -> Iterator[Block]:
         """The blocks of one row in the order of their ids."""
@@ -113,9 +129,6 @@ class BlockLayout:
                 table[layer, row, blocks + first] = piece.int()
                 taken[row, blocks + first] += 1
         return table
-
-    def _blocks_in(self, length: int) -> int:
-        return -(-length // self.block_size)
 
     def _first(self, row: int, run: Run) -> int:
         first = self.first[row].get(run.document)

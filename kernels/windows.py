@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .blocks import Numbered
 from .documents import Documents
 
 
 @dataclass(frozen=True)
-class WindowLayout:
+class WindowLayout(Numbered):
     """The windows of whole rows: of `size` tokens, one starting at every `stride`-th position of each document.
 
     Only complete windows exist: a document of n tokens has floor((n − size) / stride) + 1 of them, or none. They are
@@ -20,56 +20,24 @@ class WindowLayout:
     and stands at its last, so that a query sees it once the whole of it is past.
     """
 
-    documents: Documents
     size: int
     stride: int
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.stride < 1:
             raise ValueError(f"size and stride of windows must be at least 1; got {self.size} and {self.stride}")
-        for row in self.documents.runs:
-            for run in row:
-                if run.position:
-                    raise ValueError(
-                        f"documents of whole rows must begin at position 0; got position {run.position} at token "
-                        f"{run.start}. Pass the documents of the whole row"
-                    )
+        super().__post_init__()
 
-    def windows_in(self, length: int) -> int:
+    def number(self, length: int) -> int:
         """How many complete windows the first `length` tokens of a document have."""
         return max(0, (length - self.size) // self.stride + 1)
-
-    @cached_property
-    def first(self) -> tuple[dict[int, int], ...]:
-        """For each row, the number of every document's first window."""
-        rows = []
-        for row in self.documents.runs:
-            first, count = {}, 0
-            for run in row:
-                if not run.is_padding:
-                    first[run.document] = count
-                    count += self.windows_in(run.length)
-            rows.append(first)
-        return tuple(rows)
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """How many windows each row has."""
-        return tuple(
-            sum(self.windows_in(run.length) for run in row if not run.is_padding) for row in self.documents.runs
-        )
-
-    @property
-    def count(self) -> int:
-        """The most windows of any row: the length of a tensor of summaries."""
-        return max(self.counts, default=0)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, count, 3]`: document, first position and row index of the first token; −1 past the end."""
         table = torch.full((self.documents.batch, self.count, 3), -1, dtype=torch.int32)
         for row, runs in enumerate(self.documents.runs):
             for run in runs:
-                number = 0 if run.is_padding else self.windows_in(run.length)
+                number = 0 if run.is_padding else self.number(run.length)
                 if number:
                     at = self.first[row][run.document]
                     positions = torch.arange(number, dtype=torch.int32) * self.stride

@@ -41,6 +41,36 @@ class Operation(ABC):
         """Empty tensors of the shapes and types that `forward` returns, in dense layout, for `spans` spans per rank."""
 
 
+class OfOneTensor(Operation):
+    """An operation of one tensor that keeps nothing for backward."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, seq: Sequence) -> Tensor:
+        """The output."""
+
+    @abstractmethod
+    def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
+        """The gradient of x."""
+
+    @abstractmethod
+    def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
+        """That of the output, which has x's type."""
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
+        (x,) = present(*inputs)
+        return (self.apply(x, seq),), ()
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
+        dout, x = present(*gradients, *inputs)
+        return (self.transpose(dout, x, seq),)
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
+        (x,) = present(*inputs)
+        return (x.new_empty(self.shape(x, ranks, spans)),), ()
+
+
 def present(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Inputs that an operation is never without."""
     given = tuple(x for x in inputs if x is not None)

@@ -53,12 +53,12 @@ def select(
             if run.is_padding:
                 continue
             first = windows.first[row][run.document]
-            most = max(1, min(windows.windows_in(run.end_position), BLOCKS * rule.windows_a_block))
+            most = max(1, min(windows.number(run.end_position), BLOCKS * rule.windows_a_block))
             step = min(512, max(16, SCORES // (heads * most)))
             for offset in range(0, run.length, step):
                 tokens = min(step, run.length - offset)
                 position, at = run.position + offset, slice(run.start + offset, run.start + offset + tokens)
-                held = by_group[:, first : first + windows.windows_in(position + tokens)]
+                held = by_group[:, first : first + windows.number(position + tokens)]
                 here = q[row, at].to(dtype).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
                 normaliser = None
                 if lse is not None:

@@ -105,15 +105,5 @@ def _complete(x: Tensor, documents: Documents | None, history: Tensor | None, wi
         )
     if documents is None:
         documents = Documents.whole(batch, length, position=0 if history is None else max(1, width))
-    if (documents.batch, documents.length) != (batch, length):
-        raise ValueError(
-            f"documents must describe {batch} rows of {length} tokens; got {documents.batch} rows of "
-            f"{documents.length}. Build them for the tokens passed"
-        )
-    late = [run for row in documents.runs for run in row[1:] if run.position > 0]
-    if late:
-        raise ValueError(
-            f"documents must start at position 0 inside a row; got position {late[0].position} at token "
-            f"{late[0].start}. Pass spans that are apart in the document as rows of their own"
-        )
+    documents.require(batch, length)
     return documents, x.new_zeros(batch, width, dim) if history is None else history

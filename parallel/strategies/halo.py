@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.operation import Tensors
 from ..collectives import Gathering, in_row_order, sum_over_ranks
-from ..operation import Operation, mix, present
+from ..operation import OfOneTensor, mix
 from ..sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Halo(Operation):
+class Halo(OfOneTensor):
     """The `width` rows before each folded span: `[spans * B, L, …]` to `[spans * B, width, …]`.
 
     Rows before the start of the row are zero. Spans shorter than `width` take their halo from several spans. An
@@ -24,17 +23,10 @@ class Halo(Operation):
 
     width: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        (x,) = inputs
-        assert x is not None
-        return (_halo_forward(x, seq, self.width),), ()
+    def apply(self, x: Tensor, seq: Sequence) -> Tensor:
+        return _halo_forward(x, seq, self.width)
 
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
-    ) -> Tensors:
-        (x,) = inputs
-        assert x is not None
-        (dout,) = present(*gradients)
+    def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
         layout, batch, length = seq.layout, x.shape[0] // seq.layout.spans, x.shape[1]
         tail = min(self.width, length)
         dtails = dout.new_zeros(layout.ranks * layout.spans, batch, tail, *x.shape[2:])
@@ -45,12 +37,10 @@ class Halo(Operation):
         dx = dout.new_zeros(x.shape)
         mine = torch.stack([dtails[span] for span in layout.spans_of(seq.rank)])
         dx[:, length - tail :] = mine.flatten(0, 1)
-        return (dx,)
+        return dx
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        (x,) = inputs
-        assert x is not None
-        return (x.new_empty(x.shape[0], self.width, *x.shape[2:]),), ()
+    def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
+        return (x.shape[0], self.width, *x.shape[2:])
 
 
 def _halo_parts(span: int, width: int, tail: int) -> list[tuple[int, slice, slice]]:

@@ -15,11 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...kernels.operation import Tensors
 from ...kernels.select_blocks import WindowLayout
 from ..collectives import Gathering, scatter_sum
 from ..layout import Layout
-from ..operation import Operation, present
+from ..operation import OfOneTensor
 from ..sequence import DecodingCache, Sequence
 from .halo import Halo
 
@@ -61,43 +60,32 @@ def check_windows(size: int, stride: int) -> None:
 
 
 @dataclass(frozen=True)
-class WindowMeans(Operation):
+class WindowMeans(OfOneTensor):
     """The mean of every window's tokens, `[B, T, …]` held here to `[B, N // stride, …]` of the whole row.
 
     A window is added up from parts: the tokens of one stride of a document that one rank holds. Parts are gathered,
     in float32 (float64), so that a window may lie over any number of ranks and spans. Backward, every rank sends each
     other the gradients of its parts, in one message, and adds what it gets in the order of ranks.
-
-    An `Operation`; its input is x.
     """
 
     size: int
     stride: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        (x,) = inputs
-        assert x is not None
+    def apply(self, x: Tensor, seq: Sequence) -> Tensor:
         parts_of, windows_of, parts = self._plan(seq, x.device)
         rows = parts_of(x.to(_exact(x)).flatten(0, 1)).unflatten(0, (x.shape[0], parts))
         gathered = _gather(rows, seq).flatten(0, 2)
         means = windows_of(gathered) / self.size
-        return (means.to(x.dtype).unflatten(0, (x.shape[0], -1)),), ()
+        return means.to(x.dtype).unflatten(0, (x.shape[0], -1))
 
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
-    ) -> Tensors:
-        (x,) = inputs
-        assert x is not None
-        (dout,) = present(*gradients)
+    def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
         parts_of, windows_of, parts = self._plan(seq, x.device)
         dparts = windows_of.transpose(dout.to(_exact(x)).flatten(0, 1) / self.size)
         dparts = scatter_sum(dparts.unflatten(0, (seq.layout.ranks, x.shape[0] * parts)), seq)
-        return (parts_of.transpose(dparts).to(x.dtype).view(x.shape),)
+        return parts_of.transpose(dparts).to(x.dtype).view(x.shape)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        (x,) = inputs
-        assert x is not None
-        return (x.new_empty(x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:]),), ()
+    def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
+        return (x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:])
 
     def _plan(self, seq: Sequence, device: torch.device) -> tuple[Combination, Combination, int]:
         """Held tokens to parts `[B, parts]`, parts of all ranks to windows, and how many parts a rank has at most."""
@@ -135,48 +123,35 @@ class WindowMeans(Operation):
 
 
 @dataclass(frozen=True)
-class LocalWindows(Operation):
+class LocalWindows(OfOneTensor):
     """The rows of the windows whose last token is held here: `[B, T, …]` to `[B, W, size, …]`.
 
     W = spans · ceil(span length / stride): as many as can end in the spans, span after span; places that are left are
     zero. A window that begins before its span takes those rows from a halo of `size − 1`.
-
-    An `Operation`; its input is x.
     """
 
     size: int
     stride: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        (x,) = inputs
-        assert x is not None
+    def apply(self, x: Tensor, seq: Sequence) -> Tensor:
         folded = seq.fold(x)
         before = self._before(folded, seq)
         rows = self._plan(seq, x.device)(torch.cat([before, folded], dim=1).flatten(0, 1))
-        return (rows.view(x.shape[0], -1, self.size, *x.shape[2:]),), ()
+        return rows.view(x.shape[0], -1, self.size, *x.shape[2:])
 
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
-    ) -> Tensors:
-        (x,) = inputs
-        assert x is not None
-        (dout,) = present(*gradients)
+    def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
         folded = seq.fold(x)
         drows = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 2))
         drows = drows.unflatten(0, (folded.shape[0], -1))
         dfolded = drows[:, self.size - 1 :]
         if seq.layout.ranks > 1 and self.size > 1:
-            (returned,) = self._halo.backward((drows[:, : self.size - 1],), (folded,), (), (), seq)
-            assert returned is not None
-            dfolded = dfolded + returned
-        return (seq.unfold(dfolded).to(x.dtype),)
+            dfolded = dfolded + self._halo.transpose(drows[:, : self.size - 1], folded, seq)
+        return seq.unfold(dfolded).to(x.dtype)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        (x,) = inputs
-        assert x is not None
+    def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
         spans = spans if ranks > 1 else 1
         windows = spans * _windows_a_span(x.shape[1] // spans, self.stride)
-        return (x.new_empty(x.shape[0], windows, self.size, *x.shape[2:]),), ()
+        return (x.shape[0], windows, self.size, *x.shape[2:])
 
     @property
     def _halo(self) -> Halo:
@@ -185,7 +160,7 @@ class LocalWindows(Operation):
     def _before(self, folded: Tensor, seq: Sequence) -> Tensor:
         if seq.layout.ranks == 1:
             return folded.new_zeros(folded.shape[0], self.size - 1, *folded.shape[2:])
-        return present(*self._halo.forward((folded,), seq)[0])[0]
+        return self._halo.apply(folded, seq)
 
     def _plan(self, seq: Sequence, device: torch.device) -> Combination:
         """Of the folded rows, each after its halo."""
@@ -205,38 +180,29 @@ class LocalWindows(Operation):
 
 
 @dataclass(frozen=True)
-class GatherWindows(Operation):
+class GatherWindows(OfOneTensor):
     """What every rank made of its `LocalWindows`, `[B, W, …]`, to the summaries of the row, `[B, N // stride, …]`.
 
     One all-gather, in the type of the summaries; backward, every rank sends each other the gradients of its windows,
     in one message, and adds what it gets in the order of ranks, in float32 (float64).
 
-    An `Operation`; its input is x. `length` is N.
+    `length` is N.
     """
 
     length: int
     size: int
     stride: int
 
-    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        (x,) = inputs
-        assert x is not None
+    def apply(self, x: Tensor, seq: Sequence) -> Tensor:
         summaries = self._plan(seq, x.device)(_gather(x, seq).flatten(0, 2))
-        return (summaries.unflatten(0, (x.shape[0], -1)),), ()
+        return summaries.unflatten(0, (x.shape[0], -1))
 
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
-    ) -> Tensors:
-        (x,) = inputs
-        assert x is not None
-        (dout,) = present(*gradients)
+    def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
         dgathered = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 1))
-        return (scatter_sum(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape),)
+        return scatter_sum(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape)
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        (x,) = inputs
-        assert x is not None
-        return (x.new_empty(x.shape[0], self.length // self.stride, *x.shape[2:]),), ()
+    def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
+        return (x.shape[0], self.length // self.stride, *x.shape[2:])
 
     def _plan(self, seq: Sequence, device: torch.device) -> Combination:
         return seq.derive((self, str(device)), lambda: self._make(seq).to(device))
@@ -285,7 +251,7 @@ def _windows_of_tokens(layout: WindowLayout) -> tuple[Tensor, int]:
         for run in runs:
             if not run.is_padding:
                 first[row, run.start : run.stop] = layout.first[row][run.document] + row * (documents.length // stride)
-                count[row, run.start : run.stop] = layout.windows_in(run.length)
+                count[row, run.start : run.stop] = layout.number(run.length)
     total = documents.batch * (documents.length // stride)
     window = (documents.positions().long() // stride).unsqueeze(-1) - torch.arange(layout.size // stride)
     inside = (window >= 0) & (window < count.unsqueeze(-1))

@@ -174,7 +174,7 @@ def test_compression_attention_gives_the_normaliser():
     out, lse = attend(q, summaries, summaries[..., :3], tile=tile, scale=5**-0.5)
     for b, t, h in ((0, 2, 0), (0, 9, 1), (0, 39, 3), (0, 60, 2)):
         run = next(run for run in documents.runs[b] if run.start <= t < run.stop)
-        first, seen = windows.first[b][run.document], windows.windows_in(t - run.start + 1)
+        first, seen = windows.first[b][run.document], windows.number(t - run.start + 1)
         keys = summaries[b, first : first + seen, h // 2]
         scores = 5**-0.5 * keys @ q[b, t, h]
         torch.testing.assert_close(lse[b, t, h], scores.logsumexp(0))
