@@ -76,14 +76,14 @@ def export(settings: ExportSettings) -> Path:
         )
     source = locate(home(settings.checkpoint, "checkpoint"), "checkpoint")
     run = read_config(source)
+    with torch.device("meta"):
+        model = build(run["model"])
     tokenizer = checkpoint_tokenizer(source)
     origin = read_origin(source, tokenizer)
     try:
         positions = hf.max_positions(run["model"], origin.positions, family=settings.family, origin=origin.config)
     except hf.NotExpressibleError as error:
         raise ValueError(f"{error}. {OTHERS.format(source)}") from None
-    with torch.device("meta"):
-        model = build(run["model"])
     out = Path(home(settings.path, "path"))
     hf.write(
         _weights(checkpoint.verify(source), model),

@@ -39,7 +39,7 @@ from .family import Family
 __all__ = [
     "TOKENIZER_FILES",
     "NotExpressibleError",
-    "families_by_type",
+    "known_families",
     "load",
     "max_positions",
     "read_configs",
@@ -160,14 +160,14 @@ class NotExpressibleError(ValueError):
 
 
 @cache
-def families_by_type() -> dict[str, Family]:
+def known_families() -> dict[str, Family]:
     """The families by their model types."""
     modules = (import_module(f"{families.__name__}.{module.name}") for module in iter_modules(families.__path__))
     return {module.FAMILY.model_type: module.FAMILY for module in modules}
 
 
 def _family(config: Mapping[str, Any]) -> Family:
-    known, model_type = families_by_type(), config.get("model_type")
+    known, model_type = known_families(), config.get("model_type")
     if model_type not in known:
         raise ValueError(
             f"config.json's model_type must be one of {', '.join(known)}; got {model_type!r}. "
@@ -180,7 +180,7 @@ def _expressed(
     settings: Settings, family: str | None, origin: Mapping[str, Any] | None
 ) -> tuple[Family, dict[str, Any]]:
     """The family to write the settings as, and its config.json."""
-    known = families_by_type()
+    known = known_families()
     if family is not None and family not in known:
         raise ValueError(f"family must be one of {', '.join(known)}; got {family!r}. Name one, or leave family out")
     written = {name: each.config(settings) for name, each in known.items()}
@@ -201,7 +201,7 @@ def _expressed(
 
 def _preferred(able: list[str]) -> str:
     """The one of the families to which the others yield."""
-    known = families_by_type()
+    known = known_families()
     first = [name for name in able if not set(known[name].yields_to) & set(able)]
     if len(first) != 1:
         raise ValueError(f"family must be given where several express the model; got none. Choose {' or '.join(first)}")
@@ -215,8 +215,5 @@ def _nearest(problems: Mapping[str, list[str]]) -> str:
     for name, each in problems.items():
         if len(each) == fewest:
             families_by_reason.setdefault("; ".join(each), []).append(name)
-    nearest = "; ".join(f"{' or '.join(names)}, by {reason}" for reason, names in families_by_reason.items())
-    return (
-        "the model must be one that a family of Hugging Face models expresses; got one that none of "
-        f"{', '.join(problems)} does. It is not {nearest}"
-    )
+    nearest = "; ".join(f"{', '.join(names)} by {reason}" for reason, names in families_by_reason.items())
+    return f"the model must be one that a Hugging Face family expresses; got one that none does: not {nearest}"

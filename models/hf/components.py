@@ -24,7 +24,6 @@ from .rope import RopeBase, RopeScale
 Settings = dict[str, Any]
 
 _HYDRA = ("_target_", "_partial_", "_convert_")
-_CONTEXT = ("width", "depth", "layer", "occurrence", "mixer", "feed_forward")  # what a model gives to its parts
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Component:
             if name in arguments:
                 field.write(writer, f"{setting}.{name}", arguments[name])
         for name in arguments.keys() - self.fields.keys():
-            if name not in _CONTEXT and (name not in node.defaults or arguments[name] != node.defaults[name]):
+            if name not in node.defaults or arguments[name] != node.defaults[name]:
                 writer.refuse(f"{setting}.{name}", arguments[name])
 
     def their_name(self, name: str) -> str:

@@ -53,7 +53,7 @@ def origin(tmp_path_factory):
 
 
 def save_model(folder, config):
-    settings = hf.families_by_type()[config["model_type"]].settings(config)
+    settings = hf.known_families()[config["model_type"]].settings(config)
     model = build(settings)
     model.initialise(seed=4)
     byte_tokenizer().save(folder / "tokenizer")
@@ -170,10 +170,23 @@ def test_a_hybrid_is_not_exported(origin, tmp_path):
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
     with pytest.raises(
         ValueError,
-        match=r"expresses; got one that none of llama, .*, qwen3 does\. It is not qwen3, by .*RetNet'\. Other",
+        match=r"must be one that a Hugging Face family expresses; got one that none does: not qwen3 by .*RetNet'\. Other",
     ):
         export(ExportSettings(str(saved), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_mixer_of_the_users_own_is_refused_too(saved, tmp_path, monkeypatch):
+    (tmp_path / "its_own.py").write_text(
+        "from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention\n"
+        "class Mine(SoftmaxAttention):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = yaml.safe_load((saved / "config.yaml").read_text())
+    run["model"]["mixers"]["full"]["_target_"] = "its_own.Mine"
+    (saved / "config.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(ValueError, match=r"none does: not .* by model\.mixers\.full\._target_='its_own\.Mine'\. Other"):
+        export(ExportSettings(str(saved), str(tmp_path / "out")))
 
 
 def test_a_refusal_says_what_can_be_done_instead(origin, tmp_path):
@@ -181,7 +194,7 @@ def test_a_refusal_says_what_can_be_done_instead(origin, tmp_path):
     model["mixers"]["full"] |= {"qk_norm": "full"}
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
     with pytest.raises(
-        ValueError, match=r"It is not .*qk_norm='full'\. Other models stay .*generate.*init_from"
+        ValueError, match=r"not llama, mistral, qwen3 by .*qk_norm='full'\. Other models stay .*generate.*init_from"
     ) as told:
         export(ExportSettings(str(saved), str(tmp_path / "out"), max_positions=64))
     assert str(told.value).endswith(f"safetensors by parameter name in {saved}")
@@ -221,7 +234,7 @@ def save_original(folder):
     (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     generation = {"temperature": 0.5, "do_sample": True, "bos_token_id": 257, "eos_token_id": [256, 9]}
     (folder / "tokenizer" / "generation_config.json").write_text(json.dumps(generation))
-    settings = hf.families_by_type()["llama"].settings(ORIGINAL)
+    settings = hf.known_families()["llama"].settings(ORIGINAL)
     model = build(settings)
     model.initialise(seed=4)
     files = hf.tokenizer_files(folder / "tokenizer")

@@ -93,6 +93,10 @@ CASES = {
 }
 
 
+for name in hf.known_families():
+    CASES.setdefault(name, (name, {}))  # a new family is tried without a line here
+
+
 def config_of(case):
     transformers = pytest.importorskip("transformers")
     family, more = CASES[case]
@@ -185,8 +189,9 @@ def write(model, settings, path, **more):
 
 
 def family_of(model):
-    """The argument `family`, which a Mistral alone needs: without windows it would be written as a Llama."""
-    return "mistral" if model.config.model_type == "mistral" else None
+    """The argument `family`, which families that yield to another one need: a Mistral without windows is a Llama."""
+    name = model.config.model_type
+    return name if hf.known_families()[name].yields_to else None
 
 
 @every_case
@@ -366,7 +371,7 @@ def tiny_config(**changes):
 
 
 def settings_of(config):
-    return hf.families_by_type()[config["model_type"]].settings(config)
+    return hf.known_families()[config["model_type"]].settings(config)
 
 
 def rope_of(**changes):
@@ -694,7 +699,7 @@ def test_a_model_that_one_family_expresses_is_written_as_one(changes, expected, 
         ({}, "qwen2", r"got qwen2, .*full\.bias=False\. Choose llama or mistral, or"),
         ({"norm_eps": 1e-3}, "qwen3", r"got qwen3, which does not, by .*qk_norm=None\. Choose"),
         ({}, "gpt2", "family must be one of llama, mistral, qwen2, qwen3; got 'gpt2'. Name one"),
-        ({"sink_logits": True}, "llama", "none of llama, .* does. It is not llama or mistral, by .*sink_logits=True$"),
+        ({"sink_logits": True}, "llama", "got one that none does: not llama, mistral by .*sink_logits=True$"),
     ],
 )
 def test_a_family_that_does_not_express_the_model_is_refused_before_anything_is_written(
@@ -714,9 +719,9 @@ def test_a_window_in_some_layers_is_no_mistral(tmp_path):
 
 
 def test_where_two_families_express_a_model_alike_one_must_be_named(monkeypatch, tmp_path):
-    known = hf.families_by_type()
+    known = hf.known_families()
     twin = replace(known["llama"], model_type="twin")
-    monkeypatch.setattr(hf, "families_by_type", lambda: {**known, "twin": twin})
+    monkeypatch.setattr(hf, "known_families", lambda: {**known, "twin": twin})
     with pytest.raises(ValueError, match="family must be given where several express the model; got none"):
         hf.write(iter(()), with_mixer(), tmp_path / "out", max_positions=64)
     settings = with_mixer()
@@ -725,7 +730,7 @@ def test_where_two_families_express_a_model_alike_one_must_be_named(monkeypatch,
 
 
 def test_every_family_has_a_file_and_a_type_of_its_own_and_yields_to_known_ones():
-    known = hf.families_by_type()
+    known = hf.known_families()
     files = {file.stem for file in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
     assert files == set(known)
     assert all(set(family.yields_to) < set(known) - {name} for name, family in known.items())
@@ -774,5 +779,5 @@ def test_an_interrupted_or_wrong_write_leaves_nothing(tmp_path, folder):
 
 
 def test_transformers_is_not_needed():
-    code = "import sys, longreach.models.hf as hf; hf.families_by_type(); sys.exit('transformers' in sys.modules)"
+    code = "import sys, longreach.models.hf as hf; hf.known_families(); sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
