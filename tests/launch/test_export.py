@@ -134,8 +134,11 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tm
         ({"checkpoint": str(tmp_path / "none")}, "checkpoint must be a checkpoint's folder"),
         ({"path": None}, "path must be a new folder"),
         ({"path": str(origin)}, "path must be a new or empty folder"),
-        ({"family": "gpt2"}, "family must be one of llama, mistral, qwen2, qwen3; got 'gpt2'"),
-        ({"family": "llama"}, r"got llama, which does not, by .*qk_norm='head'.*Choose qwen3, or leave family out$"),
+        ({"family": "gpt2"}, "family must be one of llama, .*; got 'gpt2'"),
+        (
+            {"family": "llama"},
+            r"got llama, which does not, by .*qk_norm='head'.*Choose .*qwen3.*, or leave family out$",
+        ),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ({"max_positions": 0}, "max_positions must be at least 1; got 0"),
         ({"shard_bytes": 0}, "shard_bytes must be at least 1; got 0"),
@@ -170,7 +173,7 @@ def test_a_hybrid_is_not_exported(origin, tmp_path):
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
     with pytest.raises(
         ValueError,
-        match=r"must be one that a Hugging Face family expresses; got one that none does: not qwen3 by .*RetNet'\. Other",
+        match=r"must be one that a Hugging Face family expresses; got one that none does: not .*qwen3.* by .*RetNet'",
     ):
         export(ExportSettings(str(saved), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -194,7 +197,7 @@ def test_a_refusal_says_what_can_be_done_instead(origin, tmp_path):
     model["mixers"]["full"] |= {"qk_norm": "full"}
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
     with pytest.raises(
-        ValueError, match=r"not llama, mistral, qwen3 by .*qk_norm='full'\. Other models stay .*generate.*init_from"
+        ValueError, match=r"not llama, .* by .*qk_norm='full'\. Other models stay .*generate.*init_from"
     ) as told:
         export(ExportSettings(str(saved), str(tmp_path / "out"), max_positions=64))
     assert str(told.value).endswith(f"safetensors by parameter name in {saved}")
