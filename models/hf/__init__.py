@@ -89,10 +89,11 @@ def write(
 
     state: (name, tensor) of each parameter, shared ones once, taken one at a time; at most one shard is held.
     settings: those that the model was built from. max_positions: the sequence length that it was trained at.
-    family: the model type to write; by default that of `origin` if it expresses the settings, or else the one that does
-    and to which the others yield. dtype: of the written tensors, by default as they are. config: more keys for
-    config.json (ids of special tokens). origin: the config.json that the model was read from; what it says beside the
-    settings is kept if the type is the same. generation: generation_config.json, if one shall be written.
+    family: the model type to write. By default it is that of `origin`, if it expresses the settings, or else the one
+        that does and to which the others yield.
+    dtype: of the written tensors, by default as they are. config: more keys for config.json (ids of special tokens).
+    origin: the config.json that the model was read from. What it says beside the settings is kept if the type is kept.
+    generation: generation_config.json, if one shall be written.
 
     The folder appears only when it is complete. Raises ValueError, before anything is written, where `path` already
     holds something, the family is unknown or cannot express the settings, or several can and none yields;
@@ -161,7 +162,7 @@ class NotExpressibleError(ValueError):
 
 @cache
 def known_families() -> dict[str, Family]:
-    """The families by their model types."""
+    """Every family, by model type."""
     modules = (import_module(f"{families.__name__}.{module.name}") for module in iter_modules(families.__path__))
     return {module.FAMILY.model_type: module.FAMILY for module in modules}
 
@@ -179,7 +180,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 def _expressed(
     settings: Settings, family: str | None, origin: Mapping[str, Any] | None
 ) -> tuple[Family, dict[str, Any]]:
-    """The family to write the settings as, and its config.json."""
+    """The family that the settings are written as, and the config.json."""
     known = known_families()
     if family is not None and family not in known:
         raise ValueError(f"family must be one of {', '.join(known)}; got {family!r}. Name one, or leave family out")
@@ -192,24 +193,25 @@ def _expressed(
         family = str(began_as) if began_as in able else _preferred(able)
     if family not in able:
         raise ValueError(
-            f"family must be one that expresses the model; got {family}, which does not, by "
-            f"{'; '.join(written[family].problems)}. "
-            f"Choose {' or '.join(able)}, or leave family out"
+            f"family must be one that expresses the model; got {family}, which does not by "
+            f"{'; '.join(written[family].problems)}. Choose {' or '.join(able)}, or leave family out"
         )
     return known[family], written[family].config
 
 
 def _preferred(able: list[str]) -> str:
-    """The one of the families to which the others yield."""
+    """The family to which the others yield. Raises ValueError where there is none or more than one."""
     known = known_families()
     first = [name for name in able if not set(known[name].yields_to) & set(able)]
     if len(first) != 1:
-        raise ValueError(f"family must be given where several express the model; got none. Choose {' or '.join(first)}")
+        raise ValueError(
+            f"family must be given where several express the model; got none. Choose {' or '.join(first or able)}"
+        )
     return first[0]
 
 
 def _nearest(problems: Mapping[str, list[str]]) -> str:
-    """Says by what the families that come nearest do not express a model."""
+    """Says which settings the families that lack least do not express."""
     fewest = min(len(each) for each in problems.values())
     families_by_reason: dict[str, list[str]] = {}
     for name, each in problems.items():

@@ -1,7 +1,8 @@
-"""Components: the parts of a model as a family's table declares them, and the parts that most families share.
+"""Components: the parts of a model as the table of a family declares them.
 
-A component is a class of ours, the fields of its settings and the names of its tensors. What most families of
-transformers agree on is the default here, so that a family states what differs: `ATTENTION.but(bias=Fixed(True))`.
+A component is one of our classes with a field per setting and the names of its tensors. `MODEL`, `BLOCK`, `ATTENTION`
+and `GATED_MLP` hold what most families of transformers share. A family states how it differs from them:
+`ATTENTION.but(bias=Fixed(True))`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _HYDRA = ("_target_", "_partial_", "_convert_")
 
 @dataclass(frozen=True)
 class Node:
-    """A `_target_` of the settings: what it names, and its arguments by name, defaults included."""
+    """A `_target_` of the settings: what it names, and its arguments, defaults included."""
 
     target: Callable[..., Any]
     arguments: Mapping[str, Any]
@@ -36,7 +37,7 @@ class Node:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], **inherited: Any) -> Node:
-        """inherited: arguments that the model gives to those of its parts that declare them."""
+        """inherited: arguments that a model passes to those of its parts that declare them."""
         target = _named(settings["_target_"])
         parameters = signature(target).parameters
         defaults = {name: p.default for name, p in parameters.items() if p.default is not Parameter.empty}
@@ -51,7 +52,7 @@ def path_of(target: Callable[..., Any]) -> str:
 
 
 def built(settings: Any) -> Any:
-    """What nested settings describe, as Hydra instantiates it."""
+    """What nested settings describe, made as Hydra makes it."""
     if not isinstance(settings, Mapping):
         return settings
     arguments = {key: built(value) for key, value in settings.items() if key not in _HYDRA}
@@ -66,64 +67,65 @@ def _named(target: str) -> Callable[..., Any]:
     return getattr(import_module(module), name)
 
 
-def _as_given(arguments: Mapping[str, Any], width: int) -> Mapping[str, Any]:
+def _unchanged(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     return arguments
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part of a family's models.
+    """A part of the models of a family.
 
-    target: its class. fields: those of its settings by name; a setting without one keeps its default.
-    names: their name of each of its tensors, by ours, or of a module with several: `{"query": "self_attn.q_proj"}`.
-    meant: the arguments, given the model's width, with what defaults such as None stand for, and without those that
-        have no effect.
+    target: our class. fields: one per setting that the family expresses; any other setting must keep its default.
+    names: transformers' names by ours, of parameters or of modules with parameters: `{"query": "self_attn.q_proj"}`.
+    resolve: turns the arguments of `target` into those that count: None becomes what it stands for, and settings
+        without effect are left out.
     """
 
     target: Callable[..., Any]
     fields: Mapping[str, Field]
     names: Mapping[str, str]
-    meant: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = _as_given
+    resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _unchanged
 
     def but(self, *, names: Mapping[str, str] | None = None, **fields: Field) -> Component:
-        """This component with other fields and names for some of its settings and tensors."""
+        """This component with some fields and names replaced or added."""
         return replace(self, fields={**self.fields, **fields}, names={**self.names, **(names or {})})
 
     def read(self, reader: ConfigReader) -> Settings:
+        """The settings of this part, as a partial."""
         read = {name: field.read(reader) for name, field in self.fields.items() if not isinstance(field, Unread)}
         return {"_target_": path_of(self.target), "_partial_": True, **read}
 
-    def write(self, writer: ConfigWriter, setting: str, node: Node, width: int) -> None:
-        """Puts the node's arguments into the config, and names those for which the family has no word."""
+    def write(self, writer: ConfigWriter, setting: str, node: Node) -> None:
+        """Writes the arguments of `node`, whose path in the settings is `setting`, and notes those not expressed."""
         if node.target is not self.target:
             writer.refuse(f"{setting}._target_", path_of(node.target))
             return
-        arguments = self.meant(node.arguments, width)
+        arguments = self.resolve(node.arguments)
         for name, field in self.fields.items():
             if name in arguments:
                 field.write(writer, f"{setting}.{name}", arguments[name])
-        for name in arguments.keys() - self.fields.keys():
-            if name not in node.defaults or arguments[name] != node.defaults[name]:
-                writer.refuse(f"{setting}.{name}", arguments[name])
+        for name, value in arguments.items():
+            if name not in self.fields and (name not in node.defaults or value != node.defaults[name]):
+                writer.refuse(f"{setting}.{name}", value)
 
     def their_name(self, name: str) -> str:
-        """Their name, within a layer or a model, of the parameter `name` of this part."""
+        """transformers' name of the parameter `name` of this part, without the prefix of its layer."""
         if name in self.names:
             return self.names[name]
         module, _, parameter = name.rpartition(".")
         return f"{self.names[module]}.{parameter}"
 
 
-def _attention_meant(arguments: Mapping[str, Any], width: int) -> Mapping[str, Any]:
+def _resolve_attention(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     heads = arguments["heads"]
-    meant = {
+    resolved = {
         **arguments,
         "kv_heads": arguments["kv_heads"] or heads,
-        "head_dim": arguments["head_dim"] or width // heads,
+        "head_dim": arguments["head_dim"] or arguments["width"] // heads,
     }
-    if meant["qk_norm"] is None:
-        del meant["norm_eps"]
-    return meant
+    if resolved["qk_norm"] is None:
+        del resolved["norm_eps"]
+    return resolved
 
 
 MODEL = Component(
@@ -163,7 +165,7 @@ ATTENTION = Component(
         "value": "self_attn.v_proj",
         "output": "self_attn.o_proj",
     },
-    _attention_meant,
+    _resolve_attention,
 )
 GATED_MLP = Component(
     SwiGLU,

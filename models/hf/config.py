@@ -60,7 +60,7 @@ class ConfigReader:
         self._read: set[str] = set(IGNORED)
 
     def problem(self, text: str) -> None:
-        """Notes, once, what does not fit: several parts of a model may read the same key."""
+        """Notes what does not fit, once: several parts of a model may read the same key."""
         if text not in self.problems:
             self.problems.append(text)
 
@@ -120,7 +120,7 @@ class ConfigReader:
 
 
 class ConfigWriter:
-    """A config.json in the making, with `problems`: the settings that it cannot say."""
+    """A config.json that is being written, and `problems`: the settings that it cannot express."""
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         self.config: dict[str, Any] = dict(config or {})
@@ -128,7 +128,7 @@ class ConfigWriter:
         self._settings: dict[str, str] = {}  # by key
 
     def put(self, key: str, value: Any, setting: str) -> None:
-        """The key says `setting`; settings that share a key must be equal."""
+        """Writes the value of `setting`. Settings that share a key must be equal."""
         if key not in self.config:
             self.config[key], self._settings[key] = value, setting
         elif self.config[key] != value:

@@ -16,19 +16,19 @@ class Quotient(NamedTuple):
 
 
 class Field:
-    """`write` is the inverse of `read`; both note what does not fit as a problem, and go on."""
+    """`write` is the inverse of `read`; both note a value that does not fit as a problem, and go on."""
 
     def read(self, reader: ConfigReader) -> Any:
         raise NotImplementedError
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        """Puts the `value` of `setting`, such as `model.mixers.full.heads`, into the config."""
+        """Writes a value; `setting` is its path in the settings, such as `model.mixers.full.heads`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Key(Field):
-    """The value of a key as it is."""
+    """A key that holds the value of the setting."""
 
     key: str
 
@@ -40,8 +40,8 @@ class Key(Field):
 class Integer(Key):
     """A positive integer. Where the key is absent or null: `default`, which may be another key, or a quotient of two.
 
-    absent: the default where the key is absent alone, for config classes that distinguish the two.
-    divides: the key of an earlier field that the value divides; in a config.json that gives `unless`, it need not.
+    absent: the default where the key is absent, for config classes that treat null otherwise.
+    divides: the key of an earlier field, which the value must divide; not in a config.json that has the key `unless`.
     """
 
     default: int | str | Quotient | None = None
@@ -65,8 +65,10 @@ class Integer(Key):
         return reader.integer(self.default) if isinstance(self.default, str) else self.default
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        if value is None or (self.divides and writer.config.get(self.divides, 0) % value):
-            writer.refuse(setting, value, f", which must divide {self.divides}" if value and self.divides else "")
+        if value is None:
+            writer.refuse(setting, value)
+        elif self.divides and writer.config.get(self.divides, 0) % value:
+            writer.refuse(setting, value, f", which must divide {self.divides}")
         else:
             writer.put(self.key, value, setting)
 
@@ -93,7 +95,7 @@ class Flag(Key):
 
 @dataclass(frozen=True)
 class Fixed(Field):
-    """A setting that has one value in every model of the family; no key says it."""
+    """A setting that has the same value in every model of the family, and no key."""
 
     value: Any
 
@@ -107,7 +109,9 @@ class Fixed(Field):
 
 @dataclass(frozen=True)
 class Unread(Field):
-    """A setting that reading leaves to its default. With a key, it is written there, and must agree with others."""
+    """A setting that is not read, and written only if it has a key: it says nothing of what the weights compute, or
+    another field reads the key, whose setting must then be equal.
+    """
 
     key: str | None = None
 
@@ -117,18 +121,18 @@ class Unread(Field):
 
 
 class Rule:
-    """What a config.json must fulfil beside its fields."""
+    """What holds for a key of config.json that belongs to no setting."""
 
     def read(self, reader: ConfigReader) -> None:
         raise NotImplementedError
 
     def write(self, writer: ConfigWriter) -> None:
-        """After all fields are written."""
+        """Called after all fields have been written."""
 
 
 @dataclass(frozen=True)
 class Only(Rule):
-    """The only values of a key that the family's models compute; the first is written, and meant by an absent key."""
+    """A key with these values only; the first is written."""
 
     key: str
     allowed: tuple[Any, ...]
@@ -142,7 +146,7 @@ class Only(Rule):
 
 @dataclass(frozen=True)
 class Absent(Rule):
-    """The key may not say anything, and is not written."""
+    """A key that must be absent, null, false or empty; it is not written."""
 
     key: str
     why: str

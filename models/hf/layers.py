@@ -1,4 +1,4 @@
-"""Layer rules: which of a family's mixers each layer has, as config.json says it."""
+"""Layer rules: how config.json says which of the mixers of a family each layer has."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from .config import ConfigReader, ConfigWriter
 
-FULL, WINDOW = "full", "window"  # the names of mixers, as in `Family.mixers` and in a model's pattern
-_LAYER_TYPES = {"full_attention": FULL, "sliding_attention": WINDOW}  # transformers' names of them
+FULL, WINDOW = "full", "window"  # names of mixers, in `Family.mixers` and in the pattern of a model
+_LAYER_TYPES = {"full_attention": FULL, "sliding_attention": WINDOW}  # by transformers' names
 
 
 class LayerRule:
-    """`read` names the mixer of each layer; `write` is its inverse."""
+    """`read` returns the name of the mixer of each layer; `write` is its inverse."""
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
         raise NotImplementedError
@@ -21,7 +21,7 @@ class LayerRule:
         raise NotImplementedError
 
 
-class AllFull(LayerRule):
+class NoWindows(LayerRule):
     """No layer has a window."""
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
@@ -32,31 +32,32 @@ class AllFull(LayerRule):
 
 
 @dataclass(frozen=True)
-class AllOrNone(LayerRule):
-    """All layers have the window of the key `window`, or none where it is null. absent: the window without the key."""
+class OneWindow(LayerRule):
+    """All layers have the window `sliding_window`, or none where it is null. absent: the window without the key."""
 
-    window: str = "sliding_window"
     absent: int | None = None
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
-        kind = "full_attention" if reader.get(self.window, self.absent) is None else "sliding_attention"
+        kind = "full_attention" if reader.get("sliding_window", self.absent) is None else "sliding_attention"
         return _layer_types(reader, depth, kind) or [_LAYER_TYPES[kind]] * depth
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
         if WINDOW not in layers:
-            writer.config[self.window] = None
+            writer.config["sliding_window"] = None
         elif FULL in layers:
             writer.problems.append("a window in some layers, which must be in all or none")
 
 
 @dataclass(frozen=True)
-class Switched(LayerRule):
-    """Windows where `use_sliding_window` is true: in the layers that `layer_types` names, or from the layer
-    `max_window_layers` on. absent: the window without the key `sliding_window`.
+class SwitchedWindows(LayerRule):
+    """Windows where `use_sliding_window` is true: in the layers that `layer_types` names, or, without that key, from
+    the layer `max_window_layers` on.
+
+    absent, first: `sliding_window` and `max_window_layers` without their keys.
     """
 
     absent: int
-    first: int  # max_window_layers without the key
+    first: int
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
         used = reader.flag("use_sliding_window")

@@ -1,4 +1,4 @@
-"""Rotary embeddings in config.json: `rope_theta` with `rope_scaling`, or `rope_parameters` of transformers 5."""
+"""Rotary positions in config.json: `rope_theta` with `rope_scaling`, or `rope_parameters` of transformers 5."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SCALING_KEYS = {
 
 @dataclass(frozen=True)
 class RopeBase(Field):
-    """`rope_theta`; the setting None, for no rotation, is not expressed."""
+    """`rope_theta`; None, which stands for no rotation, is not expressed."""
 
     default: float = 10000.0
 
@@ -47,7 +47,7 @@ class RopeBase(Field):
 
 
 class RopeScale(Field):
-    """`rope_scaling`, which every transformers since 4.43 reads, and 5 too."""
+    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too."""
 
     def read(self, reader: ConfigReader) -> dict[str, Any] | None:
         return _read(reader)[1]

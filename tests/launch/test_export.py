@@ -137,7 +137,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tm
         ({"family": "gpt2"}, "family must be one of llama, .*; got 'gpt2'"),
         (
             {"family": "llama"},
-            r"got llama, which does not, by .*qk_norm='head'.*Choose .*qwen3.*, or leave family out$",
+            r"got llama, which does not by .*qk_norm='head'.*Choose .*qwen3.*, or leave family out$",
         ),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ({"max_positions": 0}, "max_positions must be at least 1; got 0"),

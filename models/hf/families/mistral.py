@@ -3,9 +3,9 @@
 from ..components import ATTENTION
 from ..family import Family
 from ..fields import Integer
-from ..layers import FULL, WINDOW, AllOrNone
+from ..layers import FULL, WINDOW, OneWindow
 
-ABSENT = 4096  # the window of a config.json without the key
+DEFAULT_WINDOW = 4096  # without the key
 
 attention = ATTENTION.but(
     kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=8, divides="num_attention_heads")
@@ -14,7 +14,7 @@ attention = ATTENTION.but(
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    mixers={FULL: attention, WINDOW: attention.but(window=Integer("sliding_window", absent=ABSENT))},
-    layers=AllOrNone(absent=ABSENT),
+    mixers={FULL: attention, WINDOW: attention.but(window=Integer("sliding_window", absent=DEFAULT_WINDOW))},
+    layers=OneWindow(absent=DEFAULT_WINDOW),
     yields_to=("llama",),
 )

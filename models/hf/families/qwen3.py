@@ -3,9 +3,9 @@
 from ..components import ATTENTION
 from ..family import RULES, Family
 from ..fields import Absent, Fixed, Flag, Integer, Unread
-from ..layers import FULL, WINDOW, Switched
+from ..layers import FULL, WINDOW, SwitchedWindows
 
-ABSENT = 4096  # the window of a config.json without the key
+DEFAULT_WINDOW = 4096  # without the key
 
 attention = ATTENTION.but(
     kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=32, divides="num_attention_heads"),
@@ -20,7 +20,7 @@ attention = ATTENTION.but(
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    mixers={FULL: attention, WINDOW: attention.but(window=Integer("sliding_window", absent=ABSENT))},
-    layers=Switched(absent=ABSENT, first=28),
+    mixers={FULL: attention, WINDOW: attention.but(window=Integer("sliding_window", absent=DEFAULT_WINDOW))},
+    layers=SwitchedWindows(absent=DEFAULT_WINDOW, first=28),
     rules=(*RULES, Absent("mlp_bias", "Its feed-forward layers have none")),
 )
