@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al., 2023, arXiv 2310.06825): a Llama without biases and, unless it is null, with one window."""
+"""Mistral (Jiang et al., 2023, arXiv 2310.06825): a Llama without biases, whose layers may all have one window."""
 
 from ..components import ATTENTION
 from ..family import Family
