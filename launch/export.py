@@ -37,6 +37,7 @@ class ExportSettings:
 
     checkpoint: str | None = None
     path: str | None = None
+    family: str | None = None  # model type to write; null: that of init_from, or else the one that others yield to
     dtype: str = "float32"  # as in the checkpoint, or bfloat16, float16
     max_positions: int | None = None  # null: YaRN's own, or else the longest rows of any stage, or those of init_from
     shard_bytes: int = 5_000_000_000  # largest file
@@ -60,8 +61,8 @@ def export(settings: ExportSettings) -> Path:
     """Writes weights, config.json and tokenizer of a checkpoint; returns the new folder.
 
     One tensor after another goes from the checkpoint to the disk, so that no memory for the model is needed. Raises
-    ValueError for settings that do not fit, for a checkpoint that is damaged, and for a model of no Hugging Face
-    family; nothing is left behind then.
+    ValueError for settings that do not fit, for a checkpoint that is damaged, and for a model that the family, or none,
+    expresses; nothing is left behind then.
     """
     if not settings.checkpoint:
         raise ValueError("checkpoint must be given; got none. Name a run or a checkpoint: checkpoint=runs/NAME/TIME")
@@ -75,14 +76,14 @@ def export(settings: ExportSettings) -> Path:
         )
     source = locate(home(settings.checkpoint, "checkpoint"), "checkpoint")
     run = read_config(source)
+    with torch.device("meta"):
+        model = build(run["model"])
     tokenizer = checkpoint_tokenizer(source)
     origin = read_origin(source, tokenizer)
     try:
-        positions = hf.max_positions(run["model"], origin.positions)
-    except ValueError as error:
+        positions = hf.max_positions(run["model"], origin.positions, family=settings.family, origin=origin.config)
+    except hf.NotExpressibleError as error:
         raise ValueError(f"{error}. {OTHERS.format(source)}") from None
-    with torch.device("meta"):
-        model = build(run["model"])
     out = Path(home(settings.path, "path"))
     hf.write(
         _weights(checkpoint.verify(source), model),
@@ -90,6 +91,7 @@ def export(settings: ExportSettings) -> Path:
         out,
         hf.tokenizer_files(source / "tokenizer"),
         max_positions=settings.max_positions or positions,
+        family=settings.family,
         dtype=getattr(torch, settings.dtype),
         config=_token_ids(origin.config, tokenizer),
         origin=origin.config,

@@ -1,13 +1,14 @@
 """Hugging Face checkpoints: read as a `LanguageModel` and written so that transformers loads them.
 
-Only safetensors and JSON are read and written; transformers is not needed. A family of models is one file of this
-folder that names an `Architecture` as `ARCHITECTURE`; which one reads a checkpoint follows from the `model_type` of
-its config.json.
+Only safetensors and JSON are read and written; transformers is not needed. A family of models is one file of
+`families/`, a table named `FAMILY`. The `model_type` of a config.json says which one reads it; `write` says which one
+writes a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture, Settings
+from . import families
 from .checkpoint import (
     CONFIG,
     GENERATION,
@@ -31,10 +32,14 @@ from .checkpoint import (
     save_tensors,
     write_json,
 )
+from .components import Settings
 from .config import SAID_ANEW
+from .family import Family
 
 __all__ = [
     "TOKENIZER_FILES",
+    "NotExpressibleError",
+    "known_families",
     "load",
     "max_positions",
     "read_configs",
@@ -51,7 +56,7 @@ def read_settings(path: str | Path) -> Settings:
     Raises ValueError, naming the keys, for a model that is not supported.
     """
     config = _read_config(path)
-    return _architecture(config).settings(config)
+    return _family(config).settings(config)
 
 
 def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> None:
@@ -62,8 +67,8 @@ def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> No
     before `gather` is first entered, that names every missing, unexpected or misshapen tensor.
     """
     config = _read_config(path)
-    architecture = _architecture(config)
-    load_tensors(Checkpoint(path), model, architecture.tensors(architecture.settings(config)), gather)
+    family = _family(config)
+    load_tensors(Checkpoint(path), model, family.tensors(family.settings(config)), gather)
 
 
 def write(
@@ -73,6 +78,7 @@ def write(
     files: Iterable[Path] = (),
     *,
     max_positions: int,
+    family: str | None = None,
     dtype: torch.dtype | None = None,
     config: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -83,18 +89,23 @@ def write(
 
     state: (name, tensor) of each parameter, shared ones once, taken one at a time; at most one shard is held.
     settings: those that the model was built from. max_positions: the sequence length that it was trained at.
+    family: the model type to write. By default it is that of `origin`, if it expresses the settings, or else the one
+        that does and to which the others yield.
     dtype: of the written tensors, by default as they are. config: more keys for config.json (ids of special tokens).
-    origin: the config.json that the model was read from, of which is kept what settings do not say.
-    generation: generation_config.json, if one shall be written. Raises ValueError where `path` already holds something,
-    or no family can express the settings. The folder appears only when it is complete.
+    origin: the config.json that the model was read from. What it says beside the settings is kept if the type is kept.
+    generation: generation_config.json, if one shall be written.
+
+    The folder appears only when it is complete. Raises ValueError, before anything is written, where `path` already
+    holds something, the family is unknown or cannot express the settings, or several can and none yields;
+    `NotExpressibleError` where none can.
     """
-    architecture, described = _expressed(settings)
+    chosen, described = _expressed(settings, family, origin)
     described["max_position_embeddings"] = max_positions
     if taken := sorted(set(described) & set(config or {})):
         raise ValueError(f"config must not hold what the settings say; got {', '.join(taken)}. Leave these out")
     said = {**_kept(origin or {}, described), **(config or {})}
     with new_folder(Path(path)) as folder:
-        kept = save_tensors(state, architecture.tensors(settings), folder, dtype=dtype, shard_bytes=shard_bytes)
+        kept = save_tensors(state, chosen.tensors(settings), folder, dtype=dtype, shard_bytes=shard_bytes)
         write_json(folder / CONFIG, {**said, "torch_dtype": str(kept).split(".")[-1]})
         copy_files(files, folder)
         if generation is not None:
@@ -111,13 +122,15 @@ def _kept(origin: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, 
     return {**others, **described, **first}
 
 
-def max_positions(settings: Settings, length: int) -> int:
-    """`max_position_embeddings` of a model that has read rows of `length` tokens.
+def max_positions(
+    settings: Settings, length: int, *, family: str | None = None, origin: Mapping[str, Any] | None = None
+) -> int:
+    """`max_position_embeddings` of a model that has read rows of `length` tokens; `family`, `origin` as for `write`.
 
     That of YaRN is its factor times its original length: some versions of transformers compute the factor from it.
-    Raises ValueError where no family can express the settings.
+    Raises ValueError as `write` does where the family cannot be written.
     """
-    scaling = _expressed(settings)[1]["rope_scaling"]
+    scaling = _expressed(settings, family, origin)[1].get("rope_scaling")
     if scaling is None or scaling["rope_type"] != "yarn":
         return length
     return round(scaling["factor"] * scaling["original_max_position_embeddings"])
@@ -143,28 +156,66 @@ def _read_config(path: str | Path) -> dict[str, Any]:
     return read_json(Path(path) / CONFIG)
 
 
-def _architecture(config: Mapping[str, Any]) -> Architecture:
-    known = {name: architecture for architecture in _architectures() for name in architecture.model_types}
-    model_type = config.get("model_type")
+class NotExpressibleError(ValueError):
+    """No family of Hugging Face models can express the settings."""
+
+
+@cache
+def known_families() -> dict[str, Family]:
+    """Every family, by model type."""
+    modules = (import_module(f"{families.__name__}.{module.name}") for module in iter_modules(families.__path__))
+    return {module.FAMILY.model_type: module.FAMILY for module in modules}
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    known, model_type = known_families(), config.get("model_type")
     if model_type not in known:
         raise ValueError(
-            f"config.json's model_type must be one of {', '.join(sorted(known))}; got {model_type!r}. "
+            f"config.json's model_type must be one of {', '.join(known)}; got {model_type!r}. "
             "Name a model of these families, or train one from its beginning: model=llama_1b"
         )
     return known[model_type]
 
 
-def _architectures() -> list[Architecture]:
-    modules = (import_module(f".{module.name}", __name__) for module in iter_modules(__path__))
-    return [module.ARCHITECTURE for module in modules if hasattr(module, "ARCHITECTURE")]
+def _expressed(
+    settings: Settings, family: str | None, origin: Mapping[str, Any] | None
+) -> tuple[Family, dict[str, Any]]:
+    """The family that the settings are written as, and the config.json."""
+    known = known_families()
+    if family is not None and family not in known:
+        raise ValueError(f"family must be one of {', '.join(known)}; got {family!r}. Name one, or leave family out")
+    written = {name: each.config(settings) for name, each in known.items()}
+    able = [name for name, writer in written.items() if not writer.problems]
+    if not able:
+        raise NotExpressibleError(_nearest({name: writer.problems for name, writer in written.items()}))
+    if family is None:
+        began_as = (origin or {}).get("model_type")
+        family = str(began_as) if began_as in able else _preferred(able)
+    if family not in able:
+        raise ValueError(
+            f"family must be one that expresses the model; got {family}, which does not by "
+            f"{'; '.join(written[family].problems)}. Choose {' or '.join(able)}, or leave family out"
+        )
+    return known[family], written[family].config
 
 
-def _expressed(settings: Settings) -> tuple[Architecture, dict[str, Any]]:
-    """The family that can express these settings, and its config."""
-    reasons = []
-    for architecture in _architectures():
-        try:
-            return architecture, architecture.config(settings)
-        except ValueError as error:
-            reasons.append(str(error))
-    raise ValueError("; ".join(reasons))
+def _preferred(able: list[str]) -> str:
+    """The family to which the others yield. Raises ValueError where there is none or more than one."""
+    known = known_families()
+    first = [name for name in able if not set(known[name].yields_to) & set(able)]
+    if len(first) != 1:
+        raise ValueError(
+            f"family must be given where several express the model; got none. Choose {' or '.join(first or able)}"
+        )
+    return first[0]
+
+
+def _nearest(problems: Mapping[str, list[str]]) -> str:
+    """Says which settings the families that lack least do not express."""
+    fewest = min(len(each) for each in problems.values())
+    families_by_reason: dict[str, list[str]] = {}
+    for name, each in problems.items():
+        if len(each) == fewest:
+            families_by_reason.setdefault("; ".join(each), []).append(name)
+    nearest = "; ".join(f"{', '.join(names)} by {reason}" for reason, names in families_by_reason.items())
+    return f"the model must be one that a Hugging Face family expresses; got one that none does: not {nearest}"

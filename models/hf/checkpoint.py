@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .architecture import Recipe, Tensors
+from .tensors import Recipe, Tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

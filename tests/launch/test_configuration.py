@@ -232,7 +232,8 @@ def test_a_prompt_of_the_word_null_is_a_prompt() -> None:
     assert compose(configuration.quoted("prompt=null", texts), name="generate").prompt == "null"
     assert compose(configuration.quoted("checkpoint=null", texts), name="generate").checkpoint is None
     assert {"run.dir", "doctor.whole"} & configuration.texts_of(Configuration).keys() == {"run.dir"}
-    assert configuration.texts_of(ExportSettings) == {"checkpoint": True, "path": True, "dtype": False}
+    nullable = {"checkpoint": True, "path": True, "family": True, "dtype": False}
+    assert configuration.texts_of(ExportSettings) == nullable
 
 
 def test_home_is_known_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

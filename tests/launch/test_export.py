@@ -21,7 +21,6 @@ from longreach.launch.build import build
 from longreach.launch.export import ExportSettings, export
 from longreach.launch.train import to_settings
 from longreach.models import hf
-from longreach.models.hf import llama
 from longreach.parallel.mesh import Mesh
 from longreach.trainer import checkpoint
 from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
@@ -50,10 +49,13 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
     """A Hugging Face folder with a tokenizer."""
-    settings = llama.settings(CONFIG)
+    return save_model(tmp_path_factory.mktemp("origin"), CONFIG)
+
+
+def save_model(folder, config):
+    settings = hf.known_families()[config["model_type"]].settings(config)
     model = build(settings)
     model.initialise(seed=4)
-    folder = tmp_path_factory.mktemp("origin")
     byte_tokenizer().save(folder / "tokenizer")
     (folder / "tokenizer" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     hf.write(
@@ -62,6 +64,7 @@ def origin(tmp_path_factory):
         folder / "model",
         hf.tokenizer_files(folder / "tokenizer"),
         max_positions=512,
+        family=config["model_type"],
     )
     return folder / "model"
 
@@ -131,6 +134,11 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tm
         ({"checkpoint": str(tmp_path / "none")}, "checkpoint must be a checkpoint's folder"),
         ({"path": None}, "path must be a new folder"),
         ({"path": str(origin)}, "path must be a new or empty folder"),
+        ({"family": "gpt2"}, "family must be one of llama, .*; got 'gpt2'"),
+        (
+            {"family": "llama"},
+            r"got llama, which does not by .*qk_norm='head'.*Choose .*qwen3.*, or leave family out$",
+        ),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ({"max_positions": 0}, "max_positions must be at least 1; got 0"),
         ({"shard_bytes": 0}, "shard_bytes must be at least 1; got 0"),
@@ -146,14 +154,42 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tm
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_a_model_that_began_as_a_mistral_is_exported_as_one_unless_family_says_otherwise(tmp_path):
+    """Without a window it is a Llama too, and would be written as one if it had begun from nothing."""
+    config = {**CONFIG, "model_type": "mistral", "sliding_window": None}
+    origin = save_model(tmp_path / "origin", config)
+    (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1)
+    for family, expected in ((None, "mistral"), ("llama", "llama")):
+        out = export(ExportSettings(str(saved), str(tmp_path / expected), family=family))
+        written = json.loads((out / "config.json").read_text())
+        assert (written["model_type"], "sliding_window" in written) == (expected, expected == "mistral")
+        assert same_tensors(origin, out)
+
+
 def test_a_hybrid_is_not_exported(origin, tmp_path):
     model = hf.read_settings(origin)
     mixers = {"retnet": {"_target_": "longreach.models.mixers.linear.retnet.RetNet", "_partial_": True, "heads": 2}}
     model |= {"pattern": ["full", "retnet"], "mixers": {**model["mixers"], **mixers}}
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
-    with pytest.raises(ValueError, match=r"must be a Llama or a Qwen3; it is not, by mixers .*RetNet"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one that a Hugging Face family expresses; got one that none does: not .*qwen3.* by .*RetNet'",
+    ):
         export(ExportSettings(str(saved), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_mixer_of_the_users_own_is_refused_too(saved, tmp_path, monkeypatch):
+    (tmp_path / "its_own.py").write_text(
+        "from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention\n"
+        "class Mine(SoftmaxAttention):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = yaml.safe_load((saved / "config.yaml").read_text())
+    run["model"]["mixers"]["full"]["_target_"] = "its_own.Mine"
+    (saved / "config.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(ValueError, match=r"none does: not .* by model\.mixers\.full\._target_='its_own\.Mine'\. Other"):
+        export(ExportSettings(str(saved), str(tmp_path / "out")))
 
 
 def test_a_refusal_says_what_can_be_done_instead(origin, tmp_path):
@@ -161,7 +197,7 @@ def test_a_refusal_says_what_can_be_done_instead(origin, tmp_path):
     model["mixers"]["full"] |= {"qk_norm": "full"}
     (saved,) = run_ranks(1, read_and_save, origin, tmp_path / "run" / "checkpoints", 1, model)
     with pytest.raises(
-        ValueError, match=r"it is not, by qk_norm='full'\. Other models stay .*generate.*init_from"
+        ValueError, match=r"not llama, .* by .*qk_norm='full'\. Other models stay .*generate.*init_from"
     ) as told:
         export(ExportSettings(str(saved), str(tmp_path / "out"), max_positions=64))
     assert str(told.value).endswith(f"safetensors by parameter name in {saved}")
@@ -201,7 +237,7 @@ def save_original(folder):
     (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     generation = {"temperature": 0.5, "do_sample": True, "bos_token_id": 257, "eos_token_id": [256, 9]}
     (folder / "tokenizer" / "generation_config.json").write_text(json.dumps(generation))
-    settings = llama.settings(ORIGINAL)
+    settings = hf.known_families()["llama"].settings(ORIGINAL)
     model = build(settings)
     model.initialise(seed=4)
     files = hf.tokenizer_files(folder / "tokenizer")

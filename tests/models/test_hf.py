@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from longreach.kernels.documents import Documents
 from longreach.models import hf
-from longreach.models.hf import llama
+from longreach.models.hf import families
+from longreach.models.language_model import expand_pattern
 from longreach.parallel.sequence import Sequence
 
+FOUR = ("llama", "mistral", "qwen2", "qwen3")
 ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
 SMALL = {
     "vocab_size": 61,
@@ -26,6 +29,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4 * ORIGINAL,
     "rms_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -50,6 +54,27 @@ CASES = {
     "llama_llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
     "llama_yarn": ("llama", {"rope_parameters": YARN_DEEPSEEK, "head_dim": 16}),
     "llama_linear": ("llama", {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "mistral_tied_without_window": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "mistral_llama3_head_dim": (
+        "mistral",
+        {"sliding_window": 9, "head_dim": 16, "num_key_value_heads": 1, "rope_parameters": LLAMA3},
+    ),
+    "mistral_odd_heads": (
+        "mistral",
+        {"sliding_window": None, "head_dim": 10, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ),
+    "qwen2": ("qwen2", {"rms_norm_eps": 1e-2}),
+    "qwen2_tied_yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN, "num_key_value_heads": 4}),
+    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2_mixed_windows": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "qwen3": ("qwen3", {"head_dim": 24, "rms_norm_eps": 1e-2}),
     "qwen3_tied_yarn": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen3_llama3_bias": ("qwen3", {"head_dim": 16, "rope_parameters": LLAMA3, "attention_bias": True}),
@@ -70,10 +95,14 @@ CASES = {
 }
 
 
+for name in hf.known_families():
+    CASES.setdefault(name, (name, {}))  # a new family is tried without a line here
+
+
 def config_of(case):
     transformers = pytest.importorskip("transformers")
     family, more = CASES[case]
-    kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[family]
+    kind = transformers.CONFIG_MAPPING[family]
     return kind(**{**SMALL, **json.loads(json.dumps(more))}, attn_implementation="sdpa")
 
 
@@ -161,6 +190,12 @@ def write(model, settings, path, **more):
     return path
 
 
+def family_of(model):
+    """The argument `family`, which families that yield to another one need: a Mistral without windows is a Llama."""
+    name = model.config.model_type
+    return name if hf.known_families()[name].yields_to else None
+
+
 @every_case
 def test_transformers_loads_what_is_written(reference, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -172,7 +207,7 @@ def test_transformers_loads_what_is_written(reference, tmp_path):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)  # larger than at the start of training, so that the logits are not all alike
-    path = write(model, settings, tmp_path / "ours")
+    path = write(model, settings, tmp_path / "ours", family=family_of(reference))
     theirs, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(report.values()), report
     assert type(theirs) is type(reference)
@@ -185,7 +220,7 @@ def test_transformers_loads_what_is_written(reference, tmp_path):
 @every_case
 def test_round_trip_keeps_every_bit_and_setting(reference, tmp_path):
     theirs = saved(reference, tmp_path / "theirs")
-    ours = write(load(theirs), hf.read_settings(theirs), tmp_path / "ours")
+    ours = write(load(theirs), hf.read_settings(theirs), tmp_path / "ours", family=family_of(reference))
     before, after = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -193,7 +228,58 @@ def test_round_trip_keeps_every_bit_and_setting(reference, tmp_path):
     assert hf.read_settings(ours) == hf.read_settings(theirs)
     again = type(reference.config).from_pretrained(ours)
     for key in ("layer_types", "sliding_window", "head_dim", "tie_word_embeddings", "mlp_bias", "attention_bias"):
-        assert getattr(again, key, None) == getattr(reference.config, key, None), key
+        if (reference.config.model_type, key) != ("qwen2", "head_dim"):  # which it reads, though it does not define it
+            assert getattr(again, key, None) == getattr(reference.config, key, None), key
+
+
+@pytest.mark.parametrize("reference", ["mistral", "qwen2_mixed_windows"], indirect=True)
+def test_packed_documents_have_the_logits_that_each_has_alone(reference, tmp_path):
+    ours = load(saved(reference, tmp_path))
+    row, lengths = tokens()[:1], (35, 5, 40)
+    with torch.no_grad():
+        packed = ours(row, Sequence.single(Documents.from_lengths([lengths])))
+    expected = torch.cat([their_logits(reference, part) for part in row.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FOUR)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("num_key_value_heads", "sliding_window", "rms_norm_eps") for value in (..., None)]
+    + [(key, ...) for key in ("head_dim", "max_window_layers", "tie_word_embeddings", "rope_theta", "hidden_act")],
+)
+def test_absent_and_null_keys_mean_what_transformers_makes_of_them(model_type, key, value):
+    transformers = pytest.importorskip("transformers")
+    given = {
+        "num_attention_heads": 32,
+        "hidden_size": 512,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 16,
+        "sliding_window": 99,
+        "head_dim": 64,
+        "max_window_layers": 7,
+        "use_sliding_window": model_type in ("qwen2", "qwen3"),
+        "tie_word_embeddings": True,
+        "rope_theta": 5e4,
+    }
+    config = tiny_config(**{**given, "model_type": model_type, key: value})
+    ours = settings_of(config)
+    try:
+        theirs = transformers.CONFIG_MAPPING[model_type](**config)
+    except Exception:
+        assert value is None  # which their strict classes refuse for some keys
+        return
+    mixers = [ours["mixers"][name] for name in expand_pattern(ours["pattern"], 30, list(ours["mixers"]))]
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if model_type == "mistral" else ""] * 30
+    assert [mixer["window"] for mixer in mixers] == [
+        theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds
+    ]
+    for mixer in ours["mixers"].values():
+        assert mixer["kv_heads"] == theirs.num_key_value_heads
+        assert mixer["head_dim"] == getattr(theirs, "head_dim", 512 // 32)
+        assert mixer["rope_base"] == theirs.rope_parameters["rope_theta"]
+    assert ours["norm_eps"] == theirs.rms_norm_eps
+    assert ours["tied_embeddings"] == theirs.tie_word_embeddings
 
 
 @some_cases
@@ -259,7 +345,7 @@ def test_what_a_config_says_besides_is_kept_and_not_what_training_changed(tmp_pa
     )
     origin = json.loads(config.to_json_string(use_diff=False))
     assert {"rope_parameters", "dtype"} <= origin.keys()
-    settings = hf.llama.settings(origin)
+    settings = settings_of(origin)
     settings["mixers"]["full"]["rope_base"] = 1e6  # a later stage's
     model = instantiate(settings, _convert_="all")
     ours = write(model, settings, tmp_path / "ours", origin=origin, generation={"pad_token_id": 5})
@@ -287,7 +373,14 @@ def tiny_config(**changes):
 
 
 def settings_of(config):
-    return llama.settings(config)
+    return hf.known_families()[config["model_type"]].settings(config)
+
+
+@pytest.fixture
+def four_families(monkeypatch):
+    """Which family is chosen, and what none expresses, must not depend on the families that are still to come."""
+    known = {name: family for name, family in hf.known_families().items() if name in FOUR}
+    monkeypatch.setattr(hf, "known_families", lambda: known)
 
 
 def rope_of(**changes):
@@ -360,8 +453,21 @@ def test_keys_without_meaning_are_named_in_a_warning(caplog):
         ({"rope_parameters": {"full_attention": dict(LLAMA3)}}, "rope_parameters must be one for all layers"),
         ({"rope_parameters": dict(LLAMA3, low_freq_factor=0)}, "low_freq_factor must be a positive number; got 0"),
         ({"layer_types": ["full_attention"]}, "layer_types must name one of .* for each of 2 layers"),
-        ({"layer_types": ["sliding_attention"] * 2}, "layer_types must be all full_attention unless"),
-        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias must be false in a qwen3 model"),
+        (
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types must name one of full_attention for each of 2 layers",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2},
+            "layer_types must be all full_attention unless use_sliding_window is true",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types must name one of sliding_attention for each of 2 layers",
+        ),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive integer; got 0"),
+        ({"model_type": "qwen2", "max_window_layers": "1"}, "max_window_layers must be an integer; got '1'"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias must be absent; got True"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0},
             "sliding_window must be a positive integer; got 0",
@@ -459,6 +565,7 @@ def test_truncated_files_and_missing_shards(tmp_path, folder):
         load(sharded)
 
 
+@pytest.mark.usefixtures("four_families")
 def test_pickles_hub_names_and_other_families_are_refused(tmp_path, folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"with pytorch_model.bin. Pickles are not read: convert them"):
@@ -468,7 +575,7 @@ def test_pickles_hub_names_and_other_families_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"with config.json; got .* without it"):
         hf.read_settings(tmp_path)
     (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(ValueError, match=r"model_type must be one of llama, qwen3.*; got 'mamba'"):
+    with pytest.raises(ValueError, match=r"model_type must be one of llama, mistral, qwen2, qwen3; got 'mamba'"):
         hf.read_settings(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json must be JSON"):
@@ -509,6 +616,7 @@ def test_weights_are_loaded_one_gathered_parameter_at_a_time(folder):
         hf.load(folder, model, never)
 
 
+BLOCK = "longreach.models.block.Block"
 SOFTMAX = "longreach.models.mixers.softmax.softmax_attention.SoftmaxAttention"
 
 
@@ -519,18 +627,24 @@ def with_mixer(**changes):
     return settings
 
 
+@pytest.mark.usefixtures("four_families")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (lambda: with_mixer(_target_="longreach.models.mixers.linear.retnet.RetNet"), "mixers longreach.*RetNet"),
+        (
+            lambda: with_mixer(_target_="longreach.models.mixers.linear.retnet.RetNet"),
+            r"mixers\.full\._target_='longreach.*RetNet'",
+        ),
         (lambda: with_mixer(sink_logits=True), "sink_logits=True"),
         (lambda: with_mixer(rope_fraction=0.5), "rope_fraction=0.5"),
         (lambda: with_mixer(rope_base=None), "rope_base=None"),
         (lambda: with_mixer(qk_norm="full"), "qk_norm='full'"),
-        (lambda: with_mixer(bias=True), "bias=True with output_bias=False"),
-        (lambda: with_mixer(window=8), "window without qk_norm='head'"),
+        (lambda: with_mixer(output_bias=True), "bias=False with .*output_bias=True, which must be equal"),
+        (lambda: with_mixer(window=8, qk_norm="head", bias=True), "bias=True with .*output_bias=False"),
         (lambda: with_mixer(qk_norm="head", norm_eps=1e-3), "norm_eps=1e-05 with .*0.001"),
-        (lambda: with_mixer(heads=6, kv_heads=2, head_dim=8), "heads=6, which transformers' Llama wants to divide"),
+        (lambda: {**with_mixer(), "block": {"_target_": BLOCK, "norm_eps": 1e-3}}, "norm_eps=1e-05 with .*0.001"),
+        (lambda: {**with_mixer(), "feed_forward": None}, "model.feed_forward=None"),
+        (lambda: {**with_mixer(), "_target_": "collections.UserDict"}, "model._target_='collections.UserDict'"),
         (lambda: {**with_mixer(), "block": {"_target_": "longreach.models.block.MiniMaxBlock"}}, "MiniMaxBlock"),
     ],
 )
@@ -540,11 +654,111 @@ def test_models_that_no_family_expresses_are_not_written(settings, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def described(path):
+    config = json.loads((path / "config.json").read_text())
+    return config["model_type"], config["architectures"], config.get("sliding_window", "none")
+
+
+@pytest.mark.usefixtures("four_families")
+def test_the_family_is_the_one_asked_for_or_the_origins_or_the_one_that_others_yield_to(folder, tmp_path):
+    """A Llama is a Mistral without a window too."""
+    transformers = pytest.importorskip("transformers")
+    model, settings = load(folder), hf.read_settings(folder)
+    for number, (more, expected) in enumerate(
+        [
+            ({}, "llama"),
+            ({"family": "mistral"}, "mistral"),
+            ({"origin": {"model_type": "mistral"}}, "mistral"),
+            ({"origin": {"model_type": "mistral"}, "family": "llama"}, "llama"),
+            ({"origin": {"model_type": "qwen3"}}, "llama"),  # which has a norm that this one does not
+            ({"origin": {"model_type": "mamba"}}, "llama"),
+        ]
+    ):
+        out = write(model, settings, tmp_path / str(number), **more)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert theirs.config.model_type == expected
+        torch.testing.assert_close(their_logits(theirs, tokens()), logits(model, tokens()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("four_families")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"window": 8}, ("mistral", ["MistralForCausalLM"], 8)),
+        ({"heads": 6, "kv_heads": 2, "head_dim": 8}, ("mistral", ["MistralForCausalLM"], None)),
+        ({"bias": True}, ("qwen2", ["Qwen2ForCausalLM"], None)),
+        ({"bias": True, "window": 8}, ("qwen2", ["Qwen2ForCausalLM"], 8)),
+        ({"bias": True, "output_bias": True}, ("llama", ["LlamaForCausalLM"], "none")),
+        ({"qk_norm": "head", "window": 8}, ("qwen3", ["Qwen3ForCausalLM"], 8)),
+    ],
+)
+def test_a_model_that_one_family_expresses_is_written_as_one(changes, expected, tmp_path):
+    settings = with_mixer(**changes)
+    assert described(write(instantiate(settings, _convert_="all"), settings, tmp_path / "out")) == expected
+
+
+@pytest.mark.usefixtures("four_families")
+@pytest.mark.parametrize(
+    ("changes", "family", "message"),
+    [
+        (
+            {"window": 8},
+            "llama",
+            r"got llama, .* by model\.mixers\.full\.window=8\. Choose mistral, or leave family out",
+        ),
+        (
+            {"heads": 6, "kv_heads": 2, "head_dim": 8},
+            "llama",
+            r"heads=6, which must divide hidden_size\. Choose mistral",
+        ),
+        ({}, "qwen2", r"got qwen2, .*full\.bias=False\. Choose llama or mistral, or"),
+        ({"norm_eps": 1e-3}, "qwen3", r"got qwen3, which does not by .*qk_norm=None\. Choose"),
+        ({}, "gpt2", "family must be one of llama, mistral, qwen2, qwen3; got 'gpt2'. Name one"),
+        ({"sink_logits": True}, "llama", "got one that none does: not llama, mistral by .*sink_logits=True$"),
+    ],
+)
+def test_a_family_that_does_not_express_the_model_is_refused_before_anything_is_written(
+    changes, family, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        hf.write(iter(()), with_mixer(**changes), tmp_path / "out", max_positions=64, family=family)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("four_families")
+def test_a_window_in_some_layers_is_no_mistral(tmp_path):
+    settings = with_mixer()
+    (mixer,) = settings["mixers"].values()
+    settings |= {"pattern": ["a", "b"], "mixers": {"a": mixer, "b": {**mixer, "window": 8}}}
+    with pytest.raises(ValueError, match="mistral by a window in some layers, which must be in all or none"):
+        hf.write(iter(()), settings, tmp_path / "out", max_positions=64)
+
+
+@pytest.mark.usefixtures("four_families")
+def test_where_two_families_express_a_model_alike_one_must_be_named(monkeypatch, tmp_path):
+    known = hf.known_families()
+    twin = replace(known["llama"], model_type="twin")
+    monkeypatch.setattr(hf, "known_families", lambda: {**known, "twin": twin})
+    with pytest.raises(ValueError, match="family must be given where several express the model; got none"):
+        hf.write(iter(()), with_mixer(), tmp_path / "out", max_positions=64)
+    settings = with_mixer()
+    out = write(instantiate(settings, _convert_="all"), settings, tmp_path / "out", family="twin")
+    assert described(out)[0] == "twin"
+
+
+def test_every_family_has_a_file_and_a_type_of_its_own_and_yields_to_known_ones():
+    known = hf.known_families()
+    files = {file.stem for file in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(known)
+    assert all(set(family.yields_to) < set(known) - {name} for name, family in known.items())
+
+
+@pytest.mark.usefixtures("four_families")
 def test_a_hybrid_of_two_rotary_bases_is_not_written(tmp_path):
     settings = with_mixer(qk_norm="head")
     (mixer,) = settings["mixers"].values()
     settings |= {"pattern": ["a", "b"], "mixers": {"a": mixer, "b": {**mixer, "rope_base": 1e6}}}
-    with pytest.raises(ValueError, match=r"rope_base of .*, which must be one for all layers"):
+    with pytest.raises(ValueError, match=r"a\.rope_base=10000.0 with .*b\.rope_base=1000000.0, which must be equal"):
         hf.write(iter(()), settings, tmp_path / "out", max_positions=64)
 
 
@@ -583,5 +797,5 @@ def test_an_interrupted_or_wrong_write_leaves_nothing(tmp_path, folder):
 
 
 def test_transformers_is_not_needed():
-    code = "import sys, longreach.models.hf as hf; hf._architectures(); sys.exit('transformers' in sys.modules)"
+    code = "import sys, longreach.models.hf as hf; hf.known_families(); sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

@@ -1,0 +1,132 @@
+"""Rotary positions in config.json: `rope_theta` with `rope_scaling`, or `rope_parameters` of transformers 5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...kernels.pointwise import RopeScaling
+from .config import ConfigReader, ConfigWriter
+from .fields import Field
+
+# Our name of each setting of a scaling (those of `RopeScaling`) and transformers' name of it.
+_SCALING_KEYS = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+    },
+}
+
+
+@dataclass(frozen=True)
+class RopeBase(Field):
+    """`rope_theta`; None, which stands for no rotation, is not expressed."""
+
+    default: float = 10000.0
+
+    def read(self, reader: ConfigReader) -> float:
+        return _read(reader, self.default)[0]
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if value is None:
+            writer.refuse(setting, value)
+        else:
+            writer.put("rope_theta", float(value), setting)
+
+
+class RopeScale(Field):
+    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too."""
+
+    def read(self, reader: ConfigReader) -> dict[str, Any] | None:
+        return _read(reader)[1]
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put("rope_scaling", None if value is None else _written(value), setting)
+
+
+def _read(reader: ConfigReader, default: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
+    """(base, settings of `RopeScaling`)."""
+    scaling = reader.get("rope_scaling")
+    parameters = reader.get("rope_parameters")
+    name = "rope_scaling" if scaling else "rope_parameters"
+    rope = dict(scaling or parameters or {})
+    base = reader.number("rope_theta", default)
+    reader.only("partial_rotary_factor", 1.0)
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        reader.problem(f"{name} must be one for all layers; got one a layer type: {sorted(rope)}")
+        return base, None
+    if rope.get("rope_theta") is not None:
+        base = reader.positive(f"{name}.rope_theta", rope["rope_theta"])
+    if rope.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        reader.problem(f"{name}.partial_rotary_factor must be 1.0; got {rope['partial_rotary_factor']!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind not in _SCALING_KEYS:
+        reader.problem(f"{name}.rope_type must be one of default, {', '.join(_SCALING_KEYS)}; got {kind!r}")
+        return base, None
+    return base, _read_scaling(reader, name, kind, rope)
+
+
+def _read_scaling(reader: ConfigReader, name: str, kind: str, rope: dict[str, Any]) -> dict[str, Any]:
+    keys = _SCALING_KEYS[kind]
+    # transformers: a key beside the scaling's own dict wins; without either, the length is that of the config.
+    original = reader.get("original_max_position_embeddings")
+    if original is None:
+        original = rope.get("original_max_position_embeddings") or reader.get("max_position_embeddings")
+    rope["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        if rope.get("truncate") not in (None, True):
+            reader.problem(f"{name}.truncate must be true; got {rope['truncate']!r}")
+        if rope.get("factor") is None and original:
+            rope["factor"] = reader.integer("max_position_embeddings") / original
+        rope["attention_factor"] = _yarn_attention_factor(rope)
+        rope["beta_fast"] = rope.get("beta_fast") or 32.0
+        rope["beta_slow"] = rope.get("beta_slow") or 1.0
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", "mscale", "mscale_all_dim"}
+    unknown = sorted(set(rope) - known - set(keys.values()) - {"original_max_position_embeddings"})
+    if unknown:
+        reader.problem(f"{name} of type {kind} must not hold {', '.join(unknown)}")
+    scaling: dict[str, Any] = {"kind": kind}
+    for ours, theirs in keys.items():
+        value = rope.get(theirs)
+        if value is None and theirs == "attention_factor":
+            continue
+        scaling[ours] = reader.positive(f"{name}.{theirs}", value)
+    if "original_length" in scaling:
+        scaling["original_length"] = int(scaling["original_length"])
+    return scaling
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any]) -> float | None:
+    """DeepSeek writes YaRN's factor as a ratio of two; None leaves it to the formula, 0.1 ln(factor) + 1."""
+    mscale, all_dims, factor = rope.get("mscale"), rope.get("mscale_all_dim"), rope.get("factor")
+    if rope.get("attention_factor") is not None or not (mscale and all_dims and factor):
+        return rope.get("attention_factor")
+    if factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * all_dims * math.log(factor) + 1.0)
+
+
+def _written(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    whole = RopeScaling(**scaling)
+    written: dict[str, Any] = {}
+    for ours, theirs in _SCALING_KEYS[whole.kind].items():
+        value = getattr(whole, ours)
+        if value is None and ours != "attention_factor":  # which without a value is YaRN's formula there too
+            value = whole.setting(ours)
+        if value is not None:
+            written[theirs] = value
+    return {"rope_type": whole.kind, **written}
