@@ -34,9 +34,10 @@ class Gradient(NamedTuple):
 class Attend(ABC):
     """Attention of queries to keys that come in parts, from wherever: partial results merge by log-sum-exp.
 
-    A frozen dataclass of plain settings. `record` is the NamedTuple of its inputs; its q is `[B, T, H, K]`. `travels`
-    names the inputs `[B, S, …]` that go where the queries are, and whose gradients go home the same way: keys and
-    values, factors per key beside them. All methods run without autograd; results are float32 (float64 for float64).
+    A frozen dataclass of plain settings, which says `check`, `tile`, `kept` and `attend`; the rest has defaults.
+    `record` is the NamedTuple of its inputs; its q is `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that go
+    where the queries are, and whose gradients go home the same way: keys and values, factors per key beside them. All
+    methods run without autograd; results are float32 (float64 for float64).
     """
 
     record: ClassVar[type]
@@ -65,11 +66,27 @@ class Attend(ABC):
         Queries that see none of them have out 0 and log-sum-exp −inf, the neutral element of `merge`.
         """
 
-    @abstractmethod
     def attend_backward(
         self, gradient: Gradient, inputs: Any, received: tuple[Tensor, ...], tile: Any, backend: str
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """Gradients of the inputs that stay, by name, and of what was received; both add up over parts of the keys."""
+        """Gradients of the inputs that stay, by name, and of what was received; both add up over parts of the keys.
+
+        By default those of `attend`, by autograd: with (out', lse') those of this part, w = exp(lse' − lse) is its
+        share of the whole, and the gradients are w dout of out', and w (dout · (out' − out) + dlse) of lse'.
+        """
+        stay = {name: getattr(inputs, name) for name in inputs._fields if name not in self.travels}
+        stay = {
+            name: x.detach().requires_grad_() for name, x in stay.items() if x is not None and x.is_floating_point()
+        }
+        leaves = [*stay.values(), *(x.detach().requires_grad_() for x in received)]
+        with torch.enable_grad():
+            out, lse = self.attend(inputs._replace(**stay), tuple(leaves[len(stay) :]), tile, backend)
+        share = (lse.detach() - gradient.lse).exp().nan_to_num(0.0).unsqueeze(-1)
+        dlse = (share * gradient.dout * (out.detach() - gradient.out)).sum(-1)
+        if gradient.dlse is not None:
+            dlse = dlse + share.squeeze(-1) * gradient.dlse
+        found = torch.autograd.grad((out, lse), leaves, (share * gradient.dout, dlse), materialize_grads=True)
+        return dict(zip(stay, found, strict=False)), tuple(found[len(stay) :])
 
     def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
         """What is done once, after the last merge."""

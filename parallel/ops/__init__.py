@@ -4,7 +4,7 @@ Each has the signature of its kernel plus `seq`, and a `slot` that names its sta
 layer need two slots. With a decoding `seq` the same call continues from the cache that `seq` carries and updates it.
 """
 
-from .attention import softmax_attention
+from .attention import attention, softmax_attention
 from .convolution import short_conv, token_shift
 from .recurrent import delta_rule, diagonal_scan, gated_linear_attention, selective_scan
 from .sparse import (
@@ -17,6 +17,7 @@ from .sparse import (
 )
 
 __all__ = [
+    "attention",
     "block_sparse_attention",
     "compressed_attention",
     "delta_rule",

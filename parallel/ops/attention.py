@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,31 +37,33 @@ def softmax_attention(
     `longreach.kernels.softmax`.
     """
     settings = (Mask() if mask is None else mask).settings, q.shape[-1] ** -0.5 if scale is None else scale
-    return attention(SoftmaxAttend, settings, SoftmaxInputs(q, k, v, sink_logits), seq=seq, slot=slot)
+    return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, seq=seq, slot=slot)
 
 
 def attention(
-    build: Callable[..., Attend],
-    settings: tuple[Setting, ...],
+    op: type[Attend],
     inputs: Any,
+    settings: tuple[Setting, ...] = (),
     *,
     seq: Sequence,
-    slot: str,
+    slot: str = "attention",
     until: int | None = None,
 ) -> Tensor:
-    """The op `build(*settings)` on a record of its inputs, over the keys of the whole row: `[B, T, H, V]` in q's type.
+    """The op `op(*settings)` on a record of its inputs, over the keys of the whole row: `[B, T, H, V]` in q's type.
 
-    By the strategy for attention, or continued from the decoding cache. `slot` names its state within the layer.
-    Tokens from position `until` of their document on take no part: their outputs are 0.
+    What every op over keys runs through, whoever wrote it: under each strategy, packed, recomputed, or continued from
+    the decoding cache. `settings` are plain values, by which a compiled graph is keyed; `slot` names the op's state
+    within the layer. Tokens from position `until` of their document on take no part: their outputs are 0. See
+    `longreach.kernels.attend`.
     """
     if seq.cache is not None:
-        op = build(*settings)
-        op.check(inputs)
-        extended, keys = with_cached(op, inputs, seq, slot)
-        return run(OnOneDevice(op), extended, (op.tile(seq.local, keys), seq.backend))[0]
+        made = op(*settings)
+        made.check(inputs)
+        extended, keys = with_cached(made, inputs, seq, slot)
+        return run(OnOneDevice(made), extended, (made.tile(seq.local, keys), seq.backend))[0]
     by_heads = seq.strategy.attention == "ulysses"
     strategy = gather if seq.strategy.attention == "gather" else ring
-    return mix_by(strategy, (until, build, *settings), inputs, seq, slot, by_heads=by_heads)
+    return mix_by(strategy, (until, op, *settings), inputs, seq, slot, by_heads=by_heads)
 
 
 def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, Documents]:

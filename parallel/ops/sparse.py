@@ -66,7 +66,7 @@ def block_sparse_attention(
         if not dense_length:
             return sparsely
         dense = attention(
-            SoftmaxAttend, (mask.settings, scale), SoftmaxInputs(q, k, v), seq=seq, slot=f"{slot} dense",
+            SoftmaxAttend, SoftmaxInputs(q, k, v), (mask.settings, scale), seq=seq, slot=f"{slot} dense",
             until=dense_length,
         )  # fmt: skip
         return dense + sparsely  # each is 0 where the other is not

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from own_attention import BiasedAttend, Inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.masks import Mask
+from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
 from longreach.kernels.operation import Kept
 from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops
@@ -77,6 +78,18 @@ def _attend(scale: float | None = None, **mask: Any) -> Callable[..., Tensor]:
         return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(**mask), sink_logits=sinks, scale=scale)
 
     return call
+
+
+def _strided(mask: Pattern) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
+        return ops.softmax_attention(q, k, v, seq=seq, mask=mask)
+
+    return call
+
+
+def own_attention(*inputs: Tensor, seq: Sequence) -> Tensor:
+    """An op over keys that only the tests have."""
+    return ops.attention(BiasedAttend, Inputs(*inputs), seq=seq)
 
 
 def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:
@@ -169,6 +182,14 @@ CASES = {
     "window": Case(_attend(window=9, scale=SCALE), _ATTENTION, _OUT, keys=True),
     "short window": Case(_attend(window=1), _ATTENTION, _OUT, keys=True),
     "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, ((HEADS,), "normal")), _OUT, keys=True),
+    "dilated": Case(_strided(Dilated(3)), _ATTENTION, _OUT, keys=True),
+    "dilated window": Case(_strided(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),
+    "near and every 5th": Case(
+        _strided(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
+    ),
+    "own attention": Case(
+        own_attention, (*_LINEAR, ((TIME, HEADS), "normal"), ((TIME, HEADS), "normal")), _OUT, keys=True
+    ),
     "undecayed": Case(_op("gated_linear_attention"), _LINEAR, _OUT),
     "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS,), "decay")), _OUT),
     "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS, KEY), "decay")), _OUT),

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import kernels
-from ...kernels import pointwise
+from ...kernels import operation, pointwise
+from ...kernels.attend import OnOneDevice
 from ...kernels.documents import Documents
 from ...models.language_model import LanguageModel
 from ...parallel import ops
@@ -110,6 +111,8 @@ def plain(name: str, backend: str = "reference") -> Op:
     """The op on one device without ranks: as it is defined, or by another backend of its kernel."""
     if backend == "reference" and hasattr(definitions, name):
         return _defined(name)
+    if name == "attention":
+        return _attention(backend)
     package = package_of(name)
     if package is None:
         return getattr(ops, name)
@@ -120,6 +123,16 @@ def plain(name: str, backend: str = "reference") -> Op:
     def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         result = kernel(*args, **kwargs, documents=seq.documents, backend=backend)
         return result if name in WITH_LSE else _first(result)
+
+    return op
+
+
+def _attention(backend: str) -> Op:
+    """An op over keys that is offered as its `Attend`, whoever wrote it."""
+
+    def op(attend: Callable[..., Any], inputs: Any, settings: tuple = (), *, seq: Sequence, slot: str = "") -> Tensor:
+        made = attend(*settings)
+        return operation.run(OnOneDevice(made), inputs, (made.tile(seq.documents, seq.documents), backend))[0]
 
     return op
 
