@@ -22,7 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..trainer import launchers
+from ..trainer.ranks import launchers
 
 CONFIGURATIONS = "../conf"
 PACKAGE = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ..trainer import failure
 from ..trainer.diagnosis.diagnose import diagnose
+from ..trainer.run import failure
 from ..trainer.settings import Settings
 from . import configuration
 from .build import build

@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 
 from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
-from ..trainer import checkpoint
-from ..trainer.run_directory import locate, read_config
+from ..trainer.checkpoint import checkpoint
+from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
+from ..trainer.run.directory import locate, read_config
 from ..trainer.settings import home
-from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
 from .build import build
 

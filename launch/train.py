@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
-from ..trainer import failure, processes
-from ..trainer.report import launch_command
-from ..trainer.run_directory import own_checkpoint, read_config
+from ..trainer.ranks import processes
+from ..trainer.run import failure
+from ..trainer.run.directory import own_checkpoint, read_config
+from ..trainer.run.report import launch_command
 from ..trainer.settings import Settings, check, expand_paths, ulysses_ranks
 from ..trainer.trainer import Trainer
 from . import configuration

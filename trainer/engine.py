@@ -50,7 +50,7 @@ class Engine:
         write parameters it enters `gather` with them, which on stage 3 makes them whole meanwhile.
 
     Every rank makes the engine and calls its methods, in the same order. The default process group must exist
-    (trainer/processes.py). Raises ValueError for settings that contradict one another, before the model is made.
+    (trainer/ranks/processes.py). Raises ValueError for settings that contradict one another, before the model is made.
     """
 
     def __init__(

@@ -14,15 +14,16 @@ from ..models import hf
 from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
-from . import checkpoint, engine_config
-from .data import Corpus
+from . import engine_config
+from .checkpoint import checkpoint
+from .data.corpus import Corpus
+from .data.recall import RecallCorpus
+from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather
-from .exchange import from_first_rank, together
-from .recall import RecallCorpus
+from .ranks.exchange import from_first_rank, together
 from .rehearsal import rehearse
-from .run_directory import Candidates, RunDirectory, candidates
+from .run.directory import Candidates, RunDirectory, candidates
 from .settings import Settings
-from .tokenizers import SMALLEST_VOCABULARY
 
 log = logging.getLogger("longreach")
 STAND_IN = 61  # tokens, where a model is examined before its tokenizer is known

@@ -10,7 +10,7 @@ from typing import Any
 from ..parallel.layout import Layout
 from ..parallel.mesh import check_sequence_ranks, check_ulysses_ranks
 from ..parallel.strategy import Strategy
-from .data_settings import DataSettings
+from .data.settings import DataSettings
 from .engine import EngineSettings, OptimizerSettings
 from .schedule import Schedule, ScheduleSettings
 

@@ -15,15 +15,13 @@ import yaml
 from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
-from . import checkpoint, failure, report
-from .baselines import text_baselines
-from .data import Corpus, open_corpus
-from .evaluation import Loss, evaluate, evaluate_truncated
-from .exchange import from_first_rank, gather_numbers, prepare, together
-from .metrics import Work, peak_flops, peak_memory_bytes, work_of
-from .origin import Origin, read_origin
-from .outputs import Outputs, show_log
-from .packing import NO_TARGET, Batch, batch
+from .checkpoint import checkpoint
+from .checkpoint.origin import Origin, read_origin
+from .data.corpus import Corpus, open_corpus
+from .data.packing import NO_TARGET, Batch, batch
+from .evaluation.baselines import text_baselines
+from .evaluation.evaluation import Loss, evaluate, evaluate_truncated
+from .evaluation.sample import draw_sample
 from .preparation import (
     Build,
     check_model,
@@ -34,10 +32,13 @@ from .preparation import (
     model_settings,
     on_meta,
 )
-from .profiler import Profiler
-from .progress import count
-from .run_directory import RunDirectory
-from .sample import draw_sample
+from .ranks.exchange import from_first_rank, gather_numbers, prepare, together
+from .run import failure, report
+from .run.directory import RunDirectory
+from .run.metrics import Work, peak_flops, peak_memory_bytes, work_of
+from .run.outputs import Outputs, show_log
+from .run.profiler import Profiler
+from .run.progress import count
 from .schedule import Schedule
 from .settings import Settings, check, expand_paths, layout_of, micro_batches, strategy_of
 

@@ -8,8 +8,8 @@ import torch
 from distributed import RankError, run_ranks
 from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
-from longreach.trainer import processes
 from longreach.trainer.engine import parameter_groups
+from longreach.trainer.ranks import processes
 
 pytestmark = pytest.mark.slow  # engines on several ranks
 STEPS = 4

@@ -21,11 +21,12 @@ from longreach.models.mixer import Mixer
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
-from longreach.trainer import checkpoint, failure
-from longreach.trainer.data_settings import DataSettings
+from longreach.trainer.checkpoint import checkpoint
+from longreach.trainer.data.packing import NO_TARGET
+from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
-from longreach.trainer.evaluation import evaluate, evaluate_truncated
-from longreach.trainer.packing import NO_TARGET
+from longreach.trainer.evaluation.evaluation import evaluate, evaluate_truncated
+from longreach.trainer.run import failure
 from longreach.trainer.schedule import ScheduleSettings
 from longreach.trainer.settings import (
     CheckpointSettings,

@@ -10,8 +10,8 @@ import torch
 
 from ..preparation import check_model, configured_model
 from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
-from . import exact, inexact, loop
 from .bench import Bench
+from .checks import exact, inexact, loop
 from .model import Build, complete, reduced, shrunk
 from .ranks import RankFailure
 from .report import FAIL, NOT_TESTED, Report, Row

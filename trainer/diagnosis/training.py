@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ...models.language_model import LanguageModel
 from ...parallel import mesh as mesh_module
 from ...parallel.mesh import Mesh
+from ..data.packing import Batch, Row, TokenStream
 from ..engine import Gather
-from ..packing import Batch, Row, TokenStream
 from ..preparation import make_engine
 from ..schedule import Schedule
 from ..settings import Settings, layout_of
