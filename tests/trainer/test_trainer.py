@@ -43,14 +43,19 @@ from longreach.trainer.trainer import Trainer
 pytestmark = pytest.mark.slow  # whole runs on several ranks
 
 MIXERS = "longreach.models.mixers"
+LIGHTNING = f"{MIXERS}.linear.lightning_attention"
 MODEL = {
     "_target_": "longreach.models.language_model.LanguageModel",
     "width": 32,
     "depth": 2,
     "pattern": ["lightning", "softmax"],
     "mixers": {
-        "lightning": {"_target_": f"{MIXERS}.lightning_attention.LightningAttention", "_partial_": True, "heads": 2},
-        "softmax": {"_target_": f"{MIXERS}.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
+        "lightning": {
+            "_target_": f"{MIXERS}.linear.lightning_attention.LightningAttention",
+            "_partial_": True,
+            "heads": 2,
+        },
+        "softmax": {"_target_": f"{MIXERS}.softmax.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
     },
     "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 48},
 }
@@ -394,9 +399,8 @@ def test_a_new_run_starts_from_the_weights_of_another(texts: Path, tmp_path: Pat
     assert chosen.init_from == str(found)
     assert chosen.data.tokenizer == str(found / "tokenizer")
     assert chosen.model == MODEL | {"vocabulary": chosen.model["vocabulary"]}
-    moba = {
-        "_target_": f"{MIXERS}.block_sparse_attention.MoBA", "_partial_": True, "heads": 2, "block_size": 16, "top_k": 2
-    }  # fmt: skip
+    moba = {"_target_": f"{MIXERS}.sparse.block_sparse_attention.MoBA", "_partial_": True, "heads": 2}
+    moba |= {"block_size": 16, "top_k": 2}
     chosen.model = chosen.model | {"mixers": MODEL["mixers"] | {"softmax": moba}}
     run_ranks(1, train, chosen)
     before, after = (dict(checkpoint_tensors(run)) for run in (first, second))

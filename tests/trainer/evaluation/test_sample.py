@@ -19,7 +19,7 @@ MODEL = {
     "depth": 1,
     "pattern": ["softmax"],
     "mixers": {
-        "softmax": {"_target_": f"{MIXERS}.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
+        "softmax": {"_target_": f"{MIXERS}.softmax.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
     },
     "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 8},
 }

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import torch
 import torch.distributed as dist
-from longreach.trainer import processes
+from longreach.trainer.ranks import processes
 device = processes.start(0.5, "cpu")
 total = torch.ones(1, device=device)
 dist.all_reduce(total)
@@ -78,7 +78,8 @@ def test_a_wrong_start_is_told(program, environment, message):
 SLOW_NODE = """
 import os, sys, time
 from longreach.parallel.mesh import Mesh
-from longreach.trainer import processes, token_cache
+from longreach.trainer.data import token_cache
+from longreach.trainer.ranks import processes
 from longreach.trainer.data.corpus import open_corpus
 from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.ranks.exchange import prepare, together

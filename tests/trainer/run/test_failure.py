@@ -61,7 +61,8 @@ def test_lost_ranks_are_named_whatever_their_peers_notice(error: BaseException) 
 
 CASCADE = """
 import os, signal, sys, time, torch.distributed as dist, torch
-from longreach.trainer import failure, processes
+from longreach.trainer.ranks import processes
+from longreach.trainer.run import failure
 failure.catch_termination()
 processes.start(1, "cpu")
 rank, how, victim = int(os.environ["RANK"]), sys.argv[1], int(sys.argv[2])
