@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..parallel.mesh import Mesh
 from .engine_config import configuration
 from .masters import Fragment, Masters, shape_of
+from .requirements import at_least
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
@@ -30,6 +31,14 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # of matrices and embeddings
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; the schedule checks the learning rate."""
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {list(self.betas)}")
+        if self.eps <= 0:
+            raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
 
 
 @dataclass(frozen=True)

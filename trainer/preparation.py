@@ -14,7 +14,6 @@ from ..models import hf
 from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
-from . import engine_config
 from .checkpoint import checkpoint
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
@@ -182,12 +181,6 @@ def on_meta(build: Build, model: dict[str, Any]) -> LanguageModel:
 def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.device, *, resuming: bool) -> Engine:
     """The engine, with weights by the seed or of `init_from`; resuming, with whatever, since they are loaded next."""
     trainer = settings.trainer
-    together(
-        mesh,
-        lambda: engine_config.configuration(
-            settings.engine.zero_stage, trainer.dtype, trainer.clip, dict(settings.engine.config)
-        ),
-    )
 
     def from_checkpoint(model: nn.Module, gather: Gather) -> None:
         origin = str(settings.init_from)

@@ -33,6 +33,7 @@ from .preparation import (
     on_meta,
 )
 from .ranks.exchange import from_first_rank, gather_numbers, prepare, together
+from .ranks.settings import layout_of, strategy_of
 from .run import failure, report
 from .run.directory import RunDirectory
 from .run.metrics import Work, peak_flops, peak_memory_bytes, work_of
@@ -40,7 +41,7 @@ from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
 from .run.progress import count
 from .schedule import Schedule
-from .settings import Settings, check, expand_paths, layout_of, micro_batches, strategy_of
+from .settings import Settings, check, expand_paths
 
 
 class Trainer:
@@ -55,7 +56,7 @@ class Trainer:
         together(mesh, lambda: expand_paths(settings))
         together(mesh, lambda: check(settings, mesh.world_size))
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
-        self.layout = layout_of(settings)
+        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         show_log(first=mesh.rank == 0)
         self.directory = RunDirectory.claim(settings.run, mesh)
@@ -189,7 +190,7 @@ class Trainer:
         share = data.rows_per_step // mesh.data_ranks
         first = self.row + mesh.data_rank * share
         parts = []
-        for index in range(micro_batches(self.settings, mesh.data_ranks)):
+        for index in range(data.micro_batches(mesh.data_ranks)):
             start = first + index * data.rows_per_micro_batch
             part = batch(self.corpus.train, range(start, start + data.rows_per_micro_batch))
             parts.append((part, self._sequence(part)))

@@ -14,8 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from longreach.trainer.data.corpus import Corpus, open_corpus
 from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.data.tokenizers import byte_tokenizer
+from longreach.trainer.evaluation.settings import EvaluationSettings
 from longreach.trainer.preparation import model_settings
-from longreach.trainer.settings import EvaluationSettings, Settings
+from longreach.trainer.settings import Settings
 
 TARGET = {"_target_": "longreach.models.language_model.LanguageModel"}
 

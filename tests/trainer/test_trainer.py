@@ -22,22 +22,17 @@ from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.trainer.checkpoint import checkpoint
+from longreach.trainer.checkpoint.settings import CheckpointSettings
 from longreach.trainer.data.packing import NO_TARGET
 from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
 from longreach.trainer.evaluation.evaluation import evaluate, evaluate_truncated
+from longreach.trainer.evaluation.settings import EvaluationSettings
+from longreach.trainer.ranks.settings import ParallelSettings
 from longreach.trainer.run import failure
+from longreach.trainer.run.settings import LoggerSettings, RunSettings, WandbSettings
 from longreach.trainer.schedule import ScheduleSettings
-from longreach.trainer.settings import (
-    CheckpointSettings,
-    EvaluationSettings,
-    LoggerSettings,
-    ParallelSettings,
-    RunSettings,
-    Settings,
-    TrainerSettings,
-    WandbSettings,
-)
+from longreach.trainer.settings import Settings, TrainerSettings
 from longreach.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # whole runs on several ranks

@@ -55,17 +55,13 @@ class Batch(NamedTuple):
 class RowStream(ABC):
     """Rows of `length` tokens, each computed from its number alone, whichever was asked for before.
 
-    `seed` and `fingerprint` tell the stream from others when a run is resumed, and so does `version`, which is raised
-    when the same seed and data give other rows.
+    `seed` (0 .. 2^64 − 1) and `fingerprint` tell the stream from others when a run is resumed, and so does `version`,
+    which is raised when the same seed and data give other rows.
     """
 
     version = 1
 
     def __init__(self, length: int, fingerprint: str, seed: int | None = None) -> None:
-        if length < 1:
-            raise ValueError(f"data.sequence_length must be at least 1; got {length}. Raise it")
-        if seed is not None and not 0 <= seed < 2**64:
-            raise ValueError(f"trainer.seed must lie within 0..2^64-1; got {seed}. Choose another")
         self.length = length
         self.fingerprint = fingerprint
         self.seed = seed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..requirements import at_least
+
 
 @dataclass
 class RecallSettings:
@@ -42,3 +44,23 @@ class DataSettings:
     validation_fraction: float = 0.05  # of the documents, chosen by the hash of their content
     cache_dir: str | None = None  # where tokens are kept: ~/.cache/longreach by default
     recall: RecallSettings = field(default_factory=RecallSettings)
+
+    def check_rows(self, data_ranks: int) -> None:
+        """Raises ValueError where that many data-parallel ranks cannot share the rows of a step evenly.
+
+        The other settings are checked where the corpus is opened.
+        """
+        at_least("data.rows_per_step", self.rows_per_step, 1)
+        at_least("data.rows_per_micro_batch", self.rows_per_micro_batch, 1)
+        at_once = data_ranks * self.rows_per_micro_batch
+        if self.rows_per_step % at_once:
+            raise ValueError(
+                f"data.rows_per_step must be a multiple of {at_once} ({data_ranks} data-parallel rank(s) times "
+                f"data.rows_per_micro_batch={self.rows_per_micro_batch}); got {self.rows_per_step}. "
+                f"Use {(self.rows_per_step // at_once + 1) * at_once}, or let more ranks share a row "
+                "(parallel.sequence)"
+            )
+
+    def micro_batches(self, data_ranks: int) -> int:
+        """Micro-batches that each data-parallel rank computes in a step."""
+        return self.rows_per_step // (data_ranks * self.rows_per_micro_batch)

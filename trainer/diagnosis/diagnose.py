@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from ..preparation import check_model, configured_model
-from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
+from ..ranks.settings import ParallelSettings, spans_of, ulysses_ranks
+from ..settings import Settings, check
 from .bench import Bench
 from .checks import exact, inexact, loop
 from .model import Build, complete, reduced, shrunk

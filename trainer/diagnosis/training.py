@@ -18,8 +18,9 @@ from ...parallel.mesh import Mesh
 from ..data.packing import Batch, Row, TokenStream
 from ..engine import Gather
 from ..preparation import make_engine
+from ..ranks.settings import layout_of
 from ..schedule import Schedule
-from ..settings import Settings, layout_of
+from ..settings import Settings
 from ..trainer import Trainer
 from . import work
 from .model import Build, fill
@@ -92,7 +93,7 @@ class _Examined(Trainer):
 
     def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, stream: TokenStream) -> None:
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, []
-        self.layout = layout_of(settings)
+        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         with torch.device("meta"):
             self.shape = build(settings.model)

@@ -19,9 +19,9 @@ from ...parallel.mesh import Mesh
 from ..checkpoint import checkpoint
 from ..checkpoint.stored import advice, steps
 from ..ranks.exchange import from_first_rank, together
-from ..settings import RunSettings
 from .failure import remedy
 from .lock import POLL_SECONDS, RunLock
+from .settings import RunSettings
 
 
 class RunDirectory:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..settings import WandbSettings
+from .settings import WandbSettings
 
 FAILED_SECONDS = 20.0  # what a run that has failed gives W&B to write what is left
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}

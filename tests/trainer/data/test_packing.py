@@ -203,10 +203,6 @@ def test_state_is_refused_by_another_stream() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"data\.sequence_length"):
-        stream([3], 0)
-    with pytest.raises(ValueError, match=r"trainer\.seed"):
-        stream([3], 4, seed=-1)
     with pytest.raises(ValueError, match="without tokens"):
         TokenStream(Texts([3]), np.array([], np.int64), length=4)
     with pytest.raises(ValueError, match="not be negative"):

@@ -24,7 +24,7 @@ from longreach.trainer.diagnosis.diagnose import at_most, diagnose
 from longreach.trainer.diagnosis.model import complete, fill, reduced
 from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, Row
 from longreach.trainer.diagnosis.work import Topology
-from longreach.trainer.settings import ParallelSettings
+from longreach.trainer.ranks.settings import ParallelSettings
 
 MODELS = [*model_sizes(), "quickstart"]
 

@@ -7,10 +7,12 @@ from distributed import run_ranks
 from stored_checkpoints import DAMAGE, flipped, store
 
 from longreach.parallel.mesh import Mesh
+from longreach.trainer.checkpoint.settings import CheckpointSettings
 from longreach.trainer.preparation import found_checkpoint
 from longreach.trainer.run import directory as run_directory
 from longreach.trainer.run.directory import RunDirectory, locate
-from longreach.trainer.settings import CheckpointSettings, RunSettings, Settings
+from longreach.trainer.run.settings import RunSettings
+from longreach.trainer.settings import Settings
 
 
 def find(run: Path, resume: str = "auto", mesh: Mesh | None = None) -> tuple[str | None, str]:

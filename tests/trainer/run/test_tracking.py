@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from longreach.trainer.run import tracking
+from longreach.trainer.run.settings import WandbSettings
 from longreach.trainer.run.tracking import Tracker, choose_mode, logged_in
-from longreach.trainer.settings import WandbSettings
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

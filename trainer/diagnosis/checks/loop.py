@@ -14,7 +14,8 @@ from ....kernels.documents import Documents
 from ....parallel.sequence import Sequence
 from ...data.packing import Row
 from ...engine import EngineSettings
-from ...settings import Settings, ulysses_ranks
+from ...ranks.settings import ulysses_ranks
+from ...settings import Settings
 from .. import training
 from ..bench import Bench
 from ..cases import NO_TARGET
