@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
 from ..trainer.checkpoint import checkpoint
+from ..trainer.checkpoint.choice import locate, read_config
 from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
-from ..trainer.run.directory import locate, read_config
 from ..trainer.settings import home
 from . import configuration
 from .build import build

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
+from ..trainer.checkpoint.choice import own_checkpoint, read_config
 from ..trainer.ranks import processes
 from ..trainer.ranks.settings import ulysses_ranks
 from ..trainer.run import failure
-from ..trainer.run.directory import own_checkpoint, read_config
 from ..trainer.run.report import launch_command
 from ..trainer.settings import Settings, check, expand_paths
 from ..trainer.trainer import Trainer

@@ -19,41 +19,12 @@ from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather
-from .ranks.exchange import from_first_rank, together
 from .rehearsal import rehearse
-from .run.directory import Candidates, RunDirectory, candidates
 from .settings import Settings
 
 log = logging.getLogger("longreach")
 STAND_IN = 61  # tokens, where a model is examined before its tokenizer is known
 Build = Callable[[dict[str, Any]], LanguageModel]
-
-
-def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The checkpoint to start from, with its bytes examined, and what is to be said of that; every rank calls it.
-
-    The newest good one of the run, or else what `checkpoint.resume` names, as the first rank sees the file system.
-    Raises ValueError on every rank where there are some and none is good.
-    """
-    resume = settings.checkpoint.resume
-    there = together(mesh, lambda: candidates(resume, directory) if mesh.rank == 0 else Candidates([], []))
-    there = from_first_rank(there, mesh)
-    problems: list[str] = []
-    for path in there:
-        problem = checkpoint.examine(path, mesh)
-        if problem is None:
-            notes = [f"passed over: {problem}" for problem in problems]
-            named = Path(resume).expanduser().resolve()
-            if resume != "auto" and path in there.own and named not in (path.resolve(), *path.resolve().parents):
-                notes.append(
-                    f"checkpoint.resume={resume} counts for a run's first start, and this one goes on from its own "
-                    f"{path.name}. To start from there once more, give another run.dir"
-                )
-            return path, notes
-        problems.append(problem)
-    if problems:
-        raise there.refusal(directory, problems)
-    return None, []
 
 
 def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
 from .checkpoint import checkpoint
+from .checkpoint.choice import choose
 from .checkpoint.origin import Origin, read_origin
 from .data.corpus import Corpus, open_corpus
 from .data.packing import NO_TARGET, Batch, batch
@@ -27,7 +28,6 @@ from .preparation import (
     check_model,
     check_same_model,
     configured_model,
-    found_checkpoint,
     make_engine,
     model_settings,
     on_meta,
@@ -70,7 +70,7 @@ class Trainer:
     def _prepare(self, build: Build) -> None:
         settings, mesh = self.settings, self.mesh
         together(mesh, lambda: check_model(build, configured_model(settings), settings))
-        found, notes = found_checkpoint(settings, self.directory, mesh)
+        found, notes = choose(settings.checkpoint.resume, self.directory, mesh)
         self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0

@@ -11,8 +11,8 @@ import tokenizers
 
 from ...models import hf
 from ..data.tokenizers import TOKENIZER_FILE, Tokenizer
-from ..run.directory import read_config
 from . import checkpoint
+from .choice import read_config
 
 FILE = "origin.json"  # in a checkpoint
 LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")

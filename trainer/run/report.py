@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.choice import read_config
 from ..checkpoint.stored import is_complete, step_of, steps
 from ..evaluation.baselines import Baselines
 from ..ranks import launchers
 from ..schedule import Schedule, schedule_of
 from ..settings import Settings
-from .directory import RunDirectory, read_config
+from .directory import RunDirectory
 
 
 def comparison(record: dict[str, Any], baselines: Baselines | None) -> list[str]:
