@@ -19,7 +19,7 @@ from ..trainer.run.report import launch_command
 from ..trainer.settings import Settings, check, expand_paths
 from ..trainer.trainer import Trainer
 from . import configuration
-from .build import build
+from .build import build, build_callbacks
 
 TEXTS = configuration.texts_of(Settings)
 
@@ -71,9 +71,10 @@ def train(settings: Settings, command: list[str]) -> None:
     """Joins the ranks and runs the trainer on this one; `command` is what started it."""
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    callbacks = build_callbacks(settings.callbacks)
     device = processes.start(settings.parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
     mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
-    Trainer(settings, build, mesh, device, command).run()
+    Trainer(settings, build, mesh, device, command, callbacks).run()
     processes.end()
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Container
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from longreach.models.mixer import Mixer
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
+from longreach.trainer.callback import Callback
 from longreach.trainer.checkpoint import checkpoint
 from longreach.trainer.checkpoint.settings import CheckpointSettings
 from longreach.trainer.data.packing import NO_TARGET
@@ -97,22 +99,23 @@ def settings(texts: Path, run: Path, **changes: Any) -> Settings:
     return made
 
 
+class StopAfter(Callback):
+    """A planned failure after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            raise KeyboardInterrupt
+
+
 def train(rank: int, world: int, chosen: Settings, stop_after: int | None = None) -> int:
     """Runs a trainer on this rank, up to a planned failure after a step if asked for."""
-    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+    callbacks = {} if stop_after is None else {"stop": StopAfter(stop_after)}
+    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"], callbacks)
     first = trainer.step
-    if stop_after is not None:
-        finish = trainer._after_step
-
-        def fail() -> None:
-            finish()
-            if trainer.step == stop_after:
-                raise KeyboardInterrupt
-
-        trainer._after_step = fail  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run()
-    else:
+    with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
         trainer.run()
     return first
 

@@ -56,6 +56,12 @@ def read_origin(path: str | Path, tokenizer: Tokenizer | None) -> Origin:
     return replace(origin, config=_without_ids(origin.config), generation=_without_ids(origin.generation))
 
 
+def origin_of(begun: str | Path | None, tokenizer: Tokenizer | None, row: int) -> Origin:
+    """The origin of a run that begins from a model, a checkpoint or nothing, and reads rows of `row` tokens."""
+    before = read_origin(begun, tokenizer) if begun else Origin()
+    return replace(before, longest_row=max(before.longest_row, row))
+
+
 def _of_checkpoint(path: Path) -> Origin:
     if (path / FILE).is_file():
         return Origin(**hf.read_json(path / FILE))

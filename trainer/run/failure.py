@@ -133,6 +133,7 @@ def report(error: BaseException, *, started: bool, hint: str = "") -> None:
 def message(error: BaseException, *, started: bool, hint: str = "", lost: list[int] | None = None) -> str:
     """What is printed. lost: the ranks that were killed or do not answer, to which the error is due."""
     rank = int(os.environ.get("RANK", "0"))
+    where = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", ())))
     if lost:
         text = f"{_named(lost)} killed or stopped answering; the others end too"
         if not isinstance(error, Stopped):
@@ -140,7 +141,7 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
     elif isinstance(error, KeyboardInterrupt | Stopped):
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by SIGTERM"
     elif isinstance(error, ValueError) and not started:
-        return f"error: {error}"
+        return f"error: {where}{error}"
     elif isinstance(error, RunFailed):
         text = f"error: {error}"
     elif _is_consequence(error):
@@ -150,7 +151,6 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
         )
     else:
         lines = "".join(traceback.format_exception(error)).rstrip()
-        where = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", ())))
         text = f"{lines}\nrank {rank} failed: {where}{type(error).__name__}: {error}"
         if isinstance(error, torch.OutOfMemoryError):
             text += (

@@ -53,13 +53,26 @@ class Outputs:
     def say(self, message: str) -> None:
         self.progress.say(message)
 
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds a line, which must have a "step", to metrics.jsonl, to W&B and, as far as it is loss, to the curves."""
+
+        def write() -> None:
+            self.metrics.write(record)
+            self._flush()
+
+        if self.first:
+            self.curves.add(record)
+            self._keep(write)
+            if self.tracker is not None:
+                self.tracker.log(record)
+
     def training(self, record: dict[str, Any], seconds: float) -> None:
         """A finished step."""
-        self._record(record)
+        self.log(record)
         self.progress.step(record["step"], record, seconds)
 
     def validation(self, record: dict[str, Any]) -> None:
-        self._record(record)
+        self.log(record)
         bits = f"{record['bits_per_byte']:.4f} bits per byte  " if "bits_per_byte" in record else ""
         figures = f"validation loss {record['validation_loss']:.4f}  {bits}accuracy {record['accuracy']:.2%}"
         self.say(f"step {record['step']}  {figures}")
@@ -96,17 +109,6 @@ class Outputs:
         self.progress.close()
         if self.tracker is not None:
             self.tracker.close(failed=failed)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        def write() -> None:
-            self.metrics.write(record)
-            self._flush()
-
-        if self.first:
-            self.curves.add(record)
-            self._keep(write)
-            if self.tracker is not None:
-                self.tracker.log(record)
 
     def _keep(self, write: Callable[[], None]) -> None:
         try:

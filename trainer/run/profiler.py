@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..callback import Callback
 
-class Profiler:
-    """Records steps start .. start+steps−1 into `folder`: a trace for Perfetto and a table of ops, per rank.
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
-    Call `before` and `after` around each step with its number, from 1. start = 0 records nothing.
+
+class Profiler(Callback):
+    """Records steps start .. start+steps−1, counted from 1, into `folder`: per rank a trace for Perfetto and a table.
+
+    start = 0 records nothing.
     """
 
     def __init__(self, start: int, steps: int, folder: Path, rank: int, device: torch.device) -> None:
@@ -20,13 +26,13 @@ class Profiler:
         self._sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         self._profile: profile | None = None
 
-    def before(self, step: int) -> None:
-        if self.first and step == self.first:
+    def before_step(self, trainer: Trainer) -> None:
+        if self.first and trainer.step + 1 == self.first:
             self._profile = profile(activities=self._activities, record_shapes=True)
             self._profile.__enter__()
 
-    def after(self, step: int) -> None:
-        if self._profile is not None and step == self.last:
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.last:
             self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Report: what a finished run shows in the terminal."""
+"""Report: what a run shows in the terminal before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -6,15 +6,57 @@ import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.choice import read_config
 from ..checkpoint.stored import is_complete, step_of, steps
+from ..data.corpus import Corpus
 from ..evaluation.baselines import Baselines
 from ..ranks import launchers
 from ..schedule import Schedule, schedule_of
 from ..settings import Settings
 from .directory import RunDirectory
+from .progress import count
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+
+def introduction(trainer: Trainer, found: Path | None, notes: list[str]) -> list[str]:
+    """What a run shows before its first step: where it is, what is trained on what, and where it goes on from.
+
+    found: the checkpoint that it starts from, and notes about that choice.
+    """
+    settings, mesh, corpus, step = trainer.settings, trainer.mesh, trainer.corpus, trainer.step
+    parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
+    lines = [
+        f"run           {trainer.directory.path}",
+        f"model         {count(trainer.shape.parameter_count())} parameters, {settings.trainer.dtype}",
+        f"data          {settings.data.source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
+        f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
+        f"{parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}",
+        *notes,
+    ]
+    if found is not None:
+        lines.append(f"going on after step {step} from {found}")
+        if changed := changed_schedule(trainer.schedule, found, step):
+            lines.append(changed)
+    if trainer.done:
+        lines.append(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
+    return lines
+
+
+def summary(trainer: Trainer, problems: list[str]) -> str:
+    """What a run shows after its last step: a sample, where its files are, and how to go on."""
+    directory, saved, tracker = trainer.directory, trainer.saving.saved, trainer.outputs.tracker
+    lines = [""]
+    if trainer.sampling.text:
+        lines += ["sample", *(f"  {line}" for line in trainer.sampling.text.splitlines()), ""]
+    tracked = (tracker.mode, tracker.directory) if tracker else ("disabled", None)
+    lines += whereabouts(directory, saved, tracked, problems)
+    prompt = (trainer.settings.evaluation.prompt or "Once") if isinstance(trainer.corpus, Corpus) else None
+    lines += commands(trainer.command, directory, saved, trainer.settings, prompt)
+    return "\n".join(lines)
 
 
 def comparison(record: dict[str, Any], baselines: Baselines | None) -> list[str]:
