@@ -222,10 +222,10 @@ def _sum_norms_in_float64(optimizer: Any) -> None:
     original = optimizer.get_grads_for_norm
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:
-        found = original(for_clipping)
+        result = original(for_clipping)
         if for_clipping:
-            return found
-        gradients, experts = found
+            return result
+        gradients, experts = result
         return [norms(gradients).float()] if gradients else [], experts
 
     optimizer.get_grads_for_norm = get_grads_for_norm

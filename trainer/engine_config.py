@@ -90,12 +90,12 @@ def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any
 def _merge(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in extra.items():
-        here = f"{path}.{key}"
+        setting = f"{path}.{key}"
         if isinstance(merged.get(key), dict) and isinstance(value, dict):
-            merged[key] = _merge(merged[key], value, here)
+            merged[key] = _merge(merged[key], value, setting)
         elif key in merged and merged[key] != value:
-            remedy = "Use engine.zero_stage" if here.endswith("zero_optimization.stage") else "Leave it out"
-            raise ValueError(f"{here} must be {merged[key]!r}, which LongReach sets; got {value!r}. {remedy}")
+            remedy = "Use engine.zero_stage" if setting.endswith("zero_optimization.stage") else "Leave it out"
+            raise ValueError(f"{setting} must be {merged[key]!r}, which LongReach sets; got {value!r}. {remedy}")
         else:
             merged[key] = value
     return merged

@@ -81,10 +81,10 @@ class Masters:
         if self._zero_stage == 3:
             group, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
             start = self._rank * length
-            held = min(length, parameter.ds_numel - start)  # the last partition is padded
-            return (self._optimizer.fp32_partitioned_groups_flat[group], offset, start, held) if held > 0 else None
+            size = min(length, parameter.ds_numel - start)  # the last partition is padded
+            return (self._optimizer.fp32_partitioned_groups_flat[group], offset, start, size) if size > 0 else None
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return self._partitions()[mapping.param_group_index], here.start, there.start, there.numel
+        high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return self._partitions()[mapping.param_group_index], high.start, low.start, low.numel

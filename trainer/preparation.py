@@ -108,9 +108,9 @@ def configured_model(settings: Settings) -> dict[str, Any]:
     return model
 
 
-def check_same_model(found: Path, model: dict[str, Any]) -> None:
+def check_same_model(path: Path, model: dict[str, Any]) -> None:
     """Raises ValueError, naming the settings, if a checkpoint is of a model that is configured otherwise."""
-    saved = with_current_paths(checkpoint.verify(found).state["model"])
+    saved = with_current_paths(checkpoint.verify(path).state["model"])
     free = ("activation_checkpointing",)  # changes what is kept in memory, not what is computed
     differing = [
         f"{name} was {saved.get(name)!r} and is {model.get(name)!r}"
@@ -119,7 +119,7 @@ def check_same_model(found: Path, model: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"model must be that of checkpoint {found}; {'; '.join(differing)}. Leave the model as it was, or start a "
+            f"model must be that of checkpoint {path}; {'; '.join(differing)}. Leave the model as it was, or start a "
             "new run.dir"
         )
 

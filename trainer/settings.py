@@ -64,7 +64,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     run: RunSettings = field(default_factory=RunSettings)
-    callbacks: dict[str, Any] = field(default_factory=dict)  # your own, by name: +callbacks.NAME._target_=module.Class
+    callbacks: dict[str, Any] = field(default_factory=dict)  # hooks of your own: +callbacks.NAME._target_=module.Class
     init_from: str | None = None  # a Hugging Face model, a checkpoint or a run, whose weights and tokenizer are taken
 
 

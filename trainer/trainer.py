@@ -70,33 +70,33 @@ class Trainer:
     def _prepare(self, build: Build, callbacks: Mapping[str, Callback]) -> None:
         settings, mesh, chosen = self.settings, self.mesh, self.settings.trainer
         together(mesh, lambda: check_model(build, configured_model(settings), settings))
-        found, notes = choose(settings.checkpoint.resume, self.directory, mesh)
+        start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
         self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0
-        if found is not None:
-            together(mesh, lambda: check_same_model(found, settings.model))
-            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(found).state["data"]))
-        begun = (found or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
+        if start is not None:
+            together(mesh, lambda: check_same_model(start, settings.model))
+            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
+        begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
         tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
         origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
         self.shape = together(mesh, lambda: on_meta(build, settings.model))
         torch.manual_seed(chosen.seed)
-        self.engine = make_engine(settings, build, mesh, self.device, resuming=found is not None)
-        if found is not None:
-            state = checkpoint.load(self.engine, found, examined=True)
+        self.engine = make_engine(settings, build, mesh, self.device, resuming=start is not None)
+        if start is not None:
+            state = checkpoint.load(self.engine, start, examined=True)
             self.step, self.tokens = state["step"], state["tokens"]
         self.outputs = together(mesh, lambda: Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step))
         self.peak = peak_flops(self.device, chosen.dtype)
         self.record: dict[str, Any] = {}
         self.first, self.skipped = self.step, 0
         self.asked = 0  # the signal that ends the run after this step
-        self.sampling, self.saving = Sampling(), Saving(found, origin)
+        self.sampling, self.saving = Sampling(), Saving(start, origin)
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
         built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
         self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
         if mesh.rank == 0:
-            for line in report.introduction(self, found, notes):
+            for line in report.introduction(self, start, notes):
                 self.outputs.say(line)
 
     def run(self) -> None:

@@ -61,7 +61,7 @@ def candidates(resume: str, directory: RunDirectory) -> Candidates:
         raise ValueError(f"checkpoint.resume must be a checkpoint's folder, or a run's; got {path}. Check the path")
     foreign = [path]
     if not is_one(path):
-        foreign = next((found for folder in (path / "checkpoints", path) if (found := steps(folder))), [path])
+        foreign = next((there for folder in (path / "checkpoints", path) if (there := steps(folder))), [path])
     mine = {path.resolve() for path in own}
     return Candidates(own, [path for path in foreign[::-1] if path.resolve() not in mine])
 
@@ -114,13 +114,13 @@ def own_checkpoint(folder: str) -> Path | None:
     return locate(path, "init_from") if ours else None
 
 
-def read_config(found: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The configuration of the run that a checkpoint is of, which lies beside its weights.
 
     Raises ValueError where it is missing or names no model.
     """
     try:
-        run = yaml.safe_load((found / "config.yaml").read_text(encoding="utf-8"))
+        run = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         return {**run, "model": with_current_paths(dict(run["model"]))}
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"checkpoint must hold the config.yaml of its run; got {found}: {error}") from None
+        raise ValueError(f"checkpoint must hold the config.yaml of its run; got {path}: {error}") from None

@@ -92,8 +92,8 @@ def examine(path: Path, mesh: Mesh) -> str | None:
         error = str(damage)
     try:
         agree(error, mesh.world_size)
-    except ValueError as found:
-        return f"checkpoint {path} must be complete and undamaged; {found}"
+    except ValueError as problem:
+        return f"checkpoint {path} must be complete and undamaged; {problem}"
     return None
 
 
@@ -145,10 +145,10 @@ def _check_bytes(stored: Stored, keys: list[str]) -> None:
     for key in keys:
         file, place, expected = stored.tensors[key]
         try:
-            found = checksum(stored.path / file, place)
+            actual = checksum(stored.path / file, place)
         except OSError as error:
             raise _Damage(f"{file} cannot be read ({error})") from None
-        if found != expected:
+        if actual != expected:
             raise _Damage(f"the bytes of {key} in {file} have changed since they were written")
 
 

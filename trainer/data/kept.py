@@ -31,7 +31,7 @@ def read_on(file: Path, read_from: Callable[[int], Iterator[str]]) -> Iterator[s
 
 def _parsed(line: bytes, number: int) -> str | None:
     try:
-        found, document = json.loads(line)
+        index, document = json.loads(line)
     except ValueError:
         return None
-    return document if found == number and line.endswith(b"\n") else None
+    return document if index == number and line.endswith(b"\n") else None

@@ -126,10 +126,10 @@ class PieceEncoder:
             ids = [first, *self._ids(*texts[1:])]
         else:
             ids = self._ids(*texts)
-        return [_Piece(*place, np.array(found, dtype)) for place, found in zip(ahead, ids, strict=True)]
+        return [_Piece(*place, np.array(own, dtype)) for place, own in zip(ahead, ids, strict=True)]
 
     def _ids(self, *texts: str) -> list[list[int]]:
-        return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _next_joint(self, text: str, start: int, wrong: set[int], size: int) -> Joint | None:
         while start + size + self.piece // 2 < len(text) and not self._far_sighted:
@@ -227,8 +227,8 @@ def places(text: str, limit: int, reach: int) -> Iterator[int]:
     first = limit - reach
     near = text[first - 1 : limit + 2]  # with what the patterns look at
     for pattern in PLACES:
-        found = [first - 1 + match.start() for match in pattern.finditer(near)]
-        yield from [place for place in found if first <= place <= limit][: -PLACES_TRIED - 1 : -1]
+        near_places = [first - 1 + match.start() for match in pattern.finditer(near)]
+        yield from [place for place in near_places if first <= place <= limit][: -PLACES_TRIED - 1 : -1]
     yield from range(limit, max(first, limit - ANYWHERE_TRIED), -1)
 
 

@@ -109,8 +109,8 @@ class RecallStream(RowStream):
         elif self.documents is not None:
             numbers = [document % self.documents for document in numbers]
         for place, document in enumerate(numbers):
-            here = slice(place * n, (place + 1) * n)
-            tokens[here], targets[here] = self.task.problem(self.split, document)
+            part = slice(place * n, (place + 1) * n)
+            tokens[part], targets[part] = self.task.problem(self.split, document)
         return Row(tokens, targets, [n] * len(numbers))
 
 

@@ -254,9 +254,9 @@ def _read_token_ids(files: list[Path], column: str, vocabulary: int | None) -> I
             values = chunk.flatten()
             ids = values.to_numpy(zero_copy_only=False).astype(np.int64) if not values.null_count else None
             if ids is None or (ids.size and (ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary))):
-                found = "an empty id" if ids is None else f"ids from {ids.min()} to {ids.max()}"
+                got = "an empty id" if ids is None else f"ids from {ids.min()} to {ids.max()}"
                 raise ValueError(
-                    f"data.column must hold ids of data.tokenizer, 0 to {(vocabulary or 0) - 1}; got {found} "
+                    f"data.column must hold ids of data.tokenizer, 0 to {(vocabulary or 0) - 1}; got {got} "
                     f"in {file}, rows {row} to {row + len(chunk) - 1}. Name the tokenizer that made the ids"
                 )
             yield from np.split(ids, np.cumsum(lengths)[:-1])

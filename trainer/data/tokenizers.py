@@ -96,7 +96,7 @@ class Tokenizer:
                 yield self._pieces.encode(group[0], self.id_type)
             else:
                 encoded = self.library.encode_batch_fast(group, add_special_tokens=False)
-                yield from (np.array(found.ids, self.id_type) for found in encoded)
+                yield from (np.array(encoding.ids, self.id_type) for encoding in encoded)
 
     @property
     def id_type(self) -> type[np.uint16] | type[np.uint32]:
@@ -255,9 +255,9 @@ def _download(name: str) -> Path:
 
 
 def _find_end_of_text(library: tokenizers.Tokenizer, carried: dict[str, bytes], name: str) -> int:
-    found = _find(library, [*_declared(carried, "eos_token"), *USUAL_ENDS])
-    if found is not None:
-        return found
+    token = _find(library, [*_declared(carried, "eos_token"), *USUAL_ENDS])
+    if token is not None:
+        return token
     raise ValueError(
         f"data.tokenizer must have an end-of-text token; got {name}, which has neither an eos_token in "
         f"tokenizer_config.json nor one of {', '.join(USUAL_ENDS)}. Add eos_token to its tokenizer_config.json"
@@ -273,11 +273,11 @@ def _carried(folder: Path) -> dict[str, bytes]:
 def _declared(carried: dict[str, bytes], token: str) -> list[str]:
     """What the files beside tokenizer.json name as "eos_token" or "bos_token"."""
     declared = [json.loads(carried[file]).get(token) for file in DECLARING_FILES if file in carried]
-    return [found["content"] if isinstance(found, dict) else found for found in declared if found]
+    return [value["content"] if isinstance(value, dict) else value for value in declared if value]
 
 
 def _find(library: tokenizers.Tokenizer, tokens: list[str]) -> int | None:
-    return next((found for token in tokens if (found := library.token_to_id(token)) is not None), None)
+    return next((token_id for token in tokens if (token_id := library.token_to_id(token)) is not None), None)
 
 
 def _begin(library: tokenizers.Tokenizer, carried: dict[str, bytes], bos: str, name: str) -> int | None:
@@ -291,12 +291,12 @@ def _begin(library: tokenizers.Tokenizer, carried: dict[str, bytes], bos: str, n
     begins = bool(_template(library)[0])
     wanted = {"auto": begins or (declared is not None and config.get("add_bos_token") is True)}.get(bos, bos == "true")
     if wanted and not begins:
-        found = declared if declared is not None else _find(library, list(USUAL_BEGINNINGS))
-        if found is None:
+        bos_id = declared if declared is not None else _find(library, list(USUAL_BEGINNINGS))
+        if bos_id is None:
             refuse_bos(bos, name)
         else:
-            declared = found
-            _set_template(library, [found])
+            declared = bos_id
+            _set_template(library, [bos_id])
     elif begins and not wanted:
         _set_template(library, [])
     # Whatever else reads the files shall begin texts alike, and BOS is never shown as a part of the text.
@@ -330,13 +330,13 @@ def _set_template(library: tokenizers.Tokenizer, beginning: list[int]) -> None:
 
 
 def _name(library: tokenizers.Tokenizer, token: int, name: str) -> str:
-    found = library.id_to_token(token)
-    if found is None:
+    text = library.id_to_token(token)
+    if text is None:
         raise ValueError(
             f"data.tokenizer must begin texts with tokens that it has; got {name}, whose post_processor adds the id "
             f"{token} of none. Correct its {TOKENIZER_FILE}, or name another tokenizer"
         )
-    return found
+    return text
 
 
 def _own_files() -> dict[str, bytes]:

@@ -82,12 +82,12 @@ def _on_cuda(
     prepare: str | None,
 ) -> None:
     """The production backends, with a GPU a rank: nothing in float64, which they do not take."""
-    found, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, topology.parallel.sequence
-    if found < needed:
-        why = f"{needed} CUDA device(s) are needed; this machine has {found}"
+    available, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, topology.parallel.sequence
+    if available < needed:
+        why = f"{needed} CUDA device(s) are needed; this machine has {available}"
         report.rows += [Row(what, NOT_TESTED, where=why) for what in ("NCCL", "Triton kernels", "flash-attn")]
         return
-    data_ranks = min(data_ranks, found // needed)
+    data_ranks = min(data_ranks, available // needed)
     bench = Bench(replace(topology, cuda=True), data_ranks, report, prepare)
     dtype = settings.trainer.dtype
     _attempt(

@@ -110,23 +110,23 @@ class _Examined(Trainer):
         self._train_step()
         record = self.outputs.record
         state = {
-            name: {kind: self._held(parameter, kind) for kind in KINDS}
+            name: {kind: self._fragment(parameter, kind) for kind in KINDS}
             for name, parameter in self.engine.named_parameters()
         }
         rows, later = ([row for part, _ in read for row in _rows(part)] for read in (parts, self._read_step()))
         return Step(record["loss"], record["grad_norm"], record["learning_rate"], rows, later, state)
 
-    def _held(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
+    def _fragment(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
         part = self.engine.fragment(parameter, kind)
         return part.start, part.values.float().cpu().clone()
 
     def alone(self, model: LanguageModel, targets: int) -> dict[str, Tensor]:
         """The sum of the micro-batches' gradients in float32, computed as the step does but by the model itself."""
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-        held = dict(self.engine.named_parameters())
-        with torch.no_grad(), self.engine.gather(list(held.values())):
+        parameters = dict(self.engine.named_parameters())
+        with torch.no_grad(), self.engine.gather(list(parameters.values())):
             for name, parameter in model.named_parameters():
-                parameter.copy_(held[name])
+                parameter.copy_(parameters[name])
         for part, seq in self._read_step():
             tokens, wanted = (seq.shard(x).to(self.device) for x in (part.tokens, part.targets))
             model.zero_grad(set_to_none=True)
@@ -169,7 +169,7 @@ class Place(NamedTuple):
 
 def places(sequence: int, ulysses: int, world: int) -> list[Place]:
     """The mesh as each of `world` ranks would make it: groups are noted, and none is formed."""
-    found = []
+    all_places = []
     for rank in range(world):
         stand_in = SimpleNamespace(
             is_initialized=lambda: True,
@@ -182,5 +182,5 @@ def places(sequence: int, ulysses: int, world: int) -> list[Place]:
         with mock.patch.object(mesh_module, "dist", stand_in):
             made: Any = Mesh.create(sequence, ulysses)
         heads, ring = (made.heads.group, made.heads.ring) if made.heads else (None, None)
-        found.append(Place(made.data_rank, made.sequence_rank, made.sequence_group, heads, ring))
-    return found
+        all_places.append(Place(made.data_rank, made.sequence_rank, made.sequence_group, heads, ring))
+    return all_places

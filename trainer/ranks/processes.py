@@ -32,12 +32,12 @@ def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    here = _device(device)
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
+    chosen = _device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if dist.is_initialized():
-        return here
-    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        return chosen
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     missing = [name for name in LAUNCHED if name not in os.environ]
     if not missing:
@@ -49,7 +49,7 @@ def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic:
             f"the launcher must set {', '.join(LAUNCHED)}; {', '.join(missing)} is not set although WORLD_SIZE is "
             f"{os.environ['WORLD_SIZE']}. Start the run with torchrun or deepspeed"
         )
-    return here
+    return chosen
 
 
 def _meet(backend: str, timeout: timedelta) -> None:

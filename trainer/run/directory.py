@@ -96,8 +96,8 @@ class RunDirectory:
             return []
         text = self.samples.read_text(encoding="utf-8", errors="replace")
         _, *parts = re.split(r"^--- step (\d+)\n", text, flags=re.MULTILINE)
-        found = {int(step): sample.removesuffix("\n\n") for step, sample in zip(parts[::2], parts[1::2], strict=True)}
-        return [{"step": step, "sample": sample} for step, sample in sorted(found.items()) if step <= last]
+        samples = {int(step): sample.removesuffix("\n\n") for step, sample in zip(parts[::2], parts[1::2], strict=True)}
+        return [{"step": step, "sample": sample} for step, sample in sorted(samples.items()) if step <= last]
 
 
 def _make(settings: RunSettings) -> tuple[Path, list[Path]]:

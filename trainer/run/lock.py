@@ -39,7 +39,7 @@ class Holder:
     token: str
 
     @classmethod
-    def here(cls) -> Holder:
+    def this_process(cls) -> Holder:
         """This process."""
         host, pid = socket.gethostname(), os.getpid()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -94,7 +94,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        self._mine = Holder.here()
+        self._mine = Holder.this_process()
         self._seen: tuple[str, float] | None = None
         self._release: weakref.finalize | None = None
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ..trainer import Trainer
 
 
-def introduction(trainer: Trainer, found: Path | None, notes: list[str]) -> list[str]:
+def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list[str]:
     """What a run shows before its first step: where it is, what is trained on what, and where it goes on from.
 
-    found: the checkpoint that it starts from, and notes about that choice.
+    start: the checkpoint that it starts from, with notes about that choice.
     """
     settings, mesh, corpus, step = trainer.settings, trainer.mesh, trainer.corpus, trainer.step
     parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
@@ -37,9 +37,9 @@ def introduction(trainer: Trainer, found: Path | None, notes: list[str]) -> list
         f"{parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}",
         *notes,
     ]
-    if found is not None:
-        lines.append(f"going on after step {step} from {found}")
-        if changed := changed_schedule(trainer.schedule, found, step):
+    if start is not None:
+        lines.append(f"going on after step {step} from {start}")
+        if changed := changed_schedule(trainer.schedule, start, step):
             lines.append(changed)
     if trainer.done:
         lines.append(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
@@ -160,10 +160,10 @@ def continuation(command: list[str], directory: RunDirectory, settings: Settings
     return changed, "the learning rate has decayed: a new stage from these weights, which warms up again"
 
 
-def changed_schedule(schedule: Schedule, found: Path, step: int) -> str | None:
+def changed_schedule(schedule: Schedule, start: Path, step: int) -> str | None:
     """What is said where a run goes on after `step` from a checkpoint by another schedule than it has followed."""
     try:
-        before = schedule_of(read_config(found))
+        before = schedule_of(read_config(start))
     except ValueError as error:
         return f"whether the schedule has changed is not known: {error}"
     return schedule.announcement(before, step)

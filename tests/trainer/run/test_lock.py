@@ -35,7 +35,7 @@ def holder(tmp_path: Path):
 def left(folder: Path, **changes: object) -> Path:
     """A lock that somebody else has left."""
     path = folder / "lock.json"
-    path.write_text(json.dumps(asdict(replace(Holder.here(), token="theirs", **changes))))  # type: ignore[arg-type]
+    path.write_text(json.dumps(asdict(replace(Holder.this_process(), token="theirs", **changes))))  # type: ignore[arg-type]
     return path
 
 

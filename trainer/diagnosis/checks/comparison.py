@@ -52,7 +52,7 @@ def first_over(differences: Iterable[Difference], limit: float) -> Difference:
 
 def row(
     check: str,
-    found: Iterable[Difference],
+    differences: Iterable[Difference],
     limit: float,
     ran: str,
     precedence: int,
@@ -61,18 +61,20 @@ def row(
     unit: str = RELATIVE,
 ) -> Row:
     """A verdict on the worst of the errors; with `first`, for places in the order of the computation, the first."""
-    listed = list(found)
-    shown = first_over(listed, limit) if first else worst(listed)
+    differences = list(differences)
+    shown = first_over(differences, limit) if first else worst(differences)
     passed = shown.error <= limit
-    verdict, extent = (PASS, "") if passed else (FAIL, _extent(listed, limit))
+    verdict, extent = (PASS, "") if passed else (FAIL, _extent(differences, limit))
     return Row(check, verdict, shown.error, limit, shown.where, ran, precedence, unit, extent)
 
 
-def _extent(found: list[Difference], limit: float) -> str:
+def _extent(differences: list[Difference], limit: float) -> str:
     """How many of the comparisons fail, and in which layouts."""
-    failing = [d for d in found if not d.error <= limit]
-    every, wrong = (dict.fromkeys(LAYOUT.findall(" ".join(d.where for d in listed))) for listed in (found, failing))
-    text = f"{len(failing)} of {len(found)} comparisons"
+    failing = [d for d in differences if not d.error <= limit]
+    every, wrong = (
+        dict.fromkeys(LAYOUT.findall(" ".join(d.where for d in listed))) for listed in (differences, failing)
+    )
+    text = f"{len(failing)} of {len(differences)} comparisons"
     if len(every) < 2:
         return text
     return f"{text}, in {'every layout' if len(wrong) == len(every) else 'layouts of ' + ', '.join(wrong)}"

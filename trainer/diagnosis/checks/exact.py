@@ -17,7 +17,7 @@ from .. import definitions, variants, work
 from ..bench import Bench
 from ..cases import NO_TARGET, Case, Change, changes
 from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
-from . import comparison as checks
+from . import comparison
 from .comparison import EXACT, Difference
 
 STEP = 2e-6  # of parameters, along a direction of length 1
@@ -32,20 +32,20 @@ def one_process(bench: Bench) -> None:
     bench.truths = [truth_of(model, case) for case in bench.cases]
     packed, single = [], []
     for case, truth in bench.in_pairs():
-        error = checks.relative(truth.hidden[case.inside], alone(model, case)[case.inside])
+        error = comparison.relative(truth.hidden[case.inside], alone(model, case)[case.inside])
         packed.append(Difference(error, f"hidden states; {case.name}"))
         own = run(model, Sequence.single(case.documents), case.tokens, case.targets)
-        single += checks.of_layers(own, truth, bench.names, case)
-        single.append(checks.of_loss(own, truth, case))
-        single += checks.of_gradients(own.gradients, truth.gradients, case.name)
-    bench.add(checks.row("packed documents = each alone", packed, EXACT, "definitions, float64", 3))
-    bench.add(checks.row("one device = definitions", single, EXACT, "chunked, float64", 2, first=True))
+        single += comparison.of_layers(own, truth, bench.names, case)
+        single.append(comparison.of_loss(own, truth, case))
+        single += comparison.of_gradients(own.gradients, truth.gradients, case.name)
+    bench.add(comparison.row("packed documents = each alone", packed, EXACT, "definitions, float64", 3))
+    bench.add(comparison.row("one device = definitions", single, EXACT, "chunked, float64", 2, first=True))
 
 
 def pointwise_functions(bench: Bench) -> None:
     """Rotation, norm, SwiGLU and loss as they are defined, with their gradients; in bfloat16, rounded once."""
     for name, (tensors, rest, settings) in _pointwise_inputs().items():
-        found = []
+        differences = []
         for dtype in (torch.float64, torch.bfloat16):
             given = [x.to(dtype) for x in tensors]
             # In float32 a sum over a vocabulary, or over tokens, is not exact: twice the rounding is not told from it.
@@ -54,9 +54,9 @@ def pointwise_functions(bench: Bench) -> None:
                 for function, kind in ((getattr(pointwise, name), dtype), (getattr(definitions, name), torch.float64))
             )
             for what, a, b in zip(["output", "gradient of 1st", "gradient of 2nd"], got, expected, strict=False):
-                error = checks.relative(a, b) if dtype == torch.float64 else EXACT * _rounding_errors(a, b)
-                found.append(Difference(error, f"{what} in {str(dtype).removeprefix('torch.')}"))
-        bench.add(checks.row(f"function {name}", found, EXACT, "float64, bfloat16", 0))
+                error = comparison.relative(a, b) if dtype == torch.float64 else EXACT * _rounding_errors(a, b)
+                differences.append(Difference(error, f"{what} in {str(dtype).removeprefix('torch.')}"))
+        bench.add(comparison.row(f"function {name}", differences, EXACT, "float64, bfloat16", 0))
 
 
 def _pointwise_inputs() -> dict[str, tuple[list[Tensor], list[Tensor], dict[str, Any]]]:
@@ -88,7 +88,7 @@ def _with_gradients(function: Any, tensors: list[Tensor], rest: list[Tensor], se
 
 def _rounding_errors(got: Tensor, exact: Tensor) -> float:
     """The error in units of twice that of rounding the exact result to bfloat16."""
-    return checks.rms(got, exact) / (2 * checks.rms(exact.bfloat16(), exact))
+    return comparison.rms(got, exact) / (2 * comparison.rms(exact.bfloat16(), exact))
 
 
 def differences(bench: Bench) -> None:
@@ -106,7 +106,7 @@ def differences(bench: Bench) -> None:
         parameter -= change
         return loss
 
-    found, generator = [], torch.Generator().manual_seed(0)
+    differences, generator = [], torch.Generator().manual_seed(0)
     floor = 1e-4 * max(float(g.norm()) for g in truth.gradients.values())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,9 +117,9 @@ def differences(bench: Bench) -> None:
             # Both are of the size of the gradient's norm over the root of its numbers, and small only by chance.
             scale = max(float(gradient.norm()), floor) * STEP / math.sqrt(parameter.numel())
             error = abs(slope - float((gradient * step).sum())) / scale
-            found.append(Difference(error, f"{name}; {case.name}"))
+            differences.append(Difference(error, f"{name}; {case.name}"))
     unit = "of a slope as steep as the gradient is long"
-    bench.add(checks.row("gradient = difference of losses", found, SLOPE, "chunked, float64", 2, unit=unit))
+    bench.add(comparison.row("gradient = difference of losses", differences, SLOPE, "chunked, float64", 2, unit=unit))
 
 
 def model(bench: Bench) -> None:
@@ -127,14 +127,14 @@ def model(bench: Bench) -> None:
     shared = bench.share(work.run_cases, [(case, "none", torch.float64) for case in bench.cases])
     losses, layers, gradients = [], [], []
     for (case, truth), parts in zip(bench.in_pairs(), shared, strict=True):
-        got = checks.together(parts, case.layout)
-        losses.append(checks.of_loss(got, truth, case))
-        layers += checks.of_layers(got, truth, bench.names, case)
-        gradients += checks.of_gradients(got.gradients, truth.gradients, case.name)
+        got = comparison.together(parts, case.layout)
+        losses.append(comparison.of_loss(got, truth, case))
+        layers += comparison.of_layers(got, truth, bench.names, case)
+        gradients += comparison.of_gradients(got.gradients, truth.gradients, case.name)
     ran = bench.ran("float64")
-    bench.add(checks.row("loss and number of targets", losses, EXACT, ran, 5))
-    bench.add(checks.row("output of every mixer", layers, EXACT, ran, 1, first=True))
-    bench.add(checks.row("gradient of every parameter", gradients, EXACT, ran, 4))
+    bench.add(comparison.row("loss and number of targets", losses, EXACT, ran, 5))
+    bench.add(comparison.row("output of every mixer", layers, EXACT, ran, 1, first=True))
+    bench.add(comparison.row("gradient of every parameter", gradients, EXACT, ran, 4))
 
 
 def operations(bench: Bench) -> None:
@@ -147,26 +147,26 @@ def operations(bench: Bench) -> None:
         own = truth.calls if number < ALL_LAYERS else variants.distinct(truth.calls)
         jobs.append((case, [*own, *variants.edge_calls(case, truth.calls)]))
     jobs += [(case, [call]) for case, call in variants.long_jobs(bench.truths[0].calls, bench.sequence)]
-    given = [(case, [(call, call.dout(torch.float64)) for call in calls]) for case, calls in jobs]
-    shared = bench.share(work.replay, given)
-    found: dict[str, list[Difference]] = {}
-    for (case, calls), parts in zip(given, shared, strict=True):
+    calls_of_cases = [(case, [(call, call.dout(torch.float64)) for call in calls]) for case, calls in jobs]
+    shared = bench.share(work.replay, calls_of_cases)
+    by_op: dict[str, list[Difference]] = {}
+    for (case, calls), parts in zip(calls_of_cases, shared, strict=True):
         for index, (call, dout) in enumerate(calls):
-            got = checks.call_results(call, [part[index] for part in parts], case.layout)
+            got = comparison.call_results(call, [part[index] for part in parts], case.layout)
             expected = gradients_of(plain_op(call.op), call, dout, Sequence.single(case.documents))
-            found.setdefault(call.op, []).extend(_of_call(bench, call, case, got, expected))
-    for op, differences in found.items():
-        bench.add(checks.row(f"op {op}", differences, EXACT, bench.ran("float64"), 0, first=True))
+            by_op.setdefault(call.op, []).extend(_of_call(bench, call, case, got, expected))
+    for op, differences in by_op.items():
+        bench.add(comparison.row(f"op {op}", differences, EXACT, bench.ran("float64"), 0, first=True))
 
 
 def _of_call(bench: Bench, call: Call, case: Case, got: list[Tensor], expected: list[Tensor]) -> list[Difference]:
     place = f"{bench.names[call.layer]}; {call.variant}{case.name}"
     inside = slice(None) if call.of_the_row else case.inside
     floor = 1e-4 * max((float(g.abs().max()) for g in expected[1:]), default=0.0)
-    found = [Difference(checks.relative(got[0][inside], expected[0][inside]), f"output in {place}")]
+    differences = [Difference(comparison.relative(got[0][inside], expected[0][inside]), f"output in {place}")]
     for name, a, b in zip(call.names(), got[1:], expected[1:], strict=True):
-        found.append(Difference(checks.relative(a, b, floor), f"gradient of {name} in {place}"))
-    return found
+        differences.append(Difference(comparison.relative(a, b, floor), f"gradient of {name} in {place}"))
+    return differences
 
 
 def leaks(bench: Bench) -> None:
@@ -191,8 +191,8 @@ def leaks(bench: Bench) -> None:
             where = f"token {token} of row {row} moves with {_tokens(change)}; {case.name}"
             leaked.append(Difference(float(moved.max() / base.abs().max()), where if moved.any() else case.name))
     ran = bench.ran("float64")
-    bench.add(checks.row("no leak between documents or from the future", leaked, 0.0, ran, 3))
-    bench.add(checks.row("a token moves itself and the next", unmoved, 0.0, ran, 6, unit="tokens that stay"))
+    bench.add(comparison.row("no leak between documents or from the future", leaked, 0.0, ran, 3))
+    bench.add(comparison.row("a token moves itself and the next", unmoved, 0.0, ran, 6, unit="tokens that stay"))
 
 
 def _tokens(change: Change) -> str:
@@ -205,12 +205,12 @@ def recomputation(bench: Bench, own: str) -> None:
     chosen = range(min(3, len(bench.cases)))
     shared = bench.share(work.run_cases, [(bench.cases[n], mode, torch.float64) for mode in modes for n in chosen])
     for mode in modes:
-        found = []
+        differences = []
         for n in chosen:
             case, truth = bench.cases[n], bench.truths[n]
-            got = checks.together(shared.pop(0), case.layout)
-            found += checks.of_gradients(got.gradients, truth.gradients, case.name)
-        bench.add(checks.row(f"activation_checkpointing={mode}", found, EXACT, bench.ran("float64"), 5))
+            got = comparison.together(shared.pop(0), case.layout)
+            differences += comparison.of_gradients(got.gradients, truth.gradients, case.name)
+        bench.add(comparison.row(f"activation_checkpointing={mode}", differences, EXACT, bench.ran("float64"), 5))
 
 
 def decoding(bench: Bench) -> None:
@@ -219,8 +219,10 @@ def decoding(bench: Bench) -> None:
     with torch.no_grad():
         with plain_ops([], made.names):
             logits = made(tokens, Sequence.single(Documents.whole(*tokens.shape)))
-        cache, found, length = DecodingCache(), [], tokens.shape[1]
+        cache, differences, length = DecodingCache(), [], tokens.shape[1]
         for start, stop in [(0, 3), *((n, n + 1) for n in range(3, length))]:
             got = next_logits(made, tokens[:, start:stop], cache)
-            found.append(Difference(checks.relative(got, logits[:, stop - 1]), f"logits after token {stop - 1}"))
-    bench.add(checks.row("decoding = forward", found, EXACT, "chunked, float64", 3, first=True))
+            differences.append(
+                Difference(comparison.relative(got, logits[:, stop - 1]), f"logits after token {stop - 1}")
+            )
+    bench.add(comparison.row("decoding = forward", differences, EXACT, "chunked, float64", 3, first=True))

@@ -15,7 +15,7 @@ from .. import variants, work
 from ..bench import Bench
 from ..cases import FAR, Case, case_of_many
 from ..truth import Call, Result, gradients_of, plain_op, plain_ops, run, truth_of
-from . import comparison as checks
+from . import comparison
 from .comparison import Difference
 
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose
@@ -41,20 +41,20 @@ def rounded(bench: Bench, dtype: torch.dtype) -> None:
     name, cases = str(dtype).removeprefix("torch."), bench.cases[:3]
     far = replace(cases[0], far=True)
     *near, beyond = bench.share(work.run_cases, [(case, "none", dtype) for case in (*cases, far)])
-    found: list[Difference] = []
+    differences: list[Difference] = []
     at_start: dict[str, float] = {}
     for case, parts in zip(cases, near, strict=True):
         tokens, targets = case.tokens.to(bench.device), case.targets.to(bench.device)
         with plain_ops([], model.names, "auto"):
             single = work.on_host(run(model, Sequence.single(case.documents), tokens, targets))
         truth = truth_of(exact, case)
-        theirs = checks.of_norms(single.gradients, truth.gradients)
-        found += _beside(bench, exact, case, truth, parts, theirs, dtype)
+        theirs = comparison.of_norms(single.gradients, truth.gradients)
+        differences += _beside(bench, exact, case, truth, parts, theirs, dtype)
         at_start = at_start or theirs
     ran = bench.ran(name)
-    bench.add(checks.row(f"{name}: gradients beside one device's", found, 1.0, ran, 5, unit=AS_GOOD))
-    found = _beside(bench, exact, far, truth_of(exact, far), beyond, at_start, dtype)
-    bench.add(checks.row(f"{name}: positions from {FAR:,} on", found, 1.0, ran, 4, unit=AS_GOOD))
+    bench.add(comparison.row(f"{name}: gradients beside one device's", differences, 1.0, ran, 5, unit=AS_GOOD))
+    differences = _beside(bench, exact, far, truth_of(exact, far), beyond, at_start, dtype)
+    bench.add(comparison.row(f"{name}: positions from {FAR:,} on", differences, 1.0, ran, 4, unit=AS_GOOD))
     _rounded_ops(bench, model, dtype)
 
 
@@ -68,9 +68,9 @@ def _beside(
     dtype: torch.dtype,
 ) -> list[Difference]:
     """The ranks' errors beside those of one device; where that is not enough, beside what any rounding makes."""
-    ours, floor = checks.of_norms(checks.together(parts, case.layout).gradients, truth.gradients), FLOORS[dtype]
+    ours, floor = comparison.of_norms(comparison.together(parts, case.layout).gradients, truth.gradients), FLOORS[dtype]
     compared = _compared(ours, theirs, floor, case.name)
-    if checks.worst(compared).error > 1.0:
+    if comparison.worst(compared).error > 1.0:
         noise = _noise(exact, case, truth.gradients, torch.finfo(dtype).eps / 2)
         compared = _compared(ours, {p: max(theirs[p], noise[p]) for p in theirs}, floor, case.name)
     return compared
@@ -78,8 +78,11 @@ def _beside(
 
 def _compared(ours: dict[str, float], theirs: dict[str, float], floor: float, name: str) -> list[Difference]:
     """At most 1 where ranks are as good: of one parameter an error may be small by chance, of all it is not."""
-    found = [Difference(ours[p] / (3.0 * theirs[p] + 8 * floor), f"gradient of {p}; {name}") for p in ours]
-    return [*found, Difference(_mean(ours) / (1.5 * _mean(theirs) + 3 * floor), f"gradient of all parameters; {name}")]
+    differences = [Difference(ours[p] / (3.0 * theirs[p] + 8 * floor), f"gradient of {p}; {name}") for p in ours]
+    return [
+        *differences,
+        Difference(_mean(ours) / (1.5 * _mean(theirs) + 3 * floor), f"gradient of all parameters; {name}"),
+    ]
 
 
 def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding: float) -> dict[str, float]:
@@ -93,7 +96,7 @@ def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding:
         with torch.no_grad():
             for parameter in shaken.parameters():
                 parameter *= 1 + rounding * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        errors = checks.of_norms(truth_of(shaken, case).gradients, truth)
+        errors = comparison.of_norms(truth_of(shaken, case).gradients, truth)
         noise = {name: max(noise[name], error) for name, error in errors.items()}
     return noise
 
@@ -105,15 +108,15 @@ def _rounded_ops(bench: Bench, model: LanguageModel, dtype: torch.dtype) -> None
         model(case.tokens.to(bench.device), Sequence.single(case.documents))
     calls = [call.mapped(Tensor.cpu) for call in variants.distinct(noted)]
     calls += [sharper(call) for call in calls if call.op in variants.PAIRED]
-    given = [(call, call.dout(dtype)) for call in calls]
-    (parts,) = bench.share(work.replay, [(case, given)])
-    found: dict[str, list[Difference]] = {}
+    calls_and_douts = [(call, call.dout(dtype)) for call in calls]
+    (parts,) = bench.share(work.replay, [(case, calls_and_douts)])
+    by_op: dict[str, list[Difference]] = {}
     single = Sequence.single(case.documents)
-    for index, (call, dout) in enumerate(given):
-        got = checks.call_results(call, [part[index] for part in parts], case.layout)
+    for index, (call, dout) in enumerate(calls_and_douts):
+        got = comparison.call_results(call, [part[index] for part in parts], case.layout)
         if bench.device.type == "cuda":
-            here = call.mapped(lambda x: x.to(bench.device))
-            own = work.on_host(gradients_of(plain_op(call.op, "auto"), here, dout.to(bench.device), single))
+            placed = call.mapped(lambda x: x.to(bench.device))
+            own = work.on_host(gradients_of(plain_op(call.op, "auto"), placed, dout.to(bench.device), single))
         else:
             float32 = call.mapped(lambda x: x.float() if x.is_floating_point() else x)
             own = gradients_of(plain_op(call.op), float32, dout.float(), single)
@@ -125,10 +128,10 @@ def _rounded_ops(bench: Bench, model: LanguageModel, dtype: torch.dtype) -> None
             what = name if name == "output" else f"gradient of {name}"
             once = ROUNDED_ONCE.get(call.op, name == "output")
             error = Difference(worse(a, b.to(a.dtype), t, dtype, once=once), f"{what} in {place}")
-            found.setdefault(call.op, []).append(error)
+            by_op.setdefault(call.op, []).append(error)
     name = str(dtype).removeprefix("torch.")
-    for op, differences in found.items():
-        bench.add(checks.row(f"{name}: op {op}", differences, 1.0, bench.ran(name), 1, unit=ROUNDING))
+    for op, differences in by_op.items():
+        bench.add(comparison.row(f"{name}: op {op}", differences, 1.0, bench.ran(name), 1, unit=ROUNDING))
 
 
 def _mean(errors: dict[str, float]) -> float:
@@ -141,12 +144,12 @@ def worse(got: Tensor, single: Tensor, truth: Tensor, dtype: torch.dtype, *, onc
 
     once: nothing may be rounded twice, however many ranks give a part; others may add two rounded numbers.
     """
-    best = max(checks.rms(single, truth), checks.rms(truth.to(dtype), truth))
+    best = max(comparison.rms(single, truth), comparison.rms(truth.to(dtype), truth))
     least = FLOORS[dtype] if dtype == torch.float32 or not best else 0.0  # of sums that are none of the ranks' doing
-    error = checks.rms(got, truth) / (ADDED * best + least)
+    error = comparison.rms(got, truth) / (ADDED * best + least)
     if not once or got.dtype != torch.bfloat16:
         return error
-    mine, theirs = (checks.not_rounded_right(x, truth) for x in (got, single))
+    mine, theirs = (comparison.not_rounded_right(x, truth) for x in (got, single))
     return max(error, mine / (1.5 * theirs + AGAIN))
 
 

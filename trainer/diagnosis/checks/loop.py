@@ -21,7 +21,7 @@ from ..bench import Bench
 from ..cases import NO_TARGET
 from ..training import Place, Step
 from ..truth import Result, run
-from . import comparison as checks
+from . import comparison
 from .comparison import Difference
 
 RATE = 1e-2  # large enough for float32 to tell what a step changes
@@ -32,8 +32,8 @@ DATA_RANKS = 3  # of the world that the groups are worked out for
 
 def grid(bench: Bench, settings: Settings) -> None:
     """The groups of the configured ranks in a world of several data ranks, by the (data, sequence) grid."""
-    given, found = settings.parallel, []
-    shapes = {(p.sequence, ulysses_ranks(p)) for p in (given, bench.topology.parallel)}
+    configured, differences = settings.parallel, []
+    shapes = {(p.sequence, ulysses_ranks(p)) for p in (configured, bench.topology.parallel)}
     for sequence, by_heads in sorted(shapes):
         world = DATA_RANKS * sequence
         expected = [place_of(rank, sequence, by_heads) for rank in range(world)]
@@ -41,8 +41,8 @@ def grid(bench: Bench, settings: Settings) -> None:
             pairs = enumerate(zip(places, expected, strict=True))
             wrong = [f"rank {rank}: {a} in place of {b}" for rank, (a, b) in pairs if a != b]
             where = f"{world} ranks, {sequence} a row{f', {by_heads} by heads' if by_heads > 1 else ''}"
-            found.append(Difference(float(len(wrong)), "; ".join([where, *wrong[:1]])))
-    bench.add(checks.row("groups of ranks = the grid", found, 0.0, "arithmetic", 0, unit="ranks"))
+            differences.append(Difference(float(len(wrong)), "; ".join([where, *wrong[:1]])))
+    bench.add(comparison.row("groups of ranks = the grid", differences, 0.0, "arithmetic", 0, unit="ranks"))
 
 
 def place_of(rank: int, sequence: int, by_heads: int) -> Place:
@@ -93,7 +93,7 @@ class _Truth:
         self.targets = sum(result.targets for result in results)
         self.loss = sum(float(result.loss) for result in results) / self.targets
         names = results[0].gradients
-        self.gradients = {n: checks.sum_of([r.gradients[n] for r in results]) / self.targets for n in names}
+        self.gradients = {n: comparison.sum_of([r.gradients[n] for r in results]) / self.targets for n in names}
         self.norm = _norm(self.gradients)
 
 
@@ -149,7 +149,7 @@ def _truth(bench: Bench, rows: Iterable[Row]) -> _Truth:
 
 def _check_rows(bench: Bench, steps: list[Step], rows: list[Row], number: int) -> None:
     """Every row of this step and of the next is read by one data rank, on all ranks that share it, and by no other."""
-    found = []
+    differences = []
     for what, expected, read in (
         ("this step", rows[:number], [step.rows for step in steps]),
         ("the next", rows[number:], [step.next_rows for step in steps]),
@@ -160,9 +160,9 @@ def _check_rows(bench: Bench, steps: list[Step], rows: list[Row], number: int) -
         same = all([*map(_key, rank)] == [*map(_key, ranks[0])] for ranks in alike for rank in ranks)
         wrong = sum(a != b for a, b in zip(got, wanted, strict=False)) + abs(len(got) - len(wanted))
         place = f"rows of {what}: {wrong} of {len(wanted)} have other tokens, targets or documents, or are not read"
-        found.append(Difference(float(wrong), place if wrong else f"rows of {what}"))
-        found.append(Difference(0.0 if same else 1.0, f"ranks that share a row read other rows of {what}"))
-    bench.add(checks.row("rows and targets that the loop reads", found, 0.0, "trainer", 0, unit="rows"))
+        differences.append(Difference(float(wrong), place if wrong else f"rows of {what}"))
+        differences.append(Difference(0.0 if same else 1.0, f"ranks that share a row read other rows of {what}"))
+    bench.add(comparison.row("rows and targets that the loop reads", differences, 0.0, "trainer", 0, unit="rows"))
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -177,19 +177,19 @@ def _check_step(bench: Bench, stage: int, steps: list[Step], truth: _Truth, sett
     after, first, second = (_assembled(steps, shapes, kind) for kind in training.KINDS)
     beta, gamma = optimizer.betas
     clipped = {name: g * scale for name, g in truth.gradients.items()}
-    gradients = checks.of_gradients({name: m / (1 - beta) for name, m in first.items()}, clipped, what)
+    gradients = comparison.of_gradients({name: m / (1 - beta) for name, m in first.items()}, clipped, what)
     squares = {name: v.clamp(min=0).sqrt() / math.sqrt(1 - gamma) for name, v in second.items()}
-    found = [
+    differences = [
         *(Difference(abs(step.loss - truth.loss) / truth.loss, f"loss; {what}") for step in steps),
         *(Difference(abs(step.norm - truth.norm) / truth.norm, f"gradient norm; {what}") for step in steps),
         *(d._replace(where=f"gradient of {d.where}") for d in gradients),
         *(
             d._replace(where=f"second moment of {d.where}")
-            for d in checks.of_gradients(squares, {name: g.abs() for name, g in clipped.items()}, what)
+            for d in comparison.of_gradients(squares, {name: g.abs() for name, g in clipped.items()}, what)
         ),
     ]
     ran = f"trainer, DeepSpeed, {bench.ran('float32')}"
-    bench.add(checks.row(f"ZeRO-{stage}: a step of the loop", found, FLOAT32, ran, 5, first=True))
+    bench.add(comparison.row(f"ZeRO-{stage}: a step of the loop", differences, FLOAT32, ran, 5, first=True))
     model, updates = bench.model(torch.float64).cpu(), []
     decays = _decays(model)
     for name, p in model.named_parameters():
@@ -201,7 +201,7 @@ def _check_step(bench: Bench, stage: int, steps: list[Step], truth: _Truth, sett
         updates.append(Difference(error if error == error else math.inf, f"{name}; {what}"))
     updates += [Difference(abs(step.rate / RATE - 1), f"learning rate; {what}") for step in steps]
     bench.add(
-        checks.row(f"ZeRO-{stage}: parameters after the step", updates, 1e-2, ran, 6, unit="of the learning rate")
+        comparison.row(f"ZeRO-{stage}: parameters after the step", updates, 1e-2, ran, 6, unit="of the learning rate")
     )
 
 
@@ -229,16 +229,16 @@ def _assembled(steps: list[Step], shapes: dict[str, torch.Size], kind: str) -> d
 
 def _check_sum(bench: Bench, stage: int, steps: list[Step], truth: _Truth, settings: Settings, *, clip: float) -> None:
     """In bfloat16: the gradient is the sum, in float32, of those that the micro-batches give on their own."""
-    summed = {name: checks.sum_of([step.alone[name] for step in steps]) / len(steps) for name in truth.gradients}
+    summed = {name: comparison.sum_of([step.alone[name] for step in steps]) / len(steps) for name in truth.gradients}
     norm = _norm(summed)
     scale = min(1.0, clip / norm)
     shapes = {name: g.shape for name, g in truth.gradients.items()}
     got = {name: m / (1 - settings.optimizer.betas[0]) for name, m in _assembled(steps, shapes, "exp_avg").items()}
-    errors = checks.of_norms(got, {name: g.double() * scale for name, g in summed.items()})
-    found = [Difference(error, f"gradient of {name}") for name, error in errors.items()]
-    found += [Difference(abs(step.norm - norm) / norm, "gradient norm") for step in steps]
+    errors = comparison.of_norms(got, {name: g.double() * scale for name, g in summed.items()})
+    differences = [Difference(error, f"gradient of {name}") for name, error in errors.items()]
+    differences += [Difference(abs(step.norm - norm) / norm, "gradient norm") for step in steps]
     ran = f"trainer, DeepSpeed, {bench.ran('bfloat16')}"
     row = f"ZeRO-{stage}, bfloat16: sum over micro-batches"
-    bench.add(checks.row(row, found, SUM, ran, 5, unit="of the gradient's norm"))
+    bench.add(comparison.row(row, differences, SUM, ran, 5, unit="of the gradient's norm"))
     losses = [Difference(abs(step.loss - truth.loss) / truth.loss, "loss") for step in steps]
-    bench.add(checks.row(f"ZeRO-{stage}, bfloat16: loss", losses, 5e-2, ran, 5))
+    bench.add(comparison.row(f"ZeRO-{stage}, bfloat16: loss", losses, 5e-2, ran, 5))

@@ -60,15 +60,15 @@ def of_ops(noted: list[Noted], dtype: torch.dtype) -> list[Difference]:
     Every rank that shares the sequence calls it with the same ops. The truth is the op itself in float64, on the same
     ranks: that those give what one device gives is for exact checks to say.
     """
-    found = []
+    differences = []
     for call, seq in noted:
         op, dout = getattr(ops, call.op), call.dout(dtype)
         got = gradients_of(op, call, dout, seq)
         exact = gradients_of(op, call.mapped(_exactly), dout.double(), seq)
         places = ["output", *(f"gradient of {name}" for name in call.names())]
         for place, a, b in zip(places, got, exact, strict=True):
-            found.append(Difference(roundings(a, b, dtype), f"{call.op}: {place}"))
-    return found
+            differences.append(Difference(roundings(a, b, dtype), f"{call.op}: {place}"))
+    return differences
 
 
 def roundings(got: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
