@@ -28,7 +28,7 @@ configuration.register_sizes()
 
 
 def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
-    """The schema's objects; what depends on whether a setting was given is settled here.
+    """The schema's objects, with the defaults that depend on which settings the command line sets.
 
     `init_from` brings the model and the tokenizer where none is given; beside a checkpoint of LongReach the model may
     be another with the same parameters. Raises ValueError for a model given beside one of Hugging Face.

@@ -149,7 +149,7 @@ class Engine:
         return self._masters.fragment(parameter, kind)
 
     def create_moments(self, steps: int | None = None) -> None:
-        """Makes the Adam states before AdamW's own first step does, and, if given, sets the number of steps taken."""
+        """Makes the Adam states ahead of AdamW's first step, and sets the number of steps taken unless None."""
         self._masters.create_moments(steps)
 
     @property

@@ -9,7 +9,7 @@ from .requirements import one_of
 
 DTYPES = ("float32", "bfloat16")
 
-# What DeepSpeed calls by another name than LongReach does, or what would do nothing here.
+# What LongReach has a setting of its own for, or what would have no effect.
 OWNED = {
     "optimizer": "optimizer.*",
     "scheduler": "schedule",

@@ -150,7 +150,7 @@ def on_meta(build: Build, model: dict[str, Any]) -> LanguageModel:
 
 
 def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.device, *, resuming: bool) -> Engine:
-    """The engine, with weights by the seed or of `init_from`; resuming, with whatever, since they are loaded next."""
+    """The engine, with weights from the seed or from `init_from`; resuming, they are arbitrary and loaded next."""
     trainer = settings.trainer
 
     def from_checkpoint(model: nn.Module, gather: Gather) -> None:
@@ -160,10 +160,10 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
         else:
             hf.load(origin, model, gather)
 
-    def nothing(model: nn.Module, gather: Gather) -> None:
+    def leave_as_allocated(model: nn.Module, gather: Gather) -> None:
         pass
 
-    load = nothing if resuming else from_checkpoint if settings.init_from else None
+    load = leave_as_allocated if resuming else from_checkpoint if settings.init_from else None
     engine = Engine(
         lambda: build(settings.model),
         settings=settings.engine,

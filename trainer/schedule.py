@@ -104,7 +104,7 @@ class Schedule:
         }
 
     def announcement(self, before: Schedule, step: int) -> str | None:
-        """What is said where a run that followed `before` for `step` steps goes on by this one; None if they agree."""
+        """The notice for a run that followed `before` for `step` steps and now follows this one; None if they agree."""
         old = before.parts
         changed = [f"{name} was {old[name]} and is {new}" for name, new in self.parts.items() if old[name] != new]
         if not changed or step < 1 or step >= self.steps:

@@ -69,7 +69,7 @@ class Settings:
 
 
 def home(path: str, setting: str) -> str:
-    """The path with its `~` or `~user` replaced. Raises ValueError for a user that there is not."""
+    """The path with its `~` or `~user` replaced. Raises ValueError for a user that does not exist."""
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         user = whole.partition("/")[0]

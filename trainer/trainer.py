@@ -181,7 +181,7 @@ class Trainer:
         self._check_gradient(norm)
 
     def _check_gradient(self, norm: float) -> None:
-        """Tells of a step that was skipped; many in a row, or all that there were to the end, fail the run."""
+        """Reports a skipped step; too many in a row, or nothing but skipped steps to the end, fail the run."""
         if math.isfinite(norm):
             self.skipped = 0
             return

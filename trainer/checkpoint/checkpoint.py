@@ -55,7 +55,7 @@ def save(
     written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well.
     Written aside, brought to the disk, then renamed. If any rank cannot write, all raise CheckpointError, nothing of
     the attempt stays, and earlier ones are untouched. `directory` is made, but not the folder that it lies in: one that
-    has vanished does not come back with half of what it held.
+    has vanished does not come back half empty.
     """
     directory, mesh = Path(directory), engine.mesh
     path = directory / f"step-{state['step']:08d}"
@@ -83,7 +83,7 @@ def save(
                 every = {file: entry for part, _ in gathered for file, entry in part.items()}
                 _complete(temporary, path, {"state": state, "adam_steps": engine.adam_steps, "files": every})
                 _prune(directory, path, keep, spare)
-        except Exception as failure:  # of whatever kind: the tokenizers' library raises bare ones for a full disk
+        except Exception as failure:  # of any kind: the tokenizers' library raises bare ones for a full disk
             error = f"{failure}"
         if error is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Origin: what a Hugging Face model says of itself beside its weights, carried through every stage of training."""
+"""Origin: a Hugging Face model's own configuration beside its weights, carried through every stage of training."""
 
 from __future__ import annotations
 

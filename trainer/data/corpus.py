@@ -57,7 +57,7 @@ class Corpus:
         return int(self.cache.bytes[self.stream(split).members].sum())
 
     def bytes_per_token(self, split: str) -> float:
-        """Bytes of text for each *target* of a split: bits a byte = mean loss / ln 2 / bytes_per_token.
+        """Bytes of text for each *target* of a split: bits per byte = mean loss / ln 2 / bytes_per_token.
 
         Every token but the first of each document is a target, end of text included. Where documents begin with BOS,
         all of their text is among the targets; BOS itself is none, and has no bytes.
@@ -68,7 +68,7 @@ class Corpus:
 def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, seed: int = 0) -> Corpus | RecallCorpus:
     """The corpus of `data.*`; every rank calls it, one of them builds the token cache and the others wait for its file.
 
-    `cache_dir` stands in for `data.cache_dir`; `seed` orders the training documents. What was left out of the data is
+    `cache_dir` overrides `data.cache_dir`; `seed` orders the training documents. What was left out of the data is
     logged as a warning. Raises ValueError for settings or data that cannot be used.
     """
     if settings.source == "recall":

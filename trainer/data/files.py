@@ -204,7 +204,7 @@ def _begins_with_an_object(file: Path, column: str) -> bool:
 
 
 def open_bytes(file: Path) -> BinaryIO:
-    """A file's content; decompressed where it is that of gzip, Zstandard, bzip2 or xz, whatever its name.
+    """A file's content, decompressed if it is gzip, Zstandard, bzip2 or xz, whatever its name says.
 
     It and its reader may raise what UNREADABLE lists.
     """

@@ -76,7 +76,7 @@ class RowStream(ABC):
         """Row `number`, from 0. Past the end of a stream that ends it is all padding: ranks may share unevenly."""
 
     def state(self, row: int) -> dict[str, Any]:
-        """What a checkpoint keeps: `row` is the next row to read, whatever ranks read the others."""
+        """What a checkpoint keeps: `row` is the next row to read, on whichever rank."""
         return self._identity() | {"row": row}
 
     def resume(self, state: dict[str, Any]) -> int:

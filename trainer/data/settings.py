@@ -39,7 +39,7 @@ class DataSettings:
     bos: str = "auto"  # documents and prompts begin with BOS: auto = as the tokenizer's own template says; true; false
     vocabulary_size: int | None = None  # bpe: 4096 by default; recall: 8192
     sequence_length: int = 4096  # tokens in a packed row, over all its ranks
-    rows_per_step: int = 8  # rows in the global batch, whatever the ranks
+    rows_per_step: int = 8  # rows in the global batch, on any number of ranks
     rows_per_micro_batch: int = 1  # rows that a data-parallel rank computes at once
     validation_fraction: float = 0.05  # of the documents, chosen by the hash of their content
     cache_dir: str | None = None  # where tokens are kept: ~/.cache/longreach by default

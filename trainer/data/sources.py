@@ -27,7 +27,7 @@ Document = str | np.ndarray
 
 @dataclass(frozen=True)
 class Source:
-    """Documents and what tells them from others.
+    """Documents, with an identity that distinguishes them from others.
 
     `identity` is JSON-able and cheap: the files with their sizes and times, or the name of a hub data set. `read`
     yields the documents, in a fixed order, as text or (pretokenized) as int64 token ids; it adds what it leaves out to

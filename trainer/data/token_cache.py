@@ -73,7 +73,7 @@ def open_token_cache(
 
     `tokenizer` None trains a BPE of `vocabulary_size` on the documents that are not held out. Nobody waits in a
     collective: a builder that fails leaves its error for those who wait, one that dies leaves the work to the next.
-    What a source that can be read from any document on has given is kept until the cache is whole.
+    Documents of a source with `read_from` are kept on disk until the cache is complete.
     Raises ValueError for unusable data or cache folder.
     """
 
@@ -116,7 +116,7 @@ def _build_once(directory: Path, build: Callable[[Path], None], wait_s: float) -
             _move(temporary, directory)
             failure.unlink(missing_ok=True)
         except Exception as error:
-            # The first line tells this failure from an earlier one, which a waiting process must not mistake for it.
+            # The first line identifies this failure, so that a waiting process does not take an earlier one for it.
             failure.write_text(f"{uuid.uuid4().hex}\n{error}", encoding="utf-8")
             raise
         finally:

@@ -81,7 +81,7 @@ def _on_cuda(
     say: Callable[[str], None],
     prepare: str | None,
 ) -> None:
-    """The production backends, with a GPU a rank: nothing in float64, which they do not take."""
+    """The production backends, with one GPU per rank: nothing in float64, which they do not take."""
     available, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, topology.parallel.sequence
     if available < needed:
         why = f"{needed} CUDA device(s) are needed; this machine has {available}"

@@ -158,7 +158,7 @@ def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
 
 
 class Place(NamedTuple):
-    """Where a rank stands in a mesh, and the ranks of its groups (None where it has no such group)."""
+    """Where a rank stands in a mesh, and the ranks of its groups (None where there is no such group)."""
 
     data_rank: int
     sequence_rank: int

@@ -14,7 +14,7 @@ TOKENS_COUNTED = 20_000_000  # of training documents, a fair sample of larger co
 
 @dataclass(frozen=True)
 class Baselines:
-    """Bits a byte of the held-out documents under three counting models."""
+    """Bits per byte of the held-out documents under three counting models."""
 
     byte_unigram: float
     token_unigram: float
@@ -25,7 +25,7 @@ def text_baselines(corpus: Corpus) -> Baselines:
     """Fits byte-unigram, token-unigram and token-bigram models on training documents and scores the held-out ones.
 
     The token models predict what a language model is scored on: every token but the first of each document, end of
-    text included; the byte model predicts every byte, and an end of text a document. All are divided by the bytes of
+    text included; the byte model predicts every byte, and one end of text per document. All are divided by the bytes of
     the text. Unigrams add one to every count, and do not count the BOS that begins documents. The bigram is
     interpolated with the unigram by absolute discounting (Ney et al., 1994): with n(v, w) counts, n(v) their sum, m(v)
     the number of distinct w after v, and d = n_1/(n_1 + 2 n_2) from the numbers of pairs seen once and twice,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Validation(Callback):
-    """Logs the loss on held-out rows every `evaluation.every` steps; after the last step also the comparisons that the
-    settings ask for.
+    """Logs the loss on held-out rows every `evaluation.every` steps, and after the last step also the comparisons with
+    counting models and with a shorter context.
     """
 
     def after_step(self, trainer: Trainer) -> None:
@@ -41,7 +41,7 @@ class Validation(Callback):
 
 
 def _whole(trainer: Trainer, most: int | None) -> Loss:
-    """The loss on held-out rows, at most so many."""
+    """The loss on at most `most` held-out rows."""
     stream, settings = trainer.corpus.validation, trainer.settings
     rows = int(min(stream.rows or 0, most or math.inf))
     strategy = strategy_of(settings.parallel)
@@ -49,7 +49,7 @@ def _whole(trainer: Trainer, most: int | None) -> Loss:
 
 
 def _truncated(trainer: Trainer, context: int) -> dict[str, Any]:
-    """What the same tokens are worth with their last `context` tokens alone, and with the whole context."""
+    """The same tokens scored from their last `context` tokens alone, and from the whole context."""
     stream, settings = trainer.corpus.validation, trainer.settings
     rows = min(stream.rows or 0, settings.evaluation.context_rows)
     trainer.outputs.say(f"scoring {rows} held-out rows, each token from its last {context} tokens alone")
@@ -65,7 +65,7 @@ def _truncated(trainer: Trainer, context: int) -> dict[str, Any]:
 
 
 def _measures(trainer: Trainer, loss: Loss) -> dict[str, float]:
-    """What is logged of a loss beside its mean; recall problems have no bytes."""
+    """The measures that are logged beside the mean loss; recall problems have no bytes."""
     if not isinstance(trainer.corpus, Corpus):
         return {"accuracy": loss.accuracy}
     scale = trainer.corpus.bytes_per_token("validation")

@@ -58,7 +58,7 @@ def evaluate(
 
 
 def evaluate_truncated(engine: Engine, stream: RowStream, rows: int, context: int, places: int) -> Loss:
-    """The loss of the very targets of `evaluate`, each predicted from its last `context` tokens and nothing else.
+    """The loss of the same targets as `evaluate`, each predicted from its last `context` tokens alone.
 
     Each run of a document in a row becomes overlapping pieces of `context` tokens, one token apart. Of its first piece
     all targets count (they have no more context in `evaluate` either), of every other piece the last one only. Pieces
@@ -119,7 +119,7 @@ def _evaluating(engine: Engine) -> Iterator[None]:
 
 
 def _forward(engine: Engine, part: Batch, seq: Sequence) -> np.ndarray:
-    """float64 `[3]`: loss, targets and correct predictions of the tokens held here."""
+    """float64 `[3]`: loss, targets and correct predictions of this rank's tokens."""
     tokens, targets = (seq.shard(x).to(engine.device) for x in (part.tokens, part.targets))
     return np.array([float(x) for x in engine(tokens, seq, targets, True)])
 

@@ -1,4 +1,4 @@
-"""Sample: text that the model continues, as it stands in training."""
+"""Sample: text that the model, in its present state, continues."""
 
 from __future__ import annotations
 

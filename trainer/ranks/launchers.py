@@ -19,7 +19,7 @@ Environment = MutableMapping[str, str]
 
 
 class _Mpi(NamedTuple):
-    """The variables of one kind of mpirun; `job` are names that one of which tells jobs on a machine apart."""
+    """The variables of one kind of mpirun; one of those in `job` distinguishes jobs on the same machine."""
 
     name: str
     size: str
@@ -52,7 +52,7 @@ MPI = (
 def adopt(environment: Environment = os.environ) -> str | None:
     """Sets torchrun's variables from those of srun or mpirun, where those started this process; returns what to say.
 
-    A rank that torchrun or DeepSpeed has given is kept, inside an srun or mpirun too. Raises ValueError, on every
+    A rank from torchrun or DeepSpeed is kept, inside an srun or mpirun too. Raises ValueError, on every
     process alike, where the variables say that this is one of several but not how they meet.
     """
     if environment.get("RANK") and environment.get("WORLD_SIZE"):
@@ -134,7 +134,7 @@ def _set(
     head: str,
     job: str | None,
 ) -> None:
-    """`job` tells this run from others on the machine: their ports differ. MASTER_ADDR and MASTER_PORT may be given."""
+    """`job` distinguishes this run from others on the machine, so that their ports differ. MASTER_ADDR and MASTER_PORT win."""
     head = environment.get("MASTER_ADDR") or head
     if not 0 <= rank < size:
         raise ValueError(f"{launcher} must number its processes from 0 to {size - 1}; got {rank}. Use torchrun instead")
@@ -162,7 +162,7 @@ def _missing(environment: Environment, names: tuple[str, ...]) -> list[str]:
 
 
 def _require(environment: Environment, launcher: str, names: tuple[str, ...], *although: str) -> None:
-    """Raises ValueError where one of `names` is not set, although others say that there are several processes."""
+    """Raises ValueError where one of `names` is not set although other variables announce several processes."""
     if missing := _missing(environment, names):
         values = " and ".join(f"{name} is {environment[name]}" for name in although if environment.get(name))
         raise ValueError(

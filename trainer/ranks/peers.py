@@ -33,7 +33,7 @@ class Peers:
         self.rank, self.world = rank, world
         self._waiting, self._store = _connect(), _connect()
         self._called, self._gone, self._over = threading.Event(), threading.Event(), threading.Event()
-        # What tells this run's note "it has been said" from those of others on this machine.
+        # Distinguishes this run's marker file from those of other runs on this machine.
         identity = self._store.compare_set("run", "", uuid.uuid4().hex).decode()
         self._said = Path(tempfile.gettempdir()) / f"longreach-said-{identity}"
         threading.Thread(target=self._watch, name="peers", daemon=True).start()

@@ -23,7 +23,7 @@ class ParallelSettings:
     recurrent: str = "state_passing"  # how recurrent layers are shared; or ulysses
     ulysses: int | None = None  # ranks that exchange tokens for heads, the rest of `sequence` a ring; null: all of them
     mixers: dict[str, str] = field(default_factory=dict)  # other strategies for layers, by their name in the pattern
-    timeout_minutes: float = 10.0  # a rank that has been silent for so long in a collective ends the run
+    timeout_minutes: float = 10.0  # a rank that stays silent in a collective for so long ends the run
 
     def check(self, world_size: int, length: int) -> None:
         """Raises ValueError for what cannot be, on that many ranks and with rows of `length` tokens."""
@@ -69,7 +69,7 @@ def layout_of(parallel: ParallelSettings, length: int) -> Layout:
 
 
 def strategy_of(parallel: ParallelSettings) -> Strategy:
-    """By which exchange each kind of layer runs on shared rows. Raises ValueError for one that there is not."""
+    """Which exchange each kind of layer uses on shared rows. Raises ValueError for an unknown one."""
     return Strategy(parallel.attention, parallel.recurrent, tuple(sorted(parallel.mixers.items())))
 
 

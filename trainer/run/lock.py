@@ -25,9 +25,9 @@ log = logging.getLogger("longreach")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds, or held, the lock.
+    """A process that has or had the lock.
 
-    machine: what tells whose process numbers are meant: the host's name, its boot, and the namespace of processes.
+    machine: identifies the space of process numbers: the host's name, its boot, and the namespace of processes.
     started: when the process did, in the machine's own count, since numbers are used again.
     """
 
@@ -69,7 +69,7 @@ def _machine(host: str) -> str:
 
 
 def _state(pid: int) -> tuple[str, str] | None:
-    """One letter for what a process does, and when it started; None where there is none."""
+    """A process's state, as one letter, and when it started; None where there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19]
@@ -78,7 +78,7 @@ def _state(pid: int) -> tuple[str, str] | None:
 
 
 def _read(path: Path) -> Holder | None:
-    """Whose lock it is; None if that cannot be read from it. Raises OSError, FileNotFoundError where there is none."""
+    """Whose lock it is; None if the file does not say. Raises OSError, FileNotFoundError where there is no lock."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):

@@ -19,7 +19,7 @@ import torch
 from ...kernels.documents import PADDING, Documents, Run
 from ...parallel.layout import Layout
 
-# Dense peak FLOPs a second by part of the device's name, as its maker publishes it, for matrix multiplies without
+# Dense peak FLOPs per second by part of the device's name, as its maker publishes it, for matrix multiplies without
 # sparsity: (bfloat16, float32 as torch computes it by default, without TF32). The first part that fits counts.
 PEAK_FLOPS = {
     "GB200": (2.5e15, 80e12),
@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 
 
 class MetricsFile:
-    """One JSON object a line, each line flushed as it is written, so that a kill loses none.
+    """One JSON object per line, each line flushed as it is written, so that a kill loses none.
 
     `resume_at(step)` drops what came after that step, and a line that a kill has torn. Lines that the disk had no room
     for are kept and written with the next one. Numbers that JSON does not have (inf, nan) become null.
@@ -104,7 +104,7 @@ def _records(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Work:
-    """What one data-parallel rank's rows of a step amount to; adds up over ranks and micro-batches.
+    """The work in one data-parallel rank's rows of a step; adds up over ranks and micro-batches.
 
     targets: tokens with a target.                tokens: tokens that are not padding.
     places: tokens and padding together.          flops: forward FLOPs of the model on them, by the ops' own count.
@@ -164,7 +164,7 @@ def attention_pairs(documents: Documents, layout: Layout) -> list[int]:
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """The device's peak FLOPs a second in `dtype`; None where it is not known, as on every CPU."""
+    """The device's peak FLOPs per second in `dtype`; None where it is not known, as on every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -175,7 +175,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: what torch allocated on CUDA, the resident set on the CPU."""
+    """The most memory that this rank has used: what torch allocated on CUDA, the resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,7 +21,7 @@ class WandbSettings:
 
 @dataclass
 class LoggerSettings:
-    """What the run tells while it goes; run.dir/metrics.jsonl is always written."""
+    """What the run reports while it goes; run.dir/metrics.jsonl is always written."""
 
     print_every: int = 10  # steps between lines where the output is not a terminal
     wandb: WandbSettings = field(default_factory=WandbSettings)

@@ -20,7 +20,7 @@ MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "o
 
 
 class Tracker:
-    """One W&B run of the first rank. Whatever goes wrong in W&B is said once, and the training goes on without it.
+    """One W&B run of the first rank. An error in W&B is reported once, and the training goes on without it.
 
     history: lines of metrics and samples (`{"step": n, "sample": text}`) of the run until now, in the order of steps.
     mode: what was chosen in the end. directory: where an offline run is kept, to be sent with `wandb sync`.
