@@ -30,7 +30,7 @@ class TrainerSettings:
     seed: int = 0  # of initial values, order of the data and sample
     dtype: str = "float32"  # or bfloat16, with float32 master weights
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
-    max_skipped_steps: int = 10  # steps in a row whose gradient is not finite and steps nothing; then the run ends
+    max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
     compile: bool = False  # torch.compile what is local to a token
     deterministic: bool = False  # the same bits at every run on CUDA too, at a price: libraries' attention takes longer

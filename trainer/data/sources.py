@@ -218,7 +218,7 @@ def _parquet_chunks(file: Path, column: str, accepted: Callable[[pa.DataType], b
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether it is read as text, however it is stored: views, dictionaries, bytes, JSON, or nothing but nulls."""
+    """Whether it is read as text, however it is stored: views, dictionaries, bytes, JSON, or only nulls."""
     if isinstance(kind, pa.BaseExtensionType):
         return _is_text(kind.storage_type)
     if pa.types.is_dictionary(kind):

@@ -229,7 +229,7 @@ def _write_tokens(
 def _encode(batch: list[Entry], tokenizer: Tokenizer, skipped: LeftOut) -> tuple[list[Entry], list[np.ndarray]]:
     texts = [entry.content for entry in batch if isinstance(entry.content, str)]
     encoded = tokenizer.encode_documents(texts) if texts else [np.asarray(entry.content) for entry in batch]
-    # A tokenizer that normalises can leave nothing of a text but its beginning and its end.
+    # A tokenizer that normalises can reduce a text to its beginning and its end.
     pairs = [(entry, ids) for entry, ids in zip(batch, encoded, strict=True) if not tokenizer.is_blank(ids)]
     if len(pairs) < len(batch):
         skipped["blank"] += len(batch) - len(pairs)

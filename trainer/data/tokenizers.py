@@ -66,7 +66,7 @@ class Tokenizer:
         self.beginning = tuple(_template(library)[0])
         self.bos = self.beginning[0] if len(self.beginning) == 1 or (self.beginning and bos is None) else bos
         self.vocabulary_size = 1 + max(library.get_vocab(with_added_tokens=True).values())
-        # Looking up each byte is what bytes need; the library's merging would take seconds a megabyte for nothing.
+        # Bytes need no more than a look-up; the library's merging would take seconds per megabyte.
         self._is_bytes = self.vocabulary_size == 257 and library.to_str() == _bytes_library().to_str()
 
     def encode(self, text: str) -> list[int]:
@@ -83,7 +83,7 @@ class Tokenizer:
         return [np.concatenate([begin, ids, end]) for ids in self._ids(texts)]
 
     def is_blank(self, document: np.ndarray) -> bool:
-        """Whether the ids of an ended document hold nothing but its beginning and its end."""
+        """Whether the ids of a document are only its beginning and its end."""
         return len(document) <= 1 + len(self.beginning) and tuple(document[:-1].tolist()) in ((), self.beginning)
 
     def _ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:

@@ -134,7 +134,7 @@ def _set(
     head: str,
     job: str | None,
 ) -> None:
-    """`job` distinguishes this run from others on the machine, so that their ports differ. MASTER_ADDR and MASTER_PORT win."""
+    """`job` distinguishes this run from others on the machine: their ports differ. MASTER_ADDR and MASTER_PORT win."""
     head = environment.get("MASTER_ADDR") or head
     if not 0 <= rank < size:
         raise ValueError(f"{launcher} must number its processes from 0 to {size - 1}; got {rank}. Use torchrun instead")

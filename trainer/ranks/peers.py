@@ -52,7 +52,7 @@ class Peers:
             return not self._called.is_set() and self._first_here()
 
     def lost(self) -> list[int]:
-        """After `first`: the ranks that have not answered in time, which were killed or do nothing any more."""
+        """After `first`: the ranks that have not answered in time, which were killed or hang."""
         answers = [f"here/{rank}" for rank in range(self.world)]
         try:
             deadline = time.monotonic() + ANSWER_SECONDS

@@ -161,7 +161,7 @@ def continuation(command: list[str], directory: RunDirectory, settings: Settings
 
 
 def changed_schedule(schedule: Schedule, start: Path, step: int) -> str | None:
-    """The notice for a run that goes on after `step`, from a checkpoint, by a schedule other than the one it followed."""
+    """The notice for a run that goes on from a checkpoint, after `step`, by another schedule than before."""
     try:
         before = schedule_of(read_config(start))
     except ValueError as error:

@@ -19,13 +19,13 @@ from . import comparison
 from .comparison import Difference
 
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose
-# Of errors relative to what is expected; below this nothing is told from chance.
+# Of errors relative to what is expected; smaller ones may be chance.
 FLOORS = {torch.bfloat16: 2**-8, torch.float32: 2**-16}
 AS_GOOD = "of the error against float64 that one device allows for"
 ROUNDING = "of the error that rounding once and adding two such numbers allow for"
 ADDED = 1.5  # errors of two rounded numbers added up, over that of one
 AGAIN = 0.2  # of the entries may not be the exact ones rounded once; where partial results are rounded it is over 0.3
-# Of these ops gradients too, or nothing; of others the output alone.
+# What is rounded once: of these ops the gradients too (True) or neither (False); of all others the output alone.
 ROUNDED_ONCE = {
     "softmax_attention": True, "block_sparse_attention": True, "compressed_attention": True, "window_means": True,
     "local_windows": False,
