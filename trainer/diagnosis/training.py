@@ -61,12 +61,7 @@ class Step:
 
 
 class _Silent:
-    """Stands for what shows and keeps a run: takes anything, and remembers the record of the step."""
-
-    record: dict[str, Any]
-
-    def training(self, record: dict[str, Any], *rest: Any) -> None:
-        self.record = record
+    """In the place of what shows and keeps a run: has every method, and none does anything."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -102,13 +97,13 @@ class _Examined(Trainer):
         self.outputs: Any = _Silent()
         self.directory: Any = _Silent()
         self.step = self.tokens = self.row = self.first = self.skipped = 0
-        self.peak, self.saved = None, None
+        self.peak = None
 
     def examine(self) -> Step:
         """A step, and the rows that the next would read."""
         parts = self._read_step()
         self._train_step()
-        record = self.outputs.record
+        record = self.record
         state = {
             name: {kind: self._fragment(parameter, kind) for kind in KINDS}
             for name, parameter in self.engine.named_parameters()

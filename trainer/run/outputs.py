@@ -54,7 +54,9 @@ class Outputs:
         self.progress.say(message)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Adds a line, which must have a "step", to metrics.jsonl, to W&B and, as far as it is loss, to the curves."""
+        """Adds a line to metrics.jsonl, W&B and, if it has a loss, the curves. Raises ValueError if it has no step."""
+        if "step" not in record:
+            raise ValueError(f"a line of metrics must have a step; got {record}. Add it: {{'step': trainer.step, ...}}")
 
         def write() -> None:
             self.metrics.write(record)

@@ -1,6 +1,7 @@
 """What a run shows and keeps, where its files cannot be written."""
 
 import errno
+import json
 import logging
 import logging.config
 import os
@@ -12,6 +13,16 @@ from longreach.trainer.run.directory import RunDirectory
 from longreach.trainer.run.outputs import Outputs, show_log
 from longreach.trainer.run.plots import LossCurves
 from longreach.trainer.settings import Settings
+
+
+def test_a_line_of_metrics_needs_its_step(tmp_path):
+    settings = Settings()
+    settings.logger.wandb.mode = "disabled"
+    outputs = Outputs(settings, RunDirectory(tmp_path), first=True, step=0)
+    outputs.log({"step": 3, "mine": 0.5})
+    with pytest.raises(ValueError, match=r"must have a step; got .'mine': 0.7"):
+        outputs.log({"mine": 0.7})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "mine": 0.5}
 
 
 def test_a_disk_that_is_full_at_the_start_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
