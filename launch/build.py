@@ -1,4 +1,4 @@
-"""Models from configuration: the only place where a `_target_` becomes an object."""
+"""Models and callbacks from configuration: the only place where a `_target_` becomes an object."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 
 from ..models.language_model import LanguageModel
 from ..models.mixer import check_settings, name_of, naming
+from ..trainer.callback import Callback
 from . import working_directory
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")  # keys that are not settings
@@ -31,16 +32,42 @@ def build(model: dict[str, Any]) -> LanguageModel:
     working_directory.use()
     _check_targets(model, "model")
     _check_parts(model)
+    built = _instantiated(model)
+    if not isinstance(built, LanguageModel):
+        raise ValueError(f"model._target_ must make a LanguageModel; got {name_of(type(built))}. Name another class")
+    return built
+
+
+def build_callbacks(callbacks: dict[str, Any]) -> dict[str, Callback]:
+    """The callbacks of `callbacks.NAME`, by name. Raises ValueError as `build` does."""
+    working_directory.use()
+    built = {}
+    for name, part in callbacks.items():
+        setting = f"callbacks.{name}"
+        _check_has_target(part, setting)
+        _check_targets(part, setting)
+        function = _look_up(part["_target_"], setting)
+        if not isinstance(function, type) or not issubclass(function, Callback):
+            raise ValueError(
+                f"{setting}._target_ must be a Callback; got {name_of(function)}. Derive it from "
+                f"{Callback.__module__}.{Callback.__name__}"
+            )
+        check_settings(function, {name: value for name, value in part.items() if name not in HYDRA_KEYS}, setting)
+        if part.get("_partial_"):
+            raise ValueError(f"{setting}._partial_ must be left out, since the run needs it made; got true. Remove it")
+        built[name] = _instantiated(part)
+    return built
+
+
+def _instantiated(settings: dict[str, Any]) -> Any:
+    """What Hydra makes of them; errors are those of the constructor."""
     try:
-        built = instantiate(model, _convert_="all")
+        return instantiate(settings, _convert_="all")
     except InstantiationException as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from cause.__cause__
-    if not isinstance(built, LanguageModel):
-        raise ValueError(f"model._target_ must make a LanguageModel; got {name_of(type(built))}. Name another class")
-    return built
 
 
 def _check_parts(model: dict[str, Any]) -> None:
@@ -59,16 +86,20 @@ def _check_parts(model: dict[str, Any]) -> None:
     parts = {f"model.mixers.{name}": part for name, part in mixers.items()}
     parts |= {f"model.{name}": model[name] for name in PARTS if model.get(name) is not None}
     for setting, part in parts.items():
-        if not isinstance(part, dict) or not part.get("_target_"):
-            raise ValueError(
-                f"{setting}._target_ must be the dotted path of a class; got none. Give it, as in "
-                f"{setting}._target_=package.module.Class"
-            )
+        _check_has_target(part, setting)
         if part.get("_partial_") is not True:
             raise ValueError(
                 f"{setting}._partial_ must be true, since every layer makes its own; got {part.get('_partial_')!r}. "
                 f"Give {setting}._partial_=true"
             )
+
+
+def _check_has_target(part: Any, setting: str) -> None:
+    if not isinstance(part, dict) or not part.get("_target_"):
+        raise ValueError(
+            f"{setting}._target_ must be the dotted path of a class; got none. Give it, as in "
+            f"{setting}._target_=package.module.Class"
+        )
 
 
 def _check_targets(settings: Any, setting: str) -> None:

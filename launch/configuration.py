@@ -22,7 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..trainer import launchers
+from ..trainer.ranks import launchers
 
 CONFIGURATIONS = "../conf"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def register_sizes() -> None:
 def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str] = ()) -> None:
     """Calls a function made by `hydra.main`; the first rank prints configuration errors as one message.
 
-    texts: settings whose values are taken as they are written, whatever Hydra's grammar makes of their characters.
+    texts: settings whose values are taken literally, not by Hydra's grammar.
 
     The other ranks wait for the launcher to end them: if one exited first, the launcher would end the first rank before
     it has printed.

@@ -9,8 +9,8 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ..trainer import failure
 from ..trainer.diagnosis.diagnose import diagnose
+from ..trainer.run import failure
 from ..trainer.settings import Settings
 from . import configuration
 from .build import build
@@ -19,7 +19,7 @@ from .train import to_settings
 
 @dataclass
 class DoctorSettings:
-    """What the doctor alone is told; everything else is what training gets."""
+    """The doctor's own settings; all others are those of training."""
 
     whole: bool = False  # keep the model as large as it is
     verbose: bool = False  # a table with every check's numbers, and the time that each part takes

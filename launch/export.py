@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..models import hf
 from ..models.language_model import LanguageModel
-from ..trainer import checkpoint
-from ..trainer.origin import read_origin
-from ..trainer.run_directory import locate, read_config
+from ..trainer.checkpoint import checkpoint
+from ..trainer.checkpoint.choice import locate, read_config
+from ..trainer.checkpoint.origin import read_origin
+from ..trainer.checkpoint.tensor_files import checksum
+from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
 from ..trainer.settings import home
-from ..trainer.tensor_files import checksum
-from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
 from .build import build
 

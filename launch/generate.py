@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 
 from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
-from ..trainer import checkpoint
-from ..trainer.run_directory import locate, read_config
+from ..trainer.checkpoint import checkpoint
+from ..trainer.checkpoint.choice import locate, read_config
+from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
 from ..trainer.settings import home
-from ..trainer.tokenizers import Tokenizer, checkpoint_tokenizer
 from . import configuration
 from .build import build
 
@@ -92,32 +92,32 @@ def prompt_ids(tokenizer: Tokenizer, text: str, rows: int) -> list[int]:
 def text_pieces(tokenizer: Tokenizer, prompt: str, ids: Iterable[int]) -> Iterator[str]:
     """The text that each id adds; a character whose bytes are not all there yet waits for the next id."""
     before = tokenizer.encode(prompt)[-8:]  # some tokenizers write a word's space only after another word
-    shown, held = tokenizer.decode(before), list(before)
+    shown, pending = tokenizer.decode(before), list(before)
     for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held)
+        pending.append(token)
+        text = tokenizer.decode(pending)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(shown) :]
-            held = held[-8:]
-            shown = tokenizer.decode(held)
-    rest = tokenizer.decode(held)[len(shown) :]
+            pending = pending[-8:]
+            shown = tokenizer.decode(pending)
+    rest = tokenizer.decode(pending)[len(shown) :]
     if rest:
         yield rest
 
 
 def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     """The pieces up to the first of the texts in `stops`, which may span several; what could begin one is held back."""
-    held = ""
+    pending = ""
     for piece in pieces:
-        held += piece
-        found = [at for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            yield held[: min(found)]
+        pending += piece
+        ends = [at for stop in stops if (at := pending.find(stop)) >= 0]
+        if ends:
+            yield pending[: min(ends)]
             return
-        keep = max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    yield held
+        keep = max((n for stop in stops for n in range(len(stop)) if pending.endswith(stop[:n])), default=0)
+        yield pending[: len(pending) - keep]
+        pending = pending[len(pending) - keep :]
+    yield pending
 
 
 def _device(name: str) -> torch.device:

@@ -11,13 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
-from ..trainer import failure, processes
-from ..trainer.report import launch_command
-from ..trainer.run_directory import own_checkpoint, read_config
-from ..trainer.settings import Settings, check, expand_paths, ulysses_ranks
+from ..trainer.checkpoint.choice import own_checkpoint, read_config
+from ..trainer.ranks import processes
+from ..trainer.ranks.settings import ulysses_ranks
+from ..trainer.run import failure
+from ..trainer.run.report import launch_command
+from ..trainer.settings import Settings, check, expand_paths
 from ..trainer.trainer import Trainer
 from . import configuration
-from .build import build
+from .build import build, build_callbacks
 
 TEXTS = configuration.texts_of(Settings)
 
@@ -26,7 +28,7 @@ configuration.register_sizes()
 
 
 def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str]) -> Settings:
-    """The schema's objects; what depends on whether a setting was given is settled here.
+    """The schema's objects, with the defaults that depend on which settings the command line sets.
 
     `init_from` brings the model and the tokenizer where none is given; beside a checkpoint of LongReach the model may
     be another with the same parameters. Raises ValueError for a model given beside one of Hugging Face.
@@ -69,9 +71,10 @@ def train(settings: Settings, command: list[str]) -> None:
     """Joins the ranks and runs the trainer on this one; `command` is what started it."""
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    callbacks = build_callbacks(settings.callbacks)
     device = processes.start(settings.parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
     mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
-    Trainer(settings, build, mesh, device, command).run()
+    Trainer(settings, build, mesh, device, command, callbacks).run()
     processes.end()
 
 

@@ -23,12 +23,12 @@ class WorkingDirectoryFinder:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         try:
-            here = os.getcwd()
+            folder = os.getcwd()
         except OSError:  # the folder has been removed
             return None
-        if path is not None or (name in OWN and Path(here, "launch", Path(__file__).name).exists()):
+        if path is not None or (name in OWN and Path(folder, "launch", Path(__file__).name).exists()):
             return None
-        return PathFinder.find_spec(name, [here])
+        return PathFinder.find_spec(name, [folder])
 
 
 def use() -> None:

@@ -19,7 +19,7 @@ from distributed import run_ranks
 from longreach.launch.build import build
 from longreach.launch.train import to_settings
 from longreach.parallel.mesh import Mesh
-from longreach.trainer.settings import ulysses_ranks
+from longreach.trainer.ranks.settings import ulysses_ranks
 from longreach.trainer.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

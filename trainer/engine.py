@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..parallel.mesh import Mesh
 from .engine_config import configuration
 from .masters import Fragment, Masters, shape_of
+from .requirements import at_least
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
@@ -30,6 +31,14 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # of matrices and embeddings
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; the schedule checks the learning rate."""
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {list(self.betas)}")
+        if self.eps <= 0:
+            raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Engine:
         write parameters it enters `gather` with them, which on stage 3 makes them whole meanwhile.
 
     Every rank makes the engine and calls its methods, in the same order. The default process group must exist
-    (trainer/processes.py). Raises ValueError for settings that contradict one another, before the model is made.
+    (trainer/ranks/processes.py). Raises ValueError for settings that contradict one another, before the model is made.
     """
 
     def __init__(
@@ -140,7 +149,7 @@ class Engine:
         return self._masters.fragment(parameter, kind)
 
     def create_moments(self, steps: int | None = None) -> None:
-        """Makes the Adam states before AdamW's own first step does, and, if given, sets the number of steps taken."""
+        """Makes the Adam states ahead of AdamW's first step, and sets the number of steps taken unless None."""
         self._masters.create_moments(steps)
 
     @property
@@ -213,10 +222,10 @@ def _sum_norms_in_float64(optimizer: Any) -> None:
     original = optimizer.get_grads_for_norm
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:
-        found = original(for_clipping)
+        result = original(for_clipping)
         if for_clipping:
-            return found
-        gradients, experts = found
+            return result
+        gradients, experts = result
         return [norms(gradients).float()] if gradients else [], experts
 
     optimizer.get_grads_for_norm = get_grads_for_norm

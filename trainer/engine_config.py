@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from .requirements import one_of
+
 DTYPES = ("float32", "bfloat16")
 
-# What DeepSpeed calls by another name than LongReach does, or what would do nothing here.
+# What LongReach has a setting of its own for, or what would have no effect.
 OWNED = {
     "optimizer": "optimizer.*",
     "scheduler": "schedule",
@@ -44,26 +46,20 @@ ALLOWED = (
 )
 
 
-def check(zero_stage: int, dtype: str) -> None:
-    """Raises ValueError for a stage or a dtype that does not exist, and for bfloat16 without ZeRO."""
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"engine.zero_stage must be 0, 1, 2 or 3; got {zero_stage}")
-    if dtype not in DTYPES:
-        raise ValueError(f"trainer.dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary that DeepSpeed gets; `extra` is `engine.config`.
+
+    Raises ValueError for a stage or a dtype that does not exist, for bfloat16 without ZeRO, and, naming the key, where
+    `extra` contradicts what LongReach sets, names what LongReach has a setting for, or names nothing that DeepSpeed
+    would act on.
+    """
+    one_of("engine.zero_stage", zero_stage, (0, 1, 2, 3))
+    one_of("trainer.dtype", dtype, DTYPES)
     if dtype == "bfloat16" and zero_stage == 0:
         raise ValueError(
             "engine.zero_stage must be 1, 2 or 3 with trainer.dtype=bfloat16; got 0, which would keep no float32 "
             "master weights. Use engine.zero_stage=1"
         )
-
-
-def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any]) -> dict[str, Any]:
-    """The dictionary that DeepSpeed gets; `extra` is `engine.config`.
-
-    Raises ValueError, naming the key, where `extra` contradicts what LongReach sets, names what LongReach has a setting
-    for, or names nothing that DeepSpeed would act on.
-    """
-    check(zero_stage, dtype)
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -94,12 +90,12 @@ def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any
 def _merge(ours: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in extra.items():
-        here = f"{path}.{key}"
+        setting = f"{path}.{key}"
         if isinstance(merged.get(key), dict) and isinstance(value, dict):
-            merged[key] = _merge(merged[key], value, here)
+            merged[key] = _merge(merged[key], value, setting)
         elif key in merged and merged[key] != value:
-            remedy = "Use engine.zero_stage" if here.endswith("zero_optimization.stage") else "Leave it out"
-            raise ValueError(f"{here} must be {merged[key]!r}, which LongReach sets; got {value!r}. {remedy}")
+            remedy = "Use engine.zero_stage" if setting.endswith("zero_optimization.stage") else "Leave it out"
+            raise ValueError(f"{setting} must be {merged[key]!r}, which LongReach sets; got {value!r}. {remedy}")
         else:
             merged[key] = value
     return merged

@@ -43,7 +43,7 @@ class Masters:
         return Fragment(start, values.view(-1).narrow(0, offset, length))
 
     def create_moments(self, steps: int | None = None) -> None:
-        """Gives zero moments to what has none yet, and, if given, `steps` as the number of steps taken to all."""
+        """Makes zero moments where there are none yet; sets the number of steps taken, if `steps` is not None."""
         fused = bool(self._adam.defaults.get("fused"))
         for flat in self._flat_tensors():
             state = self._adam.state[flat]
@@ -75,16 +75,16 @@ class Masters:
         return getattr(self._optimizer, name if hasattr(self._optimizer, name) else "fp32_groups_flat_partition")
 
     def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """(flat tensor, offset in it, first element of the parameter, number of elements); None if none is here."""
+        """(flat tensor, offset in it, first element of the parameter, number of elements); None if it is elsewhere."""
         if self._zero_stage == 0:
             return parameter, 0, 0, parameter.numel()
         if self._zero_stage == 3:
             group, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
             start = self._rank * length
-            held = min(length, parameter.ds_numel - start)  # the last partition is padded
-            return (self._optimizer.fp32_partitioned_groups_flat[group], offset, start, held) if held > 0 else None
+            size = min(length, parameter.ds_numel - start)  # the last partition is padded
+            return (self._optimizer.fp32_partitioned_groups_flat[group], offset, start, size) if size > 0 else None
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return self._partitions()[mapping.param_group_index], here.start, there.start, there.numel
+        high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return self._partitions()[mapping.param_group_index], high.start, low.start, low.numel

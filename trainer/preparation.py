@@ -14,46 +14,17 @@ from ..models import hf
 from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
-from . import checkpoint, engine_config
-from .data import Corpus
+from .checkpoint import checkpoint
+from .data.corpus import Corpus
+from .data.recall import RecallCorpus
+from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather
-from .exchange import from_first_rank, together
-from .recall import RecallCorpus
 from .rehearsal import rehearse
-from .run_directory import Candidates, RunDirectory, candidates
 from .settings import Settings
-from .tokenizers import SMALLEST_VOCABULARY
 
 log = logging.getLogger("longreach")
 STAND_IN = 61  # tokens, where a model is examined before its tokenizer is known
 Build = Callable[[dict[str, Any]], LanguageModel]
-
-
-def found_checkpoint(settings: Settings, directory: RunDirectory, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The checkpoint to start from, with its bytes examined, and what is to be said of that; every rank calls it.
-
-    The newest good one of the run, or else what `checkpoint.resume` names, as the first rank sees the file system.
-    Raises ValueError on every rank where there are some and none is good.
-    """
-    resume = settings.checkpoint.resume
-    there = together(mesh, lambda: candidates(resume, directory) if mesh.rank == 0 else Candidates([], []))
-    there = from_first_rank(there, mesh)
-    problems: list[str] = []
-    for path in there:
-        problem = checkpoint.examine(path, mesh)
-        if problem is None:
-            notes = [f"passed over: {problem}" for problem in problems]
-            named = Path(resume).expanduser().resolve()
-            if resume != "auto" and path in there.own and named not in (path.resolve(), *path.resolve().parents):
-                notes.append(
-                    f"checkpoint.resume={resume} counts for a run's first start, and this one goes on from its own "
-                    f"{path.name}. To start from there once more, give another run.dir"
-                )
-            return path, notes
-        problems.append(problem)
-    if problems:
-        raise there.refusal(directory, problems)
-    return None, []
 
 
 def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[str, Any]:
@@ -137,9 +108,9 @@ def configured_model(settings: Settings) -> dict[str, Any]:
     return model
 
 
-def check_same_model(found: Path, model: dict[str, Any]) -> None:
+def check_same_model(path: Path, model: dict[str, Any]) -> None:
     """Raises ValueError, naming the settings, if a checkpoint is of a model that is configured otherwise."""
-    saved = with_current_paths(checkpoint.verify(found).state["model"])
+    saved = with_current_paths(checkpoint.verify(path).state["model"])
     free = ("activation_checkpointing",)  # changes what is kept in memory, not what is computed
     differing = [
         f"{name} was {saved.get(name)!r} and is {model.get(name)!r}"
@@ -148,7 +119,7 @@ def check_same_model(found: Path, model: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f"model must be that of checkpoint {found}; {'; '.join(differing)}. Leave the model as it was, or start a "
+            f"model must be that of checkpoint {path}; {'; '.join(differing)}. Leave the model as it was, or start a "
             "new run.dir"
         )
 
@@ -179,14 +150,8 @@ def on_meta(build: Build, model: dict[str, Any]) -> LanguageModel:
 
 
 def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.device, *, resuming: bool) -> Engine:
-    """The engine, with weights by the seed or of `init_from`; resuming, with whatever, since they are loaded next."""
+    """The engine, with weights from the seed or from `init_from`; resuming, they are arbitrary and loaded next."""
     trainer = settings.trainer
-    together(
-        mesh,
-        lambda: engine_config.configuration(
-            settings.engine.zero_stage, trainer.dtype, trainer.clip, dict(settings.engine.config)
-        ),
-    )
 
     def from_checkpoint(model: nn.Module, gather: Gather) -> None:
         origin = str(settings.init_from)
@@ -195,10 +160,10 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
         else:
             hf.load(origin, model, gather)
 
-    def nothing(model: nn.Module, gather: Gather) -> None:
+    def leave_as_allocated(model: nn.Module, gather: Gather) -> None:
         pass
 
-    load = nothing if resuming else from_checkpoint if settings.init_from else None
+    load = leave_as_allocated if resuming else from_checkpoint if settings.init_from else None
     engine = Engine(
         lambda: build(settings.model),
         settings=settings.engine,

@@ -13,7 +13,8 @@ from ..models.language_model import LanguageModel
 from ..models.mixer import Mixer, name_of
 from ..parallel.layout import Layout
 from ..parallel.sequence import Sequence
-from .settings import Settings, layout_of, strategy_of, ulysses_ranks
+from .ranks.settings import layout_of, strategy_of, ulysses_ranks
+from .settings import Settings
 
 LONGEST_SPAN = 2048  # tokens; what is derived from positions takes time on the host
 # A part that needs values, a CUDA device or a kernel of its own cannot be rehearsed; that is no fault.
@@ -37,7 +38,7 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
         for layer in range(model.depth):
             _check_outputs(model, layer)
         model.at_step(0)
-        layout = layout_of(settings)
+        layout = layout_of(settings.parallel, settings.data.sequence_length)
         error = _attempt(model, _shortened(layout), settings)
         if error is not None:  # of a layer that asks for the whole length, perhaps
             error = _attempt(model, layout, settings)

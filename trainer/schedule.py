@@ -63,15 +63,15 @@ class Schedule:
 
     @property
     def warmup(self) -> int:
-        given = self.settings.warmup_steps
-        return max(1, self.steps // 50) if given is None else given
+        chosen = self.settings.warmup_steps
+        return max(1, self.steps // 50) if chosen is None else chosen
 
     @property
     def decay(self) -> int:
         if self.settings.kind != "wsd":
             return 0
-        given = self.settings.decay_steps
-        return self.steps // 5 if given is None else given
+        chosen = self.settings.decay_steps
+        return self.steps // 5 if chosen is None else chosen
 
     def __call__(self, step: int) -> float:
         floor, step = self.settings.final_fraction, min(step, self.steps - 1)
@@ -104,7 +104,7 @@ class Schedule:
         }
 
     def announcement(self, before: Schedule, step: int) -> str | None:
-        """What is said where a run that followed `before` for `step` steps goes on by this one; None if they agree."""
+        """The notice for a run that followed `before` for `step` steps and now follows this one; None if they agree."""
         old = before.parts
         changed = [f"{name} was {old[name]} and is {new}" for name, new in self.parts.items() if old[name] != new]
         if not changed or step < 1 or step >= self.steps:

@@ -5,124 +5,145 @@ from __future__ import annotations
 import math
 import signal
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-import yaml
 
 from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
 from ..parallel.sequence import Sequence
-from . import checkpoint, failure, report
-from .baselines import text_baselines
-from .data import Corpus, open_corpus
-from .evaluation import Loss, evaluate, evaluate_truncated
-from .exchange import from_first_rank, gather_numbers, prepare, together
-from .metrics import Work, peak_flops, peak_memory_bytes, work_of
-from .origin import Origin, read_origin
-from .outputs import Outputs, show_log
-from .packing import NO_TARGET, Batch, batch
-from .preparation import (
-    Build,
-    check_model,
-    check_same_model,
-    configured_model,
-    found_checkpoint,
-    make_engine,
-    model_settings,
-    on_meta,
-)
-from .profiler import Profiler
-from .progress import count
-from .run_directory import RunDirectory
-from .sample import draw_sample
+from .callback import Callback
+from .checkpoint import checkpoint
+from .checkpoint.choice import choose
+from .checkpoint.origin import origin_of
+from .checkpoint.saving import Saving
+from .data.corpus import Corpus, open_corpus
+from .data.packing import NO_TARGET, Batch, batch
+from .evaluation.callbacks import Sampling, Validation
+from .preparation import Build, check_model, check_same_model, configured_model, make_engine, model_settings, on_meta
+from .ranks.exchange import from_first_rank, gather_numbers, prepare, together
+from .ranks.settings import layout_of, strategy_of
+from .run import failure, report
+from .run.directory import RunDirectory
+from .run.metrics import Work, peak_flops, peak_memory_bytes, work_of
+from .run.outputs import Outputs, show_log
+from .run.profiler import Profiler
 from .schedule import Schedule
-from .settings import Settings, check, expand_paths, layout_of, micro_batches, strategy_of
+from .settings import Settings, check, expand_paths
 
 
 class Trainer:
     """Trains the model of `settings` on this rank's part of the mesh.
 
-    build: makes a model of its configuration. command: the command line, for the advice on how to go on.
+    build: makes a model of its configuration. command: the command line, for the advice on how to go on. callbacks: the
+    user's own, by the name that errors give them; they come after the built-in ones.
     Every rank makes one and calls `run`. What can be checked is checked in the constructor, before weights are
     allocated, and all ranks raise the same ValueError.
     """
 
-    def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, command: list[str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        build: Build,
+        mesh: Mesh,
+        device: torch.device,
+        command: list[str],
+        callbacks: Mapping[str, Callback] = MappingProxyType({}),
+    ) -> None:
         together(mesh, lambda: expand_paths(settings))
         together(mesh, lambda: check(settings, mesh.world_size))
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
-        self.layout = layout_of(settings)
+        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         show_log(first=mesh.rank == 0)
         self.directory = RunDirectory.claim(settings.run, mesh)
         settings.run.dir = str(self.directory.path)
         try:
-            self._prepare(build)
+            self._prepare(build, callbacks)
         except BaseException:
             self.directory.release(unused=True)
             raise
 
-    def _prepare(self, build: Build) -> None:
-        settings, mesh = self.settings, self.mesh
+    def _prepare(self, build: Build, callbacks: Mapping[str, Callback]) -> None:
+        settings, mesh, chosen = self.settings, self.mesh, self.settings.trainer
         together(mesh, lambda: check_model(build, configured_model(settings), settings))
-        found, notes = found_checkpoint(settings, self.directory, mesh)
-        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=settings.trainer.seed))
+        start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
+        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0
-        if found is not None:
-            together(mesh, lambda: check_same_model(found, settings.model))
-            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(found).state["data"]))
-        self.origin = together(mesh, lambda: self._origin(found))
+        if start is not None:
+            together(mesh, lambda: check_same_model(start, settings.model))
+            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
+        begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
+        tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
+        origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
         self.shape = together(mesh, lambda: on_meta(build, settings.model))
-        torch.manual_seed(settings.trainer.seed)
-        self.engine = make_engine(settings, build, mesh, self.device, resuming=found is not None)
-        if found is not None:
-            state = checkpoint.load(self.engine, found, examined=True)
+        torch.manual_seed(chosen.seed)
+        self.engine = make_engine(settings, build, mesh, self.device, resuming=start is not None)
+        if start is not None:
+            state = checkpoint.load(self.engine, start, examined=True)
             self.step, self.tokens = state["step"], state["tokens"]
         self.outputs = together(mesh, lambda: Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step))
-        self.peak = peak_flops(self.device, settings.trainer.dtype)
-        self.saved, self.unsaved, self.text = found, "", ""
+        self.peak = peak_flops(self.device, chosen.dtype)
+        self.record: dict[str, Any] = {}
         self.first, self.skipped = self.step, 0
         self.asked = 0  # the signal that ends the run after this step
-        self._introduce(found, notes)
+        self.sampling, self.saving = Sampling(), Saving(start, origin)
+        profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
+        built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
+        self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
+        if mesh.rank == 0:
+            for line in report.introduction(self, start, notes):
+                self.outputs.say(line)
 
     def run(self) -> None:
         """Trains to the last step. On an error one rank says why, and it is raised on."""
-        chosen = self.settings.trainer
-        profiler = Profiler(
-            chosen.profile_start, chosen.profile_steps, self.directory.profile, self.mesh.rank, self.device
-        )
-        failed = True
-        try:
-            with failure.stepping():
-                while self.step < chosen.steps and not self.asked:
-                    profiler.before(self.step + 1)
-                    self._train_step()
-                    profiler.after(self.step)
-                    self._after_step()
-            if self.asked and self.step < chosen.steps:
-                failure.take_time()
-                self._stop_early()
-            else:
-                self._conclude()
-            failed = False
-        except BaseException as error:
-            hints = [] if isinstance(error, failure.RunFailed) else [f"this was in step {self.step + 1}"]
-            if getattr(error, "resumable", True):
-                again = report.resume_command(self.command, self.directory, self.saved)
-                hints += [f"to resume from {self.saved.name}: {again}" if self.saved else "no checkpoint was saved yet"]
-            hint = "; ".join(hints)
-            failure.report(error, started=True, hint=hint)
-            raise
-        finally:
+        failed, where = True, f"before step {self.step + 1}"
+        with ExitStack() as ending:
+            ending.callback(self.directory.release)
+            ending.callback(lambda: self.outputs.close(failed=failed))
+            for name, callback in self.callbacks.items():
+                ending.callback(_call, name, callback, "close")
             try:
-                profiler.close()
-                self.outputs.close(failed=failed)
-            finally:
-                self.directory.release()
+                self._call("start")
+                with failure.stepping():
+                    while not self.done and not self.asked:
+                        where = f"in step {self.step + 1}"
+                        self._call("before_step")
+                        self._train_step()
+                        where = f"after step {self.step}"
+                        self._call("after_step")
+                where = f"in step {self.step + 1}"
+                self._end()
+                failed = False
+            except BaseException as error:
+                self._explain(error, where)
+                raise
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self.settings.trainer.steps
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never."""
+        return every > 0 and (self.step % every == 0 or self.done)
+
+    def _call(self, hook: str) -> None:
+        for name, callback in self.callbacks.items():
+            _call(name, callback, hook, self)
+
+    def _explain(self, error: BaseException, where: str) -> None:
+        """Has one rank say why the run ends, and how to go on."""
+        hints = [] if isinstance(error, failure.RunFailed) else [f"this was {where}"]
+        if getattr(error, "resumable", True):
+            saved = self.saving.saved
+            again = report.resume_command(self.command, self.directory, saved)
+            hints += [f"to resume from {saved.name}: {again}" if saved else "no checkpoint was saved yet"]
+        failure.report(error, started=True, hint="; ".join(hints))
 
     def _train_step(self) -> None:
         started = time.perf_counter()
@@ -142,7 +163,7 @@ class Trainer:
         losses = gather_numbers([float(total), peak_memory_bytes(self.device), failure.asked(), gone], self.mesh)
         self.asked = int(losses[:, 2].max())  # the same on all ranks, which may have heard at different times
         if losses[0, 3]:
-            self._check_directory()
+            self.check_directory()
         loss = float(losses[:, 0].sum()) / work.targets
         if not math.isfinite(loss):
             raise failure.NotFinite(
@@ -155,17 +176,18 @@ class Trainer:
         self.row += self.settings.data.rows_per_step
         self.tokens += int(work.tokens)
         seconds = time.perf_counter() - started
-        self.outputs.training(self._record(loss, norm, rate, seconds, work, int(losses[:, 1].max())), seconds)
+        self.record = self._record(loss, norm, rate, seconds, work, int(losses[:, 1].max()))
+        self.outputs.training(self.record, seconds)
         self._check_gradient(norm)
 
     def _check_gradient(self, norm: float) -> None:
-        """Tells of a step that was skipped; many in a row, or all that there were to the end, fail the run."""
+        """Reports a skipped step; too many in a row, or nothing but skipped steps to the end, fail the run."""
         if math.isfinite(norm):
             self.skipped = 0
             return
         self.skipped += 1
         chosen = self.settings.trainer
-        all_of_them = self.step == chosen.steps and self.skipped == self.step - self.first
+        all_of_them = self.done and self.skipped == self.step - self.first
         if self.skipped < chosen.max_skipped_steps and not all_of_them:
             self.outputs.say(f"step {self.step}: the gradient is not finite; the weights stay as they are")
             return
@@ -176,7 +198,7 @@ class Trainer:
             f"another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
         )
 
-    def _check_directory(self) -> None:
+    def check_directory(self) -> None:
         """Raises RunLost on every rank where the folder is no longer this run's; every rank calls it."""
         lost = from_first_rank(self.directory.lost(), self.mesh)
         if lost is not None:
@@ -188,7 +210,7 @@ class Trainer:
         share = data.rows_per_step // mesh.data_ranks
         first = self.row + mesh.data_rank * share
         parts = []
-        for index in range(micro_batches(self.settings, mesh.data_ranks)):
+        for index in range(data.micro_batches(mesh.data_ranks)):
             start = first + index * data.rows_per_micro_batch
             part = batch(self.corpus.train, range(start, start + data.rows_per_micro_batch))
             parts.append((part, self._sequence(part)))
@@ -223,161 +245,46 @@ class Trainer:
             "attention_imbalance": work.imbalance,
         }
 
-    def _after_step(self) -> None:
-        evaluation, every = self.settings.evaluation, self.settings.checkpoint.every
-        last = self.step == self.settings.trainer.steps
-        if evaluation.every and (self.step % evaluation.every == 0 or last):
-            self._validate(last)
-        if evaluation.sample_tokens and (last or (evaluation.every and self.step % evaluation.every == 0)):
-            self._sample()
-        if every and (self.step % every == 0 or last):
-            self._save(last)
+    def _end(self) -> None:
+        """Ends the run after its last step, or earlier where a signal asks for it.
 
-    def _validate(self, last: bool) -> None:
-        """Writes a validation line; after the last step also the comparisons that the settings ask for."""
-        chosen, data = self.settings.evaluation, self.settings.data
-        stream = self.corpus.validation
-
-        def whole(most: int | None) -> Loss:
-            rows = min(stream.rows or 0, most or math.inf)
-            strategy = strategy_of(self.settings.parallel)
-            return evaluate(self.engine, stream, self.layout, strategy, int(rows), data.rows_per_micro_batch)
-
-        loss = whole(chosen.rows)
-        record = {"step": self.step, "validation_loss": loss.mean, **self._measures(loss)}
-        if last and chosen.context is not None:
-            rows = min(stream.rows or 0, chosen.context_rows)
-            self.outputs.say(f"scoring {rows} held-out rows, each token from its last {chosen.context} tokens alone")
-            places = self.layout.local_length * data.rows_per_micro_batch
-            cut = evaluate_truncated(self.engine, stream, rows, chosen.context, places)
-            record |= {"truncated_context": chosen.context, "truncated_rows": rows}
-            record |= {f"truncated_{name}": value for name, value in self._measures(cut).items()}
-            record |= {f"untruncated_{name}": value for name, value in self._measures(whole(rows)).items()}
-        self.outputs.validation(record)
-        if last and self.mesh.rank == 0 and (chosen.baselines or chosen.context is not None):
-            if not isinstance(self.corpus, Corpus):
-                lines = report.recall_comparison(record, self.corpus.chance if chosen.baselines else None)
-            else:
-                lines = report.comparison(record, text_baselines(self.corpus) if chosen.baselines else None)
-            self.outputs.say("\n".join(["", *lines]))
-
-    def _measures(self, loss: Loss) -> dict[str, float]:
-        """What is told of a loss beside its mean."""
-        if not isinstance(self.corpus, Corpus):
-            return {"accuracy": loss.accuracy}
-        scale = self.corpus.bytes_per_token("validation")
-        return {"bits_per_byte": loss.bits_per_byte(scale), "accuracy": loss.accuracy}
-
-    def _sample(self) -> None:
-        if not isinstance(self.corpus, Corpus):
-            return  # there is no text
-        chosen = self.settings.evaluation
-        self.text = draw_sample(
-            self.engine,
-            self.corpus,
-            chosen.prompt,
-            tokens=chosen.sample_tokens,
-            temperature=chosen.temperature,
-            seed=self.settings.trainer.seed,
-        )
-        self.outputs.sample(self.step, self.text)
-
-    def _save(self, last: bool) -> None:
-        """Saves a checkpoint. One that cannot be written is told, and the next is tried; the last one fails the run."""
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "data": self.corpus.train.state(self.row),
-            "model": self.settings.model,
-        }
-        chosen = self.settings.checkpoint
-        try:
-            self.saved = checkpoint.save(
-                *(self.engine, self.directory.checkpoints, state, chosen.keep, self._write_beside),
-                spare=self.schedule.extendable,
-            )
-        except checkpoint.CheckpointError as error:
-            self._check_directory()
-            if last:
-                self.unsaved = str(error)
-            else:
-                again = min(self.step - self.step % chosen.every + chosen.every, self.settings.trainer.steps)
-                self.outputs.say(f"{error}. The run goes on and saves again after step {again}")
-
-    def _stop_early(self) -> None:
-        """Saves and ends before the last step, as a signal has asked. Raises Stopped for SIGTERM: then the run has
-        failed.
+        Raises RunFailed on every rank where its end could not be kept, and Stopped for SIGTERM: it has failed then.
         """
-        if self.settings.checkpoint.every and (self.saved is None or self.saved.name != f"step-{self.step:08d}"):
-            self._save(last=True)
-        if self.asked == signal.SIGTERM:
-            if self.unsaved:
-                self.outputs.say(self.unsaved)
+        early = self.asked if not self.done else 0
+        if early:
+            failure.take_time()
+        self._call("end")
+        gather_numbers([0.0], self.mesh)  # no rank reports a good end before all have come to it
+        if early == signal.SIGTERM:
+            if self.saving.unsaved:
+                self.outputs.say(self.saving.unsaved)
             raise failure.Stopped
         problems = self._problems()
-        resume = report.resume_command(self.command, self.directory, self.saved)
-        where = f"{self.saved.name} is saved" if self.saved else "no checkpoint was saved"
-        why = f"ended after step {self.step}, as {signal.Signals(self.asked).name} asks"
-        self.outputs.say(f"{why}; {where}\nto resume     {resume}")
+        if early:
+            why = f"ended after step {self.step}, as {signal.Signals(early).name} asks"
+            where = f"{self.saving.saved.name} is saved" if self.saving.saved else "no checkpoint was saved"
+            again = report.resume_command(self.command, self.directory, self.saving.saved)
+            self.outputs.say(f"{why}; {where}\nto resume     {again}")
+        else:
+            why = "the run has trained to its end"
+            if self.mesh.rank == 0:
+                self.outputs.progress.close()
+                self.outputs.say(report.summary(self, problems))
         if problems:
             raise failure.RunFailed(f"{why}, but not all of it is kept: {'; '.join(problems)}")
 
-    def _write_beside(self, folder: Path) -> None:
-        """What generation and export need besides the weights."""
-        if isinstance(self.corpus, Corpus):
-            self.corpus.tokenizer.save(folder / "tokenizer")
-        self.origin.save(folder)
-        text = yaml.safe_dump(asdict(self.settings), sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
-
-    def _origin(self, found: Path | None) -> Origin:
-        """What the first rank writes of where the weights came from; the other ranks need nothing of it."""
-        begun = found or self.settings.init_from
-        tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
-        before = read_origin(begun, tokenizer) if begun and self.mesh.rank == 0 else Origin()
-        return replace(before, longest_row=max(before.longest_row, self.settings.data.sequence_length))
-
-    def _introduce(self, found: Path | None, notes: list[str]) -> None:
-        settings, mesh, say = self.settings, self.mesh, self.outputs.say
-        parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
-        say(f"run           {self.directory.path}")
-        say(f"model         {count(self.shape.parameter_count())} parameters, {settings.trainer.dtype}")
-        say(f"data          {settings.data.source}: {self.corpus.summary}, vocabulary {self.corpus.vocabulary_size}")
-        say(
-            f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
-            f"{parallel}, ZeRO-{settings.engine.zero_stage}, {self.device.type}"
-        )
-        for note in notes:
-            say(note)
-        if found is not None:
-            say(f"going on after step {self.step} from {found}")
-            if mesh.rank == 0 and (announced := report.changed_schedule(self.schedule, found, self.step)):
-                say(announced)
-        if self.step >= settings.trainer.steps:
-            say(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
-
-    def _conclude(self) -> None:
-        """Shows what came of the run. Raises RunFailed on every rank where its end could not be kept."""
-        problems = self._problems()
-        if self.mesh.rank == 0:
-            self._summarise(problems)
-        if problems:
-            raise failure.RunFailed(f"the run has trained to its end, but not all of it is kept: {'; '.join(problems)}")
-
     def _problems(self) -> list[str]:
         """What could not be kept at the end, on every rank alike. Raises RunLost where all has gone."""
-        self._check_directory()
+        self.check_directory()
         self.outputs.plot()
-        return from_first_rank([*([self.unsaved] if self.unsaved else []), *self.outputs.unkept()], self.mesh)
+        unsaved = [self.saving.unsaved] if self.saving.unsaved else []
+        return from_first_rank([*unsaved, *self.outputs.unkept()], self.mesh)
 
-    def _summarise(self, problems: list[str]) -> None:
-        tracker = self.outputs.tracker
-        tracked = (tracker.mode, tracker.directory) if tracker else ("disabled", None)
-        self.outputs.progress.close()
-        lines = [""]
-        if self.text:
-            lines += ["sample", *(f"  {line}" for line in self.text.splitlines()), ""]
-        lines += report.whereabouts(self.directory, self.saved, tracked, problems)
-        prompt = (self.settings.evaluation.prompt or "Once") if isinstance(self.corpus, Corpus) else None
-        lines += report.commands(self.command, self.directory, self.saved, self.settings, prompt)
-        self.outputs.say("\n".join(lines))
+
+def _call(name: str, callback: Callback, hook: str, *arguments: Trainer) -> None:
+    """Calls a hook; its errors get a note with the callback's name."""
+    try:
+        getattr(callback, hook)(*arguments)
+    except Exception as error:
+        error.add_note(f"{name}.{hook}")
+        raise

@@ -10,7 +10,7 @@ import pytest
 from longreach.launch.build import build
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixer import PartError
-from longreach.trainer import failure
+from longreach.trainer.run import failure
 
 MODULE = """
 from torch import nn

@@ -22,10 +22,10 @@ from longreach.launch.export import ExportSettings, export
 from longreach.launch.train import to_settings
 from longreach.models import hf
 from longreach.parallel.mesh import Mesh
-from longreach.trainer import checkpoint
+from longreach.trainer.checkpoint import checkpoint
+from longreach.trainer.data.tokenizers import byte_tokenizer
 from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 from longreach.trainer.settings import Settings
-from longreach.trainer.tokenizers import byte_tokenizer
 from longreach.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # engines on several ranks: a minute together

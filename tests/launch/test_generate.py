@@ -4,7 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from longreach.launch.generate import prompt_ids, text_pieces, until
-from longreach.trainer.tokenizers import Tokenizer, byte_tokenizer, train_bpe
+from longreach.trainer.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 
 
 def test_a_prompt_begins_as_documents_do_and_has_tokens_that_the_model_has() -> None:

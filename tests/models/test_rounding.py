@@ -11,8 +11,8 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
-from longreach.trainer.diagnosis.checks import of_norms
-from longreach.trainer.diagnosis.precision import noted_ops, of_ops, plain_rotations
+from longreach.trainer.diagnosis.checks.comparison import of_norms
+from longreach.trainer.diagnosis.checks.precision import noted_ops, of_ops, plain_rotations
 
 LENGTH = 2048
 DOCUMENTS = Documents.from_lengths([[1900, 148]], LENGTH)

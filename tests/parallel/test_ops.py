@@ -13,7 +13,7 @@ from longreach.kernels.documents import Documents
 from longreach.parallel import collectives, ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Sequence
-from longreach.trainer import failure
+from longreach.trainer.run import failure
 
 LENGTH = 96
 # Two rows: one with documents that cross spans and padding at the end, one that is a single document.

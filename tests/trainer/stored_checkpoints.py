@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from longreach.trainer.stored import FORMAT
-from longreach.trainer.tensor_files import TensorWriter
+from longreach.trainer.checkpoint.stored import FORMAT
+from longreach.trainer.checkpoint.tensor_files import TensorWriter
 
 
 def store(folder: Path, step: int) -> Path:

@@ -8,8 +8,8 @@ import torch
 from distributed import RankError, run_ranks
 from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
-from longreach.trainer import processes
 from longreach.trainer.engine import parameter_groups
+from longreach.trainer.ranks import processes
 
 pytestmark = pytest.mark.slow  # engines on several ranks
 STEPS = 4
@@ -193,7 +193,7 @@ def make_with(rank, world, stage, dtype, config):
     ("stage", "dtype", "config", "message"),
     [
         (0, "bfloat16", {}, "engine.zero_stage must be 1, 2 or 3 with trainer.dtype=bfloat16"),
-        (4, "float32", {}, "engine.zero_stage must be 0, 1, 2 or 3; got 4"),
+        (4, "float32", {}, "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),
         (1, "float16", {}, "trainer.dtype must be one of float32, bfloat16; got 'float16'"),
         (1, "float32", {"zero_optimization": {"stage": 2}}, "engine.config.zero_optimization.stage must be 1.*got 2"),
         (1, "float32", {"gradient_clipping": 1.0}, "engine.config.gradient_clipping must not be given.*trainer.clip"),

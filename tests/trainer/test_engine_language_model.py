@@ -16,7 +16,7 @@ from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
-from longreach.trainer.checkpoint import load, load_weights, save
+from longreach.trainer.checkpoint.checkpoint import load, load_weights, save
 from longreach.trainer.engine import parameter_groups
 
 pytestmark = pytest.mark.slow  # engines on several ranks: a minute together

@@ -11,11 +11,12 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from longreach.trainer.data import Corpus, open_corpus
-from longreach.trainer.data_settings import DataSettings
+from longreach.trainer.data.corpus import Corpus, open_corpus
+from longreach.trainer.data.settings import DataSettings
+from longreach.trainer.data.tokenizers import byte_tokenizer
+from longreach.trainer.evaluation.settings import EvaluationSettings
 from longreach.trainer.preparation import model_settings
-from longreach.trainer.settings import EvaluationSettings, Settings
-from longreach.trainer.tokenizers import byte_tokenizer
+from longreach.trainer.settings import Settings
 
 TARGET = {"_target_": "longreach.models.language_model.LanguageModel"}
 
@@ -121,7 +122,7 @@ def test_ids_made_elsewhere_are_held_to_the_rows_too(texts: Path) -> None:
 
 
 def test_the_largest_id_is_that_of_all_batches(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longreach.trainer.tokenization.BYTES_AT_ONCE", 20)
+    monkeypatch.setattr("longreach.trainer.data.tokenization.BYTES_AT_ONCE", 20)
     data = DataSettings("text", str(texts / "*.txt"), tokenizer="bytes", cache_dir=str(texts / "cache"))
     cache = open_corpus(data).cache  # type: ignore[union-attr]
     assert cache.largest_id == max(int(np.max(cache[i])) for i in range(len(cache))) == 256

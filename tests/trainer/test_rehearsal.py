@@ -17,7 +17,8 @@ from longreach.models.mixers.state_space.mamba import Mamba
 from longreach.parallel import ops
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.preparation import check_model
-from longreach.trainer.settings import ParallelSettings, Settings
+from longreach.trainer.ranks.settings import ParallelSettings
+from longreach.trainer.settings import Settings
 
 
 class Plain(Mixer):

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from longreach.trainer.engine import OptimizerSettings
-from longreach.trainer.settings import Settings, check, layout_of, micro_batches
+from longreach.trainer.ranks.settings import layout_of
+from longreach.trainer.settings import Settings, check
 
 
 def changed(**values: object) -> Settings:
@@ -49,6 +50,9 @@ def test_the_defaults_fit_one_process() -> None:
         (changed(trainer__dtype="float16"), 1, "trainer.dtype must be one of float32, bfloat16; got 'float16'"),
         (changed(trainer__dtype="bfloat16", engine__zero_stage=0), 1, "engine.zero_stage must be 1, 2 or 3"),
         (changed(engine__zero_stage=4), 1, "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),
+        (changed(engine__config={"fp16": {}}), 1, "engine.config.fp16 must not be given; got .* Use trainer.dtype"),
+        (changed(data__sequence_length=0), 1, "data.sequence_length must be at least 2; got 0"),
+        (changed(trainer__seed=-1), 1, "trainer.seed must lie within 0..2.64-1; got -1"),
         (changed(trainer__steps=0), 1, "trainer.steps must be at least 1; got 0"),
         (changed(trainer__activation_checkpointing="some"), 1, "trainer.activation_checkpointing must be one of"),
         (changed(optimizer=OptimizerSettings(betas=(0.9, 1.0))), 1, "optimizer.betas must be two numbers"),
@@ -72,5 +76,6 @@ def test_layout_and_micro_batches_follow() -> None:
         parallel__sequence=2, parallel__layout="zigzag", data__rows_per_step=12, data__rows_per_micro_batch=2
     )
     check(settings, 6)
-    assert (layout_of(settings).ranks, layout_of(settings).spans) == (2, 2)
-    assert micro_batches(settings, 3) == 2
+    layout = layout_of(settings.parallel, settings.data.sequence_length)
+    assert (layout.ranks, layout.spans) == (2, 2)
+    assert settings.data.micro_batches(3) == 2

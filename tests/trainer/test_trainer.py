@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Container
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,37 @@ from longreach.models.mixer import Mixer
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
-from longreach.trainer import checkpoint, failure
-from longreach.trainer.data_settings import DataSettings
+from longreach.trainer.callback import Callback
+from longreach.trainer.checkpoint import checkpoint
+from longreach.trainer.checkpoint.settings import CheckpointSettings
+from longreach.trainer.data.packing import NO_TARGET
+from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
-from longreach.trainer.evaluation import evaluate, evaluate_truncated
-from longreach.trainer.packing import NO_TARGET
+from longreach.trainer.evaluation.evaluation import evaluate, evaluate_truncated
+from longreach.trainer.evaluation.settings import EvaluationSettings
+from longreach.trainer.ranks.settings import ParallelSettings
+from longreach.trainer.run import failure
+from longreach.trainer.run.settings import LoggerSettings, RunSettings, WandbSettings
 from longreach.trainer.schedule import ScheduleSettings
-from longreach.trainer.settings import (
-    CheckpointSettings,
-    EvaluationSettings,
-    LoggerSettings,
-    ParallelSettings,
-    RunSettings,
-    Settings,
-    TrainerSettings,
-    WandbSettings,
-)
+from longreach.trainer.settings import Settings, TrainerSettings
 from longreach.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # whole runs on several ranks
 
 MIXERS = "longreach.models.mixers"
+LIGHTNING = f"{MIXERS}.linear.lightning_attention"
 MODEL = {
     "_target_": "longreach.models.language_model.LanguageModel",
     "width": 32,
     "depth": 2,
     "pattern": ["lightning", "softmax"],
     "mixers": {
-        "lightning": {"_target_": f"{MIXERS}.lightning_attention.LightningAttention", "_partial_": True, "heads": 2},
-        "softmax": {"_target_": f"{MIXERS}.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
+        "lightning": {
+            "_target_": f"{MIXERS}.linear.lightning_attention.LightningAttention",
+            "_partial_": True,
+            "heads": 2,
+        },
+        "softmax": {"_target_": f"{MIXERS}.softmax.softmax_attention.SoftmaxAttention", "_partial_": True, "heads": 2},
     },
     "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 48},
 }
@@ -96,22 +99,23 @@ def settings(texts: Path, run: Path, **changes: Any) -> Settings:
     return made
 
 
+class StopAfter(Callback):
+    """A planned failure after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            raise KeyboardInterrupt
+
+
 def train(rank: int, world: int, chosen: Settings, stop_after: int | None = None) -> int:
     """Runs a trainer on this rank, up to a planned failure after a step if asked for."""
-    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
+    callbacks = {} if stop_after is None else {"stop": StopAfter(stop_after)}
+    trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"], callbacks)
     first = trainer.step
-    if stop_after is not None:
-        finish = trainer._after_step
-
-        def fail() -> None:
-            finish()
-            if trainer.step == stop_after:
-                raise KeyboardInterrupt
-
-        trainer._after_step = fail  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run()
-    else:
+    with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
         trainer.run()
     return first
 
@@ -393,9 +397,8 @@ def test_a_new_run_starts_from_the_weights_of_another(texts: Path, tmp_path: Pat
     assert chosen.init_from == str(found)
     assert chosen.data.tokenizer == str(found / "tokenizer")
     assert chosen.model == MODEL | {"vocabulary": chosen.model["vocabulary"]}
-    moba = {
-        "_target_": f"{MIXERS}.block_sparse_attention.MoBA", "_partial_": True, "heads": 2, "block_size": 16, "top_k": 2
-    }  # fmt: skip
+    moba = {"_target_": f"{MIXERS}.sparse.block_sparse_attention.MoBA", "_partial_": True, "heads": 2}
+    moba |= {"block_size": 16, "top_k": 2}
     chosen.model = chosen.model | {"mixers": MODEL["mixers"] | {"softmax": moba}}
     run_ranks(1, train, chosen)
     before, after = (dict(checkpoint_tensors(run)) for run in (first, second))

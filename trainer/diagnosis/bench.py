@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..settings import spans_of
+from ..ranks.settings import spans_of
 from . import work
 from .cases import Case, make_cases
 from .model import layer_names

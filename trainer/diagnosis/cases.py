@@ -125,9 +125,9 @@ def changes(case: Case) -> list[Change]:
 
 def _places(lengths: list[int], edge: int) -> list[tuple[int, int]]:
     starts = [0, *accumulate(lengths)]
-    found = []
+    places_and_ends = []
     for index in sorted({0, len(lengths) // 2, len(lengths) - 1}):
         start, stop = starts[index], starts[index + 1]
         places = {start, start + (stop - start) // 2, min(stop - 1, (start // edge + 1) * edge)}
-        found += [(place, stop) for place in sorted(places)]
-    return found
+        places_and_ends += [(place, stop) for place in sorted(places)]
+    return places_and_ends

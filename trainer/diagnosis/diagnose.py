@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 
 from ..preparation import check_model, configured_model
-from ..settings import ParallelSettings, Settings, check, spans_of, ulysses_ranks
-from . import exact, inexact, loop
+from ..ranks.settings import ParallelSettings, spans_of, ulysses_ranks
+from ..settings import Settings, check
 from .bench import Bench
+from .checks import exact, inexact, loop
 from .model import Build, complete, reduced, shrunk
 from .ranks import RankFailure
 from .report import FAIL, NOT_TESTED, Report, Row
@@ -80,13 +81,13 @@ def _on_cuda(
     say: Callable[[str], None],
     prepare: str | None,
 ) -> None:
-    """The production backends, with a GPU a rank: nothing in float64, which they do not take."""
-    found, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, topology.parallel.sequence
-    if found < needed:
-        why = f"{needed} CUDA device(s) are needed; this machine has {found}"
+    """The production backends, with one GPU per rank: nothing in float64, which they do not take."""
+    available, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, topology.parallel.sequence
+    if available < needed:
+        why = f"{needed} CUDA device(s) are needed; this machine has {available}"
         report.rows += [Row(what, NOT_TESTED, where=why) for what in ("NCCL", "Triton kernels", "flash-attn")]
         return
-    data_ranks = min(data_ranks, found // needed)
+    data_ranks = min(data_ranks, available // needed)
     bench = Bench(replace(topology, cuda=True), data_ranks, report, prepare)
     dtype = settings.trainer.dtype
     _attempt(

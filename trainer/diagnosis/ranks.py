@@ -34,7 +34,7 @@ class RankFailure(RuntimeError):
 
 
 class Ranks:
-    """`world` processes, one thread each, in one process group (gloo; with `cuda` nccl besides, a GPU a rank).
+    """`world` processes, one thread each, in one process group (gloo; with `cuda` nccl besides, one GPU per rank).
 
     prepare: "module:function", called on every rank before anything else; what tests plant faults with.
     The limits are kept by this process: where one rank fails or is silent, all are ended and RankFailure is raised.

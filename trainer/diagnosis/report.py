@@ -88,12 +88,12 @@ class Report:
     def culprits(self) -> list[Row]:
         """Failures that no other explains; of those on several ZeRO stages one."""
         failures = self.failures
-        found: list[Row] = []
+        culprits: list[Row] = []
         for row in failures:
-            staged = row.check.startswith("ZeRO-") and any(row.family[0] == other.family[0] for other in found)
+            staged = row.check.startswith("ZeRO-") and any(row.family[0] == other.family[0] for other in culprits)
             if not staged and not any(cause.explains(row) for cause in failures):
-                found.append(row)
-        return found
+                culprits.append(row)
+        return culprits
 
     def verdict(self) -> str:
         """The last line."""
@@ -129,11 +129,11 @@ class Report:
         yield from _wrapped(self.verdict())
 
     def _families(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
+        families: dict[str, list[Row]] = {}
         for row in self.rows:
             if row.verdict != NOT_TESTED:
-                found.setdefault(row.family[0], []).append(row)
-        return found
+                families.setdefault(row.family[0], []).append(row)
+        return families
 
     def _summary(self, family: str, rows: list[Row]) -> Iterator[Text]:
         """A line where all of a kind passed; else one for those that did, and one for each way to fail."""
@@ -166,11 +166,11 @@ class Report:
             yield from _wrapped(", ".join(following), "      so too  ")
 
     def _untested(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        untested: dict[str, list[str]] = {}
         for row in self.rows:
             if row.verdict == NOT_TESTED:
-                found.setdefault(row.where, []).append(row.check)
-        return found
+                untested.setdefault(row.where, []).append(row.check)
+        return untested
 
     def _table(self) -> Table:
         table = Table(title="all checks", title_justify="left", pad_edge=False, show_lines=False)

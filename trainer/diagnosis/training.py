@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ...models.language_model import LanguageModel
 from ...parallel import mesh as mesh_module
 from ...parallel.mesh import Mesh
+from ..data.packing import Batch, Row, TokenStream
 from ..engine import Gather
-from ..packing import Batch, Row, TokenStream
 from ..preparation import make_engine
+from ..ranks.settings import layout_of
 from ..schedule import Schedule
-from ..settings import Settings, layout_of
+from ..settings import Settings
 from ..trainer import Trainer
 from . import work
 from .model import Build, fill
@@ -60,12 +61,7 @@ class Step:
 
 
 class _Silent:
-    """Stands for what shows and keeps a run: takes anything, and remembers the record of the step."""
-
-    record: dict[str, Any]
-
-    def training(self, record: dict[str, Any], *rest: Any) -> None:
-        self.record = record
+    """In the place of what shows and keeps a run: has every method, and none does anything."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -92,7 +88,7 @@ class _Examined(Trainer):
 
     def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, stream: TokenStream) -> None:
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, []
-        self.layout = layout_of(settings)
+        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         with torch.device("meta"):
             self.shape = build(settings.model)
@@ -101,31 +97,31 @@ class _Examined(Trainer):
         self.outputs: Any = _Silent()
         self.directory: Any = _Silent()
         self.step = self.tokens = self.row = self.first = self.skipped = 0
-        self.peak, self.saved = None, None
+        self.peak = None
 
     def examine(self) -> Step:
         """A step, and the rows that the next would read."""
         parts = self._read_step()
         self._train_step()
-        record = self.outputs.record
+        record = self.record
         state = {
-            name: {kind: self._held(parameter, kind) for kind in KINDS}
+            name: {kind: self._fragment(parameter, kind) for kind in KINDS}
             for name, parameter in self.engine.named_parameters()
         }
         rows, later = ([row for part, _ in read for row in _rows(part)] for read in (parts, self._read_step()))
         return Step(record["loss"], record["grad_norm"], record["learning_rate"], rows, later, state)
 
-    def _held(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
+    def _fragment(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
         part = self.engine.fragment(parameter, kind)
         return part.start, part.values.float().cpu().clone()
 
     def alone(self, model: LanguageModel, targets: int) -> dict[str, Tensor]:
         """The sum of the micro-batches' gradients in float32, computed as the step does but by the model itself."""
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-        held = dict(self.engine.named_parameters())
-        with torch.no_grad(), self.engine.gather(list(held.values())):
+        parameters = dict(self.engine.named_parameters())
+        with torch.no_grad(), self.engine.gather(list(parameters.values())):
             for name, parameter in model.named_parameters():
-                parameter.copy_(held[name])
+                parameter.copy_(parameters[name])
         for part, seq in self._read_step():
             tokens, wanted = (seq.shard(x).to(self.device) for x in (part.tokens, part.targets))
             model.zero_grad(set_to_none=True)
@@ -157,7 +153,7 @@ def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
 
 
 class Place(NamedTuple):
-    """Where a rank stands in a mesh, and the ranks of its groups (None where it has no such group)."""
+    """Where a rank stands in a mesh, and the ranks of its groups (None where there is no such group)."""
 
     data_rank: int
     sequence_rank: int
@@ -168,7 +164,7 @@ class Place(NamedTuple):
 
 def places(sequence: int, ulysses: int, world: int) -> list[Place]:
     """The mesh as each of `world` ranks would make it: groups are noted, and none is formed."""
-    found = []
+    all_places = []
     for rank in range(world):
         stand_in = SimpleNamespace(
             is_initialized=lambda: True,
@@ -181,5 +177,5 @@ def places(sequence: int, ulysses: int, world: int) -> list[Place]:
         with mock.patch.object(mesh_module, "dist", stand_in):
             made: Any = Mesh.create(sequence, ulysses)
         heads, ring = (made.heads.group, made.heads.ring) if made.heads else (None, None)
-        found.append(Place(made.data_rank, made.sequence_rank, made.sequence_group, heads, ring))
-    return found
+        all_places.append(Place(made.data_rank, made.sequence_rank, made.sequence_group, heads, ring))
+    return all_places

@@ -55,7 +55,7 @@ class Call:
         return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
     def per_token(self, length: int) -> list[bool]:
-        """Which of `tensors` have a value a token, `[B, N, …]`, and are split among ranks."""
+        """Which of `tensors` have one value per token, `[B, N, …]`, and are split among ranks."""
         summaries = SUMMARIES.get(self.op, ())
         return [
             x.dim() >= 3 and x.shape[1] == length and name not in summaries

@@ -21,11 +21,11 @@ PAIRED = ("softmax_attention", "block_sparse_attention", "select_blocks", "compr
 
 def distinct(calls: list[Call]) -> list[Call]:
     """The first of those calls that differ by their layer and tensors alone."""
-    found: dict[str, Call] = {}
+    calls_by_kind: dict[str, Call] = {}
     for call in calls:
         settings = {name: value for name, value in call.kwargs.items() if not isinstance(value, Tensor)}
-        found.setdefault(f"{call.mixer} {call.op} {settings} {[x.shape[2:] for x in call.tensors()]}", call)
-    return list(found.values())
+        calls_by_kind.setdefault(f"{call.mixer} {call.op} {settings} {[x.shape[2:] for x in call.tensors()]}", call)
+    return list(calls_by_kind.values())
 
 
 def long_jobs(calls: list[Call], ranks: int) -> list[tuple[Case, Call]]:

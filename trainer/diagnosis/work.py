@@ -16,7 +16,7 @@ from ...models.language_model import LanguageModel
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
-from ..settings import ParallelSettings, strategy_of, ulysses_ranks
+from ..ranks.settings import ParallelSettings, strategy_of, ulysses_ranks
 from .cases import Case
 from .model import Build, fill
 from .truth import Call, Result, far_positions, gradients_of, run, shared_op

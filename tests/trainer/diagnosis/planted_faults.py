@@ -1,0 +1,248 @@
+"""Faults that tests of the doctor plant in its ranks: each function spoils one thing in the process that calls it."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longreach.kernels.gated_linear import GatedLinearRecurrence
+from longreach.kernels.recurrence import Summary
+from longreach.kernels.softmax import SoftmaxAttend
+from longreach.models.layers.rotary import Rotary
+from longreach.parallel import mesh
+from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategies import halo, ring, state_passing, windows
+from longreach.trainer import engine
+from longreach.trainer.data.packing import TokenStream
+from longreach.trainer.engine import Engine
+from longreach.trainer.trainer import Trainer
+
+_spoiled: list[tuple[Any, str, Any]] = []
+
+
+def plant(fault: str) -> None:
+    """The fault of this name, until `heal`."""
+    globals()[fault]()
+
+
+def heal() -> None:
+    """Everything as it was."""
+    while _spoiled:
+        setattr(*_spoiled.pop())
+
+
+def spoil(owner: Any, name: str, value: Any) -> Any:
+    """Sets an attribute; returns what it was."""
+    original = vars(owner).get(name, getattr(owner, name))
+    _spoiled.append((owner, name, original))
+    setattr(owner, name, value)
+    return original
+
+
+def local_positions() -> None:
+    """Each rank counts positions from its own first token."""
+
+    def positions(self, device="cpu"):
+        return torch.arange(self.layout.local_length, dtype=torch.int32).expand(self.documents.batch, -1).to(device)
+
+    spoil(Sequence, "positions", positions)
+
+
+def dropped_state() -> None:
+    """No state enters from the ranks before."""
+
+    def gather(mine, seq):
+        summaries, transitions = original(mine, seq)
+        return [Summary(s.transition, torch.zeros_like(s.state)) for s in summaries], transitions
+
+    original = spoil(state_passing, "_gather", gather)
+
+
+def transition_through_documents() -> None:
+    """A span's transition is not zero though a document starts inside it."""
+
+    def summarize(self, inputs, final_state, documents, *, backend="auto"):
+        summary = original(self, inputs, final_state, documents, backend=backend)
+        return Summary(torch.where(summary.transition == 0, 0.5, summary.transition), summary.state)
+
+    original = spoil(GatedLinearRecurrence, "summarize", summarize)
+
+
+def state_of_long_spans() -> None:
+    """What a span of more than a chunk does to the state loses a tenth."""
+
+    def begin(self, inputs, documents, **settings):
+        begun = original(self, inputs, documents, **settings)
+        if documents.length <= 64:
+            return begun
+        return begun._replace(summary=Summary(begun.summary.transition, 0.9 * begun.summary.state))
+
+    original = spoil(GatedLinearRecurrence, "begin", begin)
+
+
+def missing_halo() -> None:
+    """A convolution sees zeros before each span."""
+    original = spoil(halo, "_halo_forward", lambda x, seq, width: torch.zeros_like(original(x, seq, width)))
+
+
+def halo_of_one_span() -> None:
+    """A convolution sees no further than the span before its own."""
+    original = spoil(halo, "_halo_parts", lambda span, width, tail: original(span, width, tail)[:1])
+
+
+def one_ring_for_all_masks() -> None:
+    """The plan of a ring is kept whatever the mask."""
+
+    def of(cls, op, seq):
+        return seq.derive("ring", lambda: cls._make(op, seq))
+
+    spoil(ring.RingPlan, "of", classmethod(of))
+
+
+def a_window_as_long_as_a_span() -> None:
+    """What windows of one span and two tokens give is a little too small; others are right."""
+
+    def attend(self, inputs, received, tile, backend):
+        out, lse = original(self, inputs, received, tile, backend)
+        return (0.9 * out if tile.mask.window == inputs.q.shape[1] + 2 else out), lse
+
+    original = spoil(SoftmaxAttend, "attend", attend)
+
+
+def one_plan_for_all_windows() -> None:
+    """What tells which tokens make which window is kept whatever their size."""
+
+    def plan(self, seq, device):
+        return seq.derive("windows", lambda: tuple(x if isinstance(x, int) else x.to(device) for x in self._make(seq)))
+
+    spoil(windows.WindowMeans, "_plan", plan)
+
+
+def bfloat16_partials() -> None:
+    """Partial results of a ring are rounded before they are merged."""
+
+    def attend(self, inputs, received, tile, backend):
+        dtype, results = inputs.q.dtype, original(self, inputs, received, tile, backend)
+        return tuple(x.to(dtype).to(x.dtype) for x in results)
+
+    original = spoil(SoftmaxAttend, "attend", attend)
+
+
+def bfloat16_query_gradients() -> None:
+    """The gradient of the queries is added up in their type."""
+
+    def attend_backward(self, gradient, inputs, *rest):
+        stay, travelled = original(self, gradient, inputs, *rest)
+        return {"q": stay["q"].to(inputs.q.dtype).to(stay["q"].dtype)}, travelled
+
+    original = spoil(SoftmaxAttend, "attend_backward", attend_backward)
+
+
+def bfloat16_states() -> None:
+    """States travel in bfloat16."""
+
+    def gather(mine, seq):
+        rounded = mine.state.bfloat16().to(mine.state.dtype) if mine.state.dtype == torch.float32 else mine.state
+        return original(Summary(mine.transition, rounded), seq)
+
+    original = spoil(state_passing, "_gather", gather)
+
+
+def bfloat16_window_means() -> None:
+    """Windows, and the gradients of their tokens, are added up in the type of the tokens."""
+    spoil(windows, "_exact", lambda x: x.dtype)
+
+
+def bfloat16_positions() -> None:
+    """Positions are rounded to the type of what they rotate."""
+    original = spoil(Rotary, "__call__", lambda self, x, positions: original(self, x, positions.to(x.dtype)))
+
+
+def groups_of_strangers() -> None:
+    """Ranks that share a row are as far apart as data ranks are."""
+
+    def group(size, stride, world, rank):
+        return original(size, max(1, world // size), world, rank)
+
+    original = spoil(mesh, "_group", group)
+
+
+def loss_averaged_per_rank() -> None:
+    """The loss of a rank is divided by its own targets, and the mean of that is taken over the ranks."""
+
+    def call(self, tokens, seq, targets):
+        self.counted = max(1, int((targets != -100).sum()))
+        return forward(self, tokens, seq, targets)
+
+    def average(self, loss_sum, normaliser):
+        backward(self, loss_sum / self.counted, self.mesh.world_size)
+
+    forward, backward = spoil(Engine, "__call__", call), spoil(Engine, "backward", average)
+
+
+def targets_of_the_token() -> None:
+    """The target of a token is the token."""
+
+    def row(self, number):
+        made = original(self, number)
+        made.targets[made.targets != -100] = made.tokens[made.targets != -100]
+        return made
+
+    original = spoil(TokenStream, "row", row)
+
+
+def every_data_rank_reads_the_same() -> None:
+    """The rows of a step are those of the first data rank, on all."""
+
+    def read(self):
+        own, self.mesh = self.mesh, replace(self.mesh, rank=self.mesh.sequence_rank)
+        try:
+            return original(self)
+        finally:
+            self.mesh = own
+
+    original = spoil(Trainer, "_read_step", read)
+
+
+def _configured(dtypes: tuple[str, ...], **changes: Any) -> None:
+    def configuration(zero_stage, dtype, *rest):
+        made = original(zero_stage, dtype, *rest)
+        return made | changes if dtype in dtypes else made
+
+    original = spoil(engine, "configuration", configuration)
+
+
+def nothing_is_clipped() -> None:
+    """Gradients are not clipped."""
+    _configured(("float32", "bfloat16"), gradient_clipping=0.0)
+
+
+def bfloat16_accumulation() -> None:
+    """Gradients of micro-batches are added up in bfloat16."""
+    _configured(("bfloat16",), data_types={"grad_accum_dtype": "bf16"})
+
+
+def bfloat16_reduction() -> None:
+    """Gradients are added up over ranks in bfloat16."""
+    _configured(("bfloat16",), communication_data_type="bf16")
+
+
+def norms_decay() -> None:
+    """Weight decay shrinks norms too."""
+
+    def groups(model, weight_decay):
+        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+
+    spoil(engine, "parameter_groups", groups)
+
+
+def a_rank_raises() -> None:
+    """The last rank fails in the middle of a forward."""
+
+    def forward(x, seq, width):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise RuntimeError("out of luck")
+        return original(x, seq, width)
+
+    original = spoil(halo, "_halo_forward", forward)

@@ -1,0 +1,111 @@
+"""Processes find one another under a launcher and do without one."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+PROGRAM = """
+import torch
+import torch.distributed as dist
+from longreach.trainer.ranks import processes
+device = processes.start(0.5, "cpu")
+total = torch.ones(1, device=device)
+dist.all_reduce(total)
+print(f"ranks {int(total)} {dist.get_world_size()}\\n", end="", flush=True)
+processes.end()
+assert not dist.is_initialized()
+processes.end()
+"""
+
+
+def run(program, *launcher, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    kept.update(OMP_NUM_THREADS="1", PYTHONSAFEPATH="1", **environment)
+    return subprocess.run([sys.executable, *launcher, *program], env=kept, capture_output=True, text=True, timeout=120)
+
+
+def test_one_process_needs_no_launcher_and_no_port():
+    result = run(["-c", PROGRAM])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "ranks 1 1\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.slow
+def test_torchrun_ranks_find_one_another(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = run([str(tmp_path / "program.py")], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("ranks 2 2\n") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_tasks_of_srun_and_mpirun_find_one_another(launcher):
+    def variables(rank):
+        job = str(os.getpid())
+        if launcher == "mpirun":
+            names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+            sizes = dict.fromkeys(("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"), "2")
+            return dict.fromkeys(names, str(rank)) | sizes | {"PMIX_NAMESPACE": job}
+        place = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(rank))
+        return place | {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": job, "SLURM_NNODES": "1"}
+
+    with ThreadPoolExecutor() as both:
+        results = list(both.map(lambda rank: run(["-c", PROGRAM], **variables(rank)), range(2)))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "ranks 2 2\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "environment", "message"),
+    [
+        (PROGRAM, {"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not set although WORLD_SIZE is 2"),
+        (PROGRAM.replace('"cpu"', '"tpu"'), {}, "device must be auto, cuda or cpu; got 'tpu'"),
+    ],
+)
+def test_a_wrong_start_is_told(program, environment, message):
+    result = run(["-c", program], **environment)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+SLOW_NODE = """
+import os, sys, time
+from longreach.parallel.mesh import Mesh
+from longreach.trainer.data import token_cache
+from longreach.trainer.ranks import processes
+from longreach.trainer.data.corpus import open_corpus
+from longreach.trainer.data.settings import DataSettings
+from longreach.trainer.ranks.exchange import prepare, together
+processes.start(0.05, "cpu")  # three seconds
+mesh, tokenize = Mesh.create(2), token_cache.tokenize
+def slowly(*given, **options):
+    time.sleep(6 * mesh.rank)
+    tokenize(*given, **options)
+token_cache.tokenize = slowly
+data = DataSettings("text", sys.argv[1], tokenizer="bytes", sequence_length=64)
+corpus = prepare(mesh, lambda: open_corpus(data, f"{sys.argv[2]}/{mesh.rank}"))
+together(mesh, lambda: None)
+print(f"{corpus.fingerprint}\\n", end="", flush=True)
+processes.end()
+"""
+
+
+@pytest.mark.slow
+def test_nodes_with_caches_of_their_own_may_tokenise_at_different_speeds(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(30):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"document {number}\n" * 9)
+    (tmp_path / "program.py").write_text(SLOW_NODE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = run([str(tmp_path / "program.py"), str(tmp_path / "texts"), str(tmp_path / "caches")], *launcher)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.split()
+    assert first == second
+    assert len(list((tmp_path / "caches").glob("*/text-*/metadata.json"))) == 2

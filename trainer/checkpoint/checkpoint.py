@@ -1,0 +1,298 @@
+"""Checkpoints that any number of ranks at any ZeRO stage can load, bit by bit.
+
+    step-00000100/
+        index.json                              the run's state, and where each tensor is
+        weights-00001-of-00002.safetensors      float32 parameters, by name
+        moments-00001-of-00002.safetensors      exp_avg/NAME and exp_avg_sq/NAME
+
+Each parameter has one writing rank, which gathers it from all by pieces: nobody needs more memory than two pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...parallel.collectives import agree
+from ...parallel.mesh import Mesh
+from ..engine import Engine
+from ..masters import KINDS, shape_of
+from ..run.failure import remedy
+from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
+from .stored import Stored as Stored
+from .stored import examine as examine
+from .stored import is_one as is_one
+from .stored import latest as latest
+from .stored import verify as verify
+from .tensor_files import TensorWriter
+
+PIECE = 1 << 22  # elements: 16 MiB
+Shapes = dict[str, tuple[int, ...]]
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+
+
+def save(
+    engine: Engine,
+    directory: str | Path,
+    state: dict[str, Any],
+    keep: int,
+    beside: Callable[[Path], None] | None = None,
+    spare: int | None = None,
+) -> Path:
+    """Writes `directory`/step-N, N = state["step"], and removes all but the newest `keep`; every rank calls it.
+
+    state: what the run needs to go on, as JSON. beside: called on the first rank with the folder while it is being
+    written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well.
+    Written aside, brought to the disk, then renamed. If any rank cannot write, all raise CheckpointError, nothing of
+    the attempt stays, and earlier ones are untouched. `directory` is made, but not the folder that it lies in: one that
+    has vanished does not come back half empty.
+    """
+    directory, mesh = Path(directory), engine.mesh
+    path = directory / f"step-{state['step']:08d}"
+    temporary = directory / f".{path.name}.writing"
+    error = None
+    if mesh.rank == 0:
+        try:
+            directory.mkdir(exist_ok=True)
+            for left_over in directory.glob(".step-*"):
+                _remove(left_over)
+            temporary.mkdir()
+        except OSError as failure:
+            error = f"{failure}"
+    _agree(error, mesh, path)
+    engine.create_moments()
+    files, error = _write_tensors(engine, temporary)
+    gathered: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(gathered, (files, error))
+    error = next((f"{text} (rank {rank})" for rank, (_, text) in enumerate(gathered) if text), None)
+    if mesh.rank == 0:
+        try:
+            if error is None:
+                if beside is not None:
+                    beside(temporary)
+                every = {file: entry for part, _ in gathered for file, entry in part.items()}
+                _complete(temporary, path, {"state": state, "adam_steps": engine.adam_steps, "files": every})
+                _prune(directory, path, keep, spare)
+        except Exception as failure:  # of any kind: the tokenizers' library raises bare ones for a full disk
+            error = f"{failure}"
+        if error is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _agree(error, mesh, path)
+    return path
+
+
+def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[str, Any]:
+    """Sets parameters, moments and step count of the engine; returns the state that was saved. Every rank calls it.
+
+    examined: the bytes have been looked at (see `examine`). Raises CheckpointError on every rank alike, before anything
+    is set, if the checkpoint is incomplete, damaged or of another model.
+    """
+    parameters = dict(engine.named_parameters())
+    stored, error = None, None
+    try:
+        stored = verify(path)
+        _check_model(stored, parameters)
+        if not examined:  # each byte is read by one rank
+            check_bytes(stored, sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size])
+    except CheckpointError as failure:
+        error = str(failure)
+    try:
+        agree(error, engine.mesh.world_size)
+    except ValueError as failure:
+        raise CheckpointError(str(failure)) from None
+    assert stored is not None
+    engine.create_moments(stored.adam_steps)
+    for name, parameter in parameters.items():
+        for kind in KINDS:
+            start, values = engine.fragment(parameter, kind)
+            values.copy_(stored.map(_key(kind, name)).view(-1)[start : start + len(values)])
+        engine.write(parameter, stored.map(name))
+    return stored.state
+
+
+@torch.no_grad()
+def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = None) -> dict[str, Any]:
+    """Sets the parameters of a model without an engine, one at a time; returns the state that was saved.
+
+    gather: entered with each parameter that is set (see Engine). Raises CheckpointError before anything is set.
+    """
+    stored, parameters = verify(path), dict(model.named_parameters())
+    _check_model(stored, parameters)
+    check_bytes(stored, list(parameters))
+    for name, parameter in parameters.items():
+        with gather([parameter]) if gather else nullcontext():
+            parameter.copy_(stored.map(name))
+    return stored.state
+
+
+def _key(kind: str, name: str) -> str:
+    return name if kind == "parameter" else f"{kind}/{name}"
+
+
+class _Piece(NamedTuple):
+    """Elements start..stop of one kind of one parameter."""
+
+    name: str
+    kind: str
+    start: int
+    stop: int
+
+
+def assign(sizes: dict[str, int], ranks: int) -> list[list[str]]:
+    """The names that each rank writes, balanced by size; the same on every rank."""
+    loads, names = [0] * ranks, [[] for _ in range(ranks)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += sizes[name]
+        names[rank].append(name)
+    return names
+
+
+def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | None]:
+    """This rank's files, with sizes and checksums, and what went wrong with them."""
+    parameters = dict(engine.named_parameters())
+    shapes = {name: tuple(shape_of(parameter)) for name, parameter in parameters.items()}
+    assigned = assign({name: math.prod(shape) for name, shape in shapes.items()}, engine.mesh.world_size)
+    mine, count = assigned[engine.mesh.rank], sum(1 for names in assigned if names)
+    writers: dict[str, TensorWriter] = {}
+    error = None
+    try:
+        folder.mkdir(exist_ok=True)  # where the file system is slow to show what the first rank made
+        if mine:
+            number = f"{engine.mesh.rank + 1:05d}-of-{count:05d}.safetensors"
+            weights = TensorWriter(folder / f"weights-{number}", {name: shapes[name] for name in mine})
+            writers["parameter"] = weights
+            moments = {_key(kind, name): shapes[name] for name in mine for kind in KINDS[1:]}
+            writers.update(dict.fromkeys(KINDS[1:], TensorWriter(folder / f"moments-{number}", moments)))
+    except OSError as failure:
+        error = str(failure)
+    for piece, values in _gather_pieces(engine, parameters, [list(_pieces(names, shapes)) for names in assigned]):
+        if error is None:
+            try:
+                writers[piece.kind].write(_key(piece.kind, piece.name), values)
+            except OSError as failure:  # and go on gathering, for the other ranks
+                error = str(failure)
+    try:
+        for writer in set(writers.values()):
+            writer.close() if error is None else writer.abandon()
+    except OSError as failure:
+        error = str(failure)
+    return {w.path.name: {"bytes": w.size, "crc32": w.checksums} for w in writers.values()}, error
+
+
+def _pieces(names: list[str], shapes: Shapes) -> Iterator[_Piece]:
+    for name in names:
+        size = math.prod(shapes[name])
+        for kind in KINDS:
+            for start in range(0, size, PIECE):
+                yield _Piece(name, kind, start, min(start + PIECE, size))
+
+
+def _gather_pieces(
+    engine: Engine, parameters: dict[str, nn.Parameter], pieces: list[list[_Piece]]
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """Brings the pieces to the ranks that write them; all ranks get their next one before any writes."""
+    for turn in range(max(map(len, pieces))):
+        arrived = None
+        for rank, theirs in enumerate(pieces):
+            if turn < len(theirs):
+                values = _gather_piece(engine, parameters[theirs[turn].name], theirs[turn], rank)
+                arrived = (theirs[turn], values) if rank == engine.mesh.rank else arrived
+        if arrived is not None:
+            yield arrived
+
+
+def _gather_piece(engine: Engine, parameter: nn.Parameter, piece: _Piece, rank: int) -> Tensor:
+    start, values = engine.fragment(parameter, piece.kind)
+    low, high = max(start, piece.start), min(start + len(values), piece.stop)
+    if engine.zero_stage == 0:
+        return values[low:high]
+    # As integers: adding zeros to floats would turn -0.0 into 0.0.
+    whole = torch.zeros(piece.stop - piece.start, dtype=torch.int32, device=engine.device)
+    if low < high:
+        whole[low - piece.start : high - piece.start] = values[low - start : high - start].view(torch.int32)
+    dist.reduce(whole, rank)
+    return whole.view(torch.float32)
+
+
+def _complete(temporary: Path, path: Path, index: dict[str, Any]) -> None:
+    for file, entry in index["files"].items():
+        if not (temporary / file).exists() or (temporary / file).stat().st_size != entry["bytes"]:
+            raise OSError(f"{file} is not there; run.dir must be on a file system that all ranks share")
+    with open(temporary / INDEX, "w") as file:
+        json.dump({"format": FORMAT, **index}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(temporary)
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.exists():  # a run that was resumed from an earlier checkpoint comes by here again
+        os.rename(path, replaced)
+    os.rename(temporary, path)
+    _sync_folder(path.parent)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None:
+    """Those after `written` stay: of a run that goes on from an earlier one, since they are damaged, until it is there.
+
+    Nor do damaged ones count among those that are kept.
+    """
+    kept, spared = 1, spare is None or step_of(written) <= spare
+    for path in reversed([path for path in steps(directory) if step_of(path) < step_of(written)]):
+        complete = is_complete(path)
+        if complete and kept < keep:
+            kept += 1
+            spared = spared or step_of(path) <= (spare or 0)
+        elif complete and not spared and step_of(path) <= (spare or 0):
+            spared = True
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_model(stored: Stored, parameters: dict[str, nn.Parameter]) -> None:
+    shapes = {name: place.shape for name, (file, place, _) in stored.tensors.items() if file.startswith("weights")}
+    problems = [f"{name} is missing" for name in parameters if name not in shapes]
+    problems += [f"{name} is not the model's" for name in shapes if name not in parameters]
+    for name, parameter in parameters.items():
+        if name in shapes and shapes[name] != tuple(shape_of(parameter)):
+            problems.append(f"{name} has shape {list(shapes[name])} instead of {list(shape_of(parameter))}")
+    problems = problems or [
+        f"{key} is missing" for name in parameters for kind in KINDS if (key := _key(kind, name)) not in stored.tensors
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {stored.path} must be of this model; {', '.join(problems[:3])}{more}. "
+            "Use the model that it was saved with, or another run.dir"
+        )
+
+
+def _agree(error: str | None, mesh: Mesh, path: Path) -> None:
+    try:
+        agree(error, mesh.world_size)
+    except ValueError as failure:
+        raise CheckpointError(
+            f"checkpoint {path} could not be written: {failure}. Earlier ones stay; {remedy(failure)}"
+        ) from None

@@ -1,0 +1,156 @@
+"""Stored checkpoints: which are there, which of them are whole, and what is wrong with the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...parallel.collectives import agree
+from ...parallel.mesh import Mesh
+from .tensor_files import Place, checksum, map_tensor, read_places
+
+INDEX = "index.json"
+FORMAT = "longreach checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that could not be written, or that is truncated, damaged, or of another model."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A verified checkpoint: its state, and file, place and checksum of each tensor."""
+
+    path: Path
+    state: dict[str, Any]
+    adam_steps: int
+    tensors: dict[str, tuple[str, Place, int]]
+
+    def map(self, key: str) -> Tensor:
+        """A tensor, read from the disk where it is touched."""
+        file, place, _ = self.tensors[key]
+        return map_tensor(self.path / file, place)
+
+
+def is_one(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint, complete or not."""
+    return (Path(path) / INDEX).is_file()
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest complete checkpoint of a folder of checkpoints."""
+    return next((path for path in reversed(steps(Path(directory))) if is_complete(path)), None)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether files and index of a checkpoint agree, but for the tensors' bytes."""
+    try:
+        _read(path)
+    except _Damage:
+        return False
+    return True
+
+
+def steps(directory: Path) -> list[Path]:
+    """What a folder of checkpoints holds, complete or not, by step. Raises OSError if it cannot be read."""
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((directory / name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was saved, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def verify(path: str | Path) -> Stored:
+    """Reads the index and compares it with the files' sizes and headers.
+
+    Raises CheckpointError where they disagree or where `path` is no checkpoint. Says nothing of the tensors' bytes.
+    """
+    try:
+        return _read(Path(path))
+    except _Damage as damage:
+        raise _refusal(Path(path), damage) from None
+
+
+def examine(path: Path, mesh: Mesh) -> str | None:
+    """What is wrong with a checkpoint, its bytes included, of which each rank reads its share; every rank calls it."""
+    error = None
+    try:
+        stored = _read(path)
+        _check_bytes(stored, sorted(stored.tensors)[mesh.rank :: mesh.world_size])
+    except _Damage as damage:
+        error = str(damage)
+    try:
+        agree(error, mesh.world_size)
+    except ValueError as problem:
+        return f"checkpoint {path} must be complete and undamaged; {problem}"
+    return None
+
+
+def advice(path: Path) -> str:
+    """What to do about a damaged checkpoint: the newest other one of the run, if any is complete."""
+    others = (other for other in reversed(steps(path.parent)) if other.name != path.name and is_complete(other))
+    return f"Use {other}" if (other := next(others, None)) else "Use another one"
+
+
+class _Damage(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _read(path: Path) -> Stored:
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT:
+            raise _Damage(f"its {INDEX} is not of the format {FORMAT!r}")
+        tensors: dict[str, tuple[str, Place, int]] = {}
+        for file, entry in index["files"].items():
+            tensors.update(_read_file(path, Path(file).name, entry))
+        return Stored(path, {**index["state"], "step": int(index["state"]["step"])}, index["adam_steps"], tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damage(f"{INDEX} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _read_file(path: Path, file: str, entry: dict[str, Any]) -> dict[str, tuple[str, Place, int]]:
+    try:
+        size = (path / file).stat().st_size
+        places = read_places(path / file) if size == entry["bytes"] else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _Damage(f"{file} cannot be read ({error})") from None
+    if size != entry["bytes"]:
+        raise _Damage(f"{file} has {size} of {entry['bytes']} bytes")
+    if places.keys() != entry["crc32"].keys():
+        raise _Damage(f"{file} does not hold the tensors that {INDEX} says")
+    return {key: (file, place, entry["crc32"][key]) for key, place in places.items()}
+
+
+def check_bytes(stored: Stored, keys: list[str]) -> None:
+    """Compares the bytes of tensors with their checksums. Raises CheckpointError."""
+    try:
+        _check_bytes(stored, keys)
+    except _Damage as damage:
+        raise _refusal(stored.path, damage) from None
+
+
+def _check_bytes(stored: Stored, keys: list[str]) -> None:
+    for key in keys:
+        file, place, expected = stored.tensors[key]
+        try:
+            actual = checksum(stored.path / file, place)
+        except OSError as error:
+            raise _Damage(f"{file} cannot be read ({error})") from None
+        if actual != expected:
+            raise _Damage(f"the bytes of {key} in {file} have changed since they were written")
+
+
+def _refusal(path: Path, damage: _Damage) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path)}")

@@ -1,0 +1,94 @@
+"""What a run evaluates while it goes: the loss on held-out rows, and a sample of text."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..callback import Callback
+from ..data.corpus import Corpus
+from ..ranks.settings import strategy_of
+from ..run import report
+from .baselines import text_baselines
+from .evaluation import Loss, evaluate, evaluate_truncated
+from .sample import draw_sample
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+
+class Validation(Callback):
+    """Logs the loss on held-out rows every `evaluation.every` steps, and after the last step also the comparisons with
+    counting models and with a shorter context.
+    """
+
+    def after_step(self, trainer: Trainer) -> None:
+        chosen = trainer.settings.evaluation
+        if not trainer.due(chosen.every):
+            return
+        loss = _whole(trainer, chosen.rows)
+        record = {"step": trainer.step, "validation_loss": loss.mean, **_measures(trainer, loss)}
+        if trainer.done and chosen.context is not None:
+            record |= _truncated(trainer, chosen.context)
+        trainer.outputs.validation(record)
+        if trainer.done and trainer.mesh.rank == 0 and (chosen.baselines or chosen.context is not None):
+            corpus = trainer.corpus
+            if isinstance(corpus, Corpus):
+                lines = report.comparison(record, text_baselines(corpus) if chosen.baselines else None)
+            else:
+                lines = report.recall_comparison(record, corpus.chance if chosen.baselines else None)
+            trainer.outputs.say("\n".join(lines))
+
+
+def _whole(trainer: Trainer, most: int | None) -> Loss:
+    """The loss on at most `most` held-out rows."""
+    stream, settings = trainer.corpus.validation, trainer.settings
+    rows = int(min(stream.rows or 0, most or math.inf))
+    strategy = strategy_of(settings.parallel)
+    return evaluate(trainer.engine, stream, trainer.layout, strategy, rows, settings.data.rows_per_micro_batch)
+
+
+def _truncated(trainer: Trainer, context: int) -> dict[str, Any]:
+    """The same tokens scored from their last `context` tokens alone, and from the whole context."""
+    stream, settings = trainer.corpus.validation, trainer.settings
+    rows = min(stream.rows or 0, settings.evaluation.context_rows)
+    trainer.outputs.say(f"scoring {rows} held-out rows, each token from its last {context} tokens alone")
+    places = trainer.layout.local_length * settings.data.rows_per_micro_batch
+    cut = _measures(trainer, evaluate_truncated(trainer.engine, stream, rows, context, places))
+    whole = _measures(trainer, _whole(trainer, rows))
+    return {
+        "truncated_context": context,
+        "truncated_rows": rows,
+        **{f"truncated_{name}": value for name, value in cut.items()},
+        **{f"untruncated_{name}": value for name, value in whole.items()},
+    }
+
+
+def _measures(trainer: Trainer, loss: Loss) -> dict[str, float]:
+    """The measures that are logged beside the mean loss; recall problems have no bytes."""
+    if not isinstance(trainer.corpus, Corpus):
+        return {"accuracy": loss.accuracy}
+    scale = trainer.corpus.bytes_per_token("validation")
+    return {"bits_per_byte": loss.bits_per_byte(scale), "accuracy": loss.accuracy}
+
+
+class Sampling(Callback):
+    """Draws a sample of text whenever the run validates, and after the last step. text: the newest, "" before one."""
+
+    text = ""
+
+    def after_step(self, trainer: Trainer) -> None:
+        chosen = trainer.settings.evaluation
+        if not chosen.sample_tokens or not (trainer.done or trainer.due(chosen.every)):
+            return
+        if not isinstance(trainer.corpus, Corpus):
+            return  # there is no text
+        self.text = draw_sample(
+            trainer.engine,
+            trainer.corpus,
+            chosen.prompt,
+            tokens=chosen.sample_tokens,
+            temperature=chosen.temperature,
+            seed=trainer.settings.trainer.seed,
+        )
+        trainer.outputs.sample(trainer.step, self.text)

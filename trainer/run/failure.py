@@ -1,0 +1,200 @@
+"""Failures: one rank says why the run ends, once, and every rank ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from ..ranks import peers
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "recv returned", "Timed out")
+REMEDIES = {
+    errno.ENOSPC: "free space or check run.dir",
+    errno.EDQUOT: "free space, or have the quota of its file system raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or name another run.dir"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "put the folder back, or name another run.dir"),
+}
+GRACE_SECONDS = 3.0  # in which the launcher ends the ranks that have nothing to say
+STEP_SECONDS = 20.0  # in which a step may come to its end after SIGTERM; launchers kill after 30
+ASKS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, or has not kept what it should, for a reason that its message says whole.
+
+    resumable: the same command goes on from the newest checkpoint.
+    """
+
+    resumable = True
+
+
+class RunLost(RunFailed):
+    """The run's folder is no longer its own."""
+
+    resumable = False
+
+
+class NotFinite(RunFailed, ArithmeticError):
+    """Numbers of the training are not finite, and with the same settings would not be again."""
+
+    resumable = False
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived: the launcher ends this rank because another one failed, or the job is cancelled."""
+
+
+class _State:
+    asked = 0  # the signal that asked for the run's end
+    stepping = False  # whether someone looks at `asked` soon
+    ending = False  # whether the run is being ended already
+
+
+def catch_termination() -> None:
+    """Lets SIGTERM and SIGUSR1 end a run gently: see `asked`.
+
+    Where no step is under way, and where one takes too long, SIGTERM raises `Stopped`, so that files and W&B are
+    closed.
+    """
+    _State.asked, _State.stepping, _State.ending = 0, False, False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if _State.ending:
+            return
+        _State.asked = max(_State.asked, number)
+        if number == signal.SIGTERM:
+            if not _State.stepping:
+                raise Stopped
+            if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+                signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not _State.ending:
+            raise Stopped
+
+    for number in ASKS:
+        signal.signal(number, ask)
+    signal.signal(signal.SIGALRM, stop)
+
+
+def asked() -> int:
+    """The signal that has asked this rank to save and end: SIGTERM, SIGUSR1, or 0 for none."""
+    return _State.asked
+
+
+@contextmanager
+def stepping() -> Iterator[None]:
+    """While steps are taken, after each of which `asked` is looked at."""
+    _State.stepping = True
+    try:
+        yield
+    finally:
+        _State.stepping = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def take_time() -> None:
+    """Lets no signal cut short what comes now: it ends the run."""
+    _State.ending = True
+
+
+def report(error: BaseException, *, started: bool, hint: str = "") -> None:
+    """Prints the reason if this is the first rank to fail, on the error output and in one write.
+
+    started: whether training had begun. A ValueError before that is about settings and is shown without a traceback.
+    hint: how to go on.
+    """
+    if getattr(error, "reported", False):
+        return
+    error.reported = True  # type: ignore[attr-defined]
+    take_time()  # the launcher's SIGTERM has nothing to add
+    if not _first():
+        time.sleep(GRACE_SECONDS)
+        return
+    others = peers.joined()
+    lost = others.lost() if others is not None and _is_consequence(error) else []
+    print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
+    if others is not None:
+        time.sleep(peers.NOTICE_SECONDS)
+
+
+def message(error: BaseException, *, started: bool, hint: str = "", lost: list[int] | None = None) -> str:
+    """What is printed. lost: the ranks that were killed or do not answer, to which the error is due."""
+    rank = int(os.environ.get("RANK", "0"))
+    where = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", ())))
+    if lost:
+        text = f"{_named(lost)} killed or stopped answering; the others end too"
+        if not isinstance(error, Stopped):
+            text += f"\n(rank {rank} has lost another rank: {_noticed(error)})"
+    elif isinstance(error, KeyboardInterrupt | Stopped):
+        text = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by SIGTERM"
+    elif isinstance(error, ValueError) and not started:
+        return f"error: {where}{error}"
+    elif isinstance(error, RunFailed):
+        text = f"error: {error}"
+    elif _is_consequence(error):
+        text = (
+            f"rank {rank} has lost another rank, which was killed or stopped answering; this rank ends too\n"
+            f"({_noticed(error)})"
+        )
+    else:
+        lines = "".join(traceback.format_exception(error)).rstrip()
+        text = f"{lines}\nrank {rank} failed: {where}{type(error).__name__}: {error}"
+        if isinstance(error, torch.OutOfMemoryError):
+            text += (
+                "\nRaise parallel.sequence or engine.zero_stage, set trainer.activation_checkpointing=full, or lower "
+                "data.rows_per_micro_batch"
+            )
+    return f"{text}\n{hint}" if hint else text
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Whether another rank may be the cause: a connection that broke, or the launcher's SIGTERM."""
+    if isinstance(error, RunFailed):
+        return False
+    return isinstance(error, Stopped) or any(sign in str(error) for sign in LOST_PEER)
+
+
+def _named(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"rank {names} was" if len(ranks) == 1 else f"ranks {names} were"
+
+
+def _noticed(error: BaseException) -> str:
+    return "; ".join([str(error).splitlines()[0], *getattr(error, "__notes__", ())])
+
+
+def remedy(error: object) -> str:
+    """What to do about a file that cannot be written, by the number in the system's message."""
+    number = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(error))
+    return REMEDIES.get(int(number[1] or number[2]), "check run.dir") if number else "check run.dir"
+
+
+def _first() -> bool:
+    if not dist.is_initialized():
+        # Before the ranks have met, most errors are those of all: the first rank speaks, and another one only if the
+        # launcher has not ended it by then.
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(GRACE_SECONDS)
+        return True
+    if dist.get_world_size() == 1:
+        return True
+    if (others := peers.joined()) is not None:
+        return others.first()
+    # A counter in the store that the ranks met at: it outlives a rank, and asking it needs no other rank.
+    try:
+        return dist.distributed_c10d._get_default_store().add("longreach/failures", 1) == 1
+    except RuntimeError:  # its host is gone: nobody else can tell
+        return True

@@ -1,0 +1,134 @@
+"""Outputs: what the first rank shows and keeps of a run; the other ranks' are silent."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from ..settings import Settings
+from .directory import RunDirectory, unwritable
+from .failure import remedy
+from .metrics import MetricsFile
+from .plots import LossCurves
+from .progress import RunProgress
+from .tracking import Tracker
+
+
+class Outputs:
+    """Terminal, metrics.jsonl, samples.txt, plots and W&B of the first rank.
+
+    A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on; lines of
+    metrics and the configuration are written when there is room again. Raises ValueError if metrics.jsonl cannot be
+    brought back to `step`.
+    """
+
+    def __init__(self, settings: Settings, directory: RunDirectory, *, first: bool, step: int) -> None:
+        self.directory, self.first = directory, first
+        self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
+        self.metrics = MetricsFile(directory.metrics)
+        self.curves = LossCurves()
+        self.tracker: Tracker | None = None
+        self._failing = False
+        self._config: dict[str, Any] | None = None  # while it is still to be written
+        if first:
+            lines: list[dict[str, Any]] = []
+
+            def keep(record: dict[str, Any]) -> None:
+                self.curves.add(record)
+                lines.append(record)
+
+            try:
+                self.metrics.resume_at(step, keep)
+                before = sorted([*lines, *directory.read_samples(step)], key=lambda record: record["step"])
+            except OSError as error:
+                raise unwritable(directory.path, error) from None
+            self._config = asdict(settings)
+            self._keep(self._flush)
+            self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say, before)
+            self.progress.start()
+
+    def say(self, message: str) -> None:
+        self.progress.say(message)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl, W&B and, if it has a loss, the curves. Raises ValueError if it has no step."""
+        if "step" not in record:
+            raise ValueError(f"a line of metrics must have a step; got {record}. Add it: {{'step': trainer.step, ...}}")
+
+        def write() -> None:
+            self.metrics.write(record)
+            self._flush()
+
+        if self.first:
+            self.curves.add(record)
+            self._keep(write)
+            if self.tracker is not None:
+                self.tracker.log(record)
+
+    def training(self, record: dict[str, Any], seconds: float) -> None:
+        """A finished step."""
+        self.log(record)
+        self.progress.step(record["step"], record, seconds)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.log(record)
+        bits = f"{record['bits_per_byte']:.4f} bits per byte  " if "bits_per_byte" in record else ""
+        figures = f"validation loss {record['validation_loss']:.4f}  {bits}accuracy {record['accuracy']:.2%}"
+        self.say(f"step {record['step']}  {figures}")
+        self.plot()
+
+    def sample(self, step: int, text: str) -> None:
+        if self.first:
+            self._keep(lambda: self.directory.add_sample(step, text))
+            if self.tracker is not None:
+                self.tracker.sample(step, text)
+
+    def plot(self) -> None:
+        if self.first:
+            title = self.directory.path.name
+            self._keep(lambda: self.curves.draw(self.directory.plot, title))
+
+    def unkept(self) -> list[str]:
+        """What still cannot be written at the end."""
+        try:
+            self._flush()
+        except OSError as error:
+            parts = ["config.yaml"] if self._config is not None else []
+            parts += [f"the last {self.metrics.unwritten} line(s) of metrics.jsonl"] if self.metrics.unwritten else []
+            return [f"{' and '.join(parts)} could not be written: {error}; {remedy(error)}"]
+        return []
+
+    def _flush(self) -> None:
+        self.metrics.flush()
+        if self._config is not None:
+            self.directory.write_config(self._config)
+            self._config = None
+
+    def close(self, *, failed: bool = False) -> None:
+        self.progress.close()
+        if self.tracker is not None:
+            self.tracker.close(failed=failed)
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self.say(f"run.dir cannot be written: {error}. The run goes on; {remedy(error)}")
+            self._failing = True
+
+
+def show_log(first: bool) -> None:
+    """LongReach's own log on the terminal: of the first rank all, of the others errors."""
+    log = logging.getLogger("longreach")
+    log.disabled = False  # Hydra's job_logging=disabled switches off the loggers that were there before it
+    log.setLevel(logging.INFO if first else logging.ERROR)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
