@@ -57,6 +57,13 @@ def test_torch_distributed_stays_in_parallel_and_trainer() -> None:
         assert "torch.distributed" not in path.read_text().replace("torch.distributed.run", ""), path
 
 
+def test_strategies_know_protocols_and_no_op() -> None:
+    known = {"attend", "blocks", "documents", "masks", "operation", "recurrence", "windows"}
+    for path in modules("parallel/strategies"):
+        used = {name.split(".")[2] for name in imports(path) if name.startswith("longreach.kernels.")}
+        assert used <= known, f"{path.relative_to(ROOT)} imports {used - known}"
+
+
 def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
     wrong = {"utils.py", "common.py", "helpers.py", "misc.py"}
     assert not [path for path in modules(*PACKAGES, "tests", "benchmarks") if path.name in wrong]

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...kernels.select_blocks import WindowLayout
+from ...kernels.windows import WindowLayout
 from ..collectives import Gathering, scatter_sum
 from ..layout import Layout
 from ..operation import OfOneTensor
