@@ -135,8 +135,8 @@ def check_model(
     """
     model = model | {"vocabulary": model.get("vocabulary") or STAND_IN}
     built = on_meta(build, model)
-    if unknown := [name for name in settings.parallel.mixers if name not in built.names]:
-        names = ", ".join(dict.fromkeys(built.names))
+    if unknown := [name for name in settings.parallel.mixers if name not in built.mixer_names]:
+        names = ", ".join(built.mixer_names)
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
     built.check_initial_values()
     for line in rehearse(lambda: build(model), settings):

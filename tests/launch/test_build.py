@@ -121,7 +121,7 @@ def test_a_mixer_of_a_module_beside_the_data_is_built() -> None:
         (target("my_mixers.Hidden"), r"constructor names its settings; Hidden takes \*\*kwargs"),
         (target("my_mixers.NoFlops"), "model.mixers.mine must define mixing_flops"),
         (target("my_mixers.NoForward"), "model.mixers.mine must define forward"),
-        (target("my_mixers.Module"), "model.mixers.mine must be a mixer; got Module, which is none"),
+        (target("my_mixers.Module"), "model.mixers.mine must be a mixer or a feed-forward layer; got Module"),
         (target("my_mixers.Never"), r"calling super\(\).__init__\(\) first"),
         (target("my_mixers.OneName"), r"names in OneName.publishes; got 'values'. Write \('name',\)"),
         (target("my_mixers.Undecayed"), "got outptu.weight. Known: output.weight"),

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.gated_linear import flops as gated_linear_flops
-from longreach.models.language_model import expand_pattern
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.pattern import expand_pattern
 from longreach.parallel.sequence import Sequence
 
 LENGTH = 40
@@ -254,10 +254,10 @@ def test_what_a_layer_publishes_reaches_the_layers_that_read_it_and_gradients_co
 
     x = model.embedding(tokens(2, LENGTH))
     seq = Sequence.single(PACKED)
-    x, (seen,) = model.blocks[0](x, seq)
+    x, seen = model.blocks[0](x, seq)
     for layer, block in enumerate(model.blocks):
         if layer > 0:
-            x, _ = block(x, seq.at(layer), *([seen] if model.mixers[layer].reads else []))
+            x = block(x, seq.at(layer), *([seen] if model.mixers[layer].reads else []))
     torch.testing.assert_close(model.norm(x), model.hidden(tokens(2, LENGTH), seq), atol=1e-9, rtol=1e-9)
 
 
