@@ -159,10 +159,15 @@ class FeedForward(Part):
 def flops_of(module: nn.Module, seq: Sequence) -> int:
     """Forward FLOPs of a module: what it states in `flops(seq)`; else those of its layers, each run once per token.
 
-    A linear layer takes 2 per weight and token, padding included.
+    Tokens are those that `seq`'s rank holds, padding included.
     """
-    stated = getattr(module, "flops", None)
-    if stated is not None:
+    if (stated := getattr(module, "flops", None)) is not None:
         return stated(seq)
-    own = 2 * module.in_features * module.out_features * seq.places if isinstance(module, nn.Linear) else 0
-    return own + sum(flops_of(child, seq) for child in module.children())
+    if isinstance(module, nn.Linear):
+        return linear_flops(module, seq.places)
+    return sum(flops_of(child, seq) for child in module.children())
+
+
+def linear_flops(module: nn.Module, rows: int) -> int:
+    """Forward FLOPs of the linear layers in a module, on so many rows: 2 per weight and row."""
+    return 2 * rows * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))

@@ -91,8 +91,7 @@ class Mamba(Mixer):
         return self.output((out + self.D.to(x.dtype) * x) * F.silu(gate))
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, channels=self.inner, states=self.sizes[-1])
+        return flops(seq.places, channels=self.inner, states=self.sizes[-1])
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name == "A_log":

@@ -85,8 +85,7 @@ class Mamba2(Mixer):
         return F.softplus(raw.to(wide) + self.dt_bias.to(wide)).clamp(*self.step_limit)
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.state, value_dim=self.head_dim)
+        return flops(seq.places, heads=self.heads, key_dim=self.state, value_dim=self.head_dim)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name == "A_log":
