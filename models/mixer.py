@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from ..parallel.sequence import Sequence
 from .part import Composite, Part
 
 RECIPE = "examples/04_add_a_mixer.md"
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 SCALARS = (bool, int, float, str)
 
 
@@ -138,6 +139,23 @@ def small_sizes(function: Callable[..., Any]) -> dict[str, int]:
     for each in reversed(inspect.getmro(function) if inspect.isclass(function) else ()):
         sizes |= vars(each).get("small", {})
     return {name: sizes[name] for name in inspect.signature(function).parameters if name in sizes}
+
+
+def also_takes(base: type) -> Callable[[Constructor], Constructor]:
+    """Decorates a constructor that passes its `**settings` to that of `base`: its signature names those of both.
+
+    So they are checked as those of any other constructor are, and written down once.
+    """
+
+    def decorate(constructor: Constructor) -> Constructor:
+        own = inspect.signature(constructor).parameters
+        named = {name: parameter for name, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD}
+        added = {name: each for name, each in inspect.signature(base).parameters.items() if name not in own}
+        constructor.__signature__ = inspect.Signature([*added.values(), *named.values()])  # type: ignore[attr-defined]
+        constructor.__annotations__ = {**_type_hints(base), **constructor.__annotations__}
+        return constructor
+
+    return decorate
 
 
 def name_of(function: Callable[..., Any]) -> str:

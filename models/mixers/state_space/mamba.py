@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MappingProxyType
 
 import torch
@@ -13,6 +12,7 @@ from ....kernels.pointwise import rms_norm
 from ....kernels.selective_scan import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import fill_with_steps
 from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer
@@ -101,9 +101,7 @@ class Mamba(Mixer):
         elif name == "step.weight":
             tensor.uniform_(-(tensor.shape[1] ** -0.5), tensor.shape[1] ** -0.5, generator=generator)
         elif name == "dt_bias":
-            low, high = (math.log(bound) for bound in self.step_range)
-            step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=self.step_floor)
-            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            fill_with_steps(tensor, generator, self.step_range, self.step_floor)
         else:
             return False
         return True

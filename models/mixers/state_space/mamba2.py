@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +10,7 @@ from ....kernels.gated_linear import flops
 from ....kernels.pointwise import rms_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import fill_with_steps
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
@@ -93,9 +92,7 @@ class Mamba2(Mixer):
         elif name == "D":
             tensor.fill_(1.0)
         elif name == "dt_bias":
-            low, high = (math.log(bound) for bound in self.step_range)
-            step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=self.step_floor)
-            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            fill_with_steps(tensor, generator, self.step_range, self.step_floor)
         else:
             return False
         return True
