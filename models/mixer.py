@@ -151,7 +151,8 @@ def also_takes(base: type) -> Callable[[Constructor], Constructor]:
         own = inspect.signature(constructor).parameters
         named = {name: parameter for name, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD}
         added = {name: each for name, each in inspect.signature(base).parameters.items() if name not in own}
-        constructor.__signature__ = inspect.Signature([*added.values(), *named.values()])  # type: ignore[attr-defined]
+        parameters = sorted([*added.values(), *named.values()], key=lambda parameter: parameter.kind)  # self is first
+        constructor.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         constructor.__annotations__ = {**_type_hints(base), **constructor.__annotations__}
         return constructor
 

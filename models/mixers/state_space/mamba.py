@@ -62,7 +62,7 @@ class Mamba(Mixer):
         if part_norms not in PART_NORMS:
             raise ValueError(f"part_norms must be one of {', '.join(map(str, PART_NORMS))}; got {part_norms!r}")
         self.inner, self.sizes, self.norm_eps = inner, (rank, state, state), norm_eps
-        self.step_range, self.step_floor = tuple(step_range), step_floor
+        self.step_range, self.step_floor = (step_range[0], step_range[1]), step_floor
         self.part_norms = part_norms
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.gate = nn.Linear(width, inner, bias=bias)  # z

@@ -53,7 +53,11 @@ class Mamba2(Mixer):
         if not 0 < step_range[0] <= step_range[1]:
             raise ValueError(f"step_range must be positive and in order; got {tuple(step_range)}")
         self.heads, self.head_dim, self.groups, self.state = heads, head_dim, groups, state
-        self.step_range, self.step_floor, self.step_limit = tuple(step_range), step_floor, tuple(step_limit)
+        self.step_range, self.step_floor, self.step_limit = (
+            (step_range[0], step_range[1]),
+            step_floor,
+            tuple(step_limit),
+        )
         self.gate = nn.Linear(width, inner, bias=bias)
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.key = nn.Linear(width, groups * state, bias=bias)  # B
