@@ -148,9 +148,12 @@ class Sequence:
 
     def within(self, part: str, mixer: str) -> Sequence:
         """The sequence as one part of the layer sees it, a mixer that is called `mixer`: with slots of its own."""
+        strategy = self.strategy.of(mixer)
+        if self.cache is None and self.kept is None and self.slots is None and strategy == self.strategy:
+            return self
         return replace(
             self,
-            strategy=self.strategy.of(mixer),
+            strategy=strategy,
             cache=None if self.cache is None else self.cache.of(part),
             kept=None if self.kept is None else self.kept.of(part),
             slots=None if self.slots is None else set[str](),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from .checkpoint import checkpoint
+from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
@@ -175,13 +176,6 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
         seed=trainer.seed,
         load=load,
     )
-    if trainer.compile:
-        compile_blocks(engine.module)
+    if trainer.compile and (note := compile_blocks(cast(LanguageModel, engine.module), settings.engine.zero_stage)):
+        log.warning(note)
     return engine
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of what is local to a token: feed-forward layers and norms. Mixing ops run as they are."""
-    for block in model.blocks:  # type: ignore[union-attr]
-        for part in (block.feed_forward, block.mixer_norm, block.feed_forward_norm):  # type: ignore[union-attr]
-            part.compile(dynamic=False)
