@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
         correct: bool = False,
         reports: bool = False,
     ) -> Tensor | tuple[Tensor | dict[str, Tensor], ...]:
-        """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of the tokens held here.
+        """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of this rank's tokens.
 
         tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero
         that every parameter is connected to. With `correct`, for evaluation: without a gradient of the head, and third
@@ -183,19 +183,19 @@ class LanguageModel(nn.Module):
         reported: dict[str, Tensor] = {}
         recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            here = seq.at(layer, self.names[layer])
+            at_layer = seq.at(layer, self.names[layer])
             read = [published[name] for name in block.reads]
             if recompute and self.activation_checkpointing == "mixing":
-                here = replace(here, kept=Kept())
+                at_layer = replace(at_layer, kept=Kept())
             with self.naming(layer):
                 if recompute:
-                    result = checkpoint(block, x, here, *read, use_reentrant=False, preserve_rng_state=False)
+                    result = checkpoint(block, x, at_layer, *read, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    result = block(x, here, *read)
-            x, *given = cast(tuple[Tensor, ...], result if block.gives else (result,))
-            published.update(zip(block.publishes, given, strict=False))
+                    result = block(x, at_layer, *read)
+            x, *rest = cast(tuple[Tensor, ...], result if block.gives else (result,))
+            published.update(zip(block.publishes, rest, strict=False))
             names = [f"blocks.{layer}.{name}" for name in (*block.losses, *block.sums)]
-            reported.update(zip(names, given[len(block.publishes) :], strict=True))
+            reported.update(zip(names, rest[len(block.publishes) :], strict=True))
         return self.norm(x), reported
 
     @property

@@ -39,7 +39,7 @@ class Mixer(Part):
     )  # fmt: skip
 
     def mixing_flops(self, seq: Sequence) -> int:
-        """Forward FLOPs of the ops on the tokens that `seq`'s rank holds; linear layers are counted by `flops`."""
+        """Forward FLOPs of the ops on the tokens of `seq`'s rank; linear layers are counted by `flops`."""
         raise NotImplementedError
 
 

@@ -13,16 +13,16 @@ from ..parallel.sequence import Sequence
 
 
 class Part(nn.Module):
-    """A part of a block: `[B, T, D]` of the tokens held here to the same shape. It states what it costs and reports.
+    """A part of a block: `[B, T, D]` of this rank's tokens to the same shape. It states what it costs and reports.
 
     `forward(x, seq, *read)` takes what the part reads after `seq`. It returns its output; a part that publishes or
     reports returns a tuple: the output, then the tensors of `publishes`, of `losses` and of `sums`, in this order.
 
     publishes, reads: names of tensors that the part gives to later parts and layers, and of those it takes from earlier
         ones.
-    losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over the tokens held here;
+    losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
         the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
-    sums: names of tensors that `forward` returns summed over the tokens held here. After each optimizer step `update`
+    sums: names of tensors that `forward` returns summed over this rank's tokens. After each optimizer step `update`
         gets their sums over the global batch.
     outputs: names of the linear layers that write to the residual stream: their initial values are scaled down with the
         model's depth.
@@ -53,7 +53,7 @@ class Part(nn.Module):
         return (*self.publishes, *self.losses, *self.sums)
 
     def flops(self, seq: Sequence) -> int:
-        """Forward FLOPs on the tokens that `seq`'s rank holds: those of the layers inside and of the mixing ops.
+        """Forward FLOPs on the tokens of `seq`'s rank: those of the layers inside and of the mixing ops.
 
         A layer inside that does not run once per token states its own `flops(seq)`; see `flops_of`. Raises ValueError
         where `mixing_flops` is no number.
@@ -67,11 +67,11 @@ class Part(nn.Module):
         return count + sum(flops_of(child, seq) for child in self.children())
 
     def mixing_flops(self, seq: Sequence) -> int:
-        """Forward FLOPs of the ops on the tokens that `seq`'s rank holds, without those of linear layers."""
+        """Forward FLOPs of the ops on the tokens of `seq`'s rank, without those of linear layers."""
         return 0
 
     def loss_count(self, name: str, seq: Sequence) -> int:
-        """The tokens held here by which the auxiliary loss `name` is averaged: by default all but padding.
+        """The number by which the auxiliary loss `name` is averaged: by default this rank's tokens without padding.
 
         It depends on documents alone, for the sum over the global batch must be known before the first backward.
         """
@@ -159,7 +159,7 @@ class FeedForward(Part):
 def flops_of(module: nn.Module, seq: Sequence) -> int:
     """Forward FLOPs of a module: what it states in `flops(seq)`; else those of its layers, each run once per token.
 
-    Tokens are those that `seq`'s rank holds, padding included.
+    Tokens are those of `seq`'s rank, padding included.
     """
     if (stated := getattr(module, "flops", None)) is not None:
         return stated(seq)

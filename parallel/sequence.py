@@ -206,12 +206,12 @@ class Sequence:
 
     @property
     def places(self) -> int:
-        """Tokens and padding held here: B * T."""
+        """Tokens and padding of this rank: B * T."""
         return self.local.batch * self.local.length
 
     @property
     def tokens(self) -> int:
-        """Tokens held here, without padding."""
+        """This rank's tokens, without padding."""
 
         def count() -> int:
             return sum(run.length for row in self.local.runs for run in row if not run.is_padding)

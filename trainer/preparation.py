@@ -19,7 +19,7 @@ from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
-from .engine import Engine, Gather
+from .engine import Engine, Gather, saved_buffers
 from .rehearsal import rehearse
 from .settings import Settings
 
@@ -140,6 +140,7 @@ def check_model(
         names = ", ".join(built.mixer_names)
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
     built.check_initial_values()
+    saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):
         note(line)
 

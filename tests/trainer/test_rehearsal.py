@@ -144,6 +144,12 @@ class Scattered(Plain):
         return self.last(ops.gated_linear_attention(q, k, v, seq=seq).flatten(-2) * self.table)
 
 
+class Counting(Plain):
+    def __init__(self, *, width: int) -> None:
+        super().__init__(width=width)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
 class Curious(Plain):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         return super().forward(x if x.abs().max().item() < 1e9 else x * 0, seq)
@@ -186,6 +192,7 @@ def test_a_mixer_may_ask_for_the_whole_length() -> None:
         (Wide, r"model.mixers.mine \(Wide\), layer 0: forward must return .* \[1, 64, 32\] .* got \[1, 64, 64\]"),
         (Silent, r"model.mixers.mine \(Silent\), layer 0: .* got nothing. End with a return"),
         (Publishing, r"must return its output and what it publishes, values; got \[1, 64, 32\]"),
+        (Counting, "buffers must be float32 to be in checkpoints; got blocks.0.mixer.steps in int64, "),
         (Uncounted, r"model.mixers.mine \(Uncounted\), layer 0: mixing_flops must count .* as a number; got None"),
     ],
 )

@@ -14,7 +14,7 @@ from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAtt
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
-from longreach.trainer.checkpoint import load, load_weights, save
+from longreach.trainer.checkpoint.checkpoint import load, load_weights, save
 from longreach.trainer.engine import parameter_groups, saved_buffers
 from longreach.trainer.reported import Reported
 
