@@ -33,9 +33,9 @@ def whole(batch=2, length=LENGTH):
 def test_every_mixer_of_this_package_has_a_file():
     described = {mixer_partial(name).func for name in MIXERS}
     for module in pkgutil.walk_packages(mixers.__path__, f"{mixers.__name__}."):
-        for name, value in vars(importlib.import_module(module.name)).items():
+        for value in vars(importlib.import_module(module.name)).values():
             own = isinstance(value, type) and value.__module__ == module.name and issubclass(value, Mixer)
-            assert not own or name.startswith("_") or value in described, value
+            assert not own or value.__subclasses__() or value in described, value  # a base class needs none
 
 
 @pytest.mark.parametrize("name", MIXERS)
