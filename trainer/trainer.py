@@ -26,12 +26,12 @@ from .evaluation.callbacks import Sampling, Validation
 from .preparation import Build, check_model, check_same_model, configured_model, make_engine, model_settings, on_meta
 from .ranks.exchange import from_first_rank, gather_numbers, prepare, together
 from .ranks.settings import layout_of, strategy_of
+from .reported import Reported
 from .run import failure, report
 from .run.directory import RunDirectory
 from .run.metrics import Work, peak_flops, peak_memory_bytes, work_of
 from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
-from .reported import Reported
 from .schedule import Schedule
 from .settings import Settings, check, expand_paths
 
