@@ -40,6 +40,11 @@ class Kept:
 
     def __init__(self) -> None:
         self._results: dict[Hashable, Any] = {}
+        self._parts: dict[str, Kept] = {}
+
+    def of(self, part: str) -> Kept:
+        """The results of one part of the layer, which has slots of its own."""
+        return self._parts.setdefault(part, Kept())
 
     def take(self, slot: Hashable) -> Any:
         """What the first call stored; None if this is the first."""

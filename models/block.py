@@ -1,65 +1,169 @@
-"""Blocks: a mixer and a feed-forward layer, joined by a residual scheme."""
+"""Blocks: mixers and a feed-forward layer, joined by a residual scheme."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from ..parallel.sequence import Sequence
 from .layers.normalisation import RMSNorm
-from .mixer import Mixer
+from .part import Composite, Part
 
 
-class Block(nn.Module):
+class Block(Composite):
     """Pre-norm residual block.
 
-        x = x + mixer(norm(x))        x = x + feed_forward(norm(x))
+        x = x + part(norm(x))        for each of `parts` in turn: mixers, then the feed-forward layer
 
-    `[B, T, width]`, and what the mixer reads, to the same and a tuple of what the mixer publishes.
+    `[B, T, width]`, and what the parts read, to the same and what they give; see `Part`. A part called `name` comes
+    with a norm called `name_norm`.
     """
 
-    def __init__(self, *, mixer: Mixer, feed_forward: nn.Module, width: int, norm_eps: float = 1e-6) -> None:
-        super().__init__()
-        self.mixer_norm = RMSNorm(width, norm_eps)
-        self.mixer = mixer
-        self.feed_forward_norm = RMSNorm(width, norm_eps)
-        self.feed_forward = feed_forward
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6) -> None:
+        super().__init__(parts)
+        for name, part in parts.items():
+            self.add_module(f"{name}_norm", RMSNorm(width, norm_eps))
+            self.add_module(name, part)
 
-    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        mixed, published = self.mix(self.mixer_norm(x), seq, read)
-        x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), published
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """The norm that belongs to the part `name`."""
+        return getattr(self, f"{name}_norm")(x)
 
-    def mix(self, x: Tensor, seq: Sequence, read: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The mixer's output, and what it publishes."""
-        result = self.mixer(x, seq, *read)
-        return (result[0], result[1:]) if self.mixer.publishes else (result, ())
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        values = dict(zip(self.reads, read, strict=True))
+        for name in self.names:
+            x = self.step(name, x, seq, values)
+        return self.result(x, values)
+
+    def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        """The residual stream after the part `name`; `values` as in `run`."""
+        return x + self.run(name, self.norm(name, x), seq, values)
+
+
+class OutputNormBlock(Block):
+    """Residual block that norms what its parts return, as in OLMo 2 (arXiv 2501.00656).
+
+    x = x + norm(part(x))
+    """
+
+    def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        return x + self.norm(name, self.run(name, x, seq, values))
+
+
+class PostNormBlock(Block):
+    """Post-norm residual block, as in the first transformer (Vaswani et al., 2017, arXiv 1706.03762).
+
+    x = norm(x + part(x))
+    """
+
+    def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        return self.norm(name, x + self.run(name, x, seq, values))
+
+
+class SandwichBlock(Block):
+    """Residual block that norms what its parts read and what they return, as in Gemma 2 (arXiv 2408.00118).
+
+    x = x + output_norm(part(norm(x)))
+    """
+
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6) -> None:
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps)
+        for name in parts:
+            self.add_module(f"{name}_output_norm", RMSNorm(width, norm_eps))
+
+    def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        return x + self.norm(f"{name}_output", self.run(name, self.norm(name, x), seq, values))
+
+
+class ParallelBlock(Composite):
+    """Residual block whose parts read one normed input, as in GPT-J and PaLM (arXiv 2204.02311).
+
+    x = x + sum of part(norm(x)) over `parts`: mixers and the feed-forward layer
+    """
+
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6) -> None:
+        super().__init__(parts)
+        self.norm = RMSNorm(width, norm_eps)
+        self.add(parts)
+
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        values = dict(zip(self.reads, read, strict=True))
+        normed = self.norm(x)
+        for name in self.names:
+            x = x + self.run(name, normed, seq, values)
+        return self.result(x, values)
 
 
 class MiniMaxBlock(Block):
     """The residual scheme of MiniMax-01 (arXiv 2501.08313), after DeepNorm (Wang et al., 2022, arXiv 2203.00555).
 
-        x = norm(x)    x = alpha * x + beta * mixer(x)    x = norm(x)    x = alpha * x + beta * feed_forward(x)
+        x = norm(x)    x = alpha * x + beta * part(x)        for each of `parts` in turn
 
-    The residual path carries the normed value. alpha: (2 * depth)^(1/4) unless given.
+    The residual path carries the normed value. alpha: by default (2 * depth)^(1/4).
     """
 
     def __init__(
         self,
         *,
-        mixer: Mixer,
-        feed_forward: nn.Module,
+        parts: Mapping[str, Part],
         width: int,
         depth: int,
         alpha: float | None = None,
         beta: float = 1.0,
         norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__(mixer=mixer, feed_forward=feed_forward, width=width, norm_eps=norm_eps)
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps)
         self.alpha = (2 * depth) ** 0.25 if alpha is None else alpha
         self.beta = beta
 
-    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x = self.mixer_norm(x)
-        mixed, published = self.mix(x, seq, read)
-        x = self.feed_forward_norm(self.alpha * x + self.beta * mixed)
-        return self.alpha * x + self.beta * self.feed_forward(x), published
+    def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        x = self.norm(name, x)
+        return self.alpha * x + self.beta * self.run(name, x, seq, values)
+
+
+class SideBySide(Composite):
+    """Mixers that read one input; their outputs are summed.
+
+        y = sum of scale * norm(mixer(x)) over the mixers        norms and scales only where they are asked for
+
+    norms: an RMS norm of each output. scales: a learned vector `[width]` per mixer, which starts at 1 / (number of
+    mixers), as in Hymba (arXiv 2411.13676).
+    """
+
+    no_weight_decay: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        parts: Mapping[str, Part],
+        width: int,
+        norms: bool = False,
+        scales: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(parts)
+        self.add(parts)
+        self.norms = nn.ModuleList(RMSNorm(width, norm_eps) for _ in parts) if norms else None
+        self.scales = nn.Parameter(torch.empty(len(parts), width)) if scales else None
+        if scales:
+            self.no_weight_decay = ("scales",)
+
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        values = dict(zip(self.reads, read, strict=True))
+        outputs = [self.run(name, x, seq, values) for name in self.names]
+        if self.norms is not None:
+            outputs = [norm(output) for norm, output in zip(self.norms, outputs, strict=True)]
+        if self.scales is not None:
+            outputs = [scale.to(x.dtype) * output for scale, output in zip(self.scales, outputs, strict=True)]
+        total = outputs[0]
+        for output in outputs[1:]:
+            total = total + output
+        return self.result(total, values)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        if name != "scales":
+            return False
+        tensor.fill_(1 / len(self.names))
+        return True

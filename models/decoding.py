@@ -80,7 +80,8 @@ def _tokens(
 def next_logits(model: LanguageModel, tokens: Tensor, cache: DecodingCache) -> Tensor:
     """Logits `[B, Vocab]` after `tokens` int64 `[B, T]`, which follow those that the cache has seen; advances it."""
     seq = Sequence.decoding(cache, tokens.shape[0], tokens.shape[1])
-    hidden = model.hidden(tokens, seq)
+    with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training, and see no cache
+        hidden = model.hidden(tokens, seq)
     cache.advance(tokens.shape[1])
     return model.head(hidden[:, -1])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import cast
@@ -17,15 +18,17 @@ from ..kernels.documents import Documents
 from ..kernels.operation import Kept
 from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
 from ..parallel.sequence import Sequence
-from .block import Block
+from .block import Block, SideBySide
 from .layers.normalisation import RMSNorm
-from .mixer import RECIPE, Mixer, check_mixer, construct, name_of, naming
+from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
+from .part import Composite, Part, flops_of
+from .pattern import expand_pattern, stages
 
 NO_TARGET = -100
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # of torch, whose weights start at 1 as ours do
 CHECKPOINTING = ("none", "full", "mixing")
 
-Part = Callable[..., nn.Module]
+Partial = Callable[..., nn.Module]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
 
@@ -62,10 +65,12 @@ class LanguageModel(nn.Module):
     """Embedding, blocks by a pattern of mixers, norm and head.
 
     vocabulary, width, depth: tokens, size of the residual stream, number of blocks.
-    pattern: names of `mixers`, with `name*n` for repetition; tiled to `depth`.
-    mixers, feed_forward, block: partials (`_partial_: true` in YAML), called with those of `width`, `depth`, `layer`,
-        `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare; `block` (default pre-norm) also with
-        `mixer` and `feed_forward`.
+    pattern: names of `mixers`, with `name*n` for repetition, `a+b` for mixers side by side and `a|b` for mixers in
+        sequence; tiled to `depth`. See `longreach.models.pattern`.
+    mixers, feed_forward, block, side_by_side: partials (`_partial_: true` in YAML), called with those of `width`,
+        `depth`, `layer`, `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare. `mixers` may hold
+        feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
+        `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`.
     tied_embeddings: the head's weight is the embedding's.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
         keeps what the mixing ops computed, so that no collective is repeated.
@@ -81,9 +86,10 @@ class LanguageModel(nn.Module):
         width: int,
         depth: int,
         pattern: list[str],
-        mixers: dict[str, Part],
-        feed_forward: Part,
-        block: Part | None = None,
+        mixers: dict[str, Partial],
+        feed_forward: Partial | None = None,
+        block: Partial | None = None,
+        side_by_side: Partial | None = None,
         norm_eps: float = 1e-6,
         tied_embeddings: bool = False,
         activation_checkpointing: str = "none",
@@ -96,24 +102,43 @@ class LanguageModel(nn.Module):
         if activation_checkpointing not in CHECKPOINTING:
             known = ", ".join(CHECKPOINTING)
             raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
-        self.names = names = expand_pattern(pattern, depth, list(mixers))  # of the mixer of each layer
+        self.names = expand_pattern(pattern, depth, list(mixers))  # of the mixers of each layer
+        self.mixer_names = tuple(mixers)
+        if side_by_side is not None and not any("+" in name for name in self.names):
+            raise ValueError("model.side_by_side must come with a pattern that has mixers side by side, as in a+b")
         self.vocabulary, self.width, self.depth = vocabulary, width, depth
         self.activation_checkpointing = activation_checkpointing
         self.initial_std = initial_std
+        occurrences: Counter[str] = Counter()
 
         def build(layer: int) -> nn.Module:
-            name = names[layer]
-            occurrence = names[:layer].count(name)
-            context = {
-                "width": width, "depth": depth, "layer": layer, "occurrence": occurrence, "norm_eps": norm_eps,
-            }  # fmt: skip
-            setting = f"model.mixers.{name}"
-            mixer = check_mixer(construct(mixers[name], setting, **context), setting)
-            rest = construct(feed_forward, "model.feed_forward", **context)
-            return construct(block or Block, "model.block", mixer=mixer, feed_forward=rest, **context)
+            context = {"width": width, "depth": depth, "layer": layer, "norm_eps": norm_eps}
+
+            def make(partial: Partial, setting: str) -> Part:
+                made = construct(partial, setting, occurrence=occurrences[setting], **context)
+                occurrences[setting] += 1
+                part = check_part(made, setting)
+                part.setting, part.label = setting, f"{setting} ({name_of(type(part))}), layer {layer}"
+                return part
+
+            def join(names: list[str]) -> Part:
+                together = {name: make(mixers[name], f"model.mixers.{name}") for name in names}
+                if len(together) == 1:
+                    return together[names[0]]
+                beside = side_by_side or SideBySide
+                return check_composite(
+                    construct(beside, "model.side_by_side", parts=together, **context), "side_by_side"
+                )
+
+            joined = [join(names) for names in stages(self.names[layer])]
+            several = len(joined) > 1
+            parts = {f"mixer_{number}" if several else "mixer": part for number, part in enumerate(joined, 1)}
+            if feed_forward is not None:
+                parts["feed_forward"] = make(feed_forward, "model.feed_forward")
+            return check_composite(construct(block or Block, "model.block", parts=parts, **context), "model.block")
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
-        check_reads(self.mixers)
+        check_reads(self)
         self.embedding = Embedding(vocabulary, width)
         self.norm = RMSNorm(width, norm_eps)
         self.head = Head(width, vocabulary)
@@ -121,92 +146,127 @@ class LanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, seq: Sequence, targets: Tensor | None = None, correct: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of the tokens held here.
+        self,
+        tokens: Tensor,
+        seq: Sequence,
+        targets: Tensor | None = None,
+        correct: bool = False,
+        reports: bool = False,
+    ) -> Tensor | tuple[Tensor | dict[str, Tensor], ...]:
+        """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of this rank's tokens.
 
         tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero
         that every parameter is connected to. With `correct`, for evaluation: without a gradient of the head, and third
-        the number of targets that have the largest logit.
+        the number of targets that have the largest logit. With `reports`, for training: last, by path, what the parts
+        report of `losses` and `sums`; see `Part`. The loss holds none of it.
         """
-        hidden = self.hidden(tokens, seq)
+        hidden, reported = self._run(tokens, seq)
         if targets is None:
             return self.head(hidden)
+        results: tuple[Tensor | dict[str, Tensor], ...]
         count = (targets != NO_TARGET).sum()
         if correct:
             loss, right = self.head(hidden, targets, True)
-            return loss, count, right
-        return self.head(hidden, targets), count
+            results = loss, count, right
+        else:
+            results = self.head(hidden, targets), count
+        return (*results, reported) if reports else results
 
     def hidden(self, tokens: Tensor, seq: Sequence) -> Tensor:
         """`[B, T, D]`: what the head reads."""
+        return self._run(tokens, seq)[0]
+
+    def _run(self, tokens: Tensor, seq: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the head reads, and by path what the parts report."""
         x = self.embedding(tokens)
-        shared: dict[str, Tensor] = {}  # what mixers gave to later layers
+        published: dict[str, Tensor] = {}  # for later layers
+        reported: dict[str, Tensor] = {}
         recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
-        for layer, (block, mixer) in enumerate(zip(self.blocks, self.mixers, strict=True)):
-            here = seq.at(layer, self.names[layer])
-            read = [shared[name] for name in mixer.reads]
+        for layer, block in enumerate(self.layers):
+            at_layer = seq.at(layer, self.names[layer])
+            read = [published[name] for name in block.reads]
             if recompute and self.activation_checkpointing == "mixing":
-                here = replace(here, kept=Kept())
+                at_layer = replace(at_layer, kept=Kept())
             with self.naming(layer):
                 if recompute:
-                    outputs = checkpoint(block, x, here, *read, use_reentrant=False, preserve_rng_state=False)
+                    result = checkpoint(block, x, at_layer, *read, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    outputs = block(x, here, *read)
-            x, published = cast(tuple[Tensor, tuple[Tensor, ...]], outputs)
-            shared.update(zip(mixer.publishes, published, strict=True))
-        return self.norm(x)
+                    result = block(x, at_layer, *read)
+            x, *rest = cast(tuple[Tensor, ...], result if block.gives else (result,))
+            published.update(zip(block.publishes, rest, strict=False))
+            names = [f"blocks.{layer}.{name}" for name in (*block.losses, *block.sums)]
+            reported.update(zip(names, rest[len(block.publishes) :], strict=True))
+        return self.norm(x), reported
 
     @property
-    def mixers(self) -> list[Mixer]:
-        """The mixer of each layer."""
-        return [cast(Mixer, block.mixer) for block in self.blocks]
+    def layers(self) -> list[Composite]:
+        """The blocks."""
+        return [cast(Composite, block) for block in self.blocks]
+
+    @property
+    def mixers(self) -> list[Part]:
+        """The first part of each layer: its mixer, or its mixers side by side."""
+        return [block.part(block.names[0]) for block in self.layers]
+
+    def leaves(self, layer: int | None = None) -> Iterator[tuple[str, Part]]:
+        """(path, part) of every mixer and feed-forward layer, of one layer or of all."""
+        for number in range(self.depth) if layer is None else (layer,):
+            yield from self.layers[number].leaves(f"blocks.{number}")
 
     def naming(self, layer: int) -> AbstractContextManager[None]:
         """Errors within say which part of this layer they are of: see `mixer.naming`."""
-        block = self.blocks[layer]
-        feed_forward = f"model.feed_forward ({name_of(type(block.feed_forward))}), layer {layer}"
-        owners = {self._mixer_name(layer): block.mixer, feed_forward: block.feed_forward}
-        return naming(f"model.block ({name_of(type(block))}), layer {layer}", cast(dict[str, nn.Module], owners))
-
-    def _mixer_name(self, layer: int) -> str:
-        return f"model.mixers.{self.names[layer]} ({name_of(type(self.blocks[layer].mixer))}), layer {layer}"
+        owners = cast(dict[str, nn.Module], {part.label: part for _, part in self.leaves(layer)})
+        return naming(f"model.block ({name_of(type(self.blocks[layer]))}), layer {layer}", owners)
 
     def at_step(self, step: int) -> None:
-        """Tells every mixer at which step of training the model is, counted from 0: see `Mixer.at_step`."""
-        for layer, mixer in enumerate(self.mixers):
-            with naming(self._mixer_name(layer)):
-                mixer.at_step(step)
+        """Tells every part at which step of training the model is, counted from 0: see `Part.at_step`."""
+        for _, part in self.leaves():
+            with naming(part.label):
+                part.at_step(step)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The weight of each auxiliary loss, by its path: see `Part.losses`."""
+        return {f"{path}.{name}": weight for path, part in self.leaves() for name, weight in part.losses.items()}
+
+    @property
+    def sums(self) -> list[str]:
+        """The paths of the sums that parts are told after each step: see `Part.sums`."""
+        return [f"{path}.{name}" for path, part in self.leaves() for name in part.sums]
+
+    def loss_counts(self, documents: Documents) -> list[float]:
+        """What each of `losses` is divided by, for whole rows."""
+        seq = Sequence.single(documents)
+        return [part.loss_count(name, seq) for _, part in self.leaves() for name in part.losses]
+
+    @torch.no_grad()
+    def update(self, sums: Mapping[str, Tensor]) -> None:
+        """Tells the parts their sums over the global batch, float64 by path, of which each updates its buffers."""
+        for path, part in self.leaves():
+            if part.sums:
+                with naming(part.label):
+                    part.update({name: sums[f"{path}.{name}"] for name in part.sums})
 
     def parameter_count(self) -> int:
         """Parameters, shared ones once. Under ZeRO-3 the tensors are empty and carry their size in `ds_numel`."""
         return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters())
 
     def flops(self, documents: Documents) -> int:
-        """Forward FLOPs on whole rows: linear layers at 2 a weight and token, padding included, and the mixers' ops."""
-        seq = Sequence.single(documents)
-        weights = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
-        linear = 2 * weights * documents.batch * documents.length
-        return linear + sum(self._mixing_flops(layer, mixer, seq) for layer, mixer in enumerate(self.mixers))
-
-    def _mixing_flops(self, layer: int, mixer: Mixer, seq: Sequence) -> int:
-        with naming(self._mixer_name(layer)):
-            count = mixer.mixing_flops(seq)
-        if not isinstance(count, int | float):
-            raise ValueError(
-                f"model.mixers.{self.names[layer]} must count its ops' FLOPs as a number; got {count!r} from "
-                f"{name_of(type(mixer))}.mixing_flops. Return 0 where it calls no op"
-            )
-        return count
+        """Forward FLOPs on whole rows, padding included: the sum of what the parts state."""
+        seq, total = Sequence.single(documents), 0
+        for layer, block in enumerate(self.layers):
+            with self.naming(layer):
+                total += block.flops(seq)
+        return total + flops_of(self.head, seq)
 
     @torch.no_grad()
     def initialise(self, seed: int, gather: Gather | None = None) -> None:
         """Gives every parameter its initial value, which depends on the seed and the parameter's name alone.
 
-        Weights are normal with `initial_std`, those that write to the residual stream (a mixer's `output`, a feed-
-        forward layer's `down`) divided by sqrt(2 * depth); norms start at 1 and biases at 0; a layer may set its own
-        in `initialise_parameter`. Values are drawn on the CPU in float32, whatever the device and dtype. `gather`
-        is entered with one parameter at a time, so that no rank holds the whole of a ZeRO-3 model.
+        Weights are normal with `initial_std`, those that write to the residual stream (see `Part.outputs`) divided by
+        sqrt(2 * depth); norms start at 1 and biases at 0; a layer may set its own in `initialise_parameter`. Values are
+        drawn on the CPU in float32, whatever the device and dtype. `gather` is entered with one parameter at a time, so
+        that no rank holds the whole of a ZeRO-3 model.
         """
         for name, parameter in self.named_parameters():
             with gather([parameter]) if gather else nullcontext():
@@ -241,50 +301,29 @@ class LanguageModel(nn.Module):
                 return value
         if path[-1] == "bias":
             return value.zero_()
+        owners = [(cut, self.get_submodule(".".join(path[:cut]))) for cut in range(1, len(path))]
+        parts = [(cut, owner) for cut, owner in owners if isinstance(owner, Part)]
         if value.dim() < 2:
-            part = f" of model.mixers.{self.names[int(path[1])]}" if path[::2][:2] == ["blocks", "mixer"] else ""
+            settings = [part.setting for _, part in parts if part.setting]
             raise ValueError(
-                f"{name}{part} must get its initial value from initialise_parameter of its mixer or layer; it is not a "
-                f"matrix, and has no other. Fill the tensor there and return True, as {RECIPE} shows"
+                f"{name}{f' of {settings[-1]}' if settings else ''} must get its initial value from "
+                "initialise_parameter of its mixer or layer; it is not a matrix, and has no other. Fill the tensor "
+                f"there and return True, as {RECIPE} shows"
             )
-        writes_residual = path[-3:-1] == ["mixer", "output"] or path[-3:-1] == ["feed_forward", "down"]
+        writes_residual = any(".".join(path[cut:-1]) in part.outputs for cut, part in parts)
         scale = 1 / math.sqrt(2 * self.depth) if writes_residual else 1.0
         return value.normal_(0.0, self.initial_std * scale, generator=generator)
 
 
-def check_reads(mixers: list[Mixer]) -> None:
-    """Raises ValueError for a mixer that reads what no earlier layer publishes."""
+def check_reads(model: LanguageModel) -> None:
+    """Raises ValueError for a part that reads what no earlier one publishes."""
     published: set[str] = set()
-    for layer, mixer in enumerate(mixers):
-        missing = [name for name in mixer.reads if name not in published]
+    for path, part in model.leaves():
+        missing = [name for name in part.reads if name not in published]
         if missing:
             raise ValueError(
-                f"model.pattern must publish what layer {layer} reads before it; got no {', '.join(missing)} from the "
-                f"layers before {type(mixer).__name__}. Put a layer that publishes it first"
+                f"model.pattern must publish what layer {path.split('.')[1]} reads before it; got no "
+                f"{', '.join(missing)} from the layers before {type(part).__name__}. Put a layer that publishes it "
+                "first"
             )
-        published.update(mixer.publishes)
-
-
-def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str]:
-    """The mixer of each layer: `["lightning*7", "softmax"]` is eight names, repeated to `depth`.
-
-    Raises ValueError for unknown names, for mixers that the pattern does not use, and for a depth that it does not
-    divide.
-    """
-    names: list[str] = []
-    for item in pattern:
-        name, star, times = item.partition("*")
-        if name not in known:
-            raise ValueError(f"model.pattern must use names of model.mixers ({', '.join(known)}); got {name!r}")
-        if star and (not times.isdecimal() or int(times) < 1):
-            raise ValueError(f"model.pattern must repeat a name by a positive number, as in {name}*3; got {item!r}")
-        names += [name] * (int(times) if star else 1)
-    unused = [name for name in known if name not in names]
-    if unused:
-        raise ValueError(f"model.mixers must all occur in model.pattern; got {', '.join(unused)} besides. Remove them")
-    if not names or depth % len(names):
-        raise ValueError(
-            f"model.depth must be a multiple of the pattern's {len(names)} layers; got {depth}. "
-            "Change model.depth or model.pattern"
-        )
-    return names * (depth // len(names))
+        published.update(part.publishes)

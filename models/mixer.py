@@ -1,4 +1,4 @@
-"""Mixer: the base class of whatever mixes tokens, and how parts of a model are built from their settings."""
+"""Mixer: the base class of what mixes tokens, and how the parts of a model are built from their settings."""
 
 from __future__ import annotations
 
@@ -9,36 +9,28 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..parallel.sequence import Sequence
+from .part import Composite, Part
 
 RECIPE = "examples/04_add_a_mixer.md"
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 SCALARS = (bool, int, float, str)
 
 
-class Mixer(nn.Module):
+class Mixer(Part):
     """Projections and gates around an op of `parallel.ops`.
 
     Subclasses take plain keyword arguments: `width` always, and if they declare them `layer` (index in the whole model,
-    from 0), `depth` and `occurrence` (how many earlier layers have the same name in the pattern). They import token
-    mixing from `parallel.ops` alone, so that they never see a rank, and end in a linear layer called `output`, whose
-    initial values are scaled down with the model's depth.
-
-    publishes, reads: names of tensors that the mixer gives to later layers, and of those it takes from earlier ones.
-        `forward` takes what it reads after `seq`, and returns what it publishes after its output, as a tuple.
-    no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
-        though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
-    small: sizes with which a few dozen tokens exercise all of the mixer. Tests and the doctor replace larger sizes by
-        these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
+    from 0), `depth` and `occurrence` (how many earlier mixers of the model have the same name in the pattern). They
+    import token mixing from `parallel.ops` alone, so that they never see a rank, and end in a linear layer called
+    `output`. What a mixer may state besides is listed in `Part`.
     """
 
-    publishes: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    no_weight_decay: tuple[str, ...] = ()
+    outputs = ("output",)
     small: Mapping[str, int] = MappingProxyType(
         {
             "heads": 4, "kv_heads": 2, "key_heads": 2,
@@ -46,23 +38,9 @@ class Mixer(nn.Module):
         }
     )  # fmt: skip
 
-    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """`[B, T, D]` of the tokens held here to the same shape."""
-        raise NotImplementedError
-
     def mixing_flops(self, seq: Sequence) -> int:
-        """Forward FLOPs of the ops on the tokens that `seq`'s rank holds; linear layers are counted by the model."""
+        """Forward FLOPs of the ops on the tokens of `seq`'s rank; linear layers are counted by `flops`."""
         raise NotImplementedError
-
-    def at_step(self, step: int) -> None:
-        """Told before each step of training, counted from 0: for what changes as a run goes on."""
-
-    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        """Fill `tensor` for the parameter `name` and return True; or return False for the model's own rule.
-
-        What the constructor gave a parameter counts for nothing: values depend on the seed and the name alone.
-        """
-        return False
 
 
 class PartError(RuntimeError):
@@ -163,6 +141,24 @@ def small_sizes(function: Callable[..., Any]) -> dict[str, int]:
     return {name: sizes[name] for name in inspect.signature(function).parameters if name in sizes}
 
 
+def also_takes(base: type) -> Callable[[Constructor], Constructor]:
+    """Decorates a constructor that passes its `**settings` to that of `base`: its signature names those of both.
+
+    So they are checked as those of any other constructor are, and written down once.
+    """
+
+    def decorate(constructor: Constructor) -> Constructor:
+        own = inspect.signature(constructor).parameters
+        named = {name: parameter for name, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD}
+        added = {name: each for name, each in inspect.signature(base).parameters.items() if name not in own}
+        parameters = sorted([*added.values(), *named.values()], key=lambda parameter: parameter.kind)  # self is first
+        constructor.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        constructor.__annotations__ = {**_type_hints(base), **constructor.__annotations__}
+        return constructor
+
+    return decorate
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """What messages call a class or function."""
     return getattr(function, "__name__", type(function).__name__)
@@ -190,27 +186,44 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return tuple(get_origin(each) or each for each in several)
 
 
-def check_mixer(mixer: nn.Module, setting: str) -> Mixer:
-    """The module as a mixer. Raises ValueError, naming `setting`, for what every mixer states and this one does not."""
-    made = type(mixer).__name__
-    if not isinstance(mixer, Mixer):
+def check_part(part: nn.Module, setting: str) -> Part:
+    """The module as a part of a block. Raises ValueError, naming `setting`, for what it does not state as parts do."""
+    made = type(part).__name__
+    if not isinstance(part, Part):
         raise ValueError(
-            f"{setting} must be a mixer; got {made}, which is none. Derive it from longreach.models.mixer.Mixer"
+            f"{setting} must be a mixer or a feed-forward layer; got {made}, which is neither. Derive it from "
+            "longreach.models.mixer.Mixer or longreach.models.part.FeedForward"
         )
-    for method, what in (("forward", "mixes x [B, T, D]"), ("mixing_flops", "counts its ops' FLOPs")):
-        if getattr(type(mixer), method) is getattr(Mixer, method):
+    for method, what in (("forward", "maps x [B, T, D]"), ("mixing_flops", "counts its ops' FLOPs")):
+        if getattr(type(part), method) in (Part.forward, Mixer.mixing_flops):
             raise ValueError(f"{setting} must define {method}, which {what}; {made} has none. {RECIPE} shows one")
-    for attribute in ("publishes", "reads", "no_weight_decay"):
-        names = getattr(mixer, attribute)
+    for attribute in ("publishes", "reads", "sums", "outputs", "no_weight_decay"):
+        names = getattr(part, attribute)
         if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{setting} must have names in {made}.{attribute}; got {names!r}. Write ('name',)")
-    parameters = dict(mixer.named_parameters())
-    if unknown := [name for name in mixer.no_weight_decay if name not in parameters]:
+    if not isinstance(part.losses, Mapping) or not all(type(weight) in (int, float) for weight in part.losses.values()):
+        raise ValueError(
+            f"{setting} must have weights by name in {made}.losses; got {part.losses!r}. Write {{'name': 0.01}}"
+        )
+    if part.sums and type(part).update is Part.update:
+        raise ValueError(f"{setting} must define update, which is told its sums; {made} has none")
+    parameters = dict(part.named_parameters())
+    if unknown := [name for name in part.no_weight_decay if name not in parameters]:
         raise ValueError(
             f"{setting} must name parameters in {made}.no_weight_decay; got {', '.join(unknown)}. "
             f"Known: {', '.join(parameters)}"
         )
-    return mixer
+    return part
+
+
+def check_composite(made: nn.Module, setting: str) -> Composite:
+    """The module as a composite. Raises ValueError, naming `setting`, for any other."""
+    if not isinstance(made, Composite):
+        raise ValueError(
+            f"{setting} must join parts; got {type(made).__name__}. Derive it from longreach.models.block.Block "
+            "or longreach.models.part.Composite"
+        )
+    return made
 
 
 def check_groups(heads: int, kv_heads: int) -> None:

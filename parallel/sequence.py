@@ -31,6 +31,13 @@ class DecodingCache:
     def __init__(self) -> None:
         self.length = 0
         self.entries: dict[tuple[int, str], tuple[Tensor, ...]] = {}
+        self._parts: dict[str, DecodingCache] = {}
+
+    def of(self, part: str) -> DecodingCache:
+        """The cache of one part of a layer, which has slots of its own."""
+        cache = self._parts.setdefault(part, DecodingCache())
+        cache.length = self.length
+        return cache
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
@@ -38,7 +45,8 @@ class DecodingCache:
     @property
     def bytes(self) -> int:
         """Memory that the cached tensors take."""
-        return sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry)
+        own = sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry)
+        return own + sum(part.bytes for part in self._parts.values())
 
 
 class _Derived(dict[Hashable, Any]):
@@ -138,6 +146,19 @@ class Sequence:
         slots = None if self.slots is None else set[str]()
         return replace(self, layer=layer, strategy=self.strategy.of(mixer), slots=slots)
 
+    def within(self, part: str, mixer: str) -> Sequence:
+        """The sequence as one part of the layer sees it, a mixer that is called `mixer`: with slots of its own."""
+        strategy = self.strategy.of(mixer)
+        if self.cache is None and self.kept is None and self.slots is None and strategy == self.strategy:
+            return self
+        return replace(
+            self,
+            strategy=strategy,
+            cache=None if self.cache is None else self.cache.of(part),
+            kept=None if self.kept is None else self.kept.of(part),
+            slots=None if self.slots is None else set[str](),
+        )
+
     @property
     def by_heads(self) -> Sequence:
         """The sequence once tokens are exchanged for heads: this rank holds all tokens of its `heads` group.
@@ -182,6 +203,20 @@ class Sequence:
         if self.layout.ranks == 1:
             return self.local
         return self.derive("spans", lambda: Documents.stack(self.layout.span_documents(self.documents, self.rank)))
+
+    @property
+    def places(self) -> int:
+        """Tokens and padding of this rank: B * T."""
+        return self.local.batch * self.local.length
+
+    @property
+    def tokens(self) -> int:
+        """This rank's tokens, without padding."""
+
+        def count() -> int:
+            return sum(run.length for row in self.local.runs for run in row if not run.is_padding)
+
+        return self.derive(("tokens", self.rank), count)
 
     def pairs(self, mask: Mask) -> int:
         """How many (query, key) pairs of the row the queries held here see."""

@@ -115,14 +115,17 @@ class Engine:
 
     forward = __call__
 
-    def backward(self, loss_sum: Tensor, normaliser: float) -> None:
-        """Adds the gradient of loss_sum / normaliser, summed over the ranks, to that of the step.
+    def backward(self, loss_sum: Tensor, normaliser: float, auxiliary: Tensor | None = None) -> None:
+        """Adds the gradient of loss_sum / normaliser + auxiliary, summed over the ranks, to that of the step.
 
         loss_sum: this rank's sum over its tokens (with a graph even if it has no target); normaliser: the number of
-        targets over all ranks and micro-batches of the step.
+        targets over all ranks and micro-batches of the step; auxiliary: losses that are divided already.
         """
+        loss = loss_sum / normaliser
+        if auxiliary is not None:
+            loss = loss + auxiliary
         # DeepSpeed averages over the ranks.
-        self._engine.backward(loss_sum / normaliser * self.mesh.world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self.mesh.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Clips, steps and clears the gradient; returns its norm over all ranks, before it was clipped.
@@ -143,6 +146,10 @@ class Engine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, by name, in the model's order."""
         return self.module.named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Every buffer that checkpoints hold, by name, in the model's order: see `saved_buffers`."""
+        return iter(saved_buffers(self.module).items())
 
     def fragment(self, parameter: nn.Parameter, kind: str) -> Fragment:
         """What this rank holds of the float32 "parameter", "exp_avg" or "exp_avg_sq": a view, to read and to write."""
@@ -187,6 +194,27 @@ class Engine:
                     parameter.grad = None  # which AdamW passes over
         elif self._clip:
             torch._foreach_mul_(gradients, min(1.0, self._clip / (self._norm + 1e-6)))
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that checkpoints hold: those not registered with persistent=False.
+
+    Raises ValueError for one that is not float32, the type in which checkpoints hold tensors.
+    """
+    buffers = {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    if other := [
+        f"{name} in {str(x.dtype).removeprefix('torch.')}" for name, x in buffers.items() if x.dtype != torch.float32
+    ]:
+        raise ValueError(
+            f"buffers must be float32 to be in checkpoints; got {', '.join(other)}. Make them float32, or say "
+            "persistent=False where a run can begin with the constructor's values"
+        )
+    return buffers
 
 
 def norms(tensors: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from .checkpoint import checkpoint
+from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
-from .engine import Engine, Gather
+from .engine import Engine, Gather, saved_buffers
 from .rehearsal import rehearse
 from .settings import Settings
 
@@ -135,10 +136,11 @@ def check_model(
     """
     model = model | {"vocabulary": model.get("vocabulary") or STAND_IN}
     built = on_meta(build, model)
-    if unknown := [name for name in settings.parallel.mixers if name not in built.names]:
-        names = ", ".join(dict.fromkeys(built.names))
+    if unknown := [name for name in settings.parallel.mixers if name not in built.mixer_names]:
+        names = ", ".join(built.mixer_names)
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
     built.check_initial_values()
+    saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):
         note(line)
 
@@ -175,13 +177,6 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
         seed=trainer.seed,
         load=load,
     )
-    if trainer.compile:
-        compile_blocks(engine.module)
+    if trainer.compile and (note := compile_blocks(cast(LanguageModel, engine.module), settings.engine.zero_stage)):
+        log.warning(note)
     return engine
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of what is local to a token: feed-forward layers and norms. Mixing ops run as they are."""
-    for block in model.blocks:  # type: ignore[union-attr]
-        for part in (block.feed_forward, block.mixer_norm, block.feed_forward_norm):  # type: ignore[union-attr]
-            part.compile(dynamic=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels.documents import Documents
 from ..models.language_model import LanguageModel
 from ..models.mixer import Mixer, name_of
+from ..models.part import Part
 from ..parallel.layout import Layout
 from ..parallel.sequence import Sequence
 from .ranks.settings import layout_of, strategy_of, ulysses_ranks
@@ -35,8 +36,8 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
         model.to("meta")
         for parameter in model.parameters():  # buffers keep their type under the engine too
             parameter.data = parameter.data.to(getattr(torch, settings.trainer.dtype))
-        for layer in range(model.depth):
-            _check_outputs(model, layer)
+        for _, part in model.leaves():
+            _check_outputs(part)
         model.at_step(0)
         layout = layout_of(settings.parallel, settings.data.sequence_length)
         error = _attempt(model, _shortened(layout), settings)
@@ -57,8 +58,8 @@ def _attempt(model: LanguageModel, layout: Layout, settings: Settings) -> Except
     tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
     try:
         model.flops(documents)
-        loss, _ = model(tokens, seq, tokens)
-        loss.backward()
+        loss, _, reports = model(tokens, seq, tokens, False, True)
+        torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
     except Exception as error:
         return error
     return None
@@ -72,25 +73,22 @@ def _shortened(layout: Layout) -> Layout:
     return Layout(span * layout.ranks * layout.spans, layout.ranks, layout.spans)
 
 
-def _check_outputs(model: LanguageModel, layer: int) -> None:
-    """Has the layer's parts checked whenever they run."""
-    mixer, feed_forward = model.mixers[layer], model.blocks[layer].feed_forward
+def _check_outputs(part: Part) -> None:
+    """Has the part's output checked whenever it runs."""
 
-    def mixed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
-        if mixer.publishes:
-            count = 1 + len(mixer.publishes)
-            if not isinstance(result, tuple) or len(result) != count:
-                names = ", ".join(mixer.publishes)
-                raise ValueError(f"forward must return its output and what it publishes, {names}; got {_form(result)}")
+    def check(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+        if part.gives:
+            if not isinstance(result, tuple) or len(result) != 1 + len(part.gives):
+                names = ", ".join(part.gives)
+                what = "publishes and reports" if part.losses or part.sums else "publishes"
+                raise ValueError(f"forward must return its output and what it {what}, {names}; got {_form(result)}")
+            for name, loss in zip(part.losses, result[1 + len(part.publishes) :], strict=False):
+                if not isinstance(loss, Tensor) or loss.dim():
+                    raise ValueError(f"forward must return a scalar for its loss {name}; got {_form(loss)}. Sum it up")
             result = result[0]
         _check_like(result, arguments[0])
 
-    def fed(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
-        _check_like(result, arguments[0])
-
-    mixer.register_forward_hook(mixed)
-    if isinstance(feed_forward, nn.Module):
-        feed_forward.register_forward_hook(fed)
+    part.register_forward_hook(check)
 
 
 def _check_like(result: Any, x: Tensor) -> None:
@@ -109,12 +107,9 @@ def _form(value: Any) -> str:
     return "nothing" if value is None else f"a {name_of(type(value))}"
 
 
-def _parts(model: LanguageModel) -> Iterator[tuple[str, nn.Module]]:
-    """(setting, module) of each mixer, once, and of the feed-forward layer."""
-    for name in dict.fromkeys(model.names):
-        layer = model.names.index(name)
-        yield f"model.mixers.{name}", model.mixers[layer]
-    yield "model.feed_forward", model.get_submodule("blocks.0.feed_forward")
+def _parts(model: LanguageModel) -> Iterator[tuple[str, Part]]:
+    """(setting, part) of each mixer and feed-forward layer, once."""
+    yield from {part.setting: part for _, part in reversed(list(model.leaves()))}.items()
 
 
 def _notes_on_tensors(model: LanguageModel) -> list[str]:
@@ -124,11 +119,9 @@ def _notes_on_tensors(model: LanguageModel) -> list[str]:
         modules = [(f"{path}." if path else "", module) for path, module in part.named_modules()]
         plain = [path + name for path, module in modules for name, x in vars(module).items() if isinstance(x, Tensor)]
         placed = [name for name, x in (*part.named_parameters(), *part.named_buffers()) if x.device.type != "meta"]
-        saved = [name for name in part.state_dict() if name in dict(part.named_buffers())]
         told = [
             ("keeps plain tensors, which do not move with the model", plain, "register_buffer(…, persistent=False)"),
             ("makes tensors on a device of its own choice, before they are split", placed, "leave out device="),
-            ("has buffers that a checkpoint does not hold", saved, "say so with persistent=False, or use parameters"),
         ]
         if isinstance(part, Mixer) and not any(name.startswith("output.") for name, _ in part.named_parameters()):
             told.append(

@@ -32,7 +32,7 @@ class TrainerSettings:
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
     max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
-    compile: bool = False  # torch.compile what is local to a token
+    compile: bool = False  # torch.compile the blocks, or where it cannot, what is local to a token
     deterministic: bool = False  # the same bits at every run on CUDA too, at a price: libraries' attention takes longer
     profile_start: int = 0  # first step that torch.profiler records into run.dir/profile; 0 = none
     profile_steps: int = 3  # how many

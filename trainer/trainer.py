@@ -26,6 +26,7 @@ from .evaluation.callbacks import Sampling, Validation
 from .preparation import Build, check_model, check_same_model, configured_model, make_engine, model_settings, on_meta
 from .ranks.exchange import from_first_rank, gather_numbers, prepare, together
 from .ranks.settings import layout_of, strategy_of
+from .reported import Reported
 from .run import failure, report
 from .run.directory import RunDirectory
 from .run.metrics import Work, peak_flops, peak_memory_bytes, work_of
@@ -154,10 +155,11 @@ class Trainer:
         if work.targets == 0:
             raise ValueError(f"data must hold documents of two tokens or more; step {self.step + 1} has no target")
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        reported = Reported(self.shape, [part.documents for part, _ in parts], self.mesh)
         for part, seq in parts:
             tokens, targets = (seq.shard(x).to(self.device, non_blocking=True) for x in (part.tokens, part.targets))
-            loss, _ = self.engine(tokens, seq, targets)
-            self.engine.backward(loss, work.targets)
+            loss, _, reports = self.engine(tokens, seq, targets, False, True)
+            self.engine.backward(loss, work.targets, reported.add(reports))
             total += loss.detach()
         gone = self.directory.lost() is not None
         losses = gather_numbers([float(total), peak_memory_bytes(self.device), failure.asked(), gone], self.mesh)
@@ -172,11 +174,15 @@ class Trainer:
             )
         rate = self.schedule(self.step)
         norm = self.engine.step(rate)
+        reported.exchange()
+        if math.isfinite(norm):  # a step that is skipped changes nothing
+            cast(LanguageModel, self.engine.module).update(reported.sums())
         self.step += 1
         self.row += self.settings.data.rows_per_step
         self.tokens += int(work.tokens)
         seconds = time.perf_counter() - started
         self.record = self._record(loss, norm, rate, seconds, work, int(losses[:, 1].max()))
+        self.record |= {f"auxiliary_{name}": value for name, value in reported.losses().items()}
         self.outputs.training(self.record, seconds)
         self._check_gradient(norm)
 

@@ -1,4 +1,4 @@
-"""Feed-forward layers: what a block does with each token by itself."""
+"""SwiGLU, the gated feed-forward layer of most language models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from ...kernels.pointwise import swiglu
+from ...parallel.sequence import Sequence
+from ..part import FeedForward
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(FeedForward):
     """Gated feed-forward layer (Shazeer, 2020, arXiv 2002.05202).
 
         y = W_down (silu(W_gate x) * W_up x)
@@ -17,7 +19,7 @@ class SwiGLU(nn.Module):
     `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
     """
 
-    small = MappingProxyType({"hidden": 48})  # see `Mixer.small`
+    small = MappingProxyType({"hidden": 48})
 
     def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
@@ -27,5 +29,5 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         return self.down(swiglu(self.gate(x), self.up(x)))

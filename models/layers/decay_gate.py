@@ -35,6 +35,14 @@ class DecayGate(nn.Module):
         if name == "A_log":
             tensor.uniform_(*self.rates, generator=generator).log_()
         else:
-            step = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
-            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            fill_with_steps(tensor, generator)
         return True
+
+
+def fill_with_steps(
+    tensor: Tensor, generator: torch.Generator, bounds: tuple[float, float] = (1e-3, 1e-1), least: float = 0.0
+) -> None:
+    """Fills a bias so that softplus(bias) is log-uniform within `bounds`, but not below `least`."""
+    low, high = (math.log(bound) for bound in bounds)
+    step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=least)
+    tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus

@@ -44,6 +44,7 @@ class Rotary:
         self.scaling = RopeScaling(**scaling) if scaling else None
         self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}
 
+    @torch.compiler.assume_constant_result
     def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         """float32 `[rotated / 2]` on `device`, and the factor by which long-context scalings sharpen attention."""
         if device not in self._frequencies:

@@ -14,6 +14,7 @@ from .sparse import (
     local_windows,
     select_blocks,
     window_means,
+    windows_held,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "softmax_attention",
     "token_shift",
     "window_means",
+    "windows_held",
 ]

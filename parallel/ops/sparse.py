@@ -31,6 +31,7 @@ from ..strategies.windows import (
     summaries_decoded,
     windows_decoded,
 )
+from ..strategies.windows import windows_held as windows_held
 from .attention import attention, with_cached
 
 

@@ -235,6 +235,12 @@ def _exact(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def windows_held(seq: Sequence, stride: int) -> int:
+    """Over all rows, the places for windows that `LocalWindows` gives this rank."""
+    layout = _cut(seq)
+    return seq.documents.batch * layout.spans * _windows_a_span(layout.span_length, stride)
+
+
 def _windows_a_span(length: int, stride: int) -> int:
     """The most windows that can end in `length` tokens: their last tokens are a stride apart, across documents too."""
     return -(-length // stride)

@@ -69,6 +69,7 @@ class Undecayed(Plain):
 def text(width, heads):
     return "a text"
 """
+MOBA = "longreach.models.mixers.sparse.block_sparse_attention.MoBA"
 MODEL = {
     "_target_": "longreach.models.language_model.LanguageModel",
     "vocabulary": 61,
@@ -121,7 +122,7 @@ def test_a_mixer_of_a_module_beside_the_data_is_built() -> None:
         (target("my_mixers.Hidden"), r"constructor names its settings; Hidden takes \*\*kwargs"),
         (target("my_mixers.NoFlops"), "model.mixers.mine must define mixing_flops"),
         (target("my_mixers.NoForward"), "model.mixers.mine must define forward"),
-        (target("my_mixers.Module"), "model.mixers.mine must be a mixer; got Module, which is none"),
+        (target("my_mixers.Module"), "model.mixers.mine must be a mixer or a feed-forward layer; got Module"),
         (target("my_mixers.Never"), r"calling super\(\).__init__\(\) first"),
         (target("my_mixers.OneName"), r"names in OneName.publishes; got 'values'. Write \('name',\)"),
         (target("my_mixers.Undecayed"), "got outptu.weight. Known: output.weight"),
@@ -130,6 +131,9 @@ def test_a_mixer_of_a_module_beside_the_data_is_built() -> None:
         (model(heads="four"), "model.mixers.mine.heads must be of type int; got 'four'"),
         (model(heads=True), "model.mixers.mine.heads must be of type int; got True"),
         (model(scale="x"), "scale must be of type float or null; got 'x'. Change it, or leave it out: it is None then"),
+        (model(_target_=MOBA, rope_bsae=1.0), "settings of MoBA; got 'rope_bsae'. Did you mean 'rope_base'?"),
+        (model(_target_=MOBA, head_dim="8"), "model.mixers.mine.head_dim must be of type int or null; got '8'"),
+        (model(_target_=MOBA, attention=1), "settings of MoBA; got 'attention'"),
         (model(_partial_=False), "model.mixers.mine._partial_ must be true"),
         ({**MODEL, "widht": 3}, "model must use settings of LanguageModel; got 'widht'. Did you mean 'width'?"),
         ({**MODEL, "width": None}, "model.width must be of type int; got None"),

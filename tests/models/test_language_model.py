@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.gated_linear import flops as gated_linear_flops
-from longreach.models.language_model import expand_pattern
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
+from longreach.models.pattern import expand_pattern
 from longreach.parallel.sequence import Sequence
 
 LENGTH = 40
@@ -207,15 +208,37 @@ def test_flops_are_a_hand_count():
     assert model.parameter_count() == weights + 32 * (2 * 4 + 2 + 1)
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_flops_of_linear_layers_are_those_that_torch_counts(name):
-    model = small_hybrid(name)
+def flops_of_linear_layers(model):
+    """What torch counts, by the path of each layer."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(2, LENGTH), Sequence.single(PACKED))
-    linear = {f"LanguageModel.{path}" for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    counted = sum(sum(counts.values()) for path, counts in counter.get_flop_counts().items() if path in linear)
-    ops = sum(mixer.mixing_flops(Sequence.single(PACKED)) for mixer in model.mixers)
-    assert model.flops(PACKED) - ops == counted > 0
+    linear = {f"LanguageModel.{path}": path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    counts = counter.get_flop_counts()
+    return {linear[path]: sum(of.values()) for path, of in counts.items() if path in linear}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_flops_of_linear_layers_are_those_that_torch_counts(name):
+    model, seq = small_hybrid(name), Sequence.single(PACKED)
+    counted = flops_of_linear_layers(model)
+    for path, part in model.leaves():
+        own = sum(count for layer, count in counted.items() if layer.startswith(f"{path}."))
+        assert part.flops(seq) - part.mixing_flops(seq) == own > 0, path
+    ops = sum(part.mixing_flops(seq) for _, part in model.leaves())
+    assert model.flops(PACKED) - ops == sum(counted.values())
+
+
+@pytest.mark.parametrize(("size", "stride", "kv_heads"), [(6, 3, 4), (8, 4, 2), (7, 7, 1)])
+def test_a_layer_that_runs_per_window_costs_what_torch_counts(size, stride, kv_heads):
+    settings = {"heads": 4, "kv_heads": kv_heads, "window_size": size, "window_stride": stride, "block_size": stride}
+    mixer = partial(NativeSparseAttention, near=5, count=2, initial=0, local=1, **settings)
+    model, seq = small_hybrid("softmax_attention", mixers={"nsa": mixer}, pattern=["nsa"]), Sequence.single(PACKED)
+    counted = flops_of_linear_layers(model)
+    compression = sum(count for path, count in counted.items() if ".compress_" in path)
+    windows = -(-LENGTH // stride)
+    assert compression == 4 * 2 * (2 * windows * kv_heads * (size * 8 * 32 + 32 * 8)) * 2
+    ops = sum(part.mixing_flops(seq) for _, part in model.leaves())
+    assert model.flops(PACKED) - ops == sum(counted.values())
 
 
 def test_packing_costs_less_attention_than_one_document():
@@ -254,10 +277,10 @@ def test_what_a_layer_publishes_reaches_the_layers_that_read_it_and_gradients_co
 
     x = model.embedding(tokens(2, LENGTH))
     seq = Sequence.single(PACKED)
-    x, (seen,) = model.blocks[0](x, seq)
+    x, seen = model.blocks[0](x, seq)
     for layer, block in enumerate(model.blocks):
         if layer > 0:
-            x, _ = block(x, seq.at(layer), *([seen] if model.mixers[layer].reads else []))
+            x = block(x, seq.at(layer), *([seen] if model.mixers[layer].reads else []))
     torch.testing.assert_close(model.norm(x), model.hidden(tokens(2, LENGTH), seq), atol=1e-9, rtol=1e-9)
 
 

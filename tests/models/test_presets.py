@@ -9,9 +9,10 @@ from omegaconf import OmegaConf
 
 from longreach.kernels.documents import Documents
 from longreach.launch.configuration import model_sizes
-from longreach.models.block import Block, MiniMaxBlock
+from longreach.models.block import Block, MiniMaxBlock, OutputNormBlock, ParallelBlock, PostNormBlock, SandwichBlock
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.part import Part
 from longreach.parallel.sequence import Sequence
 
 FAMILIES = ("llama", "minimax_01", "sliding_window")
@@ -111,21 +112,24 @@ def test_sliding_window_has_two_rope_bases():
 
 
 def test_residual_schemes_are_their_formulas():
-    class Doubling(torch.nn.Module):
-        publishes = ()
-
-        def forward(self, x, seq=None):
+    class Doubling(Part):
+        def forward(self, x, seq):
             return 2 * x
 
     def normed(x):
         return torch.nn.functional.rms_norm(x, (8,), eps=1e-6)
 
     x, seq = torch.randn(1, 3, 8, dtype=torch.float64), Sequence.single(Documents.whole(1, 3))
-    parts = {"mixer": Doubling(), "feed_forward": Doubling(), "width": 8, "norm_eps": 1e-6}
-    middle = x + 2 * normed(x)
-    torch.testing.assert_close(Block(**parts).double()(x, seq)[0], middle + 2 * normed(middle))
-    alpha = 16**0.25
-    middle = (alpha + 2 * 0.5) * normed(x)
-    expected = (alpha + 2 * 0.5) * normed(middle)
-    torch.testing.assert_close(MiniMaxBlock(**parts, depth=8, beta=0.5).double()(x, seq)[0], expected)
+    parts = {"parts": {"mixer": Doubling(), "feed_forward": Doubling()}, "width": 8, "norm_eps": 1e-6}
+    alpha, half = 16**0.25, 16**0.25 + 2 * 0.5
+    for block, step in (
+        (Block(**parts), lambda x: x + 2 * normed(x)),
+        (OutputNormBlock(**parts), lambda x: x + normed(2 * x)),
+        (PostNormBlock(**parts), lambda x: normed(x + 2 * x)),
+        (SandwichBlock(**parts), lambda x: x + normed(2 * normed(x))),
+        (MiniMaxBlock(**parts, depth=8, beta=0.5), lambda x: half * normed(x)),
+    ):
+        torch.testing.assert_close(block.double()(x, seq), step(step(x)))
+    torch.testing.assert_close(ParallelBlock(**parts).double()(x, seq), x + 4 * normed(x))
+    assert MiniMaxBlock(**parts, depth=8).alpha == alpha
     assert MiniMaxBlock(**parts, depth=80).alpha == pytest.approx(3.5565588200778455, abs=1e-12)

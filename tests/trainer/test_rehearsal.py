@@ -144,6 +144,12 @@ class Scattered(Plain):
         return self.last(ops.gated_linear_attention(q, k, v, seq=seq).flatten(-2) * self.table)
 
 
+class Counting(Plain):
+    def __init__(self, *, width: int) -> None:
+        super().__init__(width=width)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
 class Curious(Plain):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         return super().forward(x if x.abs().max().item() < 1e9 else x * 0, seq)
@@ -186,7 +192,8 @@ def test_a_mixer_may_ask_for_the_whole_length() -> None:
         (Wide, r"model.mixers.mine \(Wide\), layer 0: forward must return .* \[1, 64, 32\] .* got \[1, 64, 64\]"),
         (Silent, r"model.mixers.mine \(Silent\), layer 0: .* got nothing. End with a return"),
         (Publishing, r"must return its output and what it publishes, values; got \[1, 64, 32\]"),
-        (Uncounted, "model.mixers.mine must count its ops' FLOPs as a number; got None from Uncounted.mixing_flops"),
+        (Counting, "buffers must be float32 to be in checkpoints; got blocks.0.mixer.steps in int64, "),
+        (Uncounted, r"model.mixers.mine \(Uncounted\), layer 0: mixing_flops must count .* as a number; got None"),
     ],
 )
 def test_what_a_mixer_leaves_out_is_one_line(part: Any, message: str) -> None:
@@ -232,7 +239,7 @@ def test_what_is_no_error_but_hardly_meant_is_noted() -> None:
     (idle,) = checked(Idle)
     assert "Idle learns nothing in unused.weight" in idle
     noted = "\n".join(checked(Scattered))
-    for what in ("plain tensors", "(table)", "(average)", "(placed)", "no layer called output"):
+    for what in ("plain tensors", "(table)", "(placed)", "no layer called output"):
         assert what in noted
     assert "keeps plain tensors, which do not move with the model (average)" not in noted
 

@@ -4,6 +4,7 @@
         index.json                              the run's state, and where each tensor is
         weights-00001-of-00002.safetensors      float32 parameters, by name
         moments-00001-of-00002.safetensors      exp_avg/NAME and exp_avg_sq/NAME
+        buffers.safetensors                     float32 buffers, by name, where the model has any
 
 Each parameter has one writing rank, which gathers it from all by pieces: nobody needs more memory than two pieces.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
-from ..engine import Engine
+from ..engine import Engine, saved_buffers
 from ..masters import KINDS, shape_of
 from ..run.failure import remedy
 from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
@@ -36,6 +37,7 @@ from .stored import latest as latest
 from .stored import verify as verify
 from .tensor_files import TensorWriter
 
+BUFFERS = "buffers"
 PIECE = 1 << 22  # elements: 16 MiB
 Shapes = dict[str, tuple[int, ...]]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
@@ -97,11 +99,11 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     examined: the bytes have been looked at (see `examine`). Raises CheckpointError on every rank alike, before anything
     is set, if the checkpoint is incomplete, damaged or of another model.
     """
-    parameters = dict(engine.named_parameters())
+    parameters, buffers = dict(engine.named_parameters()), dict(engine.named_buffers())
     stored, error = None, None
     try:
         stored = verify(path)
-        _check_model(stored, parameters)
+        _check_model(stored, parameters, buffers)
         if not examined:  # each byte is read by one rank
             check_bytes(stored, sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size])
     except CheckpointError as failure:
@@ -117,22 +119,30 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
             start, values = engine.fragment(parameter, kind)
             values.copy_(stored.map(_key(kind, name)).view(-1)[start : start + len(values)])
         engine.write(parameter, stored.map(name))
+    _load_buffers(stored, buffers)
     return stored.state
 
 
 @torch.no_grad()
 def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = None) -> dict[str, Any]:
-    """Sets the parameters of a model without an engine, one at a time; returns the state that was saved.
+    """Sets parameters and buffers of a model without an engine, one at a time; returns the state that was saved.
 
     gather: entered with each parameter that is set (see Engine). Raises CheckpointError before anything is set.
     """
-    stored, parameters = verify(path), dict(model.named_parameters())
-    _check_model(stored, parameters)
-    check_bytes(stored, list(parameters))
+    stored, parameters, buffers = verify(path), dict(model.named_parameters()), saved_buffers(model)
+    _check_model(stored, parameters, buffers)
+    check_bytes(stored, [*parameters, *buffers])
     for name, parameter in parameters.items():
         with gather([parameter]) if gather else nullcontext():
             parameter.copy_(stored.map(name))
+    _load_buffers(stored, buffers)
     return stored.state
+
+
+@torch.no_grad()
+def _load_buffers(stored: Stored, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        buffer.copy_(stored.map(name))
 
 
 def _key(kind: str, name: str) -> str:
@@ -174,6 +184,11 @@ def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | 
             writers["parameter"] = weights
             moments = {_key(kind, name): shapes[name] for name in mine for kind in KINDS[1:]}
             writers.update(dict.fromkeys(KINDS[1:], TensorWriter(folder / f"moments-{number}", moments)))
+        if engine.mesh.rank == 0 and (buffers := dict(engine.named_buffers())):  # every rank has the same
+            shapes_of_buffers = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+            writers[BUFFERS] = TensorWriter(folder / f"{BUFFERS}.safetensors", shapes_of_buffers)
+            for name, buffer in buffers.items():
+                writers[BUFFERS].write(name, buffer)
     except OSError as failure:
         error = str(failure)
     for piece, values in _gather_pieces(engine, parameters, [list(_pieces(names, shapes)) for names in assigned]):
@@ -271,13 +286,16 @@ def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_model(stored: Stored, parameters: dict[str, nn.Parameter]) -> None:
-    shapes = {name: place.shape for name, (file, place, _) in stored.tensors.items() if file.startswith("weights")}
-    problems = [f"{name} is missing" for name in parameters if name not in shapes]
-    problems += [f"{name} is not the model's" for name in shapes if name not in parameters]
-    for name, parameter in parameters.items():
-        if name in shapes and shapes[name] != tuple(shape_of(parameter)):
-            problems.append(f"{name} has shape {list(shapes[name])} instead of {list(shape_of(parameter))}")
+def _check_model(stored: Stored, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+    expected = {name: shape_of(parameter) for name, parameter in parameters.items()}
+    expected |= {name: buffer.shape for name, buffer in buffers.items()}
+    kept = ("weights", BUFFERS)
+    shapes = {name: place.shape for name, (file, place, _) in stored.tensors.items() if file.startswith(kept)}
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} is not the model's" for name in shapes if name not in expected]
+    for name, shape in expected.items():
+        if name in shapes and shapes[name] != tuple(shape):
+            problems.append(f"{name} has shape {list(shapes[name])} instead of {list(shape)}")
     problems = problems or [
         f"{key} is missing" for name in parameters for kind in KINDS if (key := _key(kind, name)) not in stored.tensors
     ]

@@ -19,6 +19,7 @@ from ..data.packing import Batch, Row, TokenStream
 from ..engine import Gather
 from ..preparation import make_engine
 from ..ranks.settings import layout_of
+from ..reported import Reported
 from ..schedule import Schedule
 from ..settings import Settings
 from ..trainer import Trainer
@@ -122,11 +123,14 @@ class _Examined(Trainer):
         with torch.no_grad(), self.engine.gather(list(parameters.values())):
             for name, parameter in model.named_parameters():
                 parameter.copy_(parameters[name])
-        for part, seq in self._read_step():
+        parts = self._read_step()
+        reported = Reported(model, [part.documents for part, _ in parts], self.mesh)
+        for part, seq in parts:
             tokens, wanted = (seq.shard(x).to(self.device) for x in (part.tokens, part.targets))
             model.zero_grad(set_to_none=True)
-            loss, _ = model(tokens, seq, wanted)
-            (loss / targets * self.mesh.world_size).backward()
+            loss, _, reports = model(tokens, seq, wanted, False, True)
+            auxiliary = reported.add(reports)
+            ((loss / targets + (0 if auxiliary is None else auxiliary)) * self.mesh.world_size).backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     total[name] += parameter.grad.float()

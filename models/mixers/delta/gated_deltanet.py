@@ -77,5 +77,4 @@ class GatedDeltaNet(Mixer):
         return self.output(F.silu(self.gate(x)) * self.norm(out).flatten(-2))
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)
+        return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)

@@ -93,8 +93,7 @@ class RWKV7(Mixer):
         return x.unflatten(-1, (self.heads, self.head_dim))
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim, general=True)
+        return flops(seq.places, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim, general=True)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """The authors' values by channel and depth for all vectors; matrices start as the model's do."""

@@ -66,5 +66,4 @@ class LightningAttention(Mixer):
         return self.output(torch.sigmoid(self.gate(x)) * self.norm(out.flatten(-2)))
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
+        return flops(seq.places, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)

@@ -67,8 +67,7 @@ class MLSTM(Mixer):
         return gate if self.gate_cap is None else self.gate_cap * torch.tanh(gate / self.gate_cap)
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim + 1)
+        return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim + 1)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name in ("input_gate.weight", "forget_gate.weight"):

@@ -62,5 +62,4 @@ class RetNet(Mixer):
         return self.output(F.silu(self.gate(x)) * self.norm(out))
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)
+        return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)

@@ -11,11 +11,12 @@ from ....kernels.select_blocks import Rule
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.selector import Selector
-from ..softmax.softmax_attention import SoftmaxAttention
+from ...mixer import also_takes
+from ..softmax.attention import Attention
 
 
-class _SelectedAttention(SoftmaxAttention):
-    """Softmax attention over selected blocks.
+class SelectedAttention(Attention):
+    """Softmax attention over selected blocks; see `Attention` for its settings.
 
     All keys are seen by tokens at positions below `dense_length`, and by all tokens in the run's first `dense_steps`
     steps. score_scale: what scores are multiplied by; head_dim^(-1/2) for None.
@@ -52,7 +53,7 @@ class _SelectedAttention(SoftmaxAttention):
         return scores + sparse + dense
 
 
-class MoBA(_SelectedAttention):
+class MoBA(SelectedAttention):
     """Mixture of block attention (Lu et al., 2025, arXiv 2502.13189).
 
         s_b = q_t . mean(k_j for j in block b)        for the blocks of t's document that end before t's own
@@ -63,41 +64,27 @@ class MoBA(_SelectedAttention):
     attention, and the first `dense_steps` steps of a run attend to everything.
 
     block_size: tokens of a block. top_k: blocks a query, its own among them; 1 is the own block alone.
-    The other settings are those of `SoftmaxAttention`. Raises ValueError as that does.
+    The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
     small = MappingProxyType({"block_size": 4, "top_k": 2, "dense_steps": 0})
 
+    @also_takes(Attention)
     def __init__(
         self,
         *,
-        width: int,
-        heads: int,
         block_size: int = 512,
         top_k: int = 3,
         dense_steps: int = 0,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        rope_base: float | None = 10000.0,
-        rope_fraction: float = 1.0,
-        rope_scaling: dict[str, Any] | None = None,
-        qk_norm: str | None = None,
-        norm_eps: float = 1e-6,
-        conv_size: int | None = None,
-        bias: bool = False,
-        output_bias: bool = False,
+        **attention: Any,
     ) -> None:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1 (the own block counts); got {top_k}")
-        super().__init__(
-            Rule(block_size, top_k, score="dot", pooled=False), dense_steps=dense_steps, score_scale=1.0,
-            width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_base=rope_base,
-            rope_fraction=rope_fraction, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps,
-            conv_size=conv_size, bias=bias, output_bias=output_bias,
-        )  # fmt: skip
+        rule = Rule(block_size, top_k, score="dot", pooled=False)
+        super().__init__(rule, dense_steps=dense_steps, score_scale=1.0, **attention)
 
 
-class InfLLMv2(_SelectedAttention):
+class InfLLMv2(SelectedAttention):
     """InfLLM-v2, the sparse attention of MiniCPM4 (MiniCPM team, 2025, arXiv 2506.07900).
 
         p_ti = sum over the heads of a group of softmax_i(q_t . mean(k of window i) / sqrt(head_dim))
@@ -113,7 +100,7 @@ class InfLLMv2(_SelectedAttention):
     dense_length: tokens at positions below it attend to all before them. The original decides by the length of the
         whole sequence; here it is by position, so that no token's output depends on what follows it.
     dense_steps: the first steps of a run in which all tokens do.
-    The other settings are those of `SoftmaxAttention`. Raises ValueError as that does.
+    The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
     small = MappingProxyType(
@@ -123,11 +110,10 @@ class InfLLMv2(_SelectedAttention):
         }
     )  # fmt: skip
 
+    @also_takes(Attention)
     def __init__(
         self,
         *,
-        width: int,
-        heads: int,
         block_size: int = 64,
         count: int = 64,
         window_size: int = 32,
@@ -136,23 +122,9 @@ class InfLLMv2(_SelectedAttention):
         local: int = 32,
         dense_length: int = 8192,
         dense_steps: int = 0,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        rope_base: float | None = 10000.0,
-        rope_fraction: float = 1.0,
-        rope_scaling: dict[str, Any] | None = None,
-        qk_norm: str | None = None,
-        norm_eps: float = 1e-6,
-        conv_size: int | None = None,
-        bias: bool = False,
-        output_bias: bool = False,
+        **attention: Any,
     ) -> None:
         rule = Rule(
             block_size, count, window=window_size, stride=window_stride, aggregate="max", initial=initial, local=local
         )
-        super().__init__(
-            rule, dense_steps=dense_steps, dense_length=dense_length,
-            width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_base=rope_base,
-            rope_fraction=rope_fraction, rope_scaling=rope_scaling, qk_norm=qk_norm, norm_eps=norm_eps,
-            conv_size=conv_size, bias=bias, output_bias=output_bias,
-        )  # fmt: skip
+        super().__init__(rule, dense_steps=dense_steps, dense_length=dense_length, **attention)

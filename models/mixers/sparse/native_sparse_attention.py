@@ -19,6 +19,7 @@ from ...layers.rotary import rotary
 from ...layers.selector import Selector
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, check_groups, head_size
+from ...part import linear_flops
 
 COMPRESSIONS = ("mlp", "mean")
 
@@ -105,8 +106,8 @@ class NativeSparseAttention(Mixer):
         self.compress_keys = self.compress_values = None
         if compression == "mlp":
             hidden = 4 * head_dim if compression_hidden is None else compression_hidden
-            self.compress_keys = Compression(window_size, head_dim, hidden)
-            self.compress_values = Compression(window_size, value_dim, hidden)
+            self.compress_keys = Compression(window_size, window_stride, kv_heads, head_dim, hidden)
+            self.compress_values = Compression(window_size, window_stride, kv_heads, value_dim, hidden)
         if qk_norm:
             self.query_norm, self.key_norm = RMSNorm(head_dim, norm_eps), RMSNorm(head_dim, norm_eps)
         self.qk_norm = qk_norm
@@ -169,11 +170,12 @@ class NativeSparseAttention(Mixer):
 class Compression(nn.Module):
     """phi(x_1 … x_l) = W_2 gelu(W_1 [x_1 + e_1; …; x_l + e_l]): `[B, W, l, heads, D]` to `[B, W, heads, D]`.
 
-    Heads share the weights; e is a learned embedding of the place in the window.
+    Windows begin `stride` tokens apart. Heads share the weights; e is a learned embedding of the place in the window.
     """
 
-    def __init__(self, size: int, dim: int, hidden: int) -> None:
+    def __init__(self, size: int, stride: int, heads: int, dim: int, hidden: int) -> None:
         super().__init__()
+        self.stride, self.heads = stride, heads
         self.places = nn.Parameter(torch.empty(size, dim))
         self.first = nn.Linear(size * dim, hidden, bias=False)
         self.second = nn.Linear(hidden, dim, bias=False)
@@ -181,3 +183,7 @@ class Compression(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = (x + self.places.unsqueeze(1)).transpose(2, 3).flatten(-2)
         return self.second(F.gelu(self.first(rows)))
+
+    def flops(self, seq: Sequence) -> int:
+        """Forward FLOPs of the layers, which run once per window and head."""
+        return linear_flops(self, self.heads * ops.windows_held(seq, self.stride))

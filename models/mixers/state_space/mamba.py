@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MappingProxyType
 
 import torch
@@ -13,6 +12,7 @@ from ....kernels.pointwise import rms_norm
 from ....kernels.selective_scan import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import fill_with_steps
 from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer
@@ -62,7 +62,7 @@ class Mamba(Mixer):
         if part_norms not in PART_NORMS:
             raise ValueError(f"part_norms must be one of {', '.join(map(str, PART_NORMS))}; got {part_norms!r}")
         self.inner, self.sizes, self.norm_eps = inner, (rank, state, state), norm_eps
-        self.step_range, self.step_floor = tuple(step_range), step_floor
+        self.step_range, self.step_floor = (step_range[0], step_range[1]), step_floor
         self.part_norms = part_norms
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.gate = nn.Linear(width, inner, bias=bias)  # z
@@ -91,8 +91,7 @@ class Mamba(Mixer):
         return self.output((out + self.D.to(x.dtype) * x) * F.silu(gate))
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, channels=self.inner, states=self.sizes[-1])
+        return flops(seq.places, channels=self.inner, states=self.sizes[-1])
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name == "A_log":
@@ -102,9 +101,7 @@ class Mamba(Mixer):
         elif name == "step.weight":
             tensor.uniform_(-(tensor.shape[1] ** -0.5), tensor.shape[1] ** -0.5, generator=generator)
         elif name == "dt_bias":
-            low, high = (math.log(bound) for bound in self.step_range)
-            step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=self.step_floor)
-            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            fill_with_steps(tensor, generator, self.step_range, self.step_floor)
         else:
             return False
         return True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +10,7 @@ from ....kernels.gated_linear import flops
 from ....kernels.pointwise import rms_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import fill_with_steps
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
@@ -54,7 +53,11 @@ class Mamba2(Mixer):
         if not 0 < step_range[0] <= step_range[1]:
             raise ValueError(f"step_range must be positive and in order; got {tuple(step_range)}")
         self.heads, self.head_dim, self.groups, self.state = heads, head_dim, groups, state
-        self.step_range, self.step_floor, self.step_limit = tuple(step_range), step_floor, tuple(step_limit)
+        self.step_range, self.step_floor, self.step_limit = (
+            (step_range[0], step_range[1]),
+            step_floor,
+            tuple(step_limit),
+        )
         self.gate = nn.Linear(width, inner, bias=bias)
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.key = nn.Linear(width, groups * state, bias=bias)  # B
@@ -85,8 +88,7 @@ class Mamba2(Mixer):
         return F.softplus(raw.to(wide) + self.dt_bias.to(wide)).clamp(*self.step_limit)
 
     def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.local.batch * seq.local.length
-        return flops(tokens, heads=self.heads, key_dim=self.state, value_dim=self.head_dim)
+        return flops(seq.places, heads=self.heads, key_dim=self.state, value_dim=self.head_dim)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name == "A_log":
@@ -94,9 +96,7 @@ class Mamba2(Mixer):
         elif name == "D":
             tensor.fill_(1.0)
         elif name == "dt_bias":
-            low, high = (math.log(bound) for bound in self.step_range)
-            step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=self.step_floor)
-            tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            fill_with_steps(tensor, generator, self.step_range, self.step_floor)
         else:
             return False
         return True

@@ -1,0 +1,173 @@
+"""Part: the base class of what a block is made of, and composites of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..parallel.sequence import Sequence
+
+
+class Part(nn.Module):
+    """A part of a block: `[B, T, D]` of this rank's tokens to the same shape. It states what it costs and reports.
+
+    `forward(x, seq, *read)` takes what the part reads after `seq`. It returns its output; a part that publishes or
+    reports returns a tuple: the output, then the tensors of `publishes`, of `losses` and of `sums`, in this order.
+
+    publishes, reads: names of tensors that the part gives to later parts and layers, and of those it takes from earlier
+        ones.
+    losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
+        the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
+    sums: names of tensors that `forward` returns summed over this rank's tokens. After each optimizer step `update`
+        gets their sums over the global batch.
+    outputs: names of the linear layers that write to the residual stream: their initial values are scaled down with the
+        model's depth.
+    no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
+        though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
+    small: sizes with which a few dozen tokens exercise all of the part. Tests and the doctor replace larger sizes by
+        these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
+    setting, label: what messages call the part; set by the model.
+    """
+
+    publishes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    losses: Mapping[str, float] = MappingProxyType({})
+    sums: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    no_weight_decay: tuple[str, ...] = ()
+    small: Mapping[str, int] = MappingProxyType({})
+    setting: str = ""
+    label: str = ""
+
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """See the class."""
+        raise NotImplementedError
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """Names of what `forward` returns after its output."""
+        return (*self.publishes, *self.losses, *self.sums)
+
+    def flops(self, seq: Sequence) -> int:
+        """Forward FLOPs on the tokens of `seq`'s rank: those of the layers inside and of the mixing ops.
+
+        A layer inside that does not run once per token states its own `flops(seq)`; see `flops_of`. Raises ValueError
+        where `mixing_flops` is no number.
+        """
+        count = self.mixing_flops(seq)
+        if not isinstance(count, int | float):
+            raise ValueError(
+                f"mixing_flops must count the FLOPs of the ops as a number; got {count!r} from {type(self).__name__}. "
+                "Return 0 where it calls no op"
+            )
+        return count + sum(flops_of(child, seq) for child in self.children())
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        """Forward FLOPs of the ops on the tokens of `seq`'s rank, without those of linear layers."""
+        return 0
+
+    def loss_count(self, name: str, seq: Sequence) -> int:
+        """The number by which the auxiliary loss `name` is averaged: by default this rank's tokens without padding.
+
+        It depends on documents alone, for the sum over the global batch must be known before the first backward.
+        """
+        return seq.tokens
+
+    def update(self, sums: Mapping[str, Tensor]) -> None:
+        """Updates buffers from the sums over the global batch, float64; runs on every rank alike, without gradient."""
+        raise NotImplementedError
+
+    def at_step(self, step: int) -> None:
+        """Told before each step of training, counted from 0: for what changes as a run goes on."""
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        """Fill `tensor` for the parameter `name` and return True; or return False for the model's own rule.
+
+        What the constructor gave a parameter counts for nothing: values depend on the seed and the name alone.
+        """
+        return False
+
+    def leaves(self, path: str) -> Iterator[tuple[str, Part]]:
+        """(path, part) of the parts that are not composed of others; `path` is the part's own."""
+        yield path, self
+
+
+class Composite(Part):
+    """Parts that a subclass joins: it registers each as a submodule by its name, and calls them through `run`.
+
+    A part can read what a part before it publishes. Each has its own slots and the strategy that is set for its name.
+    What the parts report is reported on, as `part.name`.
+    """
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        super().__init__()
+        self.names = tuple(parts)
+        self.publishes = tuple(dict.fromkeys(name for part in parts.values() for name in part.publishes))
+        published: set[str] = set()
+        reads: list[str] = []
+        for part in parts.values():
+            reads += [name for name in part.reads if name not in published]
+            published.update(part.publishes)
+        self.reads = tuple(dict.fromkeys(reads))
+        self.losses = {f"{name}.{loss}": weight for name, part in parts.items() for loss, weight in part.losses.items()}
+        self.sums = tuple(f"{name}.{each}" for name, part in parts.items() for each in part.sums)
+
+    def add(self, parts: Mapping[str, Part]) -> None:
+        """Registers parts by their names. Raises ValueError for a name that is the composite's own."""
+        for name, part in parts.items():
+            if hasattr(self, name) or "." in name:
+                raise ValueError(f"model.mixers must have other names side by side; got {name!r}. Rename that mixer")
+            self.add_module(name, part)
+
+    def part(self, name: str) -> Part:
+        """The part called `name`."""
+        return cast(Part, getattr(self, name))
+
+    def run(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        """The output of a part. What it reads is in `values`, and what it gives is put there."""
+        part = self.part(name)
+        read = [values[each] for each in part.reads]
+        result = part(x, seq.within(name, part.setting.rpartition(".")[2]), *read)
+        if not part.gives:
+            return result
+        keys = (*part.publishes, *(f"{name}.{each}" for each in (*part.losses, *part.sums)))
+        values.update(zip(keys, result[1:], strict=True))
+        return result[0]
+
+    def result(self, x: Tensor, values: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """What `forward` returns: the output and what the parts gave."""
+        return (x, *(values[name] for name in self.gives)) if self.gives else x
+
+    def leaves(self, path: str) -> Iterator[tuple[str, Part]]:
+        for name in self.names:
+            yield from self.part(name).leaves(f"{path}.{name}")
+
+
+class FeedForward(Part):
+    """What a block does with each token by itself: `forward(x, seq)`, `[B, T, D]` to the same.
+
+    Constructors take what those of a `Mixer` may take; the last linear layer is called `down`.
+    """
+
+    outputs = ("down",)
+
+
+def flops_of(module: nn.Module, seq: Sequence) -> int:
+    """Forward FLOPs of a module: what it states in `flops(seq)`; else those of its layers, each run once per token.
+
+    Tokens are those of `seq`'s rank, padding included.
+    """
+    if (stated := getattr(module, "flops", None)) is not None:
+        return stated(seq)
+    if isinstance(module, nn.Linear):
+        return linear_flops(module, seq.places)
+    return sum(flops_of(child, seq) for child in module.children())
+
+
+def linear_flops(module: nn.Module, rows: int) -> int:
+    """Forward FLOPs of the linear layers in a module, on so many rows: 2 per weight and row."""
+    return 2 * rows * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))

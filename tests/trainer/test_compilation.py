@@ -1,0 +1,109 @@
+"""trainer.compile: whole blocks are graphs, which change no number and are made once for all that training runs."""
+
+from functools import partial
+
+import pytest
+import torch
+from distributed import run_ranks
+from routed import Routed
+from small_model import full, make_engine, rate
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from longreach.kernels.documents import Documents
+from longreach.models.decoding import next_logits
+from longreach.models.feed_forward.swiglu import SwiGLU
+from longreach.models.language_model import LanguageModel
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.state_space.mamba import Mamba
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import DecodingCache, Sequence
+from longreach.trainer.compilation import compile_blocks
+from longreach.trainer.reported import Reported
+
+pytestmark = pytest.mark.slow  # engines on several ranks, and graphs
+
+LENGTH, VOCABULARY = 24, 31
+LENGTHS = [[[7, 17]], [[24]], [[1, 2, 20]]]
+# One for each of two kinds of blocks, one more since lightning's decays differ by depth, and two for evaluation.
+GRAPHS = 5
+
+
+def make_model(checkpointing="none", routed=False):
+    return LanguageModel(
+        vocabulary=VOCABULARY,
+        width=16,
+        depth=6,
+        pattern=["lightning", "softmax+mamba"],
+        mixers={
+            "lightning": partial(LightningAttention, heads=2),
+            "softmax": partial(SoftmaxAttention, heads=2, qk_norm="head"),
+            "mamba": partial(Mamba, state=4),
+        },
+        feed_forward=partial(Routed, hidden=8) if routed else partial(SwiGLU, hidden=20),
+        activation_checkpointing=checkpointing,
+        initial_std=0.3,
+    )
+
+
+def tokens_of(step):
+    return torch.randint(VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def train(rank, world, stage, checkpointing, routed, compiled):
+    """Three steps with evaluation and decoding between; what was said, how many graphs were made, and the weights."""
+    torch._dynamo.reset()
+    engine = make_engine(stage, model=lambda: make_model(checkpointing, routed))
+    mesh, layout, counter = Mesh.create(world), Layout(LENGTH, world, 2), CompileCounterWithBackend("aot_eager")
+    note = compile_blocks(engine.module, stage, counter) if compiled else None
+    losses = []
+    for step, lengths in enumerate(LENGTHS):
+        documents = Documents.from_lengths(lengths, LENGTH)
+        seq = Sequence(documents, layout, mesh.sequence_rank, mesh.sequence_group)
+        tokens, targets = seq.shard(tokens_of(step)), seq.shard(tokens_of(step + 9))
+        reported = Reported(make_model(routed=routed), [documents], mesh)
+        loss, _, reports = engine(tokens, seq, targets, False, True)
+        engine.backward(loss, LENGTH, reported.add(reports))
+        engine.step(rate(step))
+        reported.exchange()
+        engine.module.update(reported.sums())
+        with torch.no_grad():
+            evaluated, _, _ = engine(tokens, seq, targets, True)
+            if stage < 3:
+                cache = DecodingCache()
+                for length in (5 + step, 1):
+                    next_logits(engine.module, tokens_of(step)[:, :length], cache)
+        losses += [loss.item(), evaluated.item()]
+    return note, counter.frame_count, losses, full(engine)
+
+
+def compare(world, stage, checkpointing="none", routed=False):
+    eager, compiled = (
+        run_ranks(world, train, stage, checkpointing, routed, each, timeout=300) for each in (False, True)
+    )
+    for (_, _, losses, weights), (_, _, again, same) in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(again, losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(same, weights, rtol=1e-4, atol=1e-4)
+    return compiled[0][:2]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_blocks_are_whole_graphs(world, stage):
+    note, graphs = compare(world, stage)
+    assert note is None
+    assert graphs == GRAPHS
+
+
+def test_recomputed_blocks_and_those_that_report_are_graphs_too():
+    assert compare(2, 1, "full", routed=True) == (None, GRAPHS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "why"), [(3, "full", "engine.zero_stage=3"), (1, "mixing", "=mixing")]
+)
+def test_where_blocks_cannot_be_graphs_it_is_said_and_the_rest_is_compiled(stage, checkpointing, why):
+    note, graphs = compare(2, stage, checkpointing)
+    assert why in note
+    assert graphs > 0
