@@ -65,6 +65,8 @@ def _seen(size: int, mask: Any) -> Tensor:
     i, j = torch.arange(size)[:, None], torch.arange(size)[None]
     if mask is None:
         return j <= i
+    if hasattr(mask, "dilation"):
+        return (j <= i) & ((i - j) % mask.dilation == 0) & (i - j < (mask.window or size))
     seen = j <= i if mask.causal else torch.ones(size, size, dtype=torch.bool)
     return seen if mask.window is None else seen & ((i - j < mask.window) | (j < mask.sink_tokens))
 

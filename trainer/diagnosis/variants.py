@@ -52,7 +52,7 @@ def edge_calls(case: Case, calls: list[Call]) -> Iterator[Call]:
 
 def _resized(call: Call, size: int, case: Case) -> Call | None:
     kwargs, what = call.kwargs, f"of {size} tokens, "
-    if call.op == "softmax_attention" and (mask := kwargs.get("mask")) is not None and mask.window is not None:
+    if call.op == "softmax_attention" and getattr(mask := kwargs.get("mask"), "window", None) is not None:
         return replace(call, kwargs={**kwargs, "mask": replace(mask, window=size)}, variant=f"window {what}")
     if call.op == "short_conv":
         taps = torch.arange(size + 1) % call.args[1].shape[1]

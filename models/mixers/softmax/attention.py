@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....kernels.masks.mask import Mask
+from ....kernels.masks import Mask
 from ....kernels.softmax import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.masks.mask import Mask
+from ....kernels.masks import Dilated, Mask
 from ....kernels.softmax import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
@@ -19,16 +19,20 @@ class SoftmaxAttention(Attention):
     """Softmax attention, of all keys or within a window.
 
     window: keys that a query sees, itself included. sink_tokens: first tokens of the document that stay visible.
+    dilation: 2 for every second key of those, counted from the query; and so on (atrous attention).
     sink_logits: a learned logit per head in the softmax's denominator.
     The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
     @also_takes(Attention)
     def __init__(
-        self, *, window: int | None = None, sink_tokens: int = 0, sink_logits: bool = False, **attention: Any
-    ) -> None:
+        self, *, window: int | None = None, sink_tokens: int = 0, dilation: int = 1, sink_logits: bool = False,
+        **attention: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**attention)
-        self.mask = Mask(window=window, sink_tokens=sink_tokens)
+        if dilation != 1 and sink_tokens:
+            raise ValueError(f"sink_tokens must be 0 with a dilation; got {sink_tokens}. Leave one of them out")
+        self.mask = Mask(window=window, sink_tokens=sink_tokens) if dilation == 1 else Dilated(dilation, window)
         self.sink_logits = nn.Parameter(torch.zeros(self.heads)) if sink_logits else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
