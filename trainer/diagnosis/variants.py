@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def edge_calls(case: Case, calls: list[Call]) -> Iterator[Call]:
 
 def _resized(call: Call, size: int, case: Case) -> Call | None:
     kwargs, what = call.kwargs, f"of {size} tokens, "
-    if call.op == "softmax_attention" and getattr(mask := kwargs.get("mask"), "window", None) is not None:
+    mask: Any = kwargs.get("mask")
+    if call.op == "softmax_attention" and getattr(mask, "window", None) is not None:
         return replace(call, kwargs={**kwargs, "mask": replace(mask, window=size)}, variant=f"window {what}")
     if call.op == "short_conv":
         taps = torch.arange(size + 1) % call.args[1].shape[1]
