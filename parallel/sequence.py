@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.documents import Documents
-from ..kernels.masks.mask import Mask
+from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
 from .layout import Layout
 from .mesh import Heads, Mesh
@@ -218,7 +218,7 @@ class Sequence:
 
         return self.derive(("tokens", self.rank), count)
 
-    def pairs(self, mask: Mask) -> int:
+    def pairs(self, mask: Pattern) -> int:
         """How many (query, key) pairs of the row the queries held here see."""
 
         def count() -> int:
