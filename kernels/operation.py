@@ -61,7 +61,24 @@ def run(
 
     kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
     """
+    if not torch.is_grad_enabled():
+        return _results(operation, inputs, where, kept, slot, note)[0]  # type: ignore[return-value]
     return _Run.apply(operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
+
+
+def _results(
+    operation: Operation, inputs: Tensors, where: Any, kept: Kept | None, slot: str, note: str
+) -> tuple[Tensors, Tensors]:
+    results = None if kept is None else kept.take(slot)
+    if results is None:
+        try:
+            results = operation.forward(inputs, where)
+        except RuntimeError as error:
+            error.add_note(note)
+            raise
+        if kept is not None:
+            kept.store(slot, results)
+    return results
 
 
 class _Run(torch.autograd.Function):
@@ -69,16 +86,7 @@ class _Run(torch.autograd.Function):
     def forward(
         ctx: Any, operation: Operation, where: Any, kept: Kept | None, slot: str, note: str, *inputs: Tensor | None
     ) -> Tensors:
-        results = None if kept is None else kept.take(slot)
-        if results is None:
-            try:
-                results = operation.forward(inputs, where)
-            except RuntimeError as error:
-                error.add_note(note)
-                raise
-            if kept is not None:
-                kept.store(slot, results)
-        outputs, saved = results
+        outputs, saved = _results(operation, inputs, where, kept, slot, note)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *outputs, *saved)
         ctx.operation, ctx.where, ctx.note, ctx.counts = operation, where, note, (len(inputs), len(outputs))

@@ -58,7 +58,6 @@ def attention(
     """
     if seq.cache is not None:
         made = op(*settings)
-        made.check(inputs)
         extended, keys = with_cached(made, inputs, seq, slot)
         return run(OnOneDevice(made), extended, (made.tile(seq.local, keys), seq.backend))[0]
     by_heads = seq.strategy.attention == "ulysses"
@@ -77,16 +76,20 @@ def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any,
     total = before + sent[0].shape[1]
     if key in entries:
         sent = tuple(torch.cat(pair, dim=1) for pair in zip(entries[key], sent, strict=True))
-    runs, start = [], 0
-    for first, stop in union([*op.kept(before), (before, total)]):
-        runs.append(Run(0, start, stop - first, first))
-        start += stop - first
-    entries[key] = _parts(sent, runs, op.kept(total))
+    kept = op.kept(total)
+    if kept == [(0, total)]:
+        runs = (Run(0, 0, total, 0),)
+        entries[key] = sent
+    else:
+        starts, runs = 0, ()
+        for first, stop in union([*op.kept(before), (before, total)]):
+            runs, starts = (*runs, Run(0, starts, stop - first, first)), starts + stop - first
+        entries[key] = _parts(sent, runs, kept)
     extended = inputs._replace(**dict(zip(op.travels, sent, strict=True)))
-    return extended, Documents((tuple(runs),) * sent[0].shape[0], start)
+    return extended, Documents((runs,) * sent[0].shape[0], sent[0].shape[1])
 
 
-def _parts(sent: tuple[Tensor, ...], runs: list[Run], kept: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+def _parts(sent: tuple[Tensor, ...], runs: tuple[Run, ...], kept: list[tuple[int, int]]) -> tuple[Tensor, ...]:
     """Of tensors whose tokens are `runs` of one document, those at the kept positions."""
     cuts = [
         (max(low, r.position) - r.position + r.start, min(high, r.end_position) - r.position + r.start)
