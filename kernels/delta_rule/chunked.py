@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gated_linear.slabs import fade
+from ..chunks.slabs import fade
 from .sweep import Problem, Sweep
 
 Gradients = tuple[Tensor | None, ...]

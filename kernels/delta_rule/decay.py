@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..gated_linear.channel import ChannelDecay
-from ..gated_linear.decay import TokenDecay
-from ..gated_linear.slabs import Grid
+from ..chunks.channel import ChannelDecay
+from ..chunks.decay import TokenDecay
+from ..chunks.slabs import Grid
 
 
 class TokenScores(TokenDecay):

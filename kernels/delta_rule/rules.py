@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..gated_linear.decay import by_row
-from ..gated_linear.slabs import Lanes, Slab, States
+from ..chunks.decay import by_row
+from ..chunks.slabs import Lanes, Slab, States
 
 if TYPE_CHECKING:
     from .sweep import Sweep

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chunks.slabs import Block, Borders, Grid, Lanes, Masks, Slab, States, blocks
 from ..documents import Documents
-from ..gated_linear.slabs import Block, Borders, Grid, Lanes, Masks, Slab, States, blocks
 from ..recurrence import Inputs
 from .decay import ChannelScores, TokenScores
 from .rules import BetaRule, EraseRule

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chunks import slabs
 from ..documents import Documents
-from . import slabs
 from .parts import GatedLinearRecurrence as GatedLinearRecurrence
 
 CHUNK = slabs.CHUNK

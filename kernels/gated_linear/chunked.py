@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chunks.channel import CHUNK as CHANNEL_CHUNK
+from ..chunks.channel import ChannelDecay, SplitChannelDecay
+from ..chunks.decay import Decay, SplitTokenDecay, TokenDecay, Wanted
+from ..chunks.slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks, fade
 from ..documents import Documents
-from .channel import CHUNK as CHANNEL_CHUNK
-from .channel import ChannelDecay, SplitChannelDecay
-from .decay import Decay, SplitTokenDecay, TokenDecay, Wanted
-from .slabs import CHUNK, Block, Borders, Grid, Lanes, Slab, States, blocks, fade
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..chunks.decay import factor
 from ..documents import Documents
 from . import stable
 from .chunked import Problem
-from .decay import factor
 from .stable import LogScales
 
 Inputs = tuple[Tensor | None, ...]

@@ -8,7 +8,7 @@ from largest_tensor import LargestTensor
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import bytes_sent, flops, gated_linear_attention, recurrence, state_bytes
-from longreach.kernels.gated_linear.decay import FLOOR
+from longreach.kernels.chunks.decay import FLOOR
 from longreach.kernels.recurrence import Summary
 
 DECAYS = ("none", "constant", "token", "channel")
