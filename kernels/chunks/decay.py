@@ -48,6 +48,10 @@ class Decay:
         """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
         raise NotImplementedError
 
+    def add_gradients(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Adds the same, for one of several pairs of q and k that have scores under these decays."""
+        raise NotImplementedError
+
     def entered(self, q: Tensor, out: Tensor) -> Tensor:
         """q ⊙ enter: in `out`, or q itself where nothing is left to apply."""
         return torch.mul(q, self.enter, out=out)
@@ -162,14 +166,17 @@ class TokenDecay(Decay):
             self.scored.clamp_(min=FLOOR[self.grid.dtype], max=0.0).exp_().tril_()
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
-        """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0."""
         self._decay(torch.bmm(q, k.mT, out=out))
 
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
         self._decay(dscores)
         torch.bmm(dscores, k, out=dq)
         torch.bmm(dscores.mT, q, out=dk)
+
+    def add_gradients(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        self._decay(dscores)
+        dq.baddbmm_(dscores, k)
+        dk.baddbmm_(dscores.mT, q)
 
     def _decay(self, scores: Tensor) -> None:
         if self.fixed is None:
@@ -180,7 +187,6 @@ class TokenDecay(Decay):
             by_row(scores, self.grid).mul_(self.masks.same)
 
     def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
-        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
         own = moments.sum(-1, keepdim=True).double()
         end = ends.sum(-1, dtype=torch.float64)[:, None, None]
         if self.masks is None:

@@ -127,6 +127,11 @@ def cumulate_back(moments, ids, ends, T, N, D, H, K, C: tl.constexpr, LANES: tl.
         tl.store(moments + row * D + d, tl.where(own >= 0, total, 0.0), mask=d < D)
 
 
+def ceil_div(length: int, size: int) -> int:
+    """How many times `size` it takes to cover `length`."""
+    return -(-length // size)
+
+
 def summed(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
     """Gradients of heads or finer groups, in the shape and type of x; None where there is no x or no gradient."""
     if dx is None or x is None:

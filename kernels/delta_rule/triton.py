@@ -30,6 +30,7 @@ from ..chunks.triton import (
     LANES,
     NONE,
     TOKEN,
+    ceil_div,
     chunk_tokens,
     cumulate,
     cumulate_back,
@@ -43,7 +44,9 @@ from ..chunks.triton import (
     tile_pointers,
 )
 from ..compilation import Compilation
-from .sweep import Problem
+from ..operation import Tensors
+from ..recurrence import Problem
+from . import DeltaInputs
 
 BITS = 6  # of a place in a chunk
 INVERSE_WARPS = 4
@@ -620,20 +623,21 @@ class _Chunks(NamedTuple):
 class _Run:
     """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.erase, self.has_beta = problem.a is not None, problem.beta is not None
-        wide = [x.dtype for x in (problem.q, problem.k, problem.v, problem.a, problem.b) if x is not None]
+    def __init__(self, problem: Problem[DeltaInputs]) -> None:
+        self.problem, inputs = problem, problem.inputs
+        self.erase, self.has_beta = inputs.a is not None, inputs.beta is not None
+        vectors = (inputs.q, inputs.k, inputs.v, inputs.a, inputs.b)
+        wide = [x.dtype for x in vectors if x is not None]
         self.dtype = reduce(torch.promote_types, wide)
-        self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in (problem.q, problem.k, problem.v))
+        self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in vectors[:3] if x is not None)
         self.rows = self.columns = self.k
-        if problem.a is not None and problem.b is not None:
-            self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (problem.a, problem.b))
+        if inputs.a is not None and inputs.b is not None:
+            self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (inputs.a, inputs.b))
         self.batch, self.length, self.heads, self.values = self.v.shape
-        self.keys, self.chunks = self.k.shape[-1], triton.cdiv(self.length, CHUNK)
+        self.keys, self.chunks = self.k.shape[-1], ceil_div(self.length, CHUNK)
         self.ids = problem.documents.ids(self.q.device)
-        self.beta = self.ids if problem.beta is None else problem.beta.contiguous()  # what is not there is not read
-        log_decay = problem.log_decay
+        self.beta = self.ids if inputs.beta is None else inputs.beta.contiguous()  # where there is none it is not read
+        log_decay = inputs.log_decay
         self.decay = NONE if log_decay is None else TOKEN if log_decay.dim() == 3 else CHANNEL
         self.tiles = tiles(self.dtype, self.keys, self.decay, self.erase)
         self.G = self.ids if log_decay is None else self.cumulated(log_decay)
@@ -665,7 +669,7 @@ class _Run:
         sums = torch.empty_like(log_decay, dtype=torch.float32, memory_format=torch.contiguous_format)
         dim = 1 if log_decay.dim() == 3 else log_decay.shape[-1]
         total = self.heads * dim
-        cumulate[(self.chunks, self.batch, triton.cdiv(total, LANES))](
+        cumulate[(self.chunks, self.batch, ceil_div(total, LANES))](
             log_decay.contiguous(), self.ids, sums, self.length, self.heads, dim, total,
             C=CHUNK, BY_TOKEN=True, BY_CHANNEL=True, LANES=LANES, num_warps=1,
         )  # fmt: skip
@@ -711,7 +715,7 @@ class _Run:
         starts = self.empty(self.batch * self.heads, self.chunks, self.keys, values, dtype=self.dtype)
         Z = self.per_token(values)
         block = min(self.tiles.state_values, _padded(values))
-        _states[(triton.cdiv(values, block), self.batch * self.heads)](
+        _states[(ceil_div(values, block), self.batch * self.heads)](
             chunks.W, chunks.U, chunks.left, chunks.kept, self.v, self.G, self.ids, entering.contiguous(),
             starts, Z, final, *self.sizes, self.keys, values, self.chunks,
             DECAY=self.decay, ERASE=self.erase, TRANSITION=transition, C=CHUNK, BK=_padded(self.keys), BV=block,
@@ -725,7 +729,7 @@ class _Run:
         """What queries read, `[B, T, H, V]`; with `transition`, of what entered alone."""
         out = self.per_token(Z.shape[-1], dtype)
         blocks = {**self.blocks(), "BV": min(self.tiles.value_block, _padded(Z.shape[-1]))}
-        _outputs[(triton.cdiv(Z.shape[-1], blocks["BV"]), *self.by_chunk())](
+        _outputs[(ceil_div(Z.shape[-1], blocks["BV"]), *self.by_chunk())](
             chunks.asked, chunks.scores, chunks.key_scores, Z, self.v, starts, out,
             *self.sizes, self.keys, Z.shape[-1], self.chunks, ERASE=self.erase and not transition, **blocks,
         )  # fmt: skip
@@ -736,13 +740,13 @@ class _Run:
         count = self.chunks
         dZ, dinitial = self.per_token(self.values), self.state()
         blocks = self.blocks(keys=False)
-        _pull[(triton.cdiv(self.values, blocks["BV"]), count, self.batch * self.heads)](
+        _pull[(ceil_div(self.values, blocks["BV"]), count, self.batch * self.heads)](
             chunks.scores, dout, dZ, *self.sizes, self.values, **blocks
         )
         afters = self.empty(self.batch * self.heads, count, self.keys, self.values, dtype=self.dtype)
         dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
         block = min(self.tiles.state_values, _padded(self.values))
-        _state_gradients[(triton.cdiv(self.values, block), self.batch * self.heads)](
+        _state_gradients[(ceil_div(self.values, block), self.batch * self.heads)](
             chunks.asked, chunks.W, chunks.left, dout, dZ, self.G, self.ids, dfinal, afters, dinitial,
             *self.sizes, self.keys, self.values, count, DECAY=self.decay, C=CHUNK, BK=_padded(self.keys), BV=block,
             num_warps=self.tiles.state_warps,
@@ -770,7 +774,7 @@ class _Run:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """(dq, drows, dcolumns and dk, by head; what channels give to dbeta; the gradient of the decays)."""
         block = min(self.tiles.input_keys, _padded(self.keys))
-        parts = triton.cdiv(self.keys, block)
+        parts = ceil_div(self.keys, block)
         kind = (
             torch.float32 if any(x.shape[2] < self.heads for x in (self.q, self.k, self.rows, self.columns)) else None
         )
@@ -803,39 +807,40 @@ class _Run:
         if self.erase:  # a row meets the state without its own decay: what it says is of those up to the token before
             moments[:, :-1] += row_moments[:, 1:]
         dim = 1 if self.decay == TOKEN else self.keys
-        cumulate_back[(self.chunks, self.batch, triton.cdiv(self.heads * dim, LANES))](
+        cumulate_back[(self.chunks, self.batch, ceil_div(self.heads * dim, LANES))](
             moments, self.ids, ends, self.length, self.chunks, self.heads * dim, self.heads, dim,
             C=CHUNK, LANES=LANES, num_warps=1,
         )  # fmt: skip
         return moments
 
 
-def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out in q's type, final state)."""
+def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, final state)."""
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, final = run.states(chunks, problem.entering(initial_state))
-    return run.outputs(chunks, starts, Z, problem.q.dtype), final
+    dtype = torch.float32 if problem.exact else problem.inputs.q.dtype
+    return run.outputs(chunks, starts, Z, dtype), final
 
 
-def begin(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of nothing, and of the identity."""
+def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of zero, and of the identity."""
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, state = run.states(chunks, problem.new_states())
     out = run.outputs(chunks, starts, Z, torch.float32)
     one = torch.eye(run.keys, device=state.device).expand(run.batch, run.heads, -1, -1)
     if problem.reach == 0:
-        return out, torch.zeros_like(one), state, torch.zeros_like(problem.of_keys())
+        return out, torch.zeros_like(one), state, out.new_zeros(*out.shape[:3], run.keys)
     continues = torch.tensor(problem.documents.continues, device=state.device)[:, None, None, None]
     starts, Z, transition = run.states(chunks, torch.where(continues, one, 0.0), transition=True)
     return out, transition, state, run.outputs(chunks, starts, Z, torch.float32, transition=True)
 
 
 def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """The gradients of (q, k, v, beta, log_decay, a, b), in their types, and of the initial state."""
+    problem: Problem[DeltaInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state."""
     run = _Run(problem)
     dout = dout.to(run.dtype).contiguous()
     chunks = run.prepare()
@@ -844,10 +849,11 @@ def backward(
     dR, dscores, dv, dbeta = run.pairs(chunks, dout, Z, dZ, afters)
     dq, drows, dcolumns, dk, of_channels, ddecay = run.inputs(dout, Z, dR, starts, afters, dscores)
     da, db, dk = (drows, dcolumns, dk) if run.erase else (None, None, dcolumns)
+    x = problem.inputs
     gradients = (
-        summed(dq, problem.q), summed(dk, problem.k), dv.to(problem.v.dtype),
-        summed(dbeta + of_channels, problem.beta), summed(ddecay, problem.log_decay),
-        summed(da, problem.a), summed(db, problem.b),
+        summed(dq, x.q), summed(dk, x.k), dv.to(x.v.dtype),
+        summed(dbeta + of_channels, x.beta), summed(ddecay, x.log_decay),
+        summed(da, x.a), summed(db, x.b),
     )  # fmt: skip
     return gradients, problem.entering(dinitial)
 

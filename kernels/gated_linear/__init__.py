@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ..chunks import slabs
+from ..chunks.slabs import CHUNK
 from ..documents import Documents
+from .parts import GatedLinearInputs as GatedLinearInputs
 from .parts import GatedLinearRecurrence as GatedLinearRecurrence
-
-CHUNK = slabs.CHUNK
 
 
 def gated_linear_attention(
@@ -58,58 +54,10 @@ def gated_linear_attention(
 
     Katharopoulos et al., 2020, arXiv 2006.16236; with decay Yang et al., 2024, arXiv 2312.06635.
     """
-    variant = GatedLinearRecurrence(read, normaliser, log_input is not None)
-    inputs = (q, k, v, log_decay, value_log_decay, bonus, log_input)
-    variant.check(inputs, initial_state)
-    if documents is None:
-        documents = Documents.whole(q.shape[0], q.shape[1], position=0 if initial_state is None else 1)
-    raw, final = _GatedLinearAttention.apply(variant, documents, scale, backend, initial_state, *inputs)  # type: ignore[misc]
-    return variant.finish(raw, q.dtype), final
-
-
-class _GatedLinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        variant: GatedLinearRecurrence,
-        documents: Documents,
-        scale: float | None,
-        backend: str,
-        initial_state: Tensor | None,
-        *inputs: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.settings = variant, documents, scale, backend
-        out, final = variant.forward(inputs, initial_state, documents, scale=scale, backend=backend)
-        ctx.save_for_backward(initial_state, *inputs, final[:, :, -1:].clone() if variant.stabilised else None)
-        return out, final
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        initial_state, *inputs, unit = ctx.saved_tensors
-        variant, documents, scale, backend = ctx.settings
-        if dout is None:
-            dout = _no_gradient(variant, inputs[2])
-        if dfinal_state is not None and unit is not None:
-            dfinal_state = torch.cat([dfinal_state[:, :, :-1], unit], dim=2)
-        dinputs, dinitial = variant.backward(
-            dout, dfinal_state, tuple(inputs), initial_state, documents, scale=scale, backend=backend
-        )
-        if initial_state is None:
-            dinitial = None
-        else:
-            dinitial = dinitial.to(initial_state.dtype)
-            if variant.stabilised:
-                dinitial[:, :, -1] = 0.0
-        return None, None, None, None, dinitial, *dinputs
-
-
-def _no_gradient(variant: GatedLinearRecurrence, v: Tensor) -> Tensor:
-    extra = (variant.normaliser is not None) + variant.stabilised
-    return v.new_zeros(*v.shape[:3], v.shape[3] + extra)
-
-
-recurrence = GatedLinearRecurrence()
+    op = GatedLinearRecurrence(read, normaliser, log_input is not None, scale)
+    inputs = GatedLinearInputs(q, k, v, log_decay, value_log_decay, bonus, log_input)
+    raw, final = op(inputs, initial_state, documents, backend)
+    return op.finish(raw, q.dtype), final
 
 
 def flops(tokens: int, *, heads: int, key_dim: int, value_dim: int, chunk: int = CHUNK) -> int:

@@ -31,6 +31,7 @@ from ..chunks.triton import (
     LANES,
     NONE,
     TOKEN,
+    ceil_div,
     chunk_tokens,
     cumulate,
     cumulate_back,
@@ -44,7 +45,9 @@ from ..chunks.triton import (
     tile_pointers,
 )
 from ..compilation import Compilation
-from .chunked import Problem
+from ..operation import Tensors
+from ..recurrence import Problem
+from .parts import GatedLinearInputs
 
 SUB = 16  # tokens whose channels' decays are multiplied step by step; also the least side of a matrix product
 BLOCK = 64  # channels of a tile
@@ -524,7 +527,7 @@ class _Sizes(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.length, CHUNK)
+        return ceil_div(self.length, CHUNK)
 
 
 def _block(dim: int) -> int:
@@ -534,27 +537,27 @@ def _block(dim: int) -> int:
 class _Run:
     """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.dtype = problem, problem.q.dtype
-        batch, length, heads, values = problem.v.shape
-        groups = math.lcm(problem.q.shape[2], problem.k.shape[2])
-        self.q, self.k = (_grouped(x, groups).contiguous() for x in (problem.q, problem.k))
+    def __init__(self, problem: Problem[GatedLinearInputs]) -> None:
+        self.problem, inputs = problem, problem.inputs
+        self.dtype = inputs.q.dtype
+        batch, length, heads, values = inputs.v.shape
+        groups = math.lcm(inputs.q.shape[2], inputs.k.shape[2])
+        self.q, self.k = (_grouped(x, groups).contiguous() for x in (inputs.q, inputs.k))
         self.k = self.k.to(self.dtype)
-        self.v = problem.v.to(self.dtype).contiguous()
+        self.v = inputs.v.to(self.dtype).contiguous()
         self.sizes = _Sizes(batch, length, heads, groups, self.k.shape[-1], values)
         self.ids = problem.documents.ids(self.q.device)
         self.scale = float(problem.scale)
-        log_decay = problem.log_decay
-        by_channel = problem.per_channel or problem.value_log_decay is not None
-        self.decay = CHANNEL if by_channel else NONE if log_decay is None else TOKEN
-        self.by_value = problem.value_log_decay is not None
+        log_decay = inputs.log_decay
+        self.decay = CHANNEL if problem.op.by_channel(problem.inputs) else NONE if log_decay is None else TOKEN
+        self.by_value = inputs.value_log_decay is not None
         self.G = self.W = self.ids  # what is not read
         if self.decay == CHANNEL:
             self.G = self.cumulated(log_decay, self.sizes.keys)
         elif self.decay == TOKEN:
             self.G = self.cumulated(log_decay, 1)
         if self.by_value:
-            self.W = self.cumulated(problem.value_log_decay, values)
+            self.W = self.cumulated(inputs.value_log_decay, values)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -568,7 +571,7 @@ class _Run:
         if log_decay is None:
             return torch.zeros(s.batch, s.length, s.heads, dim, device=self.q.device)
         sums, total = self.per_token(dim), s.heads * dim
-        cumulate[(s.chunks, s.batch, triton.cdiv(total, LANES))](
+        cumulate[(s.chunks, s.batch, ceil_div(total, LANES))](
             log_decay.contiguous(), self.ids, sums, s.length, s.heads, dim, total,
             C=CHUNK, BY_TOKEN=log_decay.dim() > 2, BY_CHANNEL=log_decay.dim() in (2, 4) or dim == 1, LANES=LANES,
             num_warps=1,
@@ -578,7 +581,7 @@ class _Run:
     def cumulated_back(self, moments: Tensor, ends: Tensor) -> Tensor:
         """Moments `[B, T, H, D]` as gradients of decays, in place."""
         s, dim = self.sizes, moments.shape[-1]
-        cumulate_back[(s.chunks, s.batch, triton.cdiv(s.heads * dim, LANES))](
+        cumulate_back[(s.chunks, s.batch, ceil_div(s.heads * dim, LANES))](
             moments, self.ids, ends, s.length, s.chunks, s.heads * dim, s.heads, dim, C=CHUNK, LANES=LANES, num_warps=1
         )
         return moments
@@ -586,9 +589,9 @@ class _Run:
     def segments(self, chunks: int) -> int:
         """Into how many segments `chunks` chunks are cut for the passes that go through them in order."""
         s = self.sizes
-        programs = triton.cdiv(s.keys, s.key_block) * triton.cdiv(s.values, s.value_block) * s.batch * s.heads
-        length = max(LEAST_SEGMENT, triton.cdiv(chunks * programs, PROGRAMS))
-        return triton.cdiv(chunks, length)
+        programs = ceil_div(s.keys, s.key_block) * ceil_div(s.values, s.value_block) * s.batch * s.heads
+        length = max(LEAST_SEGMENT, ceil_div(chunks * programs, PROGRAMS))
+        return ceil_div(chunks, length)
 
     def in_order(self, kernel: Any, tensors: tuple[Tensor, ...], entering: Tensor, into: Tensor, chunks: int,
                  scale: tuple[float, ...], back: bool, **constants: Any) -> Tensor:  # fmt: skip
@@ -598,16 +601,16 @@ class _Run:
         """
         s = self.sizes
         segments = self.segments(chunks)
-        length = triton.cdiv(chunks, max(1, segments))
+        length = ceil_div(chunks, max(1, segments))
         rows, square = s.batch * s.heads, s.keys * s.values
-        grid = (triton.cdiv(s.keys, s.key_block), triton.cdiv(s.values, s.value_block), rows * max(1, segments))
+        grid = (ceil_div(s.keys, s.key_block), ceil_div(s.values, s.value_block), rows * max(1, segments))
         sizes = (s.length, s.heads, s.groups, s.keys, s.values, chunks, max(1, length), *scale)
         constants = {"DECAY": self.decay, "VALUE": self.by_value} | self.tiles() | constants
         entering = entering.contiguous()
         if segments > 1:
             added, passed, entered = (self.empty(rows, segments, square) for _ in range(3))
             kernel[grid](*tensors, entering, into, added, passed, *sizes, SUMMARY=True, **constants)
-            _enter[(triton.cdiv(square, 1024), rows)](
+            _enter[(ceil_div(square, 1024), rows)](
                 entering, added, passed, entered, square, segments, BACK=back, BLOCK=1024, num_warps=4
             )
             entering = entered
@@ -642,7 +645,7 @@ class _Run:
     def outputs(self, starts: Tensor, out: Tensor, scores: Tensor | None, *, intra: bool, add: bool = False) -> None:
         s = self.sizes
         chunks = starts.shape[1]
-        _outputs[(triton.cdiv(s.values, s.value_block), chunks, s.batch * s.heads)](
+        _outputs[(ceil_div(s.values, s.value_block), chunks, s.batch * s.heads)](
             self.q, self.k, self.v, self.G, self.W, self.ids, starts, self.ids if scores is None else scores, out,
             s.length, s.heads, s.groups, s.keys, s.values, chunks, out.stride(0), self.scale,
             DECAY=self.decay, VALUE=self.by_value, INTRA=intra, ADD=add, **self.tiles(),
@@ -666,7 +669,7 @@ class _Run:
         """Writes `into`; returns the moments where there are two."""
         s, dim, both = self.sizes, y.shape[3], into[1] is not None
         moments = self.per_token(dim) if both else bases[0]
-        _mix[(triton.cdiv(dim, _block(dim)), s.chunks, s.batch * s.heads)](
+        _mix[(ceil_div(dim, _block(dim)), s.chunks, s.batch * s.heads)](
             scores, x, y, sums, bases[0], bases[1] if both else bases[0], into[0], into[1] if both else bases[0],
             moments, s.length, s.heads, x.shape[2], y.shape[2], dim, s.chunks, into[0].stride(0), scale,
             BOTH=both, C=CHUNK, SUB=SUB, BD=_block(dim), num_warps=4,
@@ -678,7 +681,7 @@ class _Run:
         s = self.sizes
         dv = self.per_token(s.values, torch.float32 if self.by_value else self.dtype)
         ends = self.empty(s.batch * s.heads, s.chunks, s.values) if self.by_value else dv
-        _values[(triton.cdiv(s.values, s.value_block), s.chunks, s.batch * s.heads)](
+        _values[(ceil_div(s.values, s.value_block), s.chunks, s.batch * s.heads)](
             self.q, self.k, self.v, dout, self.G, self.W, self.ids, starts, afters,
             self.ids if scores is None else scores, dv, ends,
             s.length, s.heads, s.groups, s.keys, s.values, s.chunks, self.scale,
@@ -690,7 +693,7 @@ class _Run:
         """(dq, dk, ddecay `[B, T, H]`) where channels do not decay by themselves."""
         s = self.sizes
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        blocks = triton.cdiv(s.keys, s.key_block)
+        blocks = ceil_div(s.keys, s.key_block)
         moments = ends = dq  # what is not written
         if self.decay:
             moments = self.empty(blocks, s.batch, s.length, s.heads)
@@ -710,7 +713,7 @@ class _Run:
         dscores = self.scores(dout, self.v, self.W if self.by_value else None, 1.0)
         bases = self.per_token(s.keys), self.per_token(s.keys)
         ends = self.empty(s.batch * s.heads, s.chunks, s.keys)
-        _from_states[(triton.cdiv(s.keys, s.key_block), s.chunks, s.batch * s.heads)](
+        _from_states[(ceil_div(s.keys, s.key_block), s.chunks, s.batch * s.heads)](
             self.k, self.v, dout, self.G, self.W, self.ids, starts, afters, *bases, ends,
             s.length, s.heads, s.groups, s.keys, s.values, s.chunks, VALUE=self.by_value,
             **(self.tiles() | {"num_warps": 8}),
@@ -730,8 +733,10 @@ def _is_rowwise(x: Tensor) -> bool:
     return x[:1].is_contiguous()
 
 
-def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, written to `out` where given, else new in q's type; final state)."""
+def forward(
+    problem: Problem[GatedLinearInputs], initial_state: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, written to `out` where it is passed; final state)."""
     run = _Run(problem)
     out = problem.new_output() if out is None else out
     assert _is_rowwise(out)
@@ -746,9 +751,9 @@ def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None =
     return out, final
 
 
-def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
+def correct(problem: Problem[GatedLinearInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches."""
-    chunks = triton.cdiv(problem.reach, CHUNK)
+    chunks = ceil_div(problem.reach, CHUNK)
     if chunks == 0:
         return out
     run = _Run(problem)
@@ -758,9 +763,11 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
     return out if target is out else out.copy_(target)
 
 
-def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+def summarize_backward(
+    problem: Problem[GatedLinearInputs], dout: Tensor, initial_state: Tensor | None = None
+) -> Tensor:
     """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches."""
-    chunks = triton.cdiv(problem.reach, CHUNK)
+    chunks = ceil_div(problem.reach, CHUNK)
     if chunks == 0:
         return problem.new_states()
     run = _Run(problem)
@@ -768,9 +775,9 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
 
 
 def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
-    """The gradients of (q, k, v, log_decay, value_log_decay), in their types, and of the initial state."""
+    problem: Problem[GatedLinearInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state."""
     run = _Run(problem)
     dout = dout.to(run.dtype).contiguous()
     starts, _ = run.states(problem.entering(initial_state))
@@ -789,9 +796,10 @@ def backward(
         moments = run.mix(scores, dout, run.v, run.W, (base, dv), (base, into))
         dvalue_decay = run.cumulated_back(moments, ends)
         dv = into
+    x = problem.inputs
     gradients = (
-        summed(dq, problem.q), summed(dk, problem.k), dv.to(problem.v.dtype),
-        _of_decay(ddecay, problem.log_decay), _of_decay(dvalue_decay, problem.value_log_decay),
+        summed(dq, x.q), summed(dk, x.k), dv.to(x.v.dtype),
+        _of_decay(ddecay, x.log_decay), _of_decay(dvalue_decay, x.value_log_decay), None, None,
     )  # fmt: skip
     return gradients, problem.entering(dinitial)
 
