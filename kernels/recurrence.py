@@ -10,19 +10,18 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib import import_module
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import operation
+from .dims import named, require_shapes, shape_of, sizes_of
 from .dispatch import resolve
 from .documents import Documents
 from .operation import Tensors
-
-Record = TypeVar("Record", bound=tuple[Any, ...])
+from .problem import Problem, Record, accumulator
 
 PIECE = 1024  # tokens of one product with what reads an entering state, on a CPU
 
@@ -51,93 +50,6 @@ class Beginning(NamedTuple):
     reads: Tensor | None
 
 
-@dataclass(frozen=True)
-class Problem(Generic[Record]):
-    """One call of an op: its inputs, their documents, and the backend that runs it.
-
-    exact: whether outputs stay in the type of the accumulators, for arithmetic on them to follow.
-    """
-
-    op: Any  # a Recurrence, with the settings of its class
-    inputs: Record
-    documents: Documents
-    backend: str
-    exact: bool = False
-
-    @cached_property
-    def implementation(self) -> Any:
-        """What runs the backend, see `Recurrence.implementation`."""
-        return self.op.implementation(self.backend)
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """What the letters of `Recurrence.dims` stand for."""
-        return self.op.sizes(self.inputs)
-
-    @cached_property
-    def scale(self) -> float:
-        """The factor of the queries: by default K^(-1/2)."""
-        return self.sizes["K"] ** -0.5 if self.op.scale is None else self.op.scale
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The type of accumulators and states: float32, or float64 for float64 inputs."""
-        return accumulator(self.inputs[0])
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs[0].device
-
-    @property
-    def reach(self) -> int:
-        """The tokens up to which an entering state reaches in some row."""
-        rows = zip(self.documents.runs, self.documents.continues, strict=True)
-        return max((row[0].stop for row, continues in rows if continues), default=0)
-
-    @property
-    def through(self) -> Tensor:
-        """bool `[B]`: the rows that one document passes through, begun before and not ended in them."""
-        rows = zip(self.documents.runs, self.documents.continues, strict=True)
-        return torch.tensor([continues and len(row) == 1 for row, continues in rows], device=self.device)
-
-    def new_output(self) -> Tensor:
-        """An empty output, in the inputs' type or, where exact, in that of the accumulators."""
-        shape = self.op.shape(self.op.out, self.sizes)
-        return torch.empty(shape, dtype=self.dtype if self.exact else self.inputs[0].dtype, device=self.device)
-
-    def new_states(self) -> Tensor:
-        """Zeros for the states of all rows."""
-        return torch.zeros(self.op.shape(self.op.state, self.sizes), dtype=self.dtype, device=self.device)
-
-    def entering(self, state: Tensor | None) -> Tensor:
-        """The state that enters each row: zero where a row does not continue a document."""
-        if state is None:
-            return self.new_states()
-        if all(self.documents.continues):
-            return state.to(self.dtype).contiguous()
-        return torch.where(per_row(self.documents.continues, state), state.to(self.dtype), 0.0).contiguous()
-
-    def leaving(self, dfinal_state: Tensor | None) -> Tensor:
-        """A copy of the gradient of the final state; 0 in rows that end in padding, after which every state is 0."""
-        if dfinal_state is None:
-            return self.new_states()
-        gradient = dfinal_state.to(self.dtype, copy=True)
-        for row, runs in enumerate(self.documents.runs):
-            if runs[-1].is_padding:
-                gradient[row] = 0.0
-        return gradient
-
-    def tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each token t in order: t, whether it continues the document before it, and whether it is no padding.
-
-        Both are bool `[B]`. What references, which go token by token, need to know of documents.
-        """
-        ids = self.documents.ids(self.device)
-        goes_on = torch.tensor(self.documents.continues, device=self.device)
-        for t in range(self.documents.length):
-            yield t, goes_on if t == 0 else ids[:, t] == ids[:, t - 1], ids[:, t] >= 0
-
-
 class Recurrence(ABC, Generic[Record]):
     """An op with a state, which can be run on segments of a row and put together across them.
 
@@ -154,9 +66,8 @@ class Recurrence(ABC, Generic[Record]):
     then one `backward`, given the state that enters and the gradient of the state that leaves.
 
     name: of the public op.    record: the class of its inputs, a NamedTuple; None stands for a tensor that is left out.
-    dims: the dimensions that each input may have, as letters, forms apart by `|`; "B T …" is a sequence. Every letter
-        is one size, but G, the groups of an input, divides H. `out`, `state`: those of the output and of the state,
-        where "K+1" is one more than K; dimension 1 of the state is what Ulysses shares among ranks.
+    dims: the dimensions of each input, as `kernels.dims` writes them; "B T …" is a sequence. `out`, `state`: those of
+        the output and of the state, whose dimension 1, heads or channels, is what Ulysses shares among ranks.
     common: places of the sequences without that dimension.    scale: of the queries, None for K^(-1/2).
     raw: whether outputs are finished outside the op, and so are in the type of the accumulators.
     """
@@ -299,51 +210,31 @@ class Recurrence(ABC, Generic[Record]):
     def check(self, tensors: Tensors, initial_state: Tensor | None = None) -> None:
         """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
         inputs = self.record(*tensors)
-        sizes, present = (
-            self.sizes(inputs),
-            {name: x for name, x in zip(self.dims, inputs, strict=True) if x is not None},
-        )
-        for name, x in present.items():
-            forms = self.dims[name].split(" | ")
-            if not any(_fits(x, form.split(), sizes) for form in forms):
-                raise ValueError(_misshapen(name, x, forms, sizes))
+        sizes = require_shapes(self.dims, inputs)
         if inputs[0].shape[1] == 0:
             raise ValueError("the sequence must have at least one token; got none. Leave empty segments out")
-        for name, x in present.items():
-            if name.endswith("log_decay") and x.device.type == "cpu" and float(greatest := x.detach().max()) > 0:
-                raise ValueError(f"{name} must not be positive; got {float(greatest)}. Pass the logarithm of the decay")
+        for name, x in zip(self.dims, inputs, strict=True):
+            if name.endswith("log_decay") and x is not None and x.device.type == "cpu":
+                greatest = float(x.detach().max())
+                if greatest > 0:
+                    raise ValueError(f"{name} must not be positive; got {greatest}. Pass the logarithm of the decay")
         self.check_inputs(inputs)
-        if initial_state is not None and tuple(initial_state.shape) != (shape := self.shape(self.state, sizes)):
+        if initial_state is not None and tuple(initial_state.shape) != (shape := shape_of(self.state, sizes)):
             raise ValueError(
-                f"initial_state must be {_named(self.state)} = {list(shape)}; got {list(initial_state.shape)}. "
+                f"initial_state must be {named(self.state)} = {list(shape)}; got {list(initial_state.shape)}. "
                 "Pass the final state of the tokens before"
             )
-
-    def sizes(self, inputs: Record) -> dict[str, int]:
-        """What each letter of `dims` but G stands for: its size in the first input that has it."""
-        sizes: dict[str, int] = {}
-        for forms, x in zip(self.dims.values(), inputs, strict=True):
-            for form in forms.split(" | "):
-                letters = form.split()
-                if x is not None and len(letters) == x.dim():
-                    for letter, size in zip(letters, x.shape, strict=True):
-                        sizes.setdefault(letter, size)
-        return sizes
-
-    def shape(self, dims: str, sizes: dict[str, int]) -> tuple[int, ...]:
-        """The shape that letters, their successors ("K+1") and numbers stand for."""
-        return tuple(_size(dim, sizes) for dim in dims.split())
 
     def empty_results(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Empty tensors of the shapes and types of the output, the state, the transition and the reads."""
         inputs = self.record(*tensors)
-        sizes, first = self.sizes(inputs), inputs[0]
+        sizes, first = sizes_of(self.dims, inputs), inputs[0]
         exact, reads = accumulator(first), self.reads_dims()
         return (
-            first.new_empty(self.shape(self.out, sizes), dtype=exact if self.raw else first.dtype),
-            first.new_empty(self.shape(self.state, sizes), dtype=exact),
-            first.new_empty(self.shape(self.transition_dims(inputs), sizes), dtype=exact),
-            None if reads is None else first.new_empty(self.shape(reads, sizes)),
+            first.new_empty(shape_of(self.out, sizes), dtype=exact if self.raw else first.dtype),
+            first.new_empty(shape_of(self.state, sizes), dtype=exact),
+            first.new_empty(shape_of(self.transition_dims(inputs), sizes), dtype=exact),
+            None if reads is None else first.new_empty(shape_of(reads, sizes)),
         )
 
 
@@ -448,44 +339,6 @@ class _Rows(Generic[Record]):
         if initial is None:
             return *dinputs, None
         return *dinputs, self.op.with_units(dinitial, torch.zeros_like(dinitial)).to(initial.dtype)
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def per_row(rows: tuple[bool, ...] | Tensor, like: Tensor) -> Tensor:
-    """One bool per row, to broadcast against `like` `[B, …]`."""
-    return torch.as_tensor(rows, device=like.device).view(-1, *[1] * (like.dim() - 1))
-
-
-def _size(dim: str, sizes: dict[str, int]) -> int:
-    letter, _, more = dim.partition("+")
-    return (int(letter) if letter.isdigit() else sizes[letter]) + int(more or 0)
-
-
-def _fits(x: Tensor, letters: list[str], sizes: dict[str, int]) -> bool:
-    if x.dim() != len(letters):
-        return False
-    pairs = zip(letters, x.shape, strict=True)
-    return all(
-        size > 0 and sizes.get("H", 0) % size == 0 if letter == "G" else sizes[letter] == size for letter, size in pairs
-    )
-
-
-def _named(dims: str) -> str:
-    return f"[{dims.replace(' ', ', ').replace('+', ' + ')}]"
-
-
-def _misshapen(name: str, x: Tensor, forms: list[str], sizes: dict[str, int]) -> str:
-    known = dict(sizes, G="G")
-    shapes = [_named(" ".join(str(known.get(letter, letter)) for letter in form.split())) for form in forms]
-    groups = f" with G dividing H = {known.get('H', 'H')}" if "G" in forms[0] else ""
-    return (
-        f"{name} must be {' or '.join(map(_named, forms))} = {' or '.join(shapes)}{groups}; got {list(x.shape)}. "
-        "Put time in dimension 1, and check the heads and dims of the mixer"
-    )
 
 
 def _reached(reads: Tensor, reach: int) -> Iterator[slice]:

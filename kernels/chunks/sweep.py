@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from .channel import ChannelDecay
 from .decay import TokenDecay
 from .slabs import Block, Borders, Grid, Lanes, Masks, Slab, States, blocks

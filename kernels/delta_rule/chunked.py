@@ -26,7 +26,7 @@ from torch import Tensor
 from ..chunks import sweep as sweeps
 from ..chunks.slabs import fade
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import DeltaInputs
 from .sweep import Sweep
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..recurrence import Problem
+from ..problem import Problem
 from . import DeltaInputs
 
 

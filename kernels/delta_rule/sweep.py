@@ -8,7 +8,7 @@ from torch import Tensor
 from ..chunks import sweep as sweeps
 from ..chunks.slabs import Block, Grid, Slab, States
 from ..chunks.sweep import Parts
-from ..recurrence import Problem
+from ..problem import Problem
 from . import CHUNK, DeltaInputs
 from .rules import BetaRule, EraseRule
 

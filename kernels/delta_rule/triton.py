@@ -45,7 +45,7 @@ from ..chunks.triton import (
 )
 from ..compilation import Compilation
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import DeltaInputs
 
 BITS = 6  # of a place in a chunk

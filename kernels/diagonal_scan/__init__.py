@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents
-from ..recurrence import Diagonal, Problem, per_row
+from ..problem import Problem, per_row
+from ..recurrence import Diagonal
 
 
 class DiagonalInputs(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..chunks.decay import FLOOR
 from ..chunks.slabs import borders
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import DiagonalInputs
 
 CHUNK = 64  # tokens of a lane

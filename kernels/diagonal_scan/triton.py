@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..compilation import Compilation
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import DiagonalInputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))

@@ -28,7 +28,7 @@ from ..chunks.decay import SplitTokenDecay, Wanted
 from ..chunks.slabs import CHUNK, Block, Grid, Slab, States, fade
 from ..chunks.sweep import Parts
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from .parts import GatedLinearInputs
 
 

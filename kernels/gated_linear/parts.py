@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..recurrence import Diagonal, Problem, Summary, per_row
+from ..problem import Problem, per_row
+from ..recurrence import Diagonal, Summary
 from . import stable
 from .normalise import Normalise
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recurrence import Problem
+from ..problem import Problem
 from .parts import GatedLinearInputs
 from .stable import LOWEST
 

@@ -46,7 +46,7 @@ from ..chunks.triton import (
 )
 from ..compilation import Compilation
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from .parts import GatedLinearInputs
 
 SUB = 16  # tokens whose channels' decays are multiplied step by step; also the least side of a matrix product

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..chunks.decay import factor
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import stable
 from .parts import GatedLinearInputs, GatedLinearRecurrence
 from .stable import LogScales

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents
-from ..recurrence import Diagonal, Problem, Summary, per_row
+from ..problem import Problem, per_row
+from ..recurrence import Diagonal, Summary
 
 DECAYS = ("exponential", "longhorn")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..chunks.decay import FLOOR
 from ..chunks.slabs import borders
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import SelectiveInputs
 
 SLAB = 16  # tokens whose states are held at once

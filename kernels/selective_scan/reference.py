@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..recurrence import Problem
+from ..problem import Problem
 from . import SelectiveInputs
 
 

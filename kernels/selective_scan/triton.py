@@ -28,7 +28,7 @@ from torch import Tensor
 from ..compilation import Compilation
 from ..diagonal_scan.triton import carried
 from ..operation import Tensors
-from ..recurrence import Problem
+from ..problem import Problem
 from . import SelectiveInputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))

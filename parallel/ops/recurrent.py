@@ -10,7 +10,8 @@ from torch import Tensor
 from ...kernels.delta_rule import DeltaInputs, DeltaRecurrence
 from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
 from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
-from ...kernels.recurrence import Record, Recurrence
+from ...kernels.problem import Record
+from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
 from ..operation import Setting, mix
 from ..sequence import Sequence

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.operation import Tensors
-from ...kernels.recurrence import Problem, Recurrence, Summary
+from ...kernels.problem import Problem
+from ...kernels.recurrence import Recurrence, Summary
 from ..collectives import Gathering, in_row_order
 from ..operation import Operation, is_sequence
 from ..sequence import Sequence

@@ -11,7 +11,8 @@ from parallel_cases import CASES, TIME, Case, agree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longreach.kernels.recurrence import Diagonal, Problem, Summary
+from longreach.kernels.problem import Problem
+from longreach.kernels.recurrence import Diagonal, Summary
 from longreach.models.mixer import Mixer
 from longreach.parallel import ops
 from longreach.parallel.sequence import Sequence
