@@ -7,6 +7,7 @@ inputs of a call, but G, the groups of an input, divides H, the heads. "K+1" is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -17,8 +18,7 @@ def sizes_of(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> Sizes:
     """What each letter stands for: its size in the first input that has it."""
     sizes: Sizes = {}
     for forms, x in zip(dims.values(), inputs, strict=True):
-        for form in forms.split(" | "):
-            letters = form.split()
+        for letters in _forms(forms):
             if x is not None and len(letters) == x.dim():
                 for letter, size in zip(letters, x.shape, strict=True):
                     sizes.setdefault(letter, size)
@@ -33,11 +33,11 @@ def shape_of(dims: str, sizes: Sizes) -> tuple[int, ...]:
 def require_shapes(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> Sizes:
     """The sizes. Raises ValueError for an input whose shape is none of its forms."""
     sizes = sizes_of(dims, inputs)
-    known = dict(sizes, G="G")
+    known = {**sizes, "G": "G"}
     for (name, joined), x in zip(dims.items(), inputs, strict=True):
-        forms = joined.split(" | ")
-        if x is not None and not any(_fits(x, form.split(), sizes) for form in forms):
-            shapes = [" ".join(str(known.get(letter, letter)) for letter in form.split()) for form in forms]
+        if x is not None and not any(_fits(x, letters, sizes) for letters in _forms(joined)):
+            forms = joined.split(" | ")
+            shapes = [" ".join(str(known.get(letter, letter)) for letter in letters) for letters in _forms(joined)]
             groups = f" with G dividing H = {known.get('H', 'H')}" if "G" in joined else ""
             raise ValueError(
                 f"{name} must be {' or '.join(map(named, forms))} = {' or '.join(map(named, shapes))}{groups}; "
@@ -51,12 +51,17 @@ def named(dims: str) -> str:
     return f"[{dims.replace(' ', ', ').replace('+', ' + ')}]"
 
 
+@cache
+def _forms(dims: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(form.split()) for form in dims.split(" | "))
+
+
 def _size(dim: str, sizes: Sizes) -> int:
     letter, _, more = dim.partition("+")
     return (int(letter) if letter.isdigit() else sizes[letter]) + int(more or 0)
 
 
-def _fits(x: Tensor, letters: list[str], sizes: Sizes) -> bool:
+def _fits(x: Tensor, letters: tuple[str, ...], sizes: Sizes) -> bool:
     if x.dim() != len(letters):
         return False
     for letter, size in zip(letters, x.shape, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .decay import FLOOR, Decay, Splitting, Wanted, by_row, factor, later_of, spread
 from .slabs import Grid, Lanes, Masks, Slab
 
-CHUNK = 32  # shorter than for one decay a token: a slab has three times the workspaces to keep in cache
+CHUNK = 32  # shorter than for one decay per token: a slab has three times the workspaces to keep in cache
 LEAF = 8  # tokens whose decays are multiplied step by step; longer reaches have a reference point
 
 
@@ -45,7 +45,7 @@ class ChannelDecay(Decay):
         self.between |= {reach: _to_border(reach).to(whole) for reach in self.reaches}
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
-        """Sets `enter` and `leave` `[N, C, K]`, `through` (`[lanes, K, 1]` a chunk), and for "all" what scores need."""
+        """`enter` and `leave` are `[N, C, K]`, `through` is `[lanes, K, 1]` per chunk."""
         dtype = self.grid.dtype
         decays = self.log_decay.load(slab).clamp_(min=FLOOR[dtype])  # -inf would make NaN of what it is not part of
         self.masks = masks
@@ -194,7 +194,7 @@ class ChannelDecay(Decay):
 
 
 class SplitChannelDecay(Splitting, ChannelDecay):
-    """One decay a token, head and key channel."""
+    """One decay per token, head and key channel."""
 
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
         super().__init__(log_decay, grid)

@@ -117,7 +117,7 @@ class Splitting(Decay):
 
 
 class TokenDecay(Decay):
-    """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
+    """One decay per token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
         self.grid, size = grid, grid.chunk
@@ -146,7 +146,7 @@ class TokenDecay(Decay):
         return factor(sums.clone(), dtype), factor(ends - sums, dtype), factor(ends.clone(), dtype)
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
-        """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
+        """`enter` and `leave` are `[N, C, 1]`, `through` is `[lanes, 1, 1]` per chunk."""
         here = slice(slab.first * self.grid.lanes, (slab.first + slab.chunks) * self.grid.lanes)
         self.masks = masks
         if masks is None:
@@ -195,7 +195,7 @@ class TokenDecay(Decay):
 
 
 class SplitTokenDecay(Splitting, TokenDecay):
-    """One decay a token and head."""
+    """One decay per token and head."""
 
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
         super().__init__(log_decay, grid)

@@ -94,7 +94,7 @@ def delta_rule(
 
 
 def flops(tokens: int, *, heads: int, key_dim: int, value_dim: int, general: bool = False, chunk: int = CHUNK) -> int:
-    """Floating-point operations of a forward pass in chunks of C: 6 K V + C (4 K + 3 V) a token and head.
+    """Floating-point operations of a forward pass in chunks of C: 6 K V + C (4 K + 3 V) per token and head.
 
     Reading, erasing and writing the state take 2 K V each; the scores of rows and of queries 2 C K each, the solve C V
     and what is read within the chunk 2 C V. `general` is with `erase`: 2 K V + 4 C (K + V) more for what it also

@@ -1,4 +1,4 @@
-"""The delta rule in chunks: forward, a hand-written backward, and runs from nothing.
+"""The delta rule in chunks: forward, a hand-written backward, and runs from zero.
 
 Within a chunk that S enters, with the factors `enter`, `leave`, `through` of the decays and e^{G_i − G_j} in every
 score, z_i is what token i adds along b_i, so that

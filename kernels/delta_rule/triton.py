@@ -5,7 +5,7 @@ U = (I + L)^-1 R, of every chunk by itself; `_states` goes through a head's chun
 Backward does all but the last again, then `_pull` (Aᵀ dO) of every chunk, `_state_gradients` in reverse order, `_pairs`
 (gradients of scores and values) and `_inputs` (of queries, keys, rows and columns, and what they give to the decays).
 
-A decay a channel does not split into factors of row and column without overflow, but it does about a point between
+A decay per channel does not split into factors of row and column without overflow, but it does about a point between
 them. Pairs whose places first differ in bit l meet at the border between their blocks of 2^l tokens: six full products
 a chunk, each for the pairs of one bit, whose exponents are all sums of decays between the two (`_meet`).
 """
@@ -94,7 +94,7 @@ def _sums_at_rows(G, b, t, h, T, H, K, kd, C: tl.constexpr, BEFORE: tl.constexpr
 
 @triton.jit
 def _sum_at_rows(G, b, t, h, T, H, C: tl.constexpr, BEFORE: tl.constexpr):
-    """The same of a decay a token, `[C]`."""
+    """The same of a decay per token, `[C]`."""
     if BEFORE:
         first = tl.arange(0, C) == 0
         at = G + (tl.cast(b, tl.int64) * T + tl.where(first, t, t - 1)) * H + h
@@ -585,7 +585,7 @@ SINGLE = {64: Tiles(32, 32, 32, 32), 128: Tiles(32, 32, 16, 32), 256: Tiles(32, 
 def tiles(dtype: torch.dtype, key_dim: int, decay: int, erase: bool) -> Tiles:
     """The tiles for this key dim, by the table. Raises ValueError for heads wider than the registers hold.
 
-    Decays a channel keep tiles of their sums in registers, rows and columns of their own the gradients of both.
+    Decays per channel keep tiles of their sums in registers, rows and columns of their own the gradients of both.
     """
     table = SINGLE if dtype == torch.float32 else HALF
     if key_dim > max(table):

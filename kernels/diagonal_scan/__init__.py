@@ -83,7 +83,7 @@ def flat_inputs(x: Tensor, log_decay: Tensor) -> DiagonalInputs:
 
 
 def flops(tokens: int, *, channels: int) -> int:
-    """Floating-point operations of a forward pass: a product, a sum and an exponential a token and channel."""
+    """Floating-point operations of a forward pass: a product, a sum and an exponential per token and channel."""
     return 3 * tokens * channels
 
 

@@ -317,7 +317,7 @@ def backward(
 
 
 def compilations() -> list[Compilation]:
-    """The kernels for bfloat16 inputs and float32 decays, a decay a token and a constant one."""
+    """The kernels for bfloat16 inputs and float32 decays, a decay per token and a constant one."""
     sizes = {"T": "i32", "D": "i32", "CHUNK": "i32"}
     states = dict.fromkeys(("ends", "decays"), "*fp32")
     found = [_carry_compilation()]

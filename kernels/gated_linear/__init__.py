@@ -39,7 +39,7 @@ def gated_linear_attention(
     normaliser: divides o_t by d_t, what v = 1 would give: "sum" by d_t (Katharopoulos et al.), "at_least_one" by
         max(|d_t|, 1) (mLSTM). Where there is nothing to divide by, as for keys of 0, the output is 0.
     log_input: i `[B, T, H]`, of any size: an exponential input gate, computed relative to a running log scale (mLSTM,
-        Beck et al., 2024, arXiv 2405.04517). It comes with a normaliser and at most one decay a head.
+        Beck et al., 2024, arXiv 2405.04517). It comes with a normaliser and at most one decay per head.
     `documents` (default: each row one document) reset the state at their starts; padding gives 0. `initial_state`
     `[B, H, K, V]` enters only rows whose first token continues a document (`documents.continues`); without `documents`
     it enters every row. Returns the output `[B, T, H, V]` in q's type and the state after each row's last token
@@ -61,7 +61,7 @@ def gated_linear_attention(
 
 
 def flops(tokens: int, *, heads: int, key_dim: int, value_dim: int, chunk: int = CHUNK) -> int:
-    """Floating-point operations of a forward pass in chunks: 4 K V + 2 C (K + V) a token and head."""
+    """Floating-point operations of a forward pass in chunks: 4 K V + 2 C (K + V) per token and head."""
     return tokens * heads * (4 * key_dim * value_dim + 2 * chunk * (key_dim + value_dim))
 
 

@@ -5,8 +5,8 @@ chunk's outputs of its state and its own tokens. Backward: `_states` again, `_st
 `_keys` (gradients of queries, keys and decays) and `_values`, every chunk by itself. Groups of heads that share queries
 and keys are summed within a program.
 
-A decay a channel does not split into factors of query and key without overflow, but it does about a point between them:
-`_scores` and `_mix` go by sub-chunks of 16 tokens with their border for that point, and token by token within one.
+A decay per channel does not split into factors of query and key without overflow, but it does about a point between
+them: `_scores` and `_mix` go by sub-chunks of 16 tokens with their border for that point, token by token within one.
 A decay of value channels is the same with values for keys, and gradients of outputs for queries; see `chunked.py`,
 of which all formulas and names are. Sums of decays run within a chunk and a document (`cumulate`), base 2.
 """
@@ -215,7 +215,7 @@ def _outputs(
 ):  # fmt: skip
     """Outputs of a chunk: what its tokens read of its state and, with INTRA, of one another; ADD: added to `out`.
 
-    `stride` is that of out's batch. Scores of a decay a channel are given.
+    `stride` is that of out's batch. Scores of a decay per channel are given.
     """
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
@@ -708,7 +708,7 @@ class _Run:
         return dq, dk, self.cumulated_back(moments.sum(0).unsqueeze(-1), ends.sum(-1)).squeeze(-1)
 
     def channel_keys(self, dout: Tensor, starts: Tensor, afters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, ddecay `[B, T, H, K]`) where they do; dq and dk a head."""
+        """(dq, dk, ddecay `[B, T, H, K]`) where they do; dq and dk per head."""
         s = self.sizes
         dscores = self.scores(dout, self.v, self.W if self.by_value else None, 1.0)
         bases = self.per_token(s.keys), self.per_token(s.keys)

@@ -115,7 +115,7 @@ def selective_scan(
 
 
 def flops(tokens: int, *, channels: int, states: int) -> int:
-    """Floating-point operations of a forward pass: 7 a token, channel and state, an exponential among them as 1."""
+    """Floating-point operations of a forward pass: 7 per token, channel and state, an exponential among them as 1."""
     return 7 * tokens * channels * states
 
 

@@ -197,7 +197,7 @@ def _backward(
     """The gradients of chunk FIRST + program, given the state that enters it and what is asked of its last one.
 
     `kept` is the program's own, `[CHUNK / TOKENS, BLOCK, STATES]`. db and dc get a part a program, of the LENGTH tokens
-    from chunk FIRST on, `[blocks of channels, rows, LENGTH, N]`; da one a chunk, `[chunks, rows, D, N]`.
+    from chunk FIRST on, `[blocks of channels, rows, LENGTH, N]`; da one per chunk, `[chunks, rows, D, N]`.
     """
     local, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     part, parts = tl.program_id(2), tl.num_programs(2)
@@ -404,7 +404,7 @@ def backward(
 
 
 def compilations() -> list[Compilation]:
-    """The kernels for bfloat16 inputs and float32 steps, 16 states a channel, of Mamba and of Longhorn."""
+    """The kernels for bfloat16 inputs and float32 steps, 16 states per channel, of Mamba and of Longhorn."""
     sizes = dict.fromkeys(("T", "D", "N", "CHUNK"), "i32")
     inputs = {
         "x": "*bf16", "delta": "*fp32", "a": "*fp32", "b": "*bf16", "c": "*bf16", "ids": "*i32", **sizes,

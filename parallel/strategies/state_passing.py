@@ -91,7 +91,7 @@ class StatePassing(Operation):
 
 
 def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
-    """Summaries of all segments in the order of the row, and their transitions as one tensor; one message a rank."""
+    """Summaries of all segments in the order of the row, and their transitions as one tensor; one message per rank."""
     spans = seq.layout.spans
     packed = torch.cat([part.unflatten(0, (spans, -1)).flatten(2) for part in (mine.transition, mine.state)], dim=-1)
     split = mine.transition[0].numel()
