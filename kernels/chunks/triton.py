@@ -6,7 +6,6 @@ Sums of decays run within a chunk and a document, base 2.
 # Kernels are typed by Triton, when they are compiled.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-# ruff: noqa: ANN201
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from longreach.kernels.documents import Documents
 from longreach.launch.build import build
 from longreach.models.decoding import next_logits
 from longreach.parallel.sequence import DecodingCache, Sequence
-from longreach.trainer.diagnosis import exact
 from longreach.trainer.diagnosis.bench import Bench
+from longreach.trainer.diagnosis.checks import exact
 from longreach.trainer.diagnosis.report import PASS, Report
 from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.settings import ParallelSettings
