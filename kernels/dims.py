@@ -27,7 +27,7 @@ def sizes_of(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> Sizes:
 
 def shape_of(dims: str, sizes: Sizes) -> tuple[int, ...]:
     """The shape that letters, their successors and numbers stand for."""
-    return tuple(_size(dim, sizes) for dim in dims.split())
+    return tuple(_size(dim, sizes) for dim in _forms(dims)[0])
 
 
 def require_shapes(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> Sizes:
@@ -57,6 +57,8 @@ def _forms(dims: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _size(dim: str, sizes: Sizes) -> int:
+    if dim in sizes:
+        return sizes[dim]
     letter, _, more = dim.partition("+")
     return (int(letter) if letter.isdigit() else sizes[letter]) + int(more or 0)
 

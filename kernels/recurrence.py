@@ -10,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, Generic, NamedTuple
 
@@ -94,7 +95,7 @@ class Recurrence(ABC, Generic[Record]):
         gradient of the initial state)`, `correct(problem, out, state) -> out` and
         `summarize_backward(problem, dout, initial_state) -> gradient of the initial state`.
         """
-        return import_module(f".{backend}", sys.modules[type(self).__module__].__package__)
+        return _module(f".{backend}", sys.modules[type(self).__module__].__package__)
 
     def transition_dims(self, inputs: Record) -> str:
         """The dimensions of the transition as it travels, as `state` names them."""
@@ -339,6 +340,9 @@ class _Rows(Generic[Record]):
         if initial is None:
             return *dinputs, None
         return *dinputs, self.op.with_units(dinitial, torch.zeros_like(dinitial)).to(initial.dtype)
+
+
+_module = cache(import_module)
 
 
 def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
