@@ -24,6 +24,7 @@ OPS = (
     "softmax",
     "block_sparse",
     "select_blocks",
+    "chunks",
     "gated_linear",
     "delta_rule",
     "diagonal_scan",
@@ -138,7 +139,7 @@ def faults(compilation: Compilation, capability: int, found: Report) -> list[str
 
 
 def compilations(op: str) -> list[Compilation]:
-    """The compilations that an op's `triton.py` lists."""
+    """The compilations that the `triton.py` of an op's folder, or of `chunks`, lists."""
     return importlib.import_module(f".{op}.triton", __package__).compilations()
 
 

@@ -1,22 +1,37 @@
-"""What a linear recurrence offers besides its public op, so that any of them can be run on parts of a sequence."""
+"""Recurrence: what ops with a state have in common, and the protocol by which they run on parts of a row.
+
+An op says its mathematics: a record of its inputs, their shapes, what is special about them, and what a row does to a
+state. The base class does the rest: checks, documents, the choice of an implementation, types and autograd.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, TypeAlias
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from typing import Any, ClassVar, Generic, NamedTuple
 
+import torch
 from torch import Tensor
 
+from . import operation
+from .dims import named, require_shapes, shape_of, sizes_of
+from .dispatch import resolve
 from .documents import Documents
+from .operation import Tensors
+from .problem import Problem, Record, accumulator
 
-Inputs: TypeAlias = tuple[Tensor | None, ...]
-"""The tensors of an op in the order of its positional arguments; what was not given is None."""
+PIECE = 1024  # tokens of one product with what reads an entering state, on a CPU
 
 
 class Summary(NamedTuple):
     """What a stretch of tokens does to a state: `state_after = transition (*) state_before + state`.
 
     `(*)` is the op's own product: elementwise with broadcasting for diagonal recurrences, a matrix product for
-    delta rules. `transition` is exactly 0 where nothing of the state before survives, as at a document's start.
+    delta rules. `transition` is exactly 0 where no part of the state before survives, as at a document's start.
     Both tensors are float32, or float64 for float64 inputs, and have the batch as dimension 0.
     """
 
@@ -25,11 +40,10 @@ class Summary(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """A run of rows from nothing: their outputs, what they do to a state, and what reads the state that enters.
+    """A run of rows from the zero state: their outputs, what they do to a state, and what reads the state that enters.
 
     `out` is not yet rounded, so that `correct` adds to it first. Row t of `reads` `[B, T, H, K]` times the entering
-    state is what that state contributes to the output of token t; None where `correct` finds it cheaply again. Both
-    are float32, or float64 for float64 inputs.
+    state is what that state contributes to the output of token t; None for ops whose `correct` computes it again.
     """
 
     out: Tensor
@@ -37,135 +51,305 @@ class Beginning(NamedTuple):
     reads: Tensor | None
 
 
-class Recurrence(Protocol):
-    """A recurrence that can be run on stretches of a row and put together across them.
+class Recurrence(ABC, Generic[Record]):
+    """An op with a state, which can be run on segments of a row and put together across them.
 
-    All methods run without autograd on explicit tensors. `documents` are those of the tokens given, row by row; a
-    state enters a row only where its first token continues a document begun before (`documents.continues`), and the
-    final state is the one after the row's last token (`nothing` where that is padding). With segments of a row in
-    order,
+    A class with settings that are not tensors (how a state is read, say) is a frozen dataclass of them. Everything
+    runs without autograd. A state enters a row only where its first token continues a document begun before
+    (`documents.continues`); the final state is the one after the row's last token (`zero_state` where that is
+    padding). With segments of a row in order,
 
-        out, summary, reads = begin(inputs, documents)                every segment at once; summaries are gathered
-        before = advance(summary_s, before) for the earlier s         the state that enters
-        out = correct(out, inputs, before, documents, reads)
+        out, summary, reads = begin(problem)                          every segment at once; summaries are gathered
+        before = advance(expand(summary_s), before) for earlier s     the state that enters
+        out = correct(problem, out, before, reads)
 
     The gradient is the mirror image: `summarize_backward` in every segment, one gather, `retreat` from right to left,
-    then one `backward` given the state that enters and the gradient of the state that leaves.
+    then one `backward`, given the state that enters and the gradient of the state that leaves.
 
-    Variants of an op that are not tensors (how a state is read, say) are fields of the object.
+    name: of the public op.    record: the class of its inputs, a NamedTuple; None stands for a tensor that is left out.
+    dims: the dimensions of each input, as `kernels.dims` writes them; "B T …" is a sequence. `out`, `state`: those of
+        the output and of the state, whose dimension 1, heads or channels, is what Ulysses shares among ranks.
+    common: places of the sequences without that dimension.    scale: of the queries, None for K^(-1/2).
+    raw: whether outputs are finished outside the op, and so are in the type of the accumulators.
     """
 
-    def check(self, inputs: Inputs, initial_state: Tensor | None = None) -> None:
-        """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
-        ...
+    name: ClassVar[str]
+    record: ClassVar[type]
+    dims: ClassVar[dict[str, str]]
+    common: ClassVar[tuple[int, ...]] = ()
+    out: str
+    state: str
+    scale: float | None = 1.0
+    raw: bool = False
 
-    def like(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Empty tensors of the shapes and types of the output, the state and the transition for such inputs."""
-        ...
+    # What an op says of itself.
 
-    def reads_like(self, inputs: Inputs) -> Tensor | None:
-        """An empty tensor of the shape of `Beginning.reads`, in the type in which it is kept for backward."""
-        ...
+    def check_inputs(self, inputs: Record) -> None:
+        """Raises ValueError where inputs, of shapes that may be, do not fit the op or its settings."""
 
-    def nothing(self, state: Tensor) -> Tensor:
-        """The state before any token, shaped like `state`."""
-        ...
+    def implementation(self, backend: str) -> Any:
+        """What runs `backend` ("triton", "chunked", "reference"): the module of that name beside the op's own.
 
-    def forward(
-        self,
-        inputs: Inputs,
-        initial_state: Tensor | None,
-        documents: Documents,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
-        """The output of every token and the state after each row's last token."""
-        ...
+        It has `forward(problem, initial_state) -> (out, final state)` and may have, instead of what the base class
+        makes of that by autograd, `backward(problem, dout, dfinal_state, initial_state) -> (gradients of the inputs,
+        gradient of the initial state)`, `correct(problem, out, state) -> out` and
+        `summarize_backward(problem, dout, initial_state) -> gradient of the initial state`.
+        """
+        return _module(f".{backend}", sys.modules[type(self).__module__].__package__)
 
-    def begin(
-        self, inputs: Inputs, documents: Documents, *, scale: float | None = None, backend: str = "auto"
-    ) -> Beginning:
-        """A run from nothing, as parts of the run that is wanted."""
-        ...
+    def transition_dims(self, inputs: Record) -> str:
+        """The dimensions of the transition as it travels, as `state` names them."""
+        return self.state
 
-    def received(self, summary: Summary, inputs: Inputs) -> Summary:
+    def reads_dims(self) -> str | None:
+        """Those of `Beginning.reads`, which are kept for backward in the inputs' type."""
+        return None
+
+    def zero_state(self, like: Tensor) -> Tensor:
+        """The state before any token, shaped like `like`."""
+        return torch.zeros_like(like)
+
+    def with_units(self, dstate: Tensor, state: Tensor) -> Tensor:
+        """The gradient of a state, in which what is no variable of the state is as in `state`."""
+        return dstate
+
+    # The parts of a run.
+
+    @abstractmethod
+    def begin(self, problem: Problem[Record]) -> Beginning:
+        """An exact run from the zero state, as parts of the run that is wanted."""
+
+    def expand(self, summary: Summary, inputs: Record) -> Summary:
         """A gathered summary in the form that `combine`, `advance` and `retreat` take, given any segment's inputs.
 
-        The summary of `begin` is what travels; most ops need nothing more. Constants among the inputs may make a
+        Most ops need no more than the summary of `begin`, which travels. Constants among the inputs may make a
         transition of fewer numbers.
         """
-        ...
+        return summary
 
+    @abstractmethod
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """The summary of `earlier` followed by `later`; associative."""
-        ...
 
+    @abstractmethod
     def advance(self, summary: Summary, state: Tensor) -> Tensor:
         """The state after the summarized tokens, given the state before them."""
-        ...
 
-    def correct(
-        self,
-        out: Tensor,
-        inputs: Inputs,
-        state: Tensor,
-        documents: Documents,
-        reads: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """Adds to `out`, computed from nothing, what the entering `state` contributes: in place, and returned."""
-        ...
-
-    def backward(
-        self,
-        dout: Tensor,
-        dfinal_state: Tensor | None,
-        inputs: Inputs,
-        initial_state: Tensor | None,
-        documents: Documents,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-    ) -> tuple[Inputs, Tensor]:
-        """The gradients of the inputs (None for an input that is None) and of the initial state."""
-        ...
-
-    def summarize_backward(
-        self,
-        dout: Tensor,
-        inputs: Inputs,
-        initial_state: Tensor | None,
-        documents: Documents,
-        reads: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """The gradient of the initial state that the rows' own outputs give, as if the final state had none."""
-        ...
-
+    @abstractmethod
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """The gradient of the state before the summarized tokens, given that of the state after them."""
-        ...
+
+    def correct(self, problem: Problem[Record], out: Tensor, state: Tensor, reads: Tensor | None) -> Tensor:
+        """Adds to `out`, computed from the zero state, what the entering `state` contributes; in place."""
+        if hasattr(problem.implementation, "correct"):
+            return problem.implementation.correct(problem, out, state)
+        run = problem.implementation.forward
+        return out.add_(run(problem, state)[0] - run(problem, None)[0])
+
+    def backward(
+        self, problem: Problem[Record], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensors, Tensor]:
+        """The gradients of the inputs, in their types (None for None), and of the initial state."""
+        if hasattr(problem.implementation, "backward"):
+            return problem.implementation.backward(problem, dout, dfinal_state, initial_state)
+        return self._differentiate(problem, dout, dfinal_state, initial_state)
+
+    def summarize_backward(
+        self, problem: Problem[Record], dout: Tensor, initial_state: Tensor | None, reads: Tensor | None
+    ) -> Tensor:
+        """The gradient of the initial state that the rows' own outputs give, as if the final state had none."""
+        if hasattr(problem.implementation, "summarize_backward"):
+            return problem.implementation.summarize_backward(problem, dout, initial_state)
+        return self._differentiate(problem, dout, None, initial_state)[1]
+
+    def _differentiate(
+        self, problem: Problem[Record], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensors, Tensor]:
+        """`backward` by autograd through a forward that is written in differentiable operations."""
+        state = self.zero_state(problem.new_states()) if initial_state is None else initial_state
+        with torch.enable_grad():
+            leaves = [None if x is None else x.detach().requires_grad_() for x in (*problem.inputs, state)]
+            again = replace(problem, inputs=self.record(*leaves[:-1]))
+            out, final = problem.implementation.forward(again, leaves[-1])
+            dfinal = torch.zeros_like(final) if dfinal_state is None else dfinal_state.to(final.dtype)
+            present = [x for x in leaves if x is not None]
+            gradients = iter(
+                torch.autograd.grad(
+                    [out, final], present, [dout.to(out.dtype), dfinal], allow_unused=True, materialize_grads=True
+                )
+            )
+        *dinputs, dinitial = (None if x is None else next(gradients) for x in leaves)
+        assert dinitial is not None
+        return tuple(dinputs), dinitial
+
+    # Calls.
+
+    def __call__(
+        self, inputs: Record, initial_state: Tensor | None = None, documents: Documents | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(output, final state) on one device, differentiable in every input: what a public op returns.
+
+        Without documents each row is one, begun before where there is an initial state. Raises ValueError for inputs
+        that do not fit, or a backend that cannot run.
+        """
+        self.check(inputs, initial_state)
+        if documents is None:
+            documents = Documents.whole(*inputs[0].shape[:2], position=0 if initial_state is None else 1)
+        out, final = operation.run(_Rows(self, backend), (*inputs, initial_state), documents)
+        return out, final
+
+    def problem(
+        self, tensors: Tensors, documents: Documents, *, backend: str = "auto", exact: bool = False
+    ) -> Problem[Record]:
+        """The call for these inputs. Raises ValueError for documents of other tokens, or a backend that cannot run."""
+        inputs = self.record(*tensors)
+        documents.require(*inputs[0].shape[:2])
+        chosen = resolve(self.name, backend, inputs[0].device, inputs[0].dtype)
+        return Problem(self, inputs, documents, chosen, exact or self.raw)
+
+    def check(self, tensors: Tensors, initial_state: Tensor | None = None) -> None:
+        """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
+        inputs = self.record(*tensors)
+        sizes = require_shapes(self.dims, inputs)
+        if inputs[0].shape[1] == 0:
+            raise ValueError("the sequence must have at least one token; got none. Leave empty segments out")
+        for name, x in zip(self.dims, inputs, strict=True):
+            if name.endswith("log_decay") and x is not None and x.device.type == "cpu":
+                greatest = float(x.detach().max())
+                if greatest > 0:
+                    raise ValueError(f"{name} must not be positive; got {greatest}. Pass the logarithm of the decay")
+        self.check_inputs(inputs)
+        if initial_state is not None and tuple(initial_state.shape) != (shape := shape_of(self.state, sizes)):
+            raise ValueError(
+                f"initial_state must be {named(self.state)} = {list(shape)}; got {list(initial_state.shape)}. "
+                "Pass the final state of the tokens before"
+            )
+
+    def empty_results(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Empty tensors of the shapes and types of the output, the state, the transition and the reads."""
+        inputs = self.record(*tensors)
+        sizes, first = sizes_of(self.dims, inputs), inputs[0]
+        exact, reads = accumulator(first), self.reads_dims()
+        return (
+            first.new_empty(shape_of(self.out, sizes), dtype=exact if self.raw else first.dtype),
+            first.new_empty(shape_of(self.state, sizes), dtype=exact),
+            first.new_empty(shape_of(self.transition_dims(inputs), sizes), dtype=exact),
+            None if reads is None else first.new_empty(shape_of(reads, sizes)),
+        )
 
 
-class Elementwise:
-    """What recurrences with elementwise transitions have in common; they find again what reads an entering state.
+class Diagonal(Recurrence[Record]):
+    """A recurrence whose transition multiplies the state elementwise: it runs once from zero and is corrected."""
 
-    Besides the protocol they have `summarize(inputs, final_state, documents, *, backend)`, the summary of rows given
-    the final state of their run from nothing, and their `forward` has a setting `exact`: outputs in what is computed
-    in.
+    def begin(self, problem: Problem[Record]) -> Beginning:
+        out, final = problem.implementation.forward(problem, None)
+        return Beginning(out, Summary(self.transition(problem), final), None)
+
+    def transition(self, problem: Problem[Record]) -> Tensor:
+        """The factors of the state over whole rows, 0 unless one document goes through: what becomes of a state of 1.
+
+        An op that knows them from its decays says so instead, and spares two runs.
+        """
+        run, one = problem.implementation.forward, self.one_state(problem.new_states())
+        return run(problem, one)[1] - run(problem, None)[1]
+
+    def one_state(self, like: Tensor) -> Tensor:
+        """The state, shaped like `like`, that the transition (*) leaves as the transition itself."""
+        return torch.ones_like(like)
+
+    def combine(self, later: Summary, earlier: Summary) -> Summary:
+        return Summary(later.transition * earlier.transition, self.advance(later, earlier.state))
+
+    def advance(self, summary: Summary, state: Tensor) -> Tensor:
+        """transition ⊙ state + the summary's own."""
+        return torch.addcmul(summary.state, summary.transition, state)
+
+    def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
+        """transition ⊙ dstate + local."""
+        return torch.addcmul(local, summary.transition, dstate)
+
+
+class Dense(Recurrence[Record]):
+    """A recurrence whose transition is a matrix `[K, K]`: the identity is carried beside its run from zero.
+
+    Its implementations have `begin(problem) -> (out, transition, state, reads)`. What tokens read of an entering state
+    takes the whole run, so it is kept.
     """
 
-    def reads_like(self, inputs: Inputs) -> None:
-        """None."""
+    def transition_dims(self, inputs: Record) -> str:
+        return "B H K K"
 
-    def begin(
-        self: Any, inputs: Inputs, documents: Documents, *, scale: float | None = None, backend: str = "auto"
-    ) -> Beginning:
-        """The run from nothing, its outputs in what is computed in, and its summary."""
-        out, final_state = self.forward(inputs, None, documents, scale=scale, backend=backend, exact=True)
-        return Beginning(out, self.summarize(inputs, final_state, documents, backend=backend), None)
+    def reads_dims(self) -> str:
+        return "B T H K"
+
+    def begin(self, problem: Problem[Record]) -> Beginning:
+        out, transition, state, reads = problem.implementation.begin(problem)
+        return Beginning(out, Summary(transition, state), reads)
+
+    def combine(self, later: Summary, earlier: Summary) -> Summary:
+        return Summary(later.transition @ earlier.transition, self.advance(later, earlier.state))
+
+    def advance(self, summary: Summary, state: Tensor) -> Tensor:
+        """transition state + the summary's own."""
+        return summary.state + summary.transition @ state
+
+    def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
+        """transitionᵀ dstate + local."""
+        return local + summary.transition.mT @ dstate
+
+    def correct(self, problem: Problem[Record], out: Tensor, state: Tensor, reads: Tensor | None) -> Tensor:
+        """Adds reads_t state to `out` in place, in rows that continue a document, and returns it."""
+        assert reads is not None
+        entering = problem.entering(state)
+        for tokens in _reached(reads, problem.reach):
+            contribution = torch.einsum("bthk,bhkv->bthv", reads[:, tokens].to(entering.dtype), entering)
+            out[:, tokens] += contribution.to(out.dtype)
+        return out
+
+    def summarize_backward(
+        self, problem: Problem[Record], dout: Tensor, initial_state: Tensor | None, reads: Tensor | None
+    ) -> Tensor:
+        """Σ_t reads_tᵀ do_t `[B, H, K, V]` over the tokens that an entering state reaches."""
+        assert reads is not None
+        total, dtype = problem.new_states(), problem.dtype
+        for tokens in _reached(reads, problem.reach):
+            total += torch.einsum("bthk,bthv->bhkv", reads[:, tokens].to(dtype), dout[:, tokens].to(dtype))
+        return total
+
+
+@dataclass(frozen=True)
+class _Rows(Generic[Record]):
+    """A recurrence on rows that one device holds, a `kernels.operation.Operation`; the last input is the state."""
+
+    op: Recurrence[Record]
+    backend: str
+
+    def forward(self, inputs: Tensors, where: Documents) -> tuple[Tensors, Tensors]:
+        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
+        return problem.implementation.forward(problem, inputs[-1]), ()
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Documents
+    ) -> Tensors:
+        (dout, dfinal), (out, final), initial = gradients, outputs, inputs[-1]
+        dout = torch.zeros_like(out) if dout is None else dout
+        dfinal = None if dfinal is None else self.op.with_units(dfinal, final)
+        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
+        dinputs, dinitial = self.op.backward(problem, dout, dfinal, initial)
+        if initial is None:
+            return *dinputs, None
+        return *dinputs, self.op.with_units(dinitial, torch.zeros_like(dinitial)).to(initial.dtype)
+
+
+_module = cache(import_module)
+
+
+def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
+    """The tokens that an entering state reaches; on a CPU in pieces, and no further than where it has faded."""
+    piece = PIECE if reads.device.type == "cpu" else max(reach, 1)
+    for start in range(0, reach, piece):
+        tokens = slice(start, min(start + piece, reach))
+        if reads.device.type == "cpu" and not bool(reads[:, tokens].any()):
+            return
+        yield tokens

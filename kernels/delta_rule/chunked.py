@@ -1,4 +1,4 @@
-"""The delta rule in chunks: forward, a hand-written backward, and runs from nothing.
+"""The delta rule in chunks: forward, a hand-written backward, and runs from zero.
 
 Within a chunk that S enters, with the factors `enter`, `leave`, `through` of the decays and e^{G_i − G_j} in every
 score, z_i is what token i adds along b_i, so that
@@ -15,8 +15,7 @@ also add to O and S' (`rules.py`). Given the gradients dO and dS',
     dS = through ⊙ dS' + (Q ⊙ enter)ᵀ dO − Êᵀ dR
     dA = dO Zᵀ      dL = −dR Zᵀ     dÊ = −dR Sᵀ      dB̂ = Z dS'ᵀ
 
-so nothing is differentiated through a solve. Backward sweeps once from the left for the states at the starts of slabs,
-then from the right, where each slab recomputes its own: no more states than that are ever kept.
+so nothing is differentiated through a solve.
 """
 
 from __future__ import annotations
@@ -24,47 +23,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gated_linear.slabs import fade
-from .sweep import Problem, Sweep
-
-Gradients = tuple[Tensor | None, ...]
-
-
-def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out in q's type, final state)."""
-    out = torch.empty(problem.v.shape, dtype=problem.q.dtype, device=problem.q.device)
-    entering, final = problem.entering(initial_state), problem.new_states()
-    for sweep in problem.sweeps():
-        states, part = sweep.new_states(), sweep.part(out)
-        states.at[0].copy_(sweep.lanes(entering))
-        for slab in sweep.grid.slabs():
-            sweep.load(slab)
-            sweep.advance(slab, states)
-            sweep.read(slab, states, part.flat[slab.chunks])
-            part.store(slab)
-            states.at[0].copy_(states.at[slab.chunks])
-        sweep.put(final, states.at[0])
-    return out, final
+from ..chunks import sweep as sweeps
+from ..chunks.slabs import fade
+from ..operation import Tensors
+from ..problem import Problem
+from . import DeltaInputs
+from .sweep import Sweep
 
 
-def begin(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`) of a run from nothing.
+def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, final state)."""
+    return sweeps.forward(Sweep, problem, initial_state)
+
+
+def backward(
+    problem: Problem[DeltaInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state."""
+    return sweeps.backward(Sweep, problem, dout, dfinal_state, initial_state)
+
+
+def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`) of a run from zero.
 
     Where rows continue documents, the identity goes along as K more columns of the state until those documents end or
     it has faded: what becomes of it is the transition, and what queries read of it is what they read of any state.
     """
-    out, reads = torch.empty(problem.v.shape, dtype=problem.dtype, device=problem.q.device), problem.of_keys().zero_()
-    state = problem.new_states()
+    out, state = problem.new_output(), problem.new_states()
+    reads = out.new_zeros(*out.shape[:3], state.shape[2], dtype=problem.dtype)
     transition = state.new_zeros(*state.shape[:2], state.shape[2], state.shape[2])
-    for sweep in problem.sweeps():
+    for sweep in Sweep.over(problem):
         states, part = sweep.new_states(), sweep.part(out)
         reached = _begin_reached(sweep, states.at[0], out, reads, transition) if problem.reach else 0
-        for slab in sweep.grid.slabs()[reached:]:
-            sweep.load(slab)
-            sweep.advance(slab, states)
-            sweep.read(slab, states, part.flat[slab.chunks])
-            part.store(slab)
-            states.at[0].copy_(states.at[slab.chunks])
+        sweep.run(sweep.grid.slabs()[reached:], states, part)
         sweep.put(state, states.at[0])
     return out, transition, state, reads
 
@@ -94,43 +85,3 @@ def _begin_reached(narrow: Sweep, state: Tensor, out: Tensor, reads: Tensor, tra
     state.copy_(own)
     sweep.put(transition, carried)
     return reached
-
-
-def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[Gradients, Tensor]:
-    """The gradients of (q, k, v, beta, log_decay, a, b), in their types, and of the initial state."""
-    gradients = tuple(None if x is None else torch.empty_like(x) for x in problem.inputs)
-    entering, dinitial = problem.entering(initial_state), problem.new_states()
-    for sweep in problem.sweeps():
-        parts = sweep.gradient_parts(gradients)
-        given, states, dstates = sweep.part(dout), sweep.new_states(), sweep.new_states()
-        if dfinal_state is not None:
-            dstates.at[0].copy_(sweep.lanes(dfinal_state))
-        starts = _slab_starts(sweep, sweep.lanes(entering))
-        for slab, start in zip(reversed(sweep.grid.slabs()), reversed(starts), strict=True):
-            states.at[0].copy_(start)
-            dstates.at[slab.chunks].copy_(dstates.at[0])
-            dout_slab = given.load(slab)
-            sweep.load(slab)
-            sweep.advance(slab, states)
-            sweep.retreat(slab, dstates, dout_slab)
-            sweep.differentiate(slab, states, dstates, dout_slab, parts)
-            for part in parts.values():
-                part.store(slab)
-        sweep.put(dinitial, dstates.at[0])
-    return gradients, problem.entering(dinitial)
-
-
-def _slab_starts(sweep: Sweep, state: Tensor) -> list[Tensor]:
-    """The states at the starts of all slabs."""
-    slabs = sweep.grid.slabs()
-    starts = torch.empty(len(slabs), *state.shape, dtype=state.dtype, device=state.device)
-    starts[0] = state
-    states = sweep.new_states()
-    for number, slab in enumerate(slabs[:-1]):
-        states.at[0].copy_(starts[number])
-        sweep.load(slab, reads=False)
-        sweep.advance(slab, states)
-        starts[number + 1] = states.at[slab.chunks]
-    return list(starts)

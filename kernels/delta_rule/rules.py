@@ -6,16 +6,12 @@ A rule's `columns` are b, its `enter` the factors of Ê.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..gated_linear.decay import by_row
-from ..gated_linear.slabs import Lanes, Slab, States
-
-if TYPE_CHECKING:
-    from .sweep import Sweep
+from ..chunks.decay import by_row
+from ..chunks.slabs import Slab, States
+from ..chunks.sweep import Parts, Sweep
 
 
 class BetaRule:
@@ -58,7 +54,7 @@ class BetaRule:
     def read(self, slab: Slab, out: Tensor) -> None:
         """Nothing is read but what Z writes."""
 
-    def dcolumns(self, slab: Slab, parts: dict[str, Lanes]) -> Tensor:
+    def dcolumns(self, slab: Slab, parts: Parts) -> Tensor:
         return parts["k"].flat[slab.chunks]
 
     def add_system_gradient(
@@ -75,7 +71,7 @@ class BetaRule:
         dright: Tensor,
         drows: Tensor,
         dstates: States,
-        parts: dict[str, Lanes],
+        parts: Parts,
         moments: Tensor | None,
     ) -> None:
         """Completes the gradients of k, v and beta, and fills `moments` with what all but the queries add."""
@@ -104,7 +100,7 @@ class EraseRule:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.keys, self.values, self.a, self.b = (sweep.sources[name] for name in ("k", "v", "a", "b"))
-        self.wide = sweep.value_dim > sweep.problem.v.shape[-1]
+        self.wide = sweep.value_dim > sweep.problem.inputs.v.shape[-1]
 
     def load(self, slab: Slab) -> None:
         sweep, keys, size = self.sweep, self.sweep.key_dim, self.sweep.grid.chunk
@@ -166,7 +162,7 @@ class EraseRule:
         v = self.values.flat[slab.chunks]
         out[..., : v.shape[-1]].baddbmm_(self.sweep.work("key scores", self.sweep.grid.chunk, slab), v)
 
-    def dcolumns(self, slab: Slab, parts: dict[str, Lanes]) -> Tensor:
+    def dcolumns(self, slab: Slab, parts: Parts) -> Tensor:
         return parts["b"].flat[slab.chunks]
 
     def add_system_gradient(
@@ -191,7 +187,7 @@ class EraseRule:
         dright: Tensor,
         drows: Tensor,
         dstates: States,
-        parts: dict[str, Lanes],
+        parts: Parts,
         moments: Tensor | None,
     ) -> None:
         """Completes the gradients of all but the decays, and fills `moments` with what all but the queries add."""

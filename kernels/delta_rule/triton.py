@@ -5,7 +5,7 @@ U = (I + L)^-1 R, of every chunk by itself; `_states` goes through a head's chun
 Backward does all but the last again, then `_pull` (Aᵀ dO) of every chunk, `_state_gradients` in reverse order, `_pairs`
 (gradients of scores and values) and `_inputs` (of queries, keys, rows and columns, and what they give to the decays).
 
-A decay a channel does not split into factors of row and column without overflow, but it does about a point between
+A decay per channel does not split into factors of row and column without overflow, but it does about a point between
 them. Pairs whose places first differ in bit l meet at the border between their blocks of 2^l tokens: six full products
 a chunk, each for the pairs of one bit, whose exponents are all sums of decays between the two (`_meet`).
 """
@@ -24,26 +24,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compilation import Compilation
-from ..gated_linear.triton import (
+from ..chunks.triton import (
+    CHANNEL,
+    CHUNK,
     LANES,
-    _cumulate,
-    _cumulate_back,
-    _dot,
-    _fall,
-    _own,
-    _row,
-    _rows,
-    _square,
-    _state,
-    _tile,
+    NONE,
+    TOKEN,
+    ceil_div,
+    chunk_tokens,
+    cumulate,
+    cumulate_back,
+    dot,
+    load_row,
+    load_state,
+    load_tile,
+    power2,
+    state_pointers,
+    summed,
+    tile_pointers,
 )
-from .sweep import Problem
+from ..compilation import Compilation
+from ..operation import Tensors
+from ..problem import Problem
+from . import DeltaInputs
 
-CHUNK = 64
 BITS = 6  # of a place in a chunk
 INVERSE_WARPS = 4
-NONE, TOKEN, CHANNEL = 0, 1, 2  # how keys decay
 
 
 @triton.jit
@@ -60,12 +66,14 @@ def _seen(own, C: tl.constexpr, STRICT: tl.constexpr):
 @triton.jit
 def _matrix(x, b, t, h, T, H, C: tl.constexpr):
     """A chunk's `[C, C]` of `[B, T, H, C]`."""
-    return _tile(x, b, t, h, T, H, C, tl.arange(0, C))
+    return load_tile(x, b, t, h, T, H, C, tl.arange(0, C))
 
 
 @triton.jit
 def _put(x, tile, b, t, h, T, H, D, d):
-    tl.store(_rows(x, b, t, h, T, H, D, d), tile.to(x.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+    tl.store(
+        tile_pointers(x, b, t, h, T, H, D, d), tile.to(x.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :]
+    )
 
 
 @triton.jit
@@ -78,15 +86,15 @@ def _sums_at_rows(G, b, t, h, T, H, K, kd, C: tl.constexpr, BEFORE: tl.constexpr
     """Sums of the decays that a row has: its own among them or, with BEFORE, those up to the token before."""
     if BEFORE:
         first = tl.arange(0, C) == 0
-        at = _rows(G, b, tl.where(first, t, t - 1), h, T, H, K, kd)
+        at = tile_pointers(G, b, tl.where(first, t, t - 1), h, T, H, K, kd)
         return tl.load(at, mask=((t < T) & (first == 0))[:, None] & (kd < K)[None, :], other=0.0)
     else:
-        return _tile(G, b, t, h, T, H, K, kd)
+        return load_tile(G, b, t, h, T, H, K, kd)
 
 
 @triton.jit
 def _sum_at_rows(G, b, t, h, T, H, C: tl.constexpr, BEFORE: tl.constexpr):
-    """The same of a decay a token, `[C]`."""
+    """The same of a decay per token, `[C]`."""
     if BEFORE:
         first = tl.arange(0, C) == 0
         at = G + (tl.cast(b, tl.int64) * T + tl.where(first, t, t - 1)) * H + h
@@ -114,11 +122,11 @@ def _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY: tl.constexpr
     """`leave` of columns, `[C, 1]` or `[C, BK]`."""
     leave = ((own == last) & (own >= 0))[:, None]
     if DECAY == 2:
-        totals = _row(G, b, end, h, T, H, K, kd)
-        return tl.where(leave, _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd)), 0.0)
+        totals = load_row(G, b, end, h, T, H, K, kd)
+        return tl.where(leave, power2(totals[None, :] - load_tile(G, b, t, h, T, H, K, kd)), 0.0)
     if DECAY == 1:
         total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
-        return tl.where(leave, _fall(total - _per_token(G, b, t, h, T, H))[:, None], 0.0)
+        return tl.where(leave, power2(total - _per_token(G, b, t, h, T, H))[:, None], 0.0)
     if DECAY == 0:
         return tl.where(leave, 1.0, 0.0)
 
@@ -128,7 +136,7 @@ def _through(G, before, last, end, b, h, T, H, K, kd, DECAY: tl.constexpr):
     """`through`, `[BK]`."""
     goes = tl.where((before == last) & (before >= 0), 1.0, 0.0)
     if DECAY == 2:
-        return goes * tl.exp2(_row(G, b, end, h, T, H, K, kd))
+        return goes * tl.exp2(load_row(G, b, end, h, T, H, K, kd))
     if DECAY == 1:
         total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
         return tl.where(kd < K, goes * tl.exp2(total), 0.0)
@@ -141,9 +149,9 @@ def _meet(at, bit, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, C: tl.const
     """Factors of rows and of columns up to the borders between blocks of 2^bit tokens."""
     j = tl.arange(0, C)
     border = n * C + (1 << bit) - 1
-    of_rows = _tile(G, b, border + ((at >> (bit + 1)) << (bit + 1)), h, T, H, K, kd)
-    of_columns = _tile(G, b, border + ((j >> (bit + 1)) << (bit + 1)), h, T, H, K, kd)
-    return _fall(sums_rows - of_rows), _fall(of_columns - sums_columns)
+    of_rows = load_tile(G, b, border + ((at >> (bit + 1)) << (bit + 1)), h, T, H, K, kd)
+    of_columns = load_tile(G, b, border + ((j >> (bit + 1)) << (bit + 1)), h, T, H, K, kd)
+    return power2(sums_rows - of_rows), power2(of_columns - sums_columns)
 
 
 @triton.jit
@@ -162,27 +170,27 @@ def _scores(
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, _, _ = _own(ids, n, T, C)
+    t, own, _, _ = chunk_tokens(ids, n, T, C)
     i = tl.arange(0, C)
     at = tl.maximum(i - 1, 0) if BEFORE else i  # the last place whose decay a row has
     A = tl.zeros([C, C], tl.float32)
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
-        r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
-        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+        r = load_tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+        c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
         if DECAY == 2:
             sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
-            sums_columns = _tile(G, b, t, h, T, H, K, kd)
+            sums_columns = load_tile(G, b, t, h, T, H, K, kd)
             for bit in range(BITS):
                 later, earlier = _meet(at, bit, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, C)
-                product = _dot((r * later).to(r.dtype), tl.trans((c * earlier).to(c.dtype)))
+                product = dot((r * later).to(r.dtype), tl.trans((c * earlier).to(c.dtype)))
                 A += tl.where(_meeting(at, bit, C), product, 0.0)
             if BEFORE or not STRICT:
-                A += tl.where(at[:, None] == i[None, :], _dot(r, tl.trans(c)), 0.0)
+                A += tl.where(at[:, None] == i[None, :], dot(r, tl.trans(c)), 0.0)
         else:
-            A += _dot(r, tl.trans(c))
+            A += dot(r, tl.trans(c))
     if DECAY == 1:
-        A *= _fall(_sum_at_rows(G, b, t, h, T, H, C, BEFORE)[:, None] - _per_token(G, b, t, h, T, H)[None, :])
+        A *= power2(_sum_at_rows(G, b, t, h, T, H, C, BEFORE)[:, None] - _per_token(G, b, t, h, T, H)[None, :])
     if BETA:
         A *= _per_token(beta, b, t, h, T, H)[:, None]
     A = tl.where(_seen(own, C, STRICT), A * scale, 0.0)
@@ -193,7 +201,7 @@ def _scores(
 def _corner(system, b, n, h, T, H, i0, j0, C: tl.constexpr):
     """The 16 rows from i0 on and columns from j0 on of a chunk's matrix."""
     d = tl.arange(0, 16)
-    return _tile(system, b, n * C + i0 + d, h, T, H, C, j0 + d)
+    return load_tile(system, b, n * C + i0 + d, h, T, H, C, j0 + d)
 
 
 @triton.jit
@@ -206,7 +214,7 @@ def _put_corner(inverse, x, b, n, h, T, H, i0, j0, C: tl.constexpr):
 def _eliminate(x, system, b, n, h, T, H, i0, row, C: tl.constexpr):
     """Row `row` of the inverse of a diagonal block, given those above it."""
     d = tl.arange(0, 16)
-    below = _row(system, b, n * C + i0 + row, h, T, H, C, i0 + d)
+    below = load_row(system, b, n * C + i0 + row, h, T, H, C, i0 + d)
     return tl.where((d == row)[:, None], x - tl.sum(below[:, None] * x, 0)[None, :], x)
 
 
@@ -226,12 +234,12 @@ def _inverse(system, inverse, T, H, C: tl.constexpr):
     l10, l21 = _corner(system, b, n, h, T, H, 16, 0, C), _corner(system, b, n, h, T, H, 32, 16, C)
     l32, l20 = _corner(system, b, n, h, T, H, 48, 32, C), _corner(system, b, n, h, T, H, 32, 0, C)
     l31, l30 = _corner(system, b, n, h, T, H, 48, 16, C), _corner(system, b, n, h, T, H, 48, 0, C)
-    x10 = -_dot(x11, _dot(l10, x00))
-    x21 = -_dot(x22, _dot(l21, x11))
-    x32 = -_dot(x33, _dot(l32, x22))
-    x20 = -_dot(x22, _dot(l20, x00) + _dot(l21, x10))
-    x31 = -_dot(x33, _dot(l31, x11) + _dot(l32, x21))
-    x30 = -_dot(x33, _dot(l30, x00) + _dot(l31, x10) + _dot(l32, x20))
+    x10 = -dot(x11, dot(l10, x00))
+    x21 = -dot(x22, dot(l21, x11))
+    x32 = -dot(x33, dot(l32, x22))
+    x20 = -dot(x22, dot(l20, x00) + dot(l21, x10))
+    x31 = -dot(x33, dot(l31, x11) + dot(l32, x21))
+    x30 = -dot(x33, dot(l30, x00) + dot(l31, x10) + dot(l32, x20))
     zero = tl.zeros([16, 16], tl.float32)
     _put_corner(inverse, x00, b, n, h, T, H, 0, 0, C)
     _put_corner(inverse, x11, b, n, h, T, H, 16, 16, C)
@@ -262,7 +270,7 @@ def _prepare(
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, last = _own(ids, n, T, C)
+    t, own, before, last = chunk_tokens(ids, n, T, C)
     end = tl.minimum(n * C + C, T) - 1
     X = _matrix(inverse, b, t, h, T, H, C)
     sign = -1.0 if ERASE else 1.0
@@ -271,26 +279,26 @@ def _prepare(
         weight = _per_token(beta, b, t, h, T, H)
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
-        r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+        r = load_tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
         r = r * (weight[:, None] * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C))
-        _put(W, _dot(X, r.to(X.dtype)), b, t, h, T, H, K, kd)
+        _put(W, dot(X, r.to(X.dtype)), b, t, h, T, H, K, kd)
         leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
-        c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+        c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
         _put(left, c * leave, b, t, h, T, H, K, kd)
         if ERASE:
-            keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
+            keys = load_tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
             _put(kept, keys * leave, b, t, h, T, H, K, kd)
-        queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+        queries = load_tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
         enter = _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
         _put(asked, queries * (scale * enter), b, t, h, T, H, K, kd)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
-        values = _tile(v, b, t, h, T, H, V, vd)
+        values = load_tile(v, b, t, h, T, H, V, vd)
         if ERASE:
-            values = (-_dot(_matrix(erased, b, t, h, T, H, C), values)).to(X.dtype)
+            values = (-dot(_matrix(erased, b, t, h, T, H, C), values)).to(X.dtype)
         if BETA:
             values = (values * weight[:, None]).to(X.dtype)
-        _put(U, _dot(X, values), b, t, h, T, H, V, vd)
+        _put(U, dot(X, values), b, t, h, T, H, V, vd)
 
 
 @triton.jit
@@ -303,21 +311,21 @@ def _states(
     kd, vd, bh = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    S = _state(initial, bh, kd, vd, K, V)
+    S = load_state(initial, bh, kd, vd, K, V)
     inside = (kd < K)[:, None] & (vd < V)[None, :]
     for n in range(N):
-        t, _, before, last = _own(ids, n, T, C)
-        z = -_dot(_tile(W, b, t, h, T, H, K, kd), S.to(W.dtype.element_ty))
+        t, _, before, last = chunk_tokens(ids, n, T, C)
+        z = -dot(load_tile(W, b, t, h, T, H, K, kd), S.to(W.dtype.element_ty))
         place = tl.cast(bh, tl.int64) * N + n
-        tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
+        tl.store(state_pointers(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
         if not TRANSITION:
-            z += _tile(U, b, t, h, T, H, V, vd)
+            z += load_tile(U, b, t, h, T, H, V, vd)
         _put(Z, z, b, t, h, T, H, V, vd)
         S *= _through(G, before, last, tl.minimum(n * C + C, T) - 1, b, h, T, H, K, kd, DECAY)[:, None]
-        S += _dot(tl.trans(_tile(left, b, t, h, T, H, K, kd)), z.to(left.dtype.element_ty))
+        S += dot(tl.trans(load_tile(left, b, t, h, T, H, K, kd)), z.to(left.dtype.element_ty))
         if ERASE and not TRANSITION:
-            S += _dot(tl.trans(_tile(kept, b, t, h, T, H, K, kd)), _tile(v, b, t, h, T, H, V, vd))
-    tl.store(_square(final, bh, kd, vd, K, V), S, mask=inside)
+            S += dot(tl.trans(load_tile(kept, b, t, h, T, H, K, kd)), load_tile(v, b, t, h, T, H, V, vd))
+    tl.store(state_pointers(final, bh, kd, vd, K, V), S, mask=inside)
 
 
 @triton.jit
@@ -330,12 +338,12 @@ def _outputs(
     b, h = bh // H, bh % H
     t = n * C + tl.arange(0, C)
     place = tl.cast(bh, tl.int64) * N + n
-    o = _dot(_matrix(scores, b, t, h, T, H, C), _tile(Z, b, t, h, T, H, V, vd))
+    o = dot(_matrix(scores, b, t, h, T, H, C), load_tile(Z, b, t, h, T, H, V, vd))
     if ERASE:
-        o += _dot(_matrix(key_scores, b, t, h, T, H, C), _tile(v, b, t, h, T, H, V, vd))
+        o += dot(_matrix(key_scores, b, t, h, T, H, C), load_tile(v, b, t, h, T, H, V, vd))
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
-        o += _dot(_tile(asked, b, t, h, T, H, K, kd), _state(starts, place, kd, vd, K, V))
+        o += dot(load_tile(asked, b, t, h, T, H, K, kd), load_state(starts, place, kd, vd, K, V))
     _put(out, o, b, t, h, T, H, V, vd)
 
 
@@ -345,7 +353,7 @@ def _pull(scores, do, dZ, T, H, V, C: tl.constexpr, BV: tl.constexpr):
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     t = n * C + tl.arange(0, C)
-    dz = _dot(tl.trans(_matrix(scores, b, t, h, T, H, C)), _tile(do, b, t, h, T, H, V, vd))
+    dz = dot(tl.trans(_matrix(scores, b, t, h, T, H, C)), load_tile(do, b, t, h, T, H, V, vd))
     _put(dZ, dz, b, t, h, T, H, V, vd)
 
 
@@ -358,20 +366,20 @@ def _state_gradients(
     kd, vd, bh = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    dS = _state(dfinal, bh, kd, vd, K, V)
+    dS = load_state(dfinal, bh, kd, vd, K, V)
     inside = (kd < K)[:, None] & (vd < V)[None, :]
     for back in range(N):
         n = N - 1 - back
         place = tl.cast(bh, tl.int64) * N + n
         after = dS.to(afters.dtype.element_ty)
-        tl.store(_square(afters, place, kd, vd, K, V), after, mask=inside)
-        t, _, before, last = _own(ids, n, T, C)
-        dz = _tile(dZ, b, t, h, T, H, V, vd) + _dot(_tile(left, b, t, h, T, H, K, kd), after)
+        tl.store(state_pointers(afters, place, kd, vd, K, V), after, mask=inside)
+        t, _, before, last = chunk_tokens(ids, n, T, C)
+        dz = load_tile(dZ, b, t, h, T, H, V, vd) + dot(load_tile(left, b, t, h, T, H, K, kd), after)
         _put(dZ, dz, b, t, h, T, H, V, vd)
         dS *= _through(G, before, last, tl.minimum(n * C + C, T) - 1, b, h, T, H, K, kd, DECAY)[:, None]
-        dS += _dot(tl.trans(_tile(asked, b, t, h, T, H, K, kd)), _tile(do, b, t, h, T, H, V, vd))
-        dS -= _dot(tl.trans(_tile(W, b, t, h, T, H, K, kd)), dz.to(after.dtype))
-    tl.store(_square(dinitial, bh, kd, vd, K, V), dS, mask=inside)
+        dS += dot(tl.trans(load_tile(asked, b, t, h, T, H, K, kd)), load_tile(do, b, t, h, T, H, V, vd))
+        dS -= dot(tl.trans(load_tile(W, b, t, h, T, H, K, kd)), dz.to(after.dtype))
+    tl.store(state_pointers(dinitial, bh, kd, vd, K, V), dS, mask=inside)
 
 
 @triton.jit
@@ -385,17 +393,17 @@ def _pairs(
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, _, _ = _own(ids, n, T, C)
+    t, own, _, _ = chunk_tokens(ids, n, T, C)
     i = tl.arange(0, C)
     place = tl.cast(bh, tl.int64) * N + n
     X = tl.trans(_matrix(inverse, b, t, h, T, H, C))
     dA, dL = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
-        dr = _dot(X, _tile(dZ, b, t, h, T, H, V, vd)).to(X.dtype)
-        z = tl.trans(_tile(Z, b, t, h, T, H, V, vd))
-        dA += _dot(_tile(do, b, t, h, T, H, V, vd), z)
-        dL -= _dot(dr, z)
+        dr = dot(X, load_tile(dZ, b, t, h, T, H, V, vd)).to(X.dtype)
+        z = tl.trans(load_tile(Z, b, t, h, T, H, V, vd))
+        dA += dot(load_tile(do, b, t, h, T, H, V, vd), z)
+        dL -= dot(dr, z)
         _put(dR, dr, b, t, h, T, H, V, vd)
     _put(dscores, tl.where(_seen(own, C, False), dA, 0.0), b, t, h, T, H, C, i)
     _put(dsystem, tl.where(_seen(own, C, True), dL, 0.0), b, t, h, T, H, C, i)
@@ -408,20 +416,20 @@ def _pairs(
         moment = tl.zeros([C], tl.float32)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
-        dr = _dot(X, _tile(dZ, b, t, h, T, H, V, vd))
-        values = _tile(v, b, t, h, T, H, V, vd)
+        dr = dot(X, load_tile(dZ, b, t, h, T, H, V, vd))
+        values = load_tile(v, b, t, h, T, H, V, vd)
         if BETA:
             moment += tl.sum(dr * values, 1)
             dr *= weight[:, None]
         if ERASE:
-            given = _tile(do, b, t, h, T, H, V, vd)
+            given = load_tile(do, b, t, h, T, H, V, vd)
             dr = dr.to(X.dtype)
-            dA += _dot(given, tl.trans(values))
-            dL -= _dot(dr, tl.trans(values))
-            dr = _dot(A, given) - _dot(P, dr)
+            dA += dot(given, tl.trans(values))
+            dL -= dot(dr, tl.trans(values))
+            dr = dot(A, given) - dot(P, dr)
             for k0 in range(0, K, BK):
                 kd = k0 + tl.arange(0, BK)
-                dr += _dot(_tile(kept, b, t, h, T, H, K, kd), _state(afters, place, kd, vd, K, V))
+                dr += dot(load_tile(kept, b, t, h, T, H, K, kd), load_state(afters, place, kd, vd, K, V))
         _put(dv, dr, b, t, h, T, H, V, vd)
     if BETA:
         tl.store(dbeta + (tl.cast(b, tl.int64) * T + t) * H + h, moment, mask=t < T)
@@ -440,22 +448,22 @@ def _spread(
     at = tl.maximum(i - 1, 0) if BEFORE else i
     if DECAY == 2:
         sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
-        sums_columns = _tile(G, b, t, h, T, H, K, kd)
+        sums_columns = load_tile(G, b, t, h, T, H, K, kd)
         for bit in range(BITS):
             later, earlier = _meet(at, bit, sums_rows, sums_columns, G, b, n, h, T, H, K, kd, C)
             P = tl.where(_meeting(at, bit, C), dA, 0.0).to(r.dtype)
-            dr += _dot(P, (c * earlier).to(r.dtype)) * later
-            dc += _dot(tl.trans(P), (r * later).to(r.dtype)) * earlier
+            dr += dot(P, (c * earlier).to(r.dtype)) * later
+            dc += dot(tl.trans(P), (r * later).to(r.dtype)) * earlier
         if BEFORE or not STRICT:
             P = tl.where(at[:, None] == i[None, :], dA, 0.0).to(r.dtype)
-            dr += _dot(P, c)
-            dc += _dot(tl.trans(P), r)
+            dr += dot(P, c)
+            dc += dot(tl.trans(P), r)
     else:
         if DECAY == 1:
-            dA *= _fall(_sum_at_rows(G, b, t, h, T, H, C, BEFORE)[:, None] - _per_token(G, b, t, h, T, H)[None, :])
+            dA *= power2(_sum_at_rows(G, b, t, h, T, H, C, BEFORE)[:, None] - _per_token(G, b, t, h, T, H)[None, :])
         P = dA.to(r.dtype)
-        dr += _dot(P, c)
-        dc += _dot(tl.trans(P), r)
+        dr += dot(P, c)
+        dc += dot(tl.trans(P), r)
     return dr, dc
 
 
@@ -476,7 +484,7 @@ def _inputs(
     b, h = bh // H, bh % H
     kd = kb * BK + tl.arange(0, BK)
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, last = _own(ids, n, T, C)
+    t, own, before, last = chunk_tokens(ids, n, T, C)
     end = tl.minimum(n * C + C, T) - 1
     place = tl.cast(bh, tl.int64) * N + n
     own_dq, own_dr = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
@@ -484,28 +492,28 @@ def _inputs(
     at_end = tl.zeros([BK], tl.float32)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
-        S, dS = _state(starts, place, kd, vd, K, V), _state(afters, place, kd, vd, K, V)
-        own_dq += _dot(_tile(do, b, t, h, T, H, V, vd), tl.trans(S))
-        own_dr -= _dot(_tile(dR, b, t, h, T, H, V, vd), tl.trans(S))
-        own_dc += _dot(_tile(Z, b, t, h, T, H, V, vd), tl.trans(dS))
+        S, dS = load_state(starts, place, kd, vd, K, V), load_state(afters, place, kd, vd, K, V)
+        own_dq += dot(load_tile(do, b, t, h, T, H, V, vd), tl.trans(S))
+        own_dr -= dot(load_tile(dR, b, t, h, T, H, V, vd), tl.trans(S))
+        own_dc += dot(load_tile(Z, b, t, h, T, H, V, vd), tl.trans(dS))
         if ERASE:
-            own_dk += _dot(_tile(v, b, t, h, T, H, V, vd), tl.trans(dS))
+            own_dk += dot(load_tile(v, b, t, h, T, H, V, vd), tl.trans(dS))
         if DECAY:
             at_end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     own_dq *= scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
     own_dr *= _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C)
     leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
     own_dc *= leave
-    c = _tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
-    r = _tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
-    queries = _tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+    c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
+    r = load_tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+    queries = load_tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
     if BETA:
         weight = _per_token(beta, b, t, h, T, H)[:, None]
         r = (r * weight).to(c.dtype)
     if ERASE:
         r = -r
         own_dk *= leave
-        keys = _tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
+        keys = load_tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
     if DECAY:
         at_end *= _through(G, before, last, end, b, h, T, H, K, kd, DECAY)
         at_end += tl.sum(own_dc * c, 0)
@@ -577,7 +585,7 @@ SINGLE = {64: Tiles(32, 32, 32, 32), 128: Tiles(32, 32, 16, 32), 256: Tiles(32, 
 def tiles(dtype: torch.dtype, key_dim: int, decay: int, erase: bool) -> Tiles:
     """The tiles for this key dim, by the table. Raises ValueError for heads wider than the registers hold.
 
-    Decays a channel keep tiles of their sums in registers, rows and columns of their own the gradients of both.
+    Decays per channel keep tiles of their sums in registers, rows and columns of their own the gradients of both.
     """
     table = SINGLE if dtype == torch.float32 else HALF
     if key_dim > max(table):
@@ -598,10 +606,6 @@ def _padded(dim: int) -> int:
     return max(16, 1 << max(0, dim - 1).bit_length())
 
 
-def _ceil(length: int, size: int) -> int:
-    return -(-length // size)
-
-
 class _Chunks(NamedTuple):
     """What the forward pass makes of each chunk by itself."""
 
@@ -619,20 +623,21 @@ class _Chunks(NamedTuple):
 class _Run:
     """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.erase, self.has_beta = problem.a is not None, problem.beta is not None
-        wide = [x.dtype for x in (problem.q, problem.k, problem.v, problem.a, problem.b) if x is not None]
+    def __init__(self, problem: Problem[DeltaInputs]) -> None:
+        self.problem, inputs = problem, problem.inputs
+        self.erase, self.has_beta = inputs.a is not None, inputs.beta is not None
+        vectors = (inputs.q, inputs.k, inputs.v, inputs.a, inputs.b)
+        wide = [x.dtype for x in vectors if x is not None]
         self.dtype = reduce(torch.promote_types, wide)
-        self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in (problem.q, problem.k, problem.v))
+        self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in vectors[:3] if x is not None)
         self.rows = self.columns = self.k
-        if problem.a is not None and problem.b is not None:
-            self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (problem.a, problem.b))
+        if inputs.a is not None and inputs.b is not None:
+            self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (inputs.a, inputs.b))
         self.batch, self.length, self.heads, self.values = self.v.shape
-        self.keys, self.chunks = self.k.shape[-1], _ceil(self.length, CHUNK)
+        self.keys, self.chunks = self.k.shape[-1], ceil_div(self.length, CHUNK)
         self.ids = problem.documents.ids(self.q.device)
-        self.beta = self.ids if problem.beta is None else problem.beta.contiguous()  # what is not there is not read
-        log_decay = problem.log_decay
+        self.beta = self.ids if inputs.beta is None else inputs.beta.contiguous()  # where there is none it is not read
+        log_decay = inputs.log_decay
         self.decay = NONE if log_decay is None else TOKEN if log_decay.dim() == 3 else CHANNEL
         self.tiles = tiles(self.dtype, self.keys, self.decay, self.erase)
         self.G = self.ids if log_decay is None else self.cumulated(log_decay)
@@ -664,7 +669,7 @@ class _Run:
         sums = torch.empty_like(log_decay, dtype=torch.float32, memory_format=torch.contiguous_format)
         dim = 1 if log_decay.dim() == 3 else log_decay.shape[-1]
         total = self.heads * dim
-        _cumulate[(self.chunks, self.batch, _ceil(total, LANES))](
+        cumulate[(self.chunks, self.batch, ceil_div(total, LANES))](
             log_decay.contiguous(), self.ids, sums, self.length, self.heads, dim, total,
             C=CHUNK, BY_TOKEN=True, BY_CHANNEL=True, LANES=LANES, num_warps=1,
         )  # fmt: skip
@@ -710,7 +715,7 @@ class _Run:
         starts = self.empty(self.batch * self.heads, self.chunks, self.keys, values, dtype=self.dtype)
         Z = self.per_token(values)
         block = min(self.tiles.state_values, _padded(values))
-        _states[(_ceil(values, block), self.batch * self.heads)](
+        _states[(ceil_div(values, block), self.batch * self.heads)](
             chunks.W, chunks.U, chunks.left, chunks.kept, self.v, self.G, self.ids, entering.contiguous(),
             starts, Z, final, *self.sizes, self.keys, values, self.chunks,
             DECAY=self.decay, ERASE=self.erase, TRANSITION=transition, C=CHUNK, BK=_padded(self.keys), BV=block,
@@ -724,7 +729,7 @@ class _Run:
         """What queries read, `[B, T, H, V]`; with `transition`, of what entered alone."""
         out = self.per_token(Z.shape[-1], dtype)
         blocks = {**self.blocks(), "BV": min(self.tiles.value_block, _padded(Z.shape[-1]))}
-        _outputs[(_ceil(Z.shape[-1], blocks["BV"]), *self.by_chunk())](
+        _outputs[(ceil_div(Z.shape[-1], blocks["BV"]), *self.by_chunk())](
             chunks.asked, chunks.scores, chunks.key_scores, Z, self.v, starts, out,
             *self.sizes, self.keys, Z.shape[-1], self.chunks, ERASE=self.erase and not transition, **blocks,
         )  # fmt: skip
@@ -735,13 +740,13 @@ class _Run:
         count = self.chunks
         dZ, dinitial = self.per_token(self.values), self.state()
         blocks = self.blocks(keys=False)
-        _pull[(_ceil(self.values, blocks["BV"]), count, self.batch * self.heads)](
+        _pull[(ceil_div(self.values, blocks["BV"]), count, self.batch * self.heads)](
             chunks.scores, dout, dZ, *self.sizes, self.values, **blocks
         )
         afters = self.empty(self.batch * self.heads, count, self.keys, self.values, dtype=self.dtype)
         dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
         block = min(self.tiles.state_values, _padded(self.values))
-        _state_gradients[(_ceil(self.values, block), self.batch * self.heads)](
+        _state_gradients[(ceil_div(self.values, block), self.batch * self.heads)](
             chunks.asked, chunks.W, chunks.left, dout, dZ, self.G, self.ids, dfinal, afters, dinitial,
             *self.sizes, self.keys, self.values, count, DECAY=self.decay, C=CHUNK, BK=_padded(self.keys), BV=block,
             num_warps=self.tiles.state_warps,
@@ -769,7 +774,7 @@ class _Run:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """(dq, drows, dcolumns and dk, by head; what channels give to dbeta; the gradient of the decays)."""
         block = min(self.tiles.input_keys, _padded(self.keys))
-        parts = _ceil(self.keys, block)
+        parts = ceil_div(self.keys, block)
         kind = (
             torch.float32 if any(x.shape[2] < self.heads for x in (self.q, self.k, self.rows, self.columns)) else None
         )
@@ -802,39 +807,40 @@ class _Run:
         if self.erase:  # a row meets the state without its own decay: what it says is of those up to the token before
             moments[:, :-1] += row_moments[:, 1:]
         dim = 1 if self.decay == TOKEN else self.keys
-        _cumulate_back[(self.chunks, self.batch, _ceil(self.heads * dim, LANES))](
+        cumulate_back[(self.chunks, self.batch, ceil_div(self.heads * dim, LANES))](
             moments, self.ids, ends, self.length, self.chunks, self.heads * dim, self.heads, dim,
             C=CHUNK, LANES=LANES, num_warps=1,
         )  # fmt: skip
         return moments
 
 
-def forward(problem: Problem, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out in q's type, final state)."""
+def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, final state)."""
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, final = run.states(chunks, problem.entering(initial_state))
-    return run.outputs(chunks, starts, Z, problem.q.dtype), final
+    dtype = torch.float32 if problem.exact else problem.inputs.q.dtype
+    return run.outputs(chunks, starts, Z, dtype), final
 
 
-def begin(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of nothing, and of the identity."""
+def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of zero, and of the identity."""
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, state = run.states(chunks, problem.new_states())
     out = run.outputs(chunks, starts, Z, torch.float32)
     one = torch.eye(run.keys, device=state.device).expand(run.batch, run.heads, -1, -1)
     if problem.reach == 0:
-        return out, torch.zeros_like(one), state, torch.zeros_like(problem.of_keys())
+        return out, torch.zeros_like(one), state, out.new_zeros(*out.shape[:3], run.keys)
     continues = torch.tensor(problem.documents.continues, device=state.device)[:, None, None, None]
     starts, Z, transition = run.states(chunks, torch.where(continues, one, 0.0), transition=True)
     return out, transition, state, run.outputs(chunks, starts, Z, torch.float32, transition=True)
 
 
 def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """The gradients of (q, k, v, beta, log_decay, a, b), in their types, and of the initial state."""
+    problem: Problem[DeltaInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state."""
     run = _Run(problem)
     dout = dout.to(run.dtype).contiguous()
     chunks = run.prepare()
@@ -843,21 +849,13 @@ def backward(
     dR, dscores, dv, dbeta = run.pairs(chunks, dout, Z, dZ, afters)
     dq, drows, dcolumns, dk, of_channels, ddecay = run.inputs(dout, Z, dR, starts, afters, dscores)
     da, db, dk = (drows, dcolumns, dk) if run.erase else (None, None, dcolumns)
+    x = problem.inputs
     gradients = (
-        _summed(dq, problem.q), _summed(dk, problem.k), dv.to(problem.v.dtype),
-        _summed(dbeta + of_channels, problem.beta), _summed(ddecay, problem.log_decay),
-        _summed(da, problem.a), _summed(db, problem.b),
+        summed(dq, x.q), summed(dk, x.k), dv.to(x.v.dtype),
+        summed(dbeta + of_channels, x.beta), summed(ddecay, x.log_decay),
+        summed(da, x.a), summed(db, x.b),
     )  # fmt: skip
     return gradients, problem.entering(dinitial)
-
-
-def _summed(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """Gradients of heads, in the shape and type of x."""
-    if dx is None or x is None:
-        return None
-    if dx.shape[2] != x.shape[2]:
-        dx = dx.unflatten(2, (x.shape[2], -1)).sum(3)
-    return dx.to(x.dtype)
 
 
 _FLOAT32 = ("G", "beta", "system", "initial", "final", "dfinal", "dinitial", "moments", "row_moments", "ends", "dbeta")

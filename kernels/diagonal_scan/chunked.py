@@ -17,17 +17,19 @@ subnormal numbers take a hundred times as long and add nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..documents import Documents
+from ..chunks.decay import FLOOR
+from ..chunks.slabs import borders
+from ..operation import Tensors
+from ..problem import Problem
+from . import DiagonalInputs
 
 CHUNK = 64  # tokens of a lane
 WIDTH = 4096  # rows × lanes × channels of a step: enough to hide its call, few enough to keep a slab in cache
-FLOOR = {torch.float32: -40.0, torch.float64: -300.0}
 
 
 class Block(NamedTuple):
@@ -44,38 +46,6 @@ def blocks(batch: int, channels: int) -> Iterator[Block]:
         for channel in range(0, channels, channels_each):
             rows = slice(row, min(row + rows_each, batch))
             yield Block(rows, slice(channel, min(channel + channels_each, channels)))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A whole call: x `[B, T, D]`, log_decay `[B, T, D]` or `[D]`."""
-
-    x: Tensor
-    log_decay: Tensor
-    documents: Documents
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 for float64."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
-
-    @property
-    def reach(self) -> int:
-        """The tokens up to which an entering state reaches in some row."""
-        rows = zip(self.documents.runs, self.documents.continues, strict=True)
-        return max((row[0].stop for row, continues in rows if continues), default=0)
-
-    def entering(self, state: Tensor | None) -> Tensor:
-        """The state `[B, D]` that enters each row: zero where a row does not continue a document."""
-        zeros = torch.zeros_like(self.x[:, 0], dtype=self.dtype)
-        if state is None:
-            return zeros
-        keep = torch.tensor(self.documents.continues, device=state.device)[:, None]
-        return torch.where(keep, state.to(self.dtype), zeros)
-
-    def sweeps(self) -> Iterator[Sweep]:
-        for block in blocks(self.x.shape[0], self.x.shape[2]):
-            yield Sweep(self, block)
 
 
 class Slab(NamedTuple):
@@ -114,19 +84,27 @@ def _constant(log_decay: Tensor, chunk: int, dtype: torch.dtype) -> Constant:
 class Sweep:
     """One block: its slabs, its parts of tensors, its workspaces."""
 
-    def __init__(self, problem: Problem, block: Block) -> None:
+    def __init__(self, problem: Problem[DiagonalInputs], block: Block) -> None:
         self.block, self.dtype = block, problem.dtype
-        self.x, self.log_decay = self.part(problem.x), self.part(problem.log_decay)
+        self.x, self.log_decay = self.part(problem.inputs.x), self.part(problem.inputs.log_decay)
         rows, self.length, channels = self.x.shape
         self.chunk = min(CHUNK, self.length)
         lanes = min(max(1, WIDTH // (rows * channels)), -(-self.length // self.chunk))
         self.shape = (self.chunk, lanes, rows, channels)
         self.works: dict[str, Tensor] = {}
-        self.marked, self.ids = _ids(problem.documents.rows(block.rows.start, block.rows.stop), self.x.device)
+        documents = problem.documents.rows(block.rows.start, block.rows.stop)
+        self.marked, ids = borders(documents), documents.ids(problem.device)
+        self.ids = torch.cat([ids[:, :1], ids], dim=1)  # one more before the first token, to look back to
         self.constant = None
-        if problem.log_decay.dim() == 1:
+        if problem.inputs.log_decay.dim() == 1:
             self.constant = _constant(self.log_decay, self.chunk, self.dtype)
             self.log_decay = self.log_decay.expand_as(self.x)
+
+    @classmethod
+    def over(cls, problem: Problem[DiagonalInputs]) -> Iterator[Sweep]:
+        """Sweeps over all rows and channels."""
+        for block in blocks(problem.inputs.x.shape[0], problem.inputs.x.shape[2]):
+            yield cls(problem, block)
 
     def part(self, x: Tensor) -> Tensor:
         """The block's part of `[B, T, D]`, `[B, D]` or `[D]`."""
@@ -229,25 +207,16 @@ class Sweep:
         return slab.stop - slab.start == slab.lanes * self.chunk
 
 
-def _ids(documents: Documents, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where some row's token does not go on with the one before (on the host), and ids with the first one repeated."""
-    ids = documents.ids("cpu")
-    marked = (ids < 0).any(0)
-    marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
-    own = documents.ids(device)
-    return marked, torch.cat([own[:, :1], own], dim=1)
-
-
-def forward(problem: Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(every h in x's type, or what is computed in; final state)."""
-    out = torch.empty_like(problem.x, dtype=problem.dtype if exact else None)
+def forward(problem: Problem[DiagonalInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(every h, final state)."""
+    out = problem.new_output()
     return out, _run(problem, initial_state, out)
 
 
-def _run(problem: Problem, initial_state: Tensor | None, out: Tensor) -> Tensor:
+def _run(problem: Problem[DiagonalInputs], initial_state: Tensor | None, out: Tensor) -> Tensor:
     """Writes every h_t to `out` `[B, T, D]` of any type; the state after each row's last token."""
-    state = problem.entering(initial_state)
-    for sweep in problem.sweeps():
+    state = problem.entering(initial_state).clone()
+    for sweep in Sweep.over(problem):
         carry, target = sweep.part(state), sweep.part(out)
         for slab in sweep.slabs():
             masks = sweep.masks(slab)
@@ -278,10 +247,10 @@ def _scan(sweep: Sweep, slab: Slab, masks: Masks | None, h: Tensor, carry: Tenso
     h.addcmul_(over, entering)
 
 
-def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
+def correct(problem: Problem[DiagonalInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds e^{a_1 + … + a_t} state to the outputs that the entering state reaches."""
-    entering = problem.entering(state)
-    for sweep in problem.sweeps():
+    entering = problem.entering(state).clone()
+    for sweep in Sweep.over(problem):
         carry, target = sweep.part(entering), sweep.part(out)
         for slab in sweep.slabs(problem.reach):
             masks = sweep.masks(slab)
@@ -315,10 +284,10 @@ def _scan_back(sweep: Sweep, slab: Slab, masks: Masks | None, d: Tensor, carry: 
     return decay
 
 
-def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+def summarize_backward(problem: Problem[DiagonalInputs], dout: Tensor, initial_state: Tensor | None = None) -> Tensor:
     """Σ_t e^{a_1 + … + a_t} dout_t `[B, D]` over the tokens that an entering state reaches."""
-    dinitial = torch.zeros_like(problem.x[:, 0], dtype=problem.dtype)
-    for sweep in problem.sweeps():
+    dinitial = problem.new_states()
+    for sweep in Sweep.over(problem):
         carry, given = sweep.part(dinitial), sweep.part(dout)
         for slab in reversed(sweep.slabs(problem.reach)):
             _scan_back(sweep, slab, sweep.masks(slab), sweep.load("d", given, slab), carry)
@@ -326,10 +295,10 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
 
 
 def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem[DiagonalInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
     """The gradients of x and log_decay, in their types, and of the initial state."""
-    x, log_decay, dtype = problem.x, problem.log_decay, problem.dtype
+    (x, log_decay), dtype = problem.inputs, problem.dtype
     dx, constant = torch.empty_like(x), log_decay.dim() == 1
     states = torch.empty(x.shape, dtype=dtype, device=x.device)
     _run(problem, initial_state, states)
@@ -340,12 +309,8 @@ def backward(
         if constant
         else (states if shares else torch.empty_like(log_decay))
     )
-    entering = problem.entering(initial_state)
-    dinitial = torch.zeros_like(entering) if dfinal_state is None else dfinal_state.to(dtype, copy=True)
-    for row, runs in enumerate(problem.documents.runs):
-        if runs[-1].is_padding:
-            dinitial[row] = 0.0  # such a row's final state is 0, whatever the inputs
-    for sweep in problem.sweeps():
+    entering, dinitial = problem.entering(initial_state), problem.leaving(dfinal_state)
+    for sweep in Sweep.over(problem):
         carry, given, before = sweep.part(dinitial), sweep.part(dout), sweep.part(entering)
         held, to_x, to_decay = sweep.part(states), sweep.part(dx), sweep.part(ddecay)
         for slab in reversed(sweep.slabs()):
@@ -365,4 +330,4 @@ def backward(
                 to_decay += d.sum((0, 1, 2), dtype=torch.float64)
             else:
                 sweep.store(d, to_decay, slab)
-    return dx, ddecay.to(log_decay.dtype), problem.entering(dinitial)
+    return (dx, ddecay.to(log_decay.dtype)), problem.entering(dinitial)

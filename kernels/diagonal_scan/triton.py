@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compilation import Compilation
-from ..documents import Documents
-from . import chunked
+from ..operation import Tensors
+from ..problem import Problem
+from . import DiagonalInputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -233,11 +234,12 @@ class Chunks(NamedTuple):
         }  # fmt: skip
 
 
-def _chunks(x: Tensor, log_decay: Tensor, documents: Documents, tiles: Tiles) -> Chunks:
+def _chunks(problem: Problem[DiagonalInputs], tiles: Tiles) -> Chunks:
+    x, log_decay = problem.inputs
     ends, decays = torch.empty(
         2, triton.cdiv(x.shape[1], tiles.chunk), x.shape[0], x.shape[2], dtype=torch.float32, device=x.device
     )
-    return Chunks(x.contiguous(), log_decay.contiguous(), documents.ids(x.device), tiles, ends, decays)
+    return Chunks(x.contiguous(), log_decay.contiguous(), problem.documents.ids(x.device), tiles, ends, decays)
 
 
 def carried(ends: Tensor, decays: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
@@ -263,44 +265,43 @@ def _run(chunks: Chunks, initial: Tensor, out: Tensor, *, add: bool = False) -> 
     return final
 
 
-def forward(problem: chunked.Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(every h in x's type, or what is computed in; final state)."""
-    chunks = _chunks(problem.x, problem.log_decay, problem.documents, FORWARD)
-    out = torch.empty_like(chunks.x, dtype=problem.dtype if exact else None)
-    return out, _run(chunks, problem.entering(initial_state), out)
+def forward(problem: Problem[DiagonalInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(every h, final state)."""
+    out = problem.new_output()
+    return out, _run(_chunks(problem, FORWARD), problem.entering(initial_state), out)
 
 
-def correct(problem: chunked.Problem, out: Tensor, state: Tensor) -> Tensor:
+def correct(problem: Problem[DiagonalInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds e^{a_1 + … + a_t} state to the outputs that the entering state reaches; `out` is contiguous."""
-    _run(_chunks(problem.x, problem.log_decay, problem.documents, FORWARD), problem.entering(state), out, add=True)
+    _run(_chunks(problem, FORWARD), problem.entering(state), out, add=True)
     return out
 
 
 def _asked(chunks: Chunks, dout: Tensor, dfinal: Tensor) -> Tensor:
     """Fills `ends` with what later tokens ask of each chunk's last h; what the row asks of its initial state."""
     x, log_decay, ids, ends, decays = chunks.x, chunks.log_decay, chunks.ids, chunks.ends, chunks.decays
-    nothing = ends  # of the other variant's arguments
+    unused = ends  # the other variant's arguments
     _backward[chunks.grid](
-        dout, log_decay, ids, nothing, nothing, nothing, x, nothing, ends, decays, *chunks.sizes, ALONE=True,
+        dout, log_decay, ids, unused, unused, unused, x, unused, ends, decays, *chunks.sizes, ALONE=True,
         **chunks.settings,
     )  # fmt: skip
     return carried(ends, decays, dfinal, reverse=True)
 
 
-def summarize_backward(problem: chunked.Problem, dout: Tensor) -> Tensor:
+def summarize_backward(problem: Problem[DiagonalInputs], dout: Tensor, initial_state: Tensor | None = None) -> Tensor:
     """Σ_t e^{a_1 + … + a_t} dout_t `[B, D]` over the tokens that an entering state reaches."""
-    chunks = _chunks(problem.x, problem.log_decay, problem.documents, BACKWARD)
-    return problem.entering(_asked(chunks, dout.contiguous(), torch.zeros_like(problem.entering(None))))
+    chunks = _chunks(problem, BACKWARD)
+    return problem.entering(_asked(chunks, dout.contiguous(), problem.new_states()))
 
 
 def backward(
-    problem: chunked.Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem[DiagonalInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
     """The gradients of x and log_decay, in their types, and of the initial state."""
-    dout, log_decay, entering = dout.contiguous(), problem.log_decay, problem.entering(initial_state)
-    states = torch.empty(problem.x.shape, dtype=torch.float32, device=dout.device)
-    _run(_chunks(problem.x, log_decay, problem.documents, FORWARD), entering, states)
-    chunks = _chunks(problem.x, log_decay, problem.documents, BACKWARD)
+    dout, log_decay, entering = dout.contiguous(), problem.inputs.log_decay, problem.entering(initial_state)
+    states = torch.empty(dout.shape, dtype=torch.float32, device=dout.device)
+    _run(_chunks(problem, FORWARD), entering, states)
+    chunks = _chunks(problem, BACKWARD)
     dfinal = torch.zeros_like(entering) if dfinal_state is None else dfinal_state.to(entering.dtype).contiguous()
     dinitial = _asked(chunks, dout, dfinal)
     dx = torch.empty_like(chunks.x)
@@ -312,11 +313,11 @@ def backward(
     )  # fmt: skip
     if constant:
         ddecay = ddecay.sum((0, 1), dtype=torch.float64).to(log_decay.dtype)
-    return dx, ddecay, problem.entering(dinitial)
+    return (dx, ddecay), problem.entering(dinitial)
 
 
 def compilations() -> list[Compilation]:
-    """The kernels for bfloat16 inputs and float32 decays, a decay a token and a constant one."""
+    """The kernels for bfloat16 inputs and float32 decays, a decay per token and a constant one."""
     sizes = {"T": "i32", "D": "i32", "CHUNK": "i32"}
     states = dict.fromkeys(("ends", "decays"), "*fp32")
     found = [_carry_compilation()]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from ..chunks.slabs import CHUNK
 from ..documents import Documents
-from . import slabs
+from .parts import GatedLinearInputs as GatedLinearInputs
 from .parts import GatedLinearRecurrence as GatedLinearRecurrence
-
-CHUNK = slabs.CHUNK
 
 
 def gated_linear_attention(
@@ -43,7 +39,7 @@ def gated_linear_attention(
     normaliser: divides o_t by d_t, what v = 1 would give: "sum" by d_t (Katharopoulos et al.), "at_least_one" by
         max(|d_t|, 1) (mLSTM). Where there is nothing to divide by, as for keys of 0, the output is 0.
     log_input: i `[B, T, H]`, of any size: an exponential input gate, computed relative to a running log scale (mLSTM,
-        Beck et al., 2024, arXiv 2405.04517). It comes with a normaliser and at most one decay a head.
+        Beck et al., 2024, arXiv 2405.04517). It comes with a normaliser and at most one decay per head.
     `documents` (default: each row one document) reset the state at their starts; padding gives 0. `initial_state`
     `[B, H, K, V]` enters only rows whose first token continues a document (`documents.continues`); without `documents`
     it enters every row. Returns the output `[B, T, H, V]` in q's type and the state after each row's last token
@@ -58,62 +54,14 @@ def gated_linear_attention(
 
     Katharopoulos et al., 2020, arXiv 2006.16236; with decay Yang et al., 2024, arXiv 2312.06635.
     """
-    variant = GatedLinearRecurrence(read, normaliser, log_input is not None)
-    inputs = (q, k, v, log_decay, value_log_decay, bonus, log_input)
-    variant.check(inputs, initial_state)
-    if documents is None:
-        documents = Documents.whole(q.shape[0], q.shape[1], position=0 if initial_state is None else 1)
-    raw, final = _GatedLinearAttention.apply(variant, documents, scale, backend, initial_state, *inputs)  # type: ignore[misc]
-    return variant.finish(raw, q.dtype), final
-
-
-class _GatedLinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        variant: GatedLinearRecurrence,
-        documents: Documents,
-        scale: float | None,
-        backend: str,
-        initial_state: Tensor | None,
-        *inputs: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.settings = variant, documents, scale, backend
-        out, final = variant.forward(inputs, initial_state, documents, scale=scale, backend=backend)
-        ctx.save_for_backward(initial_state, *inputs, final[:, :, -1:].clone() if variant.stabilised else None)
-        return out, final
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        initial_state, *inputs, unit = ctx.saved_tensors
-        variant, documents, scale, backend = ctx.settings
-        if dout is None:
-            dout = _no_gradient(variant, inputs[2])
-        if dfinal_state is not None and unit is not None:
-            dfinal_state = torch.cat([dfinal_state[:, :, :-1], unit], dim=2)
-        dinputs, dinitial = variant.backward(
-            dout, dfinal_state, tuple(inputs), initial_state, documents, scale=scale, backend=backend
-        )
-        if initial_state is None:
-            dinitial = None
-        else:
-            dinitial = dinitial.to(initial_state.dtype)
-            if variant.stabilised:
-                dinitial[:, :, -1] = 0.0
-        return None, None, None, None, dinitial, *dinputs
-
-
-def _no_gradient(variant: GatedLinearRecurrence, v: Tensor) -> Tensor:
-    extra = (variant.normaliser is not None) + variant.stabilised
-    return v.new_zeros(*v.shape[:3], v.shape[3] + extra)
-
-
-recurrence = GatedLinearRecurrence()
+    op = GatedLinearRecurrence(read, normaliser, log_input is not None, scale)
+    inputs = GatedLinearInputs(q, k, v, log_decay, value_log_decay, bonus, log_input)
+    raw, final = op(inputs, initial_state, documents, backend)
+    return op.finish(raw, q.dtype), final
 
 
 def flops(tokens: int, *, heads: int, key_dim: int, value_dim: int, chunk: int = CHUNK) -> int:
-    """Floating-point operations of a forward pass in chunks: 4 K V + 2 C (K + V) a token and head."""
+    """Floating-point operations of a forward pass in chunks: 4 K V + 2 C (K + V) per token and head."""
     return tokens * heads * (4 * key_dim * value_dim + 2 * chunk * (key_dim + value_dim))
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..documents import PADDING, Documents
 
-# The log scale of nothing: finite, so that differences are; a power of two, so that it is the same in every type.
-NOTHING = -(2.0**100)
+# The log scale of a zero state: finite, so that differences are; a power of two, so that it is the same in every type.
+LOWEST = -(2.0**100)
 
 
 class LogScales:
@@ -32,12 +32,12 @@ class LogScales:
         self.goes_on = going_on(documents, device)[..., None]
         self.gates = log_input.double().masked_fill(~self.real, -torch.inf)
         decays = torch.zeros_like(self.gates) if log_decay is None else log_decay.double().expand_as(self.gates)
-        first = self.gates.new_full(self.gates[:, 0].shape, NOTHING)
+        first = self.gates.new_full(self.gates[:, 0].shape, LOWEST)
         if entering is not None:
             first = torch.where(self.goes_on[:, 0], entering.double(), first)
         self.after = _running_maxima(decays.masked_fill(~self.goes_on, -torch.inf), self.gates, first)
         before = torch.cat([first[:, None], self.after[:, :-1]], dim=1)
-        self.before = before.masked_fill(~self.goes_on, NOTHING)
+        self.before = before.masked_fill(~self.goes_on, LOWEST)
         # Of a document's first token it does not matter; rounding must not make any positive.
         self.log_decay = (decays + self.before - self.after).masked_fill(~self.goes_on, 0.0).clamp_(max=0.0)
 
@@ -50,7 +50,7 @@ def going_on(documents: Documents, device: torch.device) -> Tensor:
 
 
 def _running_maxima(decays: Tensor, gates: Tensor, first: Tensor) -> Tensor:
-    """m_t = max(m_{t−1} + decay_t, gate_t) from `first` on, at least NOTHING: `[B, T, H]`, by doubling reaches."""
+    """m_t = max(m_{t−1} + decay_t, gate_t) from `first` on, at least LOWEST: `[B, T, H]`, by doubling reaches."""
     maxima, sums = gates.clone(), decays.clone()
     maxima[:, 0] = torch.maximum(gates[:, 0], first + decays[:, 0])
     step = 1
@@ -58,7 +58,7 @@ def _running_maxima(decays: Tensor, gates: Tensor, first: Tensor) -> Tensor:
         maxima[:, step:] = torch.maximum(maxima[:, step:], sums[:, step:] + maxima[:, :-step])
         sums[:, step:] = sums[:, step:] + sums[:, :-step]
         step *= 2
-    return maxima.clamp_(min=NOTHING)
+    return maxima.clamp_(min=LOWEST)
 
 
 def pack(state: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +77,7 @@ def advance(packed: Tensor, log_transition: Tensor, own: Tensor) -> Tensor:
     """`own` plus the state before, decayed by e^log_transition `[B, H, 1, 1]`, both packed."""
     (before, old), (state, new) = unpack(packed), unpack(own)
     reaching = old + log_transition[..., 0, 0]
-    scale = torch.maximum(reaching, new).clamp(min=NOTHING)
+    scale = torch.maximum(reaching, new).clamp(min=LOWEST)
     weights = [(x - scale).exp()[..., None, None] for x in (reaching, new)]
     return pack(weights[0] * before + weights[1] * state, scale, packed.dtype)
 

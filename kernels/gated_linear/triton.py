@@ -5,10 +5,10 @@ chunk's outputs of its state and its own tokens. Backward: `_states` again, `_st
 `_keys` (gradients of queries, keys and decays) and `_values`, every chunk by itself. Groups of heads that share queries
 and keys are summed within a program.
 
-A decay a channel does not split into factors of query and key without overflow, but it does about a point between them:
-`_scores` and `_mix` go by sub-chunks of 16 tokens with their border for that point, and token by token within one.
+A decay per channel does not split into factors of query and key without overflow, but it does about a point between
+them: `_scores` and `_mix` go by sub-chunks of 16 tokens with their border for that point, token by token within one.
 A decay of value channels is the same with values for keys, and gradients of outputs for queries; see `chunked.py`,
-of which all formulas and names are. Sums of decays run within a chunk and a document (`_cumulate`), base 2.
+of which all formulas and names are. Sums of decays run within a chunk and a document (`cumulate`), base 2.
 """
 
 # Kernels are typed by Triton, when they are compiled.
@@ -25,120 +25,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chunks.triton import (
+    CHANNEL,
+    CHUNK,
+    LANES,
+    NONE,
+    TOKEN,
+    ceil_div,
+    chunk_tokens,
+    cumulate,
+    cumulate_back,
+    dot,
+    load_row,
+    load_state,
+    load_tile,
+    power2,
+    state_pointers,
+    summed,
+    tile_pointers,
+)
 from ..compilation import Compilation
-from .chunked import Problem
+from ..operation import Tensors
+from ..problem import Problem
+from .parts import GatedLinearInputs
 
-CHUNK = 64
 SUB = 16  # tokens whose channels' decays are multiplied step by step; also the least side of a matrix product
 BLOCK = 64  # channels of a tile
-LANES = 128  # channels of a program that goes token by token
 PROGRAMS = 256  # that go through chunks in order at once: fewer leave a GPU idle, and a row is then cut into segments
 LEAST_SEGMENT = 8  # chunks of a segment
-LOG2_E = tl.constexpr(math.log2(math.e))
-STRONGEST = tl.constexpr(-40.0)  # nothing is left of what decays more in one step: e^-40 is 4e-18
-
-NONE, TOKEN, CHANNEL = 0, 1, 2  # how keys decay
-
-
-@triton.jit
-def _own(ids, n, T, C: tl.constexpr):
-    """Of chunk n: its tokens, their documents (−1 past the end), those before it and at its end."""
-    t = n * C + tl.arange(0, C)
-    own = tl.load(ids + t, mask=t < T, other=-1)
-    before = tl.load(ids + tl.maximum(n * C, 1) - 1)
-    last = tl.load(ids + tl.minimum(n * C + C, T) - 1)
-    return t, own, before, last
-
-
-@triton.jit
-def _rows(x, b, t, h, T, H, D, d):
-    """Pointers to `[tokens, channels]` of head h of `[B, T, H, D]`."""
-    return x + ((tl.cast(b, tl.int64) * T + t) * H + h)[:, None] * D + d[None, :]
-
-
-@triton.jit
-def _tile(x, b, t, h, T, H, D, d):
-    return tl.load(_rows(x, b, t, h, T, H, D, d), mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _row(x, b, t, h, T, H, D, d):
-    """Channels of one token, 0 past the end."""
-    at = x + ((tl.cast(b, tl.int64) * T + t) * H + h) * D + d
-    return tl.load(at, mask=(d < D) & (t < T), other=0.0)
-
-
-@triton.jit
-def _square(x, at, k, v, K, V):
-    """Pointers to `[keys, values]` of the state number `at`."""
-    return x + tl.cast(at, tl.int64) * K * V + k[:, None] * V + v[None, :]
-
-
-@triton.jit
-def _state(x, at, k, v, K, V):
-    return tl.load(_square(x, at, k, v, K, V), mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
-
-
-@triton.jit
-def _fall(exponent):
-    """2^exponent for exponents that are at most 0 wherever they count."""
-    return tl.exp2(tl.minimum(exponent, 0.0))
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _cumulate(g, ids, sums, T, H, K, D, C: tl.constexpr, BY_TOKEN: tl.constexpr, BY_CHANNEL: tl.constexpr,
-              LANES: tl.constexpr):  # fmt: skip
-    """sums `[B, T, D]`, D = H K: log2 decays summed from the start of the chunk or, later, of the document.
-
-    g is `[B, T, H, K]`, BY_TOKEN and BY_CHANNEL; what it is not, it is without that dim.
-    """
-    n, b, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * LANES + tl.arange(0, LANES)
-    ids += tl.cast(b, tl.int64) * T
-    if BY_CHANNEL:
-        at, step = d, D
-    else:
-        at, step = d // K, H
-    total = tl.zeros([LANES], tl.float32)
-    before = tl.load(ids + tl.maximum(n * C, 1) - 1)
-    for t in range(n * C, tl.minimum(n * C + C, T)):
-        row = tl.cast(b, tl.int64) * T + t
-        own = tl.load(ids + t)
-        if BY_TOKEN:
-            decay = tl.load(g + row * step + at, mask=d < D, other=0.0).to(tl.float32)
-        else:
-            decay = tl.load(g + at, mask=d < D, other=0.0).to(tl.float32)
-        total = tl.where(own == before, total, 0.0) + tl.maximum(decay, STRONGEST) * LOG2_E
-        before = own
-        tl.store(sums + row * D + d, total, mask=d < D)
-
-
-@triton.jit
-def _cumulate_back(moments, ids, ends, T, N, D, H, K, C: tl.constexpr, LANES: tl.constexpr):
-    """moments `[B, T, D]`, D = H K, become Σ of those from each token to the end of its document in the chunk.
-
-    Tokens of the document that the chunk ends in get its `ends` `[B, H, N, K]` besides.
-    """
-    n, b, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * LANES + tl.arange(0, LANES)
-    ids += tl.cast(b, tl.int64) * T
-    stop = tl.minimum(n * C + C, T)
-    last = tl.load(ids + stop - 1)
-    place = ((tl.cast(b, tl.int64) * H + d // K) * N + n) * K + d % K
-    end = tl.load(ends + place, mask=d < D, other=0.0)
-    total = tl.where(last >= 0, end, 0.0)
-    after = last
-    for back in range(stop - n * C):
-        t = stop - 1 - back
-        row = tl.cast(b, tl.int64) * T + t
-        own = tl.load(ids + t)
-        moment = tl.load(moments + row * D + d, mask=d < D, other=0.0)
-        total = tl.where(own == after, total, 0.0) + moment
-        after = own
-        tl.store(moments + row * D + d, tl.where(own >= 0, total, 0.0), mask=d < D)
 
 
 @triton.jit
@@ -162,18 +76,18 @@ def _states(
     if SUMMARY:
         S, kept = tl.zeros([BK, BV], tl.float32), tl.full([BK, BV], 1.0, tl.float32)
     else:
-        S = _state(initial, at, kd, vd, K, V)
+        S = load_state(initial, at, kd, vd, K, V)
     for n in range(segment * LENGTH, tl.minimum(segment * LENGTH + LENGTH, N)):
         if not SUMMARY:
             place = tl.cast(bh, tl.int64) * N + n
-            tl.store(_square(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
-        t, own, before, last = _own(ids, n, T, C)
+            tl.store(state_pointers(starts, place, kd, vd, K, V), S.to(starts.dtype.element_ty), mask=inside)
+        t, own, before, last = chunk_tokens(ids, n, T, C)
         end = tl.minimum(n * C + C, T) - 1
         leave = (own == last) & (own >= 0)
         goes = tl.where((before == last) & (before >= 0), 1.0, 0.0)
         if ADD:
-            keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
-            values = _tile(v, b, t, h, T, H, V, vd)
+            keys = load_tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+            values = load_tile(v, b, t, h, T, H, V, vd)
         if DECAY == 0:
             S *= goes
             if SUMMARY:
@@ -187,27 +101,27 @@ def _states(
                 kept *= goes * tl.exp2(total)
             if ADD:
                 sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
-                keys = (keys * tl.where(leave, _fall(total - sums), 0.0)[:, None]).to(k.dtype.element_ty)
+                keys = (keys * tl.where(leave, power2(total - sums), 0.0)[:, None]).to(k.dtype.element_ty)
         if DECAY == 2:
-            totals = _row(G, b, end, h, T, H, K, kd)
+            totals = load_row(G, b, end, h, T, H, K, kd)
             S *= (goes * tl.exp2(totals))[:, None]
             if SUMMARY:
                 kept *= (goes * tl.exp2(totals))[:, None]
             if ADD:
-                fall = _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd))
+                fall = power2(totals[None, :] - load_tile(G, b, t, h, T, H, K, kd))
                 keys = (keys * tl.where(leave[:, None], fall, 0.0)).to(k.dtype.element_ty)
         if VALUE:
-            across = _row(W, b, end, h, T, H, V, vd)
+            across = load_row(W, b, end, h, T, H, V, vd)
             S *= tl.exp2(across)[None, :]
             if SUMMARY:
                 kept *= tl.exp2(across)[None, :]
             if ADD:
-                values = (values * _fall(across[None, :] - _tile(W, b, t, h, T, H, V, vd))).to(v.dtype.element_ty)
+                values = (values * power2(across[None, :] - load_tile(W, b, t, h, T, H, V, vd))).to(v.dtype.element_ty)
         if ADD:
-            S += _dot(tl.trans(keys), values)
-    tl.store(_square(final, at, kd, vd, K, V), S, mask=inside)
+            S += dot(tl.trans(keys), values)
+    tl.store(state_pointers(final, at, kd, vd, K, V), S, mask=inside)
     if SUMMARY:
-        tl.store(_square(passed, at, kd, vd, K, V), kept, mask=inside)
+        tl.store(state_pointers(passed, at, kd, vd, K, V), kept, mask=inside)
 
 
 @triton.jit
@@ -242,19 +156,19 @@ def _state_gradients(
     if SUMMARY:
         dS, kept = tl.zeros([BK, BV], tl.float32), tl.full([BK, BV], 1.0, tl.float32)
     else:
-        dS = _state(dfinal, at, kd, vd, K, V)
+        dS = load_state(dfinal, at, kd, vd, K, V)
     stop = tl.minimum(segment * LENGTH + LENGTH, N)
     for back in range(stop - segment * LENGTH):
         n = stop - 1 - back
         if not SUMMARY:
             place = tl.cast(bh, tl.int64) * N + n
-            tl.store(_square(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
-        t, own, before, last = _own(ids, n, T, C)
+            tl.store(state_pointers(afters, place, kd, vd, K, V), dS.to(afters.dtype.element_ty), mask=inside)
+        t, own, before, last = chunk_tokens(ids, n, T, C)
         end = tl.minimum(n * C + C, T) - 1
         enter = (own == before) & (own >= 0)
         goes = tl.where((before == last) & (before >= 0), 1.0, 0.0)
-        queries = _tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
-        given = _tile(do, b, t, h, T, H, V, vd)
+        queries = load_tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+        given = load_tile(do, b, t, h, T, H, V, vd)
         if DECAY == 0:
             dS *= goes
             if SUMMARY:
@@ -268,22 +182,22 @@ def _state_gradients(
             sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
             queries = (queries * tl.where(enter, scale * tl.exp2(sums), 0.0)[:, None]).to(q.dtype.element_ty)
         if DECAY == 2:
-            falls = goes * tl.exp2(_row(G, b, end, h, T, H, K, kd))
+            falls = goes * tl.exp2(load_row(G, b, end, h, T, H, K, kd))
             dS *= falls[:, None]
             if SUMMARY:
                 kept *= falls[:, None]
-            fall = scale * tl.exp2(_tile(G, b, t, h, T, H, K, kd))
+            fall = scale * tl.exp2(load_tile(G, b, t, h, T, H, K, kd))
             queries = (queries * tl.where(enter[:, None], fall, 0.0)).to(q.dtype.element_ty)
         if VALUE:
-            across = tl.exp2(_row(W, b, end, h, T, H, V, vd))
+            across = tl.exp2(load_row(W, b, end, h, T, H, V, vd))
             dS *= across[None, :]
             if SUMMARY:
                 kept *= across[None, :]
-            given = (given * tl.exp2(_tile(W, b, t, h, T, H, V, vd))).to(do.dtype.element_ty)
-        dS += _dot(tl.trans(queries), given)
-    tl.store(_square(dinitial, at, kd, vd, K, V), dS, mask=inside)
+            given = (given * tl.exp2(load_tile(W, b, t, h, T, H, V, vd))).to(do.dtype.element_ty)
+        dS += dot(tl.trans(queries), given)
+    tl.store(state_pointers(dinitial, at, kd, vd, K, V), dS, mask=inside)
     if SUMMARY:
-        tl.store(_square(passed, at, kd, vd, K, V), kept, mask=inside)
+        tl.store(state_pointers(passed, at, kd, vd, K, V), kept, mask=inside)
 
 
 @triton.jit
@@ -301,32 +215,32 @@ def _outputs(
 ):  # fmt: skip
     """Outputs of a chunk: what its tokens read of its state and, with INTRA, of one another; ADD: added to `out`.
 
-    `stride` is that of out's batch. Scores of a decay a channel are given.
+    `stride` is that of out's batch. Scores of a decay per channel are given.
     """
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, _ = _own(ids, n, T, C)
+    t, own, before, _ = chunk_tokens(ids, n, T, C)
     enter = (own == before) & (own >= 0)
     place = tl.cast(bh, tl.int64) * N + n
     o = tl.zeros([C, BV], tl.float32)
     A = tl.zeros([C, C], tl.float32)
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
-        queries = _tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
-        S = _state(starts, place, kd, vd, K, V)
+        queries = load_tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+        S = load_state(starts, place, kd, vd, K, V)
         if DECAY == 2:
-            o += _dot((queries * tl.exp2(_tile(G, b, t, h, T, H, K, kd))).to(S.dtype), S)
+            o += dot((queries * tl.exp2(load_tile(G, b, t, h, T, H, K, kd))).to(S.dtype), S)
         else:
-            o += _dot(queries, S)
+            o += dot(queries, S)
             if INTRA:
-                A += _dot(queries, tl.trans(_tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)))
+                A += dot(queries, tl.trans(load_tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)))
     if DECAY == 1:
         sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
         o *= tl.exp2(sums)[:, None]
     o = tl.where(enter[:, None], o * scale, 0.0)
     if VALUE:
-        o *= tl.exp2(_tile(W, b, t, h, T, H, V, vd))
+        o *= tl.exp2(load_tile(W, b, t, h, T, H, V, vd))
     if INTRA:
         if DECAY == 2:
             i = tl.arange(0, C)
@@ -334,9 +248,9 @@ def _outputs(
         else:
             A *= scale
             if DECAY == 1:
-                A *= _fall(sums[:, None] - sums[None, :])
+                A *= power2(sums[:, None] - sums[None, :])
             A = tl.where(_pairs(own, C), A, 0.0)
-        o += _dot(A.to(v.dtype.element_ty), _tile(v, b, t, h, T, H, V, vd))
+        o += dot(A.to(v.dtype.element_ty), load_tile(v, b, t, h, T, H, V, vd))
     where = out + tl.cast(b, tl.int64) * stride + (tl.cast(t, tl.int64) * H + h)[:, None] * V + vd[None, :]
     mask = (t < T)[:, None] & (vd < V)[None, :]
     if ADD:
@@ -357,10 +271,10 @@ def _keys(
     kd = kb * BK + tl.arange(0, BK)
     b, group = bg // GROUPS, bg % GROUPS
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, last = _own(ids, n, T, C)
+    t, own, before, last = chunk_tokens(ids, n, T, C)
     enter, leave = (own == before) & (own >= 0), (own == last) & (own >= 0)
     pairs = _pairs(own, C)
-    queries, keys = _tile(q, b, t, group, T, GROUPS, K, kd), _tile(k, b, t, group, T, GROUPS, K, kd)
+    queries, keys = load_tile(q, b, t, group, T, GROUPS, K, kd), load_tile(k, b, t, group, T, GROUPS, K, kd)
     all_dq, all_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     for repeat in range(H // GROUPS):
         h = group * (H // GROUPS) + repeat
@@ -370,20 +284,20 @@ def _keys(
         through = tl.zeros([BK], tl.float32)
         for v0 in range(0, V, BV):
             vd = v0 + tl.arange(0, BV)
-            given, values = _tile(do, b, t, h, T, H, V, vd), _tile(v, b, t, h, T, H, V, vd)
-            S, dS = _state(starts, place, kd, vd, K, V), _state(afters, place, kd, vd, K, V)
-            P += _dot(given, tl.trans(values))
-            own_dq += _dot(given, tl.trans(S))
-            own_dk += _dot(values, tl.trans(dS))
+            given, values = load_tile(do, b, t, h, T, H, V, vd), load_tile(v, b, t, h, T, H, V, vd)
+            S, dS = load_state(starts, place, kd, vd, K, V), load_state(afters, place, kd, vd, K, V)
+            P += dot(given, tl.trans(values))
+            own_dq += dot(given, tl.trans(S))
+            own_dk += dot(values, tl.trans(dS))
             if DECAY == 1:
                 through += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
         if DECAY == 1:
             end = tl.minimum(n * C + C, T) - 1
             total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
             sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
-            P *= _fall(sums[:, None] - sums[None, :])
+            P *= power2(sums[:, None] - sums[None, :])
             own_dq *= tl.exp2(sums)[:, None]
-            own_dk *= _fall(total - sums)[:, None]
+            own_dk *= power2(total - sums)[:, None]
         P = tl.where(pairs, P * scale, 0.0).to(k.dtype.element_ty)
         own_dq = tl.where(enter[:, None], own_dq * scale, 0.0)
         own_dk = tl.where(leave[:, None], own_dk, 0.0)
@@ -391,16 +305,16 @@ def _keys(
             goes = tl.where((before == last) & (before >= 0), tl.exp2(total), 0.0)
             place_end = ends + place * K + kd
             tl.store(place_end, goes * through + tl.sum(own_dk * keys, 0), mask=kd < K)
-        own_dq += _dot(P, keys)
-        own_dk += _dot(tl.trans(P), queries)
+        own_dq += dot(P, keys)
+        own_dk += dot(tl.trans(P), queries)
         if DECAY == 1:
             part = (tl.cast(kb, tl.int64) * B + b) * T + t
             tl.store(moments + part * H + h, tl.sum(queries * own_dq - keys * own_dk, 1), mask=t < T)
         all_dq += own_dq
         all_dk += own_dk
     mask = (t < T)[:, None] & (kd < K)[None, :]
-    tl.store(_rows(dq, b, t, group, T, GROUPS, K, kd), all_dq.to(dq.dtype.element_ty), mask=mask)
-    tl.store(_rows(dk, b, t, group, T, GROUPS, K, kd), all_dk.to(dk.dtype.element_ty), mask=mask)
+    tl.store(tile_pointers(dq, b, t, group, T, GROUPS, K, kd), all_dq.to(dq.dtype.element_ty), mask=mask)
+    tl.store(tile_pointers(dk, b, t, group, T, GROUPS, K, kd), all_dk.to(dk.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -412,7 +326,7 @@ def _values(
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, last = _own(ids, n, T, C)
+    t, own, before, last = chunk_tokens(ids, n, T, C)
     end = tl.minimum(n * C + C, T) - 1
     leave = (own == last) & (own >= 0)
     place = tl.cast(bh, tl.int64) * N + n
@@ -421,27 +335,27 @@ def _values(
     through = tl.zeros([BV], tl.float32)
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
-        keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
-        dS = _state(afters, place, kd, vd, K, V)
+        keys = load_tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+        dS = load_state(afters, place, kd, vd, K, V)
         if DECAY == 2:
-            totals = _row(G, b, end, h, T, H, K, kd)
-            given += _dot((keys * _fall(totals[None, :] - _tile(G, b, t, h, T, H, K, kd))).to(dS.dtype), dS)
+            totals = load_row(G, b, end, h, T, H, K, kd)
+            given += dot((keys * power2(totals[None, :] - load_tile(G, b, t, h, T, H, K, kd))).to(dS.dtype), dS)
             if VALUE:
-                S = _state(starts, place, kd, vd, K, V)
+                S = load_state(starts, place, kd, vd, K, V)
                 through += tl.sum(tl.exp2(totals)[:, None] * S.to(tl.float32) * dS.to(tl.float32), 0)
         else:
-            given += _dot(keys, dS)
-            A += _dot(_tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd), tl.trans(keys))
+            given += dot(keys, dS)
+            A += dot(load_tile(q, b, t, h // (H // GROUPS), T, GROUPS, K, kd), tl.trans(keys))
     if DECAY == 1:
         sums = tl.load(G + (tl.cast(b, tl.int64) * T + t) * H + h, mask=t < T, other=0.0)
         total = tl.load(G + (tl.cast(b, tl.int64) * T + end) * H + h)
-        given *= _fall(total - sums)[:, None]
+        given *= power2(total - sums)[:, None]
     given = tl.where(leave[:, None], given, 0.0)
     if VALUE:
-        across = _row(W, b, end, h, T, H, V, vd)
-        given *= _fall(across[None, :] - _tile(W, b, t, h, T, H, V, vd))
+        across = load_row(W, b, end, h, T, H, V, vd)
+        given *= power2(across[None, :] - load_tile(W, b, t, h, T, H, V, vd))
         goes = tl.where((before == last) & (before >= 0), tl.exp2(across), 0.0)
-        at_end = goes * through + tl.sum(given * _tile(v, b, t, h, T, H, V, vd), 0)
+        at_end = goes * through + tl.sum(given * load_tile(v, b, t, h, T, H, V, vd), 0)
         tl.store(ends + place * V + vd, at_end, mask=vd < V)
     else:
         if DECAY == 2:
@@ -450,11 +364,11 @@ def _values(
         else:
             A *= scale
             if DECAY == 1:
-                A *= _fall(sums[:, None] - sums[None, :])
+                A *= power2(sums[:, None] - sums[None, :])
             A = tl.where(_pairs(own, C), A, 0.0)
-        given += _dot(tl.trans(A).to(do.dtype.element_ty), _tile(do, b, t, h, T, H, V, vd))
+        given += dot(tl.trans(A).to(do.dtype.element_ty), load_tile(do, b, t, h, T, H, V, vd))
     mask = (t < T)[:, None] & (vd < V)[None, :]
-    tl.store(_rows(dv, b, t, h, T, H, V, vd), given.to(dv.dtype.element_ty), mask=mask)
+    tl.store(tile_pointers(dv, b, t, h, T, H, V, vd), given.to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -469,33 +383,33 @@ def _from_states(
     kd, n, bh = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
-    t, own, before, last = _own(ids, n, T, C)
+    t, own, before, last = chunk_tokens(ids, n, T, C)
     end = tl.minimum(n * C + C, T) - 1
     place = tl.cast(bh, tl.int64) * N + n
     own_dq, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     through = tl.zeros([BK], tl.float32)
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
-        given, values = _tile(do, b, t, h, T, H, V, vd), _tile(v, b, t, h, T, H, V, vd)
-        S, dS = _state(starts, place, kd, vd, K, V), _state(afters, place, kd, vd, K, V)
+        given, values = load_tile(do, b, t, h, T, H, V, vd), load_tile(v, b, t, h, T, H, V, vd)
+        S, dS = load_state(starts, place, kd, vd, K, V), load_state(afters, place, kd, vd, K, V)
         product = S.to(tl.float32) * dS.to(tl.float32)
         if VALUE:
-            across, each = _row(W, b, end, h, T, H, V, vd), _tile(W, b, t, h, T, H, V, vd)
+            across, each = load_row(W, b, end, h, T, H, V, vd), load_tile(W, b, t, h, T, H, V, vd)
             given = (given * tl.exp2(each)).to(S.dtype)
-            values = (values * _fall(across[None, :] - each)).to(S.dtype)
+            values = (values * power2(across[None, :] - each)).to(S.dtype)
             product *= tl.exp2(across)[None, :]
-        own_dq += _dot(given, tl.trans(S))
-        own_dk += _dot(values, tl.trans(dS))
+        own_dq += dot(given, tl.trans(S))
+        own_dk += dot(values, tl.trans(dS))
         through += tl.sum(product, 1)
-    sums, totals = _tile(G, b, t, h, T, H, K, kd), _row(G, b, end, h, T, H, K, kd)
+    sums, totals = load_tile(G, b, t, h, T, H, K, kd), load_row(G, b, end, h, T, H, K, kd)
     own_dq = tl.where(((own == before) & (own >= 0))[:, None], own_dq * tl.exp2(sums), 0.0)
-    own_dk = tl.where(((own == last) & (own >= 0))[:, None], own_dk * _fall(totals[None, :] - sums), 0.0)
+    own_dk = tl.where(((own == last) & (own >= 0))[:, None], own_dk * power2(totals[None, :] - sums), 0.0)
     goes = tl.where((before == last) & (before >= 0), tl.exp2(totals), 0.0)
-    keys = _tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
+    keys = load_tile(k, b, t, h // (H // GROUPS), T, GROUPS, K, kd)
     tl.store(ends + place * K + kd, goes * through + tl.sum(own_dk * keys, 0), mask=kd < K)
     mask = (t < T)[:, None] & (kd < K)[None, :]
-    tl.store(_rows(dq, b, t, h, T, H, K, kd), own_dq, mask=mask)
-    tl.store(_rows(dk, b, t, h, T, H, K, kd), own_dk, mask=mask)
+    tl.store(tile_pointers(dq, b, t, h, T, H, K, kd), own_dq, mask=mask)
+    tl.store(tile_pointers(dk, b, t, h, T, H, K, kd), own_dk, mask=mask)
 
 
 @triton.jit
@@ -512,26 +426,26 @@ def _scores(
     ids += tl.cast(b, tl.int64) * T
     hx, hy = h // (H // X_GROUPS), h // (H // Y_GROUPS)
     j, i = tl.arange(0, C), a * SUB + tl.arange(0, SUB)
-    t, own, _, _ = _own(ids, n, T, C)
+    t, own, _, _ = chunk_tokens(ids, n, T, C)
     mine = tl.load(ids + n * C + i, mask=n * C + i < T, other=-1)
     A = tl.zeros([SUB, C], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        later, earlier = _tile(x, b, n * C + i, hx, T, X_GROUPS, D, d), _tile(y, b, t, hy, T, Y_GROUPS, D, d)
+        later, earlier = load_tile(x, b, n * C + i, hx, T, X_GROUPS, D, d), load_tile(y, b, t, hy, T, Y_GROUPS, D, d)
         if DECAY:
             # The point between: the token before these rows. Token 0 has none earlier, whatever is read for it.
-            border = _row(G, b, n * C + tl.maximum(a * SUB, 1) - 1, h, T, H, D, d)
-            sums = _tile(G, b, n * C + i, h, T, H, D, d)
-            fall = _fall(border[None, :] - _tile(G, b, t, h, T, H, D, d))
+            border = load_row(G, b, n * C + tl.maximum(a * SUB, 1) - 1, h, T, H, D, d)
+            sums = load_tile(G, b, n * C + i, h, T, H, D, d)
+            fall = power2(border[None, :] - load_tile(G, b, t, h, T, H, D, d))
             earlier = tl.where((j < a * SUB)[:, None], earlier * fall, 0.0).to(y.dtype.element_ty)
-            A += _dot((later * _fall(sums - border[None, :])).to(x.dtype.element_ty), tl.trans(earlier))
+            A += dot((later * power2(sums - border[None, :])).to(x.dtype.element_ty), tl.trans(earlier))
             for s in range(SUB):
                 at = n * C + a * SUB + s
-                key, key_sums = _row(y, b, at, hy, T, Y_GROUPS, D, d), _row(G, b, at, h, T, H, D, d)
-                near = tl.sum(later.to(tl.float32) * key.to(tl.float32)[None, :] * _fall(sums - key_sums[None, :]), 1)
+                key, key_sums = load_row(y, b, at, hy, T, Y_GROUPS, D, d), load_row(G, b, at, h, T, H, D, d)
+                near = tl.sum(later.to(tl.float32) * key.to(tl.float32)[None, :] * power2(sums - key_sums[None, :]), 1)
                 A += tl.where((j == a * SUB + s)[None, :], near[:, None], 0.0)
         else:
-            A += _dot(later, tl.trans(earlier))
+            A += dot(later, tl.trans(earlier))
     seen = (mine[:, None] == own[None, :]) & (mine >= 0)[:, None] & (i[:, None] >= j[None, :])
     place = (tl.cast(bh, tl.int64) * N + n) * C * C
     tl.store(scores + place + i[:, None] * C + j[None, :], tl.where(seen, A * scale, 0.0))
@@ -557,35 +471,38 @@ def _mix(
     for a in range(C // SUB):
         i = a * SUB + tl.arange(0, SUB)
         ti = n * C + i
-        sums = _tile(G, b, ti, h, T, H, D, d)
-        all_sums = _tile(G, b, t, h, T, H, D, d)
-        border = _row(G, b, n * C + tl.maximum(a * SUB, 1) - 1, h, T, H, D, d)
-        earlier = _tile(y, b, t, hy, T, Y_GROUPS, D, d) * _fall(border[None, :] - all_sums)
+        sums = load_tile(G, b, ti, h, T, H, D, d)
+        all_sums = load_tile(G, b, t, h, T, H, D, d)
+        border = load_row(G, b, n * C + tl.maximum(a * SUB, 1) - 1, h, T, H, D, d)
+        earlier = load_tile(y, b, t, hy, T, Y_GROUPS, D, d) * power2(border[None, :] - all_sums)
         earlier = tl.where((every < a * SUB)[:, None], earlier, 0.0).to(kind)
         A = tl.load(scores + i[:, None] * C + every[None, :])
-        gx = _dot(A.to(kind), earlier) * _fall(sums - border[None, :])
+        gx = dot(A.to(kind), earlier) * power2(sums - border[None, :])
         for s in range(SUB):
             at = a * SUB + s
             column = tl.load(scores + i * C + at)
-            key, key_sums = _row(y, b, n * C + at, hy, T, Y_GROUPS, D, d), _row(G, b, n * C + at, h, T, H, D, d)
-            gx += column[:, None] * key.to(tl.float32)[None, :] * _fall(sums - key_sums[None, :])
+            key, key_sums = load_row(y, b, n * C + at, hy, T, Y_GROUPS, D, d), load_row(G, b, n * C + at, h, T, H, D, d)
+            gx += column[:, None] * key.to(tl.float32)[None, :] * power2(sums - key_sums[None, :])
         mask = (ti < T)[:, None] & (d < D)[None, :]
-        gx += tl.load(_rows(dx_base, b, ti, h, T, H, D, d), mask=mask, other=0.0)
+        gx += tl.load(tile_pointers(dx_base, b, ti, h, T, H, D, d), mask=mask, other=0.0)
         if BOTH:
-            border = _row(G, b, n * C + a * SUB + SUB - 1, h, T, H, D, d)
-            later = _tile(x, b, t, hx, T, X_GROUPS, D, d) * scale * _fall(all_sums - border[None, :])
+            border = load_row(G, b, n * C + a * SUB + SUB - 1, h, T, H, D, d)
+            later = load_tile(x, b, t, hx, T, X_GROUPS, D, d) * scale * power2(all_sums - border[None, :])
             later = tl.where((every >= a * SUB + SUB)[:, None], later, 0.0).to(kind)
             At = tl.load(scores + every[None, :] * C + i[:, None])
-            gy = _dot(At.to(kind), later) * _fall(border[None, :] - sums)
+            gy = dot(At.to(kind), later) * power2(border[None, :] - sums)
             for s in range(SUB):
                 at = a * SUB + s
                 row = tl.load(scores + at * C + i)
-                query, query_sums = _row(x, b, n * C + at, hx, T, X_GROUPS, D, d), _row(G, b, n * C + at, h, T, H, D, d)
-                gy += row[:, None] * (query.to(tl.float32) * scale)[None, :] * _fall(query_sums[None, :] - sums)
-            gy += tl.load(_rows(dy_base, b, ti, h, T, H, D, d), mask=mask, other=0.0)
-            xi, yi = _tile(x, b, ti, hx, T, X_GROUPS, D, d) * scale, _tile(y, b, ti, hy, T, Y_GROUPS, D, d)
-            tl.store(_rows(moments, b, ti, h, T, H, D, d), xi * gx - yi * gy, mask=mask)
-            tl.store(_rows(dy, b, ti, h, T, H, D, d), gy.to(dy.dtype.element_ty), mask=mask)
+                query, query_sums = (
+                    load_row(x, b, n * C + at, hx, T, X_GROUPS, D, d),
+                    load_row(G, b, n * C + at, h, T, H, D, d),
+                )
+                gy += row[:, None] * (query.to(tl.float32) * scale)[None, :] * power2(query_sums[None, :] - sums)
+            gy += tl.load(tile_pointers(dy_base, b, ti, h, T, H, D, d), mask=mask, other=0.0)
+            xi, yi = load_tile(x, b, ti, hx, T, X_GROUPS, D, d) * scale, load_tile(y, b, ti, hy, T, Y_GROUPS, D, d)
+            tl.store(tile_pointers(moments, b, ti, h, T, H, D, d), xi * gx - yi * gy, mask=mask)
+            tl.store(tile_pointers(dy, b, ti, h, T, H, D, d), gy.to(dy.dtype.element_ty), mask=mask)
         where = dx + tl.cast(b, tl.int64) * stride + (tl.cast(ti, tl.int64) * H + h)[:, None] * D + d[None, :]
         tl.store(where, (gx * scale).to(dx.dtype.element_ty), mask=mask)
 
@@ -610,11 +527,7 @@ class _Sizes(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return _ceil(self.length, CHUNK)
-
-
-def _ceil(length: int, size: int) -> int:
-    return -(-length // size)
+        return ceil_div(self.length, CHUNK)
 
 
 def _block(dim: int) -> int:
@@ -624,27 +537,27 @@ def _block(dim: int) -> int:
 class _Run:
     """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.dtype = problem, problem.q.dtype
-        batch, length, heads, values = problem.v.shape
-        groups = math.lcm(problem.q.shape[2], problem.k.shape[2])
-        self.q, self.k = (_grouped(x, groups).contiguous() for x in (problem.q, problem.k))
+    def __init__(self, problem: Problem[GatedLinearInputs]) -> None:
+        self.problem, inputs = problem, problem.inputs
+        self.dtype = inputs.q.dtype
+        batch, length, heads, values = inputs.v.shape
+        groups = math.lcm(inputs.q.shape[2], inputs.k.shape[2])
+        self.q, self.k = (_grouped(x, groups).contiguous() for x in (inputs.q, inputs.k))
         self.k = self.k.to(self.dtype)
-        self.v = problem.v.to(self.dtype).contiguous()
+        self.v = inputs.v.to(self.dtype).contiguous()
         self.sizes = _Sizes(batch, length, heads, groups, self.k.shape[-1], values)
         self.ids = problem.documents.ids(self.q.device)
         self.scale = float(problem.scale)
-        log_decay = problem.log_decay
-        by_channel = problem.per_channel or problem.value_log_decay is not None
-        self.decay = CHANNEL if by_channel else NONE if log_decay is None else TOKEN
-        self.by_value = problem.value_log_decay is not None
+        log_decay = inputs.log_decay
+        self.decay = CHANNEL if problem.op.by_channel(problem.inputs) else NONE if log_decay is None else TOKEN
+        self.by_value = inputs.value_log_decay is not None
         self.G = self.W = self.ids  # what is not read
         if self.decay == CHANNEL:
             self.G = self.cumulated(log_decay, self.sizes.keys)
         elif self.decay == TOKEN:
             self.G = self.cumulated(log_decay, 1)
         if self.by_value:
-            self.W = self.cumulated(problem.value_log_decay, values)
+            self.W = self.cumulated(inputs.value_log_decay, values)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -658,7 +571,7 @@ class _Run:
         if log_decay is None:
             return torch.zeros(s.batch, s.length, s.heads, dim, device=self.q.device)
         sums, total = self.per_token(dim), s.heads * dim
-        _cumulate[(s.chunks, s.batch, _ceil(total, LANES))](
+        cumulate[(s.chunks, s.batch, ceil_div(total, LANES))](
             log_decay.contiguous(), self.ids, sums, s.length, s.heads, dim, total,
             C=CHUNK, BY_TOKEN=log_decay.dim() > 2, BY_CHANNEL=log_decay.dim() in (2, 4) or dim == 1, LANES=LANES,
             num_warps=1,
@@ -668,7 +581,7 @@ class _Run:
     def cumulated_back(self, moments: Tensor, ends: Tensor) -> Tensor:
         """Moments `[B, T, H, D]` as gradients of decays, in place."""
         s, dim = self.sizes, moments.shape[-1]
-        _cumulate_back[(s.chunks, s.batch, _ceil(s.heads * dim, LANES))](
+        cumulate_back[(s.chunks, s.batch, ceil_div(s.heads * dim, LANES))](
             moments, self.ids, ends, s.length, s.chunks, s.heads * dim, s.heads, dim, C=CHUNK, LANES=LANES, num_warps=1
         )
         return moments
@@ -676,9 +589,9 @@ class _Run:
     def segments(self, chunks: int) -> int:
         """Into how many segments `chunks` chunks are cut for the passes that go through them in order."""
         s = self.sizes
-        programs = _ceil(s.keys, s.key_block) * _ceil(s.values, s.value_block) * s.batch * s.heads
-        length = max(LEAST_SEGMENT, _ceil(chunks * programs, PROGRAMS))
-        return _ceil(chunks, length)
+        programs = ceil_div(s.keys, s.key_block) * ceil_div(s.values, s.value_block) * s.batch * s.heads
+        length = max(LEAST_SEGMENT, ceil_div(chunks * programs, PROGRAMS))
+        return ceil_div(chunks, length)
 
     def in_order(self, kernel: Any, tensors: tuple[Tensor, ...], entering: Tensor, into: Tensor, chunks: int,
                  scale: tuple[float, ...], back: bool, **constants: Any) -> Tensor:  # fmt: skip
@@ -688,16 +601,16 @@ class _Run:
         """
         s = self.sizes
         segments = self.segments(chunks)
-        length = _ceil(chunks, max(1, segments))
+        length = ceil_div(chunks, max(1, segments))
         rows, square = s.batch * s.heads, s.keys * s.values
-        grid = (_ceil(s.keys, s.key_block), _ceil(s.values, s.value_block), rows * max(1, segments))
+        grid = (ceil_div(s.keys, s.key_block), ceil_div(s.values, s.value_block), rows * max(1, segments))
         sizes = (s.length, s.heads, s.groups, s.keys, s.values, chunks, max(1, length), *scale)
         constants = {"DECAY": self.decay, "VALUE": self.by_value} | self.tiles() | constants
         entering = entering.contiguous()
         if segments > 1:
             added, passed, entered = (self.empty(rows, segments, square) for _ in range(3))
             kernel[grid](*tensors, entering, into, added, passed, *sizes, SUMMARY=True, **constants)
-            _enter[(_ceil(square, 1024), rows)](
+            _enter[(ceil_div(square, 1024), rows)](
                 entering, added, passed, entered, square, segments, BACK=back, BLOCK=1024, num_warps=4
             )
             entering = entered
@@ -732,7 +645,7 @@ class _Run:
     def outputs(self, starts: Tensor, out: Tensor, scores: Tensor | None, *, intra: bool, add: bool = False) -> None:
         s = self.sizes
         chunks = starts.shape[1]
-        _outputs[(_ceil(s.values, s.value_block), chunks, s.batch * s.heads)](
+        _outputs[(ceil_div(s.values, s.value_block), chunks, s.batch * s.heads)](
             self.q, self.k, self.v, self.G, self.W, self.ids, starts, self.ids if scores is None else scores, out,
             s.length, s.heads, s.groups, s.keys, s.values, chunks, out.stride(0), self.scale,
             DECAY=self.decay, VALUE=self.by_value, INTRA=intra, ADD=add, **self.tiles(),
@@ -756,7 +669,7 @@ class _Run:
         """Writes `into`; returns the moments where there are two."""
         s, dim, both = self.sizes, y.shape[3], into[1] is not None
         moments = self.per_token(dim) if both else bases[0]
-        _mix[(_ceil(dim, _block(dim)), s.chunks, s.batch * s.heads)](
+        _mix[(ceil_div(dim, _block(dim)), s.chunks, s.batch * s.heads)](
             scores, x, y, sums, bases[0], bases[1] if both else bases[0], into[0], into[1] if both else bases[0],
             moments, s.length, s.heads, x.shape[2], y.shape[2], dim, s.chunks, into[0].stride(0), scale,
             BOTH=both, C=CHUNK, SUB=SUB, BD=_block(dim), num_warps=4,
@@ -768,7 +681,7 @@ class _Run:
         s = self.sizes
         dv = self.per_token(s.values, torch.float32 if self.by_value else self.dtype)
         ends = self.empty(s.batch * s.heads, s.chunks, s.values) if self.by_value else dv
-        _values[(_ceil(s.values, s.value_block), s.chunks, s.batch * s.heads)](
+        _values[(ceil_div(s.values, s.value_block), s.chunks, s.batch * s.heads)](
             self.q, self.k, self.v, dout, self.G, self.W, self.ids, starts, afters,
             self.ids if scores is None else scores, dv, ends,
             s.length, s.heads, s.groups, s.keys, s.values, s.chunks, self.scale,
@@ -780,7 +693,7 @@ class _Run:
         """(dq, dk, ddecay `[B, T, H]`) where channels do not decay by themselves."""
         s = self.sizes
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        blocks = _ceil(s.keys, s.key_block)
+        blocks = ceil_div(s.keys, s.key_block)
         moments = ends = dq  # what is not written
         if self.decay:
             moments = self.empty(blocks, s.batch, s.length, s.heads)
@@ -795,12 +708,12 @@ class _Run:
         return dq, dk, self.cumulated_back(moments.sum(0).unsqueeze(-1), ends.sum(-1)).squeeze(-1)
 
     def channel_keys(self, dout: Tensor, starts: Tensor, afters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, ddecay `[B, T, H, K]`) where they do; dq and dk a head."""
+        """(dq, dk, ddecay `[B, T, H, K]`) where they do; dq and dk per head."""
         s = self.sizes
         dscores = self.scores(dout, self.v, self.W if self.by_value else None, 1.0)
         bases = self.per_token(s.keys), self.per_token(s.keys)
         ends = self.empty(s.batch * s.heads, s.chunks, s.keys)
-        _from_states[(_ceil(s.keys, s.key_block), s.chunks, s.batch * s.heads)](
+        _from_states[(ceil_div(s.keys, s.key_block), s.chunks, s.batch * s.heads)](
             self.k, self.v, dout, self.G, self.W, self.ids, starts, afters, *bases, ends,
             s.length, s.heads, s.groups, s.keys, s.values, s.chunks, VALUE=self.by_value,
             **(self.tiles() | {"num_warps": 8}),
@@ -815,20 +728,15 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x if x.shape[2] == groups else x.repeat_interleave(groups // x.shape[2], dim=2)
 
 
-def _summed(dx: Tensor, x: Tensor) -> Tensor:
-    """Gradients of heads or finer groups, in the shape and type of x."""
-    if dx.shape[2] != x.shape[2]:
-        dx = dx.unflatten(2, (x.shape[2], -1)).sum(3)
-    return dx.to(x.dtype)
-
-
 def _is_rowwise(x: Tensor) -> bool:
     """Whether tokens, heads and channels lie one after the other, as kernels write them."""
     return x[:1].is_contiguous()
 
 
-def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, written to `out` where given, else new in q's type; final state)."""
+def forward(
+    problem: Problem[GatedLinearInputs], initial_state: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, written to `out` where it is passed; final state)."""
     run = _Run(problem)
     out = problem.new_output() if out is None else out
     assert _is_rowwise(out)
@@ -843,9 +751,9 @@ def forward(problem: Problem, initial_state: Tensor | None, out: Tensor | None =
     return out, final
 
 
-def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
+def correct(problem: Problem[GatedLinearInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches."""
-    chunks = _ceil(problem.reach, CHUNK)
+    chunks = ceil_div(problem.reach, CHUNK)
     if chunks == 0:
         return out
     run = _Run(problem)
@@ -855,9 +763,11 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
     return out if target is out else out.copy_(target)
 
 
-def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+def summarize_backward(
+    problem: Problem[GatedLinearInputs], dout: Tensor, initial_state: Tensor | None = None
+) -> Tensor:
     """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches."""
-    chunks = _ceil(problem.reach, CHUNK)
+    chunks = ceil_div(problem.reach, CHUNK)
     if chunks == 0:
         return problem.new_states()
     run = _Run(problem)
@@ -865,9 +775,9 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
 
 
 def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
-    """The gradients of (q, k, v, log_decay, value_log_decay), in their types, and of the initial state."""
+    problem: Problem[GatedLinearInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state."""
     run = _Run(problem)
     dout = dout.to(run.dtype).contiguous()
     starts, _ = run.states(problem.entering(initial_state))
@@ -886,9 +796,10 @@ def backward(
         moments = run.mix(scores, dout, run.v, run.W, (base, dv), (base, into))
         dvalue_decay = run.cumulated_back(moments, ends)
         dv = into
+    x = problem.inputs
     gradients = (
-        _summed(dq, problem.q), _summed(dk, problem.k), dv.to(problem.v.dtype),
-        _of_decay(ddecay, problem.log_decay), _of_decay(dvalue_decay, problem.value_log_decay),
+        summed(dq, x.q), summed(dk, x.k), dv.to(x.v.dtype),
+        _of_decay(ddecay, x.log_decay), _of_decay(dvalue_decay, x.value_log_decay), None, None,
     )  # fmt: skip
     return gradients, problem.entering(dinitial)
 
@@ -969,7 +880,5 @@ def compilations() -> list[Compilation]:
         _compilation(_values, "of values", CHUNK, float32=("dv",), **both),
         _compilation(_from_states, "of values", CHUNK, warps=8, VALUE=True),
         _compilation(_mix, "of values", SUB, narrow, float32=("x",), BOTH=False),
-        _compilation(_cumulate, "", 0, warps=1, BY_TOKEN=True, BY_CHANNEL=True),
-        _compilation(_cumulate_back, "", 0, warps=1),
     ]
     return found

@@ -16,17 +16,19 @@ No exponent is below the floor of its type, as products with subnormal numbers t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..documents import Documents
+from ..chunks.decay import FLOOR
+from ..chunks.slabs import borders
+from ..operation import Tensors
+from ..problem import Problem
+from . import SelectiveInputs
 
 SLAB = 16  # tokens whose states are held at once
 WIDTH = 8192  # rows × channels × N of a token's step: enough to hide its call, few enough to keep a slab in cache
-FLOOR = {torch.float32: -40.0, torch.float64: -300.0}
 
 
 class Block(NamedTuple):
@@ -44,44 +46,6 @@ def blocks(batch: int, channels: int, size: int) -> Iterator[Block]:
         for channel in range(0, channels, channels_each):
             rows = slice(row, min(row + rows_each, batch))
             yield Block(rows, slice(channel, min(channel + channels_each, channels)))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A whole call: x, delta `[B, T, D]`; a `[D, N]`, None for Longhorn; b, c `[B, T, N]`."""
-
-    x: Tensor
-    delta: Tensor
-    a: Tensor | None
-    b: Tensor
-    c: Tensor
-    documents: Documents
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 for float64."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
-
-    @property
-    def reach(self) -> int:
-        """The tokens up to which an entering state reaches in some row."""
-        rows = zip(self.documents.runs, self.documents.continues, strict=True)
-        return max((row[0].stop for row, continues in rows if continues), default=0)
-
-    def new_states(self) -> Tensor:
-        shape = (self.x.shape[0], self.x.shape[2], self.b.shape[2])
-        return torch.zeros(shape, dtype=self.dtype, device=self.x.device)
-
-    def entering(self, state: Tensor | None) -> Tensor:
-        """The state `[B, D, N]` that enters each row: zero where a row does not continue a document."""
-        if state is None:
-            return self.new_states()
-        keep = torch.tensor(self.documents.continues, device=state.device)[:, None, None]
-        return torch.where(keep, state.to(self.dtype), 0.0)
-
-    def sweeps(self) -> Iterator[Sweep]:
-        for block in blocks(self.x.shape[0], self.x.shape[2], self.b.shape[2]):
-            yield Sweep(self, block)
 
 
 class Slab(NamedTuple):
@@ -105,22 +69,28 @@ class Masks(NamedTuple):
 class Sweep:
     """One block: its slabs, its parts of tensors, its workspaces `[tokens, rows, N, channels]`."""
 
-    def __init__(self, problem: Problem, block: Block) -> None:
-        self.block, self.dtype, self.device = block, problem.dtype, problem.x.device
-        self.x, self.delta = self.part(problem.x), self.part(problem.delta)
-        self.b, self.c = problem.b[block.rows], problem.c[block.rows]
+    def __init__(self, problem: Problem[SelectiveInputs], block: Block) -> None:
+        self.block, self.dtype, self.device, inputs = block, problem.dtype, problem.device, problem.inputs
+        self.x, self.delta = self.part(inputs.x), self.part(inputs.delta)
+        self.b, self.c = inputs.b[block.rows], inputs.c[block.rows]
         rows, self.length, channels = self.x.shape
-        self.state_shape = (rows, problem.b.shape[2], channels)
+        self.state_shape = (rows, inputs.b.shape[2], channels)
         self.works: dict[str, Tensor] = {}
         self.each: dict[str, tuple[Tensor, ...]] = {}  # the same token by token: views take longer than one is used
         self.documents = problem.documents.rows(block.rows.start, block.rows.stop)
-        self.marked = _marked(self.documents)
+        self.marked = borders(self.documents)
         self.a = None
-        if problem.a is not None:
-            self.a = problem.a[block.channels].T.to(self.dtype).contiguous()
+        if inputs.a is not None:
+            self.a = inputs.a[block.channels].T.to(self.dtype).contiguous()
             # Once for the block, so that most models need no pass for it.
             strongest = float(self.delta.amax().double() * self.a.amin().double())
             self.floored = not strongest >= FLOOR[self.dtype]
+
+    @classmethod
+    def over(cls, problem: Problem[SelectiveInputs]) -> Iterator[Sweep]:
+        """Sweeps over all rows and channels."""
+        for block in blocks(*problem.new_states().shape):
+            yield cls(problem, block)
 
     def part(self, x: Tensor) -> Tensor:
         """The block's part of `[B, T, D]`."""
@@ -166,14 +136,6 @@ class Sweep:
             previous = torch.cat([ids[:1], previous])
         real = here >= 0
         return Masks(((here == previous) & real)[..., None, None].to(self.dtype), ~real[..., None])
-
-
-def _marked(documents: Documents) -> Tensor:
-    """Tokens, on the host, at which some row does not go on with the document of the token before."""
-    ids = documents.ids("cpu")
-    marked = (ids < 0).any(0)
-    marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
-    return marked
 
 
 class Loaded:
@@ -222,11 +184,10 @@ class Loaded:
         return torch.bmm(self.sweep.of(self.sweep.c, self.slab).flatten(0, 1).unsqueeze(1), h.flatten(0, 1))
 
 
-def forward(problem: Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(y in x's type, or what is computed in; final state)."""
-    out = torch.empty_like(problem.x, dtype=problem.dtype if exact else None)
-    state = problem.entering(initial_state)
-    for sweep in problem.sweeps():
+def forward(problem: Problem[SelectiveInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y, final state)."""
+    out, state = problem.new_output(), problem.entering(initial_state).clone()
+    for sweep in Sweep.over(problem):
         carry, target = sweep.lanes(state), sweep.part(out)
         before = carry.contiguous()
         for slab in sweep.slabs():
@@ -266,10 +227,10 @@ class RunningSum:
         return work.mul_((tokens < self.stops)[..., None, None].to(work))
 
 
-def total_decay(problem: Problem) -> Tensor:
+def total_decay(problem: Problem[SelectiveInputs]) -> Tensor:
     """e^{g_1 + … + g_T} `[B, D, N]`."""
     total = problem.new_states()
-    for sweep in problem.sweeps():
+    for sweep in Sweep.over(problem):
         sums = torch.zeros(sweep.state_shape, dtype=torch.float64, device=sweep.device)
         for slab in sweep.slabs():
             sums += Loaded(sweep, slab).log_decay().sum(0, dtype=torch.float64)
@@ -277,10 +238,10 @@ def total_decay(problem: Problem) -> Tensor:
     return total
 
 
-def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
+def correct(problem: Problem[SelectiveInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds Σ_n e^{g_1 + … + g_t} state c_t to the outputs that the entering state reaches."""
     entering = problem.entering(state)
-    for sweep in problem.sweeps():
+    for sweep in Sweep.over(problem):
         before, target, sums = sweep.lanes(entering), sweep.part(out), RunningSum(sweep)
         for slab in sweep.slabs(problem.reach):
             loaded = Loaded(sweep, slab)
@@ -288,10 +249,10 @@ def correct(problem: Problem, out: Tensor, state: Tensor) -> Tensor:
     return out
 
 
-def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
+def summarize_backward(problem: Problem[SelectiveInputs], dout: Tensor, initial_state: Tensor | None = None) -> Tensor:
     """Σ_t e^{g_1 + … + g_t} c_t dy_t `[B, D, N]` over the tokens that an entering state reaches."""
     dinitial = problem.new_states()
-    for sweep in problem.sweeps():
+    for sweep in Sweep.over(problem):
         gradient, given, sums = sweep.lanes(dinitial), sweep.part(dout), RunningSum(sweep)
         for slab in sweep.slabs(problem.reach):
             factors = sums.factors(Loaded(sweep, slab)).mul_(sweep.of(given, slab).unsqueeze(2))
@@ -299,42 +260,30 @@ def summarize_backward(problem: Problem, dout: Tensor) -> Tensor:
     return problem.entering(dinitial)
 
 
-@dataclass
-class Gradients:
-    """Where the gradients of the inputs go; those of b and c are sums over blocks, that of a over tokens too."""
-
-    x: Tensor
-    delta: Tensor
-    a: Tensor | None
-    b: Tensor
-    c: Tensor
-
-
 def backward(
-    problem: Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """The gradients of (x, delta, a, b, c), in their types, and of the initial state."""
-    found = Gradients(
-        torch.empty_like(problem.x),
-        torch.empty_like(problem.delta),
-        None if problem.a is None else torch.zeros_like(problem.a, dtype=torch.float64),
-        *(torch.zeros_like(tensor, dtype=problem.dtype) for tensor in (problem.b, problem.c)),
-    )
-    dstate = problem.new_states() if dfinal_state is None else dfinal_state.to(problem.dtype, copy=True)
-    for row, runs in enumerate(problem.documents.runs):
-        if runs[-1].is_padding:
-            dstate[row] = 0.0  # such a row's final state is 0, whatever the inputs
+    problem: Problem[SelectiveInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state.
+
+    Those of b and c are sums over blocks, that of a over tokens too.
+    """
+    x, delta, a, b, c = problem.inputs
+    da = None if a is None else torch.zeros_like(a, dtype=torch.float64)
+    db, dc = (torch.zeros_like(tensor, dtype=problem.dtype) for tensor in (b, c))
+    into = SelectiveInputs(torch.empty_like(x), torch.empty_like(delta), da, db, dc)
+    dstate = problem.leaving(dfinal_state)
     entering = problem.entering(initial_state)
-    for sweep in problem.sweeps():
+    for sweep in Sweep.over(problem):
         slabs, carry, given = sweep.slabs(), sweep.lanes(dstate), sweep.part(dout)
         starts = _slab_starts(sweep, slabs, sweep.lanes(entering))
         after = carry.contiguous()
         for number in reversed(range(len(slabs))):
-            after = _slab_backward(sweep, slabs[number], given, starts[number], after, found)
+            after = _slab_backward(sweep, slabs[number], given, starts[number], after, into)
         carry.copy_(after)
-    da = None if problem.a is None or found.a is None else found.a.to(problem.a.dtype)
-    db, dc = found.b.to(problem.b.dtype), found.c.to(problem.c.dtype)
-    return (found.x, found.delta, da, db, dc), problem.entering(dstate)
+    gradients = tuple(
+        dx if x is None or dx is None else dx.to(x.dtype) for x, dx in zip(problem.inputs, into, strict=True)
+    )
+    return gradients, problem.entering(dstate)
 
 
 def _slab_starts(sweep: Sweep, slabs: list[Slab], state: Tensor) -> Tensor:
@@ -348,7 +297,9 @@ def _slab_starts(sweep: Sweep, slabs: list[Slab], state: Tensor) -> Tensor:
     return starts
 
 
-def _slab_backward(sweep: Sweep, slab: Slab, given: Tensor, before: Tensor, after: Tensor, found: Gradients) -> Tensor:
+def _slab_backward(
+    sweep: Sweep, slab: Slab, given: Tensor, before: Tensor, after: Tensor, into: SelectiveInputs
+) -> Tensor:
     """Writes a slab's gradients, given what later tokens ask of its last h; returns what it asks of the h before."""
     loaded = Loaded(sweep, slab)
     decay = loaded.decay()
@@ -363,10 +314,10 @@ def _slab_backward(sweep: Sweep, slab: Slab, given: Tensor, before: Tensor, afte
         at[t].addcmul_(at[t + 1], factors[t + 1])
 
     rows = sweep.block.rows
-    sweep.store(_over_channels(dy, h[1:]), found.c[rows], slab, add=True)
+    sweep.store(_over_channels(dy, h[1:]), into.c[rows], slab, add=True)
     db = _over_channels(loaded.u, dh)
     du = torch.bmm(loaded.b.flatten(0, 1).unsqueeze(1), dh.flatten(0, 1)).view_as(dy)
-    sweep.store(du * loaded.delta, sweep.part(found.x), slab)
+    sweep.store(du * loaded.delta, sweep.part(into.x), slab)
     earlier = at[0] * factors[0]
     ddelta = du.mul_(loaded.x)
     if sweep.a is None:
@@ -377,12 +328,12 @@ def _slab_backward(sweep: Sweep, slab: Slab, given: Tensor, before: Tensor, afte
         ddelta.sub_(torch.bmm(loaded.squares.flatten(0, 1).unsqueeze(1), flat).view_as(ddelta))
         db.addcmul_(_over_channels(loaded.delta, dh), loaded.b.view_as(db), value=-2.0)
     else:
-        assert found.a is not None
+        assert into.a is not None
         dh.mul_(h[:-1]).mul_(decay)
         ddelta.add_(torch.mul(dh, sweep.a, out=decay).sum(2))
-        found.a[sweep.block.channels] += dh.mul_(loaded.delta.unsqueeze(2)).sum((0, 1)).T
-    sweep.store(db, found.b[rows], slab, add=True)
-    sweep.store(ddelta, sweep.part(found.delta), slab)
+        into.a[sweep.block.channels] += dh.mul_(loaded.delta.unsqueeze(2)).sum((0, 1)).T
+    sweep.store(db, into.b[rows], slab, add=True)
+    sweep.store(ddelta, sweep.part(into.delta), slab)
     return earlier
 
 

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from ..compilation import Compilation
 from ..diagonal_scan.triton import carried
-from . import chunked
+from ..operation import Tensors
+from ..problem import Problem
+from . import SelectiveInputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -195,7 +197,7 @@ def _backward(
     """The gradients of chunk FIRST + program, given the state that enters it and what is asked of its last one.
 
     `kept` is the program's own, `[CHUNK / TOKENS, BLOCK, STATES]`. db and dc get a part a program, of the LENGTH tokens
-    from chunk FIRST on, `[blocks of channels, rows, LENGTH, N]`; da one a chunk, `[chunks, rows, D, N]`.
+    from chunk FIRST on, `[blocks of channels, rows, LENGTH, N]`; da one per chunk, `[chunks, rows, D, N]`.
     """
     local, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     part, parts = tl.program_id(2), tl.num_programs(2)
@@ -278,13 +280,11 @@ def _backward(
 class Chunks:
     """What passes over chunks share: contiguous tensors, and states at borders `[chunks, B, D, N]`."""
 
-    def __init__(self, problem: chunked.Problem) -> None:
-        self.x, self.delta, self.b, self.c = (
-            given.contiguous() for given in (problem.x, problem.delta, problem.b, problem.c)
-        )
-        a = None if problem.a is None else problem.a.contiguous()
+    def __init__(self, problem: Problem[SelectiveInputs]) -> None:
+        x, delta, a, b, c = problem.inputs
+        self.x, self.delta, self.b, self.c = (tensor.contiguous() for tensor in (x, delta, b, c))
         self.longhorn = a is None
-        self.a = self.x if a is None else a  # a pointer that is not read
+        self.a = self.x if a is None else a.contiguous()  # where there is none it is not read
         self.ids = problem.documents.ids(self.x.device)
         self.batch, self.length, self.channels = self.x.shape
         self.size = self.b.shape[2]
@@ -349,20 +349,19 @@ class Chunks:
         return ends, carried(ends, decays, dfinal, reverse=True)
 
 
-def forward(problem: chunked.Problem, initial_state: Tensor | None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(y in x's type, or what is computed in; final state)."""
-    dtype = problem.dtype if exact else None
-    out = torch.empty_like(problem.x, dtype=dtype, memory_format=torch.contiguous_format)
+def forward(problem: Problem[SelectiveInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y, final state)."""
+    out = problem.new_output()
     return out, Chunks(problem).run(problem.entering(initial_state), out)
 
 
-def correct(problem: chunked.Problem, out: Tensor, state: Tensor) -> Tensor:
+def correct(problem: Problem[SelectiveInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds Σ_n e^{g_1 + … + g_t} state c_t to the outputs that the entering state reaches; `out` is contiguous."""
     Chunks(problem).run(problem.entering(state), out, add=True)
     return out
 
 
-def total_decay(problem: chunked.Problem) -> Tensor:
+def total_decay(problem: Problem[SelectiveInputs]) -> Tensor:
     """e^{g_1 + … + g_T} `[B, D, N]`."""
     chunks = Chunks(problem)
     ends, decays = chunks.borders(FORWARD)
@@ -370,15 +369,15 @@ def total_decay(problem: chunked.Problem) -> Tensor:
     return decays.prod(0)
 
 
-def summarize_backward(problem: chunked.Problem, dout: Tensor) -> Tensor:
+def summarize_backward(problem: Problem[SelectiveInputs], dout: Tensor, initial_state: Tensor | None = None) -> Tensor:
     """Σ_t e^{g_1 + … + g_t} c_t dy_t `[B, D, N]` over the tokens that an entering state reaches."""
     return problem.entering(Chunks(problem).asked(dout.contiguous(), problem.new_states())[1])
 
 
 def backward(
-    problem: chunked.Problem, dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """The gradients of (x, delta, a, b, c), in their types, and of the initial state."""
+    problem: Problem[SelectiveInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensors, Tensor]:
+    """The gradients of the inputs, in their types, and of the initial state."""
     chunks, dout = Chunks(problem), dout.contiguous()
     dfinal = problem.new_states() if dfinal_state is None else dfinal_state.to(problem.dtype).contiguous()
     starts = chunks.starts(problem.entering(initial_state), *chunks.borders(FORWARD))
@@ -399,13 +398,13 @@ def backward(
         )  # fmt: skip
         for gradient, part in zip((db, dc), parts, strict=True):
             gradient[:, start:stop] = part.sum(0)
-    if da is not None and problem.a is not None:
-        da = da.sum((0, 1), dtype=torch.float64).to(problem.a.dtype)
+    if da is not None:
+        da = da.sum((0, 1), dtype=torch.float64).to(chunks.a.dtype)
     return (dx, ddelta, da, db, dc), problem.entering(dinitial)
 
 
 def compilations() -> list[Compilation]:
-    """The kernels for bfloat16 inputs and float32 steps, 16 states a channel, of Mamba and of Longhorn."""
+    """The kernels for bfloat16 inputs and float32 steps, 16 states per channel, of Mamba and of Longhorn."""
     sizes = dict.fromkeys(("T", "D", "N", "CHUNK"), "i32")
     inputs = {
         "x": "*bf16", "delta": "*fp32", "a": "*fp32", "b": "*bf16", "c": "*bf16", "ids": "*i32", **sizes,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...kernels.delta_rule import DeltaRecurrence
-from ...kernels.diagonal_scan import DiagonalRecurrence
-from ...kernels.gated_linear import GatedLinearRecurrence
-from ...kernels.recurrence import Inputs, Recurrence
-from ...kernels.selective_scan import SelectiveRecurrence
-from ..operation import Setting
+from ...kernels.delta_rule import DeltaInputs, DeltaRecurrence
+from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
+from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
+from ...kernels.problem import Record
+from ...kernels.recurrence import Recurrence
+from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
+from ..operation import Setting, mix
 from ..sequence import Sequence
 from ..strategies.state_passing import StatePassing
-from .mixing import mix_by
+from ..strategies.ulysses import ulysses
 
 
 def gated_linear_attention(
@@ -37,9 +39,9 @@ def gated_linear_attention(
     q, k `[B, T, H or G, K]`, v `[B, T, H, V]`; `log_decay` None, `[H]`, `[H, K]`, `[B, T, H]` or `[B, T, H, K]`. For
     these and the variants see `longreach.kernels.gated_linear`.
     """
-    settings = (read, normaliser, log_input is not None)
-    inputs = (q, k, v, log_decay, value_log_decay, bonus, log_input)
-    raw = _recurrent(GatedLinearRecurrence, settings, inputs, seq, scale, slot)
+    settings = (read, normaliser, log_input is not None, scale)
+    inputs = GatedLinearInputs(q, k, v, log_decay, value_log_decay, bonus, log_input)
+    raw = recurrent(GatedLinearRecurrence, inputs, settings, seq=seq, slot=slot)
     return GatedLinearRecurrence(*settings).finish(raw, q.dtype)
 
 
@@ -62,7 +64,7 @@ def delta_rule(
     `[B, T, H, V]` in q's type. See `longreach.kernels.delta_rule`.
     """
     a, b = (None, None) if erase is None else erase
-    return _recurrent(DeltaRecurrence, (), (q, k, v, beta, log_decay, a, b), seq, scale, slot)
+    return recurrent(DeltaRecurrence, DeltaInputs(q, k, v, beta, log_decay, a, b), (scale,), seq=seq, slot=slot)
 
 
 def diagonal_scan(x: Tensor, log_decay: Tensor, *, seq: Sequence, slot: str = "state") -> Tensor:
@@ -70,7 +72,7 @@ def diagonal_scan(x: Tensor, log_decay: Tensor, *, seq: Sequence, slot: str = "s
 
     x `[B, T, …]`; `log_decay` like x, or constant with x's dims of channels. See `longreach.kernels.diagonal_scan`.
     """
-    return _recurrent(DiagonalRecurrence, (), (x, log_decay), seq, None, slot)
+    return recurrent(DiagonalRecurrence, flat_inputs(x, log_decay), seq=seq, slot=slot).view(x.shape)
 
 
 def selective_scan(
@@ -89,30 +91,40 @@ def selective_scan(
     x, delta `[B, T, D]`, a `[D, N]`, b, c `[B, T, N]`; with `decay="longhorn"` 1 − Δ_t b_t² in place of e^{Δ_t a}, and
     a None. See `longreach.kernels.selective_scan`.
     """
-    return _recurrent(SelectiveRecurrence, (decay,), (x, delta, a, b, c), seq, None, slot, common=(3, 4))
+    return recurrent(SelectiveRecurrence, SelectiveInputs(x, delta, a, b, c), (decay,), seq=seq, slot=slot)
 
 
-def _recurrent(
-    build: Callable[..., Recurrence],
-    settings: tuple[Setting, ...],
-    inputs: Inputs,
+def recurrent(
+    op: type[Recurrence[Record]],
+    inputs: Record,
+    settings: tuple[Setting, ...] = (),
+    *,
     seq: Sequence,
-    scale: float | None,
-    slot: str,
-    common: tuple[int, ...] = (),
+    slot: str = "state",
 ) -> Tensor:
-    """The recurrence `build(*settings)` over the whole row, or continued from the decoding cache."""
-    if seq.cache is None:
-        by_heads = seq.strategy.recurrent == "ulysses"
-        settings = (scale, build, *settings)
-        return mix_by(_state_passing, settings, inputs, seq, slot, by_heads=by_heads, common=common)
-    recurrence = build(*settings)
-    recurrence.check(inputs)
+    """The output of the recurrence `op(*settings)` over the whole row, or continued from the decoding cache.
+
+    What every op with a state runs through, whoever wrote it: under each strategy, packed, recomputed and decoded.
+    `settings` are plain values, by which a compiled graph is keyed. See `longreach.kernels.recurrence`.
+    """
+    if seq.cache is not None:
+        return _decoded(op(*settings), inputs, seq, slot)
+    build, arguments = _state_passing, (op, *settings)
+    if seq.strategy.recurrent == "ulysses" and seq.heads is not None:
+        build, arguments = ulysses, (seq.heads.ranks, op.common, build, *arguments)
+    return mix(build, arguments, inputs, seq, slot)[0]
+
+
+@torch.no_grad()
+def _decoded(op: Recurrence[Any], inputs: tuple[Tensor | None, ...], seq: Sequence, slot: str) -> Tensor:
+    assert seq.cache is not None
+    op.check(inputs)
     state = seq.cache.entries.get((seq.layer, slot), (None,))[0]
-    out, final = recurrence.forward(inputs, state, seq.local, scale=scale, backend=seq.backend)
+    problem = op.problem(inputs, seq.local, backend=seq.backend)
+    out, final = problem.implementation.forward(problem, state)
     seq.cache.entries[seq.layer, slot] = (final,)
     return out
 
 
-def _state_passing(scale: float | None, build: Callable[..., Recurrence], *settings: Setting) -> StatePassing:
-    return StatePassing(build(*settings), scale)
+def _state_passing(op: type[Recurrence[Any]], *settings: Setting) -> StatePassing:
+    return StatePassing(op(*settings))

@@ -6,7 +6,7 @@ on the length of the sequence, and no rank waits for its neighbour's work. Backw
 gradients of the states.
 
 No computation of the op itself runs while its gather is under way, since none is left that is not needed before or
-after it: an op has run from nothing when its final state exists, and correcting the outputs takes the state that
+after it: an op has run from the zero state when its final state exists, and correcting the outputs takes the state that
 enters. States alone could be computed first and gathered during the outputs, but computing them twice is a quarter of
 a forward's products more, whatever the network. In backward the same holds for the states' gradients.
 """
@@ -14,12 +14,14 @@ a forward's products more, whatever the network. In backward the same holds for 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.operation import Tensors
-from ...kernels.recurrence import Inputs, Recurrence, Summary
+from ...kernels.problem import Problem
+from ...kernels.recurrence import Recurrence, Summary
 from ..collectives import Gathering, in_row_order
 from ..operation import Operation, is_sequence
 from ..sequence import Sequence
@@ -33,26 +35,25 @@ class StatePassing(Operation):
     transitions of all, and what reads the former where the recurrence says so.
     """
 
-    op: Recurrence
-    scale: float | None
+    op: Recurrence[Any]
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         self.op.check(inputs)
-        op, folded, settings = self.op, _fold(inputs, seq), {"scale": self.scale, "backend": seq.backend}
+        op, problem = self.op, self._problem(inputs, seq)
         if seq.layout.ranks == 1:
-            return (seq.unfold(op.forward(folded, None, seq.spans, **settings)[0]),), (None, None, None)
-        out, summary, reads = op.begin(folded, seq.spans, **settings)
+            return (problem.implementation.forward(problem, None)[0],), (None, None, None)
+        out, summary, reads = op.begin(problem)
         summaries, transitions = _gather(summary, seq)
-        state = op.nothing(summaries[0].state)
+        state = op.zero_state(summaries[0].state)
         before = []
         for earlier in summaries:
             before.append(state)
-            state = op.advance(op.received(earlier, folded), state)
+            state = op.advance(op.expand(earlier, problem.inputs), state)
         initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
-        out = op.correct(out, folded, initial, seq.spans, reads, **settings).to(op.like(inputs)[0].dtype)
-        kept = op.reads_like(inputs)
-        if reads is not None and kept is not None:
-            reads = reads.to(kept.dtype)
+        empty_out, *_, empty_reads = op.empty_results(inputs)
+        out = op.correct(problem, out, initial, reads).to(empty_out.dtype)
+        if reads is not None and empty_reads is not None:
+            reads = reads.to(empty_reads.dtype)
         return (seq.unfold(out),), (initial, transitions, reads)
 
     def backward(
@@ -60,13 +61,12 @@ class StatePassing(Operation):
     ) -> Tensors:
         (dout,), (initial, transitions, reads) = gradients, saved
         assert dout is not None
-        op, settings = self.op, {"scale": self.scale, "backend": seq.backend}
-        folded, dout = _fold(inputs, seq), seq.fold(dout)
+        problem, dout = self._problem(inputs, seq), seq.fold(dout)
         dfinal = None
         if transitions is not None:
-            local = op.summarize_backward(dout, folded, initial, seq.spans, reads, **settings)
-            dfinal = _suffix(op, local, transitions, folded, seq)
-        dinputs, _ = op.backward(dout, dfinal, folded, initial, seq.spans, **settings)
+            local = self.op.summarize_backward(problem, dout, initial, reads)
+            dfinal = _suffix(problem, local, transitions, seq)
+        dinputs, _ = self.op.backward(problem, dout, dfinal, initial)
         return tuple(
             d if d is None or x is None or not is_sequence(x) else seq.unfold(d)
             for d, x in zip(dinputs, inputs, strict=True)
@@ -75,23 +75,23 @@ class StatePassing(Operation):
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         if any(x is not None and x.device.type == "meta" for x in inputs):  # a rehearsal: no `forward` will check
             self.op.check(inputs)
-        out, state, transition = self.op.like(inputs)
+        out, state, transition, reads = self.op.empty_results(inputs)
         if ranks == 1:
             return (out,), (None, None, None)
         batch, rest = state.shape[0], transition.shape[1:]
         initial = state.new_empty(spans * batch, *state.shape[1:])
-        reads = self.op.reads_like(inputs)
         if reads is not None:
             reads = reads.new_empty(spans * batch, reads.shape[1] // spans, *reads.shape[2:])
         return (out,), (initial, transition.new_empty(ranks * spans, batch, *rest), reads)
 
-
-def _fold(inputs: Inputs, seq: Sequence) -> Inputs:
-    return tuple(x if x is None or not is_sequence(x) else seq.fold(x) for x in inputs)
+    def _problem(self, inputs: Tensors, seq: Sequence) -> Problem[Any]:
+        """The call on this rank's spans, folded into the batch; exact where outputs are to be corrected."""
+        folded = tuple(x if x is None or not is_sequence(x) else seq.fold(x) for x in inputs)
+        return self.op.problem(folded, seq.spans, backend=seq.backend, exact=seq.layout.ranks > 1)
 
 
 def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
-    """Summaries of all segments in the order of the row, and their transitions as one tensor; one message a rank."""
+    """Summaries of all segments in the order of the row, and their transitions as one tensor; one message per rank."""
     spans = seq.layout.spans
     packed = torch.cat([part.unflatten(0, (spans, -1)).flatten(2) for part in (mine.transition, mine.state)], dim=-1)
     split = mine.transition[0].numel()
@@ -106,14 +106,14 @@ def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
     return summaries, torch.stack([summary.transition for summary in summaries])
 
 
-def _suffix(op: Recurrence, local: Tensor, transitions: Tensor, folded: Inputs, seq: Sequence) -> Tensor:
+def _suffix(problem: Problem[Any], local: Tensor, transitions: Tensor, seq: Sequence) -> Tensor:
     """Gradient of the final state of each of this rank's segments, from what all segments after it ask for."""
-    spans = seq.layout.spans
+    op, spans = problem.op, seq.layout.spans
     gathered = in_row_order(Gathering(local.unflatten(0, (spans, -1)).contiguous(), seq).wait(), seq)
     dstate = torch.zeros_like(gathered[0])
     after: dict[int, Tensor] = {}
     for span in reversed(range(len(gathered))):
         after[span] = dstate
-        summary = op.received(Summary(transitions[span], gathered[span]), folded)
+        summary = op.expand(Summary(transitions[span], gathered[span]), problem.inputs)
         dstate = op.retreat(summary, dstate, gathered[span])
     return torch.cat([after[span] for span in seq.layout.spans_of(seq.rank)])

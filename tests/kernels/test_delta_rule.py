@@ -3,9 +3,10 @@
 import pytest
 import torch
 from largest_tensor import LargestTensor
+from recurrence_parts import Parts
 from torch.nn import functional as F
 
-from longreach.kernels.delta_rule import bytes_sent, delta_rule, flops, recurrence, state_bytes
+from longreach.kernels.delta_rule import DeltaRecurrence, bytes_sent, delta_rule, flops, state_bytes
 from longreach.kernels.documents import Documents
 from longreach.kernels.recurrence import Summary
 
@@ -250,6 +251,7 @@ def test_token_by_token_is_the_whole(rule, decay):
     assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
 
 
+recurrence = Parts(DeltaRecurrence())
 ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
 CUTS = [
     (1, 100, 150, 182, 300),
@@ -267,7 +269,7 @@ def test_segments_put_together_are_the_whole_row(rule, decay, cuts):
     segments = [tuple(x if x is None else x[:, a:b] for x in inputs) for a, b in bounds]
     documents = [ROWS.slice(a, b) for a, b in bounds]
 
-    outs, summaries, reads, states = [], [], [], [recurrence.nothing(dfinal)]
+    outs, summaries, reads, states = [], [], [], [recurrence.zero_state(dfinal)]
     for segment, held in zip(segments, documents, strict=True):
         begun = recurrence.begin(segment, held)
         summaries.append(begun.summary)
@@ -420,10 +422,10 @@ def test_transformers_chunked_gated_delta_rule_agrees():
 WRONG = {
     "q must be": lambda q, k, v, beta, g: delta_rule(q[..., :3, :], k, v, beta, g),
     "k must be": lambda q, k, v, beta, g: delta_rule(q, k[:, :5], v, beta, g),
-    "q, k and v must": lambda q, k, v, beta, g: delta_rule(q[0], k, v, beta, g),
+    "v must be": lambda q, k, v, beta, g: delta_rule(q, k, v[0], beta, g),
     "beta must be": lambda q, k, v, beta, g: delta_rule(q, k, v, beta[..., :2], g),
     "in place of beta": lambda q, k, v, beta, g: delta_rule(q, k, v, beta, g, erase=(k, k)),
-    "b of erase must be": lambda q, k, v, beta, g: delta_rule(q, k, v, None, g, erase=(k, k[..., :2])),
+    "b must be": lambda q, k, v, beta, g: delta_rule(q, k, v, None, g, erase=(k, k[..., :2])),
     "log_decay must be": lambda q, k, v, beta, g: delta_rule(q, k, v, beta, g[:, :3]),
     "log_decay must not be positive": lambda q, k, v, beta, g: delta_rule(q, k, v, beta, -g),
     "initial_state must": lambda q, k, v, beta, g: delta_rule(q, k, v, beta, g, initial_state=v),

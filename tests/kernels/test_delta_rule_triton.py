@@ -5,9 +5,9 @@ The interpreter takes some milliseconds a step, so that a case is two chunks of 
 
 import pytest
 import torch
-from test_delta_rule import assert_near, call, draw, nan_in_fresh_memory, run
+from test_delta_rule import assert_near, call, draw, nan_in_fresh_memory, recurrence, run
 
-from longreach.kernels.delta_rule import delta_rule, recurrence
+from longreach.kernels.delta_rule import delta_rule
 from longreach.kernels.delta_rule import triton as kernels
 from longreach.kernels.documents import Documents
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from largest_tensor import LargestTensor
+from recurrence_parts import Parts
 
-from longreach.kernels.diagonal_scan import bytes_sent, chunked, diagonal_scan, flops, recurrence, state_bytes
+from longreach.kernels.diagonal_scan import DiagonalRecurrence, bytes_sent, chunked, diagonal_scan, flops, state_bytes
 from longreach.kernels.documents import Documents
 from longreach.kernels.recurrence import Summary
 
@@ -172,6 +173,16 @@ def test_token_by_token_is_the_whole(decay):
     assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
 
 
+def test_channels_of_any_dims():
+    (x, log_decay), state, *_ = draw(Documents.whole(2, 20, position=1), "constant")
+    expected = diagonal_scan(x, log_decay, initial_state=state)
+    dims = (x.shape[2], 1, 1)
+    found = diagonal_scan(x.view(2, 20, *dims), log_decay.view(dims), initial_state=state.view(2, *dims))
+    assert found[1].shape == (2, *dims)
+    assert_near([found[0].flatten(2), found[1].flatten(1)], expected, 0.0)
+
+
+recurrence = Parts(DiagonalRecurrence())
 ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
 CUTS = {"2": (150, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
 
@@ -202,7 +213,7 @@ def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch
     total = summaries[0]
     for summary in summaries[1:]:
         total = recurrence.combine(summary, total)
-    assert_near([recurrence.advance(total, recurrence.nothing(dfinal))], [whole[1]], 1e-9)
+    assert_near([recurrence.advance(total, recurrence.zero_state(dfinal))], [whole[1]], 1e-9)
 
     dstate, parts = dfinal, []
     for number in reversed(range(len(segments))):
@@ -267,7 +278,7 @@ def test_flash_linear_attention_agrees():
 WRONG = {
     "x must be": lambda x, a: diagonal_scan(x[0], a),
     "log_decay must be like x": lambda x, a: diagonal_scan(x, a[:, :3]),
-    "at most two dims": lambda x, a: diagonal_scan(x.view(2, 20, 5, 1, 1), a[0, 0].view(5, 1, 1)),
+    "constant, \\[5, 1\\]": lambda x, a: diagonal_scan(x.view(2, 20, 5, 1), a[0, 0]),
     "log_decay must not be positive": lambda x, a: diagonal_scan(x, -a),
     "initial_state must": lambda x, a: diagonal_scan(x, a, initial_state=x),
     "documents must describe": lambda x, a: diagonal_scan(x, a, documents=Documents.whole(2, 5)),

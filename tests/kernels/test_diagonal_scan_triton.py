@@ -5,11 +5,13 @@ The interpreter takes some milliseconds a step of a loop, so that shapes and til
 
 import pytest
 import torch
+from recurrence_parts import Parts
 
-from longreach.kernels.diagonal_scan import diagonal_scan, recurrence
+from longreach.kernels.diagonal_scan import DiagonalRecurrence, diagonal_scan
 from longreach.kernels.diagonal_scan import triton as kernels
 from longreach.kernels.documents import Documents
 
+recurrence = Parts(DiagonalRecurrence())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 PACKINGS = {

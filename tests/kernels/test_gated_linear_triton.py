@@ -5,6 +5,7 @@ The interpreter takes milliseconds a step of a loop: shapes are small, and chunk
 
 import pytest
 import torch
+from recurrence_parts import Parts
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence
@@ -74,7 +75,7 @@ def draw(documents, variant, *, dtype=torch.float32, heads=2, groups=None, keys=
         4 * normal("BTH") if "log_input" in settings else None,
     )  # fmt: skip
     read, normaliser = "exclusive" if "bonus" in settings else "inclusive", "sum" if "normaliser" in settings else None
-    op = GatedLinearRecurrence(read, normaliser, "log_input" in settings)
+    op = Parts(GatedLinearRecurrence(read, normaliser, "log_input" in settings))
     exact = (3, 4, 6)  # decays and gates are float32, as mixers give them
     inputs = tuple(
         x if x is None else x.to(DEVICE, torch.float32 if n in exact else dtype) for n, x in enumerate(inputs)

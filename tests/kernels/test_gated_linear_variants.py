@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recurrence_parts import Parts
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence, gated_linear_attention
@@ -65,7 +66,9 @@ def draw(documents, variant, strength=0.1, groups=HEADS, heads=HEADS, keys=KEYS,
         torch.rand(heads, keys, dtype=torch.float64) if "bonus" in settings else None,
         4 * torch.randn(v.shape[:3], dtype=torch.float64) - 2 if "log_input" in settings else None,
     )
-    op = GatedLinearRecurrence(settings.get("read", "inclusive"), settings.get("normaliser"), "log_input" in settings)
+    op = Parts(
+        GatedLinearRecurrence(settings.get("read", "inclusive"), settings.get("normaliser"), "log_input" in settings)
+    )
     state = torch.rand(
         documents.batch, heads, keys + op.stabilised, values + (op.normaliser is not None), dtype=torch.float64
     )
@@ -160,7 +163,7 @@ def test_segments_put_together_are_the_whole_row(variant, cuts):
     bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
     segments = [tuple(x if x is None or x.dim() < 3 else x[:, a:b] for x in inputs) for a, b in bounds]
     documents = [ROWS.slice(a, b) for a, b in bounds]
-    raws, summaries, states = [], [], [op.nothing(torch.zeros_like(state))]
+    raws, summaries, states = [], [], [op.zero_state(torch.zeros_like(state))]
     for segment, held in zip(segments, documents, strict=True):
         raw, final = op.forward(segment, None, held)
         summaries.append(op.summarize(segment, final, held))
@@ -212,7 +215,7 @@ def test_shapes_are_foretold(variant):
     op, inputs, state, *_ = draw(documents, variant)
     out, final = op.forward(inputs, state, documents)
     transition = op.summarize(inputs, final, documents).transition
-    for found, said in zip((out, final, transition), op.like(inputs), strict=True):
+    for found, said in zip((out, final, transition), op.empty_results(inputs)[:3], strict=True):
         assert (found.shape, found.dtype) == (said.shape, said.dtype)
 
 
@@ -332,7 +335,8 @@ def call(documents=None, **given):
 WRONG = {
     "read must": {"read": "both"},
     "normaliser must be one of": {"normaliser": "mean"},
-    r"bonus must be \[H, K\]": {"bonus": torch.ones(2, 3)},
+    r"bonus must be \[H, K\]": {"bonus": torch.ones(3, 3), "read": "exclusive"},
+    "bonus must come with read='exclusive'": {"bonus": torch.ones(2, 3)},
     "value_log_decay must be": {"value_log_decay": -torch.ones(2, 20, 2, 3)},
     "value_log_decay must not be positive": {"value_log_decay": torch.ones(2, 20, 2, 5)},
     "normaliser must be None": {"value_log_decay": -torch.ones(2, 20, 2, 5), "normaliser": "sum"},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from largest_tensor import LargestTensor
+from recurrence_parts import Parts
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import (
@@ -191,7 +192,7 @@ CUTS = {"2": (60, 120), "5": (1, 40, 60, 81, 120), "on borders": (40, 60, 120)}
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
     monkeypatch.setattr(chunked, "WIDTH", width)
-    recurrence = SelectiveRecurrence(decay)
+    recurrence = Parts(SelectiveRecurrence(decay))
     inputs, _, dout, dfinal = draw(ROWS, decay)
     whole = run(inputs, None, ROWS, dout, dfinal)
     bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
@@ -201,7 +202,7 @@ def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch
     outs, summaries, states = [], [], [torch.zeros_like(dfinal)]
     for segment, held in zip(segments, documents, strict=True):
         out, final = recurrence.forward(segment, None, held)
-        summaries.append(recurrence.received(recurrence.summarize(segment, final, held), segment))
+        summaries.append(recurrence.expand(recurrence.summarize(segment, final, held), segment))
         out = recurrence.correct(out, segment, states[-1], held)
         alone, final = recurrence.forward(segment, states[-1], held)
         assert_near([out], [alone], 1e-9)
@@ -213,7 +214,7 @@ def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch
     total = summaries[0]
     for summary in summaries[1:]:
         total = recurrence.combine(summary, total)
-    assert_near([recurrence.advance(total, recurrence.nothing(dfinal))], [whole[1]], 1e-9)
+    assert_near([recurrence.advance(total, recurrence.zero_state(dfinal))], [whole[1]], 1e-9)
 
     dstate, parts = dfinal, []
     for number in reversed(range(len(segments))):
@@ -230,13 +231,13 @@ def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_transitions_are_nothing_unless_one_document_goes_through(decay):
-    recurrence = SelectiveRecurrence(decay)
+    recurrence = Parts(SelectiveRecurrence(decay))
     inputs, state, *_ = draw(ROWS, decay)
     summary = recurrence.summarize(inputs, state, ROWS)
     assert summary.transition.shape == ((4, CHANNELS) if decay == "exponential" else (4, CHANNELS, SIZE))
-    assert not recurrence.received(summary, inputs).transition.any()  # every row starts a document
+    assert not recurrence.expand(summary, inputs).transition.any()  # every row starts a document
     cut = tuple(x if x is None or x.dim() == 2 else x[:, 64:120] for x in inputs)
-    transition = recurrence.received(recurrence.summarize(cut, state, ROWS.slice(64, 120)), cut).transition
+    transition = recurrence.expand(recurrence.summarize(cut, state, ROWS.slice(64, 120)), cut).transition
     assert [bool(row.any()) for row in transition] == [True, True, False, True]
     _, delta, a, b, _ = cut
     g = torch.log1p(-delta[..., None] * b[:, :, None].square()) if a is None else delta[..., None] * a
@@ -244,10 +245,10 @@ def test_transitions_are_nothing_unless_one_document_goes_through(decay):
 
 
 def test_a_state_that_does_not_decay_is_forgotten_between_documents():
-    recurrence = SelectiveRecurrence()
+    recurrence = Parts(SelectiveRecurrence())
     (x, delta, a, b, c), state, *_ = draw(ROWS)
     inputs = x, delta, torch.zeros_like(a), b, c
-    summary = recurrence.received(recurrence.summarize(inputs, state, ROWS), inputs)
+    summary = recurrence.expand(recurrence.summarize(inputs, state, ROWS), inputs)
     assert torch.equal(recurrence.advance(summary, torch.ones_like(state)), state)
 
 
@@ -302,8 +303,8 @@ def test_flash_linear_attention_agrees_on_longhorn():
 
 
 WRONG = {
-    "x and delta must be": lambda x, d, a, b, c: selective_scan(x, d[:, :3], a, b, c),
-    "b and c must be": lambda x, d, a, b, c: selective_scan(x, d, a, b, c[..., :2]),
+    "delta must be": lambda x, d, a, b, c: selective_scan(x, d[:, :3], a, b, c),
+    "c must be": lambda x, d, a, b, c: selective_scan(x, d, a, b, c[..., :2]),
     "a must be given": lambda x, d, a, b, c: selective_scan(x, d, None, b, c),
     "and only there": lambda x, d, a, b, c: selective_scan(x, d, a, b, c, decay="longhorn"),
     r"a must be \[D, N\]": lambda x, d, a, b, c: selective_scan(x, d, a.T, b, c),

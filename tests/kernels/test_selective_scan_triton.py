@@ -5,6 +5,7 @@ The interpreter takes some milliseconds a step of a loop, so that shapes and til
 
 import pytest
 import torch
+from recurrence_parts import Parts
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import SelectiveRecurrence, selective_scan
@@ -85,7 +86,7 @@ def test_bfloat16(decay, small, repaired_bf16):
 def test_parts_are_those_of_the_chunked_form(decay, small):
     documents = PACKINGS["cut from rows"]
     inputs, state, _, dout = draw(documents, decay)
-    recurrence = SelectiveRecurrence(decay)
+    recurrence = Parts(SelectiveRecurrence(decay))
     for part in (recurrence.correct, recurrence.summarize_backward):
         found, expected = (
             part(dout.clone(), inputs, state, documents, backend=backend) for backend in ("triton", "chunked")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.gated_linear import GatedLinearRecurrence
+from longreach.kernels.gated_linear import chunked
 from longreach.kernels.gated_linear import flops as gated_linear_flops
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
@@ -116,13 +116,13 @@ def test_recomputation_changes_no_gradient(name, checkpointing):
 
 @pytest.mark.parametrize(("checkpointing", "runs"), [("none", 2), ("full", 4), ("mixing", 2)])
 def test_mixing_ops_run_again_only_under_full_recomputation(checkpointing, runs, monkeypatch):
-    calls, forward = [], GatedLinearRecurrence.forward
+    calls, forward = [], chunked.forward
 
     def counted(*args, **kwargs):
         calls.append(1)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(GatedLinearRecurrence, "forward", counted)
+    monkeypatch.setattr(chunked, "forward", counted)
     model = small_hybrid("lightning_attention", activation_checkpointing=checkpointing)
     loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
     loss.backward()

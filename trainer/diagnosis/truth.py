@@ -113,6 +113,8 @@ def plain(name: str, backend: str = "reference") -> Op:
         return _defined(name)
     if name == "attention":
         return _attention(backend)
+    if name == "recurrent":
+        return _recurrent(backend)
     package = package_of(name)
     if package is None:
         return getattr(ops, name)
@@ -133,6 +135,17 @@ def _attention(backend: str) -> Op:
     def op(attend: Callable[..., Any], inputs: Any, settings: tuple = (), *, seq: Sequence, slot: str = "") -> Tensor:
         made = attend(*settings)
         return operation.run(OnOneDevice(made), inputs, (made.tile(seq.documents, seq.documents), backend))[0]
+
+    return op
+
+
+def _recurrent(backend: str) -> Op:
+    """An op that is offered as its recurrence, whoever wrote it."""
+
+    def op(
+        recurrence: Callable[..., Any], inputs: Any, settings: tuple = (), *, seq: Sequence, slot: str = ""
+    ) -> Tensor:
+        return recurrence(*settings)(inputs, documents=seq.documents, backend=backend)[0]
 
     return op
 

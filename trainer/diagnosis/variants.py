@@ -73,7 +73,7 @@ def _resized(call: Call, size: int, case: Case) -> Call | None:
 
 def _on(call: Call, case: Case, variant: str) -> Call:
     """The call on the rows of `case`, with tokens drawn from those that it has, each a little different."""
-    n, split = case.layout.length, iter(call.per_token(call.args[0].shape[1]))
+    n, split = case.layout.length, iter(call.per_token(call.tensors()[0].shape[1]))
     generator = torch.Generator().manual_seed(n)
     windows = n // _stride(call) if call.op in ("compressed_attention", "select_blocks") else 0
 

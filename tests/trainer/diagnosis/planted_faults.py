@@ -62,19 +62,19 @@ def dropped_state() -> None:
 def transition_through_documents() -> None:
     """A span's transition is not zero though a document starts inside it."""
 
-    def summarize(self, inputs, final_state, documents, *, backend="auto"):
-        summary = original(self, inputs, final_state, documents, backend=backend)
-        return Summary(torch.where(summary.transition == 0, 0.5, summary.transition), summary.state)
+    def transition(self, problem):
+        factors = original(self, problem)
+        return torch.where(factors == 0, 0.5, factors)
 
-    original = spoil(GatedLinearRecurrence, "summarize", summarize)
+    original = spoil(GatedLinearRecurrence, "transition", transition)
 
 
 def state_of_long_spans() -> None:
     """What a span of more than a chunk does to the state loses a tenth."""
 
-    def begin(self, inputs, documents, **settings):
-        begun = original(self, inputs, documents, **settings)
-        if documents.length <= 64:
+    def begin(self, problem):
+        begun = original(self, problem)
+        if problem.documents.length <= 64:
             return begun
         return begun._replace(summary=Summary(begun.summary.transition, 0.9 * begun.summary.state))
 

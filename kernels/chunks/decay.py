@@ -48,6 +48,10 @@ class Decay:
         """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
         raise NotImplementedError
 
+    def add_gradients(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        """Adds the same, for one of several pairs of q and k that have scores under these decays."""
+        raise NotImplementedError
+
     def entered(self, q: Tensor, out: Tensor) -> Tensor:
         """q ⊙ enter: in `out`, or q itself where nothing is left to apply."""
         return torch.mul(q, self.enter, out=out)
@@ -113,7 +117,7 @@ class Splitting(Decay):
 
 
 class TokenDecay(Decay):
-    """One decay a token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
+    """One decay per token and head, `log_decay [B, T, H]`; a constant a head comes expanded to that."""
 
     def __init__(self, log_decay: Tensor, grid: Grid, constant: Tensor | None = None) -> None:
         self.grid, size = grid, grid.chunk
@@ -142,7 +146,7 @@ class TokenDecay(Decay):
         return factor(sums.clone(), dtype), factor(ends - sums, dtype), factor(ends.clone(), dtype)
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
-        """Sets `enter` and `leave` `[N, C, 1]`, `through` (`[lanes, 1, 1]` a chunk), and for "all" what scores need."""
+        """`enter` and `leave` are `[N, C, 1]`, `through` is `[lanes, 1, 1]` per chunk."""
         here = slice(slab.first * self.grid.lanes, (slab.first + slab.chunks) * self.grid.lanes)
         self.masks = masks
         if masks is None:
@@ -162,14 +166,17 @@ class TokenDecay(Decay):
             self.scored.clamp_(min=FLOOR[self.grid.dtype], max=0.0).exp_().tril_()
 
     def scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
-        """out_ij = (q_i · k_j) e^{G_i − G_j} for j <= i of one document, else 0."""
         self._decay(torch.bmm(q, k.mT, out=out))
 
     def scores_backward(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Writes the gradients of the q and k that `scores` was called with; `dscores` is changed."""
         self._decay(dscores)
         torch.bmm(dscores, k, out=dq)
         torch.bmm(dscores.mT, q, out=dk)
+
+    def add_gradients(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        self._decay(dscores)
+        dq.baddbmm_(dscores, k)
+        dk.baddbmm_(dscores.mT, q)
 
     def _decay(self, scores: Tensor) -> None:
         if self.fixed is None:
@@ -180,7 +187,6 @@ class TokenDecay(Decay):
             by_row(scores, self.grid).mul_(self.masks.same)
 
     def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
-        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
         own = moments.sum(-1, keepdim=True).double()
         end = ends.sum(-1, dtype=torch.float64)[:, None, None]
         if self.masks is None:
@@ -189,7 +195,7 @@ class TokenDecay(Decay):
 
 
 class SplitTokenDecay(Splitting, TokenDecay):
-    """One decay a token and head."""
+    """One decay per token and head."""
 
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
         super().__init__(log_decay, grid)

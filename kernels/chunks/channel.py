@@ -12,12 +12,12 @@ from torch import Tensor
 from .decay import FLOOR, Decay, Splitting, Wanted, by_row, factor, later_of, spread
 from .slabs import Grid, Lanes, Masks, Slab
 
-CHUNK = 32  # shorter than for one decay a token: a slab has three times the workspaces to keep in cache
+CHUNK = 32  # shorter than for one decay per token: a slab has three times the workspaces to keep in cache
 LEAF = 8  # tokens whose decays are multiplied step by step; longer reaches have a reference point
 
 
 class ChannelDecay(Decay):
-    """One decay a token, head and key channel: `log_decay [B, T, H, K]`; the interface is that of TokenDecay.
+    """One decay per token, head and key channel: `log_decay [B, T, H, K]`.
 
     e^{G_i − G_j} does not split into a factor of i and one of j without overflow, but it does about a point between
     them: the pairs of two neighbouring blocks of h tokens meet at the border between the blocks, for h = LEAF, 2 LEAF,
@@ -36,6 +36,7 @@ class ChannelDecay(Decay):
         self.works["blocks"] = grid.workspace(grid.chunk // 4 or 1).flatten(0, 2)
         self.about = {reach: grid.workspace(keys).flatten(0, 2) for reach in self.reaches}
         self.steps = {offset: grid.workspace(keys).flatten(0, 2) for offset in range(2, self.leaf)}
+        self.spare: tuple[Tensor, ...] | None = None
         self.views = Views()
         whole = torch.ones(grid.chunk, grid.chunk, dtype=grid.dtype, device=grid.device)
         self.later = whole.triu()
@@ -44,7 +45,7 @@ class ChannelDecay(Decay):
         self.between |= {reach: _to_border(reach).to(whole) for reach in self.reaches}
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
-        """Sets `enter` and `leave` `[N, C, K]`, `through` (`[lanes, K, 1]` a chunk), and for "all" what scores need."""
+        """`enter` and `leave` are `[N, C, K]`, `through` is `[lanes, K, 1]` per chunk."""
         dtype = self.grid.dtype
         decays = self.log_decay.load(slab).clamp_(min=FLOOR[dtype])  # -inf would make NaN of what it is not part of
         self.masks = masks
@@ -161,6 +162,16 @@ class ChannelDecay(Decay):
             torch.bmm(views(_transposed, given), later, out=room)
             dearlier.addcmul_(shaped, before)
 
+    def add_gradients(self, dscores: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor) -> None:
+        for reach in self.reaches:  # what another pair may have been written over
+            self._about(q, k, reach)
+        if self.spare is None:
+            self.spare = tuple(self.grid.workspace(q.shape[-1]).flatten(0, 2) for _ in range(2))
+        own_dq, own_dk = (spare[: len(q)] for spare in self.spare)
+        self.scores_backward(dscores, q, k, own_dq, own_dk)
+        dq.add_(own_dq)
+        dk.add_(own_dk)
+
     def _about(self, q: Tensor, k: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Queries of each later block decayed from the border on, keys of each earlier one decayed up to it."""
         views = self.views
@@ -175,7 +186,6 @@ class ChannelDecay(Decay):
             by_row(scores, self.grid).mul_(self.masks.same)
 
     def gradient(self, moments: Tensor, ends: Tensor) -> Tensor:
-        """dg_t = Σ_{s>=t} moment_s + end, for `moments` = q ⊙ dq − k ⊙ dk `[N, C, K]`, `ends` = Σ_v S ⊙ dS `[N, K]`."""
         if self.masks is None:
             room = self.views(_first, self.works["product"], len(moments))
             expanded = self.views(_expanded, self.later, len(moments))
@@ -184,7 +194,7 @@ class ChannelDecay(Decay):
 
 
 class SplitChannelDecay(Splitting, ChannelDecay):
-    """One decay a token, head and key channel."""
+    """One decay per token, head and key channel."""
 
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
         super().__init__(log_decay, grid)

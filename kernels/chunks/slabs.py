@@ -76,6 +76,7 @@ class Grid:
     dtype: torch.dtype
     device: torch.device
     longest_chunk: int = CHUNK
+    matrices: int = MATRICES
 
     @cached_property
     def chunk(self) -> int:
@@ -89,7 +90,7 @@ class Grid:
     @cached_property
     def chunks(self) -> int:
         """Chunks in a full slab."""
-        return min(max(1, MATRICES // self.lanes), -(-self.length // self.chunk))
+        return min(max(1, self.matrices // self.lanes), -(-self.length // self.chunk))
 
     def slabs(self, limit: int | None = None) -> list[Slab]:
         """All slabs in order, or those that hold the first `limit` tokens."""
@@ -184,17 +185,24 @@ def fade(x: Tensor) -> bool:
     return bool(x.any())
 
 
+def borders(documents: Documents) -> Tensor:
+    """bool `[T]`, on the host: tokens at which some row does not go on with the document of the token before."""
+    if all(len(row) == 1 and not row[0].is_padding for row in documents.runs):
+        return torch.zeros(documents.length, dtype=torch.bool)
+    ids = documents.ids("cpu")
+    marked = (ids < 0).any(0)
+    marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
+    return marked
+
+
 class Borders:
     """Where the documents of a block's rows meet, or end in padding."""
 
     def __init__(self, documents: Documents, grid: Grid) -> None:
         self.grid = grid
-        ids = documents.ids("cpu")
-        marked = (ids < 0).any(0)
-        marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
-        self.marked = marked
+        self.marked = borders(documents)
         self.ids: Tensor | None = None
-        if bool(marked.any()):
+        if bool(self.marked.any()):
             size = grid.chunks * grid.chunk
             tail = -documents.length % size
             own = documents.ids(grid.device)

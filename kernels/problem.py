@@ -1,0 +1,113 @@
+"""Problem: one call of an op with a state, as its implementations get it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .dims import shape_of, sizes_of
+from .documents import Documents
+
+Record = TypeVar("Record", bound=tuple[Any, ...])
+
+
+@dataclass(frozen=True)
+class Problem(Generic[Record]):
+    """One call of an op: its inputs, their documents, and the backend that runs it.
+
+    exact: whether outputs stay in the type of the accumulators, for arithmetic on them to follow.
+    """
+
+    op: Any  # a Recurrence, with the settings of its class
+    inputs: Record
+    documents: Documents
+    backend: str
+    exact: bool = False
+
+    @cached_property
+    def implementation(self) -> Any:
+        """What runs the backend, see `Recurrence.implementation`."""
+        return self.op.implementation(self.backend)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """What the letters of `Recurrence.dims` stand for."""
+        return sizes_of(self.op.dims, self.inputs)
+
+    @cached_property
+    def scale(self) -> float:
+        """The factor of the queries: by default K^(-1/2)."""
+        return self.sizes["K"] ** -0.5 if self.op.scale is None else self.op.scale
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of accumulators and states: float32, or float64 for float64 inputs."""
+        return accumulator(self.inputs[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    @property
+    def reach(self) -> int:
+        """The tokens up to which an entering state reaches in some row."""
+        rows = zip(self.documents.runs, self.documents.continues, strict=True)
+        return max((row[0].stop for row, continues in rows if continues), default=0)
+
+    @property
+    def through(self) -> Tensor:
+        """bool `[B]`: the rows that one document passes through, begun before and not ended in them."""
+        rows = zip(self.documents.runs, self.documents.continues, strict=True)
+        return torch.tensor([continues and len(row) == 1 for row, continues in rows], device=self.device)
+
+    def new_output(self) -> Tensor:
+        """An empty output, in the inputs' type or, where exact, in that of the accumulators."""
+        shape = shape_of(self.op.out, self.sizes)
+        return torch.empty(shape, dtype=self.dtype if self.exact else self.inputs[0].dtype, device=self.device)
+
+    def new_states(self) -> Tensor:
+        """Zeros for the states of all rows."""
+        return torch.zeros(shape_of(self.op.state, self.sizes), dtype=self.dtype, device=self.device)
+
+    def entering(self, state: Tensor | None) -> Tensor:
+        """The state that enters each row: zero where a row does not continue a document."""
+        if state is None:
+            return self.new_states()
+        if all(self.documents.continues):
+            return state.to(self.dtype).contiguous()
+        return torch.where(per_row(self.documents.continues, state), state.to(self.dtype), 0.0).contiguous()
+
+    def leaving(self, dfinal_state: Tensor | None) -> Tensor:
+        """A copy of the gradient of the final state; 0 in rows that end in padding, after which every state is 0."""
+        if dfinal_state is None:
+            return self.new_states()
+        gradient = dfinal_state.to(self.dtype, copy=True)
+        for row, runs in enumerate(self.documents.runs):
+            if runs[-1].is_padding:
+                gradient[row] = 0.0
+        return gradient
+
+    def tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each token t in order: t, whether it continues the document before it, and whether it is no padding.
+
+        Both are bool `[B]`. What references, which go token by token, need to know of documents.
+        """
+        ids = self.documents.ids(self.device)
+        goes_on = torch.tensor(self.documents.continues, device=self.device)
+        for t in range(self.documents.length):
+            yield t, goes_on if t == 0 else ids[:, t] == ids[:, t - 1], ids[:, t] >= 0
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def per_row(rows: tuple[bool, ...] | Tensor, like: Tensor) -> Tensor:
+    """One bool per row, to broadcast against `like` `[B, …]`."""
+    return torch.as_tensor(rows, device=like.device).view(-1, *[1] * (like.dim() - 1))
