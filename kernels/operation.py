@@ -61,24 +61,17 @@ def run(
 
     kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
     """
-    if not torch.is_grad_enabled():
-        return _results(operation, inputs, where, kept, slot, note)[0]  # type: ignore[return-value]
+    if not torch.is_grad_enabled():  # as autograd would do it, without its cost for a single token
+        return _Run.forward(_NoBackward(), operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
     return _Run.apply(operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
 
 
-def _results(
-    operation: Operation, inputs: Tensors, where: Any, kept: Kept | None, slot: str, note: str
-) -> tuple[Tensors, Tensors]:
-    results = None if kept is None else kept.take(slot)
-    if results is None:
-        try:
-            results = operation.forward(inputs, where)
-        except RuntimeError as error:
-            error.add_note(note)
-            raise
-        if kept is not None:
-            kept.store(slot, results)
-    return results
+class _NoBackward:
+    """The context of a forward that no backward follows."""
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Run(torch.autograd.Function):
@@ -86,7 +79,16 @@ class _Run(torch.autograd.Function):
     def forward(
         ctx: Any, operation: Operation, where: Any, kept: Kept | None, slot: str, note: str, *inputs: Tensor | None
     ) -> Tensors:
-        outputs, saved = _results(operation, inputs, where, kept, slot, note)
+        results = None if kept is None else kept.take(slot)
+        if results is None:
+            try:
+                results = operation.forward(inputs, where)
+            except RuntimeError as error:
+                error.add_note(note)
+                raise
+            if kept is not None:
+                kept.store(slot, results)
+        outputs, saved = results
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *outputs, *saved)
         ctx.operation, ctx.where, ctx.note, ctx.counts = operation, where, note, (len(inputs), len(outputs))

@@ -13,11 +13,11 @@ from ...kernels.masks import Mask, Pattern
 from ...kernels.masks.pattern import union
 from ...kernels.operation import run
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
-from ..operation import Setting
+from ..operation import Setting, mix
 from ..sequence import Sequence
 from ..strategies.gather import gather
 from ..strategies.ring import ring
-from .mixing import mix_by
+from ..strategies.ulysses import ulysses
 
 
 def softmax_attention(
@@ -60,9 +60,10 @@ def attention(
         made = op(*settings)
         extended, keys = with_cached(made, inputs, seq, slot)
         return run(OnOneDevice(made), extended, (made.tile(seq.local, keys), seq.backend))[0]
-    by_heads = seq.strategy.attention == "ulysses"
-    strategy = gather if seq.strategy.attention == "gather" else ring
-    return mix_by(strategy, (until, op, *settings), inputs, seq, slot, by_heads=by_heads)
+    build, arguments = gather if seq.strategy.attention == "gather" else ring, (until, op, *settings)
+    if seq.strategy.attention == "ulysses" and seq.heads is not None:
+        build, arguments = ulysses, (seq.heads.ranks, (), build, *arguments)
+    return mix(build, arguments, inputs, seq, slot)[0]
 
 
 def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, Documents]:

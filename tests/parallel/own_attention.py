@@ -1,4 +1,4 @@
-"""An attention op that the project does not have, as a user would write one: a factor per key and a bias per query.
+"""An attention op that the project does not have, and a mixer of it: a factor per key and a bias per query.
 
     o_i = sum_j softmax_j(q_i . k_j + b_i c_j) v_j          over the keys of i's document up to i
 
@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from longreach.kernels import softmax
 from longreach.kernels.attend import Attend
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask, Tile
+from longreach.models.mixer import Mixer
+from longreach.parallel import ops
+from longreach.parallel.sequence import Sequence
 
 
 class Inputs(NamedTuple):
@@ -55,3 +59,19 @@ class BiasedAttend(Attend):
         out = torch.einsum("bhts,bshv->bthv", weights / total.clamp(min=1e-30).unsqueeze(-1), v)
         lse = torch.where(total > 0, total.clamp(min=1e-30).log() + most.squeeze(-1), float("-inf"))
         return out, lse.transpose(1, 2)
+
+
+class Biasing(Mixer):
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project, self.scalars = nn.Linear(width, 3 * width), nn.Linear(width, 2 * heads)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.project(x).chunk(3, dim=-1))
+        bias, factor = self.scalars(x).chunk(2, dim=-1)
+        return self.output(ops.attention(BiasedAttend, Inputs(q, k, v, bias, factor), seq=seq).flatten(-2))
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        return softmax.flops(seq.pairs(Mask()), heads=self.heads, key_dim=8, value_dim=8)

@@ -1,6 +1,7 @@
 """How far a call travels from a mixer to the function that computes it."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import longreach
 from longreach.kernels.delta_rule import chunked as delta
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import chunked as gated
+from longreach.kernels.softmax import chunked as softmax
 from longreach.parallel import ops
 
 PACKAGE = str(Path(longreach.__file__).resolve().parent)
@@ -19,6 +21,7 @@ PACKAGE = str(Path(longreach.__file__).resolve().parent)
 OPS = {
     "gated_linear_attention": (gated, "forward", "forward"),
     "delta_rule": (delta, "forward", "begin"),
+    "softmax_attention": (softmax, "attend", "attend"),
 }
 MOST = 8
 
@@ -33,7 +36,7 @@ class Reached(Exception):
 
 def reached(*args: object, **settings: object) -> None:
     stack = [frame for frame in inspect.stack()[1:] if str(Path(frame.filename).resolve()).startswith(PACKAGE)]
-    names = [frame.function for frame in reversed(stack) if "/tests/" not in frame.filename]
+    names = [frame.function for frame in reversed(stack) if not re.search("/tests/|/site-packages/", frame.filename)]
     raise Reached([*names, "the backend's function"])
 
 

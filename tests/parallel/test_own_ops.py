@@ -1,4 +1,7 @@
-"""A recurrence written outside the project: on ranks, packed, recomputed, decoded and in the doctor, as it is."""
+"""A recurrence and an attention op written outside the project: on ranks, packed, recomputed, decoded, in the doctor.
+
+The attention op is among the cases of `test_ops.py` too.
+"""
 
 import copy
 
@@ -24,9 +27,11 @@ MODEL = {
     "vocabulary": 61,
     "width": 16,
     "depth": 2,
-    "pattern": ["rotating"],
-    "mixers": {"rotating": {"_target_": "own_recurrence.Rotating", "_partial_": True, "channels": 8}},
     "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 16},
+}
+MIXERS = {
+    "recurrent": {"_target_": "own_recurrence.Rotating", "_partial_": True, "channels": 8},
+    "attention": {"_target_": "own_attention.Biasing", "_partial_": True, "heads": 2},
 }
 
 
@@ -58,27 +63,30 @@ def test_inputs_that_do_not_fit_are_named():
         Rotation()(RotationInputs(x, x + 1, x))
 
 
-def small_model(**settings):
-    model = build({**copy.deepcopy(MODEL), **settings}).double()
-    model.initialise(0)
-    return model
+def settings_of(kind):
+    return {**copy.deepcopy(MODEL), "pattern": ["own"], "mixers": {"own": MIXERS[kind]}}
 
 
+@pytest.mark.parametrize("kind", MIXERS)
 @torch.no_grad()
-def test_decoding_gives_the_logits_of_the_full_forward():
-    model, tokens, cache = small_model(), torch.randint(61, (2, 12)), DecodingCache()
+def test_decoding_gives_the_logits_of_the_full_forward(kind):
+    model, tokens, cache = build(settings_of(kind)).double(), torch.randint(61, (2, 12)), DecodingCache()
+    model.initialise(0)
     expected = model(tokens, Sequence.single(Documents.whole(2, 12)))
     for start, stop in [(0, 3), *((t, t + 1) for t in range(3, 12))]:
         actual = next_logits(model, tokens[:, start:stop], cache)
         torch.testing.assert_close(actual, expected[:, stop - 1], atol=1e-9, rtol=1e-9)
 
 
+STRATEGIES = [("recurrent", "state_passing"), ("recurrent", "ulysses"), ("attention", "ring"), ("attention", "gather")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recurrent", ["state_passing", "ulysses"])
-def test_the_doctor_passes_it(recurrent):
-    parallel = ParallelSettings(sequence=2, recurrent=recurrent)
+@pytest.mark.parametrize(("kind", "strategy"), STRATEGIES)
+def test_the_doctor_passes_it(kind, strategy):
+    parallel = ParallelSettings(sequence=2, **{kind: strategy})
     report = Report("")
-    bench = Bench(Topology(build, MODEL, parallel), 1, report, None)
+    bench = Bench(Topology(build, settings_of(kind), parallel), 1, report, None)
     try:
         exact.one_process(bench)
         exact.operations(bench)
@@ -88,5 +96,5 @@ def test_the_doctor_passes_it(recurrent):
         exact.decoding(bench)
     finally:
         bench.close()
-    assert {row.check for row in report.rows} >= {"op recurrent", "decoding = forward"}
+    assert {row.check for row in report.rows} >= {f"op {kind}", "decoding = forward"}
     assert all(row.verdict == PASS for row in report.rows), [row for row in report.rows if row.verdict != PASS]
