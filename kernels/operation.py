@@ -61,9 +61,8 @@ def run(
 
     kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
     """
-    if not torch.is_grad_enabled():  # as autograd would do it, without its cost for a single token
-        return _Run.forward(_NoBackward(), operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
-    return _Run.apply(operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
+    run_now = Run.apply if torch.is_grad_enabled() else Run.without_gradient
+    return run_now(operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
 
 
 class _NoBackward:
@@ -74,7 +73,14 @@ class _NoBackward:
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
-class _Run(torch.autograd.Function):
+class Run(torch.autograd.Function):
+    """The one autograd function: see `run`."""
+
+    @staticmethod
+    def without_gradient(*arguments: Any) -> Tensors:
+        """The same, without what autograd costs a single token."""
+        return Run.forward(_NoBackward(), *arguments)
+
     @staticmethod
     def forward(
         ctx: Any, operation: Operation, where: Any, kept: Kept | None, slot: str, note: str, *inputs: Tensor | None

@@ -103,7 +103,8 @@ def mix(
         return operation.run(_Rehearsal(op), inputs, seq)
     ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
     note = f"in {type(op).__name__} of layer {seq.layer}, on {ranks}"
-    return operation.run(op, inputs, seq, kept=seq.kept, slot=slot, note=note)
+    run_now = operation.Run.apply if torch.is_grad_enabled() else operation.Run.without_gradient
+    return run_now(op, seq, seq.kept, slot, note, *inputs)  # type: ignore[return-value]
 
 
 class _Rehearsal:

@@ -98,7 +98,15 @@ class SoftmaxAttend(Attend):
         self, inputs: SoftmaxInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
     ) -> tuple[Tensor, Tensor]:
         k, v = received
-        return attend(inputs.q, k, v, tile=tile, scale=self.scale, backend=backend)
+        merged: tuple[Tensor, Tensor] | None = None
+        for part in without_strides(tile, k.device):
+            tensors = _in_order(inputs.q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
+            out, lse = _implementation(backend, *tensors, part.tile).attend(*tensors, tile=part.tile, scale=self.scale)
+            if part.queries is not None:
+                out, lse = part.queries.back(out), part.queries.back(lse, float("-inf"))
+            merged = (out, lse) if merged is None else merge(*merged, out, lse)
+        assert merged is not None  # a tile has visible pairs
+        return merged
 
     def attend_backward(
         self, gradient: Gradient, inputs: SoftmaxInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
@@ -143,15 +151,7 @@ def attend(
     Queries that see nothing in the tile have out 0 and lse −inf, the neutral element of `merge`. No gradient flows
     through the results.
     """
-    merged: tuple[Tensor, Tensor] | None = None
-    for part in without_strides(tile, q.device):
-        inputs = _in_order(q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
-        out, lse = _implementation(backend, *inputs, part.tile).attend(*inputs, tile=part.tile, scale=scale)
-        if part.queries is not None:
-            out, lse = part.queries.back(out), part.queries.back(lse, float("-inf"))
-        merged = (out, lse) if merged is None else merge(*merged, out, lse)
-    assert merged is not None  # a tile has visible pairs
-    return merged
+    return SoftmaxAttend(tile.mask, scale).attend(SoftmaxInputs(q, k, v), (k, v), tile, backend)
 
 
 @torch.no_grad()
