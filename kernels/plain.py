@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 
@@ -17,6 +18,7 @@ class Plain:
         object.__setattr__(self, "settings", (type(self), *values))
 
 
+@lru_cache(maxsize=256)
 def made_of(settings: Any) -> Any:
     """The object that these are the `settings` of; an object as it is."""
     return settings[0](*settings[1:]) if isinstance(settings, tuple) else settings
