@@ -101,8 +101,7 @@ class Pattern(Plain, ABC):
 
     def queries_of(self, start: int, stop: int) -> tuple[Intervals, Intervals]:
         """Intervals that contain all query positions that see any key of positions start..stop, and intervals of those
-        that see all of these keys.
-        """
+        that see all of these keys."""
         some = []
         for band in self.bands:
             low, high = band.within(start, stop)
