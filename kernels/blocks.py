@@ -40,7 +40,7 @@ class Numbered:
                 if run.position:
                     raise ValueError(
                         f"documents of whole rows must begin at position 0; got position {run.position} at token "
-                        f"{run.start}. Pass the documents of the whole row, and the tokens held as a tile"
+                        f"{run.start}. Pass the documents of the whole row, and a part of its tokens as a tile"
                     )
 
     def number(self, length: int) -> int:
@@ -132,7 +132,7 @@ class BlockLayout(Numbered):
     def _first(self, row: int, run: Run) -> int:
         first = self.first[row].get(run.document)
         if first is None:
-            raise ValueError(f"tokens held must be of the rows' documents; row {row} has no document {run.document}")
+            raise ValueError(f"tokens must be of the rows' documents; row {row} has no document {run.document}")
         return first
 
 

@@ -42,7 +42,7 @@ class Operation(ABC):
 
 
 class OfOneTensor(Operation):
-    """An operation of one tensor that keeps nothing for backward."""
+    """An operation of one tensor that saves no tensor for backward."""
 
     @abstractmethod
     def apply(self, x: Tensor, seq: Sequence) -> Tensor:

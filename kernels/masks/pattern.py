@@ -119,7 +119,7 @@ class Pattern(Plain, ABC):
         return union([(max(band.first, length - band.back), min(band.last, length)) for band in self.bands])
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        """The work of `queries` against `keys`; None where the pattern leaves none, so that nothing is sent or run."""
+        """The work of `queries` against `keys`; None where the pattern leaves none: no send or call is needed then."""
         pieces = tuple(self._pieces(queries, keys))
         return Tile(self, pieces, queries, keys) if pieces else None
 

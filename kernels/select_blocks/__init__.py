@@ -88,7 +88,7 @@ def _check(
 
 
 def flops(documents: Documents, *, rule: Rule, heads: int, key_dim: int, has_lse: bool = False) -> int:
-    """FLOPs of the scores of every query against the windows it sees, twice where the normaliser is to be found too."""
+    """FLOPs of the scores of every query against the windows it sees, twice where the normaliser is computed too."""
     pairs = seen_windows(documents, rule.span, rule.step)
     passes = 2 if rule.score == "softmax" and not has_lse else 1
     return 2 * pairs * heads * key_dim * passes
