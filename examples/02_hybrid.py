@@ -1,4 +1,4 @@
-"""A hybrid language model from a pattern, trained for a few steps on its own source, and asked to write.
+"""A hybrid language model from a pattern, trained for a few steps on this file, then sampled.
 
 python examples/02_hybrid.py
 """
@@ -41,7 +41,7 @@ for step in range(40):
     loss.backward()
     optimizer.step()
     if step % 10 == 9:
-        print(f"step {step + 1}: loss {loss.item():.3f} nats a byte")
+        print(f"step {step + 1}: loss {loss.item():.3f} nats per byte")
 
 written = generate(model, list(b"from longreach"), max_new_tokens=60, temperature=0.0)
 print(repr("from longreach" + bytes(written).decode(errors="replace")))

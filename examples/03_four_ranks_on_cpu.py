@@ -33,18 +33,18 @@ model.initialise(seed=0)
 
 generator = torch.Generator().manual_seed(1)
 tokens, targets = (torch.randint(100, (1, 1024), generator=generator) for _ in range(2))
-documents = Documents.from_lengths([[100, 700, 224]])  # borders fall where they like
+documents = Documents.from_lengths([[100, 700, 224]])  # borders may fall anywhere
 
 
 def loss_and_gradient(seq: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the tokens that this rank holds under `seq`."""
+    """Of this rank's tokens under `seq`."""
     model.zero_grad()
     loss, _ = model(seq.shard(tokens), seq, seq.shard(targets))
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-# Two spans a rank: the zigzag, which balances causal attention.
+# Two spans per rank: the zigzag, which balances causal attention.
 layout = Layout(tokens.shape[1], mesh.sequence_ranks, spans=2)
 loss, gradient = loss_and_gradient(Sequence(documents, layout, mesh.sequence_rank, mesh.sequence_group))
 dist.all_reduce(loss)

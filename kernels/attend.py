@@ -1,4 +1,4 @@
-"""Attend: what an op over keys says of itself, so that it runs on one device and under every strategy across ranks."""
+"""Attend: the protocol of ops over keys, by which they run on one device and under every strategy across ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .operation import Tensors
 
 
 class Gradient(NamedTuple):
-    """The final (out, lse) of queries, merged over all keys and finished, and the gradients that came for them.
+    """The final (out, lse) of queries, merged over all keys and finished, and their incoming gradients.
 
     dout, out `[B, T, H, V]`; lse `[B, T, H]`, and its gradient where there is one.
     """
@@ -32,11 +32,11 @@ class Gradient(NamedTuple):
 
 
 class Attend(ABC):
-    """Attention of queries to keys that come in parts, from wherever: partial results merge by log-sum-exp.
+    """Attention of queries to keys that arrive in parts, whose partial results merge by log-sum-exp.
 
-    A frozen dataclass of plain settings, which says `check`, `tile`, `kept` and `attend`; the rest has defaults.
-    `record` is the NamedTuple of its inputs; its q is `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that go
-    where the queries are, and whose gradients go home the same way: keys and values, factors per key beside them. All
+    A subclass is a frozen dataclass of plain settings with `check`, `tile`, `kept` and `attend`; the rest has defaults.
+    `record` is the NamedTuple of its inputs; its q is `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that are
+    sent to the queries of other ranks, and whose gradients are sent back: keys and values, and factors per key. All
     methods run without autograd; results are float32 (float64 for float64).
     """
 
@@ -49,7 +49,7 @@ class Attend(ABC):
 
     @abstractmethod
     def tile(self, queries: Documents, keys: Documents) -> Any:
-        """What `attend` needs to know of these queries and keys; None where no query sees any key."""
+        """What `attend` needs to know about these queries and keys; None where no query sees any key."""
 
     def reaches(self, queries: Documents, keys: Documents) -> bool:
         """Whether any query sees any key."""
@@ -71,8 +71,8 @@ class Attend(ABC):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Gradients of the inputs that stay, by name, and of what was received; both add up over parts of the keys.
 
-        By default those of `attend`, by autograd: with (out', lse') those of this part, w = exp(lse' − lse) is its
-        share of the whole, and the gradients are w dout of out', and w (dout · (out' − out) + dlse) of lse'.
+        By default autograd computes them from `attend`. With (out', lse') of this part and its share w = exp(lse' −
+        lse) of the whole, the gradient of out' is w dout, and that of lse' is w (dout · (out' − out) + dlse).
         """
         stay = {name: getattr(inputs, name) for name in inputs._fields if name not in self.travels}
         stay = {
@@ -85,11 +85,11 @@ class Attend(ABC):
         dlse = (share * gradient.dout * (out.detach() - gradient.out)).sum(-1)
         if gradient.dlse is not None:
             dlse = dlse + share.squeeze(-1) * gradient.dlse
-        found = torch.autograd.grad((out, lse), leaves, (share * gradient.dout, dlse), materialize_grads=True)
-        return dict(zip(stay, found, strict=False)), tuple(found[len(stay) :])
+        gradients = torch.autograd.grad((out, lse), leaves, (share * gradient.dout, dlse), materialize_grads=True)
+        return dict(zip(stay, gradients, strict=False)), tuple(gradients[len(stay) :])
 
     def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
-        """What is done once, after the last merge."""
+        """What is applied to the result of the last merge."""
         return out, lse
 
     def finish_backward(self, gradient: Gradient, inputs: Any) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class Attend(ABC):
         return tuple(getattr(inputs, name) for name in self.travels)
 
     def zeros(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        """(out, log-sum-exp) of queries that see nothing."""
+        """(out, log-sum-exp) of queries that see no key."""
         exact = torch.promote_types(inputs.q.dtype, torch.float32)
         shape = inputs.q.shape[:-1]
         return (
@@ -115,21 +115,21 @@ class ListedAttend(Attend):
 
     @abstractmethod
     def layout(self, rows: Documents) -> BlockLayout:
-        """The blocks of whole rows, by which lists number them."""
+        """The blocks of whole rows, as the lists number them."""
 
     @abstractmethod
     def check_lists(self, inputs: Any, layout: BlockLayout, queries: Documents) -> None:
-        """Raises ValueError for lists that do not fit; looks at ids only of lists on the host."""
+        """Raises ValueError for lists that do not fit; ids are checked only for lists on the host."""
 
     @abstractmethod
     def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> Any:
-        """Of keys that are whole rows, or any part of the rows of `layout`."""
+        """As `Attend.tile`; the keys are whole rows, or any part of the rows of `layout`."""
 
 
 class Attention(ABC):
-    """An `Attend` as an operation. Subclasses say which keys come to the queries, and how.
+    """An `Attend` as an operation. Subclasses bring the keys to the queries.
 
-    Its output is out `[B, T, H, V]` in q's type. It saves that in float32, where it is not already, and the
+    Its output is out `[B, T, H, V]` in q's type. It saves out in float32, unless q's type is at least that, and the
     log-sum-exp, which is a second output where `returns_lse`.
     """
 
@@ -138,13 +138,13 @@ class Attention(ABC):
 
     @abstractmethod
     def over_keys(self, inputs: Any, where: Any) -> tuple[Tensor, Tensor] | None:
-        """(out, log-sum-exp) of the queries, before `finish`; None where they see nothing."""
+        """(out, log-sum-exp) of the queries, before `finish`; None where they see no key."""
 
     @abstractmethod
     def over_keys_backward(
         self, gradient: Gradient, inputs: Any, where: Any
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """Gradients of the inputs that stay, by name, and of the own inputs that travel."""
+        """Gradients of the inputs that stay, by name, and of this rank's inputs that travel."""
 
     def forward(self, inputs: Tensors, where: Any) -> tuple[Tensors, Tensors]:
         named = self.op.record(*inputs)
@@ -162,17 +162,17 @@ class Attention(ABC):
         lse = outputs[1] if saved[1] is None else saved[1]
         dout = torch.zeros_like(out) if gradients[0] is None else gradients[0].to(out.dtype)
         gradient = Gradient(dout, out, lse, gradients[1] if self.returns_lse else None)
-        found = self.op.finish_backward(gradient, named)
+        by_name = self.op.finish_backward(gradient, named)
         stay, travelled = self.over_keys_backward(gradient, named, where)
-        found |= stay | dict(zip(self.op.travels, travelled, strict=True))
+        by_name |= stay | dict(zip(self.op.travels, travelled, strict=True))
         return tuple(
-            found[name].to(x.dtype) if x is not None and name in found else None
+            by_name[name].to(x.dtype) if x is not None and name in by_name else None
             for name, x in zip(named._fields, inputs, strict=True)
         )
 
 
 class OnOneDevice(Attention):
-    """All keys are at hand; `where` is (tile, backend)."""
+    """Attention to keys that are all on this device; `where` is (tile, backend)."""
 
     returns_lse = True
 
@@ -194,11 +194,11 @@ class OnOneDevice(Attention):
 
 def check_documents(documents: Documents, key_documents: Documents, q: Tensor, k: Tensor) -> None:
     """Raises ValueError unless these are the documents of queries `[B, T, …]` and of keys `[B, S, …]`."""
-    for name, held, x in (("documents", documents, q), ("key_documents", key_documents, k)):
-        if (held.batch, held.length) != tuple(x.shape[:2]):
+    for name, described, x in (("documents", documents, q), ("key_documents", key_documents, k)):
+        if (described.batch, described.length) != tuple(x.shape[:2]):
             raise ValueError(
-                f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {held.batch} of {held.length}. "
-                "Pass documents for the queries, and key_documents where keys are other tokens than the queries"
+                f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {described.batch} of "
+                f"{described.length}. Pass documents for the queries, and key_documents where keys are other tokens"
             )
 
 

@@ -1,4 +1,4 @@
-"""Blocks: how the documents of whole rows are cut into numbered blocks, and which of them a set of keys holds."""
+"""Blocks: how the documents of whole rows are cut into numbered blocks, and where these lie among a set of keys."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Block(NamedTuple):
 class Numbered:
     """Stretches of the documents of whole rows, numbered document by document, from 0 in each row.
 
-    `documents` are those of the whole rows, whatever part of them is held where: a number means the same tokens on
-    every rank. Raises ValueError where a document does not begin in its row, since it could not be numbered.
+    `documents` are those of the whole rows, so that a number means the same tokens on every rank. Raises ValueError for
+    a document that does not begin in its row, since its stretches could not be numbered.
     """
 
     documents: Documents
@@ -40,16 +40,16 @@ class Numbered:
                 if run.position:
                     raise ValueError(
                         f"documents of whole rows must begin at position 0; got position {run.position} at token "
-                        f"{run.start}. Pass the documents of the whole row, and the tokens held as a tile"
+                        f"{run.start}. Pass the documents of the whole row, and a part of its tokens as a tile"
                     )
 
     def number(self, length: int) -> int:
-        """How many a document of `length` tokens has."""
+        """How many stretches a document of `length` tokens has."""
         raise NotImplementedError
 
     @cached_property
     def first(self) -> tuple[dict[int, int], ...]:
-        """For each row, the number of every document's first."""
+        """For each row, the number of every document's first stretch."""
         rows = []
         for row in self.documents.runs:
             first, count = {}, 0
@@ -62,20 +62,20 @@ class Numbered:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many each row has."""
+        """How many stretches each row has."""
         return tuple(sum(self.number(run.length) for run in row if not run.is_padding) for row in self.documents.runs)
 
     @property
     def count(self) -> int:
-        """The most of any row: numbers are below it."""
+        """The most stretches of any row: numbers are below it."""
         return max(self.counts, default=0)
 
 
 @dataclass(frozen=True)
 class BlockLayout(Numbered):
-    """The blocks of whole rows: `block_size` tokens each, restarting at every document, whose last may be short.
+    """The blocks of whole rows: `block_size` tokens each, restarting at every document.
 
-    Their ids are their numbers; padding is in no block.
+    A document's last block may be shorter. The ids of blocks are their numbers; padding is in no block.
     """
 
     block_size: int
@@ -96,25 +96,24 @@ class BlockLayout(Numbered):
                     length = min(self.block_size, run.length - position)
                     yield Block(run.document, run.start + position, length, position)
 
-    def ids(self, held: Documents, device: torch.device | str = "cpu") -> Tensor:
-        """int32 `[B, T]`: the block of each token of `held`, any tokens of these rows; −1 for padding."""
-        ids = torch.full((held.batch, held.length), -1, dtype=torch.int32)
-        for row, runs in enumerate(held.runs):
+    def ids(self, tokens: Documents, device: torch.device | str = "cpu") -> Tensor:
+        """int32 `[B, T]`: the block of each of `tokens`, any tokens of these rows; −1 for padding."""
+        ids = torch.full((tokens.batch, tokens.length), -1, dtype=torch.int32)
+        for row, runs in enumerate(tokens.runs):
             for run in runs:
                 if not run.is_padding:
                     positions = torch.arange(run.position, run.end_position, dtype=torch.int32)
                     ids[row, run.start : run.stop] = positions // self.block_size + self._first(row, run)
         return ids.to(device)
 
-    def pieces(self, held: Documents) -> Tensor:
-        """int32 `[R, B, count, 4]`: where the blocks lie in `held`, as (start, length, position, document).
+    def pieces(self, tokens: Documents) -> Tensor:
+        """int32 `[R, B, count, 4]`: where the blocks lie among `tokens`, as (start, length, position, document).
 
-        A block of which several ranks or spans hold a part has up to R pieces among the tokens held here, and those
-        that it lacks have length 0.
+        A block that is spread over several spans has up to R pieces; pieces that it lacks have length 0.
         """
-        table = torch.zeros(1, held.batch, self.count, 4, dtype=torch.int32)
-        taken = torch.zeros(held.batch, self.count, dtype=torch.int64)
-        for row, runs in enumerate(held.runs):
+        table = torch.zeros(1, tokens.batch, self.count, 4, dtype=torch.int32)
+        taken = torch.zeros(tokens.batch, self.count, dtype=torch.int64)
+        for row, runs in enumerate(tokens.runs):
             for run in runs:
                 if run.is_padding:
                     continue
@@ -133,18 +132,18 @@ class BlockLayout(Numbered):
     def _first(self, row: int, run: Run) -> int:
         first = self.first[row].get(run.document)
         if first is None:
-            raise ValueError(f"tokens held must be of the rows' documents; row {row} has no document {run.document}")
+            raise ValueError(f"tokens must be of the rows' documents; row {row} has no document {run.document}")
         return first
 
 
 @dataclass(frozen=True)
 class BlockTile:
-    """Held queries against held keys, through lists of the rows' blocks: what `attend` works on.
+    """Queries against keys, through lists of the rows' blocks: what `attend` works on.
 
     layout: the blocks of the whole rows, by which the lists are numbered.
-    queries, keys: the tokens held, any part of those rows; a listed block is attended by what `keys` holds of it.
+    queries, keys: any tokens of those rows; a query attends to the tokens of a listed block that are among `keys`.
     mask: compares positions inside the listed blocks.
-    query_block: how many consecutive held queries share a list.
+    query_block: how many consecutive queries share a list.
     """
 
     layout: BlockLayout
@@ -174,7 +173,7 @@ class BlockTile:
 
     @property
     def lists(self) -> int:
-        """How many lists the queries held have."""
+        """How many lists the queries of a row have, per head with lists."""
         return -(-self.queries.length // self.query_block)
 
     def pieces(self, device: torch.device | str = "cpu") -> Tensor:
@@ -188,8 +187,8 @@ class BlockTile:
     def placed(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Documents and positions in one number, for kernels: int32 `[R, B, count, 5]` pieces and places `[B, T]`.
 
-        Every document of a row gets a range of places that no other has, and a token the place at its position in it:
-        −1 for padding. A piece is (start, length, position, first place of its document, the place after its last).
+        Each document of a row gets its own range of places, and each token the place at its position in that range;
+        padding has −1. A piece is (start, length, position, first place of its document, the place after its last).
         """
         key = "places", str(device)
         if key not in self._tensors:

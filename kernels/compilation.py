@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation: every Triton kernel, for GPUs that are not at hand, with what it would take of them.
+"""Ahead-of-time compilation of every Triton kernel, for GPUs that need not be present, and the resources that it uses.
 
     python -m longreach.kernels.compilation [op …]
 
-prints the table, and exits with 1 where a kernel does not fit. Compiling needs no GPU, but TRITON_INTERPRET unset.
+prints the table, and exits with 1 where a kernel does not fit. It needs no GPU, but TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 class Compilation:
     """One kernel at one production shape.
 
-    signature: Triton's type of every argument that is no constant, as "*bf16", "i32". constants: values of the
+    signature: Triton's type of every argument that is not a constant, as "*bf16", "i32". constants: values of the
     constexpr arguments. divisible: arguments known to be multiples of 16 (aligned pointers, strides).
     rows: rows of its matrix tiles, 0 for a kernel without matrix products; from 64 on, wgmma is expected on sm_90
-    unless `note` says why not. variant: what tells it from the kernel's other compilations.
+    unless `note` says why not. variant: distinguishes it from the kernel's other compilations.
     """
 
     kernel: Any
@@ -64,7 +64,7 @@ class Compilation:
 
 
 class Report(NamedTuple):
-    """What a compiled kernel takes: bytes of shared memory, registers a thread, bytes spilled, matrix instructions."""
+    """What a compiled kernel uses: bytes of shared memory, registers per thread, bytes spilled, matrix instructions."""
 
     shared: int
     registers: int
@@ -95,14 +95,14 @@ def report(compilation: Compilation, capability: int) -> Report:
             options={"num_warps": compilation.warps, "num_stages": compilation.stages},
         )
     ptx = compiled.asm["ptx"]
-    # Nothing is assembled, and so nothing said, where Triton has the kernel in its cache.
+    # Triton does not assemble a kernel that is in its cache, and so prints no report on it.
     registers, spills = _resources(log.getvalue() or _assemble(ptx, capability))
     own = 0 if capability == 80 else ptx.count(MATRIX_INSTRUCTION[capability])
     return Report(compiled.metadata.shared, registers, spills, own, ptx.count("mma.sync"))
 
 
 def _assemble(ptx: str, capability: int) -> str:
-    """What the assembler that comes with Triton says of a kernel."""
+    """The report of Triton's own assembler on a kernel."""
     import triton
 
     name = "ptxas-blackwell" if capability >= 100 else "ptxas"
@@ -117,23 +117,23 @@ def _assemble(ptx: str, capability: int) -> str:
     return done.stderr + done.stdout
 
 
-def _resources(said: str) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, from what the assembler said."""
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+def _resources(text: str) -> tuple[int, int]:
+    """Registers per thread and bytes spilled, from the assembler's report."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)]
     return max(registers), sum(spills)
 
 
-def faults(compilation: Compilation, capability: int, found: Report) -> list[str]:
+def faults(compilation: Compilation, capability: int, used: Report) -> list[str]:
     """What keeps a compiled kernel from production: too much shared memory, spills or plain arithmetic on sm_90."""
     problems = []
-    if found.shared > SHARED[capability]:
-        problems.append(f"{found.shared} bytes of shared memory exceed {SHARED[capability]}")
-    if capability == 90 and found.spills:
-        problems.append(f"{found.spills} bytes spilled")
-    if capability == 90 and compilation.rows >= 64 and not found.wgmma and not compilation.note:
+    if used.shared > SHARED[capability]:
+        problems.append(f"{used.shared} bytes of shared memory exceed {SHARED[capability]}")
+    if capability == 90 and used.spills:
+        problems.append(f"{used.spills} bytes spilled")
+    if capability == 90 and compilation.rows >= 64 and not used.wgmma and not compilation.note:
         problems.append("no wgmma though its tiles have 64 rows or more")
-    if compilation.rows and not found.wgmma and not found.mma:
+    if compilation.rows and not used.wgmma and not used.mma:
         problems.append("no tensor-core instruction")
     return problems
 
@@ -144,7 +144,7 @@ def compilations(op: str) -> list[Compilation]:
 
 
 def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
-    """A line of the table, and the faults found, for each kernel and chip; as many at once as there are cores."""
+    """A line of the table, and its faults, for each kernel and chip; the work is spread over the cores."""
     yield f"{'kernel':58} {'chip':>6} {'shared':>8} {'regs':>5} {'spills':>6} {'wgmma':>5} {'mma':>4}  remarks", []
     tasks = [(op, number, chip) for op in ops for number in range(len(compilations(op))) for chip in SHARED]
     with multiprocessing.get_context("spawn").Pool() as pool:
@@ -154,11 +154,11 @@ def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
 def _line(task: tuple[str, int, int]) -> tuple[str, list[str]]:
     op, number, capability = task
     compilation = compilations(op)[number]
-    found = report(compilation, capability)
-    problems = faults(compilation, capability, found)
-    note = compilation.note if capability == 90 and not found.wgmma else ""
+    used = report(compilation, capability)
+    problems = faults(compilation, capability, used)
+    note = compilation.note if capability == 90 and not used.wgmma else ""
     remarks = "; ".join(["FAULT: " + p for p in problems] + ([note] if note else []))
-    numbers = f"{found.shared:8} {found.registers:5} {found.spills:6} {found.wgmma:5} {found.mma:4}"
+    numbers = f"{used.shared:8} {used.registers:5} {used.spills:6} {used.wgmma:5} {used.mma:4}"
     return f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}".rstrip(), problems
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 logger = logging.getLogger("longreach")
 
-# What every op of this package has.
+# Every op of this package has these.
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 
 _logged: set[tuple[str, str, str]] = set()
@@ -19,10 +19,10 @@ _logged: set[tuple[str, str, str]] = set()
 def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of IMPLEMENTATIONS.
 
-    "auto" is Triton on CUDA and chunked torch elsewhere, and for float64, which the kernels do not take. "reference",
-    the recurrence or the dense matrix as it is written, runs by request only. "triton" by request runs on other devices
-    under Triton's interpreter. Nothing falls back in silence: a backend that is unknown or that cannot run raises
-    ValueError. The choice is logged once for each op, backend and kind of device, to the logger "longreach".
+    "auto" is Triton on CUDA; it is chunked torch on other devices and for float64, which the kernels do not support.
+    "reference", the recurrence or the dense matrix as it is written, runs only on request. "triton" on request also
+    runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown backend, or one that
+    cannot run, raises ValueError. The logger "longreach" reports the choice once per op, backend and kind of device.
     """
     device = torch.device(tensor_device).type
     if backend != "auto" and backend not in IMPLEMENTATIONS:
@@ -37,7 +37,7 @@ def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: tor
                 f"backend must be one that runs on {device}; {op} got 'triton', which needs CUDA or Triton's "
                 "interpreter (TRITON_INTERPRET=1 before Python starts). Use 'auto' or 'chunked'"
             )
-    if device != "meta" and (op, chosen, device) not in _logged:  # on meta nothing runs
+    if device != "meta" and (op, chosen, device) not in _logged:  # tensors on meta are not computed
         _logged.add((op, chosen, device))
         why = "chosen for this device" if backend == "auto" else "by request"
         logger.info("%s on %s: %s, %s", op, device, chosen, why)
@@ -45,9 +45,9 @@ def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: tor
 
 
 def by_kernels(op: str, x: Tensor) -> ModuleType | None:
-    """The Triton kernels of token-local math where they run for x, or None.
+    """The Triton kernels of token-local math if they run for x, else None.
 
-    None too under torch.compile, which fuses the torch form with what surrounds it.
+    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it.
     """
     if torch.compiler.is_compiling() or x.device.type != "cuda" or resolve(op, "auto", x.device, x.dtype) != "triton":
         return None

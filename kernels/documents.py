@@ -40,9 +40,9 @@ class Documents:
     """The documents of `[B, T]` packed tokens, as runs on the host; ids and positions on a device are derived.
 
     `runs[b]` covers `0..length` of row b in order and without gaps. Padding is a run of document −1. A run whose
-    position is not 0 continues a document of which the earlier tokens are held elsewhere (by another rank, by another
-    span of this rank, or in a decoding cache). Ids are compared within a row only. Nothing here touches a device
-    until `ids` or `positions` is asked for, so that masks, layouts and meters never synchronise with one.
+    position is not 0 continues a document whose earlier tokens are elsewhere (on another rank, in another span of this
+    rank, or in a decoding cache). Ids are compared within a row only. Only `ids` and `positions` touch a device, so
+    that masks, layouts and meters never synchronise with one.
     """
 
     runs: tuple[tuple[Run, ...], ...]
@@ -51,7 +51,7 @@ class Documents:
 
     @classmethod
     def whole(cls, batch: int, length: int, position: int = 0) -> Documents:
-        """One document a row, the first token held being at `position` in it."""
+        """One document per row, whose tokens start at `position` in it."""
         row = (Run(0, 0, length, position),) if length else ()
         return cls((row,) * batch, length)
 
@@ -81,7 +81,7 @@ class Documents:
 
     @property
     def continues(self) -> tuple[bool, ...]:
-        """Whether each row's first token continues a document begun before; only there does an initial state enter."""
+        """Whether each row's first token continues a document begun earlier: only such rows use an initial state."""
         return tuple(bool(row) and not row[0].is_padding and row[0].position > 0 for row in self.runs)
 
     @property
@@ -92,7 +92,7 @@ class Documents:
     def require(self, batch: int, length: int) -> None:
         """Raises ValueError unless these are `batch` rows of `length` tokens whose documents start within the row.
 
-        Only a row's first token may continue a document: what recurrences ask for.
+        Only a row's first token may continue a document, as recurrences require.
         """
         if (self.batch, self.length) != (batch, length):
             raise ValueError(
@@ -113,7 +113,7 @@ class Documents:
         rows = []
         for row in self.runs:
             cut = []
-            # Few of the runs of a long row lie in a span of it.
+            # A span of a long row contains few of its runs.
             first = max(bisect_right(row, start, key=attrgetter("start")) - 1, 0)
             last = bisect_left(row, stop, key=attrgetter("start"))
             for run in row[first:last]:
@@ -125,7 +125,7 @@ class Documents:
         return Documents(tuple(rows), stop - start)
 
     def up_to(self, position: int) -> Documents:
-        """The same tokens, of which those at `position` and beyond in their document are padding."""
+        """The same tokens, where those from `position` of their document on are padding."""
         rows = []
         for row in self.runs:
             cut = []
@@ -144,7 +144,7 @@ class Documents:
 
     @staticmethod
     def concatenate(parts: Sequence[Documents]) -> Documents:
-        """Parts one after the other in time; what was cut apart and now touches again becomes one run."""
+        """Parts one after the other in time; runs that continue each other are joined."""
         rows = []
         for b in range(parts[0].batch):
             joined: list[Run] = []

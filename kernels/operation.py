@@ -1,6 +1,6 @@
 """Operation: an op with its own backward, and the one autograd function through which every op runs.
 
-The public op on one device and the op on ranks that share rows run alike; only what `where` is differs.
+The public op on one device and the op on ranks that share rows run alike, and differ only in `where`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Tensors: TypeAlias = tuple[Tensor | None, ...]
 class Operation(Protocol):
     """One op as forward and backward on explicit tensors; both run without autograd.
 
-    `where` says which tokens the tensors are of: documents on one device, or a sequence that ranks share.
+    `where` describes the tokens of the tensors: documents on one device, or a sequence that ranks share.
     """
 
     def forward(self, inputs: Tensors, where: Any, /) -> tuple[Tensors, Tensors]:
@@ -27,7 +27,7 @@ class Operation(Protocol):
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Any, /
     ) -> Tensors:
-        """The gradient of each input, None for an input that is None, given those of the outputs (None: it is 0)."""
+        """The gradient of each input (None for an input that is None), from those of the outputs (None for 0)."""
         ...
 
 
@@ -107,8 +107,8 @@ class Run(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs, outputs, saved = tensors[:number], tensors[number : number + produced], tensors[number + produced :]
         try:
-            found = ctx.operation.backward(gradients, inputs, outputs, saved, ctx.where)
+            dinputs = ctx.operation.backward(gradients, inputs, outputs, saved, ctx.where)
         except RuntimeError as error:
             error.add_note(ctx.note)
             raise
-        return None, None, None, None, None, *found
+        return None, None, None, None, None, *dinputs

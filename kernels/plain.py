@@ -11,7 +11,7 @@ class Plain:
     """Base of frozen dataclasses of plain values. A subclass with a `__post_init__` of its own calls this one."""
 
     settings: tuple[Any, ...]
-    """(class, arguments), of which `made_of` makes the object again."""
+    """(class, arguments), from which `made_of` makes the object again."""
 
     def __post_init__(self) -> None:
         values = (getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
@@ -20,5 +20,5 @@ class Plain:
 
 @lru_cache(maxsize=256)
 def made_of(settings: Any) -> Any:
-    """The object that these are the `settings` of; an object as it is."""
+    """The object that has these `settings`; anything else is returned as it is."""
     return settings[0](*settings[1:]) if isinstance(settings, tuple) else settings

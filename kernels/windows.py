@@ -17,7 +17,7 @@ class WindowLayout(Numbered):
 
     Only complete windows exist: a document of n tokens has floor((n − size) / stride) + 1 of them, or none. They are
     numbered document by document over the row. Window i of a document covers positions i·stride .. i·stride + size − 1
-    and stands at its last, so that a query sees it once the whole of it is past.
+    and stands at the last of them, so that a query sees the windows that end at or before it.
     """
 
     size: int

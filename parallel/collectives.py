@@ -23,10 +23,10 @@ sent: Counter[str] = Counter()
 
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
-    """What this rank sends within: the yielded counter is filled at the end."""
-    before, found = sent.copy(), Counter[str]()
-    yield found
-    found.update(sent - before)
+    """Counts what this rank sends inside the block; the yielded counter is filled at its end."""
+    before, counts = sent.copy(), Counter[str]()
+    yield counts
+    counts.update(sent - before)
 
 
 def _bytes(x: Tensor) -> int:
@@ -36,10 +36,10 @@ def _bytes(x: Tensor) -> int:
 class Packed:
     """Tensors as one flat message per type; `tensors` are views of the messages."""
 
-    def __init__(self, flats: list[Tensor], like: tuple[Tensor, ...]) -> None:
+    def __init__(self, flats: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
         self.flats = flats
-        parts = {flat.dtype: iter(flat.split([x.numel() for x in like if x.dtype == flat.dtype])) for flat in flats}
-        self.tensors = tuple(next(parts[x.dtype]).view(x.shape) for x in like)
+        parts = {flat.dtype: iter(flat.split([x.numel() for x in tensors if x.dtype == flat.dtype])) for flat in flats}
+        self.tensors = tuple(next(parts[x.dtype]).view(x.shape) for x in tensors)
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...]) -> Packed:
@@ -64,7 +64,7 @@ def _by_type(tensors: tuple[Tensor, ...]) -> list[list[Tensor]]:
 
 
 class Gathering:
-    """An all-gather under way, of one `[spans, …]` tensor a rank; `in_row_order` sorts what comes of it."""
+    """An all-gather under way, of one `[spans, …]` tensor per rank; `in_row_order` sorts its result."""
 
     def __init__(self, x: Tensor, seq: Sequence) -> None:
         self._source = x.contiguous()
@@ -79,7 +79,7 @@ class Gathering:
 
 
 def in_row_order(gathered: Tensor, seq: Sequence) -> list[Tensor]:
-    """`[P, spans, …]` to one tensor a span, in the order of the row."""
+    """`[P, spans, …]` to one tensor per span, in the order of the row."""
     layout = seq.layout
     ordered: dict[int, Tensor] = {}
     for rank in range(layout.ranks):
@@ -104,7 +104,7 @@ def sum_over_ranks(x: Tensor, seq: Sequence) -> None:
 
 
 def scatter_sum(parts: Tensor, seq: Sequence) -> Tensor:
-    """Of `[P, …]`, one part for each rank: the sum of those that all ranks have for this one, in the order of ranks."""
+    """The sum of all ranks' parts for this rank, in the order of ranks; `parts` `[P, …]` has one for each rank."""
     if seq.group is None:
         return parts[0]
     received = all_to_all(parts, seq.group)

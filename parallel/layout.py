@@ -15,9 +15,9 @@ class Layout:
     """A row of `length` tokens cut into `ranks * spans` equal spans, dealt to the ranks back and forth.
 
     Rank r holds span r of the first `ranks` spans, span 2P−1−r of the whole (the second turn comes back), and so on:
-    one span a rank is the contiguous layout, two the zigzag that balances one causal document, more balance packed
-    documents too. A rank keeps its spans in the order of the row. Raises ValueError where the cut does not come out
-    even.
+    one span per rank is the contiguous layout, two the zigzag that balances one causal document, more balance packed
+    documents too. A rank keeps its spans in the order of the row. Raises ValueError where the row does not divide
+    evenly.
     """
 
     length: int

@@ -24,8 +24,8 @@ class Heads:
 class Mesh:
     """Rank r = data_rank * sequence_ranks + sequence_rank: the ranks that share a row are neighbours.
 
-    `sequence_group` joins those that hold the same rows, and `heads` those of them that exchange tokens for heads
-    where that is asked for; both are None on a single process without torch.distributed.
+    `sequence_group` joins those that share rows, and `heads` those of them that exchange tokens for heads, if any do;
+    both are None on a single process without torch.distributed.
     """
 
     rank: int = 0
@@ -36,10 +36,10 @@ class Mesh:
 
     @classmethod
     def create(cls, sequence: int = 1, ulysses: int = 1) -> Mesh:
-        """The mesh of the initialised default process group, `sequence` ranks a row; every rank must call it.
+        """The mesh of the initialised default process group, `sequence` ranks per row; every rank must call it.
 
-        `ulysses` of a row's ranks exchange tokens for heads, where a strategy is that one.
-        Raises ValueError, on every rank alike and before any group is made, if the ranks do not come out even.
+        `ulysses` of a row's ranks exchange tokens for heads, where the strategy is Ulysses. Raises ValueError, on every
+        rank alike and before any group is made, if the ranks do not divide evenly.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         check_sequence_ranks(sequence, world)
@@ -80,7 +80,7 @@ def _group(size: int, stride: int, world: int, rank: int) -> dist.ProcessGroup:
 
 
 def check_ulysses_ranks(ulysses: int, sequence: int) -> None:
-    """Raises ValueError unless `ulysses` ranks by heads divide the ranks of a row."""
+    """Raises ValueError unless `ulysses` divides the ranks of a row."""
     if ulysses < 1 or sequence % ulysses:
         raise ValueError(
             f"parallel.ulysses must divide parallel.sequence, {sequence}; got {ulysses}. It is how many of a row's "
@@ -89,7 +89,7 @@ def check_ulysses_ranks(ulysses: int, sequence: int) -> None:
 
 
 def check_sequence_ranks(sequence: int, world_size: int) -> None:
-    """Raises ValueError unless `sequence` ranks a row divide the processes."""
+    """Raises ValueError unless `sequence` divides the number of processes."""
     if sequence < 1 or world_size % sequence:
         raise ValueError(
             f"parallel.sequence must divide the number of processes, {world_size}; got {sequence}. "

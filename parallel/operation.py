@@ -1,8 +1,8 @@
-"""Operation: how an op runs on a sequence shared by ranks, with its own backward; eagerly or as torch.compile sees it.
+"""Operation: how an op runs on a sequence that ranks share, with its own backward; eagerly or under torch.compile.
 
 Eagerly an operation is one autograd function. Under torch.compile it is one custom op over tensors, an integer that
 stands for the sequence and the operation's name; what backward needs are outputs. So graphs are whole, hold no
-document border, and are not compiled anew for the next batch.
+document border, and are not recompiled for the next batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Operation(ABC):
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
     ) -> Tensors:
-        """The gradient of each input, None for an input that is None, given those of the outputs (None: it is 0)."""
+        """The gradient of each input (None for an input that is None), from those of the outputs (None for 0)."""
 
     @abstractmethod
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
@@ -42,7 +42,7 @@ class Operation(ABC):
 
 
 class OfOneTensor(Operation):
-    """An operation of one tensor that keeps nothing for backward."""
+    """An operation of one tensor that saves no tensor for backward."""
 
     @abstractmethod
     def apply(self, x: Tensor, seq: Sequence) -> Tensor:
@@ -72,14 +72,14 @@ class OfOneTensor(Operation):
 
 
 def present(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Inputs that an operation is never without."""
-    given = tuple(x for x in inputs if x is not None)
-    assert len(given) == len(inputs)
-    return given
+    """Inputs, none of which may be None."""
+    tensors = tuple(x for x in inputs if x is not None)
+    assert len(tensors) == len(inputs)
+    return tensors
 
 
 def is_sequence(x: Tensor) -> bool:
-    """Whether an input has a time dimension: `[B, T, …]`, and is not a constant a head."""
+    """Whether an input has a time dimension: `[B, T, …]`, and is not a constant per head."""
     return x.dim() >= 3
 
 
@@ -89,7 +89,7 @@ def mix(
     """Runs the operation `build(*settings)`; `slot` names its state within the layer, for recomputation.
 
     Settings are plain values and classes, so that a compiled graph can be keyed by them. Tensors without data, on
-    `meta`, are a rehearsal: their shapes and types are those of a run on as many ranks, and nothing is sent.
+    `meta`, are a rehearsal: they get the shapes and types of a run on as many ranks, and nothing is sent.
     """
     if torch.compiler.is_compiling():
         name = _name(build, settings)
@@ -139,15 +139,15 @@ def _outputs(name: str) -> int:
     return _operations[name].outputs
 
 
-def _spread(given: list[Tensor], mask: list[bool]) -> Tensors:
-    """The given tensors in their places, None elsewhere."""
-    rest = iter(given)
-    return tuple(next(rest) if there else None for there in mask)
+def _spread(tensors: list[Tensor], mask: list[bool]) -> Tensors:
+    """The tensors in their places, None elsewhere."""
+    rest = iter(tensors)
+    return tuple(next(rest) if is_present else None for is_present in mask)
 
 
-def _dense(tensors: Tensors, like: Tensor) -> list[Tensor]:
+def _dense(tensors: Tensors, example: Tensor) -> list[Tensor]:
     """Tensors as a custom op may return them: contiguous, none of them missing (an empty one stands for None)."""
-    return [like.new_empty(0) if x is None else x.contiguous() for x in tensors]
+    return [example.new_empty(0) if x is None else x.contiguous() for x in tensors]
 
 
 def _unaliased(tensors: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -166,15 +166,15 @@ def _missing(tensors: list[Tensor], pattern: Tensors) -> Tensors:
 
 
 @torch.library.custom_op("longreach::mix", mutates_args=())
-def _mix(handle: Tensor, name: str, given: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
-    outputs, saved = _operations[name].forward(_spread(given, mask), Sequence.of(handle))
-    return _unaliased(_dense((*outputs, *saved), given[0]), given)
+def _mix(handle: Tensor, name: str, tensors: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
+    outputs, saved = _operations[name].forward(_spread(tensors, mask), Sequence.of(handle))
+    return _unaliased(_dense((*outputs, *saved), tensors[0]), tensors)
 
 
 @_mix.register_fake
-def _(handle: Tensor, name: str, given: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
-    outputs, saved = _operations[name].like(_spread(given, mask), ranks, spans)
-    return _dense((*outputs, *saved), given[0])
+def _(handle: Tensor, name: str, tensors: list[Tensor], mask: list[bool], ranks: int, spans: int) -> list[Tensor]:
+    outputs, saved = _operations[name].like(_spread(tensors, mask), ranks, spans)
+    return _dense((*outputs, *saved), tensors[0])
 
 
 @torch.library.custom_op("longreach::mix_backward", mutates_args=())
@@ -182,18 +182,18 @@ def _mix_backward(
     handle: Tensor,
     name: str,
     gradients: list[Tensor],
-    given: list[Tensor],
+    tensors: list[Tensor],
     mask: list[bool],
     results: list[Tensor],
     ranks: int,
     spans: int,
 ) -> list[Tensor]:
-    op, inputs = _operations[name], _spread(given, mask)
+    op, inputs = _operations[name], _spread(tensors, mask)
     pattern = op.like(tuple(None if x is None else x.to("meta") for x in inputs), ranks, spans)[1]
     outputs, saved = tuple(results[: op.outputs]), _missing(results[op.outputs :], pattern)
-    found = op.backward(tuple(gradients), inputs, outputs, saved, Sequence.of(handle))
-    dense = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True) if x is not None]
-    return _unaliased(_dense(tuple(dense), given[0]), [*gradients, *given, *results])
+    dinputs = op.backward(tuple(gradients), inputs, outputs, saved, Sequence.of(handle))
+    dense = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, dinputs, strict=True) if x is not None]
+    return _unaliased(_dense(tuple(dense), tensors[0]), [*gradients, *tensors, *results])
 
 
 @_mix_backward.register_fake
@@ -201,29 +201,29 @@ def _(
     handle: Tensor,
     name: str,
     gradients: list[Tensor],
-    given: list[Tensor],
+    tensors: list[Tensor],
     mask: list[bool],
     results: list[Tensor],
     ranks: int,
     spans: int,
 ) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    handle, ctx.name, given, ctx.mask, ctx.ranks, ctx.spans = inputs
-    ctx.given = len(given)
-    ctx.save_for_backward(handle, *given, *output)
+    handle, ctx.name, tensors, ctx.mask, ctx.ranks, ctx.spans = inputs
+    ctx.number = len(tensors)
+    ctx.save_for_backward(handle, *tensors, *output)
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    handle, *held = ctx.saved_tensors
-    given, results = held[: ctx.given], held[ctx.given :]
+    handle, *kept = ctx.saved_tensors
+    tensors, results = kept[: ctx.number], kept[ctx.number :]
     number = _operations[ctx.name].outputs
     of_outputs = [
         torch.zeros_like(x) if g is None else g for x, g in zip(results[:number], gradients[:number], strict=True)
     ]
-    dinputs = _mix_backward(handle, ctx.name, of_outputs, given, ctx.mask, results, ctx.ranks, ctx.spans)
+    dinputs = _mix_backward(handle, ctx.name, of_outputs, tensors, ctx.mask, results, ctx.ranks, ctx.spans)
     return None, None, dinputs, None, None, None
 
 

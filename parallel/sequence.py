@@ -1,4 +1,4 @@
-"""Sequence: the value that mixers hand to ops, saying which part of which rows this rank holds."""
+"""Sequence: the argument of ops that says which part of which rows this rank holds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Result = TypeVar("Result")
 
 
 class DecodingCache:
-    """What the tokens decoded so far leave behind: a few tensors for each (layer, slot), owned by the caller.
+    """What decoding keeps of the tokens so far: a few tensors for each (layer, slot), owned by the caller.
 
-    `length` counts the tokens that every layer has seen; advance it once the whole model has run on new ones.
+    `length` counts the tokens that every layer has seen; call `advance` after the whole model has run on new ones.
     """
 
     def __init__(self) -> None:
@@ -50,15 +50,15 @@ class DecodingCache:
 
 
 class _Derived(dict[Hashable, Any]):
-    """What was derived from documents and layout, shared by the sequences of all layers, and how to make them again."""
+    """Values derived from documents and layout, shared by the sequences of all layers, and how to remake one."""
 
-    def handed(self, seq: Sequence) -> None:
-        """Notes the first sequence that it belongs to, for as long as that one's handle lives."""
+    def keep_origin(self, seq: Sequence) -> None:
+        """Remembers the first sequence that it belongs to, as long as that one's handle lives."""
         if not hasattr(self, "origin"):
             names = ("documents", "layout", "rank", "group", "strategy", "heads", "backend")
             self.origin = {name: getattr(seq, name) for name in names}
             _live[int(seq.handle)] = self
-            seq.handle.derived = self  # type: ignore[attr-defined]  # backward holds the handle, and so all this
+            seq.handle.derived = self  # type: ignore[attr-defined]  # backward holds the handle, and with it this
 
 
 _live: WeakValueDictionary[int, _Derived] = WeakValueDictionary()
@@ -71,7 +71,7 @@ def _new_handle() -> Tensor:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Rows of packed documents, of which this rank holds the spans that the layout gives it.
+    """Rows of packed documents, of which the layout assigns some spans to this rank.
 
     documents: the documents of the whole rows, on the host: every rank knows them, so that masks, states and
         positions of other ranks' tokens are derived rather than sent.
@@ -81,7 +81,7 @@ class Sequence:
     backend: of the kernels ("auto", "reference", …). cache: what decoding carries, owned by the caller.
     handle: a number, as a tensor on the host, by which compiled graphs name the sequence.
     kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
-    slots: in a rehearsal, those that the layer's ops have used so far.
+    slots: in a rehearsal, the slots that the layer's ops have used so far.
 
     An argument, never ambient state: recomputation under activation checkpointing runs on other threads.
     """
@@ -107,11 +107,11 @@ class Sequence:
             )
         if (self.group is None) != (self.layout.ranks == 1):
             raise ValueError(f"a group must come with more than one sequence rank; got {self.layout.ranks} rank(s)")
-        self._derived.handed(self)
+        self._derived.keep_origin(self)
 
     @classmethod
     def of(cls, handle: Tensor) -> Sequence:
-        """The sequence that a compiled graph was given, whatever the layer, by its `handle`."""
+        """The sequence that a compiled graph runs on, by its `handle`; the layer is not kept."""
         derived = _live[int(handle)]
         return cls(**derived.origin, _derived=derived, handle=handle)
 
@@ -127,9 +127,9 @@ class Sequence:
 
     @classmethod
     def rehearsal(cls, documents: Documents, layout: Layout, strategy: Strategy, ulysses: int = 1) -> Sequence:
-        """Of the first of ranks that share rows, for tensors on `meta`: shapes are those of a run, nothing is sent.
+        """The sequence of the first rank, for tensors on `meta`: shapes are those of a run, and nothing is sent.
 
-        `ulysses` of the ranks exchange tokens for heads. No process group is needed: nobody joins these.
+        `ulysses` of the ranks exchange tokens for heads. The process groups are placeholders without members.
         """
         group = None if layout.ranks == 1 else dist.ProcessGroup(0, layout.ranks)  # type: ignore[call-arg]
         heads = None if group is None or ulysses == 1 else Heads(ulysses, group)
@@ -137,7 +137,7 @@ class Sequence:
 
     @classmethod
     def decoding(cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto") -> Sequence:
-        """The next `length` tokens of one document a row, after the `cache.length` tokens that the cache has seen."""
+        """The next `length` tokens of one document per row, after the `cache.length` tokens that the cache has seen."""
         documents = Documents.whole(batch, length, position=cache.length)
         return cls(documents, Layout(length), backend=backend, cache=cache)
 
@@ -161,7 +161,7 @@ class Sequence:
 
     @property
     def by_heads(self) -> Sequence:
-        """The sequence once tokens are exchanged for heads: this rank holds all tokens of its `heads` group.
+        """The sequence after tokens are exchanged for heads: this rank holds all tokens of its `heads` group.
 
         Neighbours hold neighbouring spans, dealt back and forth: together they hold the longer spans that a layout of
         fewer ranks deals the same way.
@@ -190,7 +190,7 @@ class Sequence:
 
     @property
     def local(self) -> Documents:
-        """Documents of the `[B, T]` tokens held here, span after span."""
+        """Documents of this rank's `[B, T]` tokens, span after span."""
         return self.documents_of(self.rank)
 
     def documents_of(self, rank: int) -> Documents:
@@ -219,7 +219,7 @@ class Sequence:
         return self.derive(("tokens", self.rank), count)
 
     def pairs(self, mask: Pattern) -> int:
-        """How many (query, key) pairs of the row the queries held here see."""
+        """How many (query, key) pairs of the row this rank's queries see."""
 
         def count() -> int:
             tile = mask.tile(self.local, self.documents)
@@ -228,18 +228,18 @@ class Sequence:
         return self.derive(("pairs", mask, self.rank), count)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """int32 `[B, T]`: in-document positions of the tokens held here."""
+        """int32 `[B, T]`: in-document positions of this rank's tokens."""
         return self.reach(device).clamp(min=0) if torch.compiler.is_compiling() else self.local.positions(device)
 
     def reach(self, device: torch.device | str = "cpu") -> Tensor:
-        """int32 `[B, T]`: how many tokens of its document are before each token held here; −1 for padding."""
+        """int32 `[B, T]`: how many tokens of its document are before each of this rank's tokens; −1 for padding."""
         if torch.compiler.is_compiling():
             return _reach(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
         ids = self.local.ids(device)
         return torch.where(ids < 0, -1, self.local.positions(device)).to(torch.int32)
 
     def shard(self, x: Tensor) -> Tensor:
-        """`[B, N, …]` of the whole rows to the `[B, T, …]` held here."""
+        """`[B, N, …]` of the whole rows to the `[B, T, …]` of this rank."""
         return self.layout.shard(x, self.rank)
 
     def fold(self, x: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class Sequence:
         return x if self.layout.ranks == 1 else torch.cat(x.chunk(self.layout.spans, dim=0), dim=1)
 
     def claim(self, slot: str) -> None:
-        """Raises ValueError, in a rehearsal, for a slot that another op of the layer has: they would share a state."""
+        """Raises ValueError, in a rehearsal, for a slot that another op of the layer uses: they would share a state."""
         if self.slots is None:
             return
         if slot in self.slots:
@@ -270,7 +270,7 @@ class Sequence:
 
 @torch.library.custom_op("longreach::reach", mutates_args=())
 def _reach(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-    """`Sequence.reach` as compiled graphs see it: of the sequence that the handle stands for, not of the one traced."""
+    """`Sequence.reach` as compiled graphs see it: of the sequence that the handle stands for, not of the traced one."""
     return Sequence.of(handle).reach(device)
 
 

@@ -1,4 +1,4 @@
-"""Strategy: by which exchange each kind of op runs on a row shared by ranks."""
+"""Strategy: by which exchange each kind of op runs on a row that ranks share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Strategy:
     attention: "ring" passes keys and values round; "gather" brings them all together; "ulysses" exchanges tokens for
         heads, and is a ring among the ranks that hold the same heads where `Mesh.heads` has fewer ranks than the row.
     recurrent: "state_passing" gathers what spans do to the state; "ulysses" exchanges tokens for heads or channels.
-    mixers: (name in the model's pattern, strategy) for layers that are to differ.
+    mixers: (name in the model's pattern, strategy) for layers that differ.
 
-    Raises ValueError for a strategy that there is not.
+    Raises ValueError for an unknown strategy.
     """
 
     attention: str = "ring"
@@ -36,7 +36,7 @@ class Strategy:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {chosen!r}")
 
     def of(self, mixer: str) -> Strategy:
-        """The strategy of layers of this name: a name that only one kind of op knows changes that kind alone."""
+        """The strategy of layers of this name: a strategy that only one kind of op has changes that kind alone."""
         chosen = dict(self.mixers).get(mixer)
         if chosen is None:
             return self

@@ -45,18 +45,17 @@ def block_sparse_attention(
 
     q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, G dividing H. `blocks` int32 `[B, L, J, M]`: the blocks of
     L = ceil(T/query_block) runs of `query_block` consecutive queries, for each of J = G (all heads of a group share)
-    or H heads; −1 is none, in any place. Blocks are of `block_size` tokens, restart at every document, and are
-    numbered document by document over the row (`BlockLayout`). `mask` is `Mask()`, causal, where none is given: it
-    compares positions, so that the block a query is in may be listed, and it hides what is listed of later tokens and
-    of other documents. `documents` are those of the queries (default: a row is one document), `key_documents` those of
-    the keys, whole rows (default: `documents`, for S = T). A list names a block once: on the CPU, where lists can be
-    looked at for nothing, one that names it twice or that names a block the row does not have raises ValueError; on
-    other devices the first counts twice and the second is none. Queries at positions below `dense_length` see all
-    blocks, whatever is listed.
+    or H heads; −1, anywhere in a list, means no block. Blocks have `block_size` tokens, restart at each document, and
+    are numbered document by document over the row (`BlockLayout`). `mask` is causal, `Mask()`, by default. It compares
+    positions: a query's own block may be listed, and later tokens and other documents stay hidden in listed blocks.
+    `documents` are those of the queries (default: a row is one document), `key_documents` those of the keys, whole rows
+    (default: `documents`, for S = T). A list must not repeat a block. On the CPU, where checking costs little, a
+    repeated block and one that the row does not have raise ValueError; on other devices the first counts twice and the
+    second is ignored. Queries at positions below `dense_length` see all blocks, whatever is listed.
 
     Returns out `[B, T, H, V]` in q's type and, with `return_lse`, lse `[B, T, H]` in float32 (float64 for float64);
-    both carry gradients to q, k and v, never to `blocks`. A query that sees nothing has out 0 and lse −inf. Time and
-    memory follow what is listed: nothing of size T·S exists, and the same inputs give the same bits at every run.
+    both carry gradients to q, k and v, never to `blocks`. A query that sees no key has out 0 and lse −inf. Time and
+    memory grow with the lists: no tensor of size T·S exists, and the same inputs give the same bits at every run.
     Raises ValueError for shapes that do not fit and for a backend that cannot run.
 
     Yuan et al., 2025, "Native Sparse Attention", arXiv 2502.11089; Lu et al., 2025, "MoBA", arXiv 2502.13189.
@@ -81,7 +80,7 @@ def block_sparse_attention(
             key_documents=key_documents.up_to(dense_length), scale=scale, return_lse=True, backend=backend,
         )  # fmt: skip
         short = documents.positions(q.device).unsqueeze(-1) < dense_length
-        out, lse = out + dense, torch.where(short, dense_lse, lse)  # outputs are 0 where they are the other's
+        out, lse = out + dense, torch.where(short, dense_lse, lse)  # each out is 0 where the other is not
     return (out, lse) if return_lse else out
 
 
@@ -150,7 +149,7 @@ class BlockSparseAttend(ListedAttend):
 
 
 def check_blocks(blocks: Tensor, tile: BlockTile, *, heads: int, kv_heads: int) -> None:
-    """Raises ValueError unless `blocks` are lists for the tile's queries; looks at ids only of lists on the host."""
+    """Raises ValueError unless `blocks` are lists for the tile's queries; checks ids only on the host."""
     shape = (tile.queries.batch, tile.lists)
     if blocks.dtype != torch.int32 or blocks.dim() != 4 or tuple(blocks.shape[:2]) != shape:
         raise ValueError(
@@ -172,7 +171,7 @@ def check_blocks(blocks: Tensor, tile: BlockTile, *, heads: int, kv_heads: int) 
         )
     ordered = blocks.sort(-1).values
     if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-        raise ValueError("blocks must name a block at most once a list; got one twice. Leave −1 in its place")
+        raise ValueError("blocks must name a block at most once per list; got one twice. Leave −1 in its place")
 
 
 def _implementation(backend: str, q: Tensor) -> ModuleType:
@@ -188,10 +187,10 @@ def _implementation(backend: str, q: Tensor) -> ModuleType:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Attention over what the tile's keys hold of the listed blocks: out `[B, T, H, V]`, lse `[B, T, H]`.
+    """Attention over the tokens of listed blocks that are among the tile's keys: out `[B, T, H, V]`, lse `[B, T, H]`.
 
-    Float32 (float64 for float64). The keys may be any part of the rows: tiles over parts that make up the rows give,
-    merged, attention over the whole blocks. Queries that see nothing have out 0 and lse −inf, the neutral element of
+    Float32 (float64 for float64). The keys may be any part of the rows: tiles over all parts, merged,
+    give attention over the whole blocks. Queries that see no key have out 0 and lse −inf, the neutral element of
     `merge`. No gradient flows through the results.
     """
     return _implementation(backend, q).attend(q, k, v, blocks, tile=tile, scale=scale)
@@ -217,18 +216,17 @@ def attend_backward(
 
 
 def count_visits(blocks: Tensor, tile: BlockTile, *, kv_heads: int) -> int:
-    """How many (query, head with lists, block) the lists make a tile work on: those of which some key is visible.
+    """How many visits, (query, head with lists, block) with a visible key, the lists cause in a tile.
 
-    A block whose tokens are held in several pieces counts once a piece. Reads the lists, so that it waits for their
-    device.
+    A block in several pieces counts once per piece. This reads the lists, and so waits for their device.
     """
     return len(visits_of(blocks, tile, kv_heads).rows)
 
 
 def most_visits(documents: Documents, *, block_size: int, count: int) -> int:
-    """The visits of a head with lists where each query lists `count` blocks, or all up to its own while there are less.
+    """The visits of a head with lists if each query lists `count` blocks, or all up to its own if these are fewer.
 
-    What meters count before lists exist: sum over tokens of min(count, position // block_size + 1).
+    Meters use it before lists exist: it is the sum over tokens of min(count, position // block_size + 1).
     """
     total = 0
     for row in documents.runs:

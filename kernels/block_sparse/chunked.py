@@ -11,7 +11,7 @@ from ..attend import Gradient, merge_weight
 from ..blocks import BlockTile
 from .visits import Group, Visits, visits_of
 
-SCORES = 1 << 17  # of a product held at once: they stay in cache between the passes over them
+SCORES = 1 << 17  # of one product: they stay in cache between the passes over them
 KEYS = 512
 
 
@@ -23,24 +23,24 @@ class _Problem:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.value_dim, self.list_heads = v.shape[3], blocks.shape[2]
-        self.heads_a_list = self.heads // self.list_heads
+        self.heads_per_list = self.heads // self.list_heads
         self.q = self.rows(q).mul_(scale) if q.dtype != self.dtype else self.rows(q) * scale
         self.k, self.v = (x.to(self.dtype).transpose(1, 2).contiguous() for x in (k, v))
         self.visits: Visits = visits_of(blocks, tile, k.shape[2])
         self.positions = tile.queries.positions(q.device).long()
 
     def rows(self, x: Tensor) -> Tensor:
-        """`[B, T, H, X]` (or `[B, T, H]`) to `[B·J·T, R·X]`, J heads with lists and R heads a list."""
+        """`[B, T, H, X]` (or `[B, T, H]`) to `[B·J·T, R·X]`, J heads with lists and R heads per list."""
         x = x.to(self.dtype).reshape(self.batch, self.length, self.list_heads, -1)
         return x.transpose(1, 2).flatten(0, 2)
 
     def tokens(self, rows: Tensor) -> Tensor:
         """The inverse of `rows`, with the heads apart: `[B, T, H, X]`."""
-        x = rows.view(self.batch, self.list_heads, self.length, self.heads_a_list, -1)
+        x = rows.view(self.batch, self.list_heads, self.length, self.heads_per_list, -1)
         return x.transpose(1, 2).flatten(2, 3)
 
     def zeros(self, dim: int) -> Tensor:
-        return self.q.new_zeros(self.q.shape[0], self.heads_a_list * dim)
+        return self.q.new_zeros(self.q.shape[0], self.heads_per_list * dim)
 
     def key_tiles(self, group: Group) -> Iterator[tuple[int, int]]:
         """A group's keys, by (offset, length)."""
@@ -49,7 +49,7 @@ class _Problem:
 
     def query_tiles(self, group: Group) -> Iterator[Tensor]:
         """A group's rows, as many at once as give `SCORES` scores against a tile of keys."""
-        step = max(1, SCORES // (min(group.length, KEYS) * self.heads_a_list))
+        step = max(1, SCORES // (min(group.length, KEYS) * self.heads_per_list))
         for first in range(group.first, group.last, step):
             yield self.visits.rows[first : min(first + step, group.last)]
 
@@ -81,23 +81,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, 
 def _merge(
     inside: _Problem, into: tuple[Tensor, Tensor], rows: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None
 ) -> None:
-    """Attention of the rows over a tile of keys, merged into what they have."""
+    """Attention of the rows over a tile of keys, merged into their earlier results."""
     out, lse = into
     scores = inside.q.index_select(0, rows).view(-1, inside.key_dim) @ k.T
     if hidden is not None:
         scores.view(len(rows), -1, len(k)).masked_fill_(hidden, float("-inf"))
     most = scores.amax(-1, keepdim=True)
     if hidden is not None:
-        most.clamp_(min=-1e30)  # of a row that sees nothing here: its weights below are exp(−inf) = 0
+        most.clamp_(min=-1e30)  # of a row that sees no key of the tile: its weights are exp(−inf) = 0
     total = scores.sub_(most).exp_().sum(-1, keepdim=True)
-    out_here = (scores @ v).div_(total.clamp(min=1e-30) if hidden is not None else total)
-    lse_here = most.add_(total.log_()).view(len(rows), -1)
-    lse_there = lse.index_select(0, rows)
+    out_tile = (scores @ v).div_(total.clamp(min=1e-30) if hidden is not None else total)
+    lse_tile = most.add_(total.log_()).view(len(rows), -1)
+    lse_before = lse.index_select(0, rows)
     merged = out.index_select(0, rows)
-    weight = merge_weight(lse_there, lse_here).view(-1, 1)
-    merged.view(-1, inside.value_dim).lerp_(out_here, weight)
+    weight = merge_weight(lse_before, lse_tile).view(-1, 1)
+    merged.view(-1, inside.value_dim).lerp_(out_tile, weight)
     out.index_copy_(0, rows, merged)
-    lse.index_copy_(0, rows, torch.logaddexp(lse_there, lse_here))
+    lse.index_copy_(0, rows, torch.logaddexp(lse_before, lse_tile))
 
 
 def attend_backward(
@@ -111,21 +111,21 @@ def attend_backward(
     for group in inside.visits.groups:
         for offset, width in inside.key_tiles(group):
             keys = slice(group.start + offset, group.start + offset + width)
-            k_here, v_here, dk_here, dv_here = (x[group.row, group.group, keys] for x in (inside.k, inside.v, dk, dv))
+            k_tile, v_tile, dk_tile, dv_tile = (x[group.row, group.group, keys] for x in (inside.k, inside.v, dk, dv))
             for rows in inside.query_tiles(group):
                 hidden = inside.hidden(group, rows, offset, width)
                 if hidden is not None and bool(hidden.all()):
                     continue
-                q_here = inside.q.index_select(0, rows).view(-1, inside.key_dim)
-                dout_here = dout.index_select(0, rows).view(-1, inside.value_dim)
-                lse_here, delta_here = (x.index_select(0, rows).view(-1, 1) for x in (lse, delta))
-                p = torch.addmm(lse_here, q_here, k_here.T, beta=-1)
+                q_rows = inside.q.index_select(0, rows).view(-1, inside.key_dim)
+                dout_rows = dout.index_select(0, rows).view(-1, inside.value_dim)
+                lse_rows, delta_rows = (x.index_select(0, rows).view(-1, 1) for x in (lse, delta))
+                p = torch.addmm(lse_rows, q_rows, k_tile.T, beta=-1)
                 if hidden is not None:
                     p.view(len(rows), -1, width).masked_fill_(hidden, float("-inf"))
                 p.exp_()
-                dv_here.addmm_(p.T, dout_here)
-                ds = torch.addmm(delta_here, dout_here, v_here.T, beta=-1).mul_(p)
-                dk_here.addmm_(ds.T, q_here)
+                dv_tile.addmm_(p.T, dout_rows)
+                ds = torch.addmm(delta_rows, dout_rows, v_tile.T, beta=-1).mul_(p)
+                dk_tile.addmm_(ds.T, q_rows)
                 # The rows of a tile are distinct, so that the sum has one order.
-                dq.index_add_(0, rows, (ds @ k_here).view(len(rows), -1))
+                dq.index_add_(0, rows, (ds @ k_tile).view(len(rows), -1))
     return inside.tokens(dq.mul_(scale)), dk.transpose(1, 2), dv.transpose(1, 2)

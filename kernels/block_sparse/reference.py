@@ -1,4 +1,4 @@
-"""Block-sparse attention as it is defined: the dense matrix of every query against every key, and what is listed."""
+"""Block-sparse attention as it is defined: the dense matrix of every query against every key, masked by the lists."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def visible(blocks_BLJM: Tensor, tile: BlockTile) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
-    """See `dense_attend`, with what is listed and visible."""
+    """See `dense_attend`, with the keys that are listed and visible."""
     return dense_attend(q, k, v, visible(blocks, tile), scale)
 
 
 def attend_backward(
     gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `dense_backward`, with what is listed and visible."""
+    """See `dense_backward`, with the keys that are listed and visible."""
     return dense_backward(gradient, q, k, v, visible(blocks, tile), scale)

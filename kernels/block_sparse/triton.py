@@ -29,10 +29,10 @@ from ..masks.triton import flat_bands, visible
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-ROWS = 64  # of a tile of gathered rows
-PARTIAL_BYTES = 1 << 29  # of partial results held at once where slots are merged
+ROWS = 64  # per tile of gathered rows
+PARTIAL_BYTES = 1 << 29  # of partial results at a time, where slots are merged
 LEAST_SEGMENT = 1024  # rows that one program sums into a block's gradient before the block is shared among programs
-SHARED_ROWS = 8  # rows a list from which programs go by queries
+SHARED_ROWS = 8  # rows per list from which on programs go by queries
 
 # Keys of a tile, warps and stages by the larger of the padded dims.
 BY_QUERY = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)}
@@ -41,7 +41,7 @@ BY_BLOCK = {64: (64, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2)}
 KEY_GRADIENTS = {64: (64, 4, 2), 128: (64, 8, 2), 256: (64, 8, 1)}
 
 
-FAR = tl.constexpr(1 << 30)  # where a key stands that is not there
+FAR = tl.constexpr(1 << 30)  # the position of a missing key
 
 
 @triton.jit
@@ -456,7 +456,7 @@ class _Inverse(NamedTuple):
     offsets: Tensor
 
     def tiles(self, width: int, unit: int, least: int) -> _Tiles:
-        """As many tiles a block as its rows, `width` a slot, fill units of rows, and at least `least`."""
+        """As many tiles per block as its rows, `width` per slot, fill units of rows, and at least `least`."""
         rows = self.offsets.diff().long() * width
         ends = ((rows + unit - 1) // unit).clamp(min=least).cumsum(0)
         bound = rows.numel() + self.order.numel() * width // unit
@@ -480,7 +480,7 @@ class _Problem:
             blocks = torch.where(((blocks >= 0) & (blocks < count)).unsqueeze(-1), pieces, -1).flatten(-2)
         self.lists = blocks.contiguous()
         self.count = count * parts
-        self.rows_a_list = tile.query_block * (self.heads // self.list_heads)
+        self.rows_per_list = tile.query_block * (self.heads // self.list_heads)
 
     @property
     def slots(self) -> int:
@@ -488,7 +488,7 @@ class _Problem:
 
     @property
     def by_query(self) -> bool:
-        return self.rows_a_list >= SHARED_ROWS
+        return self.rows_per_list >= SHARED_ROWS
 
     def constants(self, table: dict[int, tuple[int, int, int]], rows: int) -> dict[str, Any]:
         return _constants(
@@ -498,7 +498,7 @@ class _Problem:
         )  # fmt: skip
 
     def inverse(self) -> _Inverse:
-        """Slots by (row, group, piece), in the order of the lists within one; slots of nothing come last."""
+        """Slots by (row, group, piece), in the order of the lists within one; empty slots come last."""
         device, lists = self.q.device, self.lists
         row = torch.arange(self.batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1)
         group = torch.arange(self.list_heads, dtype=torch.int32, device=device).view(-1, 1)
@@ -568,8 +568,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, 
         _attend_lists(problem, out, lse)
         return out, lse
     for first, last, part in _portions(problem, problem.value_dim):
-        out_here, lse_here = (x[:, first:last] for x in (out, lse))
-        _attend_gathered(part, out_here, lse_here)
+        out_part, lse_part = (x[:, first:last] for x in (out, lse))
+        _attend_gathered(part, out_part, lse_part)
     return out, lse
 
 
@@ -583,22 +583,22 @@ def attend_backward(
     problem = _Problem(q, k, v, blocks, tile, scale)
     delta, lse = gradient.delta(torch.float32), gradient.lse
     lse2 = torch.where(lse == float("-inf"), 1e30, lse * LOG2_E)
-    given = gradient.dout.to(q.dtype).contiguous(), lse2.contiguous(), delta.contiguous()
-    _sum_key_gradients(problem, given, dk, dv)
+    incoming = gradient.dout.to(q.dtype).contiguous(), lse2.contiguous(), delta.contiguous()
+    _sum_key_gradients(problem, incoming, dk, dv)
     if problem.by_query:
-        _query_gradients(problem, given, dq)
+        _query_gradients(problem, incoming, dq)
         return dq, dk, dv
     for first, last, part in _portions(problem, problem.key_dim):
-        dq_here, *given_here = (x[:, first:last] for x in (dq, *given))
-        _query_gradients_gathered(part, tuple(given_here), dq_here)
+        dq_part, *incoming_part = (x[:, first:last] for x in (dq, *incoming))
+        _query_gradients_gathered(part, tuple(incoming_part), dq_part)
     return dq, dk, dv
 
 
 def _portions(problem: _Problem, dim: int) -> list[tuple[int, int, _Problem]]:
     """The queries in portions of which all slots' partial results fit PARTIAL_BYTES: (first token, last, problem)."""
     lists, queries = problem.lists.shape[1], problem.tile.query_block
-    bytes_a_list = problem.slots // lists * problem.rows_a_list * (dim + 1) * 4
-    step = max(1, PARTIAL_BYTES // bytes_a_list)
+    bytes_per_list = problem.slots // lists * problem.rows_per_list * (dim + 1) * 4
+    step = max(1, PARTIAL_BYTES // bytes_per_list)
     if step >= lists:
         return [(0, problem.length, problem)]
     portions = []
@@ -618,21 +618,21 @@ def _portion(problem: _Problem, low: int, high: int, first: int, last: int) -> _
 
 
 def _attend_lists(problem: _Problem, out: Tensor, lse: Tensor) -> None:
-    constants = problem.constants(BY_QUERY, _rows_of(problem.rows_a_list))
+    constants = problem.constants(BY_QUERY, _rows_of(problem.rows_per_list))
     lists = problem.lists.shape[1]
-    grid = (lists * triton.cdiv(problem.rows_a_list, constants["TILE"]), problem.batch * problem.list_heads)
+    grid = (lists * triton.cdiv(problem.rows_per_list, constants["TILE"]), problem.batch * problem.list_heads)
     _attend_by_query[grid](
         problem.q, problem.k, problem.v, problem.lists, problem.pieces, problem.places, out, lse,
         problem.scale, problem.length, problem.keys, lists, problem.count, **constants,
     )  # fmt: skip
 
 
-def _query_gradients(problem: _Problem, given: tuple[Tensor, ...], dq: Tensor) -> None:
-    constants = problem.constants(BY_QUERY_BACKWARD, _rows_of(problem.rows_a_list))
+def _query_gradients(problem: _Problem, incoming: tuple[Tensor, ...], dq: Tensor) -> None:
+    constants = problem.constants(BY_QUERY_BACKWARD, _rows_of(problem.rows_per_list))
     lists = problem.lists.shape[1]
-    grid = (lists * triton.cdiv(problem.rows_a_list, constants["TILE"]), problem.batch * problem.list_heads)
+    grid = (lists * triton.cdiv(problem.rows_per_list, constants["TILE"]), problem.batch * problem.list_heads)
     _query_gradients_by_query[grid](
-        problem.q, problem.k, problem.v, *given, problem.lists, problem.pieces, problem.places,
+        problem.q, problem.k, problem.v, *incoming, problem.lists, problem.pieces, problem.places,
         dq, problem.scale, problem.length, problem.keys, lists, problem.count, **constants,
     )  # fmt: skip
 
@@ -640,9 +640,9 @@ def _query_gradients(problem: _Problem, given: tuple[Tensor, ...], dq: Tensor) -
 def _attend_gathered(problem: _Problem, out: Tensor, lse: Tensor) -> None:
     constants, lists = problem.constants(BY_BLOCK, ROWS), problem.lists.shape[1]
     inverse = problem.inverse()
-    tiles = inverse.tiles(problem.rows_a_list, ROWS, least=0)
-    partial = out.new_empty(problem.slots * problem.rows_a_list, problem.value_dim)
-    partial_lse = lse.new_empty(problem.slots * problem.rows_a_list)
+    tiles = inverse.tiles(problem.rows_per_list, ROWS, least=0)
+    partial = out.new_empty(problem.slots * problem.rows_per_list, problem.value_dim)
+    partial_lse = lse.new_empty(problem.slots * problem.rows_per_list)
     _attend_by_block[(tiles.bound,)](
         problem.q, problem.k, problem.v, inverse.order, inverse.offsets, tiles.owner, tiles.firsts, problem.pieces,
         problem.places, partial, partial_lse, problem.scale, problem.length, problem.keys, lists,
@@ -651,14 +651,14 @@ def _attend_gathered(problem: _Problem, out: Tensor, lse: Tensor) -> None:
     _merge(problem, partial, partial_lse, out, lse)
 
 
-def _query_gradients_gathered(problem: _Problem, given: tuple[Tensor, ...], dq: Tensor) -> None:
+def _query_gradients_gathered(problem: _Problem, incoming: tuple[Tensor, ...], dq: Tensor) -> None:
     constants, lists = problem.constants(BY_BLOCK, ROWS), problem.lists.shape[1]
     inverse = problem.inverse()
-    tiles = inverse.tiles(problem.rows_a_list, ROWS, least=0)
-    partial = dq.new_empty(problem.slots * problem.rows_a_list, problem.key_dim)
+    tiles = inverse.tiles(problem.rows_per_list, ROWS, least=0)
+    partial = dq.new_empty(problem.slots * problem.rows_per_list, problem.key_dim)
     _query_gradients_by_block[(tiles.bound,)](
-        problem.q, problem.k, problem.v, *(x.contiguous() for x in given), inverse.order, inverse.offsets, tiles.owner,
-        tiles.firsts, problem.pieces, problem.places, partial, problem.scale, problem.length,
+        problem.q, problem.k, problem.v, *(x.contiguous() for x in incoming), inverse.order, inverse.offsets,
+        tiles.owner, tiles.firsts, problem.pieces, problem.places, partial, problem.scale, problem.length,
         problem.keys, lists, problem.count, problem.batch * problem.groups * problem.count, **constants,
     )  # fmt: skip
     _merge(problem, partial, None, dq, None)
@@ -669,7 +669,7 @@ def _merge(problem: _Problem, partial: Tensor, partial_lse: Tensor | None, out: 
     dim, lists = partial.shape[1], problem.lists.shape[1]
     into = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     lse_into = into if lse is None else torch.empty_like(lse, memory_format=torch.contiguous_format)
-    count = problem.batch * lists * problem.list_heads * problem.rows_a_list
+    count = problem.batch * lists * problem.list_heads * problem.rows_per_list
     tile = 16
     _merge_slots[(triton.cdiv(count, tile),)](
         partial, partial if partial_lse is None else partial_lse, problem.lists, into, lse_into, problem.length, lists,
@@ -683,26 +683,26 @@ def _merge(problem: _Problem, partial: Tensor, partial_lse: Tensor | None, out: 
         lse.copy_(lse_into)
 
 
-def _sum_key_gradients(problem: _Problem, given: tuple[Tensor, ...], dk: Tensor, dv: Tensor) -> None:
+def _sum_key_gradients(problem: _Problem, incoming: tuple[Tensor, ...], dk: Tensor, dv: Tensor) -> None:
     constants, lists = (
         problem.constants(KEY_GRADIENTS, _rows_of_gradients(problem.key_dim, problem.value_dim)),
         problem.lists.shape[1],
     )
     inverse, total = problem.inverse(), problem.batch * problem.groups * problem.count
     # Four times the rows that a block has on average: what is shared then takes at most half of what dk and dv take.
-    average = problem.slots * problem.rows_a_list // total
+    average = problem.slots * problem.rows_per_list // total
     segment = max(LEAST_SEGMENT, triton.cdiv(4 * average, ROWS) * ROWS)
-    tiles = inverse.tiles(problem.rows_a_list, segment, least=1)
+    tiles = inverse.tiles(problem.rows_per_list, segment, least=1)
     parts = tiles.firsts.diff()
     split = torch.where(parts > 1, parts, 0)
     shares = torch.where(parts > 1, split.cumsum(0).int() - split, -1).int()
-    room = 2 * (problem.slots * problem.rows_a_list // segment) * constants["STEPS"] * constants["KEYS"]
+    room = 2 * (problem.slots * problem.rows_per_list // segment) * constants["STEPS"] * constants["KEYS"]
     partial_dk, partial_dv = (x.new_empty(room, x.shape[3]) for x in (dk, dv))
     for give in _gradients_at_once(problem.key_dim, problem.value_dim):
         _key_gradients[(tiles.bound, constants["STEPS"])](
-            problem.q, problem.k, problem.v, *given, inverse.order, inverse.offsets, tiles.owner, tiles.firsts, shares,
-            problem.pieces, problem.places, dk, dv, partial_dk, partial_dv, problem.scale, segment, problem.length,
-            problem.keys, lists, problem.count, total, **constants, **give,
+            problem.q, problem.k, problem.v, *incoming, inverse.order, inverse.offsets, tiles.owner, tiles.firsts,
+            shares, problem.pieces, problem.places, dk, dv, partial_dk, partial_dv, problem.scale, segment,
+            problem.length, problem.keys, lists, problem.count, total, **constants, **give,
         )  # fmt: skip
     if room:
         kept = {x: constants[x] for x in ("G", "K", "V", "KP", "VP", "KEYS", "STEPS")}
@@ -712,33 +712,33 @@ def _sum_key_gradients(problem: _Problem, given: tuple[Tensor, ...], dk: Tensor,
 
 
 def compilations() -> list[Compilation]:
-    """Every kernel at its production shapes: NSA (16 heads a list, blocks of 64) and MoBA (a head, blocks of 512)."""
+    """Every kernel at its production shapes: NSA (16 heads per list, blocks of 64), MoBA (one, blocks of 512)."""
     nsa = {"block_size": 64, "slots": 16, "list_heads": 4, "groups": 4, "heads": 64, "queries": 1}
     moba = {"block_size": 512, "slots": 3, "list_heads": 16, "groups": 4, "heads": 16, "queries": 1}
     queries = {"block_size": 64, "slots": 16, "list_heads": 16, "groups": 4, "heads": 16, "queries": 64}
     wide = {"key_dim": 128, "value_dim": 128}
-    found = [
+    result = [
         _compilation(_attend_by_block, BY_BLOCK, ROWS, moba | wide, "MoBA 128x128"),
         _compilation(_query_gradients_by_block, BY_BLOCK, ROWS, moba | wide, "MoBA 128x128"),
         _compilation(_key_gradients, KEY_GRADIENTS, ROWS, moba | wide, "MoBA 128x128", _gradients_at_once(128, 128)[0]),
     ]
     for key_dim, value_dim in ((64, 64), (128, 128), (192, 128)):
         sizes, name = nsa | {"key_dim": key_dim, "value_dim": value_dim}, f"NSA {key_dim}x{value_dim}"
-        found += [
+        result += [
             _compilation(_attend_by_query, BY_QUERY, 16, sizes, name),
             _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, 16, sizes, name),
         ]
         rows = _rows_of_gradients(key_dim, value_dim)
         for give in _gradients_at_once(key_dim, value_dim):
             which = " keys" if not give["GIVE_V"] else " values" if not give["GIVE_K"] else ""
-            found.append(_compilation(_key_gradients, KEY_GRADIENTS, rows, sizes, name + which, give))
-    found += [
+            result.append(_compilation(_key_gradients, KEY_GRADIENTS, rows, sizes, name + which, give))
+    result += [
         _compilation(_attend_by_query, BY_QUERY, ROWS, queries | wide, "64 queries a list"),
         _compilation(_query_gradients_by_query, BY_QUERY_BACKWARD, ROWS, queries | wide, "64 queries a list"),
         _compilation(_merge_slots, BY_BLOCK, 16, moba | wide, "", {"D": 128, "DP": 128, "WEIGHTED": True}),
         _compilation(_sum_shares, KEY_GRADIENTS, ROWS, nsa | wide, ""),
     ]
-    return found
+    return result
 
 
 # Types of the arguments that are no constants, for inputs in bf16.

@@ -11,7 +11,7 @@ from ..blocks import BlockTile
 
 
 class Group(NamedTuple):
-    """The queries of one piece of a block: `rows[first:last]`, all of whom see all of it where `full`."""
+    """The queries of one piece of a block: `rows[first:last]`; if `full`, all of them see all of it."""
 
     row: int
     group: int
@@ -24,10 +24,10 @@ class Group(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Every (token, head with lists, piece of a block) of which some key is visible, sorted by piece.
+    """Every (token, head with lists, piece of a block) with a visible key, sorted by piece.
 
     rows: int64 `[visits]`, indices into `[B · J · T]`, J heads with lists; ascending within a group.
-    groups: what one piece gives, in the order of `rows`.
+    groups: consecutive stretches of `rows`, each of one piece.
     """
 
     rows: Tensor
@@ -42,7 +42,7 @@ def by_token(blocks: Tensor, tile: BlockTile) -> Tensor:
 
 
 def visits_of(blocks: Tensor, tile: BlockTile, groups: int) -> Visits:
-    """The visits of lists `[B, L, J, M]` to what the tile's keys, of `groups` heads, hold of the blocks."""
+    """The visits of lists `[B, L, J, M]` to the blocks' tokens among the tile's keys, which have `groups` heads."""
     device = blocks.device
     ids = by_token(blocks, tile).long()
     batch, length, list_heads, _ = ids.shape
@@ -79,6 +79,6 @@ def _groups(key: Tensor, table: Tensor, groups: int) -> list[Group]:
     part, block = piece % parts, piece // parts % count
     group, row = piece // (parts * count) % groups, piece // (parts * count * groups)
     lasts = lengths.cumsum(0)
-    found = table[part, row, block, :3].long()
-    columns = torch.cat([torch.stack([row, group], 1), found, torch.stack([lasts - lengths, lasts, whole], 1)], 1)
+    pieces = table[part, row, block, :3].long()
+    columns = torch.cat([torch.stack([row, group], 1), pieces, torch.stack([lasts - lengths, lasts, whole], 1)], 1)
     return [Group(*numbers, full=bool(full)) for *numbers, full in columns.tolist()]

@@ -1,8 +1,8 @@
 """Compressed attention: softmax attention of every token over summaries of windows that lie in its past.
 
-A token sees window i of its document once the last of its l tokens is not after it: i·d + l − 1 <= t. So the tokens
-t = l − 1 + m·d + r with 0 <= r < d all see the windows 0 … m, and as d times as many query heads at place m they attend
-to windows as causal attention does to tokens. The kernels of softmax attention do the rest, with d times their group.
+A token t sees window i of its document if the window's l tokens end at or before it: i·d + l − 1 <= t. So the d tokens
+t = l − 1 + m·d + r with 0 <= r < d all see the windows 0 … m. Laid out as d times as many query heads at place m, they
+attend to windows as causal attention does to tokens, and the kernels of softmax attention do the rest.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class CompressedInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class CompressedAttend(Attend):
-    """The op as `longreach.kernels.attend` describes it; of its log-sum-exp there is no gradient."""
+    """The op as `longreach.kernels.attend` describes it; its log-sum-exp has no gradient."""
 
     record = CompressedInputs
 
@@ -79,7 +79,7 @@ class CompressedAttend(Attend):
         softmax.check_inputs(*inputs)
 
     def tile(self, queries: Documents, keys: Documents) -> Folding:
-        """Of the summaries of whole rows, one for every `stride` tokens of `keys`."""
+        """The keys are summaries of whole rows, one for every `stride` tokens of `keys`."""
         return Folding(WindowLayout(keys, self.size, self.stride), queries, keys.length // self.stride)
 
     def kept(self, length: int) -> Intervals:
@@ -123,7 +123,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, windows: WindowLayout, documen
     if k.shape[1] < windows.count:
         raise ValueError(
             f"k and v must have one summary for each window of {windows.size} tokens at every {windows.stride}th, "
-            f"{windows.count} a row; got {k.shape[1]}. Order them as WindowLayout does"
+            f"{windows.count} per row; got {k.shape[1]}. Order them as WindowLayout does"
         )
 
 

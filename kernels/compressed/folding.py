@@ -19,7 +19,8 @@ from ..windows import WindowLayout
 class Folding:
     """How queries become rows of attention over windows: `stride` queries that see the same windows in each place.
 
-    windows: those of the whole rows. documents: of the queries, any part of the rows. length: summaries a row, as held.
+    windows: those of the whole rows. documents: of the queries, any part of the rows. length: summaries per row, with
+    padding.
     """
 
     windows: WindowLayout

@@ -1,4 +1,4 @@
-"""Masks: which keys a query sees; one small file per pattern, and what is derived of them all."""
+"""Masks: which keys a query sees; one small file per pattern, and what is derived from any of them."""
 
 from .dilated import Dilated as Dilated
 from .mask import Mask as Mask

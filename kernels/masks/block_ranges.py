@@ -1,4 +1,4 @@
-"""Blocks: which blocks of keys a block of queries looks at, or the other way round, and which of them need no mask."""
+"""Blocks: which blocks of keys a block of queries sees, or the other way round, and which of them need no mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class BlockRanges(NamedTuple):
     """For block n of the B·N blocks of a tile's queries (or keys), half-open ranges of blocks of the other side.
 
     Those in which every pair is visible are `bounds[offsets[2n] : offsets[2n+1]]`, those that need the mask
-    `bounds[offsets[2n+1] : offsets[2n+2]]`. What no range names holds no visible pair. Both are int32; their size
+    `bounds[offsets[2n+1] : offsets[2n+2]]`. Blocks in no range have no visible pair. Both are int32; their size
     follows the number of blocks and pieces, never their product.
     """
 
@@ -35,20 +35,20 @@ def query_ranges(tile: Tile, key_block: int, query_block: int, device: torch.dev
 def _kept(tile: Tile, of: str, block: int, other_block: int, device: torch.device | str) -> BlockRanges:
     key = (of, block, other_block, str(device))
     if key not in tile.derived:
-        found = _ranges(tile, of, block, other_block)
-        tile.derived[key] = BlockRanges(*(x.to(device, non_blocking=True) for x in found))
+        ranges = _ranges(tile, of, block, other_block)
+        tile.derived[key] = BlockRanges(*(x.to(device, non_blocking=True) for x in ranges))
     return tile.derived[key]
 
 
 def _ranges(tile: Tile, of: str, block: int, other_block: int) -> BlockRanges:
-    held = tile.queries if of == "keys" else tile.keys
-    number = -(-held.length // block)
-    seen: list[Intervals] = [[] for _ in range(number * held.batch)]
-    whole: list[Intervals] = [[] for _ in range(number * held.batch)]
+    tokens = tile.queries if of == "keys" else tile.keys
+    number = -(-tokens.length // block)
+    seen: list[Intervals] = [[] for _ in range(number * tokens.batch)]
+    whole: list[Intervals] = [[] for _ in range(number * tokens.batch)]
     partners = tile.mask.keys_of if of == "keys" else tile.mask.queries_of
     for row, query, key in tile.pieces:
         run, other = (query, key) if of == "keys" else (key, query)
-        shift = other.start - other.position  # from a position to where it is held
+        shift = other.start - other.position  # from a position to its index
         for n in range(run.start // block, -(-run.stop // block)):
             start, stop = max(run.start, n * block), min(run.stop, (n + 1) * block)
             position = start - run.start + run.position
@@ -56,7 +56,7 @@ def _ranges(tile: Tile, of: str, block: int, other_block: int) -> BlockRanges:
             some, every = (intersection(x, inside) for x in partners(position, position + stop - start))
             at = row * number + n
             seen[at] += [((a + shift) // other_block, -(-(b + shift) // other_block)) for a, b in some]
-            if stop - start == min(block, held.length - n * block):  # else the block has tokens of something else
+            if stop - start == min(block, tokens.length - n * block):  # else the block has other tokens too
                 whole[at] += [(-(-(a + shift) // other_block), (b + shift) // other_block) for a, b in every]
     offsets, bounds = [0], []
     for some, every in zip(seen, whole, strict=True):
@@ -71,7 +71,7 @@ def _ranges(tile: Tile, of: str, block: int, other_block: int) -> BlockRanges:
 
 
 def _without(intervals: Intervals, removed: Intervals) -> Intervals:
-    """What of sorted, disjoint intervals is outside of other such intervals."""
+    """The parts of sorted, disjoint intervals that are outside other such intervals."""
     left: Intervals = []
     for a, b in intervals:
         for c, d in removed:

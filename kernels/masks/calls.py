@@ -63,7 +63,7 @@ def plan(tile: Tile) -> tuple[Call, ...]:
 
 
 def _spans(mask: Pattern, piece: Piece) -> Iterator[tuple[tuple[int, int], Span]]:
-    """Limits and span of what each band leaves of a piece, without tokens that see nothing or are not seen."""
+    """Limits and span of each band in a piece, without queries that see no key and keys that no query sees."""
     row, query, key = piece
     for band in mask.bands:
         c, d = band.within(key.position, key.end_position)
@@ -75,9 +75,9 @@ def _spans(mask: Pattern, piece: Piece) -> Iterator[tuple[tuple[int, int], Span]
             # Limits are counted from the last query and key; with none on either side every pair is visible.
             left = UNLIMITED if b - 1 - c <= band.back else band.back + d - b
             right = UNLIMITED if d - 1 - a <= band.ahead else band.ahead + b - d
-            yield (left, right), Span(row, _held(query, a, b), _held(key, c, d))
+            yield (left, right), Span(row, _indices(query, a, b), _indices(key, c, d))
 
 
-def _held(run: Run, first: int, stop: int) -> tuple[int, int]:
+def _indices(run: Run, first: int, stop: int) -> tuple[int, int]:
     shift = run.start - run.position
     return first + shift, stop + shift

@@ -31,7 +31,7 @@ class Band(NamedTuple):
     stride: int = 1
 
     def within(self, start: int, stop: int) -> tuple[int, int]:
-        """What of the key positions start..stop lies between `first` and `last`."""
+        """The key positions start..stop as far as they lie between `first` and `last`."""
         return max(self.first, start), min(self.last, stop)
 
     def pairs(self, query: Run, key: Run) -> int:
@@ -56,8 +56,8 @@ class Band(NamedTuple):
 class Pattern(Plain, ABC):
     """A static predicate over the positions of a query i and a key j of one document; never over indices.
 
-    A pattern is a frozen dataclass that says its `bands`, of which no pair is in two. All else is derived: every
-    backend, strategy and decoder runs it. Padding sees nothing and is seen by nothing.
+    A pattern is a frozen dataclass that states its `bands`; no pair is in two of them. All else is derived: every
+    backend, strategy and decoder runs it. Padding neither sees nor is seen.
     """
 
     @property
@@ -90,8 +90,8 @@ class Pattern(Plain, ABC):
         return torch.stack(counts).sum(0) if len(counts) > 1 else counts[0]
 
     def keys_of(self, start: int, stop: int) -> tuple[Intervals, Intervals]:
-        """Intervals of key positions that hold all that some query of positions start..stop sees; and of those that
-        all of these queries see."""
+        """Intervals that contain all key positions that any query of positions start..stop sees, and intervals of those
+        that all of these queries see."""
         some, every = [], []
         for band in self.bands:
             some.append((max(band.first, start - band.back), min(band.last, stop + band.ahead)))
@@ -100,8 +100,8 @@ class Pattern(Plain, ABC):
         return union(some), union(every)
 
     def queries_of(self, start: int, stop: int) -> tuple[Intervals, Intervals]:
-        """Intervals of query positions that hold all that see some key of positions start..stop; and of those that see
-        all of these keys."""
+        """Intervals that contain all query positions that see any key of positions start..stop, and intervals of those
+        that see all of these keys."""
         some = []
         for band in self.bands:
             low, high = band.within(start, stop)
@@ -119,7 +119,7 @@ class Pattern(Plain, ABC):
         return union([(max(band.first, length - band.back), min(band.last, length)) for band in self.bands])
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        """The work of `queries` against `keys`; None where the pattern leaves none, so that nothing is sent or run."""
+        """The work of `queries` against `keys`; None where the pattern leaves none: no send or call is needed then."""
         pieces = tuple(self._pieces(queries, keys))
         return Tile(self, pieces, queries, keys) if pieces else None
 
@@ -160,9 +160,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """The work of some queries against some keys, cut into pieces of one document each, of which none is empty.
+    """The work of some queries against some keys, cut into nonempty pieces of one document each.
 
-    `derived` is for what backends work out of a tile, such as lists of blocks on a device.
+    `derived` keeps what backends compute from a tile, such as lists of blocks on a device.
     """
 
     mask: Pattern

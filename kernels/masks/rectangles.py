@@ -14,7 +14,7 @@ NARROW = 512  # windows up to this many keys are cut into bands alone
 class Rectangle(NamedTuple):
     """Rows, queries and keys (half-open index ranges) that one call of an attention routine takes.
 
-    Every query sees at least one key of its rectangle, so that no log-sum-exp is of nothing. `shape` is "full" (all
+    Every query sees at least one key of its rectangle, so that every log-sum-exp is finite. `shape` is "full" (all
     pairs are visible), "causal" (a square: query n sees keys 0..n) or "band" (query n sees key m where
     0 <= lead + n − m < window).
     """
@@ -42,7 +42,7 @@ class _Cut(NamedTuple):
 def rectangles(tile: Tile, limit: int | None = None) -> Iterator[Rectangle]:
     """Covers every visible pair of the tile once; neighbouring rows that are packed alike share their rectangles.
 
-    Full and causal rectangles have at most `limit` queries and keys where a limit is given. The invisible pairs that
+    Full and causal rectangles have at most `limit` queries and keys, if it is not None. The invisible pairs that
     they contain are those above the diagonal of causal squares and those at the borders of bands, so that the work
     follows the visible pairs, however the row is packed.
     """

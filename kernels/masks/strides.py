@@ -1,6 +1,6 @@
 """Strides: bands of every r-th key become bands of neighbours, once the tokens stand by position modulo r.
 
-So backends know bands of neighbouring keys alone, and work follows the visible pairs.
+So backends need to know only bands of neighbouring keys, and work follows the visible pairs.
 """
 
 from __future__ import annotations

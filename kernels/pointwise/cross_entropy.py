@@ -29,10 +29,10 @@ def cross_entropy(
     hidden `[B, T, D]`, weight `[Vocab, D]`, targets int64 `[B, T]` with −100 for tokens without one, bias `[Vocab]`.
     Returns a scalar, float32 (float64 for float64): a sum, so that the caller divides by the targets of the whole
     global batch. The logits of at most `chunk` tokens exist at a time (None: 512 on a CPU, elsewhere as many as take
-    half a gibibyte), in forward and again in backward, which
-    recomputes them; what is kept is the inputs and one number a token. `weight` is kept as the very parameter that was
-    given, for engines that shard it between forward and backward. A target outside the vocabulary is torch's
-    RuntimeError on a CPU, and a loss of NaN on CUDA. Raises ValueError where shapes do not fit.
+    half a gibibyte), in forward and again in backward, which recomputes them from the inputs and one number per token.
+    `weight` is kept as the parameter itself, for engines that shard it between forward and backward. A target outside
+    the vocabulary is torch's RuntimeError on a CPU, and a loss of NaN on CUDA. Raises ValueError where shapes do not
+    fit.
     """
     chunk = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, bias, chunk)
@@ -121,7 +121,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, d
 
 
 def _present(ids: Tensor) -> Tensor:
-    """Targets `[n, 1]` to gather by, any at all where there is none."""
+    """Targets `[n, 1]` to gather by, with 0 where there is none."""
     return ids.masked_fill(ids == NO_TARGET, 0).unsqueeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""RMS norm with a backward that keeps its input and one number a row."""
+"""RMS norm with a backward that keeps its input and one number per row."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What each kind of scaling reads beside `factor`; what has no default must be given.
+# The settings that each kind of scaling reads beside `factor`; those without a default are required.
 _READS = {
     "linear": (),
     "llama3": ("original_length", "low_frequency_factor", "high_frequency_factor"),
@@ -57,7 +57,7 @@ class RopeScaling:
             )
 
     def setting(self, name: str) -> float:
-        """A setting as given, or its default."""
+        """A setting, or its default."""
         value = getattr(self, name)
         return float(_DEFAULTS[name] if value is None else value)
 
@@ -109,7 +109,7 @@ def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention
     shapes do not fit. Su et al., 2021, arXiv 2104.09864.
     """
     if tuple(positions.shape) != tuple(x.shape[:2]):
-        raise ValueError(f"positions must be {list(x.shape[:2])}, one a token; got {list(positions.shape)}")
+        raise ValueError(f"positions must be {list(x.shape[:2])}, one per token; got {list(positions.shape)}")
     if 2 * inverse_frequencies.shape[0] > x.shape[-1]:
         raise ValueError(
             f"inverse_frequencies must be at most half of the head's {x.shape[-1]} dims; "

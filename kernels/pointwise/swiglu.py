@@ -1,4 +1,4 @@
-"""SwiGLU with a backward that keeps its two inputs and nothing else."""
+"""SwiGLU with a backward that keeps only its two inputs."""
 
 from __future__ import annotations
 

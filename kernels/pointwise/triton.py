@@ -208,11 +208,11 @@ def compilations() -> list[Compilation]:
         divisible = tuple(name for name in names if signature[name].startswith("*") or name in ("D", "V"))
         return Compilation(kernel, signature, constants, divisible, warps=warps, variant=variant)
 
-    found = []
+    items = []
     for width in (64, 2048, WIDEST):
         shape = _shape(width)
         warps = shape.pop("num_warps")
-        found += [compilation(kernel, f"of {width}", warps, WEIGHT=True, **shape) for kernel in (_norm, _norm_backward)]
-    found += [compilation(kernel, "", 8, BLOCK=TILE) for kernel in (_gated, _gated_backward)]
-    found += [compilation(kernel, "", 8, BLOCK=VOCABULARY_BLOCK) for kernel in (_likelihood, _likelihood_gradient)]
-    return found
+        items += [compilation(kernel, f"of {width}", warps, WEIGHT=True, **shape) for kernel in (_norm, _norm_backward)]
+    items += [compilation(kernel, "", 8, BLOCK=TILE) for kernel in (_gated, _gated_backward)]
+    items += [compilation(kernel, "", 8, BLOCK=VOCABULARY_BLOCK) for kernel in (_likelihood, _likelihood_gradient)]
+    return items

@@ -33,15 +33,15 @@ def select_blocks(
         p_ti = softmax_i(s_ti), or s_ti;   P_ti = sum over the group's heads of p_ti, if pooled
         score_tb = sum_i overlap(i, b) P_ti / stride, or max_i P_ti over the windows that touch block b
 
-    Listed are the forced blocks (`rule.initial` first ones, `rule.local` latest up to the query's own) and, up to
-    `rule.count` in all, those of the highest scores among the blocks that a window seen touches; of equal scores the
-    lower id. q `[B, T, H, K]`; `summaries` `[B, N, G, K]` in the order of `WindowLayout(row_documents, rule.span,
-    rule.step)`, G dividing H; what follows the last window of a row is not read. `documents` are those of the queries
-    (default: a row is one document), `row_documents` those of the whole rows, by which windows and blocks are numbered
-    (default: `documents`): a rank's own queries can choose among the blocks of the whole row. `scale` is K^(-1/2) by
-    default. `lse` `[B, T, H]` is the log-sum-exp of the scores, where compression attention has found it. Scores are
-    float32 (float64 for float64). Nothing of size T·N exists, and no gradient flows. Raises ValueError for shapes that
-    do not fit and for a backend that cannot run.
+    A list has the forced blocks (`rule.initial` first ones, `rule.local` latest up to the query's own) and, up to
+    `rule.count` in all, the blocks with the highest scores among those that touch a window that the query sees; of
+    equal scores the lower id comes first. q `[B, T, H, K]`; `summaries` `[B, N, G, K]` in the order of
+    `WindowLayout(row_documents, rule.span, rule.step)`, G dividing H; what follows the last window of a row is not
+    read. `documents` are those of the queries (default: a row is one document), `row_documents` those of the whole
+    rows, by which windows and blocks are numbered (default: `documents`): a rank's queries can choose among the blocks
+    of the whole row. `scale` is K^(-1/2) by default. `lse` `[B, T, H]` is the log-sum-exp of the scores, if compressed
+    attention has computed it. Scores are float32 (float64 for float64). No tensor of size T·N exists, and no gradient
+    flows. Raises ValueError for shapes that do not fit and for a backend that cannot run.
     """
     documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
     row_documents = documents if row_documents is None else row_documents
@@ -50,13 +50,13 @@ def select_blocks(
     _check(q, summaries, documents, windows, rule, lse)
     summaries = summaries[:, : windows.count]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    given = {"rule": rule, "documents": documents, "windows": windows, "layout": layout, "scale": scale, "lse": lse}
+    arguments = {"rule": rule, "documents": documents, "windows": windows, "layout": layout, "scale": scale, "lse": lse}
     chosen = resolve("select_blocks", backend, q.device, q.dtype)
     if chosen == "triton":
         from . import triton as kernels
 
-        return kernels.select(q, summaries, **given)
-    return (reference if chosen == "reference" else chunked).select(q, summaries, **given)
+        return kernels.select(q, summaries, **arguments)
+    return (reference if chosen == "reference" else chunked).select(q, summaries, **arguments)
 
 
 def _check(
@@ -78,7 +78,7 @@ def _check(
     if summaries.shape[1] < windows.count:
         raise ValueError(
             f"summaries must be one for each window of {windows.size} tokens at every {windows.stride}th, "
-            f"at least {windows.count} a row; got {summaries.shape[1]}. Order them as WindowLayout does"
+            f"at least {windows.count} per row; got {summaries.shape[1]}. Order them as WindowLayout does"
         )
     if lse is not None and (rule.score != "softmax" or lse.shape != q.shape[:3]):
         raise ValueError(
@@ -88,7 +88,7 @@ def _check(
 
 
 def flops(documents: Documents, *, rule: Rule, heads: int, key_dim: int, has_lse: bool = False) -> int:
-    """FLOPs of the scores of every query against the windows it sees, twice where the normaliser is to be found too."""
+    """FLOPs of the scores of every query against the windows it sees, twice where the normaliser is computed too."""
     pairs = seen_windows(documents, rule.span, rule.step)
     passes = 2 if rule.score == "softmax" and not has_lse else 1
     return 2 * pairs * heads * key_dim * passes
@@ -100,5 +100,5 @@ def state_bytes(tokens: int, *, rule: Rule, kv_heads: int, key_dim: int, element
 
 
 def bytes_sent(tokens: int, *, rule: Rule, kv_heads: int, key_dim: int, ranks: int, element_bytes: int = 2) -> int:
-    """Bytes that a rank holding `tokens` tokens sends forward: its summaries to all others."""
+    """Bytes that a rank with `tokens` tokens sends forward: its summaries to all others."""
     return (ranks - 1) * (tokens // rule.step) * kv_heads * key_dim * element_bytes

@@ -12,14 +12,14 @@ from ..documents import Documents
 from ..windows import WindowLayout
 from .rule import Rule
 
-SCORES = 1 << 20  # window scores held at once
-BLOCKS = 512  # blocks whose scores are held at once
+SCORES = 1 << 20  # window scores at a time
+BLOCKS = 512  # blocks whose scores are computed at a time
 
 
 class _Queries(NamedTuple):
     """Queries of one document against its windows: `q` `[G, R·C, K]`, C tokens at positions from `position` on.
 
-    `seen` `[C]` is the last window that each sees, −1 or less for none.
+    `seen` `[C]` is the last window that each of them sees, −1 or less for none.
     """
 
     q: Tensor
@@ -53,21 +53,21 @@ def select(
             if run.is_padding:
                 continue
             first = windows.first[row][run.document]
-            most = max(1, min(windows.number(run.end_position), BLOCKS * rule.windows_a_block))
+            most = max(1, min(windows.number(run.end_position), BLOCKS * rule.windows_per_block))
             step = min(512, max(16, SCORES // (heads * most)))
             for offset in range(0, run.length, step):
                 tokens = min(step, run.length - offset)
                 position, at = run.position + offset, slice(run.start + offset, run.start + offset + tokens)
-                held = by_group[:, first : first + windows.number(position + tokens)]
-                here = q[row, at].to(dtype).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+                seen_summaries = by_group[:, first : first + windows.number(position + tokens)]
+                grouped = q[row, at].to(dtype).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
                 normaliser = None
                 if lse is not None:
                     normaliser = lse[row, at].to(dtype).T.reshape(groups, -1, 1)
                 positions = torch.arange(position, position + tokens, device=q.device)
                 seen = torch.div(positions + 1 - windows.size, windows.stride, rounding_mode="floor")
-                chosen = _choose(_Queries(here, held, position, tokens, scale, seen, normaliser), rule)
-                found = chosen + layout.first[row][run.document]
-                lists[row, at] = torch.where(chosen < 0, chosen, found).transpose(0, 1).int()
+                chosen = _choose(_Queries(grouped, seen_summaries, position, tokens, scale, seen, normaliser), rule)
+                in_row = chosen + layout.first[row][run.document]
+                lists[row, at] = torch.where(chosen < 0, chosen, in_row).transpose(0, 1).int()
     return lists
 
 
@@ -96,7 +96,7 @@ def _choose(queries: _Queries, rule: Rule) -> Tensor:
 def _normaliser(queries: _Queries, rule: Rule) -> Tensor:
     """Log-sum-exp over all windows seen, `[G, R·C, 1]`."""
     lse = queries.q.new_full((*queries.q.shape[:2], 1), float("-inf"))
-    step = BLOCKS * rule.windows_a_block
+    step = BLOCKS * rule.windows_per_block
     for low in range(0, queries.summaries.shape[1], step):
         high = min(low + step, queries.summaries.shape[1])
         scores = _window_scores(queries, low, high, float("-inf"))
@@ -115,7 +115,7 @@ def _window_scores(queries: _Queries, low: int, high: int, unseen: float) -> Ten
 
 def _block_scores(queries: _Queries, rule: Rule, low: int, high: int) -> Tensor:
     """Scores of the document's blocks low..high, `[J, C, high − low]`: +inf if forced, −inf if not to be listed."""
-    per, lead = rule.windows_a_block, rule.lead
+    per, lead = rule.windows_per_block, rule.lead
     first, last = low * per - lead, high * per
     begin, end = max(first, 0), max(0, min(last, queries.summaries.shape[1]))
     begin = min(begin, end)
@@ -128,7 +128,7 @@ def _block_scores(queries: _Queries, rule: Rule, low: int, high: int) -> Tensor:
     scores = scores.sum(1) if rule.pooled else scores.flatten(0, 1)
     blocks = torch.arange(low, high, device=scores.device)
     seen = queries.seen.unsqueeze(1)
-    if rule.aggregate == "max" and rule.windows_a_block + lead > 1:
+    if rule.aggregate == "max" and rule.windows_per_block + lead > 1:
         hidden = torch.arange(begin, end, device=scores.device) > seen
         scores = scores.masked_fill(hidden, float("-inf"))
     fill = 0.0 if rule.aggregate == "sum" else float("-inf")

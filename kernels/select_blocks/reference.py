@@ -45,7 +45,7 @@ def window_scores(
 def block_scores(
     scores_BJTN: Tensor, seen_B1TN: Tensor, rule: Rule, windows: WindowLayout, layout: BlockLayout
 ) -> Tensor:
-    """`[B, J, T, blocks]`: each block's scores by the tokens it shares with windows; −inf where it shares none seen."""
+    """`[B, J, T, blocks]`: each block's scores by the tokens it shares with windows; −inf without a seen window."""
     shape = (*scores_BJTN.shape[:3], layout.count)
     result = torch.full(shape, float("-inf"), dtype=scores_BJTN.dtype, device=scores_BJTN.device)
     tables = windows.table().tolist()
@@ -57,13 +57,13 @@ def block_scores(
                 shared = min(position + rule.span, block_end) - max(position, block.position)
                 if document != block.document or shared <= 0:
                     continue
-                here, seen = scores_BJTN[row, ..., i], seen_B1TN[row, ..., i]
+                score, seen = scores_BJTN[row, ..., i], seen_B1TN[row, ..., i]
                 if rule.aggregate == "sum":
-                    here = here * (shared // rule.step)
-                    total = here if total is None else total + here
+                    score = score * (shared // rule.step)
+                    total = score if total is None else total + score
                 else:
-                    here = here.masked_fill(~seen, float("-inf"))
-                    total = here if total is None else torch.maximum(total, here)
+                    score = score.masked_fill(~seen, float("-inf"))
+                    total = score if total is None else torch.maximum(total, score)
                 any_seen = seen if any_seen is None else any_seen | seen
             if total is not None and any_seen is not None:
                 result[row, ..., n] = total.masked_fill(~any_seen, float("-inf"))

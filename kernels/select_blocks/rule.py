@@ -9,21 +9,21 @@ from ..plain import Plain
 
 @dataclass(frozen=True)
 class Rule(Plain):
-    """Which blocks a query lists, given its scores against the summaries of windows.
+    """Which blocks a query lists, by its scores against the summaries of windows.
 
-    block_size: tokens of a block (l').         count: blocks a list (n), the forced ones among them.
+    block_size: tokens of a block (l').         count: blocks per list (n), the forced ones among them.
     window, stride: tokens of a summarised window (l) and from one to the next (d); both divide evenly into blocks of
         d. By default the blocks themselves.
-    score: "softmax" normalises a head's scores over all windows it sees; "dot" takes them as they are.
+    score: "softmax" normalises a head's scores over all windows that it sees; "dot" leaves them as they are.
     aggregate: "sum" weights the windows that touch a block by their overlap with it in units of the stride,
         "max" takes the greatest.
-    pooled: the heads of a group sum their scores and share a list; else every query head has its own.
+    pooled: the heads of a group add up their scores and share a list; else every query head has its own.
     initial, local: the first blocks of a document, and the latest (the one the query is in among them), which are
         always listed.
 
     NSA (Yuan et al., 2025, arXiv 2502.11089): Rule(64, 16, window=32, stride=16, initial=1, local=2), whose weights are
     1, 2, 2, 2, 1. InfLLM-v2 (MiniCPM team, 2025, arXiv 2506.07900): the same with aggregate="max". MoBA (Lu et al.,
-    2025, arXiv 2502.13189): Rule(512, 3, score="dot", pooled=False), of which the own block is one.
+    2025, arXiv 2502.13189): Rule(512, 3, score="dot", pooled=False), the query's own block among the three.
     """
 
     block_size: int
@@ -70,7 +70,7 @@ class Rule(Plain):
         return self.block_size if self.stride is None else self.stride
 
     @property
-    def windows_a_block(self) -> int:
+    def windows_per_block(self) -> int:
         """Windows that start in a block."""
         return self.block_size // self.step
 
@@ -82,5 +82,5 @@ class Rule(Plain):
     @property
     def weights(self) -> tuple[int, ...]:
         """The overlap, in strides, of a block with the windows that touch it: from `lead` before its first on."""
-        span, block = self.span // self.step, self.windows_a_block
+        span, block = self.span // self.step, self.windows_per_block
         return tuple(min(at + span, block) - max(at, 0) for at in range(-self.lead, block))

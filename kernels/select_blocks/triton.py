@@ -205,15 +205,15 @@ def select(
     if not tiles.shape[0]:
         return lists
     q, summaries = q.contiguous(), summaries.contiguous()
-    given = q, summaries, tiles
+    tensors = q, summaries, tiles
     lse2 = q.new_empty(0, dtype=torch.float32)
     if lse is not None:
         lse2 = torch.where(lse == float("-inf"), 1e30, lse.float() * 1.4426950408889634).contiguous()
     elif rule.score == "softmax":
         lse2 = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         shared = {name: value for name, value in constants.items() if name not in _ONLY_CHOICE}
-        _normaliser[(tiles.shape[0], programs)](*given, lse2, scale, length, number, **shared)
-    _choose[(tiles.shape[0], programs)](*given, lse2, lists, scale, length, number, **constants)
+        _normaliser[(tiles.shape[0], programs)](*tensors, lse2, scale, length, number, **shared)
+    _choose[(tiles.shape[0], programs)](*tensors, lse2, lists, scale, length, number, **constants)
     none = torch.iinfo(torch.int32).max
     ordered = lists.masked_fill(lists < 0, none).sort(dim=-1).values
     return ordered.masked_fill_(ordered == none, -1)
@@ -227,15 +227,15 @@ def compilations() -> list[Compilation]:
         "InfLLM-v2": replace(overlap, aggregate="max"),
         "MoBA": Rule(4096, 12, score="dot", pooled=False),
     }
-    found = []
+    result = []
     for name, rule in rules.items():
         for key_dim in (64, 128):
             constants = _constants(rule=rule, heads=64, groups=4, key_dim=key_dim, exact=False)
-            found.append(_compilation(_choose, constants, f"{name} {key_dim}"))
+            result.append(_compilation(_choose, constants, f"{name} {key_dim}"))
             if rule.score == "softmax" and name == "NSA":
                 shared = {key: value for key, value in constants.items() if key not in _ONLY_CHOICE}
-                found.append(_compilation(_normaliser, shared, f"{name} {key_dim}"))
-    return found
+                result.append(_compilation(_normaliser, shared, f"{name} {key_dim}"))
+    return result
 
 
 _POINTERS = {"q": "*bf16", "summaries": "*bf16", "tiles": "*i32", "lse2": "*fp32", "lists": "*i32"}

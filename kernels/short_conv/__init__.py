@@ -28,20 +28,20 @@ def short_conv(
         out_t = activation(sum_{d = 0 .. W-1} weight_{W-1-d} x_{t-d} + bias)        x_{t-d} of t's document only
 
     x `[B, T, D]`; weight `[D, W]`, its last tap for the token itself; bias `[D]`; activation None or "silu". `history`
-    `[B, W-1, D]` is the rows of x before the first token: those that the first document reaches back to are used, as
-    its position says, where it continues one begun before; without `documents` all are. Padding gives 0.
-    Returns `[B, T, D]` in x's type, summed in float32 (float64 for float64). All tensors get their
-    gradients. Raises ValueError for shapes that do not fit, an unknown activation, or a backend that cannot run.
+    `[B, W-1, D]` is the rows of x before the first token. Where the first document continues one begun earlier, as many
+    of these rows are used as its position says; without `documents` all are. Padding gives 0. Returns `[B, T, D]` in
+    x's type, summed in float32 (float64 for float64). All tensors get their gradients. Raises ValueError for shapes
+    that do not fit, an unknown activation, or a backend that cannot run.
 
     As in Mamba (Gu and Dao, 2023, arXiv 2312.00752).
     """
     if weight.dim() != 2 or x.dim() != 3 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
         raise ValueError(
             f"weight must be [D, W] for x [B, T, D]; got {list(weight.shape)} and {list(x.shape)}. "
-            "Pass one filter a channel"
+            "Pass one filter per channel"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [D] = [{weight.shape[0]}]; got {list(bias.shape)}. Pass one value a channel")
+        raise ValueError(f"bias must be [D] = [{weight.shape[0]}]; got {list(bias.shape)}. Pass one value per channel")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or 'silu'; got {activation!r}. Apply another one outside")
     documents, history = _complete(x, documents, history, weight.shape[1] - 1)
@@ -56,7 +56,7 @@ def token_shift(
         out_t = x_{t-1}        0 at a document's start
 
     x `[B, T, D]`; `history` `[B, 1, D]` is the row before the first token, used where the first document continues one
-    begun before; without `documents` always. Padding gives 0. x and `history` get their gradients. Raises ValueError
+    begun earlier; without `documents` always. Padding gives 0. x and `history` get their gradients. Raises ValueError
     for shapes that do not fit or a backend that cannot run.
 
     Peng et al., 2023, arXiv 2305.13048.
@@ -68,7 +68,7 @@ def token_shift(
 
 
 def flops(tokens: int, *, channels: int, taps: int) -> int:
-    """Floating-point operations of a forward pass: a product and a sum a tap, channel and token."""
+    """Floating-point operations of a forward pass: a product and a sum per tap, channel and token."""
     return 2 * tokens * channels * taps
 
 
@@ -94,7 +94,7 @@ def _implementation(op: str, backend: str, x: Tensor) -> ModuleType:
 
 
 def _complete(x: Tensor, documents: Documents | None, history: Tensor | None, width: int) -> tuple[Documents, Tensor]:
-    """Documents and history with their defaults: one document a row, and nothing before it."""
+    """Documents and history with their defaults: one document per row, without history."""
     batch, length, dim = x.shape
     if length == 0:
         raise ValueError("the sequence must have at least one token; got none. Leave empty segments out")

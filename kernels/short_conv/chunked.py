@@ -1,7 +1,7 @@
-"""The short convolution in slabs of tokens, with a hand-written backward that recomputes what the activation saw.
+"""The short convolution in slabs of tokens, with a hand-written backward that recomputes the activation's input.
 
 Rows are first laid out so that no tap needs to know of documents: every run of tokens has W − 1 rows before it, zeros
-at a document's start, or what came before it. One run a row is the plain case and takes no rearrangement.
+at a document's start, or the earlier rows. One run per row needs no rearrangement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SLAB = 256  # tokens in flight: what keeps a slab of a wide model within a core'
 def short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, history: Tensor, activation: str | None
 ) -> Tensor:
-    """See the package's `short_conv`; `history` is always given here, zero where there is none."""
+    """See the package's `short_conv`; `history` is always a tensor, zero where there is none."""
     rows = torch.cat([_valid(history, documents), x], dim=1)
     if documents.is_whole and not _padded(documents):
         return _Convolve.apply(rows, weight, bias, activation)  # type: ignore[return-value]
@@ -99,16 +99,16 @@ class _Convolve(torch.autograd.Function):
         drows = torch.zeros_like(rows, dtype=taps.dtype)
         dtaps, dbias = torch.zeros_like(taps), taps.new_zeros(rows.shape[2])
         for start in range(0, dout.shape[1], SLAB):
-            given = dout[:, start : start + SLAB].to(taps.dtype)
+            dsum = dout[:, start : start + SLAB].to(taps.dtype)
             if ctx.activation == "silu":
-                summed = _convolve(rows, taps, bias, start, given.shape[1])
+                summed = _convolve(rows, taps, bias, start, dsum.shape[1])
                 gate = torch.sigmoid(summed)
-                given = given * gate * (1 + summed * (1 - gate))
+                dsum = dsum * gate * (1 + summed * (1 - gate))
             for tap, factor in enumerate(taps):
-                near = slice(start + tap, start + tap + given.shape[1])
-                drows[:, near].addcmul_(given, factor)
-                dtaps[tap] += (given * rows[:, near]).sum((0, 1))
-            dbias += given.sum((0, 1))
+                near = slice(start + tap, start + tap + dsum.shape[1])
+                drows[:, near].addcmul_(dsum, factor)
+                dtaps[tap] += (dsum * rows[:, near]).sum((0, 1))
+            dbias += dsum.sum((0, 1))
         return (
             drows.to(rows.dtype),
             dtaps.T.to(weight.dtype),

@@ -158,7 +158,7 @@ def _rows(
 def short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, history: Tensor, activation: str | None
 ) -> Tensor:
-    """See the package's `short_conv`; `history` is always given here, zero where there is none."""
+    """See the package's `short_conv`; `history` is always a tensor, zero where there is none."""
     return _Convolve.apply(x, weight, bias, history, documents, activation)  # type: ignore[return-value]
 
 
@@ -216,7 +216,7 @@ def _taps(weight: Tensor | None) -> int:
 def _of_weights(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, documents: Documents, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of what the activation saw, of the weights and of the bias."""
+    """Gradients of the activation's input, of the weights and of the bias."""
     batch, tokens, channels = x.shape
     parts = -(-tokens // STRETCH)
     dsum = torch.empty_like(x, dtype=torch.float32) if silu else dout
@@ -247,11 +247,11 @@ def _of_rows(
 
 def compilations() -> list[Compilation]:
     """The kernels with four taps in bfloat16, SiLU and a bias, and the shift by one token."""
-    found = []
+    result = []
     for kernel, shift in ((_forward, False), (_weights, False), (_rows, False), (_forward, True), (_rows, True)):
-        given = {"TAPS": 2 if shift else 4, "SHIFT": shift, "BIAS": not shift, "SILU": not shift}
-        given |= {"PADDED": 4, "T": TOKENS, "C": CHANNELS, "STEPS": STRETCH // TOKENS}
-        constants = {name: value for name, value in given.items() if name in kernel.arg_names}
+        values = {"TAPS": 2 if shift else 4, "SHIFT": shift, "BIAS": not shift, "SILU": not shift}
+        values |= {"PADDED": 4, "T": TOKENS, "C": CHANNELS, "STEPS": STRETCH // TOKENS}
+        constants = {name: value for name, value in values.items() if name in kernel.arg_names}
         signature = {name: "*bf16" for name in kernel.arg_names if name not in constants}
         signature |= dict.fromkeys(("tokens", "channels", "blocks"), "i32")
         signature |= dict.fromkeys(("ids", "positions"), "*i32")
@@ -261,7 +261,7 @@ def compilations() -> list[Compilation]:
             signature["dsum"] = "*fp32"
         divisible = tuple(name for name in signature if name != "blocks")
         warps = 2 * WARPS if kernel is _weights else WARPS
-        found.append(
+        result.append(
             Compilation(kernel, signature, constants, divisible, warps, 2, variant="shift" if shift else "4 taps")
         )
-    return found
+    return result

@@ -38,13 +38,13 @@ def softmax_attention(
         s_ij = scale * q_i . k_j;  lse_i = log(sum_j exp(s_ij) + exp(sink_logit));  o_i = sum_j exp(s_ij - lse_i) v_j
 
     q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, G dividing H (head h reads group h // (H/G)). `mask` is
-    `Mask()`, causal, where none is given. `documents` are those of the queries (default: a row is one document),
-    `key_documents` those of the keys (default: `documents`, for S = T). `scale` is K^(-1/2) by default. `sink_logits`
-    `[H]` is one more logit with no value in each head's denominator. Returns out `[B, T, H, V]` in q's type and, with
-    `return_lse`, lse `[B, T, H]` in float32 (float64 for float64); both carry gradients to every input. A query that
-    sees nothing has out 0 and lse −inf (or its sink logit). On CUDA "auto" takes flash-attn where it is installed, else
-    cuDNN or torch's flash attention, and the Triton kernels for what these do not serve; "library" takes them or
-    raises. Raises ValueError for shapes that do not fit and for a backend that cannot run.
+    causal, `Mask()`, by default. `documents` are those of the queries (default: a row is one document), `key_documents`
+    those of the keys (default: `documents`, for S = T). `scale` is K^(-1/2) by default. `sink_logits` `[H]` is one more
+    logit with no value in each head's denominator. Returns out `[B, T, H, V]` in q's type and, with `return_lse`, lse
+    `[B, T, H]` in float32 (float64 for float64); both carry gradients to every input. A query that sees no key has out
+    0 and lse −inf (or its sink logit). On CUDA "auto" uses flash-attn if it is installed, else cuDNN or torch's flash
+    attention, and the Triton kernels where none of these can run; "library" uses one of these or raises. Raises
+    ValueError for shapes that do not fit and for a backend that cannot run.
 
     Dao et al., 2022, "FlashAttention", arXiv 2205.14135; grouped heads: Ainslie et al.,
     2023, arXiv 2305.13245; sink logits: Xiao et al., 2023, arXiv 2309.17453.
@@ -148,7 +148,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys of one tile: out `[B, T, H, V]` and lse `[B, T, H]`, float32 (float64 for float64).
 
-    Queries that see nothing in the tile have out 0 and lse −inf, the neutral element of `merge`. No gradient flows
+    Queries that see no key of the tile have out 0 and lse −inf, the neutral element of `merge`. No gradient flows
     through the results.
     """
     return SoftmaxAttend(tile.mask, scale).attend(SoftmaxInputs(q, k, v), (k, v), tile, backend)
@@ -163,7 +163,7 @@ def attend_backward(
         p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
 
     The same inputs give the same bits at every run, from libraries too where torch.use_deterministic_algorithms is on.
-    Libraries know no gradient of lse: with one, "library" is the Triton kernels.
+    Libraries take no gradient of lse: where there is one, "library" means the Triton kernels.
     """
     if backend == "library" and gradient.dlse is not None:
         backend = "auto"
@@ -187,7 +187,7 @@ def _in_order(x: Tensor, order: Order | None) -> Tensor:
 
 
 def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, has_dlse: bool = False) -> ModuleType:
-    """The module that runs a tile. Raises ValueError where the backend asked for by name cannot."""
+    """The module that runs a tile. Raises ValueError if a backend chosen by name cannot."""
     if backend == "library" or (backend == "auto" and q.device.type == "cuda" and not has_dlse):
         refusal = library.refusal(q, k, v, tile)
         if refusal is None:
@@ -205,7 +205,7 @@ def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile, *
 
 
 def apply_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds a logit without a value, `[H]`, to each head's denominator; once, after the last merge."""
+    """Adds a logit without a value, `[H]`, to each head's denominator, after the last merge."""
     sink = sink_logits.to(lse.dtype)
     return out * torch.sigmoid(lse - sink).unsqueeze(-1), torch.logaddexp(lse, sink.expand_as(lse))
 
@@ -235,6 +235,6 @@ def state_bytes(
 def bytes_sent(tokens: int, *, kv_heads: int, key_dim: int, value_dim: int, ranks: int, element_bytes: int = 2) -> int:
     """Bytes that a rank of a ring sends in forward: P − 1 blocks of the keys and values of `tokens` tokens.
 
-    With a causal mask or a window it is less: a block that nobody further along the ring sees goes no further.
+    With a causal mask or a window it is less: a block travels only to the last rank that sees it.
     """
     return (ranks - 1) * tokens * kv_heads * (key_dim + value_dim) * element_bytes

@@ -32,13 +32,13 @@ def attend(
         if at.rows != rows:
             rows, written = at.rows, bytearray(q.shape[1])
         first, last = at.queries
-        held = slice(*at.rows), slice(first, last)
-        out_here, lse_here = inside.forward(at)
-        if written.find(1, first, last) < 0:  # nothing to merge with yet
-            out[held], lse[held] = out_here, lse_here
+        place = slice(*at.rows), slice(first, last)
+        out_part, lse_part = inside.forward(at)
+        if written.find(1, first, last) < 0:  # no earlier result to merge with
+            out[place], lse[place] = out_part, lse_part
         else:
-            out[held].lerp_(out_here, merge_weight(lse[held], lse_here).unsqueeze(-1))
-            lse[held] = torch.logaddexp(lse[held], lse_here)
+            out[place].lerp_(out_part, merge_weight(lse[place], lse_part).unsqueeze(-1))
+            lse[place] = torch.logaddexp(lse[place], lse_part)
         written[first:last] = b"\x01" * (last - first)
     return out, lse
 
@@ -52,11 +52,11 @@ def attend_backward(
     routine = routine or routine_for(q.device)
     inside = routine(q, k, v, scale=scale, gradient=gradient)
     for at in rectangles(tile, inside.limit):
-        dq_here, dk_here, dv_here = inside.backward(at)
-        if (at.rows, at.queries, at.keys) == ((0, q.shape[0]), (0, q.shape[1]), (0, k.shape[1])):  # there is no other
-            return dq_here.contiguous(), dk_here.contiguous(), dv_here.contiguous()
+        dq_part, dk_part, dv_part = inside.backward(at)
+        if (at.rows, at.queries, at.keys) == ((0, q.shape[0]), (0, q.shape[1]), (0, k.shape[1])):  # the only rectangle
+            return dq_part.contiguous(), dk_part.contiguous(), dv_part.contiguous()
         rows = slice(*at.rows)
-        dq[rows, slice(*at.queries)] += dq_here
-        dk[rows, slice(*at.keys)] += dk_here
-        dv[rows, slice(*at.keys)] += dv_here
+        dq[rows, slice(*at.queries)] += dq_part
+        dk[rows, slice(*at.keys)] += dk_part
+        dv[rows, slice(*at.keys)] += dv_part
     return dq, dk, dv

@@ -1,8 +1,8 @@
 """Softmax attention by the kernels of libraries on CUDA: flash-attn where it is installed, else those inside torch.
 
 A tile is cut into calls of sequences that lie one after the other, as libraries take packed rows, and the calls merge
-by log-sum-exp. Names and meanings of these routines shift between versions; so no version is looked at: a provider is
-used for a kind of problem once it has agreed with the reference on a small one.
+by log-sum-exp. These routines change their names and meanings between versions. So no version is checked: a provider
+is used for a kind of problem after it has agreed with the reference on a small one.
 
 Libraries add up gradients in the order of arrival, so that the last bits may differ from run to run, unless
 torch.use_deterministic_algorithms is on (`trainer.deterministic`).
@@ -25,7 +25,7 @@ from . import reference
 
 logger = logging.getLogger("longreach")
 
-MAX_CALLS = 8  # a tile in more parts than that spends its time on merging
+MAX_CALLS = 8  # with more of them a tile spends its time on merging
 
 
 class Problem(NamedTuple):
@@ -56,7 +56,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Provider(NamedTuple):
-    """One library: whether it is built for a call, `(out [N, H, V], lse [N, H])`, and the gradients given both."""
+    """One library: whether it takes a call, its forward to `(out [N, H, V], lse [N, H])`, and its backward."""
 
     name: str
     takes: Callable[[Call, torch.device], bool]
@@ -64,7 +64,7 @@ class Provider(NamedTuple):
     backward: Callable[[Problem, Tensor, Tensor, Tensor], Gradients]
 
 
-def _limits_given(call: Call) -> dict[str, int | bool]:
+def _flash_limits(call: Call) -> dict[str, int | bool]:
     return {"causal": call.kind == "causal", "window_size_left": call.left, "window_size_right": call.right}
 
 
@@ -72,7 +72,7 @@ def _flash_attn_forward(at: Problem) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_interface as library  # type: ignore[import-not-found]
 
     out, lse, *_ = library._flash_attn_varlen_forward(
-        at.q, at.k, at.v, *at.offsets(), *at.longest(), dropout_p=0.0, softmax_scale=at.scale, **_limits_given(at.call)
+        at.q, at.k, at.v, *at.offsets(), *at.longest(), dropout_p=0.0, softmax_scale=at.scale, **_flash_limits(at.call)
     )
     return out, lse.T
 
@@ -84,7 +84,7 @@ def _flash_attn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) ->
     library._flash_attn_varlen_backward(
         dout, at.q, at.k, at.v, out, lse.T.contiguous(), dq, dk, dv, *at.offsets(), *at.longest(), dropout_p=0.0,
         softmax_scale=at.scale, softcap=0.0, alibi_slopes=None,
-        deterministic=torch.are_deterministic_algorithms_enabled(), **_limits_given(at.call),
+        deterministic=torch.are_deterministic_algorithms_enabled(), **_flash_limits(at.call),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -102,12 +102,12 @@ def _cudnn_forward(at: Problem) -> tuple[Tensor, Tensor]:
 def _cudnn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
     q, k, v, dout, out = (at.batch(x) for x in (at.q, at.k, at.v, dout, out))
     lse = at.batch(lse.unsqueeze(-1)).contiguous()
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # for dropout, which is not used
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, at.call.kind == "causal",
         scale=at.scale,
     )  # fmt: skip
-    dq, dk, dv = (x.transpose(1, 2).flatten(0, 1) for x in found)
+    dq, dk, dv = (x.transpose(1, 2).flatten(0, 1) for x in gradients)
     return dq, dk, dv
 
 
@@ -124,7 +124,7 @@ def _torch_forward(at: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _torch_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-    state = torch.zeros(2, dtype=torch.uint64, device=at.q.device)  # of dropout, which there is none of
+    state = torch.zeros(2, dtype=torch.uint64, device=at.q.device)  # for dropout, which is not used
     return torch.ops.aten._flash_attention_backward(
         dout, at.q, at.k, at.v, out, lse.T.contiguous(), *at.offsets(), *at.longest(), 0.0, at.call.kind == "causal",
         state, state[:1], scale=at.scale, **_torch_limits(at.call),
@@ -184,14 +184,14 @@ def _indices(tile: Tile, number: int, device: torch.device) -> tuple[Tensor | No
     key = ("library", number, str(device))
     if key not in tile.derived:
         spans = _plan(tile)[number].spans
-        found = []
-        for held, side in ((tile.queries, [s.queries for s in spans]), (tile.keys, [s.keys for s in spans])):
+        indices = []
+        for tokens, side in ((tile.queries, [s.queries for s in spans]), (tile.keys, [s.keys for s in spans])):
             ranges = [
-                (s.row * held.length + first, s.row * held.length + stop)
+                (s.row * tokens.length + first, s.row * tokens.length + stop)
                 for s, (first, stop) in zip(spans, side, strict=True)
             ]
-            found.append(_index(ranges, held.batch * held.length, device))
-        tile.derived[key] = tuple(found)
+            indices.append(_index(ranges, tokens.batch * tokens.length, device))
+        tile.derived[key] = tuple(indices)
     return tile.derived[key]
 
 
@@ -205,7 +205,7 @@ def _index(ranges: Sequence[tuple[int, int]], total: int, device: torch.device) 
 
 
 def _is_one_call(q: Tensor, k: Tensor, tile: Tile) -> bool:
-    """Whether a single call covers all queries and keys in their order, so that nothing is gathered or merged."""
+    """Whether a single call covers all queries and keys in their order, so that no gather or merge is needed."""
     return len(_plan(tile)) == 1 and all(index is None for index in _indices(tile, 0, q.device))
 
 
@@ -223,10 +223,10 @@ def _problems(
 
 
 def _provider(problem: Problem, provider: Provider | None) -> Provider:
-    found = provider or provider_for(problem.call, problem.q[None], problem.k[None], problem.v[None])
-    if found is None:
+    chosen = provider or provider_for(problem.call, problem.q[None], problem.k[None], problem.v[None])
+    if chosen is None:
         raise ValueError("backend must not be 'library' for a tile that no library serves; ask `refusal` first")
-    return found
+    return chosen
 
 
 def attend(
@@ -235,19 +235,19 @@ def attend(
     """See `longreach.kernels.softmax.attend`. Each call's out is rounded to q's type; they merge in float32."""
     if _is_one_call(q, k, tile):
         problem, *_ = next(_problems(q, k, v, tile, scale))
-        found, level = _provider(problem, provider).forward(problem)
-        return found.float().unflatten(0, q.shape[:2]), level.float().contiguous().unflatten(0, q.shape[:2])
+        part, level = _provider(problem, provider).forward(problem)
+        return part.float().unflatten(0, q.shape[:2]), level.float().contiguous().unflatten(0, q.shape[:2])
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     rows, levels = out.flatten(0, 1), lse.flatten(0, 1)
     for number, (problem, queries, _) in enumerate(_problems(q, k, v, tile, scale)):
-        found, level = _provider(problem, provider).forward(problem)
-        found, level = found.float(), level.float()
+        part, level = _provider(problem, provider).forward(problem)
+        part, level = part.float(), level.float()
         if number:
             before, level_before = _take(out, queries), _take(lse, queries)
-            found = before.lerp(found, merge_weight(level_before, level).unsqueeze(-1))
+            part = before.lerp(part, merge_weight(level_before, level).unsqueeze(-1))
             level = torch.logaddexp(level_before, level)
-        _put(rows, queries, found)
+        _put(rows, queries, part)
         _put(levels, queries, level)
     return out, lse
 
@@ -255,19 +255,19 @@ def attend(
 def attend_backward(
     gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, provider: Provider | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `longreach.kernels.softmax.attend_backward`; libraries know no gradient of lse, so there is none here."""
+    """See `longreach.kernels.softmax.attend_backward`; libraries take no gradient of lse, so there must be none."""
     dout, out = gradient.dout.to(q.dtype), gradient.out.to(q.dtype)
     if _is_one_call(q, k, tile):
         problem, *_ = next(_problems(q, k, v, tile, scale))
-        given = (dout.flatten(0, 1), out.flatten(0, 1), gradient.lse.float().flatten(0, 1))
-        found = _provider(problem, provider).backward(problem, *given)
-        dq, dk, dv = (part.float().view(x.shape) for part, x in zip(found, (q, k, v), strict=True))
+        incoming = (dout.flatten(0, 1), out.flatten(0, 1), gradient.lse.float().flatten(0, 1))
+        gradients = _provider(problem, provider).backward(problem, *incoming)
+        dq, dk, dv = (part.float().view(x.shape) for part, x in zip(gradients, (q, k, v), strict=True))
         return dq, dk, dv
     sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
     for number, (problem, queries, keys) in enumerate(_problems(q, k, v, tile, scale)):
-        given = (_take(dout, queries), _take(out, queries), _take(gradient.lse, queries).float())
-        found = _provider(problem, provider).backward(problem, *given)
-        for total, part, index in zip(sums, found, (queries, keys, keys), strict=True):
+        incoming = (_take(dout, queries), _take(out, queries), _take(gradient.lse, queries).float())
+        gradients = _provider(problem, provider).backward(problem, *incoming)
+        for total, part, index in zip(sums, gradients, (queries, keys, keys), strict=True):
             part = part.float()
             _put(total.flatten(0, 1), index, part + _take(total, index) if number else part)
     return sums[0], sums[1], sums[2]
@@ -281,7 +281,7 @@ def _put(rows: Tensor, index: Tensor | None, values: Tensor) -> None:
 
 
 def _agrees(provider: Provider, call: Call, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a provider gives the reference's results on a small problem like this one; asked once a process."""
+    """Whether a provider gives the reference's results on a small problem like this one; tested once per process."""
     group = q.shape[2] // k.shape[2]
     key = (provider.name, call.kind, str(q.device), q.dtype, group, q.shape[3], v.shape[3])
     if key not in _tested:
@@ -298,8 +298,8 @@ def _agrees(provider: Provider, call: Call, q: Tensor, k: Tensor, v: Tensor) -> 
     return _tested[key]
 
 
-def _error(provider: Provider, kind: str, like: Tensor, group: int, value_dim: int) -> float:
-    """The largest relative error over out, lse and gradients, these for an (out, lse) as after a merge."""
+def _error(provider: Provider, kind: str, example: Tensor, group: int, value_dim: int) -> float:
+    """The largest relative error over out, lse and gradients, where the gradients are those after a merge."""
     documents = Documents.from_lengths([[80, 80]])
     mask = {"full": Mask(causal=False), "causal": Mask(), "band": Mask(window=33)}[kind]
     tile = mask.tile(documents, documents)
@@ -307,16 +307,16 @@ def _error(provider: Provider, kind: str, like: Tensor, group: int, value_dim: i
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, dim: int) -> Tensor:
-        return torch.randn(1, 160, heads, dim, generator=generator).to(like.device, like.dtype)
+        return torch.randn(1, 160, heads, dim, generator=generator).to(example.device, example.dtype)
 
-    dim = like.shape[3]
+    dim = example.shape[3]
     q, k, v, dout = draw(group, dim), draw(1, dim), draw(1, value_dim), draw(group, value_dim)
     out, lse = reference.attend(q, k, v, tile=tile, scale=dim**-0.5)
-    # As if three such tiles of no value were merged in.
+    # As if three more such tiles, with values of 0, were merged in.
     gradient = Gradient(dout, out / 4, lse + 2 * torch.log(torch.tensor(2.0)))
-    found = (
+    results = (
         *attend(q, k, v, tile=tile, scale=dim**-0.5, provider=provider),
         *attend_backward(gradient, q, k, v, tile=tile, scale=dim**-0.5, provider=provider),
     )
     expected = (out, lse, *reference.attend_backward(gradient, q, k, v, tile=tile, scale=dim**-0.5))
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(results, expected, strict=True))

@@ -50,10 +50,10 @@ def _take(x: Tensor, rows: tuple[int, int], span: tuple[int, int]) -> Tensor:
 class FlashRectangles(_Rectangles):
     """By torch's flash attention for CPU, which returns the log-sum-exp and whose backward takes a merged one.
 
-    It needs one dim for keys and values and contiguous heads (it reads other strides wrongly, in silence): inputs are
-    padded with zeros once a tile. It is a tenth faster where a head's tokens follow one another in memory, which is
-    worth a copy once several queries read each key. Its backward knows no gradient of the log-sum-exp; one more value
-    column, 0 in v, 1 in dout and −dlse in out, puts −dlse into the row sums of dout·out and changes nothing else.
+    It needs equal dims of keys and values, and contiguous heads (it silently misreads other strides), so inputs are
+    padded with zeros once per tile. It is a tenth faster where a head's tokens follow one another in memory, which is
+    worth a copy if several queries read each key. Its backward takes no gradient of the log-sum-exp: one more value
+    column, 0 in v, 1 in dout and −dlse in out, puts −dlse into the row sums of dout·out and has no other effect.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, gradient: Gradient | None = None) -> None:
@@ -103,7 +103,7 @@ class FlashRectangles(_Rectangles):
 
 
 class PlainRectangles(_Rectangles):
-    """By explicit matmuls on any device, over rectangles small enough that their scores may be held."""
+    """By explicit matmuls on any device, over rectangles small enough for all their scores to be in memory."""
 
     limit = 1024
 

@@ -56,7 +56,7 @@ def dense_backward(
 
 
 def _weights(q: Tensor, k: Tensor, visible_BJTS: Tensor, scale: float, lse_BTH: Tensor | None) -> tuple[Tensor, Tensor]:
-    """exp(s − lse) `[B, H, T, S]` and lse `[B, H, T]`, in float32 or float64; lse is that of s where none is given."""
+    """exp(s − lse) `[B, H, T, S]` and lse `[B, H, T]`, in float32 or float64; lse is by default that of s."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k_BSHK = k.to(dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     s_BHTS = scale * torch.einsum("bthk,bshk->bhts", q.to(dtype), k_BSHK)

@@ -25,11 +25,11 @@ from ..masks.triton import flat_bands, visible
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
-HIDDEN = tl.constexpr(-1.0e30)  # a score that weighs nothing, and with which arithmetic stays finite
+HIDDEN = tl.constexpr(-1.0e30)  # a score without weight, which keeps arithmetic finite
 
 
 class Blocks(NamedTuple):
-    """Queries and keys a block, and how Triton is to compile it."""
+    """Queries and keys per block, and how Triton compiles the kernel."""
 
     queries: int
     keys: int
@@ -46,7 +46,7 @@ class Blockings(NamedTuple):
 
 
 # By the dims of a key and a value together, as padded: the products and the registers of all three kernels follow them.
-# Half precision multiplies on tensor cores. Chosen so that nothing spills on sm_90 (`make kernels`).
+# Half precision multiplies on tensor cores. Chosen so that no register spills on sm_90 (`make kernels`).
 HALF = {
     128: Blockings(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)),
     256: Blockings(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
@@ -433,7 +433,7 @@ def _ready(x: Tensor) -> Tensor:
 
 
 class _Work:
-    """What every kernel of a tile is given: tensors with their strides, documents on the device, the mask, the dims."""
+    """What every kernel of a tile takes: tensors with their strides, documents on the device, the mask, the dims."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> None:
         # The kernels take the maximum before they scale, which is the maximum of the scaled only if scale >= 0.
@@ -491,21 +491,21 @@ def attend_backward(
     with torch.cuda.device_of(q):
         delta, lse2 = _levels(work, gradient)
         dout = _ready(gradient.dout.to(q.dtype))  # as an operand of tensor cores
-        given = (dout, work.q, work.k, work.v)
+        tensors = (dout, work.q, work.k, work.v)
         blocks = work.blocks.dq
         number = triton.cdiv(work.queries, blocks.queries)
         _dq[(number * work.batch * work.heads,)](
-            dq, *given, lse2, delta, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
+            dq, *tensors, lse2, delta, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
             work.queries, work.keys, number, work.heads, work.heads // work.groups,
-            work.scale * LOG2_E, work.scale * work.sign, *_strides(*given), **work.constants(blocks),
+            work.scale * LOG2_E, work.scale * work.sign, *_strides(*tensors), **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         blocks = work.blocks.dkv
         number = triton.cdiv(work.keys, blocks.keys)
         _dkv[(number * work.batch * work.groups,)](
-            dk, dv, *given, lse2, delta, *work.places(), *query_ranges(tile, blocks.keys, blocks.queries, q.device),
+            dk, dv, *tensors, lse2, delta, *work.places(), *query_ranges(tile, blocks.keys, blocks.queries, q.device),
             work.queries, work.keys, number, work.groups, work.heads // work.groups,
-            work.scale * LOG2_E, work.scale, *_strides(*given), **work.constants(blocks),
+            work.scale * LOG2_E, work.scale, *_strides(*tensors), **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return dq, dk, dv
@@ -532,7 +532,7 @@ _INTEGERS = ("q_ids", "q_positions", "k_ids", "k_positions", "offsets", "bounds"
 
 def compilations() -> list[Compilation]:
     """Every kernel at the dims of production models in bfloat16, the widest with a window and sinks too."""
-    found = []
+    result = []
     windowed = Mask(window=4096, sink_tokens=4)
     for key_dim, value_dim, mask in ((64, 64, Mask()), (128, 128, Mask()), (128, 128, windowed), (192, 128, Mask())):
         chosen = blockings(torch.bfloat16, key_dim, value_dim)
@@ -543,11 +543,11 @@ def compilations() -> list[Compilation]:
             (_dkv, chosen.dkv, chosen.dkv.keys),
         ):
             constants = _constants(blocks, key_dim, value_dim, mask)
-            found.append(_compilation(kernel, constants, blocks.warps, blocks.stages, rows, variant))
+            result.append(_compilation(kernel, constants, blocks.warps, blocks.stages, rows, variant))
     for value_dim in (64, 128):
         constants = {"HAS_DLSE": False, "M": DELTA_ROWS, "V": value_dim, "V0": value_dim}
-        found.append(_compilation(_delta, constants, 4, 1, 0, str(value_dim)))
-    return found
+        result.append(_compilation(_delta, constants, 4, 1, 0, str(value_dim)))
+    return result
 
 
 def _compilation(kernel, constants, warps: int, stages: int, rows: int, variant: str) -> Compilation:

@@ -1,4 +1,4 @@
-"""What mixers import: every op that mixes tokens, on a sequence of which this rank holds a part.
+"""What mixers import: every op that mixes tokens, on a sequence that ranks share.
 
 Each has the signature of its kernel plus `seq`, and a `slot` that names its state within a layer: two calls in one
 layer need two slots. With a decoding `seq` the same call continues from the cache that `seq` carries and updates it.

@@ -51,9 +51,9 @@ def attention(
 ) -> Tensor:
     """The op `op(*settings)` on a record of its inputs, over the keys of the whole row: `[B, T, H, V]` in q's type.
 
-    What every op over keys runs through, whoever wrote it: under each strategy, packed, recomputed, or continued from
-    the decoding cache. `settings` are plain values, by which a compiled graph is keyed; `slot` names the op's state
-    within the layer. Tokens from position `until` of their document on take no part: their outputs are 0. See
+    Every op over keys, your own too, runs through this: under each strategy, packed, recomputed, or continued from the
+    decoding cache. `settings` are plain values, by which a compiled graph is keyed; `slot` names the op's state within
+    the layer. Tokens from position `until` of their document on take no part: their outputs are 0. See
     `longreach.kernels.attend`.
     """
     if seq.cache is not None:
@@ -67,9 +67,9 @@ def attention(
 
 
 def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, Documents]:
-    """The inputs with the cached keys before the new ones, and where these stand.
+    """The inputs with the cached keys before the new ones, and the documents of all these keys.
 
-    The cache keeps of them what a later query can still see.
+    The cache keeps those that a later query can still see.
     """
     assert seq.cache is not None
     entries, key = seq.cache.entries, (seq.layer, slot)
@@ -91,7 +91,7 @@ def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any,
 
 
 def _parts(sent: tuple[Tensor, ...], runs: tuple[Run, ...], kept: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """Of tensors whose tokens are `runs` of one document, those at the kept positions."""
+    """The tokens at the kept positions, of tensors whose tokens are `runs` of one document."""
     cuts = [
         (max(low, r.position) - r.position + r.start, min(high, r.end_position) - r.position + r.start)
         for low, high in kept

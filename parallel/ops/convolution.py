@@ -1,4 +1,4 @@
-"""Short convolutions and shifts on a sequence of which this rank holds a part."""
+"""Short convolutions and shifts on a sequence that ranks share."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _with_history(x: Tensor, seq: Sequence, width: int, slot: str) -> tuple[Tens
     if seq.cache is None:
         folded = seq.fold(x)
         if seq.layout.ranks == 1:
-            seq.claim(slot)  # which decoding needs even where there is no halo
+            seq.claim(slot)  # decoding needs the slot even where there is no halo
         return folded, halo(folded, seq, width, slot)
     history = seq.cache.entries.get((seq.layer, slot), (x.new_zeros(x.shape[0], width, *x.shape[2:]),))[0]
     seq.cache.entries[seq.layer, slot] = (torch.cat([history, x], dim=1)[:, x.shape[1] :],)

@@ -1,4 +1,4 @@
-"""Attention to selected blocks and to summaries of windows, on a sequence of which this rank holds a part."""
+"""Attention to selected blocks and to summaries of windows, on a sequence that ranks share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ...kernels.block_sparse import BlockSparseAttend, BlockSparseInputs, sparse_lists
-from ...kernels.block_sparse import block_sparse_attention as block_sparse_attention_here
+from ...kernels.block_sparse import block_sparse_attention as local_block_sparse_attention
 from ...kernels.compressed import CompressedAttend
-from ...kernels.compressed import compressed_attention as attend_windows_here
+from ...kernels.compressed import compressed_attention as local_compressed_attention
 from ...kernels.documents import Documents
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import Tensors
 from ...kernels.plain import made_of
 from ...kernels.select_blocks import Rule
-from ...kernels.select_blocks import select_blocks as select_here
+from ...kernels.select_blocks import select_blocks as local_select_blocks
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
 from ..operation import Operation, mix
 from ..sequence import Sequence
@@ -52,7 +52,7 @@ def block_sparse_attention(
     """o = softmax(scale q kᵀ + mask) v over the blocks of the whole row that are listed: `[B, T, H, V]` in q's type.
 
     q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`; `blocks` int32 `[B, ceil(T/query_block), G or H, M]`, lists of
-    the queries held here by the ids of the whole row, −1 for none. Queries at positions below `dense_length` see all
+    this rank's queries by the ids of the whole row, −1 for none. Queries at positions below `dense_length` see all
     blocks, whatever is listed. See `longreach.kernels.block_sparse`.
     """
     mask = Mask() if mask is None else mask
@@ -72,7 +72,7 @@ def block_sparse_attention(
         )  # fmt: skip
         return dense + sparsely  # each is 0 where the other is not
     extended, keys = with_cached(BlockSparseAttend(*settings), inputs, seq, slot)
-    return block_sparse_attention_here(  # type: ignore[return-value]
+    return local_block_sparse_attention(  # type: ignore[return-value]
         q, extended.k, extended.v, blocks, block_size=block_size, query_block=query_block, mask=mask,
         documents=seq.local, key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def compressed_attention(
     """o = softmax(scale q kᵀ) v over the summaries of windows in each token's past: (out, lse).
 
     q `[B, T, H, K]`; k `[B, …, G, K]` and v `[B, …, G, V]` of the windows of the whole row, as `gather_windows` and
-    `window_means` give them. out `[B, T, H, V]` in q's type; lse `[B, T, H]`, float32 (float64), for `select_blocks`,
+    `window_means` return them. out `[B, T, H, V]` in q's type; lse `[B, T, H]`, float32 (float64), for `select_blocks`,
     without a gradient. See `longreach.kernels.compressed`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -100,7 +100,7 @@ def compressed_attention(
         out, lse = mix(replicated, (CompressedAttend, size, stride, scale), (q, k, v), seq, slot)
         return out, lse.detach()
     row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
-    return attend_windows_here(  # type: ignore[return-value]
+    return local_compressed_attention(  # type: ignore[return-value]
         q, k, v, size=size, stride=stride, documents=seq.local, row_documents=row, scale=scale, return_lse=True,
         backend=seq.backend,
     )  # fmt: skip
@@ -116,27 +116,27 @@ def select_blocks(
     lse: Tensor | None = None,
     slot: str = "selection",
 ) -> Tensor:
-    """The blocks of the whole row that each query held here lists: int32 `[B, T, G or H, rule.count]`, no gradient.
+    """The blocks of the row that each of this rank's queries lists: int32 `[B, T, G or H, rule.count]`, no gradient.
 
     q `[B, T, H, K]`; `summaries` `[B, …, G, K]` of the windows of the whole row, as `window_means` and `gather_windows`
-    give them; `lse` `[B, T, H]`. See `longreach.kernels.select_blocks`.
+    return them; `lse` `[B, T, H]`. See `longreach.kernels.select_blocks`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, summaries, lse = q.detach(), summaries.detach(), None if lse is None else lse.detach()
     if seq.cache is None:
         return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse), seq, slot)[0]
     row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
-    return select_here(
+    return local_select_blocks(
         q, summaries, rule=rule, documents=seq.local, row_documents=row, scale=scale, lse=lse, backend=seq.backend
     )
 
 
 @dataclass(frozen=True)
 class BlockSelection(Operation):
-    """The blocks that each query held here lists, among those of the whole row: `[B, T, J, count]`, no gradient.
+    """The blocks of the whole row that each of this rank's queries lists: `[B, T, J, count]`, no gradient.
 
-    Sends nothing: summaries are of all windows. An `Operation`, so that graphs hold no document and a recomputation
-    takes the lists of the first time; its inputs are (q, summaries, lse or None).
+    No rank sends anything, since each has the summaries of all windows. It is an `Operation` so that compiled graphs
+    hold no document and a recomputation takes the first lists; its inputs are (q, summaries, lse or None).
     """
 
     scale: float
@@ -149,7 +149,7 @@ class BlockSelection(Operation):
         q, summaries, lse = inputs
         assert q is not None
         assert summaries is not None
-        lists = select_here(
+        lists = local_select_blocks(
             q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
             backend=seq.backend,
         )  # fmt: skip
@@ -172,7 +172,7 @@ def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = No
     """The mean of every window of `size` tokens at each `stride`-th (default: blocks, `size`) of each document.
 
     x `[B, T, …]` to `[B, N // stride, …]`: the windows of the whole row in the order of `WindowLayout`, only complete
-    ones, then zeros; decoding, those so far and nothing more.
+    ones, then zeros. While decoding, they are only the windows so far.
     """
     stride = size if stride is None else stride
     check_windows(size, stride)
@@ -184,10 +184,10 @@ def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = No
 
 
 def local_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "windows") -> Tensor:
-    """The tokens of the windows that end here: `[B, T, …]` to `[B, W, size, …]`, for a mixer to summarise each.
+    """The tokens of the windows that end on this rank: `[B, T, …]` to `[B, W, size, …]`, for a mixer to summarise each.
 
-    W is as many as can end in the tokens held, and what is left is zero; decoding, it is the windows that the new
-    tokens complete. `gather_windows` puts what the mixer makes of them in the order of the row.
+    W is the most windows that can end there; places without a window are zero. While decoding, W counts the windows
+    that the new tokens complete. `gather_windows` puts the mixer's summaries in the order of the row.
     """
     check_windows(size, stride)
     if seq.cache is None:

@@ -1,4 +1,4 @@
-"""Attention across ranks: what strategies share, in whatever way keys come to the queries."""
+"""Attention across ranks: what all strategies share, however keys come to the queries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..sequence import Sequence
 class SharedAttention(Attention, Operation):
     """An `Attend` over the keys of all ranks that share a row; on one rank, over its own.
 
-    Tokens at position `until` of their document and beyond, if it is given, take no part: their outputs are 0. What
-    travels does so in its own type, which loses nothing; partial results and gradients are float32 (float64).
+    Tokens from position `until` of their document on, unless it is None, take no part: their outputs are 0. Inputs
+    travel in their own type, without loss; partial results and gradients are float32 (float64).
     """
 
     op: Attend

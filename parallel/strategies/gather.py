@@ -1,4 +1,4 @@
-"""Gathered attention: the keys and values of all ranks come together on each.
+"""Gathered attention: every rank gathers the keys and values of all.
 
 One gather forward and one backward, and one attention over the whole row: the fewest messages, any mask, and memory for
 the keys and values of whole rows, which grouped heads keep small (Llama 3 trains so, arXiv 2407.21783).
@@ -53,7 +53,7 @@ class GatherAttention(SharedAttention):
 
 
 def _gather(own: tuple[Tensor, ...], seq: Sequence) -> tuple[Tensor, ...]:
-    """What travels, of the whole rows `[B, N, …]`; one message for tensors of one type."""
+    """The inputs that travel, for whole rows `[B, N, …]`; tensors of one type share a message."""
     if seq.layout.ranks == 1:
         return own
     whole: dict[int, Tensor] = {}

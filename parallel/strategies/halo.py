@@ -67,7 +67,7 @@ def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
 
 
 def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:
-    """What `Halo` gives, `[spans * B, width, …]`; None on one rank, whose rows have nothing before them."""
+    """The output of `Halo`, `[spans * B, width, …]`; None on one rank, whose rows have no earlier tokens."""
     if seq.layout.ranks == 1 or width == 0:
         return None
     return mix(Halo, (width,), (x,), seq, slot)[0]

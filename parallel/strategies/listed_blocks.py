@@ -1,9 +1,9 @@
-"""Block-sparse attention across ranks: every rank is sent the blocks that its queries list, and nothing else.
+"""Block-sparse attention across ranks: every rank is sent only the blocks that its queries list.
 
-The lists of blocks are known to the rank that has the queries. One small all-gather tells every rank which blocks the
-others ask for; as all know the documents, all know then which tokens travel between which ranks. Listed blocks held
-here are attended while the others are under way, and both parts merged by log-sum-exp: a block that straddles ranks is
-attended by parts. Gradients of keys and values go back to their owners the same way.
+At first only the rank with the queries knows which blocks they list. One small all-gather tells every rank which blocks
+the others list; since all know the documents, all then know which tokens travel between which ranks. A rank attends to
+its own listed blocks while the others are under way, and both parts merge by log-sum-exp: a block that straddles ranks
+is attended to in parts. Gradients of keys and values go back to their owners the same way.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from .windows import rows_of
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Which keys travel, given the blocks that every rank lists: the same on all ranks, so that nobody waits in vain.
+    """Which keys travel for the blocks that ranks list: all ranks have the same plan, so that each receives what is
+    sent.
 
-    sends[a]: indices into the `[B · T]` tokens held here of those that rank a asks for, in order; none of its own.
-    receives[o]: where the tokens of rank o stand in the `[B · S]` received, in the order in which o sends them.
+    sends[a]: indices into this rank's `[B · T]` tokens of those that rank a asks for, in order; none for itself.
+    receives[o]: the places of rank o's tokens in the `[B · S]` received, in the order in which o sends them.
     keys: the documents of the received tokens, which stand in the order of the row.
     """
 
@@ -42,18 +43,18 @@ class BlockPlan:
         """From bool `[P, B, blocks]` on the host: what the queries of each rank list."""
         ranks, rank = seq.layout.ranks, seq.rank
         ids = seq.derive(("block ids", layout.block_size), lambda: layout.ids(layout.documents).long())
-        held = [seq.derive(("rows", peer), lambda peer=peer: rows_of(seq, peer)) for peer in range(ranks)]
-        nothing = torch.empty(0, dtype=torch.int64)
+        rows = [seq.derive(("rows", peer), lambda peer=peer: rows_of(seq, peer)) for peer in range(ranks)]
+        no_tokens = torch.empty(0, dtype=torch.int64)
         sends = [
-            nothing if peer == rank else _asked(listed[peer], ids[:, held[rank]]).flatten().nonzero().squeeze(1)
+            no_tokens if peer == rank else _asked(listed[peer], ids[:, rows[rank]]).flatten().nonzero().squeeze(1)
             for peer in range(ranks)
         ]
         asked = _asked(listed[rank], ids)
-        asked[:, held[rank]] = False
+        asked[:, rows[rank]] = False
         place = asked.cumsum(1) - 1
         most = int(asked.sum(1).max())
         place = place + torch.arange(len(place)).unsqueeze(1) * most
-        receives = [place[:, held[peer]][asked[:, held[peer]]] for peer in range(ranks)]
+        receives = [place[:, rows[peer]][asked[:, rows[peer]]] for peer in range(ranks)]
         return cls(tuple(sends), tuple(receives), _documents_of(asked, layout.documents, most))
 
     def to(self, device: torch.device) -> BlockPlan:
@@ -67,7 +68,7 @@ def _asked(listed: Tensor, ids: Tensor) -> Tensor:
 
 
 def _documents_of(asked: Tensor, documents: Documents, length: int) -> Documents:
-    """The documents of the tokens asked for, `[B, N]`, of each row, moved together and padded to `length`."""
+    """The documents of the tokens asked for, `[B, N]`, with those of each row moved together and padded to `length`."""
     ids, positions, rows = documents.ids(), documents.positions(), []
     for row, chosen in enumerate(asked):
         at = chosen.nonzero().squeeze(1)
@@ -94,14 +95,14 @@ def listed_blocks(blocks: Tensor, count: int) -> Tensor:
 def bytes_sent(
     plan: BlockPlan, *, blocks: int, ranks: int, kv_heads: int, key_dim: int, value_dim: int, element_bytes: int = 2
 ) -> tuple[int, int]:
-    """Bytes that a rank sends (forward, backward): what it lists, then the keys and values that others ask it for.
+    """Bytes that a rank sends (forward, backward): what it lists, then the keys and values that others ask for.
 
-    Backward sends them again, and to their owners the float32 gradients of those received (float64: of 8 bytes).
+    Backward sends them again, and the gradients of received ones to their owners, in float32 (float64: 8 bytes).
     `blocks` counts those of all rows, B times the most of any row.
     """
-    a_token = kv_heads * (key_dim + value_dim)
-    forward = (ranks - 1) * (blocks + 1) + sum(map(len, plan.sends)) * a_token * element_bytes
-    return forward, forward + sum(map(len, plan.receives)) * a_token * max(4, element_bytes)
+    per_token = kv_heads * (key_dim + value_dim)
+    forward = (ranks - 1) * (blocks + 1) + sum(map(len, plan.sends)) * per_token * element_bytes
+    return forward, forward + sum(map(len, plan.receives)) * per_token * max(4, element_bytes)
 
 
 class _Keys:
@@ -129,12 +130,12 @@ class _Keys:
         return tuple(x.unflatten(-1, shape) for x, shape in zip(parts, self.shapes, strict=True))
 
     def wait(self) -> tuple[Tensor, ...] | None:
-        """What was asked for, `[B, S, …]` in the order of the row; None where nothing."""
+        """The keys asked for, `[B, S, …]` in the order of the row; None if there are none."""
         finish(self.works)
         if not self.receives:
             return None
-        like = self.receives[0][0]
-        rows = like.new_zeros(self.batch * self.plan.keys.length, like.shape[1])
+        first = self.receives[0][0]
+        rows = first.new_zeros(self.batch * self.plan.keys.length, first.shape[1])
         for message, peer in self.receives:
             rows[self.plan.receives[peer]] = message
         return self.unpack(rows)
@@ -144,7 +145,7 @@ class ListedAttention(SharedAttention):
     """An `Attend` over listed blocks of the whole row; on one rank, over its own tokens.
 
     An owner adds gradients in the order of ranks: the result is the same at every run. Backward asks and sends again
-    rather than keep what it was sent. Lists that are wrong on one rank raise ValueError on all of them.
+    rather than keep received keys. Lists that are wrong on one rank raise ValueError on all of them.
     """
 
     op: ListedAttend
@@ -187,7 +188,7 @@ class ListedAttention(SharedAttention):
         return {"q": dq}, dkeys
 
     def ask(self, inputs: Any, seq: Sequence) -> BlockPlan | None:
-        """Tells the other ranks which blocks are listed here, and plans what travels; None on one rank."""
+        """Tells the other ranks which blocks this rank lists, and plans what travels; None on one rank."""
         layout = self._layout(seq)
         error = None
         try:
@@ -213,7 +214,7 @@ class ListedAttention(SharedAttention):
         return seq.derive(("blocks", self.op), lambda: self.op.layout(seq.documents))
 
     def _tile(self, seq: Sequence, keys: Documents | None = None) -> Any:
-        """This rank's queries against its own keys, or against those that it was sent."""
+        """This rank's queries against its own keys, or against received ones."""
         if keys is not None:
             return self.op.tile(seq.local, keys, self._layout(seq))
         return seq.derive(("block tile", self.op), lambda: self.op.tile(seq.local, seq.local, self._layout(seq)))
@@ -222,7 +223,7 @@ class ListedAttention(SharedAttention):
 def _send_home(
     dkeys: tuple[Tensor, ...], dreceived: tuple[Tensor, ...] | None, keys: _Keys, seq: Sequence
 ) -> tuple[Tensor, ...]:
-    """Sends the gradients of received keys to their owners, and adds what comes back for those sent."""
+    """Sends the gradients of received keys to their owners, and adds the gradients that come back for sent ones."""
     total, plan, sends = keys.pack(dkeys), keys.plan, []
     if dreceived is not None:
         packed = keys.pack(dreceived)
@@ -232,7 +233,7 @@ def _send_home(
     ]
     finish(exchange(sends, receives, seq))
     for message, peer in receives:
-        total[plan.sends[peer]] += message  # a token is asked for once a rank: indices are distinct
+        total[plan.sends[peer]] += message  # a rank asks for a token once: indices are distinct
     return keys.unpack(total)
 
 

@@ -1,4 +1,4 @@
-"""Replicated keys: every rank has all of them already, as it has the summaries of all windows, and nothing is sent."""
+"""Replicated keys: every rank already has them all, such as the summaries of all windows, and sends none."""
 
 from __future__ import annotations
 

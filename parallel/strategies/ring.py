@@ -22,9 +22,10 @@ from .attention import SharedAttention
 
 @dataclass(frozen=True)
 class RingPlan:
-    """Who needs whose keys under an op's mask: the same on every rank, so that nobody waits in vain.
+    """Which ranks need which keys under an op's mask: the same plan on every rank, so that all that is sent is
+    received.
 
-    tiles[s]: this rank's queries against the keys of the rank s places before it; None where the mask leaves nothing.
+    tiles[s]: this rank's queries against the keys of the rank s places before it; None where the mask hides all.
     hops[r]: how far the block of rank r travels: to the last rank after it that sees any of it.
     seen_by[r]: the distances from rank r at which its block is used, and from which a gradient comes back to it.
     """
@@ -62,7 +63,7 @@ class _Travel:
         return (self.seq.rank - step) % self.ranks
 
     def start(self, step: int) -> None:
-        """Passes on the block of this step where somebody further along needs it, and awaits that of the next."""
+        """Passes on the block of this step if a later rank needs it, and starts to receive that of the next."""
         rank, hops = self.seq.rank, self.plan.hops
         sends, receives = [], []
         if step + 1 < self.ranks:
@@ -99,7 +100,7 @@ class _Returns:
         self.works: list[dist.Work] = []
 
     def start(self, part: Packed | None, step: int) -> None:
-        """Sends this rank's part for the block of this step home, and awaits what comes back for the own block."""
+        """Sends this rank's part for this step's block to its owner, and starts to receive one for its own block."""
         if step == 0:
             if part is not None:
                 self.total.add(part)
@@ -120,9 +121,9 @@ class _Returns:
 class RingAttention(SharedAttention):
     """Keys travel round the ranks.
 
-    Forward sends each block once round as far as the mask lets it be seen. Backward circulates the blocks again with
+    Forward sends each block round once, up to the last rank that sees it. Backward circulates the blocks again with
     the final log-sum-exp, rather than keeping every block alive, and each rank sends the gradient of a block straight
-    to its owner. While a block is worked on, the next one is under way, and the gradient of the one before.
+    to its owner. While a block is worked on, the next block and the gradient of the previous one are under way.
     """
 
     def over_keys(self, inputs: Any, where: Sequence) -> tuple[Tensor, Tensor] | None:
@@ -153,9 +154,9 @@ class RingAttention(SharedAttention):
             part: Packed | None = None
             if tile is not None:
                 block = travel.block(step)
-                found, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
-                for name, part_of in found.items():
-                    stay[name] = stay[name].add_(part_of) if name in stay else part_of
+                stay_parts, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
+                for name, x in stay_parts.items():
+                    stay[name] = stay[name].add_(x) if name in stay else x
                 part = Packed.of(gradients)
             returns.finish()
             returns.start(part, step)

@@ -26,13 +26,13 @@ ALIGNMENT = 16  # bytes: so that any type can be read in place from a message
 
 @dataclass(frozen=True)
 class Ulysses(Operation):
-    """The operation `inner`, each rank of `Sequence.heads` with its share of heads and the tokens of all of them.
+    """The operation `inner`, run by each rank of `Sequence.heads` on its heads of the tokens of all these ranks.
 
     An `Operation` with the inputs of `inner`: sequences `[B, T, H, …]`, of which each rank gets H / U heads (channels,
     for ops without heads), and constants `[H, …]`, of which it takes its own. Grouped heads fewer than the U ranks go
     to all ranks whose query heads use them. Inputs at the places `common` have no heads, `[B, T, …]`, and go to every
-    rank. Backward exchanges the inputs again rather than keeping a second copy. Every exchange is one message a pair of
-    ranks. Raises ValueError, on all ranks alike and before anything is sent, for heads that the ranks do not divide.
+    rank. Backward exchanges the inputs again rather than keeping a second copy. Every exchange is one message per pair
+    of ranks. Raises ValueError, on all ranks alike and before anything is sent, for heads that the ranks do not divide.
     """
 
     ranks: int
@@ -50,8 +50,9 @@ class Ulysses(Operation):
     ) -> Tensors:
         heads = _heads(seq)
         exchanged = self._to_heads((*inputs, *gradients, *outputs), seq, heads)
-        held, dout, out = exchanged[: len(inputs)], exchanged[len(inputs) :][:1], present(*exchanged[len(inputs) + 1 :])
-        gradients = self.inner.backward(dout, held, out, saved, seq.by_heads)
+        count = len(inputs)
+        by_heads, dout, out = exchanged[:count], exchanged[count:][:1], present(*exchanged[count + 1 :])
+        gradients = self.inner.backward(dout, by_heads, out, saved, seq.by_heads)
         sequences = [i for i, x in enumerate(inputs) if x is not None and is_sequence(x) and gradients[i] is not None]
         back = dict(zip(sequences, _to_tokens([_present(gradients[i]) for i in sequences], seq, heads), strict=True))
         return tuple(self._own_gradient(i, x, back.get(i, gradients[i]), seq, heads) for i, x in enumerate(inputs))
@@ -59,7 +60,7 @@ class Ulysses(Operation):
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         self._check(inputs)
 
-        def held(place: int, x: Tensor | None) -> Tensor | None:
+        def by_heads(place: int, x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
             if not is_sequence(x):
@@ -72,13 +73,13 @@ class Ulysses(Operation):
 
         ring = ranks // self.ranks
         (out,), saved = self.inner.like(
-            tuple(held(place, x) for place, x in enumerate(inputs)), ring, spans if ring > 1 else 1
+            tuple(by_heads(place, x) for place, x in enumerate(inputs)), ring, spans if ring > 1 else 1
         )
         shape = [out.shape[0], out.shape[1] // self.ranks, out.shape[2] * self.ranks, *out.shape[3:]]
         return (out.new_empty(shape),), saved
 
     def _check(self, inputs: Tensors) -> None:
-        """Of the sequences with heads those with most have the op's heads; the others may be grouped."""
+        """Raises ValueError for heads that ranks do not divide; sequences with fewer heads than others are grouped."""
         shared = [x for i, x in enumerate(inputs) if x is not None and is_sequence(x) and i not in self.common]
         constants = [x.shape[0] for x in inputs if x is not None and not is_sequence(x)]
         counts = [x.shape[2] for x in shared]
@@ -95,15 +96,15 @@ class Ulysses(Operation):
             )
 
     def _to_heads(self, inputs: Tensors, seq: Sequence, heads: Heads) -> Tensors:
-        """What this rank runs on: its heads of the tokens of all ranks of the group."""
+        """The inputs of `inner`: this rank's heads, of the tokens of all ranks of the group."""
         places = [i for i, x in enumerate(inputs) if x is not None and is_sequence(x)]
         shares = [_shares(_present(inputs[i]), heads.ranks, common=i in self.common) for i in places]
         received = _exchange([[share[u] for share in shares] for u in range(heads.ranks)], heads)
         joined = [_join([parts[j] for parts in received], seq) for j in range(len(places))]
-        found: list[Tensor | None] = [None if x is None else _own(x, seq, heads) for x in inputs]
+        result: list[Tensor | None] = [None if x is None else _own(x, seq, heads) for x in inputs]
         for place, x in zip(places, joined, strict=True):
-            found[place] = x
-        return tuple(found)
+            result[place] = x
+        return tuple(result)
 
     def _own_gradient(
         self, place: int, x: Tensor | None, gradient: Tensor | None, seq: Sequence, heads: Heads
@@ -136,7 +137,7 @@ def _present(x: Tensor | None) -> Tensor:
 
 
 def _place(seq: Sequence, heads: Heads) -> int:
-    """Of this rank in its group."""
+    """This rank's place in its group."""
     return seq.rank % heads.ranks
 
 
@@ -159,7 +160,9 @@ def _shares(x: Tensor, ranks: int, *, common: bool) -> list[Tensor]:
 
 
 def _exchange(parts: list[list[Tensor]], heads: Heads) -> list[list[Tensor]]:
-    """Sends the tensors `parts[u]` to rank u of the group, packed; returns what came, in the same shapes, by rank."""
+    """Sends the tensors `parts[u]` to rank u of the group, packed; returns those received, of the same shapes, by
+    rank.
+    """
     shapes = [(part.shape, part.dtype) for part in parts[0]]
     received = all_to_all(torch.stack([_packed(tensors) for tensors in parts]), heads.group)
     return [_unpacked(message, shapes) for message in received]
@@ -175,12 +178,12 @@ def _packed(tensors: list[Tensor]) -> Tensor:
 
 
 def _unpacked(message: Tensor, shapes: list[tuple[torch.Size, Any]]) -> list[Tensor]:
-    found, start = [], 0
+    tensors, start = [], 0
     for shape, dtype in shapes:
         size = math.prod(shape) * dtype.itemsize
-        found.append(message[start : start + size].view(dtype).view(shape))
+        tensors.append(message[start : start + size].view(dtype).view(shape))
         start += size + -size % ALIGNMENT
-    return found
+    return tensors
 
 
 def _join(parts: list[Tensor], seq: Sequence) -> Tensor:
@@ -201,8 +204,8 @@ def _ordered(parts: list[Any], turn: int) -> list[Any]:
     return parts if turn % 2 == 0 else parts[::-1]
 
 
-def _to_tokens(held: list[Tensor], seq: Sequence, heads: Heads) -> list[Tensor]:
+def _to_tokens(tensors: list[Tensor], seq: Sequence, heads: Heads) -> list[Tensor]:
     """`[B, U * T, H / U, …]` of this rank's heads back to `[B, T, H, …]` of its tokens."""
-    shares = [_part(x, heads.ranks, seq) for x in held]
+    shares = [_part(x, heads.ranks, seq) for x in tensors]
     received = _exchange([[share[u] for share in shares] for u in range(heads.ranks)], heads)
-    return [torch.cat([parts[j] for parts in received], dim=2) for j in range(len(held))]
+    return [torch.cat([parts[j] for parts in received], dim=2) for j in range(len(tensors))]

@@ -2,8 +2,8 @@
 
 Windows are those of `kernels.select_blocks.WindowLayout`: complete, `size` tokens from every `stride`-th position of
 each document, numbered document by document over the row; blocks are windows whose stride is their size. Every rank
-derives from the documents which tokens each window has and who holds them, as a `Combination` of rows; what is
-differentiated is its transpose. A summary is known to every rank, as `[B, N // stride, …]`, zero past the last window
+derives from the documents which tokens each window has and which ranks hold them, as a `Combination` of rows, whose
+transpose gives the gradient. Every rank gets all summaries, as `[B, N // stride, …]`, zero past the last window
 of the row: a shape that does not depend on where documents start.
 """
 
@@ -61,11 +61,11 @@ def check_windows(size: int, stride: int) -> None:
 
 @dataclass(frozen=True)
 class WindowMeans(OfOneTensor):
-    """The mean of every window's tokens, `[B, T, …]` held here to `[B, N // stride, …]` of the whole row.
+    """The mean of every window's tokens, `[B, T, …]` of this rank to `[B, N // stride, …]` of the whole row.
 
     A window is added up from parts: the tokens of one stride of a document that one rank holds. Parts are gathered,
     in float32 (float64), so that a window may lie over any number of ranks and spans. Backward, every rank sends each
-    other the gradients of its parts, in one message, and adds what it gets in the order of ranks.
+    other the gradients of its parts, in one message, and adds those that it receives in the order of ranks.
     """
 
     size: int
@@ -88,7 +88,7 @@ class WindowMeans(OfOneTensor):
         return (x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:])
 
     def _plan(self, seq: Sequence, device: torch.device) -> tuple[Combination, Combination, int]:
-        """Held tokens to parts `[B, parts]`, parts of all ranks to windows, and how many parts a rank has at most."""
+        """This rank's tokens to parts `[B, parts]`, all ranks' parts to windows, and the most parts of any rank."""
 
         def make() -> tuple[Combination, Combination, int]:
             parts_of, windows_of, parts = self._make(seq)
@@ -103,19 +103,19 @@ class WindowMeans(OfOneTensor):
         parts_of_tokens, windows_of_parts = [], []
         for rank in range(layout.ranks):
             rows = rows_of(seq, rank)
-            here = windows[:, rows]
-            used, key = (here < total).any(-1), torch.stack([ids[:, rows], turn[:, rows]], dim=-1)
+            local = windows[:, rows]
+            used, key = (local < total).any(-1), torch.stack([ids[:, rows], turn[:, rows]], dim=-1)
             starts = used.clone()
             starts[:, 1:] &= (key[:, 1:] != key[:, :-1]).any(-1)  # tokens of one key are used alike
             number = starts.cumsum(1) - 1
             parts_of_tokens.append(torch.where(used, number, -1))
-            windows_of_parts.append((starts, number, here))
+            windows_of_parts.append((starts, number, local))
         parts = max(int(number.max()) + 1 for number in parts_of_tokens)
         batch = documents.batch
         index = torch.full((layout.ranks, batch, parts, windows.shape[-1]), total)
-        for rank, (starts, number, here) in enumerate(windows_of_parts):
+        for rank, (starts, number, local) in enumerate(windows_of_parts):
             row, token = starts.nonzero(as_tuple=True)
-            index[rank, row, number[row, token]] = here[row, token]
+            index[rank, row, number[row, token]] = local[row, token]
         mine = parts_of_tokens[seq.rank]
         flat = torch.where(mine < 0, batch * parts, mine + torch.arange(batch).view(-1, 1) * parts)
         to_parts = Combination(flat.flatten().unsqueeze(1), batch * parts).transpose
@@ -124,7 +124,7 @@ class WindowMeans(OfOneTensor):
 
 @dataclass(frozen=True)
 class LocalWindows(OfOneTensor):
-    """The rows of the windows whose last token is held here: `[B, T, …]` to `[B, W, size, …]`.
+    """The rows of the windows whose last token is on this rank: `[B, T, …]` to `[B, W, size, …]`.
 
     W = spans · ceil(span length / stride): as many as can end in the spans, span after span; places that are left are
     zero. A window that begins before its span takes those rows from a halo of `size − 1`.
@@ -150,7 +150,7 @@ class LocalWindows(OfOneTensor):
 
     def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
         spans = spans if ranks > 1 else 1
-        windows = spans * _windows_a_span(x.shape[1] // spans, self.stride)
+        windows = spans * _windows_per_span(x.shape[1] // spans, self.stride)
         return (x.shape[0], windows, self.size, *x.shape[2:])
 
     @property
@@ -169,22 +169,22 @@ class LocalWindows(OfOneTensor):
     def _make(self, seq: Sequence) -> Combination:
         layout, batch = _cut(seq), seq.documents.batch
         length, spans, before = layout.span_length, layout.spans, self.size - 1
-        held, each = before + length, _windows_a_span(length, self.stride)
-        index = torch.full((batch, spans, each, self.size), spans * batch * held)
+        rows, each = before + length, _windows_per_span(length, self.stride)
+        index = torch.full((batch, spans, each, self.size), spans * batch * rows)
         starts, owner, place = _owners(seq, self.size, self.stride)
         for turn, span in enumerate(layout.spans_of(seq.rank)):
             row, window = (owner == span).nonzero(as_tuple=True)
-            first = starts[row, window] - span * length + before + (turn * batch + row) * held
+            first = starts[row, window] - span * length + before + (turn * batch + row) * rows
             index[row, turn, place[row, window]] = first.unsqueeze(1) + torch.arange(self.size)
-        return Combination(index.view(-1, 1), spans * batch * held)
+        return Combination(index.view(-1, 1), spans * batch * rows)
 
 
 @dataclass(frozen=True)
 class GatherWindows(OfOneTensor):
-    """What every rank made of its `LocalWindows`, `[B, W, …]`, to the summaries of the row, `[B, N // stride, …]`.
+    """The summaries of every rank's `LocalWindows`, `[B, W, …]`, to those of the whole row, `[B, N // stride, …]`.
 
     One all-gather, in the type of the summaries; backward, every rank sends each other the gradients of its windows,
-    in one message, and adds what it gets in the order of ranks, in float32 (float64).
+    in one message, and adds those that it receives in the order of ranks, in float32 (float64).
 
     `length` is N.
     """
@@ -209,15 +209,15 @@ class GatherWindows(OfOneTensor):
 
     def _make(self, seq: Sequence) -> Combination:
         layout, batch = _cut(seq), seq.documents.batch
-        each = _windows_a_span(layout.span_length, self.stride)
-        held = layout.spans * each
-        index = torch.full((batch, self.length // self.stride, 1), layout.ranks * batch * held)
+        each = _windows_per_span(layout.span_length, self.stride)
+        places = layout.spans * each
+        index = torch.full((batch, self.length // self.stride, 1), layout.ranks * batch * places)
         _, owner, place = _owners(seq, self.size, self.stride)
         for rank in range(layout.ranks):
             for turn, span in enumerate(layout.spans_of(rank)):
                 row, window = (owner == span).nonzero(as_tuple=True)
-                index[row, window, 0] = (rank * batch + row) * held + turn * each + place[row, window]
-        return Combination(index.flatten(0, 1), layout.ranks * batch * held)
+                index[row, window, 0] = (rank * batch + row) * places + turn * each + place[row, window]
+        return Combination(index.flatten(0, 1), layout.ranks * batch * places)
 
 
 def rows_of(seq: Sequence, rank: int) -> Tensor:
@@ -236,12 +236,12 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 def windows_held(seq: Sequence, stride: int) -> int:
-    """Over all rows, the places for windows that `LocalWindows` gives this rank."""
+    """How many places for windows `LocalWindows` has on this rank, over all rows."""
     layout = _cut(seq)
-    return seq.documents.batch * layout.spans * _windows_a_span(layout.span_length, stride)
+    return seq.documents.batch * layout.spans * _windows_per_span(layout.span_length, stride)
 
 
-def _windows_a_span(length: int, stride: int) -> int:
+def _windows_per_span(length: int, stride: int) -> int:
     """The most windows that can end in `length` tokens: their last tokens are a stride apart, across documents too."""
     return -(-length // stride)
 
@@ -280,7 +280,7 @@ def _gather(x: Tensor, seq: Sequence) -> Tensor:
 
 
 def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, stride: int, slot: str) -> Tensor:
-    """The windows that these tokens of one document a row complete, `[B, new, size, …]`; the cache keeps what later
+    """The windows that these tokens of one document per row complete, `[B, new, size, …]`; the cache keeps what later
     windows begin with."""
     key, before = (seq.layer, slot), cache.length
     rows = x
@@ -294,7 +294,7 @@ def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, s
 
 
 def summaries_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, slot: str) -> Tensor:
-    """The summaries of all windows so far, given those of the new ones."""
+    """The summaries of all windows so far, from those of the new ones and the cache."""
     key = (seq.layer, slot)
     if key in cache.entries:
         x = torch.cat([cache.entries[key][0], x], dim=1)

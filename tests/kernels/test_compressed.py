@@ -104,7 +104,7 @@ def test_the_kernels_of_triton_agree():
 
 def test_bad_input_is_named():
     q, k, v, _ = draw(Documents.whole(1, 40), WindowLayout(Documents.whole(1, 40), 8, 4))
-    with pytest.raises(ValueError, match=r"one summary for each window .* 9 a row; got 8"):
+    with pytest.raises(ValueError, match=r"one summary for each window .* 9 per row; got 8"):
         compressed_attention(q, k[:, 1:], v[:, 1:], size=8, stride=4)
     with pytest.raises(ValueError, match="documents must describe 1 rows of 40 queries"):
         compressed_attention(q, k, v, size=8, stride=4, documents=Documents.whole(1, 39))

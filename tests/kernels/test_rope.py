@@ -156,5 +156,5 @@ def test_bad_input():
     frequencies, _ = rope_frequencies(8, 10000.0)
     with pytest.raises(ValueError, match="at most half"):
         rope(torch.ones(1, 2, 1, 6), positions_of(1, 2), inverse_frequencies=frequencies)
-    with pytest.raises(ValueError, match="one a token"):
+    with pytest.raises(ValueError, match="one per token"):
         rope(torch.ones(1, 2, 1, 8), positions_of(1, 3), inverse_frequencies=frequencies)

@@ -229,7 +229,7 @@ def test_rules_that_do_not_fit_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"summaries": torch.zeros(1, 9, 2, 5)}, "10 a row; got 9"),
+        ({"summaries": torch.zeros(1, 9, 2, 5)}, "10 per row; got 9"),
         ({"summaries": torch.zeros(1, 10, 3, 5)}, "divide the query heads"),
         ({"summaries": torch.zeros(1, 10, 2, 4)}, "summaries must be"),
         ({"summaries": torch.zeros(1, 10, 2, 5).double()}, "one dtype"),

@@ -20,7 +20,7 @@ LIMIT_SECONDS = 300.0  # for one function on the ranks, on a machine that is bus
 
 
 class Bench:
-    """A topology on this machine: `data_ranks * sequence` ranks, started with the first function that they are given.
+    """A topology on this machine: `data_ranks * sequence` ranks, started when they run their first function.
 
     truths: what the model gives for each of `cases` in float64, once that has been computed.
     """
@@ -35,7 +35,7 @@ class Bench:
         self.ranks: Ranks | None = None
 
     def model(self, dtype: torch.dtype) -> Any:
-        """The model with the values that the ranks give it."""
+        """The model with the same initial values as on the ranks."""
         return work.filled(self.topology, dtype).to(self.device)
 
     def add(self, row: Row) -> None:
@@ -53,7 +53,7 @@ class Bench:
             raise
 
     def share(self, function: Callable[..., dict[int, Any]], jobs: list[Any]) -> list[list[Any]]:
-        """For each job what the ranks that shared it gave, in their order; the data ranks take turns."""
+        """For each job the results of the ranks that shared it, in their order; the data ranks take turns."""
         answers = self.run(function, jobs)
         shared = []
         for number in range(len(jobs)):

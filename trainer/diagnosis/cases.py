@@ -1,4 +1,4 @@
-"""Cases: packed rows, layouts and targets that the model is tried on; chosen so that a wrong border shows."""
+"""Cases: packed rows, layouts and targets for the model, chosen so that an error at a border shows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_cases(ranks: int, spans: int, vocabulary: int) -> list[Case]:
     """Every packing: under the user's spans first, then contiguous, as a zigzag, and in very short spans."""
     length = 7 if ranks * spans <= 32 else 3
     cuts = [(spans, length), *((count, 5) for count in (1, 2) if count != spans)]
-    # In such short spans what a convolution of four taps sees comes from several of them.
+    # The inputs of a convolution of four taps come from several such short spans.
     cuts += sorted({(spans, 2), (2, 2), (max(2, spans), 1)})
     shapes = [Layout(ranks * count * n, ranks, count) for count, n in cuts]
     return [case for layout in shapes for case in _packings(layout, vocabulary)]

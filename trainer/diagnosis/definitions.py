@@ -20,7 +20,7 @@ Lengths = list[list[int]]
 
 
 def documents_of(lengths: Lengths) -> Iterator[tuple[int, int, int]]:
-    """(row, first token, length) of every document; of nothing but padding one without tokens, which has a gradient."""
+    """(row, first token, length) of every document; for padding alone one without tokens, which has a gradient."""
     if not any(lengths):
         yield 0, 0, 0
     for row, sizes in enumerate(lengths):
@@ -165,7 +165,7 @@ def select_blocks(
 
 
 def _block_scores(q: Tensor, keys: Tensor, rule: Any, scale: float | None, lse: Tensor | None) -> Tensor:
-    """The score of each block of one document, −inf for one that no window which the query sees touches."""
+    """The score of each block of one document, −inf for a block that no window in the query's view touches."""
     length, count, group = len(q), len(keys), q.shape[1] // keys.shape[1]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     time = torch.arange(length, device=q.device)
@@ -256,7 +256,7 @@ def _windows(length: int, size: int, stride: int) -> int:
 
 
 def _numbered(lengths: Lengths, count: Any) -> Iterator[tuple[int, int, int, int]]:
-    """(row, first token, length, number of the first of its `count(length)` things over the row) of every document."""
+    """(row, first token, length, number in the row of the first of its `count(length)` items) of every document."""
     row_before, number = -1, 0
     for row, start, size in documents_of(lengths):
         number = 0 if row != row_before else number

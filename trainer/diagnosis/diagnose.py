@@ -47,7 +47,7 @@ def diagnose(
     topology = Topology(build, model, parallel)
     _on_host(Bench(topology, data_ranks, report, prepare), settings, say)
     _on_cuda(topology, data_ranks, report, settings, say, prepare)
-    # What was not tested comes last.
+    # Rows that were not tested come last.
     report.rows.sort(key=lambda row: row.verdict == NOT_TESTED)
     return report
 
@@ -101,7 +101,7 @@ def _on_cuda(
 
 
 def _attempt(bench: Bench, say: Callable[[str], None], steps: dict[str, Callable[[], None]]) -> None:
-    """Each step in turn; whatever a broken part raises is a finding. Ranks that failed twice, or hung, stay down."""
+    """Each step in turn; an error that a part raises is a finding. Ranks that failed twice, or hung, stay down."""
     broken = 0
     try:
         for title, step in steps.items():

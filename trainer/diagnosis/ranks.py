@@ -1,4 +1,4 @@
-"""Ranks: processes of torch.distributed on this machine, started once and given one function after another."""
+"""Ranks: processes of torch.distributed on this machine, started once, which then run one function after another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-GRACE_SECONDS = 2.0  # what the others get to finish after one rank failed: they may wait for it in a collective
+GRACE_SECONDS = 2.0  # for the others to finish after one rank failed: they may wait for it in a collective
 START_SECONDS = 240.0
 PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "longreach.trainer.diagnosis.training"]
 
@@ -71,7 +71,7 @@ class Ranks:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _stand(self, rank: int) -> str:
-        """Where a silent rank stands: its innermost frames of this package."""
+        """Where a silent rank is: its innermost frames of this package."""
         process, file = self.processes[rank], self.folder / f"stack-{rank}"
         if process.pid is None or not process.is_alive() or not file.exists():
             return "is not alive"
@@ -109,7 +109,7 @@ class Ranks:
 
 
 def _serve(rank: int, world: int, folder: str, connection: Connection, cuda: bool, prepare: str | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     stack = open(Path(folder, f"stack-{rank}"), "w")  # noqa: SIM115 (faulthandler writes to it as long as we live)
     faulthandler.register(signal.SIGUSR1, file=stack)
     try:

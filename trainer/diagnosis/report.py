@@ -1,4 +1,4 @@
-"""Report: the rows of a diagnosis; what passed on one screen, and the culprit with all that tells of it."""
+"""Report: the rows of a diagnosis; what passed on one screen, and the likeliest cause of a failure in detail."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def family(self) -> tuple[str, str]:
-        """(what checks of this kind are called together, this one's name among them)."""
+        """(the common name of checks of this kind, the name of this check among them)."""
         kind, _, name = self.check.partition(" ")
         if kind == "function":
             return "functions of a token", name
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass
 class Report:
-    """All rows; `failed` decides the exit code. unseen: what was made small, and so is not seen."""
+    """All rows; `failed` decides the exit code. unseen: what was made small, and so is not tested."""
 
     title: str
     rows: list[Row] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Report:
 
     @property
     def failures(self) -> list[Row]:
-        """What failed, that which tells most about the cause first."""
+        """The failures, starting with the one that says most about the cause."""
         return sorted((row for row in self.rows if row.verdict == FAIL), key=lambda row: row.precedence)
 
     @property
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def culprits(self) -> list[Row]:
-        """Failures that no other explains; of those on several ZeRO stages one."""
+        """Failures that no other explains; the same failure on several ZeRO stages counts once."""
         failures = self.failures
         culprits: list[Row] = []
         for row in failures:
@@ -104,7 +104,7 @@ class Report:
         return f"FAIL: {failed} of {tested} checks failed, first to look at: {culprit.check}: {culprit.where}"
 
     def show(self, console: Console, *, verbose: bool = False) -> None:
-        """Prints a line for each kind of check, details of failures, what was not seen, and the verdict.
+        """Prints a line for each kind of check, details of failures, what was not tested, and the verdict.
 
         verbose: a table with every check's numbers besides.
         """

@@ -50,7 +50,7 @@ def stream_of(lengths: list[int], length: int, vocabulary: int | None = None) ->
 
 @dataclass
 class Step:
-    """What a step of the trainer gave on one rank; fragments are (index of the first element, elements)."""
+    """The result of a step of the trainer on one rank; fragments are (index of the first element, elements)."""
 
     loss: float
     norm: float
@@ -62,7 +62,7 @@ class Step:
 
 
 class _Silent:
-    """In the place of what shows and keeps a run: has every method, and none does anything."""
+    """Stands in for the outputs of a run: it has every method, and none does anything."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -85,7 +85,7 @@ class _Filled(NamedTuple):
 
 
 class _Examined(Trainer):
-    """The trainer with rows of its own and nothing that it writes; its step is the one that trains."""
+    """The trainer with rows of its own, which writes no files; its step is the one that trains."""
 
     def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, stream: TokenStream) -> None:
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, []
@@ -143,7 +143,7 @@ def _rows(part: Batch) -> list[Row]:
 
 
 def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
-    """One step of the trainer; in bfloat16 also what the model alone gives. `targets` are those of the whole step."""
+    """One step of the trainer; in bfloat16 also the model's gradient alone. `targets` are those of the whole step."""
     worker = work.this_worker()
     topology = worker.topology
     stream = stream_of(lengths, settings.data.sequence_length, topology.model["vocabulary"])
@@ -167,7 +167,7 @@ class Place(NamedTuple):
 
 
 def places(sequence: int, ulysses: int, world: int) -> list[Place]:
-    """The mesh as each of `world` ranks would make it: groups are noted, and none is formed."""
+    """The mesh as each of `world` ranks would make it: groups are recorded but not formed."""
     all_places = []
     for rank in range(world):
         stand_in = SimpleNamespace(

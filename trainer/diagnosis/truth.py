@@ -1,4 +1,4 @@
-"""Truth: what a case gives on one process, by `definitions` and the references of recurrences alone."""
+"""Truth: the results of a case on one process, by `definitions` and the references of recurrences alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Call:
         return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def names(self) -> list[str]:
-        """What `tensors` are called."""
+        """The names of `tensors`."""
         bound = inspect.signature(getattr(ops, self.op)).bind(*self.args, **self.kwargs, seq=None)
         named = [
             (name, x)
@@ -87,7 +87,7 @@ class Call:
 
 @dataclass
 class Result:
-    """What a model gives for a case: of the whole rows, or of those of one rank."""
+    """The results of a model for a case: for whole rows, or for the part of one rank."""
 
     loss: Tensor
     targets: int
@@ -130,7 +130,7 @@ def plain(name: str, backend: str = "reference") -> Op:
 
 
 def _attention(backend: str) -> Op:
-    """An op over keys that is offered as its `Attend`, whoever wrote it."""
+    """An op over keys that is passed as its `Attend`, a user's too."""
 
     def op(attend: Callable[..., Any], inputs: Any, settings: tuple = (), *, seq: Sequence, slot: str = "") -> Tensor:
         made = attend(*settings)
@@ -163,7 +163,7 @@ def _defined(name: str) -> Op:
 
 
 def replayed(name: str, find: Callable[[str], Op]) -> Op:
-    """The op by which a call is replayed, of those that `find` gives.
+    """The op by which a call is replayed, of those that `find` returns.
 
     What ranks hold of windows differs by layout, so that `local_windows` is followed by something made of each window,
     not linear and different by place, and by `gather_windows`.
@@ -194,13 +194,13 @@ def plain_op(name: str, backend: str = "reference") -> Op:
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output among what an op gives."""
+    """The output among the results of an op."""
     return result[0] if isinstance(result, tuple) else result
 
 
 @contextmanager
 def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -> Iterator[None]:
-    """Meanwhile mixers, whose names in the pattern are `names`, call the ops of one device; every call is noted."""
+    """Inside, mixers, whose names in the pattern are `names`, call the ops of one device; every call is recorded."""
     originals = {name: getattr(ops, name) for name in ops.__all__}
 
     def noting(name: str, op: Op) -> Op:
@@ -226,7 +226,7 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
 
 
 def _define_pointwise(restored: ExitStack) -> None:
-    """What the models import of `kernels.pointwise` is as it is defined, until `restored` closes."""
+    """Models use the definitions of `kernels.pointwise`, until `restored` closes."""
     models = LanguageModel.__module__.rpartition(".")[0]
     for module in [module for name, module in sys.modules.items() if name.startswith(models)]:
         for name in POINTWISE:
@@ -249,7 +249,7 @@ class FarSequence(Sequence):
 
 @contextmanager
 def far_positions(seq: Sequence) -> Iterator[Sequence]:
-    """A sequence of far positions; meanwhile ops get it as it is, whatever mixers are told."""
+    """A sequence that tells mixers far positions; inside, ops get the true ones."""
 
     def near(op: Op) -> Op:
         def call(*args: Any, seq: Sequence, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -266,7 +266,7 @@ def far_positions(seq: Sequence) -> Iterator[Sequence]:
 
 
 def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) -> Result:
-    """Forward and backward of the tokens held by `seq`'s rank."""
+    """Forward and backward of the tokens of `seq`'s rank."""
     layers: list[Tensor] = []
     hidden: list[Tensor] = []
 

@@ -21,7 +21,7 @@ PAIRED = ("softmax_attention", "block_sparse_attention", "select_blocks", "compr
 
 
 def distinct(calls: list[Call]) -> list[Call]:
-    """The first of those calls that differ by their layer and tensors alone."""
+    """The first of the calls that differ only by their layer and tensors."""
     calls_by_kind: dict[str, Call] = {}
     for call in calls:
         settings = {name: value for name, value in call.kwargs.items() if not isinstance(value, Tensor)}
@@ -89,7 +89,7 @@ def _on(call: Call, case: Case, variant: str) -> Call:
         chosen = torch.randint(x.shape[1], (count,), generator=generator)
         noise = torch.rand(2, len(chosen), *x.shape[2:], generator=generator, dtype=x.dtype)
         picked = x[torch.arange(2) % x.shape[0]][:, chosen]
-        # What was −inf, of queries that saw no window, may see some here.
+        # Queries that saw no window, and had −inf, may see some in these rows.
         return torch.where(picked.isinf(), 0.0, picked) * (1 + 0.02 * noise)
 
     made = replace(call.mapped(drawn), variant=variant)

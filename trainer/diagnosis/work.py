@@ -56,7 +56,7 @@ class Worker:
 
 
 _workers: list[Worker] = []
-_chosen: dict[str, str] = {}  # op to implementation, as the kernels told
+_chosen: dict[str, str] = {}  # op to implementation, as the kernels report it
 
 
 class _Listener(logging.Handler):
@@ -67,7 +67,7 @@ class _Listener(logging.Handler):
 
 
 def filled(topology: Topology, dtype: torch.dtype) -> LanguageModel:
-    """The model with the values that every process gives it."""
+    """The model with initial values that are the same in every process."""
     model = topology.build(topology.model)
     fill(model)
     return model.to(dtype)
@@ -121,7 +121,7 @@ def probe(jobs: list[tuple[Case, list[Tensor]]]) -> dict[int, list[Tensor]]:
 
 
 def replay(jobs: list[tuple[Case, list[tuple[Call, Tensor]]]]) -> dict[int, list[list[Tensor]]]:
-    """Each op's output and the gradients of its tensors, given the output's gradient."""
+    """Each op's output, and the gradients of its tensors from that of the output."""
     (worker,) = _workers
     results = {}
     for number, (case, calls) in worker.mine(jobs):
@@ -142,7 +142,7 @@ def _replayed(call: Call, dout: Tensor, seq: Sequence, case: Case) -> list[Tenso
 
 
 def _share(seq: Sequence) -> float:
-    """This rank's share of a gradient that is the sum of all ranks': a half, a quarter, …, which rounds nothing."""
+    """This rank's share of a gradient that is the sum of all ranks': a half, a quarter, …, without rounding."""
     return 0.5 ** min(seq.rank + 1, seq.layout.ranks - 1)
 
 

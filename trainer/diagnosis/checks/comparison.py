@@ -1,4 +1,4 @@
-"""Checks: what ranks gave beside what must come out, as rows of a report."""
+"""Checks: the results of ranks compared with the expected ones, as rows of a report."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def call_results(call: Call, parts: list[list[Tensor]], layout: Layout) -> list[
 
 
 def _of_every_rank(parts: list[list[Tensor]]) -> Tensor:
-    """What all ranks have alike; not a number where they differ."""
+    """The value that all ranks share; not a number where they differ."""
     first, *others = (part[0] for part in parts)
     for other in others:
         first = torch.where((first == other) | (first.isnan() & other.isnan()), first, math.nan)

@@ -1,4 +1,4 @@
-"""Exact checks: in float64 ranks must give what one device gives, but for the order of sums."""
+"""Exact checks: in float64 ranks must compute the same as one device, except for the order of sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODES = ("none", "mixing", "full")  # of trainer.activation_checkpointing
 
 
 def one_process(bench: Bench) -> None:
-    """Computes the truths, and holds them against documents by themselves and against one device's own way."""
+    """Computes the truths, and compares them with documents by themselves and with one device without ranks."""
     model = bench.model(torch.float64)
     bench.truths = [truth_of(model, case) for case in bench.cases]
     packed, single = [], []
@@ -92,7 +92,7 @@ def _rounding_errors(got: Tensor, exact: Tensor) -> float:
 
 
 def differences(bench: Bench) -> None:
-    """The gradients of one device beside what the loss does along a random direction.
+    """The gradients of one device, compared with the change of the loss along a random direction.
 
     Truth and ranks run the same mixers: a gradient that one of these gets wrong, a detach too many for instance, agrees
     everywhere but with the loss itself.
@@ -138,7 +138,7 @@ def model(bench: Bench) -> None:
 
 
 def operations(bench: Bench) -> None:
-    """The ops with the very inputs that they have in the model, so that an error is theirs alone.
+    """The ops with the same inputs as in the model, so that an error is theirs alone.
 
     And with windows, blocks and taps at the edges of spans, and on rows whose spans hold several chunks.
     """
@@ -214,7 +214,7 @@ def recomputation(bench: Bench, own: str) -> None:
 
 
 def decoding(bench: Bench) -> None:
-    """Three tokens are read at once and then one at a time, beside one forward."""
+    """Three tokens are read at once and then one at a time, compared with one forward."""
     made, tokens = bench.model(torch.float64), bench.cases[0].tokens
     with torch.no_grad():
         with plain_ops([], made.names):

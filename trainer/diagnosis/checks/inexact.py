@@ -33,7 +33,7 @@ ROUNDED_ONCE = {
 
 
 def rounded(bench: Bench, dtype: torch.dtype) -> None:
-    """Errors of gradients, and of each op, in `dtype` against float64: beside those of one device in that type.
+    """Errors of gradients, and of each op, in `dtype` against float64, compared with those of one device in that type.
 
     With positions far into a document they may not be larger than at its start, on ranks or not.
     """
@@ -67,7 +67,7 @@ def _beside(
     theirs: dict[str, float],
     dtype: torch.dtype,
 ) -> list[Difference]:
-    """The ranks' errors beside those of one device; where that is not enough, beside what any rounding makes."""
+    """The ranks' errors compared with those of one device and, where that is not enough, with those of any rounding."""
     ours, floor = comparison.of_norms(comparison.together(parts, case.layout).gradients, truth.gradients), FLOORS[dtype]
     compared = _compared(ours, theirs, floor, case.name)
     if comparison.worst(compared).error > 1.0:
@@ -86,7 +86,7 @@ def _compared(ours: dict[str, float], theirs: dict[str, float], floor: float, na
 
 
 def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding: float) -> dict[str, float]:
-    """Errors of exact gradients where only the parameters are rounded: what a case makes of any rounding.
+    """Errors of exact gradients where only the parameters are rounded: the effect of any rounding on a case.
 
     Where a layer normalises something close to 0 that is thousands of roundings, and one device may lose few by chance.
     """
@@ -102,7 +102,7 @@ def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding:
 
 
 def _rounded_ops(bench: Bench, model: LanguageModel, dtype: torch.dtype) -> None:
-    """Each op over many spans, beside its definition in float32 rounded once; on a GPU, beside one device."""
+    """Each op over many spans, compared with its definition in float32 rounded once; on a GPU, with one device."""
     case, noted = case_of_many(bench.sequence, bench.topology.model["vocabulary"]), []
     with torch.no_grad(), plain_ops(noted, model.names, "auto"):
         model(case.tokens.to(bench.device), Sequence.single(case.documents))

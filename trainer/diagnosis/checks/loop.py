@@ -1,4 +1,4 @@
-"""The loop: a step of the trainer under the engine beside what it must give, row by row and number by number."""
+"""The loop: a step of the trainer under the engine compared with the expected one, row by row and number by number."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _of_a_step(settings: Settings, bench: Bench, length: int) -> Settings:
 
 
 def expected_rows(lengths: list[int], length: int, number: int, vocabulary: int) -> list[Row]:
-    """The rows of a stream by what they must be, whatever their order: a token's target is the one that follows it.
+    """The rows that a stream must have, in any order: a token's target is the token after it.
 
     Told from rows in which every token has an id of its own. Raises ValueError where a piece of a row is not a stretch
     of one document.
@@ -216,7 +216,7 @@ def _decays(model: torch.nn.Module) -> set[str]:
 
 
 def _assembled(steps: list[Step], shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
-    """Whole tensors from what the ranks hold; NaN where none does."""
+    """Whole tensors from the parts on the ranks; NaN where no rank has a part."""
     whole = {}
     for name, shape in shapes.items():
         flat = torch.full((shape.numel(),), math.nan)
@@ -228,7 +228,7 @@ def _assembled(steps: list[Step], shapes: dict[str, torch.Size], kind: str) -> d
 
 
 def _check_sum(bench: Bench, stage: int, steps: list[Step], truth: _Truth, settings: Settings, *, clip: float) -> None:
-    """In bfloat16: the gradient is the sum, in float32, of those that the micro-batches give on their own."""
+    """In bfloat16: the gradient is the sum, in float32, of those of the single micro-batches."""
     summed = {name: comparison.sum_of([step.alone[name] for step in steps]) / len(steps) for name in truth.gradients}
     norm = _norm(summed)
     scale = min(1.0, clip / norm)

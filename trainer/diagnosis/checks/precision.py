@@ -1,4 +1,4 @@
-"""Precision: what a rounded type loses, told by float64 of the same rounded numbers.
+"""Precision: the error of a rounded type, measured by float64 on the same rounded numbers.
 
 Beside one device in the same type nothing shows that both do alike; float64 tells what should come out. An op is to add
 up in float32 and to round once, whatever it is made of and however many ranks give parts of it.
@@ -30,7 +30,7 @@ class Noted(NamedTuple):
 
 @contextmanager
 def noted_ops() -> Iterator[list[Noted]]:
-    """Meanwhile the calls of ops with an output that may have a gradient are noted, in their order."""
+    """Inside, the calls of ops with an output that may have a gradient are recorded, in their order."""
     originals = {name: getattr(ops, name) for name in ops.__all__}
     noted: list[Noted] = []
 
@@ -55,7 +55,7 @@ def noted_ops() -> Iterator[list[Noted]]:
 
 
 def of_ops(noted: list[Noted], dtype: torch.dtype) -> list[Difference]:
-    """Of every noted op the errors of output and gradients on this rank, in roundings; see `roundings`.
+    """The errors of output and gradients of every recorded op on this rank, in roundings; see `roundings`.
 
     Every rank that shares the sequence calls it with the same ops. The truth is the op itself in float64, on the same
     ranks: that those give what one device gives is for exact checks to say.
@@ -72,7 +72,7 @@ def of_ops(noted: list[Noted], dtype: torch.dtype) -> list[Difference]:
 
 
 def roundings(got: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """The error of `got` over that of the truth rounded once to `dtype`: 1 for what rounds once; root mean squares.
+    """The error of `got` over that of the truth rounded once to `dtype`: 1 for one rounding; root mean squares.
 
     Of a sum of n numbers that is rounded after each it comes to about sqrt(n / 2), or more where the numbers cancel.
     """
@@ -82,7 +82,7 @@ def roundings(got: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 
 @contextmanager
 def plain_rotations(documents: Documents) -> Iterator[None]:
-    """Meanwhile mixers rotate whole rows by positions counted here, in float64, whatever they are given.
+    """Inside, mixers rotate whole rows in float64 by positions counted in this function, whatever theirs are.
 
     A position or an angle that is rounded in every type alike is wrong in float64 too.
     """
