@@ -30,11 +30,11 @@ LENGTHS = [[[7, 17]], [[24]], [[1, 2, 20]]]
 GRAPHS = 5
 
 
-def make_model(checkpointing="none", routed=False):
+def make_model(checkpointing="none", routed=False, depth=6):
     return LanguageModel(
         vocabulary=VOCABULARY,
         width=16,
-        depth=6,
+        depth=depth,
         pattern=["lightning", "softmax+mamba"],
         mixers={
             "lightning": partial(LightningAttention, heads=2),
@@ -54,7 +54,8 @@ def tokens_of(step):
 def train(rank, world, stage, checkpointing, routed, compiled):
     """Three steps with evaluation and decoding between; what was said, how many graphs were made, and the weights."""
     torch._dynamo.reset()
-    engine = make_engine(stage, model=lambda: make_model(checkpointing, routed))
+    # DeepSpeed's hooks of stage 3 break every layer's graphs anew, which takes long.
+    engine = make_engine(stage, model=lambda: make_model(checkpointing, routed, 2 if stage == 3 else 6))
     mesh, layout, counter = Mesh.create(world), Layout(LENGTH, world, 2), CompileCounterWithBackend("aot_eager")
     note = compile_blocks(engine.module, stage, counter) if compiled else None
     losses = []
@@ -88,8 +89,7 @@ def compare(world, stage, checkpointing="none", routed=False):
     return compiled[0][:2]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2)])
 def test_blocks_are_whole_graphs(world, stage):
     note, graphs = compare(world, stage)
     assert note is None
