@@ -6,6 +6,7 @@ state. The base class does the rest: checks, documents, the choice of an impleme
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -237,6 +238,21 @@ class Recurrence(ABC, Generic[Record]):
             first.new_empty(shape_of(self.transition_dims(inputs), sizes), dtype=exact),
             None if reads is None else first.new_empty(shape_of(reads, sizes)),
         )
+
+    def state_bytes(self, tensors: Tensors) -> int:
+        """Bytes of the state that decoding keeps, whatever the length."""
+        return self._bytes(tensors, self.state)
+
+    def bytes_sent(self, tensors: Tensors, ranks: int, spans: int = 1) -> int:
+        """Bytes that a rank sends forward and backward: of each of its spans state and transition, then the state's
+        gradient, to all others. The length of the sequence does not matter.
+        """
+        transition = self._bytes(tensors, self.transition_dims(self.record(*tensors)))
+        return (ranks - 1) * spans * (transition + 2 * self._bytes(tensors, self.state))
+
+    def _bytes(self, tensors: Tensors, dims: str) -> int:
+        inputs = self.record(*tensors)
+        return math.prod(shape_of(dims, sizes_of(self.dims, inputs))) * accumulator(inputs[0]).itemsize
 
 
 class Diagonal(Recurrence[Record]):

@@ -104,27 +104,3 @@ def flops(tokens: int, *, heads: int, key_dim: int, value_dim: int, general: boo
     if general:
         each += 2 * key_dim * value_dim + 4 * chunk * (key_dim + value_dim)
     return tokens * heads * each
-
-
-def state_bytes(*, batch: int, heads: int, key_dim: int, value_dim: int, element_bytes: int = 4) -> int:
-    """Bytes of the state that decoding keeps, whatever the length."""
-    return batch * heads * key_dim * value_dim * element_bytes
-
-
-def bytes_sent(
-    *,
-    batch: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    ranks: int,
-    spans: int = 1,
-    element_bytes: int = 4,
-) -> int:
-    """Bytes that a rank sends forward and backward: transitions and states of its spans, then states, to all others.
-
-    The length of the sequence does not matter.
-    """
-    forward = key_dim * (key_dim + value_dim)
-    backward = key_dim * value_dim
-    return (ranks - 1) * spans * batch * heads * (forward + backward) * element_bytes

@@ -85,16 +85,3 @@ def flat_inputs(x: Tensor, log_decay: Tensor) -> DiagonalInputs:
 def flops(tokens: int, *, channels: int) -> int:
     """Floating-point operations of a forward pass: a product, a sum and an exponential per token and channel."""
     return 3 * tokens * channels
-
-
-def state_bytes(*, batch: int, channels: int, element_bytes: int = 4) -> int:
-    """Bytes of the state that decoding keeps, whatever the length."""
-    return batch * channels * element_bytes
-
-
-def bytes_sent(*, batch: int, channels: int, ranks: int, spans: int = 1, element_bytes: int = 4) -> int:
-    """Bytes that a rank sends forward and backward: state and transition of each span, then a gradient, to all others.
-
-    The length of the sequence does not matter.
-    """
-    return 3 * (ranks - 1) * spans * batch * channels * element_bytes

@@ -63,28 +63,3 @@ def gated_linear_attention(
 def flops(tokens: int, *, heads: int, key_dim: int, value_dim: int, chunk: int = CHUNK) -> int:
     """Floating-point operations of a forward pass in chunks: 4 K V + 2 C (K + V) per token and head."""
     return tokens * heads * (4 * key_dim * value_dim + 2 * chunk * (key_dim + value_dim))
-
-
-def state_bytes(*, batch: int, heads: int, key_dim: int, value_dim: int, element_bytes: int = 4) -> int:
-    """Bytes of the state that decoding keeps, whatever the length."""
-    return batch * heads * key_dim * value_dim * element_bytes
-
-
-def bytes_sent(
-    *,
-    batch: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    ranks: int,
-    spans: int = 1,
-    decay_dim: int = 1,
-    element_bytes: int = 4,
-) -> int:
-    """Bytes that a rank sends forward and backward: states and transitions of its spans, then states, to all others.
-
-    `decay_dim` is 1, or K for a decay per channel. The length of the sequence does not matter.
-    """
-    forward = key_dim * value_dim + decay_dim
-    backward = key_dim * value_dim
-    return (ranks - 1) * spans * batch * heads * (forward + backward) * element_bytes

@@ -117,26 +117,3 @@ def selective_scan(
 def flops(tokens: int, *, channels: int, states: int) -> int:
     """Floating-point operations of a forward pass: 7 per token, channel and state, an exponential among them as 1."""
     return 7 * tokens * channels * states
-
-
-def state_bytes(*, batch: int, channels: int, states: int, element_bytes: int = 4) -> int:
-    """Bytes of the state that decoding keeps, whatever the length."""
-    return batch * channels * states * element_bytes
-
-
-def bytes_sent(
-    *,
-    batch: int,
-    channels: int,
-    states: int,
-    ranks: int,
-    spans: int = 1,
-    decay: str = "exponential",
-    element_bytes: int = 4,
-) -> int:
-    """Bytes that a rank sends forward and backward: state and transition of each span, then a gradient, to all others.
-
-    The transition is the sum of delta, or Longhorn's decays. The length of the sequence does not matter.
-    """
-    transition = 1 if decay == "exponential" else states
-    return (ranks - 1) * spans * batch * channels * (2 * states + transition) * element_bytes

@@ -6,7 +6,7 @@ from largest_tensor import LargestTensor
 from recurrence_parts import Parts
 from torch.nn import functional as F
 
-from longreach.kernels.delta_rule import DeltaRecurrence, bytes_sent, delta_rule, flops, state_bytes
+from longreach.kernels.delta_rule import DeltaRecurrence, delta_rule, flops
 from longreach.kernels.documents import Documents
 from longreach.kernels.recurrence import Summary
 
@@ -449,7 +449,8 @@ def test_costs():
     sizes = {"heads": 2, "key_dim": 3, "value_dim": 5}
     assert flops(10, **sizes, chunk=8) == 10 * 2 * (6 * 15 + 8 * (12 + 15))
     assert flops(10, **sizes, chunk=8, general=True) == 10 * 2 * (8 * 15 + 8 * (12 + 15 + 4 * 8))
-    assert state_bytes(batch=2, heads=3, key_dim=4, value_dim=5) == 2 * 3 * 4 * 5 * 4
-    sent = {"batch": 1, "heads": 2, "key_dim": 4, "value_dim": 5}
-    assert bytes_sent(**sent, ranks=1) == 0
-    assert bytes_sent(**sent, ranks=3) == 2 * 2 * (4 * 9 + 20) * 4
+    k, v = torch.rand(2, 7, 3, 4), torch.rand(2, 7, 3, 5)
+    op, inputs = DeltaRecurrence(), (k, k, v)
+    assert op.state_bytes(inputs) == 2 * 3 * 4 * 5 * 4
+    assert op.bytes_sent(inputs, ranks=1) == 0
+    assert op.bytes_sent(inputs, ranks=3) == 2 * 2 * 3 * (4 * 9 + 20) * 4

@@ -5,7 +5,7 @@ import torch
 from largest_tensor import LargestTensor
 from recurrence_parts import Parts
 
-from longreach.kernels.diagonal_scan import DiagonalRecurrence, bytes_sent, chunked, diagonal_scan, flops, state_bytes
+from longreach.kernels.diagonal_scan import DiagonalRecurrence, chunked, diagonal_scan, flops
 from longreach.kernels.documents import Documents
 from longreach.kernels.recurrence import Summary
 
@@ -299,6 +299,8 @@ def test_bad_input_is_named(message):
 
 def test_costs():
     assert flops(10, channels=6) == 3 * 10 * 6
-    assert state_bytes(batch=2, channels=3) == 2 * 3 * 4
-    assert bytes_sent(batch=1, channels=5, ranks=1) == 0
-    assert bytes_sent(batch=1, channels=5, ranks=3, spans=2) == 2 * 2 * 3 * 5 * 4
+    inputs = torch.rand(2, 7, 5), -torch.rand(2, 7, 5)
+    op = DiagonalRecurrence()
+    assert op.state_bytes(inputs) == 2 * 5 * 4
+    assert op.bytes_sent(inputs, ranks=1) == 0
+    assert op.bytes_sent(inputs, ranks=3, spans=2) == 2 * 2 * 3 * 2 * 5 * 4

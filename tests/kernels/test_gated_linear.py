@@ -9,7 +9,7 @@ from recurrence_parts import Parts
 
 from longreach.kernels.chunks.decay import FLOOR
 from longreach.kernels.documents import Documents
-from longreach.kernels.gated_linear import GatedLinearRecurrence, bytes_sent, flops, gated_linear_attention, state_bytes
+from longreach.kernels.gated_linear import GatedLinearRecurrence, flops, gated_linear_attention
 from longreach.kernels.recurrence import Summary
 
 DECAYS = ("none", "constant", "token", "channel")
@@ -399,7 +399,9 @@ def test_bad_input_is_named(message):
 
 def test_costs():
     assert flops(10, heads=2, key_dim=3, value_dim=5, chunk=8) == 10 * 2 * (4 * 15 + 2 * 8 * 8)
-    assert state_bytes(batch=2, heads=3, key_dim=4, value_dim=5) == 2 * 3 * 4 * 5 * 4
-    sent = {"batch": 1, "heads": 2, "key_dim": 4, "value_dim": 5}
-    assert bytes_sent(**sent, ranks=1) == 0
-    assert bytes_sent(**sent, ranks=3, decay_dim=4) == 2 * 2 * (20 + 4 + 20) * 4
+    k, v, log_decay = torch.rand(2, 7, 3, 4), torch.rand(2, 7, 3, 5), -torch.rand(2, 7, 3)
+    op, inputs = GatedLinearRecurrence(), (k, k, v, log_decay)
+    assert op.state_bytes(inputs) == 2 * 3 * 4 * 5 * 4
+    assert op.bytes_sent(inputs, ranks=1) == 0
+    assert op.bytes_sent(inputs, ranks=3) == 2 * 2 * 3 * (20 + 1 + 20) * 4
+    assert op.bytes_sent((k, k, v, -k), ranks=3) == 2 * 2 * 3 * (20 + 4 + 20) * 4

@@ -8,11 +8,9 @@ from recurrence_parts import Parts
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import (
     SelectiveRecurrence,
-    bytes_sent,
     chunked,
     flops,
     selective_scan,
-    state_bytes,
 )
 
 DECAYS = ("exponential", "longhorn")
@@ -328,8 +326,9 @@ def test_bad_input_is_named(message):
 
 def test_costs():
     assert flops(10, channels=6, states=4) == 7 * 10 * 24
-    assert state_bytes(batch=2, channels=3, states=4) == 2 * 3 * 4 * 4
-    sent = {"batch": 1, "channels": 5, "states": 4, "spans": 2}
-    assert bytes_sent(**sent, ranks=1) == 0
-    assert bytes_sent(**sent, ranks=3) == 2 * 2 * 5 * (4 + 1 + 4) * 4
-    assert bytes_sent(**sent, ranks=3, decay="longhorn") == 2 * 2 * 5 * 12 * 4
+    x, b, a = torch.rand(2, 7, 5), torch.rand(2, 7, 4), -torch.rand(5, 4)
+    op, inputs = SelectiveRecurrence(), (x, x, a, b, b)
+    assert op.state_bytes(inputs) == 2 * 5 * 4 * 4
+    assert op.bytes_sent(inputs, ranks=1, spans=2) == 0
+    assert op.bytes_sent(inputs, ranks=3, spans=2) == 2 * 2 * 2 * 5 * (4 + 1 + 4) * 4
+    assert SelectiveRecurrence("longhorn").bytes_sent((x, x, None, b, b), ranks=3, spans=2) == 2 * 2 * 2 * 5 * 12 * 4
