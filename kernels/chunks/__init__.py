@@ -1,1 +1,1 @@
-"""What chunked linear ops share: slabs of chunks, decays within them, sweeps over them, and Triton's tiles."""
+"""What chunked ops with a state share: slabs of chunks, decays within them, sweeps over them, and Triton's tiles."""

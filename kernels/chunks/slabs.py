@@ -56,6 +56,17 @@ class Slab(NamedTuple):
     first: int  # index of its first chunk
     chunks: int
 
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+def slabs(length: int, chunk: int, chunks: int, limit: int | None = None) -> list[Slab]:
+    """All slabs of so many chunks in order, or those that hold the first `limit` tokens."""
+    size, end = chunks * chunk, length if limit is None else limit
+    stops = [(start, min(start + size, length)) for start in range(0, end, size)]
+    return [Slab(start, stop, start // chunk, -(-(stop - start) // chunk)) for start, stop in stops]
+
 
 class Masks(NamedTuple):
     """0/1 factors for chunks in which documents meet, each broadcastable over `[chunks, rows, heads, …]`."""
@@ -94,9 +105,7 @@ class Grid:
 
     def slabs(self, limit: int | None = None) -> list[Slab]:
         """All slabs in order, or those that hold the first `limit` tokens."""
-        size, end = self.chunks * self.chunk, self.length if limit is None else limit
-        stops = [(start, min(start + size, self.length)) for start in range(0, end, size)]
-        return [Slab(start, stop, start // self.chunk, -(-(stop - start) // self.chunk)) for start, stop in stops]
+        return slabs(self.length, self.chunk, self.chunks, limit)
 
     @cached_property
     def sizes(self) -> set[int]:

@@ -22,38 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..chunks import scan
 from ..chunks.decay import FLOOR
-from ..chunks.slabs import borders
+from ..chunks.slabs import Slab
 from ..operation import Tensors
 from ..problem import Problem
 from . import DiagonalInputs
 
 CHUNK = 64  # tokens of a lane
 WIDTH = 4096  # rows × lanes × channels of a step: enough to hide its call, few enough to keep a slab in cache
-
-
-class Block(NamedTuple):
-    """Rows and channels that are swept over the whole sequence by themselves."""
-
-    rows: slice
-    channels: slice
-
-
-def blocks(batch: int, channels: int) -> Iterator[Block]:
-    """Blocks of at most WIDTH channels, or of as many rows as fit in that."""
-    channels_each, rows_each = min(channels, WIDTH), max(1, WIDTH // channels)
-    for row in range(0, batch, rows_each):
-        for channel in range(0, channels, channels_each):
-            rows = slice(row, min(row + rows_each, batch))
-            yield Block(rows, slice(channel, min(channel + channels_each, channels)))
-
-
-class Slab(NamedTuple):
-    """Tokens `start..stop` in `lanes` lanes, the last of them padded where the sequence ends."""
-
-    start: int
-    stop: int
-    lanes: int
 
 
 class Masks(NamedTuple):
@@ -81,53 +58,34 @@ def _constant(log_decay: Tensor, chunk: int, dtype: torch.dtype) -> Constant:
     return Constant(decay, earlier, later)
 
 
-class Sweep:
-    """One block: its slabs, its parts of tensors, its workspaces."""
+class Sweep(scan.Sweep):
+    """A sweep with workspaces, the lanes of a slab being its chunks."""
 
-    def __init__(self, problem: Problem[DiagonalInputs], block: Block) -> None:
-        self.block, self.dtype = block, problem.dtype
-        self.x, self.log_decay = self.part(problem.inputs.x), self.part(problem.inputs.log_decay)
-        rows, self.length, channels = self.x.shape
+    width = WIDTH
+
+    def __init__(self, problem: Problem[DiagonalInputs], rows: slice, channels: slice) -> None:
+        super().__init__(problem, rows, channels)
+        self.log_decay = self.part(problem.inputs.log_decay)
         self.chunk = min(CHUNK, self.length)
-        lanes = min(max(1, WIDTH // (rows * channels)), -(-self.length // self.chunk))
-        self.shape = (self.chunk, lanes, rows, channels)
-        self.works: dict[str, Tensor] = {}
-        documents = problem.documents.rows(block.rows.start, block.rows.stop)
-        self.marked, ids = borders(documents), documents.ids(problem.device)
-        self.ids = torch.cat([ids[:, :1], ids], dim=1)  # one more before the first token, to look back to
+        self.chunks = min(max(1, WIDTH // self.x[:, 0].numel()), -(-self.length // self.chunk))
+        self.shape = (self.chunk, self.chunks, *self.x[:, 0].shape)
         self.constant = None
         if problem.inputs.log_decay.dim() == 1:
             self.constant = _constant(self.log_decay, self.chunk, self.dtype)
             self.log_decay = self.log_decay.expand_as(self.x)
 
-    @classmethod
-    def over(cls, problem: Problem[DiagonalInputs]) -> Iterator[Sweep]:
-        """Sweeps over all rows and channels."""
-        for block in blocks(problem.inputs.x.shape[0], problem.inputs.x.shape[2]):
-            yield cls(problem, block)
-
-    def part(self, x: Tensor) -> Tensor:
-        """The block's part of `[B, T, D]`, `[B, D]` or `[D]`."""
-        return x[self.block.channels] if x.dim() == 1 else x[self.block.rows, ..., self.block.channels]
-
-    def slabs(self, limit: int | None = None) -> list[Slab]:
-        """All slabs in order, or those that hold the first `limit` tokens."""
-        size, end = self.shape[0] * self.shape[1], self.length if limit is None else limit
-        stops = [(start, min(start + size, self.length)) for start in range(0, end, size)]
-        return [Slab(start, stop, -(-(stop - start) // self.chunk)) for start, stop in stops]
-
     def work(self, name: str, slab: Slab) -> Tensor:
         """The workspace `name`, `[C, lanes, rows, channels]`."""
         if name not in self.works:
-            self.works[name] = torch.empty(self.shape, dtype=self.dtype, device=self.x.device)
-        return self.works[name][:, : slab.lanes]
+            self.works[name] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self.works[name][:, : slab.chunks]
 
     def load(self, name: str, source: Tensor, slab: Slab) -> Tensor:
         """The slab's tokens of `[rows, T, channels]` in a workspace; 0 past the end of the sequence."""
         work = self.work(name, slab)
         for target, tokens in self._pieces(work, source, slab):
             target.copy_(tokens)
-        rest = (slab.stop - slab.start) % self.chunk
+        rest = slab.tokens % self.chunk
         if rest:
             work[rest:, -1].zero_()
         return work
@@ -142,7 +100,7 @@ class Sweep:
 
     def _pieces(self, work: Tensor, tensor: Tensor, slab: Slab) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of a workspace and the tokens they hold: the full lanes, and the last one where it is not."""
-        whole, rest = divmod(slab.stop - slab.start, self.chunk)
+        whole, rest = divmod(slab.tokens, self.chunk)
         if whole:
             tokens = tensor[:, slab.start : slab.stop - rest].unflatten(1, (whole, self.chunk))
             yield work[:, :whole], tokens.permute(2, 1, 0, 3)
@@ -151,13 +109,13 @@ class Sweep:
 
     def masks(self, slab: Slab) -> Masks | None:
         """The masks of a slab, or None where each of its rows goes on through it in one document."""
-        if not bool(self.marked[slab.start : slab.stop].any()):
+        if not self.meets(slab):
             return None
         # One id stands before the first token; past the end the last document goes on.
         ids = self.ids[:, slab.start : slab.stop + 1]
-        ids = torch.cat([ids, ids[:, -1:].expand(-1, slab.lanes * self.chunk + 1 - ids.shape[1])], dim=1)
-        here = ids[:, 1:].unflatten(1, (slab.lanes, self.chunk)).permute(2, 1, 0)
-        previous = ids[:, :-1].unflatten(1, (slab.lanes, self.chunk)).permute(2, 1, 0)
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, slab.chunks * self.chunk + 1 - ids.shape[1])], dim=1)
+        here = ids[:, 1:].unflatten(1, (slab.chunks, self.chunk)).permute(2, 1, 0)
+        previous = ids[:, :-1].unflatten(1, (slab.chunks, self.chunk)).permute(2, 1, 0)
         real = here >= 0
         keeps, enters, leaves = (
             ((here == other) & real).unsqueeze(-1).to(self.dtype) for other in (previous, previous[:1], here[-1:])
@@ -167,7 +125,7 @@ class Sweep:
     def decay(self, slab: Slab, masks: Masks | None) -> Tensor:
         """e^a of each token, 0 where a document starts and 1 past the end of the sequence."""
         if self.constant is not None and self._is_full(slab):
-            own = self.constant.decay.expand(self.chunk, slab.lanes, *self.shape[2:])
+            own = self.constant.decay.expand(self.chunk, slab.chunks, *self.shape[2:])
             return own if masks is None else own * masks.keeps
         sums = self.load("sums", self.log_decay, slab).clamp_(min=FLOOR[self.dtype])  # for `over` to sum
         decay = torch.exp(sums, out=self.work("decay", slab))
@@ -179,7 +137,7 @@ class Sweep:
         Sums of log decays rather than products of decays, so that they can be kept from underflow.
         """
         if self.constant is not None and self._is_full(slab):
-            factors = self.constant.earlier.expand(self.chunk, slab.lanes, *self.shape[2:])
+            factors = self.constant.earlier.expand(self.chunk, slab.chunks, *self.shape[2:])
             return factors if masks is None else factors * masks.enters
         sums = self.work("sums", slab)
         at = sums.unbind(0)
@@ -194,7 +152,7 @@ class Sweep:
         0 where a document starts between the token before this one and the lane's last. After `decay`.
         """
         if self.constant is not None and self._is_full(slab):
-            factors = self.constant.later.expand(self.chunk, slab.lanes, *self.shape[2:])[1:]
+            factors = self.constant.later.expand(self.chunk, slab.chunks, *self.shape[2:])[1:]
             return factors if masks is None else factors * masks.leaves[:-1]
         sums = self.work("sums", slab)[1:]
         at = sums.unbind(0)
@@ -204,7 +162,7 @@ class Sweep:
         return factors if masks is None else factors.mul_(masks.leaves[:-1])
 
     def _is_full(self, slab: Slab) -> bool:
-        return slab.stop - slab.start == slab.lanes * self.chunk
+        return slab.tokens == slab.chunks * self.chunk
 
 
 def forward(problem: Problem[DiagonalInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,11 +190,11 @@ def _scan(sweep: Sweep, slab: Slab, masks: Masks | None, h: Tensor, carry: Tenso
     """Turns x into h in a workspace, and `carry`, the state before the slab, into that after it."""
     decay = sweep.decay(slab, masks)
     at, decays = h.unbind(0), decay.unbind(0)
-    if slab.lanes == 1:
+    if slab.chunks == 1:
         at[0].addcmul_(carry, decays[0])
     for t in range(1, sweep.chunk):
         at[t].addcmul_(at[t - 1], decays[t])
-    if slab.lanes == 1:
+    if slab.chunks == 1:
         carry.copy_(at[-1][0])
         return
     over = sweep.over_earlier(slab, masks)
@@ -267,16 +225,16 @@ def _scan_back(sweep: Sweep, slab: Slab, masks: Masks | None, d: Tensor, carry: 
     """
     decay = sweep.decay(slab, masks)
     at, decays = d.unbind(0), decay.unbind(0)
-    if slab.lanes == 1:
+    if slab.chunks == 1:
         at[-1].add_(carry)
     for t in reversed(range(sweep.chunk - 1)):
         at[t].addcmul_(at[t + 1], decays[t + 1])
-    if slab.lanes == 1:
+    if slab.chunks == 1:
         torch.mul(at[0][0], decays[0][0], out=carry)
         return decay
     over = sweep.over_later(slab, masks)  # more than one lane are of more than one token
     left, entering = over[0], torch.empty_like(at[0])
-    for lane in reversed(range(slab.lanes)):
+    for lane in reversed(range(slab.chunks)):
         entering[lane] = carry
         torch.addcmul(at[0][lane], left[lane], entering[lane], out=carry).mul_(decays[0][lane])
     d[:-1].addcmul_(over, entering)
@@ -326,7 +284,7 @@ def backward(
             d[0, 1:].mul_(h[-1, :-1])
             d[0, 0].mul_(held[:, slab.start - 1] if slab.start else before)
             if constant:
-                d[(slab.stop - slab.start - 1) % sweep.chunk + 1 :, -1] = 0.0  # past the end of the sequence
+                d[(slab.tokens - 1) % sweep.chunk + 1 :, -1] = 0.0  # past the end of the sequence
                 to_decay += d.sum((0, 1, 2), dtype=torch.float64)
             else:
                 sweep.store(d, to_decay, slab)

@@ -15,48 +15,20 @@ No exponent is below the floor of its type, as products with subnormal numbers t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..chunks import scan
 from ..chunks.decay import FLOOR
-from ..chunks.slabs import borders
+from ..chunks.slabs import Slab
 from ..operation import Tensors
 from ..problem import Problem
 from . import SelectiveInputs
 
 SLAB = 16  # tokens whose states are held at once
 WIDTH = 8192  # rows × channels × N of a token's step: enough to hide its call, few enough to keep a slab in cache
-
-
-class Block(NamedTuple):
-    """Rows and channels that are swept over the whole sequence by themselves."""
-
-    rows: slice
-    channels: slice
-
-
-def blocks(batch: int, channels: int, size: int) -> Iterator[Block]:
-    """Blocks of as many channels as WIDTH has room for states of `size`, or of as many rows."""
-    channels_each = min(channels, max(1, WIDTH // size))
-    rows_each = max(1, WIDTH // (size * channels))
-    for row in range(0, batch, rows_each):
-        for channel in range(0, channels, channels_each):
-            rows = slice(row, min(row + rows_each, batch))
-            yield Block(rows, slice(channel, min(channel + channels_each, channels)))
-
-
-class Slab(NamedTuple):
-    """Tokens `start..stop`."""
-
-    start: int
-    stop: int
-
-    @property
-    def tokens(self) -> int:
-        return self.stop - self.start
 
 
 class Masks(NamedTuple):
@@ -66,44 +38,27 @@ class Masks(NamedTuple):
     padding: Tensor  # bool `[tokens, rows, 1]`: the token is padding
 
 
-class Sweep:
-    """One block: its slabs, its parts of tensors, its workspaces `[tokens, rows, N, channels]`."""
+class Sweep(scan.Sweep):
+    """A sweep with workspaces `[tokens, rows, N, channels]`."""
 
-    def __init__(self, problem: Problem[SelectiveInputs], block: Block) -> None:
-        self.block, self.dtype, self.device, inputs = block, problem.dtype, problem.device, problem.inputs
-        self.x, self.delta = self.part(inputs.x), self.part(inputs.delta)
-        self.b, self.c = inputs.b[block.rows], inputs.c[block.rows]
-        rows, self.length, channels = self.x.shape
-        self.state_shape = (rows, inputs.b.shape[2], channels)
-        self.works: dict[str, Tensor] = {}
+    width, chunk, chunks = WIDTH, 1, SLAB
+
+    def __init__(self, problem: Problem[SelectiveInputs], rows: slice, channels: slice) -> None:
+        super().__init__(problem, rows, channels)
+        inputs = problem.inputs
+        self.delta, self.b, self.c = self.part(inputs.delta), inputs.b[rows], inputs.c[rows]
+        self.state_shape = (len(self.b), self.b.shape[2], self.x.shape[2])
         self.each: dict[str, tuple[Tensor, ...]] = {}  # the same token by token: views take longer than one is used
-        self.documents = problem.documents.rows(block.rows.start, block.rows.stop)
-        self.marked = borders(self.documents)
         self.a = None
         if inputs.a is not None:
-            self.a = inputs.a[block.channels].T.to(self.dtype).contiguous()
+            self.a = inputs.a[channels].T.to(self.dtype).contiguous()
             # Once for the block, so that most models need no pass for it.
             strongest = float(self.delta.amax().double() * self.a.amin().double())
             self.floored = not strongest >= FLOOR[self.dtype]
 
-    @classmethod
-    def over(cls, problem: Problem[SelectiveInputs]) -> Iterator[Sweep]:
-        """Sweeps over all rows and channels."""
-        for block in blocks(*problem.new_states().shape):
-            yield cls(problem, block)
-
-    def part(self, x: Tensor) -> Tensor:
-        """The block's part of `[B, T, D]`."""
-        return x[self.block.rows, :, self.block.channels]
-
     def lanes(self, state: Tensor) -> Tensor:
         """The block's part of states `[B, D, N]`, as `[rows, N, channels]`."""
-        return state[self.block.rows, self.block.channels].mT
-
-    def slabs(self, limit: int | None = None) -> list[Slab]:
-        """All slabs in order, or those that hold the first `limit` tokens."""
-        end = self.length if limit is None else limit
-        return [Slab(start, min(start + SLAB, self.length)) for start in range(0, end, SLAB)]
+        return state[self.rows, self.channels].mT
 
     def work(self, name: str, tokens: int) -> Tensor:
         """The workspace `name`; the states have room for one token more, the one before."""
@@ -128,14 +83,11 @@ class Sweep:
 
     def masks(self, slab: Slab) -> Masks | None:
         """The masks of a slab, or None where each of its rows goes on through it in one document."""
-        if not bool(self.marked[slab.start : slab.stop].any()):
+        if not self.meets(slab):
             return None
-        ids = self.documents.ids(self.device).T
-        here, previous = ids[slab.start : slab.stop], ids[max(0, slab.start - 1) : slab.stop - 1]
-        if slab.start == 0:
-            previous = torch.cat([ids[:1], previous])
-        real = here >= 0
-        return Masks(((here == previous) & real)[..., None, None].to(self.dtype), ~real[..., None])
+        ids = self.ids[:, slab.start : slab.stop + 1].T
+        real = ids[1:] >= 0
+        return Masks(((ids[1:] == ids[:-1]) & real)[..., None, None].to(self.dtype), ~real[..., None])
 
 
 class Loaded:
@@ -313,7 +265,7 @@ def _slab_backward(
     for t in reversed(range(slab.tokens - 1)):
         at[t].addcmul_(at[t + 1], factors[t + 1])
 
-    rows = sweep.block.rows
+    rows = sweep.rows
     sweep.store(_over_channels(dy, h[1:]), into.c[rows], slab, add=True)
     db = _over_channels(loaded.u, dh)
     du = torch.bmm(loaded.b.flatten(0, 1).unsqueeze(1), dh.flatten(0, 1)).view_as(dy)
@@ -331,7 +283,7 @@ def _slab_backward(
         assert into.a is not None
         dh.mul_(h[:-1]).mul_(decay)
         ddelta.add_(torch.mul(dh, sweep.a, out=decay).sum(2))
-        into.a[sweep.block.channels] += dh.mul_(loaded.delta.unsqueeze(2)).sum((0, 1)).T
+        into.a[sweep.channels] += dh.mul_(loaded.delta.unsqueeze(2)).sum((0, 1)).T
     sweep.store(db, into.b[rows], slab, add=True)
     sweep.store(ddelta, sweep.part(into.delta), slab)
     return earlier
