@@ -16,8 +16,14 @@ IMPLEMENTATIONS = ("triton", "chunked", "reference")
 _logged: set[tuple[str, str, str]] = set()
 
 
-def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of IMPLEMENTATIONS.
+def resolve(
+    op: str,
+    backend: str,
+    tensor_device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    offered: tuple[str, ...] = IMPLEMENTATIONS,
+) -> str:
+    """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of those `offered`.
 
     "auto" is Triton on CUDA; it is chunked torch on other devices and for float64, which the kernels do not support.
     "reference", the recurrence or the dense matrix as it is written, runs only on request. "triton" on request also
@@ -28,7 +34,9 @@ def resolve(op: str, backend: str, tensor_device: torch.device | str, dtype: tor
     if backend != "auto" and backend not in IMPLEMENTATIONS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {backend!r}. Choose one")
     best = "triton" if device == "cuda" and dtype != torch.float64 else "chunked"
-    chosen = best if backend == "auto" else backend
+    chosen = backend if backend != "auto" else next(name for name in (best, "chunked", "reference") if name in offered)
+    if chosen not in offered:
+        raise ValueError(f"backend must be one that {op} has, {' or '.join(offered)}; got {backend!r}. Choose one")
     if backend == "triton":
         if dtype == torch.float64:
             raise ValueError(f"backend must not be 'triton' for float64 tensors; {op} got them. Use 'chunked' there")

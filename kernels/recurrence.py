@@ -11,8 +11,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar, Generic, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import operation
 from .dims import named, require_shapes, shape_of, sizes_of
-from .dispatch import resolve
+from .dispatch import IMPLEMENTATIONS, resolve
 from .documents import Documents
 from .operation import Tensors
 from .problem import Problem, Record, accumulator
@@ -89,14 +90,16 @@ class Recurrence(ABC, Generic[Record]):
         """Raises ValueError where inputs, of shapes that may be, do not fit the op or its settings."""
 
     def implementation(self, backend: str) -> Any:
-        """What runs `backend` ("triton", "chunked", "reference"): the module of that name beside the op's own.
+        """What runs `backend` ("triton", "chunked", "reference"): the module of that name in the op's package.
+
+        An op with a `reference` alone runs that everywhere; it may also have its `forward` in its own module.
 
         It has `forward(problem, initial_state) -> (out, final state)` and may have, instead of what the base class
         makes of that by autograd, `backward(problem, dout, dfinal_state, initial_state) -> (gradients of the inputs,
         gradient of the initial state)`, `correct(problem, out, state) -> out` and
         `summarize_backward(problem, dout, initial_state) -> gradient of the initial state`.
         """
-        return _module(f".{backend}", sys.modules[type(self).__module__].__package__)
+        return _implementation(type(self).__module__, backend)
 
     def transition_dims(self, inputs: Record) -> str:
         """The dimensions of the transition as it travels, as `state` names them."""
@@ -206,7 +209,8 @@ class Recurrence(ABC, Generic[Record]):
         """The call for these inputs. Raises ValueError for documents of other tokens, or a backend that cannot run."""
         inputs = self.record(*tensors)
         documents.require(*inputs[0].shape[:2])
-        chosen = resolve(self.name, backend, inputs[0].device, inputs[0].dtype)
+        offered = _offered(type(self).__module__)
+        chosen = resolve(self.name, backend, inputs[0].device, inputs[0].dtype, offered)
         return Problem(self, inputs, documents, chosen, exact or self.raw)
 
     def check(self, tensors: Tensors, initial_state: Tensor | None = None) -> None:
@@ -358,9 +362,6 @@ class _Rows(Generic[Record]):
         return *dinputs, self.op.with_units(dinitial, torch.zeros_like(dinitial)).to(initial.dtype)
 
 
-_module = cache(import_module)
-
-
 def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
     """The tokens that an entering state reaches; on a CPU in pieces, and no further than where it has faded."""
     piece = PIECE if reads.device.type == "cpu" else max(reach, 1)
@@ -369,3 +370,23 @@ def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
         if reads.device.type == "cpu" and not bool(reads[:, tokens].any()):
             return
         yield tokens
+
+
+@lru_cache
+def _offered(module: str) -> tuple[str, ...]:
+    """The backends of the op that a module defines: modules of their names in its package, or its own `forward`."""
+    home = sys.modules[module]
+    names = tuple(x for x in IMPLEMENTATIONS if home.__package__ and find_spec(f"{home.__package__}.{x}") is not None)
+    if not names and not hasattr(home, "forward"):
+        raise ValueError(
+            f"{module} must have a reference.py in its package, or a function of its own, "
+            "forward(problem, initial_state) -> (out, final_state); got neither. docs/house.md shows one"
+        )
+    return names or ("reference",)
+
+
+@lru_cache
+def _implementation(module: str, backend: str) -> Any:
+    home = sys.modules[module]
+    own = home.__package__ and find_spec(f"{home.__package__}.{backend}") is not None
+    return import_module(f"{home.__package__}.{backend}") if own else home

@@ -35,14 +35,17 @@ class Configuration(Settings):
 configuration.register("doctor_settings", Configuration)
 
 
+PREPARE = "longreach.launch.working_directory:use"  # so that ranks can import what the model is built of
+
+
 def examine(settings: Settings, chosen: DoctorSettings) -> bool:
     """Prints the report; whether all that was tested passed."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     if chosen.verbose:
-        report = diagnose(settings, build, whole=chosen.whole, say=console.print)
+        report = diagnose(settings, build, whole=chosen.whole, say=console.print, prepare=PREPARE)
     else:
         with console.status("one process") as status:  # on a terminal, and gone when the report comes
-            report = diagnose(settings, build, whole=chosen.whole, say=status.update)
+            report = diagnose(settings, build, whole=chosen.whole, say=status.update, prepare=PREPARE)
     report.show(console, verbose=chosen.verbose)
     return not report.failed
 

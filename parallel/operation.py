@@ -83,6 +83,15 @@ def is_sequence(x: Tensor) -> bool:
     return x.dim() >= 3
 
 
+def check_class(name: str, op: Any) -> None:
+    """Raises ValueError unless an op is named by its class, which compiled graphs can be keyed by."""
+    if not isinstance(op, type):
+        raise ValueError(
+            f"{name} must get the op's class, and its settings as a tuple after the inputs; got {type(op).__name__}. "
+            f"Write ops.{name}(Op, Inputs(...), (setting, ...), seq=seq)"
+        )
+
+
 def mix(
     build: Callable[..., Operation], settings: tuple[Setting, ...], inputs: Tensors, seq: Sequence, slot: str
 ) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from ...kernels.masks import Mask, Pattern
 from ...kernels.masks.pattern import union
 from ...kernels.operation import run
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
-from ..operation import Setting, mix
+from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
 from ..strategies.gather import gather
 from ..strategies.ring import ring
@@ -56,6 +56,7 @@ def attention(
     the layer. Tokens from position `until` of their document on take no part: their outputs are 0. See
     `longreach.kernels.attend`.
     """
+    check_class("attention", op)
     if seq.cache is not None:
         made = op(*settings)
         extended, keys = with_cached(made, inputs, seq, slot)

@@ -13,7 +13,7 @@ from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
-from ..operation import Setting, mix
+from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
 from ..strategies.state_passing import StatePassing
 from ..strategies.ulysses import ulysses
@@ -107,6 +107,7 @@ def recurrent(
     What every op with a state runs through, whoever wrote it: under each strategy, packed, recomputed and decoded.
     `settings` are plain values, by which a compiled graph is keyed. See `longreach.kernels.recurrence`.
     """
+    check_class("recurrent", op)
     if seq.cache is not None:
         return _decoded(op(*settings), inputs, seq, slot)
     build, arguments = _state_passing, (op, *settings)

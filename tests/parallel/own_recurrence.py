@@ -3,7 +3,6 @@
 h_t = e^{a_t + i θ_t} h_{t−1} + x_t        out_t = Re h_t        h complex, one number per channel
 """
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -31,9 +30,6 @@ class Rotation(Diagonal[RotationInputs]):
     record = RotationInputs
     dims = dict.fromkeys(RotationInputs._fields, "B T D")
     out, state = "B T D", "B D 2"
-
-    def implementation(self, backend: str) -> object:
-        return sys.modules[__name__]  # for any backend, the function below
 
     def one_state(self, like: Tensor) -> Tensor:
         return torch.tensor([1.0, 0.0]).to(like).expand_as(like)

@@ -123,10 +123,11 @@ def _serve(rank: int, world: int, folder: str, connection: Connection, cuda: boo
     connection.send_bytes(pickle.dumps(answer))
     while True:
         try:
-            function, args = pickle.loads(connection.recv_bytes())
+            message = connection.recv_bytes()
         except EOFError:
             os._exit(0)
         try:
+            function, args = pickle.loads(message)
             answer = True, function(*args)
         except BaseException as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
