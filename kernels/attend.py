@@ -71,14 +71,14 @@ class Attend(ABC):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Gradients of the inputs that stay, by name, and of what was received; both add up over parts of the keys.
 
+        They are float32 (float64 for float64), whatever the inputs.
         By default autograd computes them from `attend`. With (out', lse') of this part and its share w = exp(lse' −
         lse) of the whole, the gradient of out' is w dout, and that of lse' is w (dout · (out' − out) + dlse).
         """
-        stay = {name: getattr(inputs, name) for name in inputs._fields if name not in self.travels}
-        stay = {
-            name: x.detach().requires_grad_() for name, x in stay.items() if x is not None and x.is_floating_point()
-        }
-        leaves = [*stay.values(), *(x.detach().requires_grad_() for x in received)]
+        exact = gradient.out.dtype  # gradients are rounded once, after they are summed
+        others = [(name, x) for name, x in inputs._asdict().items() if name not in self.travels and x is not None]
+        stay = {name: x.detach().to(exact).requires_grad_() for name, x in others if x.is_floating_point()}
+        leaves = [*stay.values(), *(x.detach().to(exact).requires_grad_() for x in received)]
         with torch.enable_grad():
             out, lse = self.attend(inputs._replace(**stay), tuple(leaves[len(stay) :]), tile, backend)
         share = (lse.detach() - gradient.lse).exp().nan_to_num(0.0).unsqueeze(-1)

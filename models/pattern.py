@@ -33,7 +33,10 @@ def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str
     used = {name for item in items for together in stages(item) for name in together}
     unused = [name for name in known if name not in used]
     if unused:
-        raise ValueError(f"model.mixers must all occur in model.pattern; got {', '.join(unused)} besides. Remove them")
+        remedy = " ".join(f"~model.mixers.{name}" for name in unused)
+        raise ValueError(
+            f"model.mixers must all occur in model.pattern; got {', '.join(unused)} besides. Remove them: {remedy}"
+        )
     if not items or depth % len(items):
         raise ValueError(
             f"model.depth must be a multiple of the pattern's {len(items)} layers; got {depth}. "

@@ -157,7 +157,7 @@ class RingAttention(SharedAttention):
                 stay_parts, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
                 for name, x in stay_parts.items():
                     stay[name] = stay[name].add_(x) if name in stay else x
-                part = Packed.of(gradients)
+                part = Packed.of(tuple(x.to(gradient.out.dtype) for x in gradients))  # as their owners expect them
             returns.finish()
             returns.start(part, step)
             travel.finish()

@@ -15,7 +15,7 @@ from longreach.launch.build import build
 from longreach.models.decoding import next_logits
 from longreach.parallel.sequence import DecodingCache, Sequence
 from longreach.trainer.diagnosis.bench import Bench
-from longreach.trainer.diagnosis.checks import exact
+from longreach.trainer.diagnosis.checks import exact, inexact
 from longreach.trainer.diagnosis.report import PASS, Report
 from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.settings import ParallelSettings
@@ -94,6 +94,7 @@ def test_the_doctor_passes_it(kind, strategy):
         exact.leaks(bench)
         exact.recomputation(bench, "none")
         exact.decoding(bench)
+        inexact.rounded(bench, torch.bfloat16)
     finally:
         bench.close()
     assert {row.check for row in report.rows} >= {f"op {kind}", "decoding = forward"}
