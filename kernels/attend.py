@@ -165,8 +165,9 @@ class Attention(ABC):
         by_name = self.op.finish_backward(gradient, named)
         stay, travelled = self.over_keys_backward(gradient, named, where)
         by_name |= stay | dict(zip(self.op.travels, travelled, strict=True))
+        # An input that no visible key has touched has a gradient of 0, not none: hooks of parameters wait for one.
         return tuple(
-            by_name[name].to(x.dtype) if x is not None and name in by_name else None
+            None if x is None or not x.is_floating_point() else by_name.get(name, torch.zeros_like(x)).to(x.dtype)
             for name, x in zip(named._fields, inputs, strict=True)
         )
 

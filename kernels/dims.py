@@ -38,9 +38,10 @@ def require_shapes(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> 
         if x is not None and not any(_fits(x, letters, sizes) for letters in _forms(joined)):
             forms = joined.split(" | ")
             shapes = [" ".join(str(known.get(letter, letter)) for letter in letters) for letters in _forms(joined)]
+            sizes_told = f" = {' or '.join(map(named, shapes))}" if shapes != forms else ""
             groups = f" with G dividing H = {known.get('H', 'H')}" if "G" in joined else ""
             raise ValueError(
-                f"{name} must be {' or '.join(map(named, forms))} = {' or '.join(map(named, shapes))}{groups}; "
+                f"{name} must be {' or '.join(map(named, forms))}{sizes_told}{groups}; "
                 f"got {list(x.shape)}. Put time in dimension 1, and check the heads and dims of the mixer"
             )
     return sizes

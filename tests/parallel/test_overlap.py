@@ -8,11 +8,11 @@ import torch.distributed as dist
 from distributed import run_ranks
 from parallel_cases import CASES, local, shared
 
+from longreach.kernels.block_sparse import BlockSparseAttend
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
+from longreach.kernels.softmax import SoftmaxAttend
 from longreach.parallel import ops
-from longreach.parallel.strategies import listed_blocks as block_sparse
-from longreach.parallel.strategies import ring
 
 WORLD, LENGTH = 3, 48
 
@@ -28,8 +28,8 @@ class Watched:
         return self.work.wait()
 
 
-def noted(monkeypatch, module, names):
-    """The events of this rank from now on: messages started and waited for, and calls of the module's kernels."""
+def noted(monkeypatch, op, names):
+    """The events of this rank from now on: messages started and waited for, and calls of the op's methods."""
     events, numbers, exchange = [], count(), dist.batch_isend_irecv
 
     def started(messages):
@@ -46,7 +46,7 @@ def noted(monkeypatch, module, names):
 
     monkeypatch.setattr(dist, "batch_isend_irecv", started)
     for name in names:
-        monkeypatch.setattr(module, name, computing(getattr(module, name)))
+        monkeypatch.setattr(op, name, computing(getattr(op, name)))
     return events
 
 
@@ -67,20 +67,20 @@ def overlapped(rank, world):
     q, k, v = local(inputs[:3], seq)
     lists = torch.arange(LENGTH // 8, dtype=torch.int32).expand(*q.shape[:2], k.shape[2], -1).contiguous()
     calls = {
-        ring: lambda: ops.softmax_attention(q, k, v, seq=seq, mask=Mask(causal=False)),
-        block_sparse: lambda: ops.block_sparse_attention(
+        ("ring", SoftmaxAttend): lambda: ops.softmax_attention(q, k, v, seq=seq, mask=Mask(causal=False)),
+        ("listed_blocks", BlockSparseAttend): lambda: ops.block_sparse_attention(
             q, k, v, lists, seq=seq, block_size=8, mask=Mask(causal=False)
         ),
     }
     found = {}
-    for module, call in calls.items():
+    for (strategy, op), call in calls.items():
         with pytest.MonkeyPatch.context() as monkeypatch:
-            events = noted(monkeypatch, module, ("attend", "attend_backward"))
+            events = noted(monkeypatch, op, ("attend", "attend_backward"))
             out = call()
             forward = hidden(events)
             events.clear()
             out.sum().backward()
-            found[module.__name__.rpartition(".")[2]] = forward, hidden(events)
+            found[strategy] = forward, hidden(events)
     return found
 
 

@@ -213,7 +213,7 @@ def test_an_output_of_another_type_is_refused_where_it_is_another() -> None:
         (Misspelt, AttributeError, "has no attribute 'ouput'"),
         (WithoutSequence, TypeError, "takes 2 positional arguments but 3 were given"),
         (Late, TypeError, "at_step"),
-        (WithoutHeads, PartError, r"must be \[B, T, heads, dim\]"),
+        (WithoutHeads, PartError, r"q must be \[B, T, G, K\]"),
         (WrongDecay, PartError, r"log_decay must be \[H\]"),
         (Twice, PartError, "slot must differ between the ops that a mixer calls; got 'state' twice"),
         (Shifted, PartError, "got 'shift' twice. Name one of them otherwise: slot='shift 2'"),

@@ -323,8 +323,8 @@ def train_with_gradients_that_are_not_finite(
     trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
     backward = trainer.engine.backward
 
-    def spoil(loss: torch.Tensor, normaliser: float) -> None:
-        backward(loss * math.inf if trainer.step + 1 in bad and rank == world - 1 else loss, normaliser)
+    def spoil(loss: torch.Tensor, *rest: object) -> None:
+        backward(loss * math.inf if trainer.step + 1 in bad and rank == world - 1 else loss, *rest)
 
     trainer.engine.backward = spoil  # type: ignore[method-assign]
     try:

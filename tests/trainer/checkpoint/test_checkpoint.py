@@ -303,7 +303,8 @@ def test_safetensors_reads_the_files(good):
     model = SmallModel()
     load_weights(good, model)
     names = dict(model.named_parameters())
-    assert set(tensors) == {*names, *(f"{kind}/{name}" for kind in KINDS[1:] for name in names)}
+    buffers = dict(model.named_buffers())
+    assert set(tensors) == {*names, *buffers, *(f"{kind}/{name}" for kind in KINDS[1:] for name in names)}
     assert all(torch.equal(tensors[name], parameter) for name, parameter in names.items())
     assert json.loads((good / "index.json").read_text())["state"]["text"] == "ä"
 

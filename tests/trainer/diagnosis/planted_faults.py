@@ -171,12 +171,12 @@ def groups_of_strangers() -> None:
 def loss_averaged_per_rank() -> None:
     """The loss of a rank is divided by its own targets, and the mean of that is taken over the ranks."""
 
-    def call(self, tokens, seq, targets):
+    def call(self, tokens, seq, targets, *rest):
         self.counted = max(1, int((targets != -100).sum()))
-        return forward(self, tokens, seq, targets)
+        return forward(self, tokens, seq, targets, *rest)
 
-    def average(self, loss_sum, normaliser):
-        backward(self, loss_sum / self.counted, self.mesh.world_size)
+    def average(self, loss_sum, normaliser, auxiliary=None):
+        backward(self, loss_sum / self.counted, self.mesh.world_size, auxiliary)
 
     forward, backward = spoil(Engine, "__call__", call), spoil(Engine, "backward", average)
 
