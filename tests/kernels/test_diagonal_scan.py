@@ -264,6 +264,7 @@ def test_no_tensor_is_larger_than_an_input():
     assert largest.numel <= max(x.numel(), 64 * chunked.WIDTH)
 
 
+@pytest.mark.slow
 def test_flash_linear_attention_agrees():
     """HGRN's recurrence, with the decays and inputs as its layer makes them."""
     naive = pytest.importorskip(

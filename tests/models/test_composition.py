@@ -207,6 +207,7 @@ def compare_ranks(name, checkpointing, strategy):
         torch.testing.assert_close(total, expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_ranks_that_share_rows_give_what_one_gives(name):
     compare_ranks(name, "mixing", Strategy())

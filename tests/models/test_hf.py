@@ -796,6 +796,7 @@ def test_an_interrupted_or_wrong_write_leaves_nothing(tmp_path, folder):
         hf.write(iter(state), settings, tmp_path / "out", max_positions=64, config={"vocab_size": 3})
 
 
+@pytest.mark.slow
 def test_transformers_is_not_needed():
     code = "import sys, longreach.models.hf as hf; hf.known_families(); sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

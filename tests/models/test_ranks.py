@@ -49,7 +49,13 @@ def on_one_of(rank, world, checkpointing, spans, first_target):
 
 @pytest.mark.parametrize(
     ("checkpointing", "world", "spans", "first_target"),
-    [("none", 2, 2, 0), ("full", 2, 1, 0), ("mixing", 2, 2, 0), ("mixing", 4, 1, 30), ("none", 4, 2, 30)],
+    [
+        ("none", 2, 2, 0),
+        ("full", 2, 1, 0),
+        ("mixing", 2, 2, 0),
+        pytest.param("mixing", 4, 1, 30, marks=pytest.mark.slow),
+        ("none", 4, 2, 30),
+    ],
 )
 def test_ranks_that_share_rows_give_what_one_gives(checkpointing, world, spans, first_target):
     results = run_ranks(world, on_one_of, checkpointing, spans, first_target)

@@ -112,6 +112,7 @@ def silent_peer(rank: int, world: int) -> str:
     return failure.message(caught.value, started=True)
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_told_with_the_op_that_waited_for_it() -> None:
     said = run_ranks(2, silent_peer)[0]
     assert "has lost another rank" in said
