@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .pattern import FAR, Band, Pattern
 
@@ -23,7 +24,7 @@ class Dilated(Pattern):
                 raise ValueError(f"{name} must be at least 1; got {value}")
         super().__post_init__()
 
-    @property
+    @cached_property
     def bands(self) -> tuple[Band, ...]:
         back = FAR if self.window is None else self.window - 1
         return (Band(back=back, ahead=0, stride=self.dilation),)

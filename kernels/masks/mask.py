@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .pattern import Band, Pattern
 
@@ -29,7 +30,7 @@ class Mask(Pattern):
             raise ValueError("sink_tokens must come with a window; without one every earlier token is visible anyway")
         super().__post_init__()
 
-    @property
+    @cached_property
     def bands(self) -> tuple[Band, ...]:
         if not self.causal:
             return (Band(),)

@@ -47,10 +47,28 @@ class Band(NamedTuple):
 
     def count(self, query: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """How many of the key positions start..stop each query position sees."""
-        low = torch.maximum(start.clamp(min=self.first), query - self.back)
-        high = torch.minimum(stop.clamp(max=self.last), query + self.ahead + 1)
-        low = low + (query - low) % self.stride
-        return ((high - low + self.stride - 1) // self.stride).clamp(min=0)
+        low = start.clamp(min=self.first) if self.first else start
+        high = stop.clamp(max=self.last) if self.last < FAR else stop
+        low = torch.maximum(low, query - self.back) if self.back < FAR else low
+        high = torch.minimum(high, query + (self.ahead + 1)) if self.ahead < FAR else high
+        if self.stride > 1:
+            low = low + (query - low) % self.stride
+            return ((high - low + self.stride - 1) // self.stride).clamp(min=0)
+        return (high - low).clamp(min=0)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether query positions i see key positions j, of whatever shape both broadcast to."""
+        ahead = j - i
+        seen = ahead <= self.ahead
+        if self.back < FAR:
+            seen &= ahead >= -self.back
+        if self.first:
+            seen &= j >= self.first
+        if self.last < FAR:
+            seen &= j < self.last
+        if self.stride > 1:
+            seen &= ahead % self.stride == 0
+        return seen
 
 
 class Pattern(Plain, ABC):
@@ -68,10 +86,9 @@ class Pattern(Plain, ABC):
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """bool `[..., Tq, Tk]` for positions `[..., Tq]` and `[..., Tk]` of one document."""
         i, j = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
-        seen = torch.zeros_like(i == j)
-        for band in self.bands:
-            inside = (j >= band.first) & (j < band.last) & (i - j <= band.back) & (j - i <= band.ahead)
-            seen |= inside & ((i - j) % band.stride == 0)
+        seen = self.bands[0].visible(i, j)
+        for band in self.bands[1:]:
+            seen |= band.visible(i, j)
         return seen
 
     def dense(self, queries: Documents, keys: Documents, device: torch.device | str = "cpu") -> Tensor:
