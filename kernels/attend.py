@@ -81,7 +81,8 @@ class Attend(ABC):
         leaves = [*stay.values(), *(x.detach().to(exact).requires_grad_() for x in received)]
         with torch.enable_grad():
             out, lse = self.attend(inputs._replace(**stay), tuple(leaves[len(stay) :]), tile, backend)
-        share = (lse.detach() - gradient.lse).exp().nan_to_num(0.0).unsqueeze(-1)
+        unseen = lse.detach() == float("-inf")
+        share = (lse.detach() - gradient.lse).exp().masked_fill(unseen, 0.0).unsqueeze(-1)
         dlse = (share * gradient.dout * (out.detach() - gradient.out)).sum(-1)
         if gradient.dlse is not None:
             dlse = dlse + share.squeeze(-1) * gradient.dlse
@@ -165,11 +166,14 @@ class Attention(ABC):
         by_name = self.op.finish_backward(gradient, named)
         stay, travelled = self.over_keys_backward(gradient, named, where)
         by_name |= stay | dict(zip(self.op.travels, travelled, strict=True))
-        # An input that no visible key has touched has a gradient of 0, not none: hooks of parameters wait for one.
-        return tuple(
-            None if x is None or not x.is_floating_point() else by_name.get(name, torch.zeros_like(x)).to(x.dtype)
-            for name, x in zip(named._fields, inputs, strict=True)
-        )
+
+        def of_input(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None or not x.is_floating_point():
+                return None
+            # What no visible key has touched has a gradient of 0, not none: hooks of parameters wait for one.
+            return by_name[name].to(x.dtype) if name in by_name else torch.zeros_like(x)
+
+        return tuple(of_input(name, x) for name, x in zip(named._fields, inputs, strict=True))
 
 
 class OnOneDevice(Attention):
@@ -189,7 +193,7 @@ class OnOneDevice(Attention):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         (tile, backend), sent = where, self.op.sent(inputs)
         if tile is None:
-            return {"q": torch.zeros_like(inputs.q)}, tuple(torch.zeros_like(x) for x in sent)
+            return {}, tuple(torch.zeros_like(x) for x in sent)
         return self.op.attend_backward(gradient, inputs, sent, tile, backend)
 
 

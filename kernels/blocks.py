@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Numbered:
+class Numbered(ABC):
     """Stretches of the documents of whole rows, numbered document by document, from 0 in each row.
 
     `documents` are those of the whole rows, so that a number means the same tokens on every rank. Raises ValueError for
@@ -43,9 +44,9 @@ class Numbered:
                         f"{run.start}. Pass the documents of the whole row, and a part of its tokens as a tile"
                     )
 
+    @abstractmethod
     def number(self, length: int) -> int:
         """How many stretches a document of `length` tokens has."""
-        raise NotImplementedError
 
     @cached_property
     def first(self) -> tuple[dict[int, int], ...]:

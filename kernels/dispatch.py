@@ -26,17 +26,22 @@ def resolve(
     """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of those `offered`.
 
     "auto" is Triton on CUDA; it is chunked torch on other devices and for float64, which the kernels do not support.
-    "reference", the recurrence or the dense matrix as it is written, runs only on request. "triton" on request also
-    runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown backend, or one that
-    cannot run, raises ValueError. The logger "longreach" reports the choice once per op, backend and kind of device.
+    "reference", the recurrence or the dense matrix as it is written, runs only on request, or where an op has no other.
+    "triton" on request also runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown
+    backend, or one that cannot run, raises ValueError. The logger "longreach" reports the choice once per op, backend
+    and kind of device.
     """
     device = torch.device(tensor_device).type
     if backend != "auto" and backend not in IMPLEMENTATIONS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {backend!r}. Choose one")
     best = "triton" if device == "cuda" and dtype != torch.float64 else "chunked"
-    chosen = backend if backend != "auto" else next(name for name in (best, "chunked", "reference") if name in offered)
+    preferred = dict.fromkeys((best, "chunked", "reference"))
+    chosen = backend if backend != "auto" else next((name for name in preferred if name in offered), best)
     if chosen not in offered:
-        raise ValueError(f"backend must be one that {op} has, {' or '.join(offered)}; got {backend!r}. Choose one")
+        raise ValueError(
+            f"backend must be one that {op} has, {' or '.join(offered)}; got {backend!r} on {device}, which is "
+            f"{chosen}. Choose one, or give the op a {chosen}.py"
+        )
     if backend == "triton":
         if dtype == torch.float64:
             raise ValueError(f"backend must not be 'triton' for float64 tensors; {op} got them. Use 'chunked' there")

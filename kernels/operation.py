@@ -5,7 +5,7 @@ The public op on one device and the op on ranks that share rows run alike, and d
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -61,8 +61,12 @@ def run(
 
     kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
     """
-    run_now = Run.apply if torch.is_grad_enabled() else Run.without_gradient
-    return run_now(operation, where, kept, slot, note, *inputs)  # type: ignore[return-value]
+    return runner()(operation, where, kept, slot, note, *inputs)
+
+
+def runner() -> Callable[..., tuple[Tensor, ...]]:
+    """What `run` calls, for callers to whom one frame more matters."""
+    return Run.apply if torch.is_grad_enabled() else Run.without_gradient  # type: ignore[return-value]
 
 
 class _NoBackward:

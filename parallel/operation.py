@@ -112,8 +112,7 @@ def mix(
         return operation.run(_Rehearsal(op), inputs, seq)
     ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
     note = f"in {type(op).__name__} of layer {seq.layer}, on {ranks}"
-    run_now = operation.Run.apply if torch.is_grad_enabled() else operation.Run.without_gradient
-    return run_now(op, seq, seq.kept, slot, note, *inputs)  # type: ignore[return-value]
+    return operation.runner()(op, seq, seq.kept, slot, note, *inputs)
 
 
 class _Rehearsal:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,14 @@ class Band(NamedTuple):
     back: int = FAR
     ahead: int = FAR
     stride: int = 1
+
+    def overlaps(self, other: Band) -> bool:
+        """Whether both bands can have one pair of positions."""
+        if max(self.first, other.first) >= min(self.last, other.last):
+            return False
+        nearest, farthest = max(-self.ahead, -other.ahead), min(self.back, other.back)  # of i − j
+        stride = math.lcm(self.stride, other.stride)
+        return farthest // stride * stride >= nearest
 
     def within(self, start: int, stop: int) -> tuple[int, int]:
         """The key positions start..stop as far as they lie between `first` and `last`."""
@@ -75,8 +84,14 @@ class Pattern(Plain, ABC):
     """A static predicate over the positions of a query i and a key j of one document; never over indices.
 
     A pattern is a frozen dataclass that states its `bands`; no pair is in two of them. All else is derived: every
-    backend, strategy and decoder runs it. Padding neither sees nor is seen.
+    backend, strategy and decoder runs it. Padding neither sees nor is seen. Raises ValueError for bands that overlap.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for one, other in combinations(self.bands, 2):
+            if one.overlaps(other):
+                raise ValueError(f"bands must not share a pair of positions; got {one} and {other}. Cut one of them")
 
     @property
     @abstractmethod

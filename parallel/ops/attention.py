@@ -19,6 +19,8 @@ from ..strategies.gather import gather
 from ..strategies.ring import ring
 from ..strategies.ulysses import ulysses
 
+CAUSAL = Mask()
+
 
 def softmax_attention(
     q: Tensor,
@@ -36,7 +38,7 @@ def softmax_attention(
     q `[B, T, H, K]`; k `[B, T, G, K]` and v `[B, T, G, V]` with G dividing H; `sink_logits` `[H]`. See
     `longreach.kernels.softmax`.
     """
-    settings = (Mask() if mask is None else mask).settings, q.shape[-1] ** -0.5 if scale is None else scale
+    settings = (CAUSAL if mask is None else mask).settings, q.shape[-1] ** -0.5 if scale is None else scale
     return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, seq=seq, slot=slot)
 
 
@@ -83,9 +85,10 @@ def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any,
         runs = (Run(0, 0, total, 0),)
         entries[key] = sent
     else:
-        starts, runs = 0, ()
+        start, runs = 0, ()
         for first, stop in union([*op.kept(before), (before, total)]):
-            runs, starts = (*runs, Run(0, starts, stop - first, first)), starts + stop - first
+            runs += (Run(0, start, stop - first, first),)
+            start += stop - first
         entries[key] = _parts(sent, runs, kept)
     extended = inputs._replace(**dict(zip(op.travels, sent, strict=True)))
     return extended, Documents((runs,) * sent[0].shape[0], sent[0].shape[1])

@@ -13,7 +13,7 @@ from ...kernels.block_sparse import block_sparse_attention as local_block_sparse
 from ...kernels.compressed import CompressedAttend
 from ...kernels.compressed import compressed_attention as local_compressed_attention
 from ...kernels.documents import Documents
-from ...kernels.masks import Mask, Pattern
+from ...kernels.masks import Pattern
 from ...kernels.operation import Tensors
 from ...kernels.plain import made_of
 from ...kernels.select_blocks import Rule
@@ -32,7 +32,7 @@ from ..strategies.windows import (
     windows_decoded,
 )
 from ..strategies.windows import windows_held as windows_held
-from .attention import attention, with_cached
+from .attention import CAUSAL, attention, with_cached
 
 
 def block_sparse_attention(
@@ -55,7 +55,7 @@ def block_sparse_attention(
     this rank's queries by the ids of the whole row, −1 for none. Queries at positions below `dense_length` see all
     blocks, whatever is listed. See `longreach.kernels.block_sparse`.
     """
-    mask = Mask() if mask is None else mask
+    mask = CAUSAL if mask is None else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = BlockSparseInputs(q, k, v, blocks)
     settings: tuple[Any, ...] = (block_size, query_block, mask.settings, scale)

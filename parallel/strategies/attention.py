@@ -32,6 +32,14 @@ class SharedAttention(Attention, Operation):
         rounded, lse = named.q.new_empty(shape), named.q.new_empty(shape[:-1], dtype=exact)
         return ((rounded, lse), (out, None)) if self.returns_lse else ((rounded,), (out, lse))
 
+    @staticmethod
+    def add_up(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+        """Adds the gradients of inputs that stay, of one more part of the keys; an op may return one tensor twice."""
+        for name, x in part.items():
+            if name not in total:
+                total[name] = torch.zeros_like(x)
+            total[name] += x
+
     def rows(self, seq: Sequence) -> Sequence:
         """The sequence without the tokens that take no part."""
         return seq if self.until is None else seq.up_to(self.until)

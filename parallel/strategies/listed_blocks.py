@@ -171,21 +171,22 @@ class ListedAttention(SharedAttention):
         plan = self.ask(inputs, seq)
         keys = None if plan is None else _Keys(own, plan, seq)
 
-        def backward(received: tuple[Tensor, ...], tile: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-            if tile is None:
-                zeros = tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in (inputs.q, *received))
-                return zeros[0], zeros[1:]
-            stay, gradients = self.op.attend_backward(gradient, inputs, received, tile, seq.backend)
-            return stay["q"], gradients
+        stay: dict[str, Tensor] = {}
 
-        dq, dkeys = backward(own, self._tile(seq))
+        def backward(received: tuple[Tensor, ...], tile: Any) -> tuple[Tensor, ...]:
+            if tile is None:
+                return tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in received)
+            stay_part, gradients = self.op.attend_backward(gradient, inputs, received, tile, seq.backend)
+            self.add_up(stay, stay_part)
+            return gradients
+
+        dkeys = backward(own, self._tile(seq))
         if plan is not None and keys is not None:
             received, dreceived = keys.wait(), None
             if received is not None:
-                dq_part, dreceived = backward(received, self._tile(seq, plan.keys))
-                dq = dq + dq_part
+                dreceived = backward(received, self._tile(seq, plan.keys))
             dkeys = _send_home(dkeys, dreceived, keys, seq)
-        return {"q": dq}, dkeys
+        return stay, dkeys
 
     def ask(self, inputs: Any, seq: Sequence) -> BlockPlan | None:
         """Tells the other ranks which blocks this rank lists, and plans what travels; None on one rank."""

@@ -146,7 +146,7 @@ class RingAttention(SharedAttention):
         plan = RingPlan.of(self.op, seq)
         own = self.op.sent(inputs)
         travel = _Travel(own, seq, plan)
-        stay = {"q": torch.zeros_like(inputs.q, dtype=gradient.out.dtype)}
+        stay: dict[str, Tensor] = {}
         total = Packed.of(tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in own))
         returns = _Returns(total, seq, plan)
         for step, tile in enumerate(plan.tiles):
@@ -155,8 +155,7 @@ class RingAttention(SharedAttention):
             if tile is not None:
                 block = travel.block(step)
                 stay_parts, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
-                for name, x in stay_parts.items():
-                    stay[name] = stay[name].add_(x) if name in stay else x
+                self.add_up(stay, stay_parts)
                 part = Packed.of(tuple(x.to(gradient.out.dtype) for x in gradients))  # as their owners expect them
             returns.finish()
             returns.start(part, step)

@@ -48,3 +48,11 @@ def test_the_choice_is_logged_once_an_op(caplog, monkeypatch):
         "first_op on cpu: chunked, chosen for this device",
         "second_op on cpu: reference, by request",
     ]
+
+
+def test_an_op_without_an_implementation_for_the_device_says_what_it_has():
+    assert resolve("mine", "auto", "cpu", offered=("reference",)) == "reference"
+    with pytest.raises(ValueError, match=r"one that mine has, triton; got 'auto' on cpu, which is chunked"):
+        resolve("mine", "auto", "cpu", offered=("triton",))
+    with pytest.raises(ValueError, match="one that mine has, reference; got 'chunked'"):
+        resolve("mine", "chunked", "cpu", offered=("reference",))

@@ -105,3 +105,7 @@ def test_bad_masks():
         Mask(sink_tokens=2)
     with pytest.raises(ValueError, match="dilation must be at least 1"):
         Dilated(0)
+    for bands in ((Band(back=3), Band(back=5, ahead=0)), (Band(ahead=0, stride=2), Band(back=9, ahead=0, stride=3))):
+        with pytest.raises(ValueError, match="must not share a pair"):
+            Bands(bands)
+    Bands((Band(last=4, ahead=0), Band(first=4, back=7, ahead=0), Band(first=4, ahead=-9, stride=3)))

@@ -14,6 +14,7 @@ from longreach.kernels.documents import Documents
 from longreach.launch.build import build
 from longreach.models.decoding import next_logits
 from longreach.parallel.sequence import DecodingCache, Sequence
+from longreach.parallel.strategies.attention import SharedAttention
 from longreach.trainer.diagnosis.bench import Bench
 from longreach.trainer.diagnosis.checks import exact, inexact
 from longreach.trainer.diagnosis.report import PASS, Report
@@ -61,6 +62,14 @@ def test_inputs_that_do_not_fit_are_named():
         Rotation()(RotationInputs(x, x, x[:, 1:]))
     with pytest.raises(ValueError, match="log_decay must not be positive"):
         Rotation()(RotationInputs(x, x + 1, x))
+
+
+def test_gradients_that_an_op_returns_twice_are_added_up_apart():
+    one, total = torch.ones(2), {}
+    for _ in range(2):  # as of two parts of the keys
+        SharedAttention.add_up(total, {"q": one, "bias": one})
+    assert [total[name].tolist() for name in ("q", "bias")] == [[2.0, 2.0]] * 2
+    assert one.tolist() == [1.0, 1.0]
 
 
 def settings_of(kind):
