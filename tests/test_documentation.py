@@ -80,7 +80,7 @@ def test_the_readme_leads_to_every_example() -> None:
 @pytest.mark.parametrize(
     ("name", "processes", "expected"),
     [
-        ("01_one_op.py", 1, r"alone: True\n.*gives: +True"),
+        ("01_one_op.py", 1, r"alone: True\n.*the whole: +True"),
         ("02_hybrid.py", 1, r"step 40: loss [0-3]\."),
         ("03_four_ranks_on_cpu.py", 4, r"relative to the largest gradient: \d\.\de-1\d"),
     ],
