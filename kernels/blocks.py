@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .documents import Documents, Run
+from .derived import Deriving
+from .documents import Documents, Runs, per_token, ranks_in_groups
 from .masks import Mask, Pattern
+
+Number = TypeVar("Number", int, Tensor)
 
 
 class Block(NamedTuple):
@@ -26,7 +28,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Numbered(ABC):
+class Numbered(Deriving, ABC):
     """Stretches of the documents of whole rows, numbered document by document, from 0 in each row.
 
     `documents` are those of the whole rows, so that a number means the same tokens on every rank. Raises ValueError for
@@ -36,40 +38,60 @@ class Numbered(ABC):
     documents: Documents
 
     def __post_init__(self) -> None:
-        for row in self.documents.runs:
-            for run in row:
-                if run.position:
-                    raise ValueError(
-                        f"documents of whole rows must begin at position 0; got position {run.position} at token "
-                        f"{run.start}. Pass the documents of the whole row, and a part of its tokens as a tile"
-                    )
+        runs = self.documents.columns
+        late = (runs.position > 0).nonzero()
+        if len(late):
+            _, _, start, _, position = self.documents.table[int(late[0])].tolist()
+            raise ValueError(
+                f"documents of whole rows must begin at position 0; got position {position} at token {start}. Pass "
+                "the documents of the whole row, and a part of its tokens as a tile"
+            )
 
     @abstractmethod
-    def number(self, length: int) -> int:
-        """How many stretches a document of `length` tokens has."""
+    def number(self, length: Number) -> Number:
+        """How many stretches a document of `length` tokens has, or many documents."""
+
+    @cached_property
+    def stretches(self) -> tuple[Tensor, Tensor]:
+        """int64 `[R]` each: for each run of the rows its number of stretches, 0 for padding, and its first's number."""
+        runs = self.documents.columns
+        each = torch.where(runs.real, self.number(runs.length), 0)
+        before = each.cumsum(0) - each
+        first_of_row = before[self.documents.ends[:, 0].clamp(max=max(len(each) - 1, 0))] if len(each) else before
+        return each, before - first_of_row[runs.row]
 
     @cached_property
     def first(self) -> tuple[dict[int, int], ...]:
-        """For each row, the number of every document's first stretch."""
-        rows = []
-        for row in self.documents.runs:
-            first, count = {}, 0
-            for run in row:
-                if not run.is_padding:
-                    first[run.document] = count
-                    count += self.number(run.length)
-            rows.append(first)
+        """For each row, the number of every document's first stretch: for what goes through documents in Python."""
+        rows: list[dict[int, int]] = [{} for _ in range(self.documents.batch)]
+        runs, (_, first) = self.documents.columns, self.stretches
+        lines = torch.stack([runs.row, runs.document, first], dim=1)[runs.real]
+        for row, document, number in lines.tolist():
+            rows[row][document] = number
         return tuple(rows)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """How many stretches each row has."""
-        return tuple(sum(self.number(run.length) for run in row if not run.is_padding) for row in self.documents.runs)
+        counts = torch.zeros(self.documents.batch, dtype=torch.int64)
+        return tuple(counts.index_add_(0, self.documents.columns.row, self.stretches[0]).tolist())
 
-    @property
+    @cached_property
     def count(self) -> int:
         """The most stretches of any row: numbers are below it."""
         return max(self.counts, default=0)
+
+    def first_of(self, runs: Runs) -> Tensor:
+        """int64: the number of the first stretch of the document of each run; −1 for padding.
+
+        Raises ValueError for a document that is not of the rows.
+        """
+        lines = self.documents.lines(runs)
+        missing = (runs.real & (lines < 0)).nonzero()
+        if len(missing):
+            row, document = int(runs.row[missing[0]]), int(runs.document[missing[0]])
+            raise ValueError(f"tokens must be of the rows' documents; row {row} has no document {document}")
+        return torch.where(lines < 0, -1, self.stretches[1][lines])
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,7 @@ class BlockLayout(Numbered):
             raise ValueError(f"block_size must be at least 1; got {self.block_size}")
         super().__post_init__()
 
-    def number(self, length: int) -> int:
+    def number(self, length: Number) -> Number:
         return -(-length // self.block_size)
 
     def row(self, row: int) -> Iterator[Block]:
@@ -97,48 +119,33 @@ class BlockLayout(Numbered):
                     length = min(self.block_size, run.length - position)
                     yield Block(run.document, run.start + position, length, position)
 
-    def ids(self, tokens: Documents, device: torch.device | str = "cpu") -> Tensor:
+    def ids(self, tokens: Documents) -> Tensor:
         """int32 `[B, T]`: the block of each of `tokens`, any tokens of these rows; −1 for padding."""
-        ids = torch.full((tokens.batch, tokens.length), -1, dtype=torch.int32)
-        for row, runs in enumerate(tokens.runs):
-            for run in runs:
-                if not run.is_padding:
-                    positions = torch.arange(run.position, run.end_position, dtype=torch.int32)
-                    ids[row, run.start : run.stop] = positions // self.block_size + self._first(row, run)
-        return ids.to(device)
+        first = per_token(tokens, self.first_of(tokens.columns).int())
+        ids = tokens.positions() // self.block_size + first
+        return ids.masked_fill_(first < 0, -1)
 
     def pieces(self, tokens: Documents) -> Tensor:
         """int32 `[R, B, count, 4]`: where the blocks lie among `tokens`, as (start, length, position, document).
 
         A block that is spread over several spans has up to R pieces; pieces that it lacks have length 0.
         """
-        table = torch.zeros(1, tokens.batch, self.count, 4, dtype=torch.int32)
-        taken = torch.zeros(tokens.batch, self.count, dtype=torch.int64)
-        for row, runs in enumerate(tokens.runs):
-            for run in runs:
-                if run.is_padding:
-                    continue
-                first, size = self._first(row, run), self.block_size
-                blocks = torch.arange(run.position // size, (run.end_position - 1) // size + 1)
-                low = (blocks * size).clamp(min=run.position)
-                high = ((blocks + 1) * size).clamp(max=run.end_position)
-                piece = torch.stack((low + run.start - run.position, high - low, low, low * 0 + run.document), dim=-1)
-                layer = taken[row, blocks + first]
-                if int(layer.max()) == table.shape[0]:
-                    table = torch.cat([table, torch.zeros_like(table[:1])])
-                table[layer, row, blocks + first] = piece.int()
-                taken[row, blocks + first] += 1
+        runs, size = tokens.columns.at(tokens.columns.real), self.block_size
+        begin, end = runs.position // size, (runs.end_position - 1) // size + 1
+        owner = torch.repeat_interleave(end - begin)
+        block = begin[owner] + torch.arange(len(owner)) - (torch.cumsum(end - begin, 0) - (end - begin))[owner]
+        number, runs = block + self.first_of(runs)[owner], runs.at(owner)
+        low = torch.maximum(block * size, runs.position)
+        high = torch.minimum((block + 1) * size, runs.end_position)
+        layer = ranks_in_groups(runs.row * self.count + number)
+        table = torch.zeros(int(layer.max()) + 1 if len(layer) else 1, tokens.batch, self.count, 4, dtype=torch.int32)
+        piece = torch.stack([low + runs.start - runs.position, high - low, low, runs.document], dim=-1)
+        table[layer, runs.row, number] = piece.int()
         return table
-
-    def _first(self, row: int, run: Run) -> int:
-        first = self.first[row].get(run.document)
-        if first is None:
-            raise ValueError(f"tokens must be of the rows' documents; row {row} has no document {run.document}")
-        return first
 
 
 @dataclass(frozen=True)
-class BlockTile:
+class BlockTile(Deriving):
     """Queries against keys, through lists of the rows' blocks: what `attend` works on.
 
     layout: the blocks of the whole rows, by which the lists are numbered.
@@ -152,7 +159,6 @@ class BlockTile:
     keys: Documents
     mask: Pattern = field(default_factory=Mask)
     query_block: int = 1
-    _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.query_block < 1:
@@ -179,39 +185,30 @@ class BlockTile:
 
     def pieces(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[R, B, count, 4]`: see `BlockLayout.pieces`."""
-        for key in (("pieces", "cpu"), ("pieces", str(device))):
-            if key not in self._tensors:
-                host = self._tensors.get(("pieces", "cpu"))
-                self._tensors[key] = self.layout.pieces(self.keys) if host is None else host.to(device)
-        return self._tensors["pieces", str(device)]
+        return self.on(device, _pieces)
 
     def placed(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Documents and positions in one number, for kernels: int32 `[R, B, count, 5]` pieces and places `[B, T]`.
 
-        Each document of a row gets its own range of places, and each token the place at its position in that range;
-        padding has −1. A piece is (start, length, position, first place of its document, the place after its last).
+        A token's place is its index in the whole row, and padding has −1: each document has a range of places of its
+        own. A piece is (start, length, position, first place of its document, the place after its last).
         """
-        key = "places", str(device)
-        if key not in self._tensors:
-            table = self.pieces()
-            bounds = torch.zeros(*table.shape[:3], 2, dtype=torch.int32)
-            places = torch.full((self.queries.batch, self.queries.length), -1, dtype=torch.int32)
-            for row, runs in enumerate(self.queries.runs):
-                ends = {run.document: run.length for run in self.layout.documents.runs[row] if not run.is_padding}
-                for run in runs:
-                    if not run.is_padding:
-                        ends[run.document] = max(ends.get(run.document, 0), run.end_position)
-                if not ends:
-                    continue
-                stops = dict(zip(sorted(ends), itertools.accumulate(ends[x] for x in sorted(ends)), strict=True))
-                for run in runs:
-                    if not run.is_padding:
-                        first = stops[run.document] - ends[run.document] + run.position
-                        places[row, run.start : run.stop] = torch.arange(first, first + run.length, dtype=torch.int32)
-                names, after = torch.tensor(list(stops)), torch.tensor(list(stops.values()))
-                at = torch.searchsorted(names, table[:, row, :, 3].long()).clamp(max=len(names) - 1)
-                bounds[:, row, :, 1] = after[at].int()
-                bounds[:, row, :, 0] = torch.nn.functional.pad(after[:-1], (1, 0))[at].int()
-            self._tensors[key] = places.to(device)
-            self._tensors["placed", str(device)] = torch.cat([table[..., :3], bounds], dim=-1).to(device)
-        return self._tensors["placed", str(device)], self._tensors[key]
+        return self.on(device, _placed)
+
+
+def _pieces(tile: BlockTile) -> Tensor:
+    return tile.layout.pieces(tile.keys)
+
+
+def _placed(tile: BlockTile) -> tuple[Tensor, Tensor]:
+    table, rows = tile.derive(_pieces), tile.layout.documents
+    batch = torch.arange(table.shape[1]).view(-1, 1).expand(table.shape[1:3])
+    of_pieces = Runs(batch.flatten(), table[..., 3].long().amax(0).flatten(), *[torch.zeros(0)] * 3)
+    lines = rows.lines(of_pieces).clamp(min=0).view(table.shape[1:3])
+    bounds = torch.stack([rows.columns.start, rows.columns.stop], dim=-1)[lines]
+    placed = torch.cat([table[..., :3], bounds.int().expand(len(table), -1, -1, -1)], dim=-1)
+    queries = tile.queries.columns
+    lines = rows.lines(queries)
+    first = torch.where(lines < 0, 0, rows.columns.start[lines.clamp(min=0)]).int()
+    places = tile.queries.positions() + per_token(tile.queries, first)
+    return placed, places.masked_fill_(tile.queries.ids() < 0, -1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import Numbered
+from .blocks import Number, Numbered
 from .documents import Documents
 
 
@@ -28,37 +28,35 @@ class WindowLayout(Numbered):
             raise ValueError(f"size and stride of windows must be at least 1; got {self.size} and {self.stride}")
         super().__post_init__()
 
-    def number(self, length: int) -> int:
+    def number(self, length: Number) -> Number:
         """How many complete windows the first `length` tokens of a document have."""
-        return max(0, (length - self.size) // self.stride + 1)
+        return (length >= self.size) * ((length - self.size) // self.stride + 1)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, count, 3]`: document, first position and row index of the first token; −1 past the end."""
-        table = torch.full((self.documents.batch, self.count, 3), -1, dtype=torch.int32)
-        for row, runs in enumerate(self.documents.runs):
-            for run in runs:
-                number = 0 if run.is_padding else self.number(run.length)
-                if number:
-                    at = self.first[row][run.document]
-                    positions = torch.arange(number, dtype=torch.int32) * self.stride
-                    table[row, at : at + number, 0] = run.document
-                    table[row, at : at + number, 1] = positions
-                    table[row, at : at + number, 2] = positions + run.start
-        return table.to(device)
+        return self.on(device, _table)
+
+
+def _table(layout: WindowLayout) -> Tensor:
+    runs, (each, first) = layout.documents.columns, layout.stretches
+    owner = torch.repeat_interleave(each)
+    number = torch.arange(len(owner)) - (each.cumsum(0) - each)[owner]
+    of_windows, position = runs.at(owner), number * layout.stride
+    table = torch.full((layout.documents.batch, layout.count, 3), -1, dtype=torch.int32)
+    windows = torch.stack([of_windows.document, position, position + of_windows.start], dim=1)
+    table[of_windows.row, first[owner] + number] = windows.int()
+    return table
 
 
 def seen_windows(documents: Documents, size: int, stride: int) -> int:
     """How many (query, window) pairs there are: for each token, the complete windows of its document up to it."""
-    return sum(
-        _windows_below(run.end_position, size, stride) - _windows_below(run.position, size, stride)
-        for row in documents.runs
-        for run in row
-        if not run.is_padding
-    )
+    runs = documents.columns.at(documents.columns.real)
+    seen = _windows_below(runs.end_position, size, stride) - _windows_below(runs.position, size, stride)
+    return int(seen.sum())
 
 
-def _windows_below(position: int, size: int, stride: int) -> int:
+def _windows_below(position: Tensor, size: int, stride: int) -> Tensor:
     """Sum over queries below `position` of the complete windows they see."""
-    queries = max(0, position - size + 1)  # from the first that sees a window on; each `stride` see one more
-    full, rest = divmod(queries, stride)
+    queries = (position - size + 1).clamp(min=0)  # from the first that sees a window on; each `stride` see one more
+    full, rest = queries // stride, queries % stride
     return stride * full * (full + 1) // 2 + rest * (full + 1)

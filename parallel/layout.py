@@ -63,9 +63,12 @@ class Layout:
 
     def span_documents(self, documents: Documents, rank: int) -> list[Documents]:
         """The documents of each span of `rank`, cut from those of the whole row."""
-        n = self.span_length
-        return [documents.slice(s * n, (s + 1) * n) for s in self.spans_of(rank)]
+        if self.ranks * self.spans == 1:
+            return [documents]
+        spans, batch = documents.derive(Documents.spans, self.span_length), documents.batch
+        return [spans.rows(s * batch, (s + 1) * batch) for s in self.spans_of(rank)]
 
     def documents(self, documents: Documents, rank: int) -> Documents:
         """The documents of the tokens that `rank` holds, span after span."""
-        return Documents.concatenate(self.span_documents(documents, rank))
+        spans = self.span_documents(documents, rank)
+        return spans[0] if len(spans) == 1 else Documents.concatenate(spans)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.derived import Deriving, Key
 from ..kernels.documents import Documents
 from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
 from .layout import Layout
 from .mesh import Heads, Mesh
 from .strategy import Strategy
-
-Result = TypeVar("Result")
 
 
 class DecodingCache:
@@ -49,8 +47,12 @@ class DecodingCache:
         return own + sum(part.bytes for part in self._parts.values())
 
 
-class _Derived(dict[Hashable, Any]):
-    """Values derived from documents and layout, shared by the sequences of all layers, and how to remake one."""
+class _Derived:
+    """What the sequences of all layers share: values derived from documents and layout, and how to remake one."""
+
+    def __init__(self) -> None:
+        self.values: dict[Key, Any] = {}
+        self.copies: dict[Key, Any] = {}
 
     def keep_origin(self, seq: Sequence) -> None:
         """Remembers the first sequence that it belongs to, as long as that one's handle lives."""
@@ -70,7 +72,7 @@ def _new_handle() -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Sequence(Deriving):
     """Rows of packed documents, of which the layout assigns some spans to this rank.
 
     documents: the documents of the whole rows, on the host: every rank knows them, so that masks, states and
@@ -169,12 +171,7 @@ class Sequence:
         heads = self.heads
         if heads is None:
             return self
-        ranks = self.layout.ranks // heads.ranks
-        layout = Layout(self.layout.length, ranks, self.layout.spans if ranks > 1 else 1)
-        return self.derive(
-            "by heads",
-            lambda: Sequence(self.documents, layout, self.rank // heads.ranks, heads.ring, backend=self.backend),
-        )
+        return self.derive(_by_heads, heads.ranks)
 
     @property
     def attention_layout(self) -> Layout:
@@ -183,10 +180,7 @@ class Sequence:
 
     def up_to(self, position: int) -> Sequence:
         """The sequence in which each document ends before `position`: what follows in it is padding."""
-        return self.derive(
-            ("up to", position),
-            lambda: Sequence(self.documents.up_to(position), self.layout, self.rank, self.group, backend=self.backend),
-        )
+        return self.derive(_up_to, position)
 
     @property
     def local(self) -> Documents:
@@ -195,14 +189,14 @@ class Sequence:
 
     def documents_of(self, rank: int) -> Documents:
         """Documents of the tokens that `rank` holds."""
-        return self.derive(("documents", rank), lambda: self.layout.documents(self.documents, rank))
+        return self.derive(_documents_of, rank)
 
     @property
     def spans(self) -> Documents:
         """Documents of this rank's spans folded into the batch: `[spans * B, span_length]`, span-major."""
         if self.layout.ranks == 1:
             return self.local
-        return self.derive("spans", lambda: Documents.stack(self.layout.span_documents(self.documents, self.rank)))
+        return self.derive(_spans)
 
     @property
     def places(self) -> int:
@@ -212,20 +206,11 @@ class Sequence:
     @property
     def tokens(self) -> int:
         """This rank's tokens, without padding."""
-
-        def count() -> int:
-            return sum(run.length for row in self.local.runs for run in row if not run.is_padding)
-
-        return self.derive(("tokens", self.rank), count)
+        return self.local.tokens
 
     def pairs(self, mask: Pattern) -> int:
         """How many (query, key) pairs of the row this rank's queries see."""
-
-        def count() -> int:
-            tile = mask.tile(self.local, self.documents)
-            return 0 if tile is None else tile.pairs
-
-        return self.derive(("pairs", mask, self.rank), count)
+        return self.derive(_pairs, mask)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, T]`: in-document positions of this rank's tokens."""
@@ -235,8 +220,7 @@ class Sequence:
         """int32 `[B, T]`: how many tokens of its document are before each of this rank's tokens; −1 for padding."""
         if torch.compiler.is_compiling():
             return _reach(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
-        ids = self.local.ids(device)
-        return torch.where(ids < 0, -1, self.local.positions(device)).to(torch.int32)
+        return self.local.on(device, _tokens_before)
 
     def shard(self, x: Tensor) -> Tensor:
         """`[B, N, …]` of the whole rows to the `[B, T, …]` of this rank."""
@@ -261,11 +245,44 @@ class Sequence:
             )
         self.slots.add(slot)
 
-    def derive(self, key: Hashable, compute: Callable[[], Result]) -> Result:
-        """A host-side value that depends on documents and layout alone, computed once for all layers."""
-        if key not in self._derived:
-            self._derived[key] = compute()
-        return self._derived[key]
+    @property
+    def derived(self) -> dict[Key, Any]:
+        """What was derived on the host: shared by the sequences of all layers."""
+        return self._derived.values
+
+    @property
+    def copies(self) -> dict[Key, Any]:
+        """Copies of derived tensors on devices: shared by the sequences of all layers."""
+        return self._derived.copies
+
+
+def _by_heads(seq: Sequence, ranks_of_heads: int) -> Sequence:
+    assert seq.heads is not None
+    ranks = seq.layout.ranks // ranks_of_heads
+    layout = Layout(seq.layout.length, ranks, seq.layout.spans if ranks > 1 else 1)
+    return Sequence(seq.documents, layout, seq.rank // ranks_of_heads, seq.heads.ring, backend=seq.backend)
+
+
+def _up_to(seq: Sequence, position: int) -> Sequence:
+    return Sequence(seq.documents.up_to(position), seq.layout, seq.rank, seq.group, backend=seq.backend)
+
+
+def _documents_of(seq: Sequence, rank: int) -> Documents:
+    return seq.layout.documents(seq.documents, rank)
+
+
+def _spans(seq: Sequence) -> Documents:
+    return Documents.stack(seq.layout.span_documents(seq.documents, seq.rank))
+
+
+def _pairs(seq: Sequence, mask: Pattern) -> int:
+    tile = mask.tile(seq.local, seq.documents)
+    return 0 if tile is None else tile.pairs
+
+
+def _tokens_before(documents: Documents) -> Tensor:
+    """int32 `[B, T]`: how many tokens of its document are before each token; −1 for padding."""
+    return documents.positions().masked_fill(documents.ids() < 0, -1)
 
 
 @torch.library.custom_op("longreach::reach", mutates_args=())

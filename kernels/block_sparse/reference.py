@@ -15,7 +15,7 @@ def visible(blocks_BLJM: Tensor, tile: BlockTile) -> Tensor:
     device = blocks_BLJM.device
     seen_BTS = tile.mask.dense(tile.queries, tile.keys, device)
     blocks_BTJM = blocks_BLJM.repeat_interleave(tile.query_block, dim=1)[:, : tile.queries.length]
-    ids_BS = tile.layout.ids(tile.keys, device)
+    ids_BS = tile.layout.ids(tile.keys).to(device)
     listed_BTJS = torch.zeros(*blocks_BTJM.shape[:3], ids_BS.shape[1], dtype=torch.bool, device=device)
     for blocks_BTJ in blocks_BTJM.unbind(-1):
         listed_BTJS |= (blocks_BTJ.unsqueeze(-1) == ids_BS[:, None, None]) & (blocks_BTJ.unsqueeze(-1) >= 0)

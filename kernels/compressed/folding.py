@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..derived import Deriving
 from ..documents import PADDING, Documents, Run
 from ..masks import Mask, Tile
 from ..masks.strides import Order
@@ -16,7 +17,7 @@ from ..windows import WindowLayout
 
 
 @dataclass(frozen=True)
-class Folding:
+class Folding(Deriving):
     """How queries become rows of attention over windows: `stride` queries that see the same windows in each place.
 
     windows: those of the whole rows. documents: of the queries, any part of the rows. length: summaries per row, with
@@ -26,17 +27,14 @@ class Folding:
     windows: WindowLayout
     documents: Documents
     length: int
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tile(self) -> Tile | None:
         """The work of folded queries against windows; None where no query sees any."""
-        if "tile" not in self._made:
-            self._made["tile"] = Mask().tile(self._places[0], self._keys)
-        return self._made["tile"]
+        return self.derive(_tile)
 
     @property
-    def _keys(self) -> Documents:
+    def keys(self) -> Documents:
         """The windows as tokens, each document's from position 0 on."""
         rows = []
         for row, first in enumerate(self.windows.first):
@@ -48,13 +46,11 @@ class Folding:
             if end < self.length:
                 runs.append(Run(PADDING, end, self.length - end, 0))
             rows.append(tuple(runs))
-        return Documents(tuple(rows), self.length)
+        return Documents.of_runs(rows, self.length)
 
-    @property
-    def _places(self) -> tuple[Documents, Order]:
+    @cached_property
+    def places(self) -> tuple[Documents, Order]:
         """The documents of the places, and the queries in the order of `places · stride`."""
-        if "places" in self._made:
-            return self._made["places"]
         lead, stride = self.windows.size - 1, self.windows.stride
         rows: list[list[Run]] = []
         for runs in self.documents.runs:
@@ -83,8 +79,7 @@ class Folding:
                 end = places[-1].stop if places else 0
                 places.append(Run(PADDING, end, most - end, 0))
         packed = tuple(tuple(run for run in places if run.length) for places in rows)
-        self._made["places"] = Documents(packed, most), Order(queries, folded)
-        return self._made["places"]
+        return Documents.of_runs(packed, most), Order(queries, folded)
 
     def fold(self, x: Tensor, groups: int) -> Tensor:
         """`[B, T, H, D]` to `[B, places, groups · stride · H / groups, D]`: of a group, one query after the other."""
@@ -98,6 +93,12 @@ class Folding:
         return self._order(x.device).back(x, fill)
 
     def _order(self, device: torch.device) -> Order:
-        if str(device) not in self._made:
-            self._made[str(device)] = self._places[1].to(device)
-        return self._made[str(device)]
+        return self.on(device, _order)
+
+
+def _tile(folding: Folding) -> Tile | None:
+    return Mask().tile(folding.places[0], folding.keys)
+
+
+def _order(folding: Folding) -> Order:
+    return folding.places[1]

@@ -24,20 +24,12 @@ class BlockRanges(NamedTuple):
 
 def key_ranges(tile: Tile, query_block: int, key_block: int, device: torch.device | str = "cpu") -> BlockRanges:
     """Ranges of blocks of `key_block` keys for every block of `query_block` queries, row by row; kept by the tile."""
-    return _kept(tile, "keys", query_block, key_block, device)
+    return tile.on(device, _ranges, "keys", query_block, key_block)
 
 
 def query_ranges(tile: Tile, key_block: int, query_block: int, device: torch.device | str = "cpu") -> BlockRanges:
     """Ranges of blocks of `query_block` queries for every block of `key_block` keys, row by row; kept by the tile."""
-    return _kept(tile, "queries", key_block, query_block, device)
-
-
-def _kept(tile: Tile, of: str, block: int, other_block: int, device: torch.device | str) -> BlockRanges:
-    key = (of, block, other_block, str(device))
-    if key not in tile.derived:
-        ranges = _ranges(tile, of, block, other_block)
-        tile.derived[key] = BlockRanges(*(x.to(device, non_blocking=True) for x in ranges))
-    return tile.derived[key]
+    return tile.on(device, _ranges, "queries", key_block, query_block)
 
 
 def _ranges(tile: Tile, of: str, block: int, other_block: int) -> BlockRanges:

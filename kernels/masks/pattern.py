@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..derived import Deriving
 from ..documents import Documents, Run
 from ..plain import Plain
 
@@ -191,17 +192,16 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(Deriving):
     """The work of some queries against some keys, cut into nonempty pieces of one document each.
 
-    `derived` keeps what backends compute from a tile, such as lists of blocks on a device.
+    What backends need of a tile, such as lists of blocks, is derived from it.
     """
 
     mask: Pattern
     pieces: tuple[Piece, ...]
     queries: Documents
     keys: Documents
-    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def pairs(self) -> int:

@@ -5,7 +5,6 @@ So backends need to know only bands of neighbouring keys, and work follows the v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,7 @@ from ..documents import PADDING, Documents, Run
 from .pattern import FAR, Band, Bands, Tile
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """Tokens in another order. `index` int64 `[B, M]`: which of T tokens stands at each place, T for none.
 
     `places` int64 `[B, T]`: where each token stands, M for nowhere.
@@ -32,9 +30,6 @@ class Order:
     def back(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """`[B, M, …]` to `[B, T, …]`, with `fill` for tokens that stand nowhere."""
         return _rows(x, self.places, fill)
-
-    def to(self, device: torch.device) -> Order:
-        return Order(self.index.to(device), self.places.to(device))
 
 
 def _rows(x: Tensor, index: Tensor, fill: float) -> Tensor:
@@ -56,21 +51,22 @@ def without_strides(tile: Tile, device: torch.device) -> tuple[Part, ...]:
     """Parts that cover every visible pair of a tile once; kept by the tile."""
     if all(band.stride == 1 for band in tile.mask.bands):
         return (Part(None, None, tile),)
-    key = ("without strides", str(device))
-    if key not in tile.derived:
-        plain = Bands(tuple(band for band in tile.mask.bands if band.stride == 1)).tile(tile.queries, tile.keys)
-        parts = [] if plain is None else [Part(None, None, plain)]
-        parts += [part for band in tile.mask.bands if band.stride > 1 for part in _strided(tile, band, device)]
-        tile.derived[key] = tuple(parts)
-    return tile.derived[key]
+    return tile.on(device, _parts)
 
 
-def _strided(tile: Tile, band: Band, device: torch.device) -> list[Part]:
+def _parts(tile: Tile) -> tuple[Part, ...]:
+    plain = Bands(tuple(band for band in tile.mask.bands if band.stride == 1)).tile(tile.queries, tile.keys)
+    parts = [] if plain is None else [Part(None, None, plain)]
+    parts += [part for band in tile.mask.bands if band.stride > 1 for part in _strided(tile, band)]
+    return tuple(parts)
+
+
+def _strided(tile: Tile, band: Band) -> list[Part]:
     back, ahead = (FAR if far == FAR else far // band.stride for far in (band.back, band.ahead))
     queries, query_order = _by_remainder(tile.queries, band.stride, 0, FAR)
     keys, key_order = _by_remainder(tile.keys, band.stride, band.first, band.last)
     reordered = Bands((Band(back=back, ahead=ahead),)).tile(queries, keys)
-    return [] if reordered is None else [Part(query_order.to(device), key_order.to(device), reordered)]
+    return [] if reordered is None else [Part(query_order, key_order, reordered)]
 
 
 def _by_remainder(documents: Documents, stride: int, first: int, last: int) -> tuple[Documents, Order]:
@@ -96,4 +92,4 @@ def _by_remainder(documents: Documents, stride: int, first: int, last: int) -> t
     for runs, start in rows:
         if start < length:
             runs.append(Run(PADDING, start, length - start, 0))
-    return Documents(tuple(tuple(runs) for runs, _ in rows), length), Order(index, places)
+    return Documents.of_runs([runs for runs, _ in rows], length), Order(index, places)

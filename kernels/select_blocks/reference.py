@@ -84,7 +84,7 @@ def select(
     """See `longreach.kernels.select_blocks`."""
     scores_BJTN, seen_B1TN = window_scores(q, summaries, rule, documents, windows, scale, lse)
     scores_BJTM = block_scores(scores_BJTN, seen_B1TN, rule, windows, layout)
-    own = layout.ids(documents, q.device)
+    own = layout.ids(documents).to(q.device)
     batch, _, length, _ = scores_BJTM.shape
     lists = torch.full((batch, length, scores_BJTM.shape[1], rule.count), -1, dtype=torch.int32, device=q.device)
     for b in range(batch):

@@ -38,7 +38,7 @@ def token_shift(x: Tensor, documents: Documents, history: Tensor) -> Tensor:
 
 
 def _padded(documents: Documents) -> bool:
-    return any(run.is_padding for row in documents.runs for run in row)
+    return documents.has_padding
 
 
 def _without_padding(out: Tensor, documents: Documents) -> Tensor:

@@ -174,34 +174,33 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> str | None:
 
 
 def _plan(tile: Tile) -> tuple[Call, ...]:
-    if "library" not in tile.derived:
-        tile.derived["library"] = plan(tile)
-    return tile.derived["library"]
+    return tile.derive(plan)
 
 
 def _indices(tile: Tile, number: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Where a call's queries and keys lie in the flattened `[B·T]` and `[B·S]`; None where they are all, in order."""
-    key = ("library", number, str(device))
-    if key not in tile.derived:
-        spans = _plan(tile)[number].spans
-        indices = []
-        for tokens, side in ((tile.queries, [s.queries for s in spans]), (tile.keys, [s.keys for s in spans])):
-            ranges = [
-                (s.row * tokens.length + first, s.row * tokens.length + stop)
-                for s, (first, stop) in zip(spans, side, strict=True)
-            ]
-            indices.append(_index(ranges, tokens.batch * tokens.length, device))
-        tile.derived[key] = tuple(indices)
-    return tile.derived[key]
+    return tile.on(device, _both_indices, number)
 
 
-def _index(ranges: Sequence[tuple[int, int]], total: int, device: torch.device) -> Tensor | None:
+def _both_indices(tile: Tile, number: int) -> tuple[Tensor | None, Tensor | None]:
+    spans = _plan(tile)[number].spans
+    queries, keys = (
+        _index([(s.row * tokens.length + first, s.row * tokens.length + stop) for s, (first, stop) in side], tokens)
+        for tokens, side in (
+            (tile.queries, [(s, s.queries) for s in spans]),
+            (tile.keys, [(s, s.keys) for s in spans]),
+        )
+    )
+    return queries, keys
+
+
+def _index(ranges: Sequence[tuple[int, int]], tokens: Documents) -> Tensor | None:
     at = 0
     for first, stop in ranges:
         if first != at:
-            return torch.cat([torch.arange(*r) for r in ranges]).to(device, non_blocking=True)
+            return torch.cat([torch.arange(*r) for r in ranges])
         at = stop
-    return None if at == total else torch.arange(at).to(device, non_blocking=True)
+    return None if at == tokens.batch * tokens.length else torch.arange(at)
 
 
 def _is_one_call(q: Tensor, k: Tensor, tile: Tile) -> bool:

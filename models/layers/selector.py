@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ...kernels import select_blocks as selection
 from ...kernels.block_sparse import flops, most_visits
+from ...kernels.documents import Documents
 from ...kernels.select_blocks import Rule
 from ...parallel import ops
 from ...parallel.sequence import Sequence
@@ -41,12 +42,13 @@ class Selector(nn.Module):
         """Forward FLOPs of attention to full lists, whole blocks counted, of tokens at positions from `beyond` on."""
         size, count = self.rule.block_size, self.rule.count
 
-        def visits() -> int:
-            every, before = (
-                most_visits(documents, block_size=size, count=count)
-                for documents in (seq.local, seq.local.up_to(beyond))
-            )
-            return every - before
-
-        number = seq.derive(("visits", size, count, beyond, seq.rank), visits)
+        number = seq.local.derive(_visits, size, count, beyond)
         return flops(number * heads, block_size=size, heads_a_list=1, key_dim=key_dim, value_dim=value_dim)
+
+
+def _visits(documents: Documents, block_size: int, count: int, beyond: int) -> int:
+    """The most (query, key) pairs of queries at positions from `beyond` on, with lists of `count` blocks."""
+    every, before = (
+        most_visits(tokens, block_size=block_size, count=count) for tokens in (documents, documents.up_to(beyond))
+    )
+    return every - before

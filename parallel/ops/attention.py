@@ -91,7 +91,7 @@ def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any,
             start += stop - first
         entries[key] = _parts(sent, runs, kept)
     extended = inputs._replace(**dict(zip(op.travels, sent, strict=True)))
-    return extended, Documents((runs,) * sent[0].shape[0], sent[0].shape[1])
+    return extended, Documents.of_runs((runs,) * sent[0].shape[0], sent[0].shape[1])
 
 
 def _parts(sent: tuple[Tensor, ...], runs: tuple[Run, ...], kept: list[tuple[int, int]]) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +44,8 @@ class SharedAttention(Attention, Operation):
     def rows(self, seq: Sequence) -> Sequence:
         """The sequence without the tokens that take no part."""
         return seq if self.until is None else seq.up_to(self.until)
+
+
+def tile_of_row(seq: Sequence, op: Attend) -> Any:
+    """The tile of this rank's queries and the keys of the whole row."""
+    return op.tile(seq.local, seq.documents)

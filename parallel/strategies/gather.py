@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.attend import Attend, Gradient
 from ..collectives import Gathering, Packed, in_row_order, scatter_sum
 from ..sequence import Sequence
-from .attention import SharedAttention
+from .attention import SharedAttention, tile_of_row
 
 
 class GatherAttention(SharedAttention):
@@ -48,7 +48,7 @@ class GatherAttention(SharedAttention):
         return stay, total.tensors
 
     def _tile(self, seq: Sequence) -> Any:
-        return seq.derive(("gather", self.op), lambda: self.op.tile(seq.local, seq.documents))
+        return seq.derive(tile_of_row, self.op)
 
 
 def _gather(own: tuple[Tensor, ...], seq: Sequence) -> tuple[Tensor, ...]:

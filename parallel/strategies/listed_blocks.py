@@ -42,8 +42,8 @@ class BlockPlan:
     def of(cls, listed: Tensor, layout: BlockLayout, seq: Sequence) -> BlockPlan:
         """From bool `[P, B, blocks]` on the host: what the queries of each rank list."""
         ranks, rank = seq.layout.ranks, seq.rank
-        ids = seq.derive(("block ids", layout.block_size), lambda: layout.ids(layout.documents).long())
-        rows = [seq.derive(("rows", peer), lambda peer=peer: rows_of(seq, peer)) for peer in range(ranks)]
+        ids = layout.derive(_block_ids)
+        rows = [seq.derive(rows_of, peer) for peer in range(ranks)]
         no_tokens = torch.empty(0, dtype=torch.int64)
         sends = [
             no_tokens if peer == rank else _asked(listed[peer], ids[:, rows[rank]]).flatten().nonzero().squeeze(1)
@@ -60,6 +60,18 @@ class BlockPlan:
     def to(self, device: torch.device) -> BlockPlan:
         sends, receives = (tuple(index.to(device) for index in each) for each in (self.sends, self.receives))
         return BlockPlan(sends, receives, self.keys)
+
+
+def _layout_of(seq: Sequence, op: ListedAttend) -> BlockLayout:
+    return op.layout(seq.documents)
+
+
+def _own_tile(seq: Sequence, op: ListedAttend) -> Any:
+    return op.tile(seq.local, seq.local, seq.derive(_layout_of, op))
+
+
+def _block_ids(layout: BlockLayout) -> Tensor:
+    return layout.ids(layout.documents).long()
 
 
 def _asked(listed: Tensor, ids: Tensor) -> Tensor:
@@ -82,7 +94,7 @@ def _documents_of(asked: Tensor, documents: Documents, length: int) -> Documents
         if len(at) < length:
             runs.append(Run(PADDING, len(at), length - len(at), 0))
         rows.append(tuple(runs))
-    return Documents(tuple(rows), length)
+    return Documents.of_runs(rows, length)
 
 
 def listed_blocks(blocks: Tensor, count: int) -> Tensor:
@@ -212,13 +224,13 @@ class ListedAttention(SharedAttention):
         return BlockPlan.of(told[:, :-1].bool().unflatten(1, (batch, -1)), layout, seq).to(inputs.q.device)
 
     def _layout(self, seq: Sequence) -> BlockLayout:
-        return seq.derive(("blocks", self.op), lambda: self.op.layout(seq.documents))
+        return seq.derive(_layout_of, self.op)
 
     def _tile(self, seq: Sequence, keys: Documents | None = None) -> Any:
         """This rank's queries against its own keys, or against received ones."""
         if keys is not None:
             return self.op.tile(seq.local, keys, self._layout(seq))
-        return seq.derive(("block tile", self.op), lambda: self.op.tile(seq.local, seq.local, self._layout(seq)))
+        return seq.derive(_own_tile, self.op)
 
 
 def _send_home(

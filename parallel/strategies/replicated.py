@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.attend import Attend, Gradient
 from ..sequence import Sequence
-from .attention import SharedAttention
+from .attention import SharedAttention, tile_of_row
 
 
 class ReplicatedAttention(SharedAttention):
@@ -28,7 +28,7 @@ class ReplicatedAttention(SharedAttention):
         return self.op.attend_backward(gradient, inputs, sent, tile, where.backend)
 
     def _tile(self, seq: Sequence) -> Any:
-        return seq.derive(("replicated", self.op), lambda: self.op.tile(seq.local, seq.documents))
+        return seq.derive(tile_of_row, self.op)
 
 
 def replicated(build: Callable[..., Attend], *settings: Any) -> ReplicatedAttention:

@@ -36,10 +36,10 @@ class RingPlan:
 
     @classmethod
     def of(cls, op: Attend, seq: Sequence) -> RingPlan:
-        return seq.derive(("ring", op), lambda: cls._make(op, seq))
+        return seq.derive(cls._make, op)
 
     @classmethod
-    def _make(cls, op: Attend, seq: Sequence) -> RingPlan:
+    def _make(cls, seq: Sequence, op: Attend) -> RingPlan:
         ranks = seq.layout.ranks
         rows = [seq.documents_of(rank) for rank in range(ranks)]
         seen_by = tuple(

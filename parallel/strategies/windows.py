@@ -10,11 +10,12 @@ of the row: a shape that does not depend on where documents start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels.documents import per_token
 from ...kernels.windows import WindowLayout
 from ..collectives import Gathering, scatter_sum
 from ..layout import Layout
@@ -23,34 +24,41 @@ from ..sequence import DecodingCache, Sequence
 from .halo import Halo
 
 
-@dataclass(frozen=True)
-class Combination:
+class Combination(NamedTuple):
     """out_i = Σ_j x[index_ij]: rows of x added up in one order on every device; an index of `rows` adds nothing.
 
-    `index` int64 `[outputs, most]`.
+    `index` int64 `[outputs, most]`; `back` is that of the transpose.
     """
 
     index: Tensor
     rows: int
+    back: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, rows: int) -> Combination:
+        """The combination by an index on the host."""
+        outputs, most = index.shape
+        order = index.flatten().argsort(stable=True)
+        row = index.flatten()[order]
+        row, output = row[row < rows], order[row < rows] // max(most, 1)
+        place = torch.arange(len(row)) - torch.searchsorted(row, row)
+        back = index.new_full((rows, int(place.max()) + 1 if len(row) else 1), outputs)
+        back[row, place] = output
+        return cls(index, rows, back)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, …]` to `[outputs, …]`."""
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.index].sum(1)
 
-    @cached_property
+    @property
     def transpose(self) -> Combination:
         """x_r = Σ of the out_i that row r is part of: what the gradient of this combination is."""
-        outputs, most = self.index.shape
-        order = self.index.flatten().argsort(stable=True)
-        row = self.index.flatten()[order]
-        row, output = row[row < self.rows], order[row < self.rows] // max(most, 1)
-        place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-        index = self.index.new_full((self.rows, int(place.max()) + 1 if len(row) else 1), outputs)
-        index[row, place] = output
-        return Combination(index, outputs)
+        return Combination(self.back, self.index.shape[0], self.index)
 
-    def to(self, device: torch.device | str) -> Combination:
-        return Combination(self.index.to(device), self.rows)
+
+def _plan(seq: Sequence, op: WindowMeans | LocalWindows | GatherWindows) -> Any:
+    """Which rows an op combines: what it makes of the documents and the layout."""
+    return op.make_plan(seq)
 
 
 def check_windows(size: int, stride: int) -> None:
@@ -72,14 +80,14 @@ class WindowMeans(OfOneTensor):
     stride: int
 
     def apply(self, x: Tensor, seq: Sequence) -> Tensor:
-        parts_of, windows_of, parts = self._plan(seq, x.device)
+        parts_of, windows_of, parts = seq.on(x.device, _plan, self)
         rows = parts_of(x.to(_exact(x)).flatten(0, 1)).unflatten(0, (x.shape[0], parts))
         gathered = _gather(rows, seq).flatten(0, 2)
         means = windows_of(gathered) / self.size
         return means.to(x.dtype).unflatten(0, (x.shape[0], -1))
 
     def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
-        parts_of, windows_of, parts = self._plan(seq, x.device)
+        parts_of, windows_of, parts = seq.on(x.device, _plan, self)
         dparts = windows_of.transpose(dout.to(_exact(x)).flatten(0, 1) / self.size)
         dparts = scatter_sum(dparts.unflatten(0, (seq.layout.ranks, x.shape[0] * parts)), seq)
         return parts_of.transpose(dparts).to(x.dtype).view(x.shape)
@@ -87,16 +95,8 @@ class WindowMeans(OfOneTensor):
     def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
         return (x.shape[0], x.shape[1] * ranks // self.stride, *x.shape[2:])
 
-    def _plan(self, seq: Sequence, device: torch.device) -> tuple[Combination, Combination, int]:
+    def make_plan(self, seq: Sequence) -> tuple[Combination, Combination, int]:
         """This rank's tokens to parts `[B, parts]`, all ranks' parts to windows, and the most parts of any rank."""
-
-        def make() -> tuple[Combination, Combination, int]:
-            parts_of, windows_of, parts = self._make(seq)
-            return parts_of.to(device), windows_of.to(device), parts
-
-        return seq.derive((self, str(device)), make)
-
-    def _make(self, seq: Sequence) -> tuple[Combination, Combination, int]:
         documents, layout = seq.documents, seq.layout
         ids, turn = documents.ids(), documents.positions() // self.stride
         windows, total = _windows_of_tokens(WindowLayout(documents, self.size, self.stride))
@@ -118,8 +118,8 @@ class WindowMeans(OfOneTensor):
             index[rank, row, number[row, token]] = local[row, token]
         mine = parts_of_tokens[seq.rank]
         flat = torch.where(mine < 0, batch * parts, mine + torch.arange(batch).view(-1, 1) * parts)
-        to_parts = Combination(flat.flatten().unsqueeze(1), batch * parts).transpose
-        return to_parts, Combination(index.flatten(0, 2), total).transpose, parts
+        to_parts = Combination.of(flat.flatten().unsqueeze(1), batch * parts).transpose
+        return to_parts, Combination.of(index.flatten(0, 2), total).transpose, parts
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ class LocalWindows(OfOneTensor):
     def apply(self, x: Tensor, seq: Sequence) -> Tensor:
         folded = seq.fold(x)
         before = self._before(folded, seq)
-        rows = self._plan(seq, x.device)(torch.cat([before, folded], dim=1).flatten(0, 1))
+        rows = seq.on(x.device, _plan, self)(torch.cat([before, folded], dim=1).flatten(0, 1))
         return rows.view(x.shape[0], -1, self.size, *x.shape[2:])
 
     def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
         folded = seq.fold(x)
-        drows = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 2))
+        drows = seq.on(x.device, _plan, self).transpose(dout.to(_exact(x)).flatten(0, 2))
         drows = drows.unflatten(0, (folded.shape[0], -1))
         dfolded = drows[:, self.size - 1 :]
         if seq.layout.ranks > 1 and self.size > 1:
@@ -162,11 +162,8 @@ class LocalWindows(OfOneTensor):
             return folded.new_zeros(folded.shape[0], self.size - 1, *folded.shape[2:])
         return self._halo.apply(folded, seq)
 
-    def _plan(self, seq: Sequence, device: torch.device) -> Combination:
+    def make_plan(self, seq: Sequence) -> Combination:
         """Of the folded rows, each after its halo."""
-        return seq.derive((self, str(device)), lambda: self._make(seq).to(device))
-
-    def _make(self, seq: Sequence) -> Combination:
         layout, batch = _cut(seq), seq.documents.batch
         length, spans, before = layout.span_length, layout.spans, self.size - 1
         rows, each = before + length, _windows_per_span(length, self.stride)
@@ -176,7 +173,7 @@ class LocalWindows(OfOneTensor):
             row, window = (owner == span).nonzero(as_tuple=True)
             first = starts[row, window] - span * length + before + (turn * batch + row) * rows
             index[row, turn, place[row, window]] = first.unsqueeze(1) + torch.arange(self.size)
-        return Combination(index.view(-1, 1), spans * batch * rows)
+        return Combination.of(index.view(-1, 1), spans * batch * rows)
 
 
 @dataclass(frozen=True)
@@ -194,20 +191,18 @@ class GatherWindows(OfOneTensor):
     stride: int
 
     def apply(self, x: Tensor, seq: Sequence) -> Tensor:
-        summaries = self._plan(seq, x.device)(_gather(x, seq).flatten(0, 2))
+        summaries = seq.on(x.device, _plan, self)(_gather(x, seq).flatten(0, 2))
         return summaries.unflatten(0, (x.shape[0], -1))
 
     def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
-        dgathered = self._plan(seq, x.device).transpose(dout.to(_exact(x)).flatten(0, 1))
+        dgathered = seq.on(x.device, _plan, self).transpose(dout.to(_exact(x)).flatten(0, 1))
         return scatter_sum(dgathered.unflatten(0, (seq.layout.ranks, -1)), seq).to(x.dtype).view(x.shape)
 
     def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
         return (x.shape[0], self.length // self.stride, *x.shape[2:])
 
-    def _plan(self, seq: Sequence, device: torch.device) -> Combination:
-        return seq.derive((self, str(device)), lambda: self._make(seq).to(device))
-
-    def _make(self, seq: Sequence) -> Combination:
+    def make_plan(self, seq: Sequence) -> Combination:
+        """From the windows of all ranks to those of the rows."""
         layout, batch = _cut(seq), seq.documents.batch
         each = _windows_per_span(layout.span_length, self.stride)
         places = layout.spans * each
@@ -217,7 +212,7 @@ class GatherWindows(OfOneTensor):
             for turn, span in enumerate(layout.spans_of(rank)):
                 row, window = (owner == span).nonzero(as_tuple=True)
                 index[row, window, 0] = (rank * batch + row) * places + turn * each + place[row, window]
-        return Combination(index.flatten(0, 1), layout.ranks * batch * places)
+        return Combination.of(index.flatten(0, 1), layout.ranks * batch * places)
 
 
 def rows_of(seq: Sequence, rank: int) -> Tensor:
@@ -252,12 +247,9 @@ def _windows_of_tokens(layout: WindowLayout) -> tuple[Tensor, int]:
     And how many numbers there are, which stands for no window.
     """
     documents, stride = layout.documents, layout.stride
-    first, count = torch.zeros(2, documents.batch, documents.length, dtype=torch.int64)
-    for row, runs in enumerate(documents.runs):
-        for run in runs:
-            if not run.is_padding:
-                first[row, run.start : run.stop] = layout.first[row][run.document] + row * (documents.length // stride)
-                count[row, run.start : run.stop] = layout.number(run.length)
+    each, first_of_run = layout.stretches
+    first = per_token(documents, first_of_run + documents.columns.row * (documents.length // stride))
+    count = per_token(documents, each)
     total = documents.batch * (documents.length // stride)
     window = (documents.positions().long() // stride).unsqueeze(-1) - torch.arange(layout.size // stride)
     inside = (window >= 0) & (window < count.unsqueeze(-1))

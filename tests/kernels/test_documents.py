@@ -44,24 +44,12 @@ def test_a_slice_keeps_ids_and_positions(rows, data):
     assert cut.continues == tuple(document != PADDING and position > 0 for document, position in first)
 
 
-def test_a_span_of_a_row_of_many_documents_costs_what_it_holds():
-    looked_at = 0
-
-    class Counted(tuple):
-        def __getitem__(self, place):
-            nonlocal looked_at
-            found = super().__getitem__(place)
-            looked_at += len(found) if isinstance(place, slice) else 1
-            return found
-
-        def __iter__(self):
-            raise AssertionError("every run is looked at")
-
-    whole = Documents.from_lengths([[7] * 20_000])
-    documents = Documents((Counted(whole.runs[0]),), whole.length)
-    parts = [documents.slice(start, start + 70) for start in range(0, whole.length, 70)]
-    assert Documents.concatenate(parts) == whole
-    assert looked_at < 60 * len(parts)  # ten runs, and two searches among 20,000
+@given(rows_of_lengths, st.integers(1, 9), st.integers(1, 4))
+def test_spans_are_slices(rows, length, number):
+    documents = Documents.from_lengths([row[:2] for row in rows], max(18, length * number) // length * length)
+    spans = documents.spans(length)
+    borders = range(0, documents.length, length)
+    assert spans == Documents.stack([documents.slice(start, start + length) for start in borders])
 
 
 @given(rows_of_lengths, st.lists(st.integers(0, 45), max_size=4))

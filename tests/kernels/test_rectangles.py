@@ -45,7 +45,7 @@ def cover(tile, limit=None):
 
 
 def documents_of(run):
-    return Documents(((run,),), run.length)
+    return Documents.of_runs(((run,),), run.length)
 
 
 @given(

@@ -163,7 +163,7 @@ def compressed(windows):
     for table in windows.table().tolist():
         runs = [(d, n, 1, position + windows.size - 1) for n, (d, position, _) in enumerate(table) if d >= 0]
         rows.append(tuple(type(windows.documents.runs[0][0])(*run) for run in runs))
-    return Documents(tuple(rows), windows.count)
+    return Documents.of_runs(rows, windows.count)
 
 
 def test_compression_attention_gives_the_normaliser():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...kernels.documents import PADDING, Documents, Run
+from ...kernels.documents import PADDING, Documents
 from ...parallel.layout import Layout
 
 # Dense peak FLOPs per second by part of the device's name, as its maker publishes it, for matrix multiplies without
@@ -138,9 +138,10 @@ class Work:
 
 def work_of(documents: Documents, targets: int, layout: Layout, flops: int) -> Work:
     """The work of one micro-batch, from the host's description of its rows alone."""
-    tokens = sum(run.length for row in documents.runs for run in row if not run.is_padding)
     pairs = attention_pairs(documents, layout)
-    return Work(targets, tokens, documents.batch * documents.length, flops, max(pairs), sum(pairs) / len(pairs))
+    return Work(
+        targets, documents.tokens, documents.batch * documents.length, flops, max(pairs), sum(pairs) / len(pairs)
+    )
 
 
 def attention_pairs(documents: Documents, layout: Layout) -> list[int]:
@@ -151,9 +152,9 @@ def attention_pairs(documents: Documents, layout: Layout) -> list[int]:
     """
     borders = np.arange(layout.ranks * layout.spans + 1) * layout.span_length
     pairs = np.zeros(len(borders) - 1, np.int64)
-    for row in documents.runs:
-        runs = np.array(row, np.int64).reshape(-1, len(Run._fields))
-        document, start, length, _ = runs.T
+    table = documents.table.numpy()
+    for first, last in documents.ends.tolist():
+        _, document, start, length, _ = table[first:last].T
         seen = np.where(document == PADDING, 0, 1)
         # Of a run's first n tokens the first sees one key of those held, itself, the next two: n (n + 1) / 2 together.
         before = np.concatenate([[0], np.cumsum(seen * length * (length + 1) // 2)])
