@@ -51,9 +51,12 @@ class Attend(ABC):
     def tile(self, queries: Documents, keys: Documents) -> Any:
         """What `attend` needs to know about these queries and keys; None where no query sees any key."""
 
-    def reaches(self, queries: Documents, keys: Documents) -> bool:
-        """Whether any query sees any key."""
-        return self.tile(queries, keys) is not None
+    def reached(self, parts: Documents, number: int) -> Tensor:
+        """bool `[P, P]`, on the host: whether a query of part i sees a key of part j, of `number` parts of the same
+        rows one after the other along the batch."""
+        batch = parts.batch // number
+        each = [parts.rows(part * batch, (part + 1) * batch) for part in range(number)]
+        return torch.tensor([[self.tile(queries, keys) is not None for keys in each] for queries in each])
 
     @abstractmethod
     def kept(self, length: int) -> Intervals:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .derived import Deriving
-from .documents import Documents, Runs, per_token, ranks_in_groups
+from .documents import Documents, Runs, expanded, per_token, ranks_in_groups
 from .masks import Mask, Pattern
 
 Number = TypeVar("Number", int, Tensor)
@@ -132,8 +132,8 @@ class BlockLayout(Numbered):
         """
         runs, size = tokens.columns.at(tokens.columns.real), self.block_size
         begin, end = runs.position // size, (runs.end_position - 1) // size + 1
-        owner = torch.repeat_interleave(end - begin)
-        block = begin[owner] + torch.arange(len(owner)) - (torch.cumsum(end - begin, 0) - (end - begin))[owner]
+        owner, place = expanded(end - begin)
+        block = begin[owner] + place
         number, runs = block + self.first_of(runs)[owner], runs.at(owner)
         low = torch.maximum(block * size, runs.position)
         high = torch.minimum((block + 1) * size, runs.end_position)

@@ -158,7 +158,7 @@ class Documents(Deriving):
         keys, order = self.derive(_sorted_keys)
         if not len(keys):
             return torch.full_like(runs.row, -1)
-        wanted = _key(runs)
+        wanted = key_of(runs)
         at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
         return torch.where((keys[at] == wanted) & runs.real, order[at], -1)
 
@@ -191,9 +191,8 @@ class Documents(Deriving):
         number = self.length // length
         first = self.columns.start // length
         each = (self.columns.stop - 1) // length - first + 1
-        owner = torch.repeat_interleave(torch.arange(len(self.table)), each)
-        span = torch.arange(len(owner)) - (each.cumsum(0) - each)[owner] + first[owner]
-        runs = self.columns.at(owner)
+        owner, place = expanded(each)
+        span, runs = first[owner] + place, self.columns.at(owner)
         low, high = torch.maximum(runs.start, span * length), torch.minimum(runs.stop, (span + 1) * length)
         cut = Documents(torch.stack(runs, dim=1), self.batch, self.length)._between(low, high, span * length)
         cut[:, 0] += span * self.batch
@@ -230,15 +229,19 @@ class Documents(Deriving):
         for part in parts:
             tables.append(part.table + torch.tensor([0, 0, offset, 0, 0]))
             offset += part.length
-        table = torch.cat(tables)
-        table = table[torch.argsort(table[:, 0], stable=True)]
-        row, document, _, length, position = table.unbind(1)
+        return Documents.joined(torch.cat(tables), parts[0].batch, offset)
+
+    @classmethod
+    def joined(cls, table: Tensor, batch: int, length: int) -> Documents:
+        """The documents of runs in any order; those that continue each other are joined."""
+        table = table[torch.argsort((table[:, 0] << 32) + table[:, 2])]
+        row, document, _, lengths, position = table.unbind(1)
         goes_on = (row[1:] == row[:-1]) & (document[1:] == document[:-1])
-        goes_on &= (document[1:] == PADDING) | (position[1:] == position[:-1] + length[:-1])
+        goes_on &= (document[1:] == PADDING) | (position[1:] == position[:-1] + lengths[:-1])
         begins = torch.cat([torch.ones(min(1, len(table)), dtype=torch.bool), ~goes_on])
         joined = table[begins]
-        joined[:, 3] = torch.zeros(len(joined), dtype=torch.int64).index_add_(0, begins.cumsum(0) - 1, length)
-        return Documents(joined, parts[0].batch, offset)
+        joined[:, 3] = torch.zeros(len(joined), dtype=torch.int64).index_add_(0, begins.cumsum(0) - 1, lengths)
+        return cls(joined, batch, length)
 
     @staticmethod
     def stack(parts: Sequence[Documents]) -> Documents:
@@ -274,6 +277,12 @@ def per_token(documents: Documents, values: Tensor) -> Tensor:
     return torch.repeat_interleave(values, documents.columns.length).view(documents.batch, documents.length)
 
 
+def expanded(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """For `numbers` of things per owner, int64: the owner of each thing, and which of the owner's things it is."""
+    owner = torch.repeat_interleave(numbers)
+    return owner, torch.arange(len(owner)) - (numbers.cumsum(0) - numbers)[owner]
+
+
 def ranks_in_groups(keys: Tensor) -> Tensor:
     """int64: for each key, how many equal ones are before it."""
     ordered, order = keys.sort(stable=True)
@@ -282,13 +291,13 @@ def ranks_in_groups(keys: Tensor) -> Tensor:
     return ranks
 
 
-def _key(runs: Runs) -> Tensor:
+def key_of(runs: Runs) -> Tensor:
     """Numbers that order runs by row, then document."""
     return (runs.row << 32) + runs.document
 
 
 def _sorted_keys(documents: Documents) -> tuple[Tensor, Tensor]:
-    keys, order = _key(documents.columns).sort(stable=True)
+    keys, order = key_of(documents.columns).sort(stable=True)
     return keys, order
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Number, Numbered
-from .documents import Documents
+from .documents import Documents, expanded
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class WindowLayout(Numbered):
 
 def _table(layout: WindowLayout) -> Tensor:
     runs, (each, first) = layout.documents.columns, layout.stretches
-    owner = torch.repeat_interleave(each)
-    number = torch.arange(len(owner)) - (each.cumsum(0) - each)[owner]
+    owner, number = expanded(each)
     of_windows, position = runs.at(owner), number * layout.stride
     table = torch.full((layout.documents.batch, layout.count, 3), -1, dtype=torch.int32)
     windows = torch.stack([of_windows.document, position, position + of_windows.start], dim=1)

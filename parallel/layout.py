@@ -61,14 +61,28 @@ class Layout:
             pieces.update(zip(self.spans_of(rank), part.split(self.span_length, dim=1), strict=True))
         return torch.cat([pieces[s] for s in range(self.ranks * self.spans)], dim=1)
 
-    def span_documents(self, documents: Documents, rank: int) -> list[Documents]:
-        """The documents of each span of `rank`, cut from those of the whole row."""
+    def span_documents(self, documents: Documents, rank: int) -> Documents:
+        """The documents of the spans of `rank`, cut from whole rows: `[spans * B, span_length]`, span after span."""
         if self.ranks * self.spans == 1:
-            return [documents]
-        spans, batch = documents.derive(Documents.spans, self.span_length), documents.batch
-        return [spans.rows(s * batch, (s + 1) * batch) for s in self.spans_of(rank)]
+            return documents
+        cut, batch = documents.derive(Documents.spans, self.span_length), documents.batch
+        return Documents.stack([cut.rows(s * batch, (s + 1) * batch) for s in self.spans_of(rank)])
 
     def documents(self, documents: Documents, rank: int) -> Documents:
-        """The documents of the tokens that `rank` holds, span after span."""
-        spans = self.span_documents(documents, rank)
-        return spans[0] if len(spans) == 1 else Documents.concatenate(spans)
+        """The documents of the `[B, T]` tokens that `rank` holds, span after span."""
+        return self.parts(documents).rows(rank * documents.batch, (rank + 1) * documents.batch)
+
+    def parts(self, documents: Documents) -> Documents:
+        """The documents of the tokens that each rank holds, `[P * B, T]`, rank after rank."""
+        return documents if self.ranks == 1 else documents.derive(_parts, self)
+
+
+def _parts(documents: Documents, layout: Layout) -> Documents:
+    held = torch.tensor([layout.spans_of(rank) for rank in range(layout.ranks)])  # [P, spans]
+    rank, turn = (torch.empty(held.numel(), dtype=torch.int64) for _ in range(2))
+    rank[held] = torch.arange(layout.ranks).unsqueeze(1).expand_as(held)
+    turn[held] = torch.arange(layout.spans).expand_as(held)
+    row, document, start, length, position = documents.derive(Documents.spans, layout.span_length).columns
+    span, row = row // documents.batch, row % documents.batch
+    dealt = [rank[span] * documents.batch + row, document, turn[span] * layout.span_length + start, length, position]
+    return Documents.joined(torch.stack(dealt, dim=1), layout.ranks * documents.batch, layout.local_length)

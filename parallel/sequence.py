@@ -272,7 +272,7 @@ def _documents_of(seq: Sequence, rank: int) -> Documents:
 
 
 def _spans(seq: Sequence) -> Documents:
-    return Documents.stack(seq.layout.span_documents(seq.documents, seq.rank))
+    return seq.layout.span_documents(seq.documents, seq.rank)
 
 
 def _pairs(seq: Sequence, mask: Pattern) -> int:

@@ -5,5 +5,5 @@ from .mask import Mask as Mask
 from .pattern import Band as Band
 from .pattern import Bands as Bands
 from .pattern import Pattern as Pattern
-from .pattern import Piece as Piece
+from .pattern import Pieces as Pieces
 from .pattern import Tile as Tile

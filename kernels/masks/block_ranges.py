@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pattern import Intervals, Tile, intersection, union
+from ..documents import expanded
+from .pattern import Tile
 
 
 class BlockRanges(NamedTuple):
@@ -33,45 +34,55 @@ def query_ranges(tile: Tile, key_block: int, query_block: int, device: torch.dev
 
 
 def _ranges(tile: Tile, of: str, block: int, other_block: int) -> BlockRanges:
-    tokens = tile.queries if of == "keys" else tile.keys
+    if of == "keys":
+        tokens, run, other, partners = tile.queries, tile.pieces.queries, tile.pieces.keys, tile.mask.keys_of
+    else:
+        tokens, run, other, partners = tile.keys, tile.pieces.keys, tile.pieces.queries, tile.mask.queries_of
     number = -(-tokens.length // block)
-    seen: list[Intervals] = [[] for _ in range(number * tokens.batch)]
-    whole: list[Intervals] = [[] for _ in range(number * tokens.batch)]
-    partners = tile.mask.keys_of if of == "keys" else tile.mask.queries_of
-    for row, query, key in tile.pieces:
-        run, other = (query, key) if of == "keys" else (key, query)
-        shift = other.start - other.position  # from a position to its index
-        for n in range(run.start // block, -(-run.stop // block)):
-            start, stop = max(run.start, n * block), min(run.stop, (n + 1) * block)
-            position = start - run.start + run.position
-            inside = [(other.position, other.end_position)]
-            some, every = (intersection(x, inside) for x in partners(position, position + stop - start))
-            at = row * number + n
-            seen[at] += [((a + shift) // other_block, -(-(b + shift) // other_block)) for a, b in some]
-            if stop - start == min(block, tokens.length - n * block):  # else the block has other tokens too
-                whole[at] += [(-(-(a + shift) // other_block), (b + shift) // other_block) for a, b in every]
-    offsets, bounds = [0], []
-    for some, every in zip(seen, whole, strict=True):
-        every = union(every)
-        bounds += every
-        offsets.append(len(bounds))
-        bounds += _without(union(some), every)
-        offsets.append(len(bounds))
-    return BlockRanges(
-        torch.tensor(offsets, dtype=torch.int32), torch.tensor(bounds or [(0, 0)], dtype=torch.int32).view(-1, 2)
-    )
+    begin, end = run.start // block, (run.stop - 1) // block + 1
+    owner, place = expanded(end - begin)
+    n, run, other = begin[owner] + place, run.at(owner), other.at(owner)  # every block of every piece
+    start, stop = torch.maximum(run.start, n * block), torch.minimum(run.stop, (n + 1) * block)
+    position = start - run.start + run.position
+    some, every = partners(position, position + stop - start)
+    shift = other.start - other.position  # from a position to its index
+    alone = stop - start == (tokens.length - n * block).clamp(max=block)  # else the block has other tokens too
+    at, intervals = run.row * number + n, []
+    for whole, each in ((False, some), (True, every)):
+        for low, high in each:
+            low = torch.maximum(low, other.position) + shift
+            high = torch.minimum(high, other.end_position) + shift
+            kept = alone & (low < high) if whole else low < high
+            if not whole:  # the blocks that they touch, rather than those that they fill
+                low, high = low - other_block + 1, high + other_block - 1
+            low, high = -(-low // other_block), high // other_block
+            listed = torch.stack([at, low, high, torch.full_like(at, whole)], dim=1)
+            intervals.append(listed[kept & (low < high)])
+    return _swept(torch.cat(intervals), number * tokens.batch)
 
 
-def _without(intervals: Intervals, removed: Intervals) -> Intervals:
-    """The parts of sorted, disjoint intervals that are outside other such intervals."""
-    left: Intervals = []
-    for a, b in intervals:
-        for c, d in removed:
-            if c >= b or d <= a:
-                continue
-            if a < c:
-                left.append((a, c))
-            a = d
-        if a < b:
-            left.append((a, b))
-    return left
+def _swept(intervals: Tensor, blocks: int) -> BlockRanges:
+    """Ranges without overlaps, from intervals (block, start, stop, whole): a whole one covers one that needs the mask.
+
+    Borders of intervals are gone through in order, with the number of intervals of both kinds that are open.
+    """
+    block, start, stop, whole = intervals.unbind(1)
+    ones = torch.ones_like(block)
+    key = (torch.cat([block, block]) << 32) + torch.cat([start, stop])
+    opened = torch.cat([torch.stack([ones, whole], dim=1), -torch.stack([ones, whole], dim=1)])
+    border, index = torch.unique(key, return_inverse=True)
+    open_after = torch.zeros(len(border), 2, dtype=torch.int64).index_add_(0, index, opened).cumsum(0)
+    kind = torch.where(open_after[:, 1] > 0, 0, torch.where(open_after[:, 0] > 0, 1, 2))  # 2: none is open
+    changes = torch.cat([torch.ones(min(1, len(kind)), dtype=torch.bool), kind[1:] != kind[:-1]])
+    border, kind = border[changes], kind[changes]
+    ends = torch.cat([border[1:], border[-1:]])
+    listed = kind < 2
+    border, ends, kind = border[listed], ends[listed], kind[listed]
+    of = 2 * (border >> 32) + kind
+    order = of.argsort(stable=True)
+    bounds = torch.stack([border & _LOW, ends & _LOW], dim=1)[order].int()
+    offsets = torch.searchsorted(of[order].contiguous(), torch.arange(2 * blocks + 1)).int()
+    return BlockRanges(offsets, bounds if len(bounds) else torch.zeros(1, 2, dtype=torch.int32))
+
+
+_LOW = (1 << 32) - 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..documents import Run
-from .pattern import Pattern, Piece, Tile
+import torch
+from torch import Tensor
+
+from ..documents import ranks_in_groups
+from .pattern import Band, Pieces, Tile
 
 UNLIMITED = -1
 
@@ -49,35 +51,38 @@ class Call(NamedTuple):
 
 def plan(tile: Tile) -> tuple[Call, ...]:
     """The calls that cover every visible pair of a tile once."""
-    calls: list[tuple[tuple[int, int], list[Span], set[tuple[int, int, int]]]] = []
-    for piece in tile.pieces:
-        for limits, span in _spans(tile.mask, piece):
-            runs = {(0, span.row, piece.query.start), (1, span.row, piece.key.start)}
-            fitting = (call for call in calls if call[0] == limits and not runs & call[2])
-            call = next(fitting, None)
-            if call is None:
-                calls.append(call := (limits, [], set()))
-            call[1].append(span)
-            call[2].update(runs)
-    return tuple(Call(*limits, tuple(spans)) for limits, spans, _ in calls)
+    spans = torch.cat([_spans(band, tile.pieces) for band in tile.mask.bands])
+    if not len(spans):
+        return ()
+    limits = torch.unique(spans[:, :2], dim=0, return_inverse=True)[1]
+    # In a call no run of queries or keys is met twice: spans that share one differ in how often it was met before.
+    met = [ranks_in_groups(torch.unique(torch.stack([limits, of], 1), dim=0, return_inverse=True)[1])
+           for of in spans[:, 7:].unbind(1)]  # fmt: skip
+    calls, call_of = torch.unique(torch.stack([limits, *met], dim=1), dim=0, return_inverse=True)
+    first = torch.full((len(calls),), len(spans)).scatter_reduce_(0, call_of, torch.arange(len(spans)), "amin")
+    made = []
+    for number in first.argsort().tolist():  # in the order of their first spans
+        of_call = spans[call_of == number]
+        left, right = of_call[0, :2].tolist()
+        lines = of_call[:, 2:7].tolist()
+        made.append(Call(left, right, tuple(Span(row, (a, b), (c, d)) for row, a, b, c, d in lines)))
+    return tuple(made)
 
 
-def _spans(mask: Pattern, piece: Piece) -> Iterator[tuple[tuple[int, int], Span]]:
-    """Limits and span of each band in a piece, without queries that see no key and keys that no query sees."""
-    row, query, key = piece
-    for band in mask.bands:
-        c, d = band.within(key.position, key.end_position)
-        if c >= d:
-            continue
-        a, b = max(query.position, c - band.ahead), min(query.end_position, d + band.back)
-        c, d = max(c, a - band.back), min(d, b + band.ahead)
-        if a < b and c < d:
-            # Limits are counted from the last query and key; with none on either side every pair is visible.
-            left = UNLIMITED if b - 1 - c <= band.back else band.back + d - b
-            right = UNLIMITED if d - 1 - a <= band.ahead else band.ahead + b - d
-            yield (left, right), Span(row, _indices(query, a, b), _indices(key, c, d))
+def _spans(band: Band, pieces: Pieces) -> Tensor:
+    """Limits and spans of a band, without queries that see no key and keys that no query sees.
 
-
-def _indices(run: Run, first: int, stop: int) -> tuple[int, int]:
-    shift = run.start - run.position
-    return first + shift, stop + shift
+    int64 `[N, 9]`: left, right, row, queries from and to, keys from and to, and numbers of the runs of both.
+    """
+    queries, keys = pieces
+    c, d = keys.position.clamp(min=band.first), keys.end_position.clamp(max=band.last)
+    inside = c < d
+    a, b = torch.maximum(queries.position, c - band.ahead), torch.minimum(queries.end_position, d + band.back)
+    c, d = torch.maximum(c, a - band.back), torch.minimum(d, b + band.ahead)
+    # Limits are counted from the last query and key; with none on either side every pair is visible.
+    left = torch.where(b - 1 - c <= band.back, UNLIMITED, band.back + d - b)
+    right = torch.where(d - 1 - a <= band.ahead, UNLIMITED, band.ahead + b - d)
+    to_query, to_key = queries.start - queries.position, keys.start - keys.position
+    runs = [(x.row << 32) + x.start for x in (queries, keys)]
+    columns = [left, right, queries.row, a + to_query, b + to_query, c + to_key, d + to_key, *runs]
+    return torch.stack(columns, dim=1)[inside & (a < b) & (c < d)]

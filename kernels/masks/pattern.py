@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
@@ -14,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ..derived import Deriving
-from ..documents import Documents, Run
+from ..documents import Documents, Runs, expanded, key_of
 from ..plain import Plain
 
 FAR = 1 << 30
 """A distance that no two positions are apart."""
 
 Intervals = list[tuple[int, int]]
+Ranges = list[tuple[Tensor, Tensor]]
+"""Half-open ranges, each of as many numbers as there are starts and stops."""
 
 
 class Band(NamedTuple):
@@ -44,15 +44,15 @@ class Band(NamedTuple):
         """The key positions start..stop as far as they lie between `first` and `last`."""
         return max(self.first, start), min(self.last, stop)
 
-    def pairs(self, query: Run, key: Run) -> int:
-        """How many (query, key) pairs of two runs of one document are visible, in closed form."""
-        low, high = self.within(key.position, key.end_position)
-        total = 0
+    def pairs(self, queries: Runs, keys: Runs) -> Tensor:
+        """How many (query, key) pairs are visible, in closed form: of each run and the run of keys beside it."""
+        low, high = keys.position.clamp(min=self.first), keys.end_position.clamp(max=self.last)
+        total = torch.zeros_like(low)
         for rest in range(self.stride):  # positions of one remainder are a band without a stride
-            queries = _multiples(query.position, query.end_position, rest, self.stride)
-            keys = _multiples(low, high, rest, self.stride)
-            total += _at_or_below(queries, keys, self.ahead // self.stride)
-            total -= _at_or_below(queries, keys, -(self.back // self.stride) - 1)
+            queries_at = _multiples(queries.position, queries.end_position, rest, self.stride)
+            keys_at = _multiples(low, high, rest, self.stride)
+            total += _at_or_below(queries_at, keys_at, self.ahead // self.stride)
+            total -= _at_or_below(queries_at, keys_at, -(self.back // self.stride) - 1)
         return total
 
     def count(self, query: Tensor, start: Tensor, stop: Tensor) -> Tensor:
@@ -113,39 +113,49 @@ class Pattern(Plain, ABC):
         same = (q_ids.unsqueeze(-1) == k_ids.unsqueeze(-2)) & (q_ids >= 0).unsqueeze(-1)
         return same & self.visible(queries.positions(device), keys.positions(device))
 
-    def pairs(self, query: Run, key: Run) -> int:
-        """How many (query, key) pairs of two runs of one document are visible, in closed form."""
-        return sum(band.pairs(query, key) for band in self.bands)
+    def pairs(self, queries: Runs, keys: Runs) -> Tensor:
+        """How many (query, key) pairs are visible, int64, of each run and the run of keys of its document beside it."""
+        return sum((band.pairs(queries, keys) for band in self.bands), torch.zeros_like(queries.position))
 
     def count(self, query: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """How many of the key positions start..stop each query position sees."""
         counts = [band.count(query, start, stop) for band in self.bands]
         return torch.stack(counts).sum(0) if len(counts) > 1 else counts[0]
 
-    def keys_of(self, start: int, stop: int) -> tuple[Intervals, Intervals]:
-        """Intervals that contain all key positions that any query of positions start..stop sees, and intervals of those
-        that all of these queries see."""
+    def keys_of(self, start: Tensor, stop: Tensor) -> tuple[Ranges, Ranges]:
+        """Ranges that contain all key positions that any query of positions start..stop sees, and ranges of those that
+        all of these queries see. Ranges may be empty, and may overlap."""
         some, every = [], []
         for band in self.bands:
-            some.append((max(band.first, start - band.back), min(band.last, stop + band.ahead)))
+            some.append(((start - band.back).clamp(min=band.first), (stop + band.ahead).clamp(max=band.last)))
             if band.stride == 1:
-                every.append((max(band.first, stop - 1 - band.back), min(band.last, start + band.ahead + 1)))
-        return union(some), union(every)
+                low, high = stop - 1 - band.back, start + band.ahead + 1
+                every.append((low.clamp(min=band.first), high.clamp(max=band.last)))
+        return some, every
 
-    def queries_of(self, start: int, stop: int) -> tuple[Intervals, Intervals]:
-        """Intervals that contain all query positions that see any key of positions start..stop, and intervals of those
-        that see all of these keys."""
+    def queries_of(self, start: Tensor, stop: Tensor) -> tuple[Ranges, Ranges]:
+        """Ranges that contain all query positions that see any key of positions start..stop, and ranges of those that
+        see all of these keys. Ranges may be empty, and may overlap."""
         some = []
         for band in self.bands:
-            low, high = band.within(start, stop)
-            if low < high:
-                some.append((low - band.ahead, high + band.back))
-        borders = sorted({start, stop, *(b for band in self.bands for b in band[:2] if start < b < stop)})
-        every: Intervals = [(-FAR, FAR)]
-        for low, high in pairwise(borders):
-            bands = [band for band in self.bands if band.within(low, high) == (low, high) and band.stride == 1]
-            every = intersection(every, union([(high - 1 - band.ahead, low + band.back + 1) for band in bands]))
-        return union(some), every
+            low, high = start.clamp(min=band.first), stop.clamp(max=band.last)
+            inside = low < high
+            some.append((torch.where(inside, low - band.ahead, 0), torch.where(inside, high + band.back, 0)))
+        borders = sorted({0, FAR, *(border for band in self.bands for border in band[:2])})
+        every: Ranges = [(torch.full_like(start, -FAR), torch.full_like(stop, FAR))]
+        for first, last in pairwise(borders):  # keys first..last are in the same bands, and all of them must be seen
+            low, high = start.clamp(min=first), stop.clamp(max=last)
+            of_part = []
+            for band in self.bands:
+                if band.first <= first and last <= band.last and band.stride == 1:
+                    of_part.append((high - 1 - band.ahead, low + band.back + 1))
+            absent = low >= high
+            every = [
+                (torch.where(absent, a, torch.maximum(a, c)), torch.where(absent, b, torch.minimum(b, d)))
+                for a, b in every
+                for c, d in of_part or [(torch.full_like(start, FAR), torch.full_like(stop, -FAR))]
+            ]
+        return some, every
 
     def kept(self, length: int) -> Intervals:
         """Which of the first `length` positions queries after them can see: what a decoding cache has to keep."""
@@ -153,23 +163,27 @@ class Pattern(Plain, ABC):
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         """The work of `queries` against `keys`; None where the pattern leaves none: no send or call is needed then."""
-        pieces = tuple(self._pieces(queries, keys))
-        return Tile(self, pieces, queries, keys) if pieces else None
+        every = joined(queries.columns, keys.columns)
+        pairs = self.pairs(*every)
+        some = pairs > 0
+        if not bool(some.any()):
+            return None
+        return Tile(self, Pieces(*(runs.at(some) for runs in every)), queries, keys, int(pairs.sum()))
 
     def reaches(self, queries: Documents, keys: Documents) -> bool:
-        """Whether any query sees any key: what `tile` says, without listing it."""
-        return next(self._pieces(queries, keys), None) is not None
+        """Whether any query sees any key."""
+        return bool((self.pairs(*joined(queries.columns, keys.columns)) > 0).any())
 
-    def _pieces(self, queries: Documents, keys: Documents) -> Iterator[Piece]:
-        for row, (query_runs, key_runs) in enumerate(zip(queries.runs, keys.runs, strict=True)):
-            by_document: dict[int, list[Run]] = {}
-            for run in key_runs:
-                if not run.is_padding:
-                    by_document.setdefault(run.document, []).append(run)
-            for query in query_runs:
-                for key in by_document.get(query.document, ()):
-                    if self.pairs(query, key):
-                        yield Piece(row, query, key)
+    def reached(self, parts: Documents, number: int) -> Tensor:
+        """bool `[P, P]`: whether any query of part i sees any key of part j, of `number` parts of the same rows one
+        after the other along the batch."""
+        batch = parts.batch // number
+        part, runs = parts.columns.row // batch, parts.columns._replace(row=parts.columns.row % batch)
+        queries, keys = joined_lines(runs, runs)
+        some = self.pairs(runs.at(queries), runs.at(keys)) > 0
+        reached = torch.zeros(number, number, dtype=torch.bool)
+        reached[part[queries[some]], part[keys[some]]] = True
+        return reached
 
 
 @dataclass(frozen=True)
@@ -183,30 +197,42 @@ class Bands(Pattern):
         return self.listed
 
 
-class Piece(NamedTuple):
-    """Queries and keys of one document in one row: where they stand among the tokens, and their positions."""
+class Pieces(NamedTuple):
+    """Queries and keys of one document in one row, as runs side by side."""
 
-    row: int
-    query: Run
-    key: Run
+    queries: Runs
+    keys: Runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tile(Deriving):
     """The work of some queries against some keys, cut into nonempty pieces of one document each.
 
+    pairs: visible (query, key) pairs: what attention costs, whatever the packing.
     What backends need of a tile, such as lists of blocks, is derived from it.
     """
 
     mask: Pattern
-    pieces: tuple[Piece, ...]
+    pieces: Pieces
     queries: Documents
     keys: Documents
+    pairs: int
 
-    @cached_property
-    def pairs(self) -> int:
-        """Visible (query, key) pairs: what attention costs, whatever the packing."""
-        return sum(self.mask.pairs(piece.query, piece.key) for piece in self.pieces)
+
+def joined(queries: Runs, keys: Runs) -> Pieces:
+    """Every run of queries beside every run of keys of its document and row."""
+    of_queries, of_keys = joined_lines(queries, keys)
+    return Pieces(queries.at(of_queries), keys.at(of_keys))
+
+
+def joined_lines(queries: Runs, keys: Runs) -> tuple[Tensor, Tensor]:
+    """The lines of `joined`, int64: in the order of the queries, then of the keys."""
+    ordered, order = key_of(keys).sort(stable=True)
+    wanted = key_of(queries)
+    first = torch.searchsorted(ordered, wanted)
+    number = torch.where(queries.real, torch.searchsorted(ordered, wanted, right=True) - first, 0)
+    of_queries, place = expanded(number)
+    return of_queries, order[first[of_queries] + place]
 
 
 def union(intervals: Intervals) -> Intervals:
@@ -227,18 +253,16 @@ def intersection(one: Intervals, other: Intervals) -> Intervals:
     return union([(max(a, c), min(b, d)) for a, b in one for c, d in other])
 
 
-def _multiples(start: int, stop: int, rest: int, stride: int) -> tuple[int, int]:
+def _multiples(start: Tensor, stop: Tensor, rest: int, stride: int) -> tuple[Tensor, Tensor]:
     """The numbers n for which n · stride + rest is in start..stop."""
     return -((rest - start) // stride), -((rest - stop) // stride)
 
 
-def _at_or_below(queries: tuple[int, int], keys: tuple[int, int], shift: int) -> int:
+def _at_or_below(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], shift: int) -> Tensor:
     """Σ over i in `queries` of the number of j in `keys` with j <= i + shift."""
     (low, high), (first, last) = keys, (queries[0] + shift, queries[1] + shift)
-    if high <= low or last <= first:
-        return 0
-    total = max(0, last - max(first, high)) * (high - low)  # queries at or beyond `high` see all
-    rise_low, rise_high = max(first, low), min(last, high)  # in between a query at i sees i − low + 1
-    if rise_high > rise_low:
-        total += (rise_high - rise_low) * (rise_low - low + 1 + rise_high - low) // 2
-    return total
+    total = (last - torch.maximum(first, high)).clamp(min=0) * (high - low)  # queries at or beyond `high` see all
+    rise_low = torch.maximum(first, low)
+    rising = (torch.minimum(last, high) - rise_low).clamp(min=0)  # in between a query at i sees i − low + 1
+    total += rising * (2 * (rise_low - low) + 1 + rising) // 2
+    return torch.where((high > low) & (last > first), total, 0)

@@ -1,22 +1,26 @@
-"""Tiling: cuts a tile into rectangles whose mask is trivial, causal from the corner, or a band."""
+"""Rectangles: cuts a tile into rectangles whose mask is trivial, causal from the corner, a band, or small."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..documents import Run
 from .pattern import FAR, Pattern, Tile
 
 NARROW = 512  # windows up to this many keys are cut into bands alone
+SHORT = 64  # runs of up to this many queries and keys are put together, in rectangles of up to twice as many
 
 
 class Rectangle(NamedTuple):
     """Rows, queries and keys (half-open index ranges) that one call of an attention routine takes.
 
     Every query sees at least one key of its rectangle, so that every log-sum-exp is finite. `shape` is "full" (all
-    pairs are visible), "causal" (a square: query n sees keys 0..n) or "band" (query n sees key m where
-    0 <= lead + n − m < window).
+    pairs are visible), "causal" (a square: query n sees keys 0..n), "band" (query n sees key m where
+    0 <= lead + n − m < window) or "packed" (several documents: `hidden` bool `[queries, keys]` says what is not seen).
     """
 
     rows: tuple[int, int]
@@ -25,6 +29,10 @@ class Rectangle(NamedTuple):
     shape: str
     lead: int = 0
     window: int = 0
+    hidden: Tensor | None = None
+
+
+_Piece = tuple[Run, Run]
 
 
 class _Cut(NamedTuple):
@@ -39,28 +47,39 @@ class _Cut(NamedTuple):
     window: int = 0
 
 
-def rectangles(tile: Tile, limit: int | None = None) -> Iterator[Rectangle]:
+def rectangles(tile: Tile, limit: int | None = None) -> tuple[Rectangle, ...]:
     """Covers every visible pair of the tile once; neighbouring rows that are packed alike share their rectangles.
 
     Full and causal rectangles have at most `limit` queries and keys, if it is not None. The invisible pairs that
-    they contain are those above the diagonal of causal squares and those at the borders of bands, so that the work
-    follows the visible pairs, however the row is packed.
+    they contain are those above the diagonal of causal squares, those at the borders of bands, and those between short
+    documents that are put together, so that the work follows the visible pairs, however the row is packed.
     """
+    return tile.derive(_rectangles, limit)
+
+
+def _rectangles(tile: Tile, limit: int | None) -> tuple[Rectangle, ...]:
+    listed: list[Rectangle] = []
     for rows, pieces in _alike_rows(tile):
-        for query, key in pieces:
+        for group in _put_together(tile.mask, pieces):
+            if len(group) > 1:
+                listed.append(_packed(tile, rows, group))
+                continue
+            ((query, key),) = group
             to_index, to_key = query.start - query.position, key.start - key.position
             for cut in _cut(tile.mask, query, key):
                 for a, b, c, d, shape, lead, window in _limited(cut, limit):
                     queries, keys = (a + to_index, b + to_index), (c + to_key, d + to_key)
-                    yield Rectangle(rows, queries, keys, shape, *((lead, window) if shape == "band" else ()))
+                    lead, window = (lead, window) if shape == "band" else (0, 0)
+                    listed.append(Rectangle(rows, queries, keys, shape, lead, window))
+    return tuple(listed)
 
 
-def _alike_rows(tile: Tile) -> Iterator[tuple[tuple[int, int], tuple[tuple[Run, Run], ...]]]:
+def _alike_rows(tile: Tile) -> Iterator[tuple[tuple[int, int], tuple[_Piece, ...]]]:
     """Ranges of neighbouring rows with the same pieces up to the documents' ids, and those pieces."""
-    by_row: dict[int, list[tuple[Run, Run]]] = {}
-    for piece in tile.pieces:
-        runs = piece.query._replace(document=0), piece.key._replace(document=0)
-        by_row.setdefault(piece.row, []).append(runs)
+    by_row: dict[int, list[_Piece]] = {}
+    queries, keys = (torch.stack(runs, dim=1).tolist() for runs in tile.pieces)
+    for (row, _, *query), (_, _, *key) in zip(queries, keys, strict=True):
+        by_row.setdefault(row, []).append((Run(0, *query), Run(0, *key)))
     start, stop, shared = 0, 0, None
     for row, pieces in sorted(by_row.items()):
         if shared is not None and (row != stop or pieces != shared):
@@ -71,6 +90,49 @@ def _alike_rows(tile: Tile) -> Iterator[tuple[tuple[int, int], tuple[tuple[Run, 
         stop = row + 1
     if shared is not None:
         yield (start, stop), tuple(shared)
+
+
+def _put_together(mask: Pattern, pieces: tuple[_Piece, ...]) -> Iterator[list[_Piece]]:
+    """Pieces in groups: short ones that follow one another together, as far as each of their queries sees some key."""
+    group: list[_Piece] = []
+    for query, key in pieces:
+        if group:
+            (first_query, first_key), (last_query, last_key) = group[0], group[-1]
+            fits = (query.start, key.start) == (last_query.stop, last_key.stop)
+            fits &= max(query.stop - first_query.start, key.stop - first_key.start) <= 2 * SHORT
+            if not (fits and _is_short(mask, query, key)):
+                yield group
+                group = []
+        group.append((query, key))
+        if not _is_short(mask, query, key):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _is_short(mask: Pattern, query: Run, key: Run) -> bool:
+    """Whether a piece is short, and every one of its queries sees some key of it by one of the bands alone."""
+    if max(query.length, key.length) > SHORT:
+        return False
+    for band in mask.bands:
+        low, high = band.within(key.position, key.end_position)
+        sees = low < high and query.position + band.ahead >= low and query.end_position - band.back <= high
+        if sees and band.stride == 1:
+            return True
+    return False
+
+
+def _packed(tile: Tile, rows: tuple[int, int], group: list[_Piece]) -> Rectangle:
+    (first_query, first_key), (last_query, last_key) = group[0], group[-1]
+    queries, keys = (first_query.start, last_query.stop), (first_key.start, last_key.stop)
+    of_queries, of_keys = (
+        torch.cat([torch.stack([torch.full((run.length,), number), torch.arange(run.length) + run.position], dim=1)
+                   for number, run in enumerate(runs)])
+        for runs in zip(*group, strict=True)
+    )  # fmt: skip
+    same = of_queries[:, None, 0] == of_keys[:, 0]
+    return Rectangle(rows, queries, keys, "packed", hidden=~(same & tile.mask.visible(of_queries[:, 1], of_keys[:, 1])))
 
 
 def _cut(mask: Pattern, query: Run, key: Run) -> Iterator[_Cut]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..documents import PADDING, Documents, Run
+from ..documents import PADDING, Documents, expanded
 from .pattern import FAR, Band, Bands, Tile
 
 
@@ -71,25 +71,28 @@ def _strided(tile: Tile, band: Band) -> list[Part]:
 
 def _by_remainder(documents: Documents, stride: int, first: int, last: int) -> tuple[Documents, Order]:
     """Tokens at positions first..last, each run's by position modulo `stride`: one document per remainder."""
-    rows, orders = [], []
-    for row in documents.runs:
-        runs, tokens, start = [], [torch.empty(0, dtype=torch.int64)], 0
-        for run in row:
-            low, high = max(run.position, first), min(run.end_position, last)
-            for position in range(low, min(low + stride, high)) if not run.is_padding else ():
-                every = torch.arange(position, high, stride) - run.position + run.start
-                runs.append(Run(run.document * stride + position % stride, start, len(every), position // stride))
-                tokens.append(every)
-                start += len(every)
-        rows.append((runs, start))
-        orders.append(torch.cat(tokens))
-    length = max((start for _, start in rows), default=0)
-    index = torch.full((documents.batch, length), documents.length)
-    places = torch.full((documents.batch, documents.length), length)
-    for row, tokens in enumerate(orders):
-        index[row, : len(tokens)] = tokens
-        places[row, tokens] = torch.arange(len(tokens))
-    for runs, start in rows:
-        if start < length:
-            runs.append(Run(PADDING, start, length - start, 0))
-    return Documents.of_runs([runs for runs, _ in rows], length), Order(index, places)
+    runs = documents.columns.at(documents.columns.real)
+    low, high = runs.position.clamp(min=first), runs.end_position.clamp(max=last)
+    owner, place = expanded((high - low).clamp(min=0, max=stride))
+    runs, position = runs.at(owner), low[owner] + place
+    length = -((position - high[owner]) // stride)
+    before = length.cumsum(0) - length
+    tokens_of_rows = torch.zeros(documents.batch, dtype=torch.int64).index_add_(0, runs.row, length)
+    start = before - (tokens_of_rows.cumsum(0) - tokens_of_rows)[runs.row]
+    table = torch.stack(
+        [runs.row, runs.document * stride + position % stride, start, length, position // stride], dim=1
+    )
+    most = int(tokens_of_rows.max()) if len(tokens_of_rows) else 0
+    rows = torch.arange(documents.batch)
+    padding = torch.stack(
+        [rows, torch.full_like(rows, PADDING), tokens_of_rows, most - tokens_of_rows, torch.zeros_like(rows)], dim=1
+    )
+    table = torch.cat([table, padding[padding[:, 3] > 0]])
+    table = table[table[:, 0].argsort(stable=True)]
+    index = torch.full((documents.batch, most), documents.length)
+    places = torch.full((documents.batch, documents.length), most)
+    owner, place = expanded(length)
+    row, to, token = runs.row[owner], start[owner] + place, (position + runs.start - runs.position)[owner]
+    index[row, to] = token + place * stride
+    places[row, token + place * stride] = to
+    return Documents(table, documents.batch, most), Order(index, places)

@@ -88,8 +88,8 @@ class SoftmaxAttend(Attend):
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         return self.mask.tile(queries, keys)
 
-    def reaches(self, queries: Documents, keys: Documents) -> bool:
-        return self.mask.reaches(queries, keys)
+    def reached(self, parts: Documents, number: int) -> Tensor:
+        return self.mask.reached(parts, number)
 
     def kept(self, length: int) -> Intervals:
         return self.mask.kept(length)

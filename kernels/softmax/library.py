@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attend import Gradient, merge_weight
-from ..documents import Documents
+from ..documents import Documents, expanded
 from ..masks import Mask, Tile
 from ..masks.calls import Call, plan
 from . import reference
@@ -195,12 +195,11 @@ def _both_indices(tile: Tile, number: int) -> tuple[Tensor | None, Tensor | None
 
 
 def _index(ranges: Sequence[tuple[int, int]], tokens: Documents) -> Tensor | None:
-    at = 0
-    for first, stop in ranges:
-        if first != at:
-            return torch.cat([torch.arange(*r) for r in ranges])
-        at = stop
-    return None if at == tokens.batch * tokens.length else torch.arange(at)
+    first, stop = torch.tensor(ranges).unbind(1)
+    owner, place = expanded(stop - first)
+    index = first[owner] + place
+    every = torch.arange(tokens.batch * tokens.length)
+    return None if torch.equal(index, every) else index
 
 
 def _is_one_call(q: Tensor, k: Tensor, tile: Tile) -> bool:

@@ -29,8 +29,11 @@ class _Rectangles:
         self.q, self.k, self.v = (x.to(self.dtype) for x in (q, k, v))
         self._bands: dict[tuple[int, int, int, int], Tensor] = {}
 
-    def band(self, at: Rectangle) -> Tensor:
+    def bias(self, at: Rectangle) -> Tensor:
         """0 where visible and −inf elsewhere, `[queries, keys]`; a few are kept, since most bands are alike."""
+        if at.hidden is not None:
+            hidden = at.hidden.to(self.q.device)
+            return torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
         n, m = at.queries[1] - at.queries[0], at.keys[1] - at.keys[0]
         key = (n, m, at.lead, at.window)
         if key not in self._bands:
@@ -90,7 +93,7 @@ class FlashRectangles(_Rectangles):
         return dq[..., : self.key_dim], dk[..., : self.key_dim], dv[..., : self.value_dim]
 
     def _bias(self, at: Rectangle) -> Tensor | None:
-        return self.band(at) if at.shape == "band" else None
+        return self.bias(at) if at.shape in ("band", "packed") else None
 
     def _inputs(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
         q = self._part(self.q, at.rows, at.queries)
@@ -145,6 +148,6 @@ class PlainRectangles(_Rectangles):
         if at.shape == "causal":
             hidden = torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(1)
             scores.unflatten(2, (-1, n)).masked_fill_(hidden, float("-inf"))
-        elif at.shape == "band":
-            scores.unflatten(2, (-1, n)).add_(self.band(at))
+        elif at.shape != "full":
+            scores.unflatten(2, (-1, n)).add_(self.bias(at))
         return scores

@@ -41,12 +41,14 @@ class RingPlan:
     @classmethod
     def _make(cls, seq: Sequence, op: Attend) -> RingPlan:
         ranks = seq.layout.ranks
-        rows = [seq.documents_of(rank) for rank in range(ranks)]
+        reached = op.reached(seq.layout.parts(seq.documents), ranks).tolist()
         seen_by = tuple(
-            frozenset(d for d in range(ranks) if op.reaches(rows[(owner + d) % ranks], rows[owner]))
-            for owner in range(ranks)
+            frozenset(d for d in range(ranks) if reached[(owner + d) % ranks][owner]) for owner in range(ranks)
         )
-        tiles = tuple(op.tile(rows[seq.rank], rows[(seq.rank - s) % ranks]) for s in range(ranks))
+        owners = [(seq.rank - s) % ranks for s in range(ranks)]
+        tiles = tuple(
+            op.tile(seq.local, seq.documents_of(owner)) if reached[seq.rank][owner] else None for owner in owners
+        )
         return cls(tiles, tuple(max(distances, default=0) for distances in seen_by), seen_by)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.kernels.documents import Documents, Run
+from longreach.kernels.documents import Documents, Run, Runs
 from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
 from longreach.kernels.plain import made_of
 
@@ -18,6 +18,10 @@ masks = st.one_of(
 )
 runs = st.builds(lambda length, position: Run(0, 0, length, position), st.integers(1, 15), st.integers(0, 20))
 rows_of_lengths = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=3)
+
+
+def runs_of(run: Run) -> Runs:
+    return Runs(*torch.tensor([[0], *([number] for number in run)]))
 
 
 def seen(mask: Pattern, i: int, j: int) -> bool:
@@ -37,7 +41,7 @@ def seen(mask: Pattern, i: int, j: int) -> bool:
 def test_pairs_in_closed_form(mask, query, key):
     i = range(query.position, query.end_position)
     j = range(key.position, key.end_position)
-    assert mask.pairs(query, key) == sum(seen(mask, a, b) for a in i for b in j)
+    assert int(mask.pairs(runs_of(query), runs_of(key))) == sum(seen(mask, a, b) for a in i for b in j)
     visible = mask.visible(torch.tensor(list(i)), torch.tensor(list(j)))
     assert visible.tolist() == [[seen(mask, a, b) for b in j] for a in i]
 
@@ -59,17 +63,21 @@ def test_the_dense_mask_and_the_tile_of_a_part_against_a_part(mask, rows, data):
     tile = mask.tile(queries, keys)
     assert (0 if tile is None else tile.pairs) == int(dense.sum())
     assert mask.reaches(queries, keys) == (tile is not None) == bool(dense.any())
-    for piece in tile.pieces if tile else ():
-        assert piece.query.document == piece.key.document
-        assert mask.pairs(piece.query, piece.key) > 0
+    if tile is not None:
+        assert torch.equal(tile.pieces.queries.document, tile.pieces.keys.document)
+        assert (mask.pairs(*tile.pieces) > 0).all()
+    cut = [documents.slice(0, 2), documents.slice(2, 4)]
+    reached = [[mask.reaches(one, other) for other in cut] for one in cut]
+    assert mask.reached(Documents.stack(cut), 2).tolist() == reached
 
 
 @given(masks, st.integers(0, 25), st.integers(1, 9))
 def test_intervals_hold_what_some_and_what_all_see(mask, start, length):
     stop, positions = start + length, range(40)
+    bounds = torch.tensor([start]), torch.tensor([stop])
     for intervals, sees in (
-        (mask.keys_of(start, stop), lambda own, other: seen(mask, own, other)),
-        (mask.queries_of(start, stop), lambda own, other: seen(mask, other, own)),
+        (mask.keys_of(*bounds), lambda own, other: seen(mask, own, other)),
+        (mask.queries_of(*bounds), lambda own, other: seen(mask, other, own)),
     ):
         some, every = ({p for a, b in each for p in positions if a <= p < b} for each in intervals)
         own = range(start, stop)

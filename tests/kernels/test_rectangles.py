@@ -35,10 +35,12 @@ def cover(tile, limit=None):
         elif at.shape == "causal":
             assert n == m
             visible = behind >= 0
+        elif at.hidden is not None:
+            visible = ~at.hidden
         else:
             visible = (behind + at.lead >= 0) & (behind + at.lead < at.window)
         assert visible.any(-1).all(), "a query that sees nothing would have a log-sum-exp of nothing"
-        if limit is not None and at.shape != "band":
+        if limit is not None and at.shape in ("full", "causal"):
             assert max(n, m) <= limit
         count[at.rows[0] : at.rows[1], at.queries[0] : at.queries[1], at.keys[0] : at.keys[1]] += visible
     return count
@@ -77,9 +79,19 @@ def test_packed_rows(mask, rows, limit):
 def test_rows_packed_alike_share_their_rectangles():
     whole = Documents.whole(4, 50)
     (only,) = rectangles(Mask().tile(whole, whole))
-    assert only == ((0, 4), (0, 50), (0, 50), "causal", 0, 0)
-    mixed = Documents.from_lengths([[3, 4], [3, 4], [], [3, 4], [7]])
+    assert only == ((0, 4), (0, 50), (0, 50), "causal", 0, 0, None)
+    mixed = Documents.from_lengths([[93, 74], [93, 74], [], [93, 74], [97]])
     assert [at.rows for at in rectangles(Mask().tile(mixed, mixed))] == [(0, 2)] * 2 + [(3, 4)] * 2 + [(4, 5)]
+
+
+def test_short_documents_share_rectangles():
+    documents = Documents.from_lengths([[3] * 40 + [70] + [9, 20, 30, 50]])
+    tile = Mask().tile(documents, documents)
+    assert [(at.queries, at.shape) for at in rectangles(tile)] == [
+        ((0, 120), "packed"),
+        ((120, 190), "causal"),
+        ((190, 299), "packed"),
+    ]
 
 
 def area(tile):
