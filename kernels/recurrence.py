@@ -65,8 +65,9 @@ class Recurrence(ABC, Generic[Record]):
         before = advance(expand(summary_s), before) for earlier s     the state that enters
         out = correct(problem, out, before, reads)
 
-    The gradient is the mirror image: `summarize_backward` in every segment, one gather, `retreat` from right to left,
-    then one `backward`, given the state that enters and the gradient of the state that leaves.
+    where several segments are combined first, and then advanced over as one. The gradient is the mirror image:
+    `summarize_backward` in every segment, one gather, `combine_backward` and `retreat` from right to left, then one
+    `backward`, given the state that enters and the gradient of the state that leaves.
 
     name: of the public op.    record: the class of its inputs, a NamedTuple; None stands for a tensor that is left out.
     dims: the dimensions of each input, as `kernels.dims` writes them; "B T …" is a sequence. `out`, `state`: those of
@@ -124,10 +125,10 @@ class Recurrence(ABC, Generic[Record]):
         """An exact run from the zero state, as parts of the run that is wanted."""
 
     def expand(self, summary: Summary, inputs: Record) -> Summary:
-        """A gathered summary in the form that `combine`, `advance` and `retreat` take, given any segment's inputs.
+        """Gathered summaries in the form that `combine`, `advance` and `retreat` take, given any segments' inputs.
 
         Most ops need no more than the summary of `begin`, which travels. Constants among the inputs may make a
-        transition of fewer numbers.
+        transition of fewer numbers. The batch of the summaries is not that of the inputs.
         """
         return summary
 
@@ -142,6 +143,13 @@ class Recurrence(ABC, Generic[Record]):
     @abstractmethod
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """The gradient of the state before the summarized tokens, given that of the state after them."""
+
+    def combine_backward(self, earlier: Summary, later: Summary) -> Summary:
+        """The summary over which one `retreat` is that over `later` and then that over `earlier`.
+
+        The states of such summaries are gradients, what `retreat` gets as `local`.
+        """
+        return Summary(self.combine(later, earlier).transition, self.retreat(earlier, later.state, earlier.state))
 
     def correct(self, problem: Problem[Record], out: Tensor, state: Tensor, reads: Tensor | None) -> Tensor:
         """Adds to `out`, computed from the zero state, what the entering `state` contributes; in place."""
@@ -317,6 +325,11 @@ class Dense(Recurrence[Record]):
     def retreat(self, summary: Summary, dstate: Tensor, local: Tensor) -> Tensor:
         """transitionᵀ dstate + local."""
         return local + summary.transition.mT @ dstate
+
+    def combine_backward(self, earlier: Summary, later: Summary) -> Summary:
+        # States of no columns: their products, which nobody needs, are not computed.
+        alone = self.combine(*(Summary(x.transition, x.state[..., :0]) for x in (later, earlier)))
+        return Summary(alone.transition, self.retreat(earlier, later.state, earlier.state))
 
     def correct(self, problem: Problem[Record], out: Tensor, state: Tensor, reads: Tensor | None) -> Tensor:
         """Adds reads_t state to `out` in place, in rows that continue a document, and returns it."""

@@ -110,10 +110,11 @@ def recurrent(
     check_class("recurrent", op)
     if seq.cache is not None:
         return _decoded(op(*settings), inputs, seq, slot)
-    build, arguments = _state_passing, (op, *settings)
     if seq.strategy.recurrent == "ulysses" and seq.heads is not None:
-        build, arguments = ulysses, (seq.heads.ranks, op.common, build, *arguments)
-    return mix(build, arguments, inputs, seq, slot)[0]
+        ranks = seq.heads.ranks
+        arguments = (ranks, op.common, _state_passing, op, seq.rank // ranks, *settings)
+        return mix(ulysses, arguments, inputs, seq, slot)[0]
+    return mix(_state_passing, (op, seq.rank, *settings), inputs, seq, slot)[0]
 
 
 @torch.no_grad()
@@ -127,5 +128,5 @@ def _decoded(op: Recurrence[Any], inputs: tuple[Tensor | None, ...], seq: Sequen
     return out
 
 
-def _state_passing(op: type[Recurrence[Any]], *settings: Setting) -> StatePassing:
-    return StatePassing(op(*settings))
+def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> StatePassing:
+    return StatePassing(op(*settings), rank)

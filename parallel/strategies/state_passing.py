@@ -1,9 +1,9 @@
 """State passing: recurrent ops across ranks by one gather of segment summaries in each direction.
 
 A rank's spans are the segments. Each is summarised by (transition, state); all summaries are gathered at once (LASP-2,
-Sun et al., 2025, arXiv 2502.07563) and every rank combines those before its segments. So the bytes sent do not depend
-on the length of the sequence, and no rank waits for its neighbour's work. Backward is the mirror image with the
-gradients of the states.
+Sun et al., 2025, arXiv 2502.07563) and every rank combines those before its segments, see `stretches`. So the bytes
+sent do not depend on the length of the sequence, and no rank waits for its neighbour's work. Backward is the mirror
+image with the gradients of the states.
 
 No computation of the op itself runs while its gather is under way, since none is left that is not needed before or
 after it: an op has run from the zero state when its final state exists, and correcting the outputs takes the state that
@@ -22,9 +22,10 @@ from torch import Tensor
 from ...kernels.operation import Tensors
 from ...kernels.problem import Problem
 from ...kernels.recurrence import Recurrence, Summary
-from ..collectives import Gathering, in_row_order
+from ..collectives import Gathering
 from ..operation import Operation, is_sequence
 from ..sequence import Sequence
+from .stretches import Stretches, scan, stretches
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class StatePassing(Operation):
     """A recurrence over the whole row; on one rank, over the tokens held, without any collective.
 
     An `Operation`; its inputs are the recurrence's. It saves the states that enter this rank's segments, the
-    transitions of all, and what reads the former where the recurrence says so.
+    transitions of the segments after its first, and what reads the former where the recurrence says so.
+    rank: this rank among those that share the row, on which the shape of what is saved depends.
     """
 
     op: Recurrence[Any]
+    rank: int = 0
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         self.op.check(inputs)
@@ -43,13 +46,7 @@ class StatePassing(Operation):
         if seq.layout.ranks == 1:
             return (problem.implementation.forward(problem, None)[0],), (None, None, None)
         out, summary, reads = op.begin(problem)
-        summaries, transitions = _gather(summary, seq)
-        state = op.zero_state(summaries[0].state)
-        before = []
-        for earlier in summaries:
-            before.append(state)
-            state = op.advance(op.expand(earlier, problem.inputs), state)
-        initial = torch.cat([before[span] for span in seq.layout.spans_of(seq.rank)])
+        initial, transitions = _before(problem, summary, seq)
         empty_out, *_, empty_reads = op.empty_results(inputs)
         out = op.correct(problem, out, initial, reads).to(empty_out.dtype)
         if reads is not None and empty_reads is not None:
@@ -65,7 +62,7 @@ class StatePassing(Operation):
         dfinal = None
         if transitions is not None:
             local = self.op.summarize_backward(problem, dout, initial, reads)
-            dfinal = _suffix(problem, local, transitions, seq)
+            dfinal = _after(problem, local, transitions, seq)
         dinputs, _ = self.op.backward(problem, dout, dfinal, initial)
         return tuple(
             d if d is None or x is None or not is_sequence(x) else seq.unfold(d)
@@ -82,7 +79,8 @@ class StatePassing(Operation):
         initial = state.new_empty(spans * batch, *state.shape[1:])
         if reads is not None:
             reads = reads.new_empty(spans * batch, reads.shape[1] // spans, *reads.shape[2:])
-        return (out,), (initial, transition.new_empty(ranks * spans, batch, *rest), reads)
+        after = ranks * spans - 1 - self.rank  # a rank's first span has its number
+        return (out,), (initial, transition.new_empty(after, batch, *rest), reads)
 
     def _problem(self, inputs: Tensors, seq: Sequence) -> Problem[Any]:
         """The call on this rank's spans, folded into the batch; exact where outputs are to be corrected."""
@@ -90,30 +88,59 @@ class StatePassing(Operation):
         return self.op.problem(folded, seq.spans, backend=seq.backend, exact=seq.layout.ranks > 1)
 
 
-def _gather(mine: Summary, seq: Sequence) -> tuple[list[Summary], Tensor]:
-    """Summaries of all segments in the order of the row, and their transitions as one tensor; one message per rank."""
-    spans = seq.layout.spans
-    packed = torch.cat([part.unflatten(0, (spans, -1)).flatten(2) for part in (mine.transition, mine.state)], dim=-1)
-    split = mine.transition[0].numel()
-    segments = in_row_order(Gathering(packed, seq).wait(), seq)
-    summaries = [
-        Summary(
-            s[:, :split].unflatten(1, mine.transition.shape[1:]),
-            s[:, split:].unflatten(1, mine.state.shape[1:]),
-        )
-        for s in segments
-    ]
-    return summaries, torch.stack([summary.transition for summary in summaries])
+def _before(problem: Problem[Any], mine: Summary, seq: Sequence) -> tuple[Tensor, Tensor]:
+    """The states that enter this rank's segments, and the transitions of the segments after its first.
+
+    Summaries travel as one message per rank. The transitions are in the order in which `_after` takes them.
+    """
+    op, spans, split = problem.op, seq.layout.spans, mine.transition[0].numel()
+    packed = torch.cat([part.unflatten(0, (spans, -1)).flatten(2) for part in mine], dim=-1)
+    gathered = Gathering(packed, seq).wait().flatten(0, 1).split([split, packed.shape[2] - split], dim=-1)
+
+    def of(segments: Tensor, part: int) -> Tensor:
+        return gathered[part].index_select(0, segments).unflatten(2, mine[part].shape[1:])
+
+    upto, *orders = _on(seq, packed.device, mirrored=False)
+    after, *_ = _on(seq, packed.device, mirrored=True)
+    summaries = _expanded(problem, of(upto, 0), of(upto, 1))
+    zero = op.zero_state(mine.state[: packed.shape[1]])
+    states = scan(summaries, _plan(seq, mirrored=False), orders, op.combine, op.advance, zero)
+    return torch.cat(states), of(after, 0)
 
 
-def _suffix(problem: Problem[Any], local: Tensor, transitions: Tensor, seq: Sequence) -> Tensor:
+def _after(problem: Problem[Any], local: Tensor, transitions: Tensor, seq: Sequence) -> Tensor:
     """Gradient of the final state of each of this rank's segments, from what all segments after it ask for."""
-    op, spans = problem.op, seq.layout.spans
-    gathered = in_row_order(Gathering(local.unflatten(0, (spans, -1)).contiguous(), seq).wait(), seq)
-    dstate = torch.zeros_like(gathered[0])
-    after: dict[int, Tensor] = {}
-    for span in reversed(range(len(gathered))):
-        after[span] = dstate
-        summary = op.expand(Summary(transitions[span], gathered[span]), problem.inputs)
-        dstate = op.retreat(summary, dstate, gathered[span])
-    return torch.cat([after[span] for span in seq.layout.spans_of(seq.rank)])
+    op, mine = problem.op, local.unflatten(0, (seq.layout.spans, -1))
+    gathered = Gathering(mine, seq).wait().flatten(0, 1)
+    after, *orders = _on(seq, local.device, mirrored=True)
+    summaries = _expanded(problem, transitions, gathered.index_select(0, after))
+
+    def retreat(summary: Summary, dstate: Tensor) -> Tensor:
+        return op.retreat(summary, dstate, summary.state)
+
+    zero = torch.zeros_like(mine[0])
+    states = scan(summaries, _plan(seq, mirrored=True), orders, op.combine_backward, retreat, zero)
+    return torch.cat(states[::-1])
+
+
+def _expanded(problem: Problem[Any], transitions: Tensor, states: Tensor) -> Summary:
+    """Gathered summaries `[segments, B, …]` in the form that the op takes."""
+    if not len(states):
+        return Summary(transitions, states)
+    summary = problem.op.expand(Summary(transitions.flatten(0, 1), states.flatten(0, 1)), problem.inputs)
+    return Summary(*(part.unflatten(0, (len(states), -1)) for part in summary))
+
+
+def _plan(seq: Sequence, *, mirrored: bool) -> Stretches:
+    return stretches(seq.layout, seq.rank, mirrored=mirrored)
+
+
+def _indices(seq: Sequence, mirrored: bool) -> tuple[Tensor, ...]:
+    """On the host: which of the gathered segments this rank needs, and the order of each level."""
+    plan = _plan(seq, mirrored=mirrored)
+    return tuple(torch.tensor(numbers, dtype=torch.int64) for numbers in (plan.needed, *plan.orders))
+
+
+def _on(seq: Sequence, device: torch.device, *, mirrored: bool) -> tuple[Tensor, ...]:
+    key = ("state passing", mirrored, device)
+    return seq.derive(key, lambda: tuple(x.to(device) for x in _indices(seq, mirrored)))
