@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .dims import shape_of, sizes_of
-from .documents import Documents
+from .documents import Documents, Runs, continuing
 
 Record = TypeVar("Record", bound=tuple[Any, ...])
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,17 @@ class Problem(Generic[Record]):
     documents: Documents
     backend: str
     exact: bool = False
+    _made: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, make: Callable[[Problem[Record]], Made]) -> Made:
+        """`make(problem)`, made by the first of the calls on this problem and kept for the others.
+
+        What several parts of a run need, such as sums of decays: the forward parts of a segment share a problem, and
+        the backward parts another one. It is freed with the problem.
+        """
+        if make not in self._made:
+            self._made[make] = make(replace(self))  # a copy, so that nothing kept here refers back to it
+        return self._made[make]
 
     @cached_property
     def implementation(self) -> Any:
@@ -56,14 +68,17 @@ class Problem(Generic[Record]):
     @property
     def reach(self) -> int:
         """The tokens up to which an entering state reaches in some row."""
-        rows = zip(self.documents.runs, self.documents.continues, strict=True)
-        return max((row[0].stop for row, continues in rows if continues), default=0)
+        return self.documents.derive(_reach)
 
     @property
     def through(self) -> Tensor:
         """bool `[B]`: the rows that one document passes through, begun before and not ended in them."""
-        rows = zip(self.documents.runs, self.documents.continues, strict=True)
-        return torch.tensor([continues and len(row) == 1 for row, continues in rows], device=self.device)
+        return self.documents.on(self.device, _going_through)
+
+    @property
+    def continues(self) -> Tensor:
+        """bool `[B]`: the rows whose first token continues a document, which an entering state enters."""
+        return self.documents.on(self.device, continuing)
 
     def new_output(self) -> Tensor:
         """An empty output, in the inputs' type or, where exact, in that of the accumulators."""
@@ -80,16 +95,15 @@ class Problem(Generic[Record]):
             return self.new_states()
         if all(self.documents.continues):
             return state.to(self.dtype).contiguous()
-        return torch.where(per_row(self.documents.continues, state), state.to(self.dtype), 0.0).contiguous()
+        return torch.where(per_row(self.continues, state), state.to(self.dtype), 0.0).contiguous()
 
     def leaving(self, dfinal_state: Tensor | None) -> Tensor:
         """A copy of the gradient of the final state; 0 in rows that end in padding, after which every state is 0."""
         if dfinal_state is None:
             return self.new_states()
         gradient = dfinal_state.to(self.dtype, copy=True)
-        for row, runs in enumerate(self.documents.runs):
-            if runs[-1].is_padding:
-                gradient[row] = 0.0
+        if self.documents.has_padding:
+            gradient.masked_fill_(per_row(self.documents.on(self.device, _ending_in_padding), gradient), 0.0)
         return gradient
 
     def tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -98,7 +112,7 @@ class Problem(Generic[Record]):
         Both are bool `[B]`. What references, which go token by token, need to know of documents.
         """
         ids = self.documents.ids(self.device)
-        goes_on = torch.tensor(self.documents.continues, device=self.device)
+        goes_on = self.continues
         for t in range(self.documents.length):
             yield t, goes_on if t == 0 else ids[:, t] == ids[:, t - 1], ids[:, t] >= 0
 
@@ -108,6 +122,24 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def per_row(rows: tuple[bool, ...] | Tensor, like: Tensor) -> Tensor:
+def per_row(rows: Tensor, like: Tensor) -> Tensor:
     """One bool per row, to broadcast against `like` `[B, …]`."""
-    return torch.as_tensor(rows, device=like.device).view(-1, *[1] * (like.dim() - 1))
+    return rows.view(-1, *[1] * (like.dim() - 1))
+
+
+def first_runs(documents: Documents) -> Runs:
+    """The first run of each row."""
+    return documents.columns.at(documents.columns.start == 0)
+
+
+def _reach(documents: Documents) -> int:
+    return int((first_runs(documents).length * continuing(documents)).max())
+
+
+def _going_through(documents: Documents) -> Tensor:
+    return continuing(documents) & (first_runs(documents).length == documents.length)
+
+
+def _ending_in_padding(documents: Documents) -> Tensor:
+    runs = documents.columns
+    return ~runs.real[runs.stop == documents.length]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decay import FLOOR, Decay, Splitting, Wanted, by_row, factor, later_of, spread
-from .slabs import Grid, Lanes, Masks, Slab
+from .slabs import Grid, Lanes, Masks, Slab, on_host
 
 CHUNK = 32  # shorter than for one decay per token: a slab has three times the workspaces to keep in cache
 LEAF = 8  # tokens whose decays are multiplied step by step; longer reaches have a reference point
@@ -42,7 +42,7 @@ class ChannelDecay(Decay):
         self.later = whole.triu()
         # 0/1: the tokens whose decays lie between a token and the chunk's start or end, or the border at `reach`.
         self.between: dict[str | int, Tensor] = {"enter": whole.tril(), "leave": whole.triu(1)}
-        self.between |= {reach: _to_border(reach).to(whole) for reach in self.reaches}
+        self.between |= {reach: _to_border(reach, grid.device).to(grid.dtype) for reach in self.reaches}
 
     def load(self, slab: Slab, masks: Masks | None, wanted: Wanted = "all") -> None:
         """`enter` and `leave` are `[N, C, K]`, `through` is `[lanes, K, 1]` per chunk."""
@@ -199,6 +199,9 @@ class SplitChannelDecay(Splitting, ChannelDecay):
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
         super().__init__(log_decay, grid)
         size = grid.chunk
+        if not on_host(log_decay):
+            self.falls = [-math.inf] * -(-grid.length // size)
+            return
         cut = grid.length // size * size
         whole = log_decay[:, :cut].unflatten(1, (-1, size)).sum(2).amin((0, 2, 3))
         self.falls = whole.tolist() + ([float(log_decay[:, cut:].sum(1).min())] if cut < grid.length else [])
@@ -278,9 +281,9 @@ def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return pairs[:, :, 0], pairs[:, :, 1]
 
 
-def _to_border(reach: int) -> Tensor:
+def _to_border(reach: int, device: torch.device) -> Tensor:
     """bool `[2h, 2h]`: the tokens of two blocks of h = `reach` whose decays lie between a token and their border."""
-    token = torch.arange(2 * reach)
+    token = torch.arange(2 * reach, device=device)
     later = token >= reach
     after, upto = token > token[:, None], token <= token[:, None]
     return torch.where(later[:, None], later & upto, ~later & after)

@@ -8,6 +8,7 @@ e^-1280 is e^-40, since products with subnormal numbers take a hundred times as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .slabs import Grid, Masks, Slab
+from .slabs import Grid, Masks, Slab, on_host
 
 # Two factors at the floor still multiply to a normal number.
 FLOOR = {torch.float32: -40.0, torch.float64: -300.0}
@@ -75,7 +76,7 @@ class Splitting(Decay):
     `scores` then scales q and k by them, in place, and is a plain product. Each term of it has one more factor and is
     as exact as before. Chunks in which documents meet are left to the other form.
 
-    falls: of each chunk, the least that any decay comes to over it.
+    falls: of each chunk, the least that any decay comes to over it; −inf where reading that would wait for a device.
     """
 
     falls: list[float]
@@ -199,7 +200,8 @@ class SplitTokenDecay(Splitting, TokenDecay):
 
     def __init__(self, log_decay: Tensor, grid: Grid) -> None:
         super().__init__(log_decay, grid)
-        self.falls = self.steps.sum((3, 4)).amin((1, 2)).tolist()
+        falls = self.steps.sum((3, 4)).amin((1, 2)) if on_host(log_decay) else None
+        self.falls = [-math.inf] * len(self.steps) if falls is None else falls.tolist()
 
 
 def _halves(sums: Tensor, dtype: torch.dtype) -> list[Tensor]:

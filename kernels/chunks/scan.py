@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dims import shape_of
 from ..problem import Problem
-from .slabs import Slab, borders, slabs
+from .slabs import Slab, borders, rows_of, slabs
 
 
 class Sweep:
@@ -33,8 +33,8 @@ class Sweep:
         self.x = self.part(problem.inputs.x)
         self.length = self.x.shape[1]
         self.works: dict[str, Tensor] = {}
-        self.documents = problem.documents.rows(rows.start, rows.stop)
-        self.marked = borders(self.documents)
+        self.documents = rows_of(problem.documents, rows)
+        self.marked = self.documents.derive(borders)
 
     @classmethod
     def over(cls, problem: Problem[Any]) -> Iterator[Self]:

@@ -184,11 +184,18 @@ class States:
         self.after = {n: self.each[1 : n + 1].view(-1, key_dim, value_dim) for n in sizes}  # … and its leaving one
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether reading a value of x waits for no other device: elsewhere no branch may depend on one."""
+    return x.device.type == "cpu"
+
+
 def fade(x: Tensor) -> bool:
     """Zeroes, in place, what has decayed so far that products with it would be subnormal; whether anything is left.
 
-    CPUs multiply subnormal numbers many times slower than others.
+    CPUs multiply subnormal numbers many times slower than others. On other devices x stays, and something may be left.
     """
+    if not on_host(x):
+        return True
     limits = torch.finfo(x.dtype)
     x.mul_(x.abs() >= limits.tiny / limits.eps)
     return bool(x.any())
@@ -196,12 +203,17 @@ def fade(x: Tensor) -> bool:
 
 def borders(documents: Documents) -> Tensor:
     """bool `[T]`, on the host: tokens at which some row does not go on with the document of the token before."""
-    if all(len(row) == 1 and not row[0].is_padding for row in documents.runs):
-        return torch.zeros(documents.length, dtype=torch.bool)
-    ids = documents.ids("cpu")
-    marked = (ids < 0).any(0)
-    marked[1:] |= (ids[:, 1:] != ids[:, :-1]).any(0)
+    marked = torch.zeros(documents.length, dtype=torch.bool)
+    start = documents.columns.start
+    marked[start[start > 0]] = True
+    if documents.has_padding:
+        marked |= (documents.ids() < 0).any(0)
     return marked
+
+
+def rows_of(documents: Documents, rows: slice) -> Documents:
+    """The documents of some rows, kept with those of all."""
+    return documents.derive(Documents.rows, rows.start, rows.stop)
 
 
 class Borders:
@@ -209,7 +221,7 @@ class Borders:
 
     def __init__(self, documents: Documents, grid: Grid) -> None:
         self.grid = grid
-        self.marked = borders(documents)
+        self.marked = documents.derive(borders)
         self.ids: Tensor | None = None
         if bool(self.marked.any()):
             size = grid.chunks * grid.chunk

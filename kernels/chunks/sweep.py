@@ -18,7 +18,7 @@ from ..operation import Tensors
 from ..problem import Problem
 from .channel import ChannelDecay
 from .decay import TokenDecay
-from .slabs import Block, Borders, Grid, Lanes, Masks, Slab, States, blocks
+from .slabs import Block, Borders, Grid, Lanes, Masks, Slab, States, blocks, rows_of
 
 Parts: TypeAlias = dict[str, Lanes]
 
@@ -26,19 +26,18 @@ Parts: TypeAlias = dict[str, Lanes]
 class Sweep(ABC):
     """One block of rows and heads: its grid of slabs, its parts of tensors, its workspaces.
 
-    The inputs of the problem are q, k, v, log_decay and others. `further` columns of zeros are appended to the values,
-    for states that carry more than what the values write.
+    The inputs of the problem are q, k, v, log_decay and others.
     """
 
     token_decay: ClassVar[type[TokenDecay]] = TokenDecay
     channel_decay: ClassVar[type[ChannelDecay]] = ChannelDecay
 
-    def __init__(self, problem: Problem[Any], block: Block, further: int = 0) -> None:
+    def __init__(self, problem: Problem[Any], block: Block) -> None:
         self.problem, self.block, inputs = problem, block, problem.inputs
         rows, length, self.heads, values = inputs.v[block.rows, :, block.heads].shape
-        self.key_dim, self.value_dim = inputs.k.shape[-1], values + further
+        self.key_dim, self.value_dim = inputs.k.shape[-1], values
         self.grid = self.new_grid(rows, self.heads, length)
-        self.borders = Borders(problem.documents.rows(block.rows.start, block.rows.stop), self.grid)
+        self.borders = Borders(rows_of(problem.documents, block.rows), self.grid)
         self.masks: Masks | None = None  # of the slab that is loaded
         self.works: dict[tuple[str, int], Tensor] = {}
         self.cut: dict[tuple[str, int], tuple[Tensor, ...]] = {}
@@ -151,7 +150,7 @@ def forward(
     """(out, written to `out` where it is passed; final state)."""
     out = problem.new_output() if out is None else out
     entering, final = problem.entering(initial_state), problem.new_states()
-    for each in sweep.over(problem):
+    for each in problem.once(sweep.over):
         states = each.new_states()
         states.at[0].copy_(each.lanes(entering))
         each.run(each.grid.slabs(), states, each.part(out))
@@ -172,7 +171,7 @@ def backward(
     """
     gradients = problem.op.record(*(None if x is None else _new_gradient(x) for x in problem.inputs))
     entering, dinitial = problem.entering(initial_state), problem.new_states()
-    for each in sweep.over(problem):
+    for each in problem.once(sweep.over):
         parts = {name: each.part(dx) for name, dx in gradients._asdict().items() if dx is not None and dx.dim() > 2}
         if gradients.log_decay is not None and "log_decay" not in parts:
             each.constant = gradients.log_decay[each.block.heads]

@@ -52,7 +52,7 @@ def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor
     out, state = problem.new_output(), problem.new_states()
     reads = out.new_zeros(*out.shape[:3], state.shape[2], dtype=problem.dtype)
     transition = state.new_zeros(*state.shape[:2], state.shape[2], state.shape[2])
-    for sweep in Sweep.over(problem):
+    for sweep in problem.once(Sweep.over):
         states, part = sweep.new_states(), sweep.part(out)
         reached = _begin_reached(sweep, states.at[0], out, reads, transition) if problem.reach else 0
         sweep.run(sweep.grid.slabs()[reached:], states, part)
@@ -63,10 +63,10 @@ def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor
 def _begin_reached(narrow: Sweep, state: Tensor, out: Tensor, reads: Tensor, transition: Tensor) -> int:
     """The slabs that an entering state reaches; fills the state after them, and returns how many they were."""
     problem, values, keys = narrow.problem, narrow.value_dim, narrow.key_dim
-    sweep = Sweep(problem, narrow.block, further=keys)
+    sweep = narrow.wider(keys)
     states, parts = sweep.new_states(), [sweep.part(out), sweep.part(reads)]
     own, carried = states.at[0].split([values, keys], dim=-1)
-    continues = torch.tensor(problem.documents.continues[sweep.block.rows], dtype=problem.dtype, device=out.device)
+    continues = problem.continues[sweep.block.rows].to(problem.dtype)
     start = continues[:, None, None, None] * torch.eye(keys, dtype=problem.dtype, device=out.device)
     carried.copy_(start.expand(-1, sweep.grid.heads, -1, -1).flatten(0, 1))
     reached = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,17 @@ MATRICES = 64  # chunks times lanes in a slab
 class Sweep(sweeps.Sweep):
     """A sweep by the rule that the problem's inputs ask for."""
 
-    def __init__(self, problem: Problem[DeltaInputs], block: Block, further: int = 0) -> None:
-        super().__init__(problem, block, further)
+    def __init__(self, problem: Problem[DeltaInputs], block: Block) -> None:
+        super().__init__(problem, block)
         self.rule = BetaRule(self) if problem.inputs.a is None else EraseRule(self)
+
+    def wider(self, columns: int) -> Sweep:
+        """The same sweep for states of so many columns more, into which the values write nothing."""
+        wide = copy(self)
+        wide.value_dim += columns
+        wide.works, wide.cut = {}, {}
+        wide.rule = type(self.rule)(wide)
+        return wide
 
     def new_grid(self, rows: int, heads: int, length: int) -> Grid:
         return Grid(rows, heads, length, self.problem.dtype, self.problem.device, CHUNK, MATRICES)

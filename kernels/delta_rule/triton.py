@@ -45,7 +45,7 @@ from ..chunks.triton import (
 )
 from ..compilation import Compilation
 from ..operation import Tensors
-from ..problem import Problem
+from ..problem import Problem, per_row
 from . import DeltaInputs
 
 BITS = 6  # of a place in a chunk
@@ -705,35 +705,34 @@ class _Run:
         )  # fmt: skip
         return _Chunks(scores, key_scores, erased, inverse, W, U, asked, left, kept)
 
-    def states(self, chunks: _Chunks, entering: Tensor, *, transition: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """States before the chunks `[B H, N, K, V]` and Z, in the inputs' type, and the states after them.
+    def states(
+        self, chunks: _Chunks, entering: Tensor, count: int | None = None, *, transition: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States before the first `count` chunks `[B H, N, K, V]` and Z, in the inputs' type, and after them.
 
         With `transition`, of what enters alone; it may have other columns than values.
         """
-        values = entering.shape[-1]
+        values, count = entering.shape[-1], self.chunks if count is None else count
         final = torch.empty_like(entering, memory_format=torch.contiguous_format)
-        starts = self.empty(self.batch * self.heads, self.chunks, self.keys, values, dtype=self.dtype)
+        starts = self.empty(self.batch * self.heads, count, self.keys, values, dtype=self.dtype)
         Z = self.per_token(values)
         block = min(self.tiles.state_values, _padded(values))
         _states[(ceil_div(values, block), self.batch * self.heads)](
             chunks.W, chunks.U, chunks.left, chunks.kept, self.v, self.G, self.ids, entering.contiguous(),
-            starts, Z, final, *self.sizes, self.keys, values, self.chunks,
+            starts, Z, final, *self.sizes, self.keys, values, count,
             DECAY=self.decay, ERASE=self.erase, TRANSITION=transition, C=CHUNK, BK=_padded(self.keys), BV=block,
             num_warps=self.tiles.state_warps,
         )  # fmt: skip
         return starts, Z, final
 
-    def outputs(
-        self, chunks: _Chunks, starts: Tensor, Z: Tensor, dtype: torch.dtype, *, transition: bool = False
-    ) -> Tensor:
-        """What queries read, `[B, T, H, V]`; with `transition`, of what entered alone."""
-        out = self.per_token(Z.shape[-1], dtype)
-        blocks = {**self.blocks(), "BV": min(self.tiles.value_block, _padded(Z.shape[-1]))}
-        _outputs[(ceil_div(Z.shape[-1], blocks["BV"]), *self.by_chunk())](
+    def outputs(self, chunks: _Chunks, starts: Tensor, Z: Tensor, out: Tensor, *, transition: bool = False) -> None:
+        """Writes what queries of the chunks that have a state read; with `transition`, of what entered alone."""
+        values, count = Z.shape[-1], starts.shape[1]
+        blocks = {**self.blocks(), "BV": min(self.tiles.value_block, _padded(values))}
+        _outputs[(ceil_div(values, blocks["BV"]), count, self.batch * self.heads)](
             chunks.asked, chunks.scores, chunks.key_scores, Z, self.v, starts, out,
-            *self.sizes, self.keys, Z.shape[-1], self.chunks, ERASE=self.erase and not transition, **blocks,
+            *self.sizes, self.keys, values, count, ERASE=self.erase and not transition, **blocks,
         )  # fmt: skip
-        return out
 
     def state_gradients(self, chunks: _Chunks, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the states after the chunks, of Z, and of the state before them."""
@@ -819,22 +818,30 @@ def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tupl
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, final = run.states(chunks, problem.entering(initial_state))
-    dtype = torch.float32 if problem.exact else problem.inputs.q.dtype
-    return run.outputs(chunks, starts, Z, dtype), final
+    out = problem.new_output()
+    run.outputs(chunks, starts, Z, out)
+    return out, final
 
 
 def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of zero, and of the identity."""
+    """(out, transition `[B, H, K, K]`, state `[B, H, K, V]`, reads `[B, T, H, K]`): of zero, and of the identity.
+
+    The identity goes no further than the documents that rows continue.
+    """
     run = _Run(problem)
     chunks = run.prepare()
     starts, Z, state = run.states(chunks, problem.new_states())
-    out = run.outputs(chunks, starts, Z, torch.float32)
+    out = problem.new_output()
+    run.outputs(chunks, starts, Z, out)
     one = torch.eye(run.keys, device=state.device).expand(run.batch, run.heads, -1, -1)
+    reads = out.new_zeros(*out.shape[:3], run.keys)
     if problem.reach == 0:
-        return out, torch.zeros_like(one), state, out.new_zeros(*out.shape[:3], run.keys)
-    continues = torch.tensor(problem.documents.continues, device=state.device)[:, None, None, None]
-    starts, Z, transition = run.states(chunks, torch.where(continues, one, 0.0), transition=True)
-    return out, transition, state, run.outputs(chunks, starts, Z, torch.float32, transition=True)
+        return out, torch.zeros_like(one), state, reads
+    reached = ceil_div(problem.reach, CHUNK)
+    entering = torch.where(per_row(problem.continues, one), one, 0.0)
+    starts, Z, transition = run.states(chunks, entering, reached, transition=True)
+    run.outputs(chunks, starts, Z, reads, transition=True)
+    return out, torch.where(per_row(problem.through, transition), transition, 0.0), state, reads
 
 
 def backward(

@@ -234,11 +234,11 @@ class Chunks(NamedTuple):
         }  # fmt: skip
 
 
-def _chunks(problem: Problem[DiagonalInputs], tiles: Tiles) -> Chunks:
+def _chunks(problem: Problem[DiagonalInputs], tiles: Tiles, tokens: int | None = None) -> Chunks:
+    """Those of the first `tokens`, of all by default."""
     x, log_decay = problem.inputs
-    ends, decays = torch.empty(
-        2, triton.cdiv(x.shape[1], tiles.chunk), x.shape[0], x.shape[2], dtype=torch.float32, device=x.device
-    )
+    count = triton.cdiv(x.shape[1] if tokens is None else tokens, tiles.chunk)
+    ends, decays = torch.empty(2, count, x.shape[0], x.shape[2], dtype=torch.float32, device=x.device)
     return Chunks(x.contiguous(), log_decay.contiguous(), problem.documents.ids(x.device), tiles, ends, decays)
 
 
@@ -273,7 +273,8 @@ def forward(problem: Problem[DiagonalInputs], initial_state: Tensor | None) -> t
 
 def correct(problem: Problem[DiagonalInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds e^{a_1 + … + a_t} state to the outputs that the entering state reaches; `out` is contiguous."""
-    _run(_chunks(problem, FORWARD), problem.entering(state), out, add=True)
+    if problem.reach:
+        _run(_chunks(problem, FORWARD, problem.reach), problem.entering(state), out, add=True)
     return out
 
 
@@ -290,7 +291,9 @@ def _asked(chunks: Chunks, dout: Tensor, dfinal: Tensor) -> Tensor:
 
 def summarize_backward(problem: Problem[DiagonalInputs], dout: Tensor, initial_state: Tensor | None = None) -> Tensor:
     """Σ_t e^{a_1 + … + a_t} dout_t `[B, D]` over the tokens that an entering state reaches."""
-    chunks = _chunks(problem, BACKWARD)
+    if not problem.reach:
+        return problem.new_states()
+    chunks = _chunks(problem, BACKWARD, problem.reach)
     return problem.entering(_asked(chunks, dout.contiguous(), problem.new_states()))
 
 

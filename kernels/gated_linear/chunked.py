@@ -176,7 +176,7 @@ def backward(
 def correct(problem: Problem[GatedLinearInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches, until it has faded."""
     entering = problem.entering(state)
-    for sweep in Sweep.over(problem):
+    for sweep in problem.once(Sweep.over):
         states, part, first = sweep.new_states(), sweep.part(out), sweep.lanes(entering)
         decay = first.new_ones(1, 1, 1)
         for slab in sweep.grid.slabs(problem.reach):
@@ -199,7 +199,7 @@ def summarize_backward(
 ) -> Tensor:
     """Σ_t scale (q_t ⊙ e^{G_t})ᵀ do_t over the tokens that an entering state reaches, until it has faded."""
     dinitial = problem.new_states()
-    for sweep in Sweep.over(problem):
+    for sweep in problem.once(Sweep.over):
         dstates, dpart = sweep.new_states(), sweep.part(dout)
         total, decay = torch.zeros_like(dstates.at[0]), dinitial.new_ones(1, 1, 1)
         for slab in sweep.grid.slabs(problem.reach):

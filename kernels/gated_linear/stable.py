@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..documents import PADDING, Documents
+from ..documents import PADDING, Documents, continuing
 
 # The log scale of a zero state: finite, so that differences are; a power of two, so that it is the same in every type.
 LOWEST = -(2.0**100)
@@ -29,7 +29,7 @@ class LogScales:
         device = log_input.device
         ids = documents.ids(device)
         self.real = (ids != PADDING)[..., None]
-        self.goes_on = going_on(documents, device)[..., None]
+        self.goes_on = documents.on(device, going_on)[..., None]
         self.gates = log_input.double().masked_fill(~self.real, -torch.inf)
         decays = torch.zeros_like(self.gates) if log_decay is None else log_decay.double().expand_as(self.gates)
         first = self.gates.new_full(self.gates[:, 0].shape, LOWEST)
@@ -42,11 +42,10 @@ class LogScales:
         self.log_decay = (decays + self.before - self.after).masked_fill(~self.goes_on, 0.0).clamp_(max=0.0)
 
 
-def going_on(documents: Documents, device: torch.device) -> Tensor:
-    """bool `[B, T]`: whether a state is there before the token, of its own document."""
-    ids = documents.ids(device)
-    first = torch.tensor(documents.continues, device=device)[:, None]
-    return torch.cat([first, ids[:, 1:] == ids[:, :-1]], dim=1) & (ids != PADDING)
+def going_on(documents: Documents) -> Tensor:
+    """bool `[B, T]`, on the host: whether a state is there before the token, of its own document."""
+    ids = documents.ids()
+    return torch.cat([continuing(documents)[:, None], ids[:, 1:] == ids[:, :-1]], dim=1) & (ids != PADDING)
 
 
 def _running_maxima(decays: Tensor, gates: Tensor, first: Tensor) -> Tensor:

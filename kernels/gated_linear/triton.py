@@ -538,7 +538,7 @@ class _Run:
     """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
 
     def __init__(self, problem: Problem[GatedLinearInputs]) -> None:
-        self.problem, inputs = problem, problem.inputs
+        inputs = problem.inputs
         self.dtype = inputs.q.dtype
         batch, length, heads, values = inputs.v.shape
         groups = math.lcm(inputs.q.shape[2], inputs.k.shape[2])
@@ -737,7 +737,7 @@ def forward(
     problem: Problem[GatedLinearInputs], initial_state: Tensor | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, written to `out` where it is passed; final state)."""
-    run = _Run(problem)
+    run = problem.once(_Run)
     out = problem.new_output() if out is None else out
     assert _is_rowwise(out)
     starts, final = run.states(problem.entering(initial_state))
@@ -756,7 +756,7 @@ def correct(problem: Problem[GatedLinearInputs], out: Tensor, state: Tensor) -> 
     chunks = ceil_div(problem.reach, CHUNK)
     if chunks == 0:
         return out
-    run = _Run(problem)
+    run = problem.once(_Run)
     starts, _ = run.states(problem.entering(state), chunks, add=False)
     target = out if _is_rowwise(out) else out.contiguous()
     run.outputs(starts, target, None, intra=False, add=True)
@@ -770,7 +770,7 @@ def summarize_backward(
     chunks = ceil_div(problem.reach, CHUNK)
     if chunks == 0:
         return problem.new_states()
-    run = _Run(problem)
+    run = problem.once(_Run)
     return problem.entering(run.state_gradients(dout.to(run.dtype).contiguous(), None, chunks)[1])
 
 
@@ -778,7 +778,7 @@ def backward(
     problem: Problem[GatedLinearInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensors, Tensor]:
     """The gradients of the inputs, in their types, and of the initial state."""
-    run = _Run(problem)
+    run = problem.once(_Run)
     dout = dout.to(run.dtype).contiguous()
     starts, _ = run.states(problem.entering(initial_state))
     afters, dinitial = run.state_gradients(dout, dfinal_state)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..chunks.decay import factor
+from ..documents import Documents
 from ..operation import Tensors
 from ..problem import Problem
 from . import stable
@@ -27,31 +28,36 @@ from .stable import LogScales
 
 def forward(problem: Problem[GatedLinearInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """(output as `GatedLinearRecurrence` says, final state)."""
-    return _Variant(problem, initial_state).forward()
+    return _variant(problem, initial_state).forward()
 
 
 def correct(problem: Problem[GatedLinearInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds what the state contributes to an output from the zero state; in place."""
-    return _Variant(problem, state).correct(out)
+    return _variant(problem, state).correct(out)
 
 
 def summarize_backward(problem: Problem[GatedLinearInputs], dout: Tensor, initial_state: Tensor | None) -> Tensor:
     """The gradient of the initial state that comes from the outputs alone."""
-    return _Variant(problem, initial_state).summarize_backward(dout)
+    return _variant(problem, initial_state).summarize_backward(dout)
 
 
 def backward(
     problem: Problem[GatedLinearInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensors, Tensor]:
     """The gradients of all inputs and of the initial state; that of a packed state says its scale as it does."""
-    return _Variant(problem, initial_state).backward(dout, dfinal_state)
+    return _variant(problem, initial_state).backward(dout, dfinal_state)
 
 
 class _Variant:
-    """A call with variants, given the state that enters, and the plain problem that is made of it."""
+    """A call with variants, given the state that enters, and the plain problem that is made of it.
 
-    def __init__(self, problem: Problem[GatedLinearInputs], initial_state: Tensor | None) -> None:
-        self.whole, self.op, self.initial_state = problem, problem.op, initial_state
+    alone: the same call without a state that enters, or None for that one itself.
+    """
+
+    def __init__(
+        self, problem: Problem[GatedLinearInputs], initial_state: Tensor | None, alone: _Variant | None = None
+    ) -> None:
+        self.whole, self.op, self.initial_state, self.alone = problem, problem.op, initial_state, alone
         self.inputs, self.documents = problem.inputs, problem.documents
         self.q, self.k, self.v, self.bonus = self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.bonus
         self.dtype, self.scale, self.heads = problem.dtype, problem.scale, self.v.shape[2]
@@ -102,11 +108,13 @@ class _Variant:
 
     @cached_property
     def goes_on(self) -> Tensor:
-        return stable.going_on(self.documents, self.q.device)[..., None, None]
+        return self.documents.on(self.q.device, stable.going_on)[..., None, None]
 
     @cached_property
     def plain(self) -> Problem[GatedLinearInputs]:
-        """The plain recurrence."""
+        """The plain recurrence; where there are no log scales, the same one for every state that enters."""
+        if self.scales is None and self.alone is not None:
+            return self.alone.plain
         keys, log_decay, queries = self.k, self.inputs.log_decay, self.queries
         if self.scales is not None and self.key_factor is not None:
             keys = self.of_heads(keys) * self.key_factor  # in what is computed in, so that they are rounded once
@@ -175,7 +183,8 @@ class _Variant:
         assert state is not None
         if self.scales is not None:
             values, units = out[..., :-1], self.units(self.scales)
-            alone = _Variant(self.whole, None)
+            alone = self.alone
+            assert alone is not None
             assert alone.scales is not None
             values.mul_((alone.units(alone.scales) - units).exp_().to(out.dtype).unsqueeze(-1))
             out[..., -1] = units
@@ -185,8 +194,9 @@ class _Variant:
         values[:, 0] += self._first(plain.entering(state))
         length = self.v.shape[1] - 1
         if length:
+            shorter = self.documents.derive(Documents.slice, 0, length)
             cut = {name: x[:, :length] for name, x in plain.inputs._asdict().items() if x is not None and x.dim() > 2}
-            earlier = replace(plain, inputs=plain.inputs._replace(**cut), documents=self.documents.slice(0, length))
+            earlier = replace(plain, inputs=plain.inputs._replace(**cut), documents=shorter)
             plain.implementation.correct(earlier, values[:, 1:], state)
         return out
 
@@ -284,6 +294,25 @@ class _Variant:
             (dproduct * q * k).sum((0, 1)),
             dproduct[..., 0] * product,
         )
+
+
+class _Variants:
+    """The variants that the parts of a run share: without an entering state, and with the last one that there was."""
+
+    def __init__(self, problem: Problem[GatedLinearInputs]) -> None:
+        self.problem, self.alone = problem, _Variant(problem, None)
+        self.entered = self.alone
+
+    def of(self, state: Tensor | None) -> _Variant:
+        if state is None:
+            return self.alone
+        if self.entered.initial_state is not state:
+            self.entered = _Variant(self.problem, state, self.alone)
+        return self.entered
+
+
+def _variant(problem: Problem[GatedLinearInputs], state: Tensor | None) -> _Variant:
+    return problem.once(_Variants).of(state)
 
 
 def _earlier(dout: Tensor) -> Tensor:

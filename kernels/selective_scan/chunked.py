@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..chunks import scan
 from ..chunks.decay import FLOOR
-from ..chunks.slabs import Slab
+from ..chunks.slabs import Slab, on_host
+from ..documents import Documents
 from ..operation import Tensors
-from ..problem import Problem
+from ..problem import Problem, first_runs
 from . import SelectiveInputs
 
 SLAB = 16  # tokens whose states are held at once
@@ -52,9 +53,11 @@ class Sweep(scan.Sweep):
         self.a = None
         if inputs.a is not None:
             self.a = inputs.a[channels].T.to(self.dtype).contiguous()
-            # Once for the block, so that most models need no pass for it.
-            strongest = float(self.delta.amax().double() * self.a.amin().double())
-            self.floored = not strongest >= FLOOR[self.dtype]
+            self.floored = not on_host(self.a) or self._is_strong(self.a)
+
+    def _is_strong(self, a: Tensor) -> bool:
+        """Whether some exponent may be below the floor: once for the block, so that most models need no pass for it."""
+        return not float(self.delta.amax().double() * a.amin().double()) >= FLOOR[self.dtype]
 
     def lanes(self, state: Tensor) -> Tensor:
         """The block's part of states `[B, D, N]`, as `[rows, N, channels]`."""
@@ -160,7 +163,8 @@ class RunningSum:
         rows, size, channels = sweep.state_shape
         shape = (rows, size, channels) if sweep.a is None else (rows, channels)
         self.total = torch.zeros(shape, dtype=torch.float64, device=sweep.device)
-        self.stops = torch.tensor([row[0].stop for row in sweep.documents.runs])
+        self.least = int(sweep.documents.derive(first_stops).min())
+        self.stops = sweep.documents.on(sweep.device, first_stops)
 
     def factors(self, loaded: Loaded) -> Tensor:
         """In the workspace of the decays; 0 beyond the first document."""
@@ -173,10 +177,15 @@ class RunningSum:
             torch.mul(sums.unsqueeze(2).to(work.dtype), self.sweep.a, out=work)
         self.total = sums[-1]
         work.clamp_(min=FLOOR[self.sweep.dtype]).exp_()
-        if loaded.slab.stop <= int(self.stops.min()):
+        if loaded.slab.stop <= self.least:
             return work
-        tokens = torch.arange(loaded.slab.start, loaded.slab.stop)[:, None]
+        tokens = torch.arange(loaded.slab.start, loaded.slab.stop, device=work.device)[:, None]
         return work.mul_((tokens < self.stops)[..., None, None].to(work))
+
+
+def first_stops(documents: Documents) -> Tensor:
+    """`[B]`, on the host: how many tokens each row's first document, or padding, has."""
+    return first_runs(documents).length
 
 
 def total_decay(problem: Problem[SelectiveInputs]) -> Tensor:

@@ -278,21 +278,25 @@ def _backward(
 
 
 class Chunks:
-    """What passes over chunks share: contiguous tensors, and states at borders `[chunks, B, D, N]`."""
+    """What passes over chunks share: contiguous tensors, and states at borders `[chunks, B, D, N]`.
 
-    def __init__(self, problem: Problem[SelectiveInputs]) -> None:
+    tokens: the passes go over the chunks of so many first tokens, of all by default.
+    """
+
+    def __init__(self, problem: Problem[SelectiveInputs], tokens: int | None = None) -> None:
         x, delta, a, b, c = problem.inputs
         self.x, self.delta, self.b, self.c = (tensor.contiguous() for tensor in (x, delta, b, c))
         self.longhorn = a is None
         self.a = self.x if a is None else a.contiguous()  # where there is none it is not read
         self.ids = problem.documents.ids(self.x.device)
         self.batch, self.length, self.channels = self.x.shape
+        self.tokens = self.length if tokens is None else tokens
         self.size = self.b.shape[2]
         self.padded = triton.next_power_of_2(self.size)
 
     def borders(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """Two tensors for the states at the borders of chunks."""
-        shape = (triton.cdiv(self.length, tiles.chunk), self.batch, self.channels, self.size)
+        shape = (triton.cdiv(self.tokens, tiles.chunk), self.batch, self.channels, self.size)
         ends, decays = torch.empty(2, *shape, dtype=torch.float32, device=self.x.device)
         return ends, decays
 
@@ -357,7 +361,8 @@ def forward(problem: Problem[SelectiveInputs], initial_state: Tensor | None) -> 
 
 def correct(problem: Problem[SelectiveInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds Σ_n e^{g_1 + … + g_t} state c_t to the outputs that the entering state reaches; `out` is contiguous."""
-    Chunks(problem).run(problem.entering(state), out, add=True)
+    if problem.reach:
+        Chunks(problem, problem.reach).run(problem.entering(state), out, add=True)
     return out
 
 
@@ -371,7 +376,9 @@ def total_decay(problem: Problem[SelectiveInputs]) -> Tensor:
 
 def summarize_backward(problem: Problem[SelectiveInputs], dout: Tensor, initial_state: Tensor | None = None) -> Tensor:
     """Σ_t e^{g_1 + … + g_t} c_t dy_t `[B, D, N]` over the tokens that an entering state reaches."""
-    return problem.entering(Chunks(problem).asked(dout.contiguous(), problem.new_states())[1])
+    if not problem.reach:
+        return problem.new_states()
+    return problem.entering(Chunks(problem, problem.reach).asked(dout.contiguous(), problem.new_states())[1])
 
 
 def backward(

@@ -21,10 +21,10 @@ def short_conv(
 ) -> Tensor:
     """See the package's `short_conv`; `history` is always a tensor, zero where there is none."""
     rows = torch.cat([_valid(history, documents), x], dim=1)
-    if documents.is_whole and not _padded(documents):
+    if _is_plain(documents):
         return _Convolve.apply(rows, weight, bias, activation)  # type: ignore[return-value]
     rows = torch.cat([x.new_zeros(1, x.shape[2]), rows.flatten(0, 1)])
-    source, where = _layout(documents, weight.shape[1] - 1, x.device)
+    source, where = documents.on(x.device, _layout, weight.shape[1] - 1)
     out = _Convolve.apply(rows.index_select(0, source)[None], weight, bias, activation)
     return _without_padding(out[0].index_select(0, where).view_as(x), documents)
 
@@ -32,49 +32,60 @@ def short_conv(
 def token_shift(x: Tensor, documents: Documents, history: Tensor) -> Tensor:
     """See the package's `token_shift`."""
     earlier = torch.cat([_valid(history, documents), x[:, :-1]], dim=1)
-    if documents.is_whole and not _padded(documents):
+    if _is_plain(documents):
         return earlier
     return earlier.masked_fill(documents.positions(x.device)[..., None] == 0, 0.0)
 
 
-def _padded(documents: Documents) -> bool:
-    return documents.has_padding
+def _is_plain(documents: Documents) -> bool:
+    """Whether every row is one document, without padding."""
+    return documents.is_whole and not documents.has_padding
 
 
 def _without_padding(out: Tensor, documents: Documents) -> Tensor:
-    return out.masked_fill(documents.ids(out.device)[..., None] < 0, 0.0) if _padded(documents) else out
+    if not documents.has_padding:
+        return out
+    return out.masked_fill(documents.ids(out.device)[..., None] < 0, 0.0)
 
 
 def _valid(history: Tensor, documents: Documents) -> Tensor:
     """Zeroes the history rows that a row's first document does not reach back to."""
     width = history.shape[1]
-    reach = [
-        row[0].position if continues else 0 for row, continues in zip(documents.runs, documents.continues, strict=True)
-    ]
-    if all(n >= width for n in reach):
+    if documents.derive(_all_reach, width):
         return history
-    back = torch.arange(width, 0, -1, device=history.device)
-    return torch.where((back <= torch.tensor(reach, device=history.device)[:, None])[..., None], history, 0.0)
+    return torch.where(documents.on(history.device, _reached, width)[..., None], history, 0.0)
 
 
-def _layout(documents: Documents, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _reached(documents: Documents, width: int) -> Tensor:
+    """bool `[B, W − 1]`: the rows of the history that the first document of each row reaches back to."""
+    first = documents.columns.at(documents.columns.start == 0)
+    reach = torch.where(first.real, first.position, 0)
+    return torch.arange(width, 0, -1) <= reach[:, None]
+
+
+def _all_reach(documents: Documents, width: int) -> bool:
+    return bool(_reached(documents, width).all())
+
+
+def _layout(documents: Documents, width: int) -> tuple[Tensor, Tensor]:
     """Where the rows of the laid-out sequence come from (0 = zeros), and where in its output each token lies.
 
     Padding is not laid out; its tokens point at any output.
     """
-    zeros = torch.zeros(width, dtype=torch.int64)
-    source, where, offset = [], torch.zeros(documents.batch, documents.length, dtype=torch.int64), 0
-    for number, row in enumerate(documents.runs):
-        for run in row:
-            if run.is_padding:
-                continue
-            first = 1 + number * (width + documents.length) + width + run.start
-            source.append(torch.arange(first - width, first) if run.start == 0 else zeros)
-            source.append(torch.arange(first, first + run.length))
-            where[number, run.start : run.stop] = torch.arange(offset, offset + run.length)
-            offset += width + run.length
-    rows = torch.cat(source) if source else torch.zeros(width + 1, dtype=torch.int64)
-    return rows.to(device), where.flatten().to(device)
+    number, _, start, length, _ = documents.columns.at(documents.columns.real)
+    where = torch.zeros(documents.batch * documents.length, dtype=torch.int64)
+    if not len(length):
+        return torch.zeros(width + 1, dtype=torch.int64), where
+    sizes = width + length
+    offset = sizes.cumsum(0) - sizes
+    run = torch.repeat_interleave(sizes)
+    place = torch.arange(len(run)) - offset[run] - width  # in the run, negative in the rows before it
+    first = 1 + number * (width + documents.length) + width + start
+    source = torch.where((place < 0) & (start[run] > 0), 0, first[run] + place)
+    own = place >= 0
+    token = (number * documents.length + start)[run] + place
+    where[token[own]] = (offset[run] + place)[own]
+    return source, where
 
 
 class _Convolve(torch.autograd.Function):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import Gathering, in_row_order, sum_over_ranks
+from ..collectives import Gathering, sum_over_ranks
 from ..operation import OfOneTensor, mix
 from ..sequence import Sequence
 
@@ -27,16 +27,18 @@ class Halo(OfOneTensor):
         return _halo_forward(x, seq, self.width)
 
     def transpose(self, dout: Tensor, x: Tensor, seq: Sequence) -> Tensor:
-        layout, batch, length = seq.layout, x.shape[0] // seq.layout.spans, x.shape[1]
+        layout, length = seq.layout, x.shape[1]
         tail = min(self.width, length)
-        dtails = dout.new_zeros(layout.ranks * layout.spans, batch, tail, *x.shape[2:])
-        for span, part in zip(layout.spans_of(seq.rank), dout.chunk(layout.spans, dim=0), strict=True):
-            for before, rows, source in _halo_parts(span, self.width, tail):
-                dtails[before, :, source] += part[:, rows]
+        sources, targets = seq.on(dout.device, _halo_rows, self.width, tail)
+        given = _rows(dout, layout.spans).index_select(0, targets)
+        dtails = given.new_zeros(layout.ranks * layout.spans * tail, *given.shape[1:])
+        # Where spans are shorter than the halo, several may add to one row: one after the other, in the same order.
+        counts = seq.derive(_halo_counts, self.width, tail) if tail < self.width else [len(given)]
+        for rows, part in zip(sources.split(counts), given.split(counts), strict=True):
+            dtails.index_add_(0, rows, part)
         sum_over_ranks(dtails, seq)
         dx = dout.new_zeros(x.shape)
-        mine = torch.stack([dtails[span] for span in layout.spans_of(seq.rank)])
-        dx[:, length - tail :] = mine.flatten(0, 1)
+        dx[:, length - tail :] = _folded(dtails.unflatten(0, (layout.ranks, -1))[seq.rank], layout.spans)
         return dx
 
     def shape(self, x: Tensor, ranks: int, spans: int) -> tuple[int, ...]:
@@ -54,16 +56,46 @@ def _halo_parts(span: int, width: int, tail: int) -> list[tuple[int, slice, slic
     return parts
 
 
-def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
+def _halo_rows(seq: Sequence, width: int, tail: int) -> tuple[Tensor, Tensor]:
+    """Where the halos of this rank's spans come from, and their rows: numbers among all tails' and all halos' rows.
+
+    Tails are as they are gathered, rank after rank. Rows before the start of the row come from nowhere.
+    """
     layout = seq.layout
-    tail = min(width, x.shape[1])
-    mine = x[:, x.shape[1] - tail :].unflatten(0, (layout.spans, -1))
-    tails = in_row_order(Gathering(mine, seq).wait(), seq)
-    halo = x.new_zeros(layout.spans, mine.shape[1], width, *x.shape[2:])
+    held = [span for rank in range(layout.ranks) for span in layout.spans_of(rank)]
+    place = {span: number for number, span in enumerate(held)}
+    sources, targets = [], []
     for turn, span in enumerate(layout.spans_of(seq.rank)):
         for before, rows, source in _halo_parts(span, width, tail):
-            halo[turn, :, rows] = tails[before][:, source]
-    return halo.flatten(0, 1)
+            sources += range(place[before] * tail + source.start, place[before] * tail + source.stop)
+            targets += range(turn * width + rows.start, turn * width + rows.stop)
+    return torch.tensor(sources, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
+
+
+def _halo_counts(seq: Sequence, width: int, tail: int) -> list[int]:
+    """How many rows of each of this rank's halos come from somewhere."""
+    spans = seq.layout.spans_of(seq.rank)
+    return [sum(rows.stop - rows.start for _, rows, _ in _halo_parts(span, width, tail)) for span in spans]
+
+
+def _rows(x: Tensor, spans: int) -> Tensor:
+    """`[spans * B, L, …]` as rows `[spans * L, B, …]`."""
+    return x.unflatten(0, (spans, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _folded(rows: Tensor, spans: int) -> Tensor:
+    """The inverse of `_rows`."""
+    return rows.unflatten(0, (spans, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
+    tail = min(width, x.shape[1])
+    mine = _rows(x[:, x.shape[1] - tail :], seq.layout.spans)
+    sources, targets = seq.on(x.device, _halo_rows, width, tail)
+    tails = Gathering(mine, seq).wait().flatten(0, 1)
+    halo = mine.new_zeros(seq.layout.spans * width, *mine.shape[1:])
+    halo.index_copy_(0, targets, tails.index_select(0, sources))
+    return _folded(halo, seq.layout.spans)
 
 
 def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:

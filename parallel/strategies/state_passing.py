@@ -100,8 +100,8 @@ def _before(problem: Problem[Any], mine: Summary, seq: Sequence) -> tuple[Tensor
     def of(segments: Tensor, part: int) -> Tensor:
         return gathered[part].index_select(0, segments).unflatten(2, mine[part].shape[1:])
 
-    upto, *orders = _on(seq, packed.device, mirrored=False)
-    after, *_ = _on(seq, packed.device, mirrored=True)
+    upto, *orders = seq.on(packed.device, _indices, False)
+    after, *_ = seq.on(packed.device, _indices, True)
     summaries = _expanded(problem, of(upto, 0), of(upto, 1))
     zero = op.zero_state(mine.state[: packed.shape[1]])
     states = scan(summaries, _plan(seq, mirrored=False), orders, op.combine, op.advance, zero)
@@ -112,7 +112,7 @@ def _after(problem: Problem[Any], local: Tensor, transitions: Tensor, seq: Seque
     """Gradient of the final state of each of this rank's segments, from what all segments after it ask for."""
     op, mine = problem.op, local.unflatten(0, (seq.layout.spans, -1))
     gathered = Gathering(mine, seq).wait().flatten(0, 1)
-    after, *orders = _on(seq, local.device, mirrored=True)
+    after, *orders = seq.on(local.device, _indices, True)
     summaries = _expanded(problem, transitions, gathered.index_select(0, after))
 
     def retreat(summary: Summary, dstate: Tensor) -> Tensor:
@@ -139,8 +139,3 @@ def _indices(seq: Sequence, mirrored: bool) -> tuple[Tensor, ...]:
     """On the host: which of the gathered segments this rank needs, and the order of each level."""
     plan = _plan(seq, mirrored=mirrored)
     return tuple(torch.tensor(numbers, dtype=torch.int64) for numbers in (plan.needed, *plan.orders))
-
-
-def _on(seq: Sequence, device: torch.device, *, mirrored: bool) -> tuple[Tensor, ...]:
-    key = ("state passing", mirrored, device)
-    return seq.derive(key, lambda: tuple(x.to(device) for x in _indices(seq, mirrored)))

@@ -52,11 +52,10 @@ def local_positions() -> None:
 def dropped_state() -> None:
     """No state enters from the ranks before."""
 
-    def gather(mine, seq):
-        summaries, transitions = original(mine, seq)
-        return [Summary(s.transition, torch.zeros_like(s.state)) for s in summaries], transitions
+    def before(problem, mine, seq):
+        return original(problem, Summary(mine.transition, torch.zeros_like(mine.state)), seq)
 
-    original = spoil(state_passing, "_gather", gather)
+    original = spoil(state_passing, "_before", before)
 
 
 def transition_through_documents() -> None:
@@ -145,11 +144,11 @@ def bfloat16_query_gradients() -> None:
 def bfloat16_states() -> None:
     """States travel in bfloat16."""
 
-    def gather(mine, seq):
+    def before(problem, mine, seq):
         rounded = mine.state.bfloat16().to(mine.state.dtype) if mine.state.dtype == torch.float32 else mine.state
-        return original(Summary(mine.transition, rounded), seq)
+        return original(problem, Summary(mine.transition, rounded), seq)
 
-    original = spoil(state_passing, "_gather", gather)
+    original = spoil(state_passing, "_before", before)
 
 
 def bfloat16_window_means() -> None:
