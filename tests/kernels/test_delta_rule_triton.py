@@ -86,6 +86,23 @@ def test_a_run_from_nothing_is_that_of_the_recurrence(rule):
     assert not found.reads.any()
 
 
+@pytest.mark.parametrize("reached", [3, 64])
+def test_what_is_read_of_an_entering_state_ends_with_its_document(reached):
+    documents = Documents.from_lengths([[reached + 2, 68 - reached], [70]], 70).slice(2, 70)
+    inputs, *_ = draw(documents, "beta", "token", heads=1, groups=1, keys=4, values=3)
+    (inputs,) = on(DEVICE, inputs)
+    single = tuple(x if x is None else x.float() for x in inputs)
+    expected = recurrence.begin(inputs, documents, backend="reference")
+    found = recurrence.begin(single, documents, backend="triton")
+    assert_near([found.out, *found.summary, found.reads], [expected.out, *expected.summary, expected.reads], 1e-4)
+    assert not found.summary.transition[0].any()
+    assert not found.reads[0, reached:].any()
+    assert found.reads[1, -1].any()  # the other row goes through: it alone reaches so far
+    alone = documents.rows(0, 1)
+    found = recurrence.begin(tuple(x if x is None else x[:1] for x in single), alone, backend="triton")
+    assert_near([*found.summary, found.reads], [x[:1] for x in (*expected.summary, expected.reads)], 1e-4)
+
+
 def test_padding_and_a_state_of_a_row_that_does_not_go_on():
     documents = Documents.from_lengths([[3], []], 4)
     inputs, state, *_ = draw(documents, "beta", "token", heads=1, groups=1, keys=3, values=2)

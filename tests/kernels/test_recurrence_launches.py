@@ -93,21 +93,27 @@ def nothing_copied():
 
 
 class NoKernel:
+    """Stands for a kernel, and notes its launches."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
     def __getitem__(self, grid):
+        self.launches.append((self.name, grid))
         return lambda *arguments, **settings: None
 
 
 @contextlib.contextmanager
 def without_kernels(*modules):
-    """The launchers of Triton modules, whose kernels are not there."""
-    kept = []
+    """The launchers of Triton modules, whose kernels are not there; yields the names and grids of the launches."""
+    kept, launches = [], []
     for module in modules:
         for name, value in list(vars(module).items()):
             if type(value).__name__ in ("JITFunction", "InterpretedFunction"):
                 kept.append((module, name, value))
-                setattr(module, name, NoKernel())
+                setattr(module, name, NoKernel(name, launches))
     try:
-        yield
+        yield launches
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
@@ -179,3 +185,27 @@ def test_a_convolution_does_not_either(backend):
         call()
         with nothing_copied():
             call()
+
+
+def test_no_kernel_goes_on_after_the_documents_that_rows_continue():
+    from longreach.kernels.delta_rule import triton as delta
+    from longreach.kernels.diagonal_scan import triton as diagonal
+
+    rows = Documents.from_lengths([[100, 930], [1030]]).slice(30, 1030)
+    first = rows.rows(0, 1)  # which goes on with 70 of its 1,000 tokens, two chunks of 64
+
+    def inputs_of(rows, *shapes):
+        return [tensor(rows.batch, 1000, *shape) for shape in shapes]
+
+    for documents, reached in ((first, 2), (rows, 16)):
+        q, k, v, beta = inputs_of(documents, (1, 16), (1, 16), (1, 16), (1,))
+        problem = Problem(DeltaRecurrence(), DeltaInputs(q, k, v, beta), documents, "triton", True)
+        with without_kernels(delta) as launches:
+            DeltaRecurrence().begin(problem)
+        assert [grid[1] for name, grid in launches if name == "_outputs"] == [16, reached]
+    x, log_decay, state = *inputs_of(first, (8,), (8,)), tensor(1, 8)
+    problem = Problem(DiagonalRecurrence(), DiagonalInputs(x, log_decay), first, "triton", True)
+    with without_kernels(diagonal) as launches:
+        DiagonalRecurrence().correct(problem, x, state, None)
+        DiagonalRecurrence().summarize_backward(problem, x, state, None)
+    assert [grid[0] for name, grid in launches if name in ("_forward", "_backward")] == [1, 1]
