@@ -1,7 +1,7 @@
-"""Stretches: the segments between two neighbouring spans of a rank, reduced to one summary each, all of them at once.
+"""Stretches: the segments between two neighbouring spans of a rank, reduced to few summaries, all of them at once.
 
 Each level of a tree combines neighbours as one batch. So the number of launches grows with the logarithm of the number
-of segments, and only the states that enter the rank's own spans are ever computed.
+of segments, and of the states only those that enter the rank's own spans are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from ...kernels.recurrence import Summary
 from ..layout import Layout
 
+LEVEL = 6  # launches of a level: one that combines fewer pairs is not worth it, its segments are gone over one by one
+
 
 class Stretches(NamedTuple):
     """How the segments before each span of a rank are reduced; a stretch ends just before a span.
@@ -25,13 +27,13 @@ class Stretches(NamedTuple):
     orders: for each level of the tree, which of the summaries of the level before become the first of each pair, the
         second of each pair, and those without a partner.
     pairs: how many pairs each level has.
-    places: of the last level, each stretch's summary; None for a stretch without segments.
+    places: of the last level, the summaries of each stretch in the order of the row.
     """
 
     needed: list[int]
     orders: list[list[int]]
     pairs: list[int]
-    places: list[int | None]
+    places: list[list[int]]
 
 
 @lru_cache(maxsize=64)
@@ -45,9 +47,8 @@ def stretches(layout: Layout, rank: int, *, mirrored: bool = False) -> Stretches
     place = {span: number for number, span in enumerate(held)}
     members = [list(range(start, stop)) for start, stop in pairwise((0, *spans))]
     orders, pairs = [], []
-    while any(len(stretch) > 1 for stretch in members):
+    while (number := sum(len(stretch) // 2 for stretch in members)) > LEVEL:
         first, second, alone, following = [], [], [], []
-        number = sum(len(stretch) // 2 for stretch in members)
         for stretch in members:
             half = len(stretch) // 2
             now = list(range(len(first), len(first) + half))
@@ -61,7 +62,7 @@ def stretches(layout: Layout, rank: int, *, mirrored: bool = False) -> Stretches
         pairs.append(number)
         members = following
     needed = [place[span] for span in range(max(spans))]
-    return Stretches(needed, orders, pairs, [stretch[0] if stretch else None for stretch in members])
+    return Stretches(needed, orders, pairs, members)
 
 
 def scan(
@@ -86,8 +87,8 @@ def scan(
             both = [torch.cat([part, alone]) for part, (_, _, alone) in zip(both, parts, strict=True)]
         summaries = Summary(*both)
     states = []
-    for place in plan.places:
-        if place is not None:
+    for stretch in plan.places:
+        for place in stretch:
             state = advance(Summary(*(part[place] for part in summaries)), state)
         states.append(state)
     return states
