@@ -10,7 +10,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from .dispatch import IMPLEMENTATIONS, resolve
 from .documents import Documents
 from .operation import Tensors
 from .problem import Problem, Record, accumulator
+from .rows import Rows
 
 PIECE = 1024  # tokens of one product with what reads an entering state, on a CPU
 
@@ -208,7 +209,7 @@ class Recurrence(ABC, Generic[Record]):
         self.check(inputs, initial_state)
         if documents is None:
             documents = Documents.whole(*inputs[0].shape[:2], position=0 if initial_state is None else 1)
-        out, final = operation.run(_Rows(self, backend), (*inputs, initial_state), documents)
+        out, final = operation.run(Rows(self, backend), (*inputs, initial_state), documents)
         return out, final
 
     def problem(
@@ -349,30 +350,6 @@ class Dense(Recurrence[Record]):
         for tokens in _reached(reads, problem.reach):
             total += torch.einsum("bthk,bthv->bhkv", reads[:, tokens].to(dtype), dout[:, tokens].to(dtype))
         return total
-
-
-@dataclass(frozen=True)
-class _Rows(Generic[Record]):
-    """A recurrence on rows that one device holds, a `kernels.operation.Operation`; the last input is the state."""
-
-    op: Recurrence[Record]
-    backend: str
-
-    def forward(self, inputs: Tensors, where: Documents) -> tuple[Tensors, Tensors]:
-        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
-        return problem.implementation.forward(problem, inputs[-1]), ()
-
-    def backward(
-        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Documents
-    ) -> Tensors:
-        (dout, dfinal), (out, final), initial = gradients, outputs, inputs[-1]
-        dout = torch.zeros_like(out) if dout is None else dout
-        dfinal = None if dfinal is None else self.op.with_units(dfinal, final)
-        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
-        dinputs, dinitial = self.op.backward(problem, dout, dfinal, initial)
-        if initial is None:
-            return *dinputs, None
-        return *dinputs, self.op.with_units(dinitial, torch.zeros_like(dinitial)).to(initial.dtype)
 
 
 def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
