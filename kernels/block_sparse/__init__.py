@@ -13,6 +13,7 @@ from ..attend import Gradient, ListedAttend, OnOneDevice, check_documents
 from ..blocks import BlockLayout, BlockTile
 from ..dispatch import resolve
 from ..documents import Documents
+from ..gathered import GatheredTile
 from ..masks import Mask, Pattern
 from ..masks.pattern import Intervals
 from ..operation import run
@@ -130,6 +131,9 @@ class BlockSparseAttend(ListedAttend):
     def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> BlockTile | None:
         layout = self.layout(keys) if layout is None else layout
         return BlockTile.of(layout, queries, keys, mask=self.mask, query_block=self.query_block)
+
+    def gathered(self, tile: BlockTile, listed: Tensor) -> BlockTile:
+        return GatheredTile(tile, listed)
 
     def kept(self, length: int) -> Intervals:
         return [(0, length)]
