@@ -112,7 +112,7 @@ class BlockPlan:
         sends = (told * here.held).sum(1)
         sends[seq.rank].zero_()
         by_block = listed * here.others
-        most = by_block[:, :-1].sum(0).view(batch, -1).sum(1).max()
+        most = _by_row(by_block.sum(0), batch).sum(1).max()
         counts = torch.cat([sends, by_block.sum(1), most.view(1), told[:, -1].sum().view(1)])
         asked = told.index_select(1, here.own)
         asked[seq.rank].zero_()
@@ -128,6 +128,11 @@ class BlockPlan:
         if wrong:
             agree(self.error and f"{self.error} (on sequence rank {seq.rank})", ranks, seq.group)
         return counts[:ranks], counts[ranks:], most
+
+
+def _by_row(x: Tensor, batch: int) -> Tensor:
+    """`[B · count + 1]` as `[B, count]`, without the last, which stands for no block."""
+    return x[:-1].view(batch, (len(x) - 1) // batch)
 
 
 def listed_blocks(blocks: Tensor, count: int) -> Tensor:
@@ -184,7 +189,8 @@ class _Keys:
         size = sum(self.receives)
         token = torch.nonzero_static(listed.index_select(0, here.blocks), size=size).squeeze(1)
         block = here.blocks.index_select(0, token)
-        left_out = left_out_before(here.others.sum(0)[:-1].view(self.batch, -1), listed[:-1].view(self.batch, -1) > 0)
+        held = _by_row(here.others.sum(0), self.batch)
+        left_out = left_out_before(held, _by_row(listed, self.batch) > 0)
         peer, row, at = token // (self.batch * tokens), token // tokens % self.batch, token % tokens
         place = here.places.index_select(0, peer * tokens + at) - left_out.flatten().index_select(0, block)
         return place + row * self.length
@@ -204,7 +210,8 @@ class _Keys:
 
     def wait(self) -> tuple[Tensor, ...] | None:
         """The keys asked for, `[B, S, …]` in the order of the row; None if there are none."""
-        finish(self._works)
+        with self.counts.beside(self.index.device):
+            finish(self._works)
         self.counts.join(self._received, self.places, self.index)
         if not self.length:
             return None
@@ -339,7 +346,7 @@ class ListedAttention(SharedAttention):
     def _received_tile(self, seq: Sequence, plan: BlockPlan) -> Any:
         """This rank's queries against the keys that it receives."""
         tile, batch = seq.derive(_others_tile, self.op), seq.documents.batch
-        return None if tile is None else self.op.gathered(tile, plan.listed[:-1].view(batch, -1) > 0)
+        return None if tile is None else self.op.gathered(tile, _by_row(plan.listed, batch) > 0)
 
 
 def by_blocks(build: Callable[..., ListedAttend], *settings: Any) -> ListedAttention:
