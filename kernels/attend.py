@@ -129,6 +129,13 @@ class ListedAttend(Attend):
     def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> Any:
         """As `Attend.tile`; the keys are whole rows, or any part of the rows of `layout`."""
 
+    @abstractmethod
+    def gathered(self, tile: Any, listed: Tensor) -> Any:
+        """The tile of which only the keys in `listed` blocks, bool `[B, count]`, are there, moved together.
+
+        They stand in the order of the row, and rows may be padded. `listed` is on the device and is not read.
+        """
+
 
 class Attention(ABC):
     """An `Attend` as an operation. Subclasses bring the keys to the queries.

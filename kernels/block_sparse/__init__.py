@@ -13,6 +13,7 @@ from ..attend import Gradient, ListedAttend, OnOneDevice, check_documents
 from ..blocks import BlockLayout, BlockTile
 from ..dispatch import resolve
 from ..documents import Documents
+from ..gathered import GatheredTile
 from ..masks import Mask, Pattern
 from ..masks.pattern import Intervals
 from ..operation import run
@@ -125,11 +126,14 @@ class BlockSparseAttend(ListedAttend):
         check_blocks(inputs.blocks, tile, heads=inputs.q.shape[2], kv_heads=inputs.k.shape[2])
 
     def layout(self, rows: Documents) -> BlockLayout:
-        return BlockLayout(rows, self.block_size)
+        return rows.derive(BlockLayout, self.block_size)
 
     def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> BlockTile | None:
         layout = self.layout(keys) if layout is None else layout
         return BlockTile.of(layout, queries, keys, mask=self.mask, query_block=self.query_block)
+
+    def gathered(self, tile: BlockTile, listed: Tensor) -> BlockTile:
+        return GatheredTile(tile, listed)
 
     def kept(self, length: int) -> Intervals:
         return [(0, length)]
@@ -228,19 +232,15 @@ def most_visits(documents: Documents, *, block_size: int, count: int) -> int:
 
     Meters use it before lists exist: it is the sum over tokens of min(count, position // block_size + 1).
     """
-    total = 0
-    for row in documents.runs:
-        for part in row:
-            if not part.is_padding:
-                total += _listed_before(part.end_position, block_size, count)
-                total -= _listed_before(part.position, block_size, count)
-    return total
+    runs = documents.columns.at(documents.columns.real)
+    listed = _listed_before(runs.end_position, block_size, count) - _listed_before(runs.position, block_size, count)
+    return int(listed.sum())
 
 
-def _listed_before(position: int, block_size: int, count: int) -> int:
+def _listed_before(position: Tensor, block_size: int, count: int) -> Tensor:
     """Sum over positions below `position` of min(count, position // block_size + 1)."""
-    rising = min(position, (count - 1) * block_size)
-    blocks, rest = divmod(rising, block_size)
+    rising = position.clamp(max=(count - 1) * block_size)
+    blocks, rest = rising // block_size, rising % block_size
     return block_size * blocks * (blocks + 1) // 2 + rest * (blocks + 1) + (position - rising) * count
 
 

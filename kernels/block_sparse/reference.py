@@ -7,12 +7,16 @@ from torch import Tensor
 
 from ..attend import Gradient
 from ..blocks import BlockTile
+from ..gathered import GatheredTile
 from ..softmax.reference import dense_attend, dense_backward
 
 
-def visible(blocks_BLJM: Tensor, tile: BlockTile) -> Tensor:
-    """bool `[B, J, T, S]`: the mask, and that the key's block is in the query's list; J heads have lists."""
+def visible(blocks_BLJM: Tensor, tile: BlockTile, keys: int) -> Tensor:
+    """bool `[B, J, T, S]`: the mask, and that the key's block is in a query's list; S is `keys`, J heads have lists."""
     device = blocks_BLJM.device
+    if isinstance(tile, GatheredTile):
+        seen_BJTN = torch.nn.functional.pad(visible(blocks_BLJM, tile.tile, tile.keys.length), (0, 1))
+        return seen_BJTN.gather(-1, tile.columns(keys)[:, None, None].expand(*seen_BJTN.shape[:3], -1))
     seen_BTS = tile.mask.dense(tile.queries, tile.keys, device)
     blocks_BTJM = blocks_BLJM.repeat_interleave(tile.query_block, dim=1)[:, : tile.queries.length]
     ids_BS = tile.layout.ids(tile.keys).to(device)
@@ -24,11 +28,11 @@ def visible(blocks_BLJM: Tensor, tile: BlockTile) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
     """See `dense_attend`, with the keys that are listed and visible."""
-    return dense_attend(q, k, v, visible(blocks, tile), scale)
+    return dense_attend(q, k, v, visible(blocks, tile, k.shape[1]), scale)
 
 
 def attend_backward(
     gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dense_backward`, with the keys that are listed and visible."""
-    return dense_backward(gradient, q, k, v, visible(blocks, tile), scale)
+    return dense_backward(gradient, q, k, v, visible(blocks, tile, k.shape[1]), scale)

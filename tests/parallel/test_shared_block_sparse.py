@@ -107,10 +107,12 @@ def counted(rank, world):
         a_token, bits = GROUPS * (KEY + VALUE) * 8, (world - 1) * (2 * layout.count + 1)
         inputs = [seq.shard(x).requires_grad_() for x in drawn()]
         plan = by_blocks(BlockSparseAttend, 8, 1, Mask(), 1.0).ask(BlockSparseInputs(*inputs, everyone[rank]), seq)
+        sends, receives, _ = plan.read(seq)
         formula = bytes_sent(
-            plan, blocks=2 * layout.count, ranks=world, kv_heads=GROUPS, key_dim=KEY, value_dim=VALUE, element_bytes=8
-        )
-        assert formula == (bits + asked * a_token, bits + (asked + asks) * a_token)
+            sum(sends), sum(receives), blocks=2 * layout.count, ranks=world, kv_heads=GROUPS, key_dim=KEY,
+            value_dim=VALUE, element_bytes=8,
+        )  # fmt: skip
+        assert formula == (bits + asked * a_token, (asked + asks) * a_token)
         with counting() as forward:
             out = ops.block_sparse_attention(*inputs, everyone[rank], seq=seq, block_size=8)
         with counting() as backward:
