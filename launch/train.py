@@ -72,8 +72,9 @@ def train(settings: Settings, command: list[str]) -> None:
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
     callbacks = build_callbacks(settings.callbacks)
-    device = processes.start(settings.parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
-    mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
+    parallel = settings.parallel
+    device = processes.start(parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
+    mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
     Trainer(settings, build, mesh, device, command, callbacks).run()
     processes.end()
 

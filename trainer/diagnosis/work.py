@@ -37,7 +37,8 @@ class Worker:
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.mesh = Mesh.create(topology.parallel.sequence, ulysses_ranks(topology.parallel))
+        parallel = topology.parallel
+        self.mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
         self.device = torch.device("cuda", self.mesh.rank) if topology.cuda else torch.device("cpu")
         self.models: dict[torch.dtype, LanguageModel] = {}
 
