@@ -13,7 +13,7 @@ logger = logging.getLogger("longreach")
 # Every op of this package has these.
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 
-_logged: set[tuple[str, str, str]] = set()
+_announced: set[tuple[str, str, str, str]] = set()
 
 
 def resolve(
@@ -22,14 +22,15 @@ def resolve(
     tensor_device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     offered: tuple[str, ...] = IMPLEMENTATIONS,
+    why: str = "chosen for this device",
 ) -> str:
     """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of those `offered`.
 
     "auto" is Triton on CUDA; it is chunked torch on other devices and for float64, which the kernels do not support.
     "reference", the recurrence or the dense matrix as it is written, runs only on request, or where an op has no other.
     "triton" on request also runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown
-    backend, or one that cannot run, raises ValueError. The logger "longreach" reports the choice once per op, backend
-    and kind of device.
+    backend, or one that cannot run, raises ValueError. The choice is announced with its reason: `why`, where it was
+    "auto".
     """
     device = torch.device(tensor_device).type
     if backend != "auto" and backend not in IMPLEMENTATIONS:
@@ -50,11 +51,19 @@ def resolve(
                 f"backend must be one that runs on {device}; {op} got 'triton', which needs CUDA or Triton's "
                 "interpreter (TRITON_INTERPRET=1 before Python starts). Use 'auto' or 'chunked'"
             )
-    if device != "meta" and (op, chosen, device) not in _logged:  # tensors on meta are not computed
-        _logged.add((op, chosen, device))
-        why = "chosen for this device" if backend == "auto" else "by request"
-        logger.info("%s on %s: %s, %s", op, device, chosen, why)
+    announce(op, device, chosen, why if backend == "auto" else "by request")
     return chosen
+
+
+def announce(op: str, device: str, chosen: str, why: str) -> None:
+    """Tells the logger "longreach" what runs an op on a kind of device and why: every choice, each of them once.
+
+    A choice can change with the data, so an op may be announced more than once.
+    """
+    choice = (op, device, chosen, why)
+    if device != "meta" and choice not in _announced:  # tensors on meta are not computed
+        _announced.add(choice)
+        logger.info("%s on %s: %s, %s", *choice)
 
 
 def by_kernels(op: str, x: Tensor) -> ModuleType | None:

@@ -33,7 +33,7 @@ class TrainerSettings:
     max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
     compile: bool = False  # torch.compile the blocks, or where it cannot, what is local to a token
-    deterministic: bool = False  # the same bits at every run on CUDA too, at a price: libraries' attention takes longer
+    deterministic: bool | None = None  # the same bits at every run; null: on a CPU. On CUDA attention takes longer then
     profile_start: int = 0  # first step that torch.profiler records into run.dir/profile; 0 = none
     profile_steps: int = 3  # how many
 

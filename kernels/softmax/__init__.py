@@ -188,15 +188,17 @@ def _in_order(x: Tensor, order: Order | None) -> Tensor:
 
 def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, has_dlse: bool = False) -> ModuleType:
     """The module that runs a tile. Raises ValueError if a backend chosen by name cannot."""
-    if backend == "library" or (backend == "auto" and q.device.type == "cuda" and not has_dlse):
-        refusal = library.refusal(q, k, v, tile)
+    why = "chosen for this device"
+    if backend == "library" or (backend == "auto" and q.device.type == "cuda"):
+        refusal = "there is a gradient of lse, which they do not take" if has_dlse else library.refusal(q, k, v, tile)
         if refusal is None:
             return library
         if backend == "library":
             raise ValueError(
                 f"backend must be one that can run; got 'library': {refusal}. Use 'auto', or 'triton' on CUDA"
             )
-    chosen = resolve("softmax_attention", backend, q.device, q.dtype)
+        why = f"not by a library: {refusal}"
+    chosen = resolve("softmax_attention", backend, q.device, q.dtype, why=why)
     if chosen == "triton":
         from . import triton as kernels
 

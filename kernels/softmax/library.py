@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attend import Gradient, merge_weight
+from ..dispatch import announce
 from ..documents import Documents, expanded
 from ..masks import Mask, Tile
 from ..masks.calls import Call, plan
@@ -163,7 +164,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> str | None:
         return f"libraries take float16 and bfloat16, not {q.dtype}"
     calls = _plan(tile)
     if len(calls) > MAX_CALLS:
-        return f"the tile would take {len(calls)} calls"
+        return f"a tile takes more than {MAX_CALLS} calls"
     for call in calls:
         if provider_for(call, q, k, v) is None:
             return (
@@ -290,7 +291,7 @@ def _agrees(provider: Provider, call: Call, q: Tensor, k: Tensor, v: Tensor) -> 
             error = float("inf")
         _tested[key] = error < 0.02
         if _tested[key]:
-            logger.info("softmax_attention on %s: %s for %s attention", q.device.type, provider.name, call.kind)
+            announce("softmax_attention", q.device.type, provider.name, f"for {call.kind} attention")
         elif error < float("inf"):
             logger.warning("softmax_attention: %s is off by %.2g and not used", provider.name, error)
     return _tested[key]

@@ -39,7 +39,7 @@ def test_what_cannot_run_is_refused_with_the_reason():
 
 
 def test_the_choice_is_logged_once_an_op(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     with caplog.at_level(logging.INFO, logger="longreach"):
         for _ in range(3):
             resolve("first_op", "auto", "cpu")

@@ -3,13 +3,16 @@
 Where there is no GPU a stand-in computes each call as its limits say.
 """
 
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longreach.kernels import dispatch, softmax
 from longreach.kernels.attend import Gradient
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
@@ -210,6 +213,27 @@ def test_why_libraries_do_not_serve(providers):
     providers()
     with pytest.raises(ValueError, match="ask `refusal` first"):
         library.attend(q, k, v, tile=Mask().tile(documents, documents), scale=1.0)
+
+
+def test_every_choice_is_told_once_with_its_reason(providers, caplog, monkeypatch):
+    providers(STAND_IN)
+    monkeypatch.setattr(dispatch, "_announced", set())
+    cut = Layout(64, ranks=2, spans=16).documents(Documents.whole(1, 64), 0)  # into many calls
+    few, many = Mask().tile(PACKED, PACKED), Mask().tile(cut, cut)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 64, 4, 8))
+    with caplog.at_level(logging.INFO, logger="longreach"):
+        for _ in range(2):
+            softmax._implementation("library", *draw(PACKED)[:3], few)
+            softmax._implementation("auto", *[on_cuda] * 3, many)
+            softmax._implementation("auto", *[on_cuda] * 3, few, has_dlse=True)
+            softmax._implementation("auto", *draw(PACKED)[:3], few)
+    assert [record.getMessage() for record in caplog.records] == [
+        "softmax_attention on cpu: stand-in, for causal attention",
+        "softmax_attention on cpu: stand-in, for full attention",
+        "softmax_attention on cuda: triton, not by a library: a tile takes more than 8 calls",
+        "softmax_attention on cuda: triton, not by a library: there is a gradient of lse, which they do not take",
+        "softmax_attention on cpu: chunked, chosen for this device",
+    ]
 
 
 def test_the_op_by_name_and_a_gradient_of_lse(providers):
