@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -10,10 +11,31 @@ from torch import Tensor
 
 logger = logging.getLogger("longreach")
 
-# Every op of this package has these.
+# Every op of this package has the first three; some can run by the kernels of a library.
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
+BACKENDS = (*IMPLEMENTATIONS, "library")
 
+_choices: dict[str, str] = {}
 _announced: set[tuple[str, str, str, str]] = set()
+
+
+def choose(choices: Mapping[str, str]) -> None:
+    """Says what "auto" means for the ops named, in this process from now on; of the others, what `resolve` says.
+
+    To be called once, before anything runs.
+    """
+    _choices.clear()
+    _choices.update(choices)
+
+
+def asked(op: str, backend: str) -> str:
+    """The backend asked for: for "auto", the one chosen for the op in this process."""
+    return _choices.get(op, "auto") if backend == "auto" else backend
+
+
+def best(device: torch.device | str, dtype: torch.dtype) -> str:
+    """The implementation of this package that suits tensors of `dtype` on a device: Triton on CUDA, but for float64."""
+    return "triton" if torch.device(device).type == "cuda" and dtype != torch.float64 else "chunked"
 
 
 def resolve(
@@ -22,22 +44,24 @@ def resolve(
     tensor_device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     offered: tuple[str, ...] = IMPLEMENTATIONS,
-    why: str = "chosen for this device",
+    why: str | None = None,
 ) -> str:
     """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of those `offered`.
 
-    "auto" is Triton on CUDA; it is chunked torch on other devices and for float64, which the kernels do not support.
+    "auto" is what `choose` was told. By default it is Triton on CUDA, and chunked torch on other devices and for
+    float64, which the kernels do not support; never a library, whose op asks by itself.
     "reference", the recurrence or the dense matrix as it is written, runs only on request, or where an op has no other.
     "triton" on request also runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown
-    backend, or one that cannot run, raises ValueError. The choice is announced with its reason: `why`, where it was
-    "auto".
+    backend, or one that cannot run, raises ValueError. The choice is announced with its reason: `why`, or
+    whether it was asked for.
     """
     device = torch.device(tensor_device).type
-    if backend != "auto" and backend not in IMPLEMENTATIONS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {backend!r}. Choose one")
-    best = "triton" if device == "cuda" and dtype != torch.float64 else "chunked"
-    preferred = dict.fromkeys((best, "chunked", "reference"))
-    chosen = backend if backend != "auto" else next((name for name in preferred if name in offered), best)
+    backend = asked(op, backend) if device != "meta" else backend
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}. Choose one")
+    own = best(device, dtype)
+    preferred = dict.fromkeys((own, "chunked", "reference"))
+    chosen = backend if backend != "auto" else next((name for name in preferred if name in offered), own)
     if chosen not in offered:
         raise ValueError(
             f"backend must be one that {op} has, {' or '.join(offered)}; got {backend!r} on {device}, which is "
@@ -51,7 +75,7 @@ def resolve(
                 f"backend must be one that runs on {device}; {op} got 'triton', which needs CUDA or Triton's "
                 "interpreter (TRITON_INTERPRET=1 before Python starts). Use 'auto' or 'chunked'"
             )
-    announce(op, device, chosen, why if backend == "auto" else "by request")
+    announce(op, device, chosen, why or ("chosen for this device" if backend == "auto" else "by request"))
     return chosen
 
 
@@ -69,9 +93,12 @@ def announce(op: str, device: str, chosen: str, why: str) -> None:
 def by_kernels(op: str, x: Tensor) -> ModuleType | None:
     """The Triton kernels of token-local math if they run for x, else None.
 
-    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it.
+    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it. Raises
+    ValueError where Triton was chosen for the op and cannot run.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cuda" or resolve(op, "auto", x.device, x.dtype) != "triton":
+    if torch.compiler.is_compiling() or (x.device.type != "cuda" and asked(op, "auto") != "triton"):
+        return None
+    if resolve(op, "auto", x.device, x.dtype) != "triton":
         return None
     from .pointwise import triton as kernels
 

@@ -34,7 +34,9 @@ def test_triton_off_cuda_runs_under_its_interpreter_only(monkeypatch):
 def test_what_cannot_run_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="must not be 'triton' for float64 tensors; some_op"):
         resolve("some_op", "triton", "cuda", torch.float64)
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of triton, chunked, reference; got 'flash'"):
+    with pytest.raises(
+        ValueError, match="backend must be 'auto' or one of triton, chunked, reference, library; got 'flash'"
+    ):
         resolve("some_op", "flash", "cpu")
 
 
