@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -15,16 +16,35 @@ logger = logging.getLogger("longreach")
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 BACKENDS = (*IMPLEMENTATIONS, "library")
 
+# What "library" stands for, as a module and the package that brings it, where an op has no other.
+LIBRARIES = {
+    "gated_linear_attention": ("fla", "flash-linear-attention"),
+    "delta_rule": ("fla", "flash-linear-attention"),
+}
+
 _choices: dict[str, str] = {}
 _announced: set[tuple[str, str, str, str]] = set()
 
 
-def choose(choices: Mapping[str, str]) -> None:
+def choose(choices: Mapping[str, str], device: torch.device | str) -> None:
     """Says what "auto" means for the ops named, in this process from now on; of the others, what `resolve` says.
 
-    To be called once, before anything runs.
+    To be called once, before anything runs on `device`. Raises ValueError, naming `kernels.<op>`, for Triton where it
+    cannot run, and for a library that is not installed.
     """
     _choices.clear()
+    for op, backend in choices.items():
+        if backend == "triton" and torch.device(device).type != "cuda" and not interpreted():
+            raise ValueError(
+                f"kernels.{op} must be one that runs on {torch.device(device).type}; got 'triton', which needs CUDA or "
+                "Triton's interpreter (TRITON_INTERPRET=1 before Python starts). Use auto or chunked"
+            )
+        module, package = LIBRARIES.get(op, ("torch", "torch"))
+        if backend == "library" and find_spec(module) is None:
+            raise ValueError(
+                f"kernels.{op} must be one that is installed; got 'library', which is {package}. "
+                f"Install it (pip install {package}), or use auto"
+            )
     _choices.update(choices)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ def sequences(documents: Documents) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return starts + torch.arange(len(starts)), borders, entered, last
 
 
+def function(name: str) -> Callable[..., Any]:
+    """The library's `chunk_…` of this name."""
+    return getattr(import_module(f"fla.ops.{name.removeprefix('chunk_')}"), name)
+
+
 def by_heads(x: Tensor, heads: int) -> Tensor:
     """`[1, N, G, …]` of groups to `[1, N, heads, …]`."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
@@ -94,7 +100,7 @@ def _try(problem: Problem[Any]) -> str | None:
     except ImportError as error:
         return f"flash-linear-attention cannot be imported ({error}). Install it: pip install flash-linear-attention"
     except Exception as error:
-        return f"flash-linear-attention fails here: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        return f"flash-linear-attention fails here: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     names = ["output", "final state", *(f"gradient of {name}" for name in problem.op.record._fields)]
     for name, got, expected in zip([*names, "gradient of the initial state"], given, reference, strict=True):
         if expected is None or got is None:

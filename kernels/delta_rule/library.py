@@ -20,18 +20,8 @@ def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tupl
         q, k, v, beta, log_decay, *_ = inputs
         q, k = (library.by_heads(x, v.shape[2]) for x in (q, k))
         beta = torch.ones_like(v[..., 0]) if beta is None else beta
-        if kind == "chunk_delta_rule":
-            from fla.ops.delta_rule import chunk_delta_rule
-
-            return chunk_delta_rule(q, k, v, beta, **rest)
-        assert log_decay is not None
-        if kind == "chunk_gated_delta_rule":
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-            return chunk_gated_delta_rule(q, k, v, log_decay.float(), beta, **rest)
-        from fla.ops.kda import chunk_kda
-
-        return chunk_kda(q, k, v, log_decay.float(), beta, **rest)
+        decay = () if log_decay is None else (log_decay.float(),)
+        return library.function(kind)(q, k, v, *decay, beta, **rest)
 
     return library.forward(problem, initial_state, call)
 

@@ -21,13 +21,7 @@ def forward(problem: Problem[GatedLinearInputs], initial_state: Tensor | None) -
         if log_decay is not None and log_decay.dim() < 3:
             log_decay = log_decay.expand(*v.shape[:2], *log_decay.shape)
         decay = None if log_decay is None else log_decay.float()
-        if kind == "chunk_simple_gla":
-            from fla.ops.simple_gla import chunk_simple_gla
-
-            return chunk_simple_gla(q, k, v, g=decay, **rest)
-        from fla.ops.gla import chunk_gla
-
-        return chunk_gla(q, k, v, g=decay, **rest)
+        return library.function(kind)(q, k, v, g=decay, **rest)
 
     return library.forward(problem, initial_state, call)
 

@@ -4,6 +4,7 @@ Its kernels need a GPU. A stand-in, with its functions and arguments, computes e
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from types import ModuleType
 
@@ -72,18 +73,18 @@ FUNCTIONS = {
 def install(monkeypatch):
     """Puts a stand-in in the library's place, or nothing, with no verdict on it yet."""
 
-    def put(library_or_none):
+    def put(stand_in):
         monkeypatch.setattr(library, "_verdicts", {})
-        monkeypatch.setitem(sys.modules, "fla", None if library_or_none is None else ModuleType("fla"))
-        monkeypatch.setitem(sys.modules, "fla.ops", ModuleType("fla.ops"))
+        modules = {name: ModuleType(name) for name in ("fla", "fla.ops", *(f"fla.ops.{each}" for each in FUNCTIONS))}
+        modules["fla"].__spec__ = ModuleSpec("fla", None)
         for module, (name, op) in FUNCTIONS.items():
-            made = ModuleType(f"fla.ops.{module}")
-            if library_or_none is not None:
-                setattr(made, name, library_or_none.function(name, op))
-            monkeypatch.setitem(sys.modules, f"fla.ops.{module}", made)
+            if stand_in is not None:
+                setattr(modules[f"fla.ops.{module}"], name, stand_in.function(name, op))
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, None if stand_in is None else module)
 
     yield put
-    dispatch.choose({})
+    dispatch.choose({}, "cpu")
 
 
 def drawn(decay):
@@ -162,7 +163,7 @@ def test_auto_is_what_was_chosen_for_the_op(install):
     install(stand_in)
     results(delta_rule, "head", "auto")
     assert not stand_in.called
-    dispatch.choose({"delta_rule": "library"})
+    dispatch.choose({"delta_rule": "library"}, "cpu")
     results(delta_rule, "head", "auto")
     assert stand_in.called
     stand_in.called.clear()
