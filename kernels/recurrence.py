@@ -215,7 +215,7 @@ class Recurrence(ABC, Generic[Record]):
         offered = _offered(type(self).__module__)
         chosen = resolve(self.name, backend, inputs[0].device, inputs[0].dtype, offered)
         problem = Problem(self, inputs, documents, chosen, exact or self.raw)
-        if chosen == "library" and (refusal := import_module(".library", _package(type(self))).refusal(problem)):
+        if chosen == "library" and (refusal := _implementation(type(self).__module__, chosen).refusal(problem)):
             raise ValueError(f"backend must be one that can run; got 'library' for {self.name}: {refusal}. Use 'auto'")
         return problem
 
@@ -376,10 +376,6 @@ def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
         if reads.device.type == "cpu" and not bool(reads[:, tokens].any()):
             return
         yield tokens
-
-
-def _package(op: type) -> str:
-    return str(sys.modules[op.__module__].__package__)
 
 
 @lru_cache
