@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -10,10 +12,50 @@ from torch import Tensor
 
 logger = logging.getLogger("longreach")
 
-# Every op of this package has these.
+# Every op of this package has the first three; some can run by the kernels of a library.
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
+BACKENDS = (*IMPLEMENTATIONS, "library")
 
-_logged: set[tuple[str, str, str]] = set()
+# What "library" stands for, as a module and the package that brings it, where an op has no other.
+LIBRARIES = {
+    "gated_linear_attention": ("fla", "flash-linear-attention"),
+    "delta_rule": ("fla", "flash-linear-attention"),
+}
+
+_choices: dict[str, str] = {}
+_announced: set[tuple[str, str, str, str]] = set()
+
+
+def choose(choices: Mapping[str, str], device: torch.device | str) -> None:
+    """Says what "auto" means for the ops named, in this process from now on; of the others, what `resolve` says.
+
+    To be called once, before anything runs on `device`. Raises ValueError, naming `kernels.<op>`, for Triton where it
+    cannot run, and for a library that is not installed.
+    """
+    _choices.clear()
+    for op, backend in choices.items():
+        if backend == "triton" and torch.device(device).type != "cuda" and not interpreted():
+            raise ValueError(
+                f"kernels.{op} must be one that runs on {torch.device(device).type}; got 'triton', which needs CUDA or "
+                "Triton's interpreter (TRITON_INTERPRET=1 before Python starts). Use auto or chunked"
+            )
+        module, package = LIBRARIES.get(op, ("torch", "torch"))
+        if backend == "library" and find_spec(module) is None:
+            raise ValueError(
+                f"kernels.{op} must be one that is installed; got 'library', which is {package}. "
+                f"Install it (pip install {package}), or use auto"
+            )
+    _choices.update(choices)
+
+
+def asked(op: str, backend: str) -> str:
+    """The backend asked for: for "auto", the one chosen for the op in this process."""
+    return _choices.get(op, "auto") if backend == "auto" else backend
+
+
+def best(device: torch.device | str, dtype: torch.dtype) -> str:
+    """The implementation of this package that suits tensors of `dtype` on a device: Triton on CUDA, but for float64."""
+    return "triton" if torch.device(device).type == "cuda" and dtype != torch.float64 else "chunked"
 
 
 def resolve(
@@ -22,21 +64,24 @@ def resolve(
     tensor_device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     offered: tuple[str, ...] = IMPLEMENTATIONS,
+    why: str | None = None,
 ) -> str:
     """The implementation of `op` that runs for tensors of `dtype` on `tensor_device`, one of those `offered`.
 
-    "auto" is Triton on CUDA; it is chunked torch on other devices and for float64, which the kernels do not support.
+    "auto" is what `choose` was told. By default it is Triton on CUDA, and chunked torch on other devices and for
+    float64, which the kernels do not support; never a library, whose op asks by itself.
     "reference", the recurrence or the dense matrix as it is written, runs only on request, or where an op has no other.
     "triton" on request also runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown
-    backend, or one that cannot run, raises ValueError. The logger "longreach" reports the choice once per op, backend
-    and kind of device.
+    backend, or one that cannot run, raises ValueError. The choice is announced with its reason: `why`, or
+    whether it was asked for.
     """
     device = torch.device(tensor_device).type
-    if backend != "auto" and backend not in IMPLEMENTATIONS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {backend!r}. Choose one")
-    best = "triton" if device == "cuda" and dtype != torch.float64 else "chunked"
-    preferred = dict.fromkeys((best, "chunked", "reference"))
-    chosen = backend if backend != "auto" else next((name for name in preferred if name in offered), best)
+    backend = asked(op, backend) if device != "meta" else backend
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}. Choose one")
+    own = best(device, dtype)
+    preferred = dict.fromkeys((own, "chunked", "reference"))
+    chosen = backend if backend != "auto" else next((name for name in preferred if name in offered), own)
     if chosen not in offered:
         raise ValueError(
             f"backend must be one that {op} has, {' or '.join(offered)}; got {backend!r} on {device}, which is "
@@ -50,19 +95,30 @@ def resolve(
                 f"backend must be one that runs on {device}; {op} got 'triton', which needs CUDA or Triton's "
                 "interpreter (TRITON_INTERPRET=1 before Python starts). Use 'auto' or 'chunked'"
             )
-    if device != "meta" and (op, chosen, device) not in _logged:  # tensors on meta are not computed
-        _logged.add((op, chosen, device))
-        why = "chosen for this device" if backend == "auto" else "by request"
-        logger.info("%s on %s: %s, %s", op, device, chosen, why)
+    announce(op, device, chosen, why or ("chosen for this device" if backend == "auto" else "by request"))
     return chosen
+
+
+def announce(op: str, device: str, chosen: str, why: str) -> None:
+    """Tells the logger "longreach" what runs an op on a kind of device and why: every choice, each of them once.
+
+    A choice can change with the data, so an op may be announced more than once.
+    """
+    choice = (op, device, chosen, why)
+    if device != "meta" and choice not in _announced:  # tensors on meta are not computed
+        _announced.add(choice)
+        logger.info("%s on %s: %s, %s", *choice)
 
 
 def by_kernels(op: str, x: Tensor) -> ModuleType | None:
     """The Triton kernels of token-local math if they run for x, else None.
 
-    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it.
+    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it. Raises
+    ValueError where Triton was chosen for the op and cannot run.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cuda" or resolve(op, "auto", x.device, x.dtype) != "triton":
+    if torch.compiler.is_compiling() or (x.device.type != "cuda" and asked(op, "auto") != "triton"):
+        return None
+    if resolve(op, "auto", x.device, x.dtype) != "triton":
         return None
     from .pointwise import triton as kernels
 

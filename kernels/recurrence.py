@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import operation
 from .dims import named, require_shapes, shape_of, sizes_of
-from .dispatch import IMPLEMENTATIONS, resolve
+from .dispatch import BACKENDS, resolve
 from .documents import Documents
 from .operation import Tensors
 from .problem import Problem, Record, accumulator
@@ -100,6 +100,9 @@ class Recurrence(ABC, Generic[Record]):
         makes of that by autograd, `backward(problem, dout, dfinal_state, initial_state) -> (gradients of the inputs,
         gradient of the initial state)`, `correct(problem, out, state) -> out` and
         `summarize_backward(problem, dout, initial_state) -> gradient of the initial state`.
+
+        "library" has `refusal(problem)` besides, which says why it cannot run a problem, or None. It gets rows of which
+        no rank holds more.
         """
         return _implementation(type(self).__module__, backend)
 
@@ -220,7 +223,10 @@ class Recurrence(ABC, Generic[Record]):
         documents.require(*inputs[0].shape[:2])
         offered = _offered(type(self).__module__)
         chosen = resolve(self.name, backend, inputs[0].device, inputs[0].dtype, offered)
-        return Problem(self, inputs, documents, chosen, exact or self.raw)
+        problem = Problem(self, inputs, documents, chosen, exact or self.raw)
+        if chosen == "library" and (refusal := _implementation(type(self).__module__, chosen).refusal(problem)):
+            raise ValueError(f"backend must be one that can run; got 'library' for {self.name}: {refusal}. Use 'auto'")
+        return problem
 
     def check(self, tensors: Tensors, initial_state: Tensor | None = None) -> None:
         """Raises ValueError where shapes or values do not fit; looks at values only of tensors on the host."""
@@ -366,7 +372,7 @@ def _reached(reads: Tensor, reach: int) -> Iterator[slice]:
 def _offered(module: str) -> tuple[str, ...]:
     """The backends of the op that a module defines: modules of their names in its package, or its own `forward`."""
     home = sys.modules[module]
-    names = tuple(x for x in IMPLEMENTATIONS if home.__package__ and find_spec(f"{home.__package__}.{x}") is not None)
+    names = tuple(x for x in BACKENDS if home.__package__ and find_spec(f"{home.__package__}.{x}") is not None)
     if not names and not hasattr(home, "forward"):
         raise ValueError(
             f"{module} must have a reference.py in its package, or a function of its own, "

@@ -9,10 +9,12 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from ..kernels.dispatch import choose as choose_kernels
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from ..trainer.checkpoint.choice import own_checkpoint, read_config
 from ..trainer.ranks import processes
+from ..trainer.ranks.exchange import together
 from ..trainer.ranks.settings import ulysses_ranks
 from ..trainer.run import failure
 from ..trainer.run.report import launch_command
@@ -72,8 +74,10 @@ def train(settings: Settings, command: list[str]) -> None:
     failure.catch_termination()
     check(settings, int(os.environ.get("WORLD_SIZE", "1")))
     callbacks = build_callbacks(settings.callbacks)
-    device = processes.start(settings.parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
-    mesh = Mesh.create(settings.parallel.sequence, ulysses_ranks(settings.parallel))
+    parallel = settings.parallel
+    device = processes.start(parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
+    mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
+    together(mesh, lambda: choose_kernels(vars(settings.kernels), device))
     Trainer(settings, build, mesh, device, command, callbacks).run()
     processes.end()
 

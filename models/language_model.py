@@ -21,7 +21,7 @@ from ..parallel.sequence import Sequence
 from .block import Block, SideBySide
 from .layers.normalisation import RMSNorm
 from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
-from .part import Composite, Part, flops_of
+from .part import Composite, Part, flops_of, shape_of
 from .pattern import expand_pattern, stages
 
 NO_TARGET = -100
@@ -30,6 +30,7 @@ CHECKPOINTING = ("none", "full", "mixing")
 
 Partial = Callable[..., nn.Module]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+Write = Callable[[nn.Parameter, int], AbstractContextManager]
 
 
 class Embedding(nn.Embedding):
@@ -248,8 +249,8 @@ class LanguageModel(nn.Module):
                     part.update({name: sums[f"{path}.{name}"] for name in part.sums})
 
     def parameter_count(self) -> int:
-        """Parameters, shared ones once. Under ZeRO-3 the tensors are empty and carry their size in `ds_numel`."""
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters())
+        """Parameters, shared ones once."""
+        return sum(shape_of(parameter).numel() for parameter in self.parameters())
 
     def flops(self, documents: Documents) -> int:
         """Forward FLOPs on whole rows, padding included: the sum of what the parts state."""
@@ -260,17 +261,34 @@ class LanguageModel(nn.Module):
         return total + flops_of(self.head, seq)
 
     @torch.no_grad()
-    def initialise(self, seed: int, gather: Gather | None = None) -> None:
+    def initialise(self, seed: int, write: Write | None = None, rank: int = 0, ranks: int = 1) -> None:
         """Gives every parameter its initial value, which depends on the seed and the parameter's name alone.
 
         Weights are normal with `initial_std`, those that write to the residual stream (see `Part.outputs`) divided by
         sqrt(2 * depth); norms start at 1 and biases at 0; a layer may set its own in `initialise_parameter`. Values are
-        drawn on the CPU in float32, whatever the device and dtype. `gather` is entered with one parameter at a time, so
-        that no rank holds the whole of a ZeRO-3 model.
+        drawn on the CPU in float32, whatever the device and dtype.
+
+        `ranks` ranks that call it together share the drawing: each draws every `ranks`-th parameter. `write` is entered
+        on all of them, in the same order, with each parameter and the rank that fills it: one at a time, so that no
+        rank holds the whole of a ZeRO-3 model. What a layer raises is raised after the last one, where no other rank
+        waits for this one.
         """
-        for name, parameter in self.named_parameters():
-            with gather([parameter]) if gather else nullcontext():
-                parameter.copy_(self._initial_value(name, parameter.shape, seed))
+        parameters, failure = list(self.named_parameters()), None
+        for first in range(0, len(parameters), ranks):
+            turn = parameters[first : first + ranks]  # one for each rank; they draw at the same time
+            value = None
+            if rank < len(turn):
+                name, parameter = turn[rank]
+                try:
+                    value = self._initial_value(name, shape_of(parameter), seed)
+                except Exception as error:
+                    failure = failure or error
+            for owner, (_, parameter) in enumerate(turn):
+                with write(parameter, owner) if write else nullcontext():
+                    if owner == rank and value is not None:
+                        parameter.copy_(value)
+        if failure is not None:
+            raise failure
 
     def check_initial_values(self) -> None:
         """Raises ValueError for a parameter that gets no initial value: a vector of which no layer knows the value."""

@@ -28,6 +28,9 @@ class Part(nn.Module):
         model's depth.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
+    in_float32: names of own parameters, not of those of layers inside, that stay in float32 under
+        `trainer.dtype=bfloat16`: logarithms of decay rates, biases of decay gates, and what else becomes an exponent
+        that is summed over many tokens. Any layer can name such parameters.
     small: sizes with which a few dozen tokens exercise all of the part. Tests and the doctor replace larger sizes by
         these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
     setting, label: what messages call the part; set by the model.
@@ -39,6 +42,7 @@ class Part(nn.Module):
     sums: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
+    in_float32: tuple[str, ...] = ()
     small: Mapping[str, int] = MappingProxyType({})
     setting: str = ""
     label: str = ""
@@ -171,3 +175,21 @@ def flops_of(module: nn.Module, seq: Sequence) -> int:
 def linear_flops(module: nn.Module, rows: int) -> int:
     """Forward FLOPs of the linear layers in a module, on so many rows: 2 per weight and row."""
     return 2 * rows * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts all parameters to `dtype`, those that their layers name in `in_float32` to no less than float32."""
+    for each in module.modules():
+        cast_own_parameters(each, dtype)
+
+
+def cast_own_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """As `cast_parameters`, without the parameters of layers inside."""
+    exact = torch.promote_types(dtype, torch.float32)
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter.data = parameter.data.to(exact if name in getattr(module, "in_float32", ()) else dtype)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
+import torch
 import torch.distributed as dist
 
 
@@ -35,23 +37,36 @@ class Mesh:
     heads: Heads | None = None
 
     @classmethod
-    def create(cls, sequence: int = 1, ulysses: int = 1) -> Mesh:
+    def create(cls, sequence: int = 1, ulysses: int = 1, timeout_minutes: float = 10.0) -> Mesh:
         """The mesh of the initialised default process group, `sequence` ranks per row; every rank must call it.
 
-        `ulysses` of a row's ranks exchange tokens for heads, where the strategy is Ulysses. Raises ValueError, on every
-        rank alike and before any group is made, if the ranks do not divide evenly.
+        `ulysses` of a row's ranks exchange tokens for heads, where the strategy is Ulysses. A rank that is silent for
+        `timeout_minutes` in a collective of a group that is made here ends the run; give what the default group got.
+        When it returns, every group has run a collective. Raises ValueError, on every rank alike and before any group
+        is made, if the ranks do not divide evenly.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         check_sequence_ranks(sequence, world)
         check_ulysses_ranks(ulysses, sequence)
-        if sequence == 1:
-            return cls(rank, world)
-        row = _group(sequence, 1, world, rank)
-        if ulysses == 1:
-            return cls(rank, world, sequence, row)
-        neighbours = row if ulysses == sequence else _group(ulysses, 1, world, rank)
-        ring = None if ulysses == sequence else _group(sequence // ulysses, ulysses, world, rank)
-        return cls(rank, world, sequence, row, Heads(ulysses, neighbours, ring))
+        mesh, timeout = cls(rank, world), timedelta(minutes=timeout_minutes)
+        if sequence > 1:
+            row, heads = _group(sequence, 1, world, rank, timeout), None
+            if ulysses == sequence:
+                heads = Heads(ulysses, row)
+            elif ulysses > 1:
+                neighbours = _group(ulysses, 1, world, rank, timeout)
+                heads = Heads(ulysses, neighbours, _group(sequence // ulysses, ulysses, world, rank, timeout))
+            mesh = cls(rank, world, sequence, row, heads)
+        if world > 1:
+            _connect(mesh.groups)
+        return mesh
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every group that this rank is in, once, in the same order on every rank; the first joins all ranks."""
+        heads = () if self.heads is None else (self.heads.group, self.heads.ring)
+        groups = (cast(dist.ProcessGroup, dist.group.WORLD), self.sequence_group, *heads)
+        return list(dict.fromkeys(group for group in groups if group is not None))
 
     @property
     def data_ranks(self) -> int:
@@ -66,7 +81,7 @@ class Mesh:
         return self.rank % self.sequence_ranks
 
 
-def _group(size: int, stride: int, world: int, rank: int) -> dist.ProcessGroup:
+def _group(size: int, stride: int, world: int, rank: int, timeout: timedelta) -> dist.ProcessGroup:
     """The group of this rank among those of `size` ranks, `stride` apart; every rank makes all of them."""
     if size == world:
         return cast(dist.ProcessGroup, dist.group.WORLD)
@@ -74,9 +89,20 @@ def _group(size: int, stride: int, world: int, rank: int) -> dist.ProcessGroup:
     for block in range(0, world, size * stride):
         for first in range(block, block + stride):
             ranks = list(range(first, block + size * stride, stride))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout)
             mine = group if rank in ranks else mine
     return cast(dist.ProcessGroup, mine)
+
+
+def _connect(groups: list[dist.ProcessGroup]) -> None:
+    """Runs one small collective on each group.
+
+    NCCL makes its communicator in a group's first call, which all ranks of the group must enter: a first exchange in
+    which some of them have nothing to send would be undefined.
+    """
+    for group in groups:
+        device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def check_ulysses_ranks(ulysses: int, sequence: int) -> None:

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..models.part import cast_parameters, shape_of
 from ..parallel.mesh import Mesh
 from .engine_config import configuration
-from .masters import Fragment, Masters, shape_of
+from .masters import Fragment, Masters
+from .ranks.exchange import together
 from .requirements import at_least
+from .two_types import reduce_in_float32, split_as_made, types_kept
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
@@ -53,10 +57,11 @@ class Engine:
     """A model whose optimizer states (stage 1), gradients (2) and parameters (3) are split over all ranks of `mesh`.
 
     model_factory: makes the model; on stage 3 each parameter is split as soon as its layer is made.
-    dtype: "float32", or "bfloat16" with float32 masters, moments and accumulated gradients.
+    dtype: "float32", or "bfloat16" with float32 masters, moments and accumulated gradients. What layers name in
+        `in_float32` (see `Part`) stays in float32.
     clip: largest norm of the gradient; 0 does not clip.
-    load: `load(model, gather)` gives the parameters their values in place of `model.initialise(seed, gather)`; to
-        write parameters it enters `gather` with them, which on stage 3 makes them whole meanwhile.
+    load: `load(model, gather)` gives the parameters their values in place of `model.initialise`; to write parameters it
+        enters `gather` with them, which on stage 3 makes them whole meanwhile.
 
     Every rank makes the engine and calls its methods, in the same order. The default process group must exist
     (trainer/ranks/processes.py). Raises ValueError for settings that contradict one another, before the model is made.
@@ -86,7 +91,7 @@ class Engine:
         if load is not None:
             load(model, self._gather_to_write)
         else:
-            model.initialise(seed, self._gather_to_write)  # type: ignore[operator]
+            self._initialise(model, seed)
         self._adam = torch.optim.AdamW(
             parameter_groups(model, optimizer.weight_decay),
             lr=optimizer.learning_rate,
@@ -94,13 +99,12 @@ class Engine:
             eps=optimizer.eps,
             fused=device.type == "cuda",  # the others need temporaries as large as a rank's whole share
         )
-        # DeepSpeed rounds buffers to bfloat16 with the parameters; frequencies and decays must stay as they are.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with redirect_stdout(io.StringIO()):  # stage 1 in bfloat16 prints the machine's memory, asked or not
+        two_types = len({parameter.dtype for parameter in model.parameters()}) > 1
+        # Stage 1 in bfloat16 prints the machine's memory, asked or not.
+        with types_kept(self._deepspeed), redirect_stdout(io.StringIO()):
             self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._adam, config=config)
-        for name, buffer in buffers.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, buffer)
+        if two_types and self.zero_stage == 2:
+            reduce_in_float32(self._engine.optimizer)
         self.module = model
         self._masters = Masters(self._adam, self._engine.optimizer, self.zero_stage, mesh.rank)
         self._clip, self._norm = clip, 0.0
@@ -174,9 +178,30 @@ class Engine:
     def _make(self, model_factory: Callable[[], nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
         with torch.device(self.device):
             if self.zero_stage < 3:
+                model = model_factory().to(self.device)
+                cast_parameters(model, dtype)
+                return model
+            with split_as_made(self._deepspeed, config, dtype):
                 return model_factory().to(self.device)
-            with _split_as_made(self._deepspeed, config, dtype):
-                return model_factory().to(self.device)
+
+    def _initialise(self, model: nn.Module, seed: int) -> None:
+        """Initial values, which the ranks draw in turns and give one another. A ValueError is raised on all of them."""
+        sending: list[dist.Work] = []
+
+        @contextmanager
+        def write(parameter: nn.Parameter, owner: int) -> Iterator[None]:
+            if self.zero_stage == 3:
+                with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
+                    yield
+                return
+            yield
+            if self.mesh.world_size > 1:
+                sending.append(dist.broadcast(parameter.detach(), owner, async_op=True))  # type: ignore[arg-type]
+
+        arguments = seed, write, self.mesh.rank, self.mesh.world_size
+        together(self.mesh, lambda: model.initialise(*arguments))  # type: ignore[operator]
+        for work in sending:
+            work.wait()
 
     def _gather_to_write(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         if self.zero_stage < 3:
@@ -227,19 +252,22 @@ def norms(tensors: list[Tensor]) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that decay (matrices and embeddings) and those that do not.
+    """The parameters that decay (matrices and embeddings) and those that do not, each type in groups of its own.
 
-    The latter are norms, biases, all of one dim, and what a module names in `no_weight_decay` (see `Mixer`).
+    The latter are norms, biases, all of one dim, and what a module names in `no_weight_decay` (see `Mixer`). Float32
+    ones come last where there are two types: DeepSpeed takes the first for that of the model.
     """
     exempt = {
         id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
     }
-    decaying, others = [], []
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         decays = len(shape_of(parameter)) > 1 and id(parameter) not in exempt
-        (decaying if decays else others).append(parameter)
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        groups.setdefault((parameter.dtype.itemsize, not decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if exempted else weight_decay}
+        for (_, exempted), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
 def _sum_norms_in_float64(optimizer: Any) -> None:
@@ -257,18 +285,6 @@ def _sum_norms_in_float64(optimizer: Any) -> None:
         return [norms(gradients).float()] if gradients else [], experts
 
     optimizer.get_grads_for_norm = get_grads_for_norm
-
-
-@contextmanager
-def _split_as_made(deepspeed: Any, config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
-    class Init(deepspeed.zero.Init):
-        # DeepSpeed would cast every tensor that a constructor makes; only the parameters shall be of `dtype`.
-        def _zero_init_param(self, param: nn.Parameter) -> None:
-            param.data = param.data.to(dtype)
-            super()._zero_init_param(param)
-
-    with Init(config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False, tensor_overrides=()):
-        yield
 
 
 def _import_deepspeed(device: torch.device) -> Any:

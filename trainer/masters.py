@@ -15,11 +15,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("parameter", *MOMENTS)
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 class Fragment(NamedTuple):
     """Elements `start ..` of a flattened parameter: a view of the state itself, float32 `[n]`, n possibly 0."""
 

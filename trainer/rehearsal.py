@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.documents import Documents
 from ..models.language_model import LanguageModel
 from ..models.mixer import Mixer, name_of
-from ..models.part import Part
+from ..models.part import Part, cast_parameters
 from ..parallel.layout import Layout
 from ..parallel.sequence import Sequence
 from .ranks.settings import layout_of, strategy_of, ulysses_ranks
@@ -34,8 +34,7 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
         model = build()
         notes = _notes_on_tensors(model)
         model.to("meta")
-        for parameter in model.parameters():  # buffers keep their type under the engine too
-            parameter.data = parameter.data.to(getattr(torch, settings.trainer.dtype))
+        cast_parameters(model, getattr(torch, settings.trainer.dtype))  # buffers keep their type under the engine too
         for _, part in model.leaves():
             _check_outputs(part)
         model.at_step(0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..kernels.dispatch import LIBRARIES
 from ..models.language_model import CHECKPOINTING
 from . import engine_config
 from .checkpoint.settings import CheckpointSettings
@@ -33,7 +34,7 @@ class TrainerSettings:
     max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
     compile: bool = False  # torch.compile the blocks, or where it cannot, what is local to a token
-    deterministic: bool = False  # the same bits at every run on CUDA too, at a price: libraries' attention takes longer
+    deterministic: bool | None = None  # the same bits at every run; null: on a CPU. On CUDA attention takes longer then
     profile_start: int = 0  # first step that torch.profiler records into run.dir/profile; 0 = none
     profile_steps: int = 3  # how many
 
@@ -50,6 +51,37 @@ class TrainerSettings:
 
 
 @dataclass
+class KernelSettings:
+    """What runs each op: auto, which suits the device, triton, chunked (torch), reference, and for some library.
+
+    `launch.train` says so to the process (`longreach.kernels.dispatch.choose`); a library is tried against the
+    reference before it is used.
+    """
+
+    softmax_attention: str = "auto"  # auto, triton, chunked (torch), reference, or library: flash-attn, cuDNN, torch's
+    block_sparse_attention: str = "auto"  # of NSA, MoBA and InfLLM-v2
+    select_blocks: str = "auto"  # the choice of those blocks
+    gated_linear_attention: str = "auto"  # library: flash-linear-attention, where no ranks share a row
+    delta_rule: str = "auto"  # library: flash-linear-attention, where no ranks share a row
+    diagonal_scan: str = "auto"  # of mixers whose state is a vector
+    selective_scan: str = "auto"  # of Mamba
+    short_conv: str = "auto"  # before mixers, and the previous token of RWKV-7
+    rms_norm: str = "auto"  # auto, triton or chunked
+    swiglu: str = "auto"  # auto, triton or chunked
+    cross_entropy: str = "auto"  # auto, triton or chunked
+
+    def check(self) -> None:
+        """Raises ValueError for what no op, or this one, does not have."""
+        for op, backend in vars(self).items():
+            known = ("auto", "triton", "chunked")
+            if op not in ("rms_norm", "swiglu", "cross_entropy"):
+                known += ("reference",)
+            if op == "softmax_attention" or op in LIBRARIES:
+                known += ("library",)
+            one_of(f"kernels.{op}", backend, known)
+
+
+@dataclass
 class Settings:
     """Everything; `model` is the configuration of a class (`_target_` and its arguments)."""
 
@@ -60,6 +92,7 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    kernels: KernelSettings = field(default_factory=KernelSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
@@ -95,6 +128,7 @@ def check(settings: Settings, world_size: int) -> None:
     parallel.check(world_size, data.sequence_length)
     data.check_rows(world_size // parallel.sequence)
     engine_config.configuration(engine.zero_stage, trainer.dtype, trainer.clip, dict(engine.config))
+    settings.kernels.check()
     settings.optimizer.check()
     if settings.init_from is not None and not Path(settings.init_from).expanduser().is_dir():
         raise ValueError(

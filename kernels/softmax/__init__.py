@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attend import Attend, Gradient, OnOneDevice, check_documents, merge
-from ..dispatch import resolve
+from ..dispatch import asked, best, resolve
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
 from ..masks.pattern import Intervals
@@ -165,8 +165,6 @@ def attend_backward(
     The same inputs give the same bits at every run, from libraries too where torch.use_deterministic_algorithms is on.
     Libraries take no gradient of lse: where there is one, "library" means the Triton kernels.
     """
-    if backend == "library" and gradient.dlse is not None:
-        backend = "auto"
     total: tuple[Tensor, ...] | None = None
     for part in without_strides(tile, q.device):
         inputs = _in_order(q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
@@ -188,15 +186,17 @@ def _in_order(x: Tensor, order: Order | None) -> Tensor:
 
 def _implementation(backend: str, q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, has_dlse: bool = False) -> ModuleType:
     """The module that runs a tile. Raises ValueError if a backend chosen by name cannot."""
-    if backend == "library" or (backend == "auto" and q.device.type == "cuda" and not has_dlse):
-        refusal = library.refusal(q, k, v, tile)
+    backend, why = asked("softmax_attention", backend), None
+    if backend == "library" or (backend == "auto" and q.device.type == "cuda"):
+        refusal = "there is a gradient of lse, which they do not take" if has_dlse else library.refusal(q, k, v, tile)
         if refusal is None:
             return library
-        if backend == "library":
+        if backend == "library" and not has_dlse:
             raise ValueError(
                 f"backend must be one that can run; got 'library': {refusal}. Use 'auto', or 'triton' on CUDA"
             )
-    chosen = resolve("softmax_attention", backend, q.device, q.dtype)
+        backend, why = best(q.device, q.dtype), f"not by a library: {refusal}"
+    chosen = resolve("softmax_attention", backend, q.device, q.dtype, why=why)
     if chosen == "triton":
         from . import triton as kernels
 

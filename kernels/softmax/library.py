@@ -1,4 +1,4 @@
-"""Softmax attention by the kernels of libraries on CUDA: flash-attn where it is installed, else those inside torch.
+"""Softmax attention by the kernels of libraries on CUDA: flash-attn 3 or 2 where installed, else those inside torch.
 
 A tile is cut into calls of sequences that lie one after the other, as libraries take packed rows, and the calls merge
 by log-sum-exp. These routines change their names and meanings between versions. So no version is checked: a provider
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attend import Gradient, merge_weight
+from ..dispatch import announce
 from ..documents import Documents, expanded
 from ..masks import Mask, Tile
 from ..masks.calls import Call, plan
@@ -36,12 +37,7 @@ class Problem(NamedTuple):
     v: Tensor
     call: Call
     scale: float
-
-    def offsets(self) -> tuple[Tensor, Tensor]:
-        """int32 starts of the spans' queries and keys, and their ends."""
-        sums = [torch.tensor([0, *lengths]).cumsum(0) for lengths in self.call.lengths]
-        queries, keys = (x.to(torch.int32).to(self.q.device, non_blocking=True) for x in sums)
-        return queries, keys
+    offsets: tuple[Tensor, Tensor]  # int32 starts of the spans' queries and keys, and their ends
 
     def longest(self) -> tuple[int, int]:
         n, m = self.call.lengths
@@ -68,11 +64,37 @@ def _flash_limits(call: Call) -> dict[str, int | bool]:
     return {"causal": call.kind == "causal", "window_size_left": call.left, "window_size_right": call.right}
 
 
+def _flash_attn_3_arguments(at: Problem) -> dict[str, object]:
+    borders = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), at.offsets, strict=True))
+    longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), at.longest(), strict=True))
+    limits = {"window_size_left": at.call.left, "window_size_right": at.call.right}
+    return {**borders, **longest, **limits, "softmax_scale": at.scale}
+
+
+def _flash_attn_3_forward(at: Problem) -> tuple[Tensor, Tensor]:
+    import flash_attn_interface as library  # type: ignore[import-not-found]
+
+    causal = at.call.kind == "causal"
+    out, lse, *_ = library._flash_attn_forward(at.q, at.k, at.v, causal=causal, **_flash_attn_3_arguments(at))
+    return out, lse.T
+
+
+def _flash_attn_3_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    import flash_attn_interface as library  # type: ignore[import-not-found]
+
+    dq, dk, dv = (torch.empty_like(x) for x in (at.q, at.k, at.v))
+    library._flash_attn_backward(
+        dout, at.q, at.k, at.v, out, lse.T.contiguous(), dq=dq, dk=dk, dv=dv, is_causal=at.call.kind == "causal",
+        deterministic=torch.are_deterministic_algorithms_enabled(), **_flash_attn_3_arguments(at),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def _flash_attn_forward(at: Problem) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_interface as library  # type: ignore[import-not-found]
 
     out, lse, *_ = library._flash_attn_varlen_forward(
-        at.q, at.k, at.v, *at.offsets(), *at.longest(), dropout_p=0.0, softmax_scale=at.scale, **_flash_limits(at.call)
+        at.q, at.k, at.v, *at.offsets, *at.longest(), dropout_p=0.0, softmax_scale=at.scale, **_flash_limits(at.call)
     )
     return out, lse.T
 
@@ -82,7 +104,7 @@ def _flash_attn_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) ->
 
     dq, dk, dv = (torch.empty_like(x) for x in (at.q, at.k, at.v))
     library._flash_attn_varlen_backward(
-        dout, at.q, at.k, at.v, out, lse.T.contiguous(), dq, dk, dv, *at.offsets(), *at.longest(), dropout_p=0.0,
+        dout, at.q, at.k, at.v, out, lse.T.contiguous(), dq, dk, dv, *at.offsets, *at.longest(), dropout_p=0.0,
         softmax_scale=at.scale, softcap=0.0, alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(), **_flash_limits(at.call),
     )  # fmt: skip
@@ -117,7 +139,7 @@ def _torch_limits(call: Call) -> dict[str, int]:
 
 def _torch_forward(at: Problem) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        at.q, at.k, at.v, *at.offsets(), *at.longest(), 0.0, at.call.kind == "causal", False, scale=at.scale,
+        at.q, at.k, at.v, *at.offsets, *at.longest(), 0.0, at.call.kind == "causal", False, scale=at.scale,
         **_torch_limits(at.call),
     )  # fmt: skip
     return out, lse.T
@@ -126,7 +148,7 @@ def _torch_forward(at: Problem) -> tuple[Tensor, Tensor]:
 def _torch_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
     state = torch.zeros(2, dtype=torch.uint64, device=at.q.device)  # for dropout, which is not used
     return torch.ops.aten._flash_attention_backward(
-        dout, at.q, at.k, at.v, out, lse.T.contiguous(), *at.offsets(), *at.longest(), 0.0, at.call.kind == "causal",
+        dout, at.q, at.k, at.v, out, lse.T.contiguous(), *at.offsets, *at.longest(), 0.0, at.call.kind == "causal",
         state, state[:1], scale=at.scale, **_torch_limits(at.call),
     )  # fmt: skip
 
@@ -135,12 +157,17 @@ def _on_cuda(call: Call, device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _on_hopper(call: Call, device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _for_cudnn(call: Call, device: torch.device) -> bool:
     # Its backward is not deterministic, and torch refuses it then.
     return device.type == "cuda" and call.is_dense and not torch.are_deterministic_algorithms_enabled()
 
 
 PROVIDERS = [
+    Provider("flash-attn 3", _on_hopper, _flash_attn_3_forward, _flash_attn_3_backward),
     Provider("flash-attn", _on_cuda, _flash_attn_forward, _flash_attn_backward),
     Provider("cuDNN", _for_cudnn, _cudnn_forward, _cudnn_backward),
     Provider("torch's flash attention", _on_cuda, _torch_forward, _torch_backward),
@@ -163,7 +190,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> str | None:
         return f"libraries take float16 and bfloat16, not {q.dtype}"
     calls = _plan(tile)
     if len(calls) > MAX_CALLS:
-        return f"the tile would take {len(calls)} calls"
+        return f"a tile takes more than {MAX_CALLS} calls"
     for call in calls:
         if provider_for(call, q, k, v) is None:
             return (
@@ -180,6 +207,11 @@ def _plan(tile: Tile) -> tuple[Call, ...]:
 def _indices(tile: Tile, number: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Where a call's queries and keys lie in the flattened `[B·T]` and `[B·S]`; None where they are all, in order."""
     return tile.on(device, _both_indices, number)
+
+
+def _offsets(tile: Tile, number: int) -> tuple[Tensor, Tensor]:
+    queries, keys = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in _plan(tile)[number].lengths)
+    return queries, keys
 
 
 def _both_indices(tile: Tile, number: int) -> tuple[Tensor | None, Tensor | None]:
@@ -217,7 +249,8 @@ def _problems(
 ) -> Iterator[tuple[Problem, Tensor | None, Tensor | None]]:
     for number, call in enumerate(_plan(tile)):
         queries, keys = _indices(tile, number, q.device)
-        yield Problem(_take(q, queries), _take(k, keys), _take(v, keys), call, scale), queries, keys
+        offsets = tile.on(q.device, _offsets, number)
+        yield Problem(_take(q, queries), _take(k, keys), _take(v, keys), call, scale, offsets), queries, keys
 
 
 def _provider(problem: Problem, provider: Provider | None) -> Provider:
@@ -290,7 +323,7 @@ def _agrees(provider: Provider, call: Call, q: Tensor, k: Tensor, v: Tensor) -> 
             error = float("inf")
         _tested[key] = error < 0.02
         if _tested[key]:
-            logger.info("softmax_attention on %s: %s for %s attention", q.device.type, provider.name, call.kind)
+            announce("softmax_attention", q.device.type, provider.name, f"for {call.kind} attention")
         elif error < float("inf"):
             logger.warning("softmax_attention: %s is off by %.2g and not used", provider.name, error)
     return _tested[key]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..part import shape_of
 from .tensors import Recipe, Tensors
 
 INDEX = "model.safetensors.index.json"
@@ -157,8 +158,7 @@ def _check(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], tenso
 
 
 def _wrong_shape(name: str, recipe: Recipe, parameter: nn.Parameter, headers: Mapping[str, Header]) -> list[str]:
-    # Outside `gather` a ZeRO-3 parameter is empty, and DeepSpeed keeps its whole shape here.
-    expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    expected = tuple(shape_of(parameter))
     sources = [torch.empty(headers[source].shape, device="meta") for source in recipe.sources]
     try:
         got = tuple(recipe.make(*sources).shape)

@@ -1,4 +1,4 @@
-"""The forget gate of Mamba's descendants: a learned rate a head times a softplus of a projection."""
+"""Decay gates: the forget gate of Mamba's descendants, and projections whose bias is not rounded."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class DecayGate(nn.Module):
     a head, start uniform within `rates`; dt_bias such that softplus(dt_bias) is log-uniform within 0.001 … 0.1. As in
     Mamba-2 (Dao and Gu, 2024, arXiv 2405.21060).
     """
+
+    in_float32 = ("A_log", "dt_bias")
 
     def __init__(self, heads: int, channels: int = 1, rates: tuple[float, float] = (0.01, 16.0)) -> None:
         super().__init__()
@@ -37,6 +39,20 @@ class DecayGate(nn.Module):
         else:
             fill_with_steps(tensor, generator)
         return True
+
+
+class GateLinear(nn.Linear):
+    """W x + bias, the bias added in float32 at least: for gates whose values are exponents, or become them.
+
+    `[..., in_features]` to `[..., out_features]` in float32, or float64 for float64.
+    """
+
+    in_float32 = ("bias",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = F.linear(x, self.weight)
+        wide = raw.to(torch.promote_types(raw.dtype, torch.float32))  # sums of it over many tokens are exponents
+        return wide if self.bias is None else wide + self.bias
 
 
 def fill_with_steps(

@@ -34,12 +34,14 @@ def test_triton_off_cuda_runs_under_its_interpreter_only(monkeypatch):
 def test_what_cannot_run_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="must not be 'triton' for float64 tensors; some_op"):
         resolve("some_op", "triton", "cuda", torch.float64)
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of triton, chunked, reference; got 'flash'"):
+    with pytest.raises(
+        ValueError, match="backend must be 'auto' or one of triton, chunked, reference, library; got 'flash'"
+    ):
         resolve("some_op", "flash", "cpu")
 
 
 def test_the_choice_is_logged_once_an_op(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     with caplog.at_level(logging.INFO, logger="longreach"):
         for _ in range(3):
             resolve("first_op", "auto", "cpu")
@@ -56,3 +58,30 @@ def test_an_op_without_an_implementation_for_the_device_says_what_it_has():
         resolve("mine", "auto", "cpu", offered=("triton",))
     with pytest.raises(ValueError, match="one that mine has, reference; got 'chunked'"):
         resolve("mine", "chunked", "cpu", offered=("reference",))
+
+
+@pytest.fixture
+def chosen():
+    yield lambda device="cpu", **choices: dispatch.choose(choices, device)
+    dispatch.choose({}, "cpu")
+
+
+def test_what_auto_means_can_be_chosen_per_op(chosen):
+    chosen(first_op="reference")
+    assert resolve("first_op", "auto", "cpu") == "reference"
+    assert resolve("first_op", "chunked", "cpu") == "chunked"
+    assert resolve("first_op", "auto", "meta") == resolve("second_op", "auto", "cpu") == "chunked"
+    chosen("cuda", rms_norm="chunked")
+    assert resolve("rms_norm", "auto", "cuda") == "chunked"
+    assert resolve("first_op", "auto", "cuda") == "triton"
+
+
+def test_a_choice_that_cannot_run_is_refused_before_anything_runs(chosen, monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match=r"kernels.delta_rule must be one that runs on cpu; got 'triton'"):
+        chosen(delta_rule="triton")
+    chosen("cuda", delta_rule="triton")
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"kernels.delta_rule must be one that is installed; .*pip install flash-lin"):
+        chosen(delta_rule="library")
+    assert resolve("delta_rule", "auto", "cpu") == "chunked"

@@ -3,13 +3,17 @@
 Where there is no GPU a stand-in computes each call as its limits say.
 """
 
+import logging
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longreach.kernels import dispatch, softmax
 from longreach.kernels.attend import Gradient
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
@@ -195,6 +199,54 @@ def test_a_provider_is_trusted_once_it_agrees_with_the_reference(providers):
     assert len(tried) == 2 * len({call.kind for call in plan(tile)})  # asked once a kind
 
 
+def flash_attention_3(off=1.0):
+    """A stand-in for the library's module, whose outputs are `off` times what they are."""
+
+    def problem(q, k, v, borders, causal, left, right, scale):
+        lengths = [borders[name].diff().tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")]
+        assert [borders["max_seqlen_q"], borders["max_seqlen_k"]] == [max(x) for x in lengths]
+        spans = tuple(Span(0, (0, n), (0, m)) for n, m in zip(*lengths, strict=True))
+        assert causal == ((left, right) == (-1, 0))
+        return Problem(q, k, v, Call(left, right, spans), scale, (borders["cu_seqlens_q"], borders["cu_seqlens_k"]))
+
+    def forward(q, k, v, *, causal, softmax_scale, window_size_left, window_size_right, **borders):
+        at = problem(q, k, v, borders, causal, window_size_left, window_size_right, softmax_scale)
+        out, lse = stand_in_forward(at)
+        return out * off, lse.T, None, None
+
+    def backward(
+        dout, q, k, v, out, lse, *, dq, dk, dv, is_causal, softmax_scale, window_size_left, window_size_right,
+        deterministic, **borders,
+    ):  # fmt: skip
+        at = problem(q, k, v, borders, is_causal, window_size_left, window_size_right, softmax_scale)
+        for into, gradient in zip((dq, dk, dv), stand_in_backward(at, dout, out, lse.T), strict=True):
+            into.copy_(gradient)
+
+    return SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=9)])
+def test_flash_attention_3_is_called_by_its_own_names(mask, providers, monkeypatch, caplog):
+    first = next(each for each in library.PROVIDERS if each.name == "flash-attn 3")
+    first = first._replace(takes=lambda call, device: True)
+    q, k, v, dout = draw(PACKED)
+    results = []
+    for backend in ("library", "chunked"):
+        providers(first)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", flash_attention_3())
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = softmax_attention(*leaves, mask=mask, documents=PACKED, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for a, b in zip(*results, strict=True):
+        assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm()
+    for wrong, told in ((flash_attention_3(1.05), "flash-attn 3 is off by 0.0"), (None, "flash-attn 3 not used for")):
+        providers(first)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", wrong)
+        with caplog.at_level(logging.INFO, logger="longreach"), pytest.raises(ValueError, match="no library is instal"):
+            softmax_attention(q, k, v, mask=mask, documents=PACKED, backend="library")
+        assert told in caplog.text
+
+
 def test_why_libraries_do_not_serve(providers):
     q, k, v, _ = draw(PACKED)
     tile = Mask().tile(PACKED, PACKED)
@@ -210,6 +262,27 @@ def test_why_libraries_do_not_serve(providers):
     providers()
     with pytest.raises(ValueError, match="ask `refusal` first"):
         library.attend(q, k, v, tile=Mask().tile(documents, documents), scale=1.0)
+
+
+def test_every_choice_is_told_once_with_its_reason(providers, caplog, monkeypatch):
+    providers(STAND_IN)
+    monkeypatch.setattr(dispatch, "_announced", set())
+    cut = Layout(64, ranks=2, spans=16).documents(Documents.whole(1, 64), 0)  # into many calls
+    few, many = Mask().tile(PACKED, PACKED), Mask().tile(cut, cut)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 64, 4, 8))
+    with caplog.at_level(logging.INFO, logger="longreach"):
+        for _ in range(2):
+            softmax._implementation("library", *draw(PACKED)[:3], few)
+            softmax._implementation("auto", *[on_cuda] * 3, many)
+            softmax._implementation("auto", *[on_cuda] * 3, few, has_dlse=True)
+            softmax._implementation("auto", *draw(PACKED)[:3], few)
+    assert [record.getMessage() for record in caplog.records] == [
+        "softmax_attention on cpu: stand-in, for causal attention",
+        "softmax_attention on cpu: stand-in, for full attention",
+        "softmax_attention on cuda: triton, not by a library: a tile takes more than 8 calls",
+        "softmax_attention on cuda: triton, not by a library: there is a gradient of lse, which they do not take",
+        "softmax_attention on cpu: chunked, chosen for this device",
+    ]
 
 
 def test_the_op_by_name_and_a_gradient_of_lse(providers):

@@ -1,6 +1,6 @@
 """The language model: pattern, loss, initial values, recomputation, cost."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -14,6 +14,7 @@ from longreach.kernels.gated_linear import chunked
 from longreach.kernels.gated_linear import flops as gated_linear_flops
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
+from longreach.models.part import cast_parameters
 from longreach.models.pattern import expand_pattern
 from longreach.parallel.sequence import Sequence
 
@@ -183,17 +184,68 @@ def test_every_mixer_knows_its_initial_values(name):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_initialisation_gathers_one_parameter_at_a_time():
-    model, seen = small_hybrid("lightning_attention"), []
+@pytest.mark.parametrize("ranks", [1, 3, 64])
+def test_ranks_share_the_drawing_of_initial_values_and_fill_one_parameter_at_a_time(ranks, monkeypatch):
+    models, drawn, written = [small_hybrid("mamba2") for _ in range(ranks)], [[] for _ in range(ranks)], []
 
-    @contextmanager
-    def gather(parameters):
-        seen.append(parameters)
-        yield
+    def on(rank):
+        model, open_ones = models[rank], []
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    model.initialise(0, gather)
-    assert all(len(parameters) == 1 for parameters in seen)
-    assert {id(parameters[0]) for parameters in seen} == {id(parameter) for parameter in model.parameters()}
+        def draw(name, shape, seed):
+            drawn[rank].append(name)
+            return type(model)._initial_value(model, name, shape, seed)
+
+        @contextmanager
+        def write(parameter, owner):
+            assert not open_ones
+            open_ones.append(parameter)
+            yield
+            open_ones.pop()
+            if owner == rank:
+                written.append((names[id(parameter)], owner, parameter.detach()))
+
+        monkeypatch.setattr(model, "_initial_value", draw)
+        model.initialise(0, write, rank, ranks)
+        return list(names.values())
+
+    names = [on(rank) for rank in range(ranks)][-1]
+    assert [names[rank::ranks] for rank in range(ranks)] == drawn
+    assert sorted(name for name, _, _ in written) == sorted(names)
+    whole = small_hybrid("mamba2")
+    whole.initialise(0)
+    for name, owner, value in written:
+        assert names.index(name) % ranks == owner
+        assert torch.equal(value, whole.get_parameter(name))
+
+
+def test_a_value_that_cannot_be_drawn_is_told_after_the_last_parameter():
+    model, entered = small_hybrid("lightning_attention"), []
+    model.blocks[0].mixer.initialise_parameter = lambda *_: None
+    with pytest.raises(ValueError, match="must be answered for with True or False"):
+        model.initialise(0, lambda parameter, owner: nullcontext(entered.append(owner)), 0, 2)
+    assert entered == [number % 2 for number in range(len(list(model.parameters())))]
+
+
+def test_what_becomes_an_exponent_stays_in_float32():
+    expected = {
+        "mamba2": {"A_log", "dt_bias"},
+        "mamba": {"A_log", "dt_bias"},
+        "gated_deltanet": {"decay_gate.A_log", "decay_gate.dt_bias"},
+        "kimi_delta_attention": {"decay_gate.A_log", "decay_gate.dt_bias"},
+        "gated_linear_attention": {"decay.1.bias"},
+        "mlstm": {"input_gate.bias", "forget_gate.bias"},
+        "rwkv7": {"decay.up.bias"},
+    }
+    for name in MIXERS:
+        model = small_hybrid(name)
+        cast_parameters(model, torch.bfloat16)
+        kept = {each for each, p in model.blocks[0].mixer.named_parameters() if p.dtype == torch.float32}
+        assert kept == expected.get(name, set()), name
+        others = {each for each, p in model.named_parameters() if p.dtype == torch.float32}
+        assert all(".mixer." in each for each in others)
+        cast_parameters(model, torch.float64)
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_flops_are_a_hand_count():

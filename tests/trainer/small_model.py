@@ -1,4 +1,5 @@
-"""A model with everything an engine can trip over, small: tied weights, two parameter groups, odd sizes, a buffer.
+"""A model with everything an engine can trip over, small: tied weights, two parameter groups, odd sizes, a buffer, and
+parameters that stay in float32.
 
 With it, the steps that the tests of engine and checkpoint take on ranks.
 """
@@ -19,6 +20,8 @@ SUM = {"reduction": "sum", "ignore_index": -100}
 
 
 class Layer(nn.Module):
+    in_float32 = ("gain",)
+
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -27,7 +30,8 @@ class Layer(nn.Module):
         self.gain = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return x + self.down(F.silu(self.up(self.norm(x)))) * self.gain
+        assert self.gain.dtype == torch.float32
+        return x + (self.down(F.silu(self.up(self.norm(x)))) * self.gain).to(x.dtype)
 
 
 class SmallModel(nn.Module):
@@ -49,12 +53,14 @@ class SmallModel(nn.Module):
         return loss + 0 * logits.sum()
 
     @torch.no_grad()
-    def initialise(self, seed, gather=None):
-        for name, parameter in self.named_parameters():
-            with gather([parameter]) if gather else nullcontext():
-                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+    def initialise(self, seed, write=None, rank=0, ranks=1):
+        for number, (name, parameter) in enumerate(self.named_parameters()):
+            owner = number % ranks
+            with write(parameter, owner) if write else nullcontext():
+                if owner == rank:
+                    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
+                    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
 
 
 def batch(step, rows=ROWS):

@@ -14,6 +14,7 @@ from longreach.trainer.ranks import processes
 pytestmark = pytest.mark.slow  # engines on several ranks
 STEPS = 4
 OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+PARAMETERS_OFFLOADED = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
 
 
 def train(rank, world, stage, accumulation, clip, dtype, config, recompute):
@@ -71,8 +72,8 @@ def test_bfloat16_keeps_float32_masters_and_equal_norms_on_every_stage(stage):
     others = run_ranks(2, train, 1 + stage % 3, 2, 0.2, "bfloat16", {}, False)[0]
     torch.testing.assert_close(norms, others[0], rtol=1e-4, atol=0)
     for name, value in masters.items():
-        assert visible[name].dtype == torch.bfloat16
-        assert torch.equal(visible[name], value.bfloat16())
+        assert visible[name].dtype == (torch.float32 if name.endswith(".gain") else torch.bfloat16)
+        assert torch.equal(visible[name], value.to(visible[name].dtype))
         torch.testing.assert_close(value, others[1][name], rtol=1e-4, atol=1e-4)
     assert any((value.bfloat16().float() != value).any() for value in masters.values())
 
@@ -80,6 +81,37 @@ def test_bfloat16_keeps_float32_masters_and_equal_norms_on_every_stage(stage):
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_offloaded_optimizer_states(stage):
     check(run_ranks(2, train, stage, 2, 0.2, "float32", OFFLOADED, False), 0.2, 1e-5, 1e-5)
+
+
+def gradients_of_gains(rank, world, stage, config):
+    """The gradient of what stays in float32, over two micro-batches of each rank."""
+    engine = make_engine(stage, dtype="bfloat16", config=config)
+    train_step(engine, 0, rank, world, 2)
+    moments = full(engine, "exp_avg")
+    return torch.cat([value for name, value in moments.items() if name.endswith(".gain")]) / (1 - ADAM.betas[0])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gradients_of_float32_parameters_are_not_rounded(world):
+    every = [
+        run_ranks(world, gradients_of_gains, stage, config)[0]
+        for stage, config in [*((stage, {}) for stage in (1, 2, 3)), (3, OFFLOADED), (3, PARAMETERS_OFFLOADED)]
+    ]
+    for other in every:
+        torch.testing.assert_close(other, every[0], rtol=1e-5, atol=1e-7)
+    assert (every[0].bfloat16().float() - every[0]).abs().max() > 1e-4 * every[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"), [(1, "OFFLOADED"), (2, "OFFLOADED"), (3, "OFFLOADED"), (3, "PARAMETERS_OFFLOADED")]
+)
+def test_offloading_keeps_two_types(stage, config):
+    norms, masters, visible, _ = run_ranks(2, train, stage, 2, 0.2, "bfloat16", globals()[config], False)[0]
+    plain = run_ranks(2, train, 3, 2, 0.2, "bfloat16", {}, False)[0]
+    torch.testing.assert_close(norms, plain[0], rtol=1e-2, atol=0)
+    for name, value in masters.items():
+        assert torch.equal(visible[name], value.to(visible[name].dtype)), name
+        assert visible[name].dtype == plain[2][name].dtype
 
 
 def step_on_nan(rank, world, stage, dtype):
@@ -141,12 +173,12 @@ def largest_held(rank, world, stage):
     held = []
 
     class Watched(SmallModel):
-        def initialise(self, seed, gather=None):
-            def watch(parameters):
+        def initialise(self, seed, write=None, rank=0, ranks=1):
+            def watch(parameter, owner):
                 held.append(sum(p.numel() for p in self.parameters()))
-                return gather(parameters)
+                return write(parameter, owner)
 
-            super().initialise(seed, watch)
+            super().initialise(seed, watch, rank, ranks)
 
     make_engine(stage, model=Watched)
     return max(held), sum(p.numel() for p in SmallModel().parameters())

@@ -56,6 +56,21 @@ def test_the_defaults_fit_one_process() -> None:
         (changed(trainer__steps=0), 1, "trainer.steps must be at least 1; got 0"),
         (changed(trainer__activation_checkpointing="some"), 1, "trainer.activation_checkpointing must be one of"),
         (changed(optimizer=OptimizerSettings(betas=(0.9, 1.0))), 1, "optimizer.betas must be two numbers"),
+        (
+            changed(kernels__delta_rule="fla"),
+            1,
+            "kernels.delta_rule must be one of auto, triton, chunked, reference, library; got 'fla'",
+        ),
+        (
+            changed(kernels__selective_scan="library"),
+            1,
+            "kernels.selective_scan must be one of .*reference; got",
+        ),
+        (
+            changed(kernels__swiglu="reference"),
+            1,
+            "kernels.swiglu must be one of auto, triton, chunked; got",
+        ),
         (changed(init_from="/nowhere"), 1, "init_from must be a folder .* got /nowhere"),
         (changed(evaluation__rows=0), 1, "evaluation.rows must be at least 1; got 0"),
         (

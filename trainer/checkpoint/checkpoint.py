@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...models.part import shape_of
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
-from ..masters import KINDS, shape_of
+from ..masters import KINDS
 from ..run.failure import remedy
 from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
 from .stored import Stored as Stored

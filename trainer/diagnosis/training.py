@@ -175,6 +175,8 @@ def places(sequence: int, ulysses: int, world: int) -> list[Place]:
             get_rank=lambda *_, rank=rank: rank,
             get_world_size=lambda *_: world,
             new_group=lambda ranks, **_: tuple(sorted(ranks)),
+            get_backend_config=lambda *_: "gloo",
+            all_reduce=lambda *_, **__: None,
             group=SimpleNamespace(WORLD=tuple(range(world))),
             ProcessGroup=tuple,
         )

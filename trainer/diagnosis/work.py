@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ...kernels.documents import Documents
 from ...models.language_model import LanguageModel
+from ...models.part import cast_parameters
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
@@ -37,7 +38,8 @@ class Worker:
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.mesh = Mesh.create(topology.parallel.sequence, ulysses_ranks(topology.parallel))
+        parallel = topology.parallel
+        self.mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
         self.device = torch.device("cuda", self.mesh.rank) if topology.cuda else torch.device("cpu")
         self.models: dict[torch.dtype, LanguageModel] = {}
 
@@ -67,10 +69,12 @@ class _Listener(logging.Handler):
 
 
 def filled(topology: Topology, dtype: torch.dtype) -> LanguageModel:
-    """The model with initial values that are the same in every process."""
+    """The model with initial values that are the same in every process, in the types that the engine gives it."""
     model = topology.build(topology.model)
     fill(model)
-    return model.to(dtype)
+    model.to(torch.promote_types(dtype, torch.float32))  # buffers are not rounded
+    cast_parameters(model, dtype)
+    return model
 
 
 def configure(topology: Topology) -> None:

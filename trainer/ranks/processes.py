@@ -15,24 +15,24 @@ from . import launchers, peers
 from .launchers import LAUNCHED
 
 
-def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic: bool = False) -> torch.device:
+def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic: bool | None = None) -> torch.device:
     """Joins the processes of torchrun, deepspeed, srun or mpirun into one group; returns this rank's device.
 
     Without a launcher the group is this process alone, and no port is opened. `device` is `auto` (CUDA where there is
     any), `cuda` or `cpu`. Collectives on the host's memory work on every device. A rank that is silent in a collective
-    for `timeout_minutes` ends the run. `deterministic` asks torch and libraries for the same bits at every run. Does
-    nothing more than name the device where a group exists.
+    for `timeout_minutes` ends the run. `deterministic` asks torch and libraries for the same bits at every run, once
+    for the process; None does on a CPU, where it costs nothing. Makes no group where one exists.
     Raises ValueError for a device that is not there, for an incomplete environment, and where the processes do not
     meet.
     """
     launchers.adopt()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, without a launcher too
-    if deterministic:
+    chosen = _device(device)
+    if deterministic or (deterministic is None and chosen.type == "cpu"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    chosen = _device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if dist.is_initialized():

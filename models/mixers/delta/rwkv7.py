@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ....kernels.delta_rule import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import GateLinear
 from ...layers.normalisation import HeadNorm
 from ...mixer import Mixer
 
@@ -64,7 +65,7 @@ class RWKV7(Mixer):
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.decay = LowRank(width, decay_rank or rank(width, 2.5), torch.tanh)
+        self.decay = LowRank(width, decay_rank or rank(width, 2.5), torch.tanh, up=GateLinear)
         self.rate = LowRank(width, rate_rank or rank(width, 2.5))
         self.value_mix = LowRank(width, value_rank or rank(width, 1.7)) if self.reads else None
         self.gate = LowRank(width, gate_rank or rank(width, 5.0), torch.sigmoid, bias=False)
@@ -79,7 +80,7 @@ class RWKV7(Mixer):
         if self.value_mix is not None:
             v = torch.lerp(v, read[0], torch.sigmoid(self.value_mix(x_v)))
         decay, rate = self.decay(x_w), torch.sigmoid(self.rate(x_a))
-        log_decay = -math.exp(-0.5) * torch.sigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32)))
+        log_decay = -math.exp(-0.5) * torch.sigmoid(decay)
         removed = F.normalize(self.by_head(k * self.removal_key), dim=-1)
         k = self.by_head(torch.addcmul(k, k * (rate - 1), self.replacement_key))
         r, v = self.by_head(r), self.by_head(v)
@@ -123,12 +124,18 @@ class LowRank(nn.Module):
     """up(f(down x)) of width to width; starts as its bias alone, `down` being 0."""
 
     def __init__(
-        self, width: int, rank: int, activation: Callable[[Tensor], Tensor] | None = None, *, bias: bool = True
+        self,
+        width: int,
+        rank: int,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        *,
+        bias: bool = True,
+        up: type[nn.Linear] = nn.Linear,
     ) -> None:
         super().__init__()
         self.down = nn.Linear(width, rank, bias=False)
         self.activation = activation
-        self.up = nn.Linear(rank, width, bias=bias)
+        self.up = up(rank, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.down(x)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.gated_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import GateLinear
 from ...layers.normalisation import RMSNorm
 from ...mixer import Mixer, head_size
 
@@ -45,16 +45,14 @@ class GatedLinearAttention(Mixer):
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
-        self.decay = nn.Sequential(nn.Linear(width, gate_rank, bias=False), nn.Linear(gate_rank, keys))
+        self.decay = nn.Sequential(nn.Linear(width, gate_rank, bias=False), GateLinear(gate_rank, keys))
         self.gate = nn.Linear(width, values, bias=False)
         self.norm = RMSNorm(self.value_dim, norm_eps)
         self.output = nn.Linear(values, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
-        decay = self.decay(x)
-        decay = decay.to(torch.promote_types(decay.dtype, torch.float32))  # sums of it over many tokens are exponents
-        log_decay = (F.logsigmoid(decay) / self.gate_normaliser).unflatten(-1, (self.heads, -1))
+        log_decay = (F.logsigmoid(self.decay(x)) / self.gate_normaliser).unflatten(-1, (self.heads, -1))
         out = ops.gated_linear_attention(q, k, v, log_decay, seq=seq)
         return self.output(F.silu(self.gate(x)) * self.norm(out).flatten(-2))
 

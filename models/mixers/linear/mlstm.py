@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ....kernels.gated_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.decay_gate import GateLinear
 from ...layers.normalisation import HeadNorm
 from ...mixer import Mixer, head_size
 
@@ -47,8 +48,8 @@ class MLSTM(Mixer):
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
-        self.input_gate = nn.Linear(width, heads)
-        self.forget_gate = nn.Linear(width, heads)
+        self.input_gate = GateLinear(width, heads)
+        self.forget_gate = GateLinear(width, heads)
         self.gate = nn.Linear(width, values, bias=False)
         self.norm = HeadNorm(heads, self.value_dim, norm_eps, bias=False)
         self.output = nn.Linear(values, width, bias=False)
@@ -62,8 +63,6 @@ class MLSTM(Mixer):
         return self.output(torch.sigmoid(self.gate(x)) * self.norm(out))
 
     def capped(self, gate: Tensor) -> Tensor:
-        """In float32 at least: sums of gates over many tokens are exponents."""
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return gate if self.gate_cap is None else self.gate_cap * torch.tanh(gate / self.gate_cap)
 
     def mixing_flops(self, seq: Sequence) -> int:

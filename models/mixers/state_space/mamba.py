@@ -35,6 +35,7 @@ class Mamba(Mixer):
     """
 
     no_weight_decay = ("A_log",)
+    in_float32 = ("A_log", "dt_bias")
     small = MappingProxyType({"step_rank": 4})
 
     def __init__(

@@ -10,7 +10,7 @@ from ....kernels.gated_linear import flops
 from ....kernels.pointwise import rms_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.decay_gate import fill_with_steps
+from ...layers.decay_gate import GateLinear, fill_with_steps
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
@@ -28,6 +28,8 @@ class Mamba2(Mixer):
     upper bound. bias, conv_bias: of the linear layers and of the convolution. Raises ValueError for sizes that do not
     divide.
     """
+
+    in_float32 = ("A_log", "dt_bias")
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class Mamba2(Mixer):
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.key = nn.Linear(width, groups * state, bias=bias)  # B
         self.query = nn.Linear(width, groups * state, bias=bias)  # C
-        self.step = nn.Linear(width, heads, bias=bias)  # delta
+        self.step = GateLinear(width, heads, bias=bias)  # delta
         self.conv = ShortConvolution(inner + 2 * groups * state, conv_size, bias=conv_bias, activation="silu")
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
@@ -84,8 +86,7 @@ class Mamba2(Mixer):
     def steps(self, x: Tensor) -> Tensor:
         """delta `[B, T, H]`, in float32 at least: sums of it over many tokens are exponents."""
         raw = self.step(x)
-        wide = torch.promote_types(raw.dtype, torch.float32)
-        return F.softplus(raw.to(wide) + self.dt_bias.to(wide)).clamp(*self.step_limit)
+        return F.softplus(raw + self.dt_bias.to(raw.dtype)).clamp(*self.step_limit)
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.state, value_dim=self.head_dim)

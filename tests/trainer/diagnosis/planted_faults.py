@@ -164,8 +164,8 @@ def bfloat16_positions() -> None:
 def groups_of_strangers() -> None:
     """Ranks that share a row are as far apart as data ranks are."""
 
-    def group(size, stride, world, rank):
-        return original(size, max(1, world // size), world, rank)
+    def group(size, stride, world, rank, timeout):
+        return original(size, max(1, world // size), world, rank, timeout)
 
     original = spoil(mesh, "_group", group)
 

@@ -27,6 +27,22 @@ def run(program, *launcher, **environment):
     return subprocess.run([sys.executable, *launcher, *program], env=kept, capture_output=True, text=True, timeout=120)
 
 
+DETERMINISM = """
+import torch
+from longreach.trainer.ranks import processes
+for chosen in ({}, {"deterministic": False}, {"deterministic": True}):
+    torch.use_deterministic_algorithms(False)
+    processes.start(0.5, "cpu", **chosen)
+    print(torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+"""
+
+
+def test_a_process_on_a_cpu_is_deterministic_unless_it_is_told_otherwise():
+    result = run(["-c", DETERMINISM])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["True", "False", "False", "False", "True", "False"]
+
+
 def test_one_process_needs_no_launcher_and_no_port():
     result = run(["-c", PROGRAM])
     assert result.returncode == 0, result.stderr
