@@ -3,16 +3,19 @@
 from .cross_entropy import cross_entropy, loss_and_correct
 from .embedding import embedding
 from .rms_norm import rms_norm
-from .rope import RopeScaling, rope, rope_frequencies
+from .rope import RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
 from .swiglu import swiglu
 
 __all__ = [
     "RopeScaling",
+    "Rotation",
     "cross_entropy",
     "embedding",
     "loss_and_correct",
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "rotate",
+    "rotations",
     "swiglu",
 ]

@@ -95,6 +95,31 @@ def _gated_backward(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _turned(
+    x, cos, sin, y, rows, T, H, D, direction, x_row, x_token, x_head,
+    HALF: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Turns the first 2 HALF of the D dims of each (token, head) by the token's angles, and copies the rest."""
+    i = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = i // H, i % H
+    start = (token // T * x_row + token % T * x_token + head * x_head)[:, None]
+    d = tl.arange(0, W)[None, :]
+    inside = (i < rows)[:, None] & (d < HALF)
+    angle = token[:, None] * HALF + d
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0) * direction
+    first = tl.load(x + start + d, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + start + HALF + d, mask=inside, other=0.0).to(tl.float32)
+    to = y + i[:, None] * D
+    tl.store(to + d, (first * c - second * s).to(y.dtype.element_ty), mask=inside)
+    tl.store(to + HALF + d, (second * c + first * s).to(y.dtype.element_ty), mask=inside)
+    if REST > 0:
+        e = 2 * HALF + tl.arange(0, REST)[None, :]
+        beyond = (i < rows)[:, None] & (e < D)
+        tl.store(to + e, tl.load(x + start + e, mask=beyond, other=0.0), mask=beyond)
+
+
+@triton.jit
 def _likelihood(logits, ids, lse, picked, V, scale, BLOCK: tl.constexpr):
     """Of each row of logits, times scale: the log-sum-exp, and the target's logit: token 0's where there is none, NaN
     where it is outside the vocabulary.
@@ -180,6 +205,23 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     return dgate, dup
 
 
+def _turned_shape(dims: int, half: int) -> dict[str, int]:
+    width, rest = triton.next_power_of_2(half), dims - 2 * half
+    padded = triton.next_power_of_2(rest) if rest else 0
+    return {"HALF": half, "W": width, "REST": padded, "ROWS": max(1, TILE // (2 * max(width, padded)))}
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """`rotate` of x `[B, T, H, D]` by cos, sin float32 `[B, T, R/2]`; back, for direction −1."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, shape = x.shape[:3].numel(), _turned_shape(x.shape[-1], cos.shape[-1])
+    _turned[(triton.cdiv(rows, shape["ROWS"]),)](
+        x, cos.contiguous(), sin.contiguous(), y, rows, *x.shape[1:], direction, *x.stride()[:3], **shape, num_warps=4
+    )
+    return y
+
+
 def likelihood(logits: Tensor, ids: Tensor, scale: float, lse: Tensor, picked: Tensor) -> None:
     """Writes the log-sum-exp of logits `[n, Vocab]`, times scale, and the logit of each target to float32 `[n]`."""
     n, vocabulary = logits.shape
@@ -197,6 +239,8 @@ def likelihood_gradient(logits: Tensor, ids: Tensor, lse: Tensor, dloss: Tensor,
 
 _KINDS = {"rows": "i32", "D": "i32", "V": "i32", "size": "i64", "steps": "i32", "eps": "fp32", "offset": "fp32"}
 _KINDS |= {"scale": "fp32", "ids": "*i64"} | dict.fromkeys(("inverse", "sums", "lse", "picked", "dloss"), "*fp32")
+_KINDS |= {"direction": "fp32", "cos": "*fp32", "sin": "*fp32"}
+_KINDS |= dict.fromkeys(("T", "H", "x_row", "x_token", "x_head"), "i32")
 
 
 def compilations() -> list[Compilation]:
@@ -205,7 +249,8 @@ def compilations() -> list[Compilation]:
     def compilation(kernel: Any, variant: str, warps: int, **constants: Any) -> Compilation:
         names = [name for name in kernel.arg_names if name not in constants]
         signature = {name: _KINDS.get(name, "*bf16") for name in names}
-        divisible = tuple(name for name in names if signature[name].startswith("*") or name in ("D", "V"))
+        whole = ("D", "V", "x_row", "x_token", "x_head")
+        divisible = tuple(name for name in names if signature[name].startswith("*") or name in whole)
         return Compilation(kernel, signature, constants, divisible, warps=warps, variant=variant)
 
     items = []
@@ -213,6 +258,8 @@ def compilations() -> list[Compilation]:
         shape = _shape(width)
         warps = shape.pop("num_warps")
         items += [compilation(kernel, f"of {width}", warps, WEIGHT=True, **shape) for kernel in (_norm, _norm_backward)]
+    for dims, half in ((128, 64), (256, 32)):
+        items.append(compilation(_turned, f"{2 * half} of {dims}", 4, **_turned_shape(dims, half)))
     items += [compilation(kernel, "", 8, BLOCK=TILE) for kernel in (_gated, _gated_backward)]
     items += [compilation(kernel, "", 8, BLOCK=VOCABULARY_BLOCK) for kernel in (_likelihood, _likelihood_gradient)]
     return items

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longreach.kernels.pointwise import cross_entropy, rms_norm, swiglu
+from longreach.kernels.pointwise import cross_entropy, rms_norm, rotate, rotations, swiglu
 from longreach.kernels.pointwise import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,6 +56,27 @@ def test_swiglu(dtype, repaired_bf16, monkeypatch):
     check_gated((3, 50), dtype)
 
 
+def check_turned(shape, half, dtype):
+    """Every second head of x, as mixers take parts of a projection, there and back."""
+    x, dy = draw(*shape, dtype=dtype)[:, :, ::2], draw(*shape, dtype=dtype)[:, :, ::2]
+    positions = 100_000 + torch.arange(shape[0] * shape[1], device=DEVICE).view(shape[:2])
+    frequencies = (torch.rand(half) + 0.1).to(DEVICE)
+    leaf = x.double().requires_grad_()
+    y = rotate(leaf, *rotations(positions, frequencies, 1.3, torch.float64))
+    expected = (y.detach(), *torch.autograd.grad(y, leaf, dy.double()))
+    turns = rotations(positions, frequencies, 1.3)
+    found = kernels.turned(x, *turns, 1.0), kernels.turned(dy, *turns, -1.0)
+    assert all(t.dtype == dtype and t.is_contiguous() for t in found)
+    near(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, id="bf16")])
+@pytest.mark.parametrize("half", [3, 8, 10], ids=["6 of 20 dims", "16 of 20 dims", "all dims"])
+def test_rotation(half, dtype, repaired_bf16, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 128)
+    check_turned((2, 5, 6, 20), half, dtype)
+
+
 def check_likelihood(n, vocabulary, dtype, scale=0.7):
     logits, ids = draw(n, vocabulary, dtype=dtype) * 4, torch.randint(vocabulary, (n,), device=DEVICE)
     ids[::3] = -100
@@ -85,6 +106,8 @@ def test_on_a_gpu(dtype):
         check_norm(shape, dtype, offset=0.5)
         check_norm(shape, dtype, weighted=False)
     check_gated((3, 1001, 1792), dtype)
+    check_turned((2, 1000, 14, 128), 64, dtype)
+    check_turned((1, 3001, 6, 256), 32, dtype)
     check_likelihood(300, 32768, dtype)
     check_likelihood(33, 50257, dtype, scale=1.0)
 

@@ -111,9 +111,9 @@ def positions_rounded(patch):
 def angles_rounded(patch):
     """Angles are in the type of what they turn."""
 
-    def rotate(self, x, positions):
-        frequencies, _ = self.frequencies(x.device)
-        angles = (positions[..., None, None] * frequencies).to(x.dtype)
+    def rotate(self, x, seq):
+        frequencies, _ = self.rotation.frequencies()
+        angles = (seq.positions()[..., None, None] * frequencies).to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -56,8 +56,7 @@ class RetNet(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
-        positions = seq.positions(x.device)
-        q, k = self.rotary(q, positions), self.rotary(k, positions)
+        q, k = self.rotary(q, seq), self.rotary(k, seq)
         out = ops.gated_linear_attention(q, k, v, self.log_decay(x), seq=seq)
         return self.output(F.silu(self.gate(x)) * self.norm(out))
 
