@@ -32,11 +32,13 @@ MODELS = (
     "llama_tiny", "nsa_tiny", "moba_tiny", "minimax_01_tiny", "gated_deltanet_tiny",
 )  # fmt: skip
 VOCABULARY = 1024
-WINDOW = 200  # tokens that a median is taken over
+START = 100  # tokens that are read before the first are timed
+TIMED = 200  # tokens that a median is taken over
+PIECE = 200  # tokens read at a time on the way to those at the end
 
 
 class Decoded(NamedTuple):
-    """Median seconds per token and bytes of the cache, after the first tokens and at the end."""
+    """Median seconds per token, and bytes of the cache, at the start and at the end."""
 
     start: float
     end: float
@@ -57,16 +59,22 @@ def build(name: str) -> LanguageModel:
 
 
 def decode(model: LanguageModel, tokens: int) -> Decoded:
-    """Decodes one row token by token; the first tokens warm up and are not counted."""
+    """Decodes the first and the last tokens of one row, in turns, so that both meet the same load of the machine."""
     ids = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
-    cache, seconds, sizes = DecodingCache(), [], []
-    for token in ids.split(1, dim=1):
-        begin = time.thread_time()
-        next_logits(model, token, cache)
-        seconds.append(time.thread_time() - begin)
-        sizes.append(cache.bytes)
-    first = slice(WINDOW // 2, WINDOW // 2 + WINDOW)
-    return Decoded(statistics.median(seconds[first]), statistics.median(seconds[-WINDOW:]), sizes[first][0], sizes[-1])
+    starts = START, tokens - TIMED
+    caches = DecodingCache(), DecodingCache()
+    for cache, start in zip(caches, starts, strict=True):
+        for piece in ids[:, :start].split(PIECE, dim=1):
+            next_logits(model, piece, cache)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(TIMED):
+        for cache, start, took in zip(caches, starts, seconds, strict=True):
+            token = ids[:, start + number :][:, :1]
+            begin = time.thread_time()
+            next_logits(model, token, cache)
+            took.append(time.thread_time() - begin)
+    first, last = map(statistics.median, seconds)
+    return Decoded(first, last, caches[0].bytes, caches[1].bytes)
 
 
 def main() -> None:
@@ -86,8 +94,8 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     text = (
-        f"{machine('cpu')}\n\n{arguments.tokens:,} tokens of one row, decoded one by one: median time per token of "
-        f"tokens {WINDOW // 2} to {WINDOW // 2 + WINDOW} and of the last {WINDOW}, and what the cache takes.\n\n"
+        f"{machine('cpu')}\n\nDecoding one row, token by token: median time per token and size of the cache for tokens "
+        f"{START} to {START + TIMED} and {arguments.tokens - TIMED:,} to {arguments.tokens:,}, timed in turns.\n\n"
         + "\n".join(lines)
         + "\n"
     )

@@ -205,7 +205,7 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     return dgate, dup
 
 
-def _turned_shape(dims: int, half: int) -> dict[str, int]:
+def _turned_shape(dims: int, half: int) -> dict[str, Any]:
     width, rest = triton.next_power_of_2(half), dims - 2 * half
     padded = triton.next_power_of_2(rest) if rest else 0
     return {"HALF": half, "W": width, "REST": padded, "ROWS": max(1, TILE // (2 * max(width, padded)))}

@@ -6,8 +6,7 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 
-from longreach.kernels.attend import Gradient, merge
-from longreach.kernels.attend import rest, restored
+from longreach.kernels.attend import Gradient, merge, rest, restored
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Band, Bands, Dilated, Mask
 from longreach.kernels.softmax import (

@@ -5,7 +5,7 @@ import torch
 from model_presets import build_model, randomise, tokens
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.pointwise import Rotation, RopeScaling, rope
+from longreach.kernels.pointwise import RopeScaling, Rotation, rope
 from longreach.models.layers.rotary import Rotary
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import DecodingCache, Sequence
