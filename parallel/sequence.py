@@ -16,36 +16,10 @@ from ..kernels.documents import Documents
 from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
 from ..kernels.pointwise import Rotation, rotations
+from .decoding_cache import DecodingCache
 from .layout import Layout
 from .mesh import Heads, Mesh
 from .strategy import Strategy
-
-
-class DecodingCache:
-    """What decoding keeps of the tokens so far: a few tensors for each (layer, slot), owned by the caller.
-
-    `length` counts the tokens that every layer has seen; call `advance` after the whole model has run on new ones.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.entries: dict[tuple[int, str], tuple[Tensor, ...]] = {}
-        self._parts: dict[str, DecodingCache] = {}
-
-    def of(self, part: str) -> DecodingCache:
-        """The cache of one part of a layer, which has slots of its own."""
-        cache = self._parts.setdefault(part, DecodingCache())
-        cache.length = self.length
-        return cache
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the cached tensors take."""
-        own = sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry)
-        return own + sum(part.bytes for part in self._parts.values())
 
 
 class _Derived:
