@@ -2,7 +2,8 @@
 
 from .cross_entropy import cross_entropy, loss_and_correct
 from .embedding import embedding
-from .rms_norm import rms_norm
+from .gated_norm import gated_norm
+from .rms_norm import l2_norm, rms_norm
 from .rope import RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
 from .swiglu import swiglu
 
@@ -11,6 +12,8 @@ __all__ = [
     "Rotation",
     "cross_entropy",
     "embedding",
+    "gated_norm",
+    "l2_norm",
     "loss_and_correct",
     "rms_norm",
     "rope",

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..dispatch import by_kernels
 
 NO_TARGET = -100
-# Logits of a chunk. Each chunk reads and writes the whole gradient of the weight, so that fewer chunks are better as long
-# as logits stay in a CPU's caches, and are little beside the activations on an accelerator.
+# Bytes of a chunk's logits. Each chunk reads and writes the whole gradient of the weight, so that fewer chunks are
+# better as long as logits stay in a CPU's caches, and are little beside the activations on an accelerator.
 CPU_LOGIT_BYTES = 2**23
 LOGIT_BYTES = 2**30
 LEAST_TOKENS = 512  # of a chunk, however large the vocabulary

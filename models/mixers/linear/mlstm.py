@@ -59,7 +59,7 @@ class MLSTM(Mixer):
         out = ops.gated_linear_attention(
             q, k, v, log_decay, log_input=self.capped(self.input_gate(x)), normaliser="at_least_one", seq=seq
         )
-        return self.output(torch.sigmoid(self.gate(x)) * self.norm(out))
+        return self.output(self.norm(out, self.gate(x), "sigmoid"))
 
     def capped(self, gate: Tensor) -> Tensor:
         """In float32 at least: sums of gates over many tokens are exponents."""
