@@ -278,6 +278,11 @@ def norm_backward(
     return dx, None if weight is None else sums.sum(0).to(weight.dtype)
 
 
+def _gated_shape(width: int) -> dict[str, Any]:
+    """As `_shape`; backward holds eight tensors of a tile, and would spill registers of four warps."""
+    return {**_shape(width), "num_warps": 8 if width <= TILE else 16}
+
+
 def _kind(bias: Tensor | None, kind: tuple[bool, bool, bool]) -> dict[str, bool]:
     silu, centred, first = kind
     return {"BIAS": bias is not None, "SILU": silu, "CENTRED": centred, "FIRST": first}
@@ -288,7 +293,7 @@ def gated_norm(
 ) -> Tensor:
     """`gated_norm` of `[..., H, D]`; kind: whether by SiLU, centred, gate first."""
     x, gate, weight, width = x.contiguous(), gate.contiguous(), weight.contiguous(), x.shape[-1]
-    y, heads, shape = torch.empty_like(x), weight.numel() // width, _shape(width)
+    y, heads, shape = torch.empty_like(x), weight.numel() // width, _gated_shape(width)
     rows = x.numel() // width // heads
     _gated_norm[(triton.cdiv(rows, shape["ROWS"]), heads)](
         x, gate, weight, weight if bias is None else bias.contiguous(), y, rows, heads, width, eps,
@@ -302,7 +307,7 @@ def gated_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of (x, gate, weight, bias) in their types."""
     x, gate, dy, weight, width = x.contiguous(), gate.contiguous(), dy.contiguous(), weight.contiguous(), x.shape[-1]
-    dx, dgate, heads, shape = torch.empty_like(x), torch.empty_like(gate), weight.numel() // width, _shape(width)
+    dx, dgate, heads, shape = torch.empty_like(x), torch.empty_like(gate), weight.numel() // width, _gated_shape(width)
     rows = x.numel() // width // heads
     tiles = triton.cdiv(rows, shape["ROWS"])
     steps = triton.cdiv(tiles, max(1, SUMS // heads))
@@ -388,7 +393,7 @@ def compilations() -> list[Compilation]:
     variants = {"silu 128": (128, (True, False, False)), "sigmoid 2048": (2048, (False, False, False))}
     variants |= {"silu 128 centred": (128, (True, True, False)), "silu 4096 first": (4096, (True, False, True))}
     for variant, (width, kind) in variants.items():
-        shape = _shape(width)
+        shape = _gated_shape(width)
         warps, bias = shape.pop("num_warps"), torch.empty(0) if kind[1] else None
         constants = {**_kind(bias, kind), **shape}
         items += [compilation(kernel, variant, warps, **constants) for kernel in (_gated_norm, _gated_norm_backward)]

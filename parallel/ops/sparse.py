@@ -73,7 +73,7 @@ def block_sparse_attention(
             until=dense_length,
         )  # fmt: skip
         return dense + sparsely  # each is 0 where the other is not
-    op = BlockSparseAttend(*settings)
+    op = BlockSparseAttend(block_size, query_block, mask, scale)
     extended, stretches = with_cached(op, inputs, seq, slot)
     if seq.cache.length >= dense_length:
         return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
