@@ -17,13 +17,19 @@ from .operation import Tensors
 class Gradient(NamedTuple):
     """The final (out, lse) of queries, merged over all keys and finished, and their incoming gradients.
 
-    dout, out `[B, T, H, V]`; lse `[B, T, H]`, and its gradient where there is one.
+    out `[B, T, H, V]` and lse `[B, T, H]` are float32 (float64 for float64); dout has the type of the queries. dlse is
+    None where lse has no gradient.
     """
 
     dout: Tensor
     out: Tensor
     lse: Tensor
     dlse: Tensor | None = None
+
+    @property
+    def exact(self) -> torch.dtype:
+        """What gradients are added up in."""
+        return self.lse.dtype
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """dout · out − dlse, `[B, T, H]`."""
@@ -78,7 +84,7 @@ class Attend(ABC):
         By default autograd computes them from `attend`. With (out', lse') of this part and its share w = exp(lse' −
         lse) of the whole, the gradient of out' is w dout, and that of lse' is w (dout · (out' − out) + dlse).
         """
-        exact = gradient.out.dtype  # gradients are rounded once, after they are summed
+        exact = gradient.exact  # gradients are rounded once, after they are summed
         others = [(name, x) for name, x in inputs._asdict().items() if name not in self.travels and x is not None]
         stay = {name: x.detach().to(exact).requires_grad_() for name, x in others if x.is_floating_point()}
         leaves = [*stay.values(), *(x.detach().to(exact).requires_grad_() for x in received)]
@@ -86,10 +92,11 @@ class Attend(ABC):
             out, lse = self.attend(inputs._replace(**stay), tuple(leaves[len(stay) :]), tile, backend)
         unseen = lse.detach() == float("-inf")
         share = (lse.detach() - gradient.lse).exp().masked_fill(unseen, 0.0).unsqueeze(-1)
-        dlse = (share * gradient.dout * (out.detach() - gradient.out)).sum(-1)
+        dout = share * gradient.dout
+        dlse = (dout * (out.detach() - gradient.out)).sum(-1)
         if gradient.dlse is not None:
             dlse = dlse + share.squeeze(-1) * gradient.dlse
-        gradients = torch.autograd.grad((out, lse), leaves, (share * gradient.dout, dlse), materialize_grads=True)
+        gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse), materialize_grads=True)
         return dict(zip(stay, gradients, strict=False)), tuple(gradients[len(stay) :])
 
     def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
@@ -140,8 +147,8 @@ class ListedAttend(Attend):
 class Attention(ABC):
     """An `Attend` as an operation. Subclasses bring the keys to the queries.
 
-    Its output is out `[B, T, H, V]` in q's type. It saves out in float32, unless q's type is at least that, and the
-    log-sum-exp, which is a second output where `returns_lse`.
+    Its output is out `[B, T, H, V]` in q's type. It saves the log-sum-exp, which is a second output where
+    `returns_lse`, and the `rest` of out: gradients of peaked attention need dout · out more exactly than 16 bits say.
     """
 
     op: Attend
@@ -162,17 +169,17 @@ class Attention(ABC):
         self.op.check(named)
         out, lse = self.op.finish(*(self.over_keys(named, where) or self.op.zeros(named)), named)
         rounded = out.to(named.q.dtype)
-        exact = None if rounded.dtype == out.dtype else out
-        return ((rounded, lse), (exact, None)) if self.returns_lse else ((rounded,), (exact, lse))
+        saved = rest(out, rounded)
+        return ((rounded, lse), (saved,)) if self.returns_lse else ((rounded,), (saved, lse))
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Any
     ) -> Tensors:
         named = self.op.record(*inputs)
-        out = outputs[0] if saved[0] is None else saved[0]
-        lse = outputs[1] if saved[1] is None else saved[1]
-        dout = torch.zeros_like(out) if gradients[0] is None else gradients[0].to(out.dtype)
-        gradient = Gradient(dout, out, lse, gradients[1] if self.returns_lse else None)
+        lse = outputs[1] if self.returns_lse else saved[1]
+        assert lse is not None
+        dout = torch.zeros_like(outputs[0]) if gradients[0] is None else gradients[0]
+        gradient = Gradient(dout, restored(outputs[0], saved[0]), lse, gradients[1] if self.returns_lse else None)
         by_name = self.op.finish_backward(gradient, named)
         stay, travelled = self.over_keys_backward(gradient, named, where)
         by_name |= stay | dict(zip(self.op.travels, travelled, strict=True))
@@ -205,6 +212,29 @@ class OnOneDevice(Attention):
         if tile is None:
             return {}, tuple(torch.zeros_like(x) for x in sent)
         return self.op.attend_backward(gradient, inputs, sent, tile, backend)
+
+
+# Binary digits of float32 that are lost to rounding and not kept by `rest`.
+DROPPED = {torch.bfloat16: 8, torch.float16: 5}
+
+
+def rest(exact: Tensor, rounded: Tensor) -> Tensor | None:
+    """What rounding float32 numbers to 16 bits took away, to eight binary digits: int8, or None if they are as exact.
+
+    A byte beside the rounded number instead of a second copy in float32.
+    """
+    if rounded.dtype == exact.dtype:
+        return None
+    difference = exact.view(torch.int32) - rounded.float().view(torch.int32)  # numbers of one sign are in order of bits
+    dropped = DROPPED[rounded.dtype]
+    return difference.add_(1 << (dropped - 1)).bitwise_right_shift_(dropped).clamp_(-128, 127).to(torch.int8)
+
+
+def restored(rounded: Tensor, rest: Tensor | None) -> Tensor:
+    """The float32 numbers of which `rest` is known, off by at most 2^-15 of themselves; others as they are."""
+    if rest is None:
+        return rounded
+    return (rounded.float().view(torch.int32) + (rest.int() << DROPPED[rounded.dtype])).view(torch.float32)
 
 
 def check_documents(documents: Documents, key_documents: Documents, q: Tensor, k: Tensor) -> None:

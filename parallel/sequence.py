@@ -15,36 +15,11 @@ from ..kernels.derived import Deriving, Key
 from ..kernels.documents import Documents
 from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
+from ..kernels.pointwise import Rotation, rotations
+from .decoding_cache import DecodingCache
 from .layout import Layout
 from .mesh import Heads, Mesh
 from .strategy import Strategy
-
-
-class DecodingCache:
-    """What decoding keeps of the tokens so far: a few tensors for each (layer, slot), owned by the caller.
-
-    `length` counts the tokens that every layer has seen; call `advance` after the whole model has run on new ones.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.entries: dict[tuple[int, str], tuple[Tensor, ...]] = {}
-        self._parts: dict[str, DecodingCache] = {}
-
-    def of(self, part: str) -> DecodingCache:
-        """The cache of one part of a layer, which has slots of its own."""
-        cache = self._parts.setdefault(part, DecodingCache())
-        cache.length = self.length
-        return cache
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the cached tensors take."""
-        own = sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry)
-        return own + sum(part.bytes for part in self._parts.values())
 
 
 class _Derived:
@@ -53,6 +28,7 @@ class _Derived:
     def __init__(self) -> None:
         self.values: dict[Key, Any] = {}
         self.copies: dict[Key, Any] = {}
+        self.rotations: dict[Key, tuple[Tensor, Tensor]] = {}  # by (Rotation, device, type); devices compute them
 
     def keep_origin(self, seq: Sequence) -> None:
         """Remembers the first sequence that it belongs to, as long as that one's handle lives."""
@@ -222,6 +198,20 @@ class Sequence(Deriving):
             return _reach(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
         return self.local.on(device, _tokens_before)
 
+    def rotations(self, rotation: Rotation, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the angles of this rank's tokens, `[B, T, R/2]`, as `kernels.pointwise.rotate` takes them.
+
+        Computed once for all layers, for queries and keys, forward and recomputation.
+        """
+        if torch.compiler.is_compiling():
+            shape = self.documents.batch, self.layout.local_length, rotation.dims // 2
+            return _rotations(self.handle, rotation.name(), *shape, device, dtype)
+        key, made = (rotation, device, dtype), self._derived.rotations
+        if key not in made:
+            factor = rotation.frequencies()[1]
+            made[key] = rotations(self.positions(device), self.on(device, _frequencies, rotation), factor, dtype)
+        return made[key]
+
     def shard(self, x: Tensor) -> Tensor:
         """`[B, N, …]` of the whole rows to the `[B, T, …]` of this rank."""
         return self.layout.shard(x, self.rank)
@@ -285,12 +275,33 @@ def _tokens_before(documents: Documents) -> Tensor:
     return documents.positions().masked_fill(documents.ids() < 0, -1)
 
 
+def _frequencies(seq: Sequence, rotation: Rotation) -> Tensor:
+    return rotation.frequencies()[0]
+
+
 @torch.library.custom_op("longreach::reach", mutates_args=())
 def _reach(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     """`Sequence.reach` as compiled graphs see it: of the sequence that the handle stands for, not of the traced one."""
-    return Sequence.of(handle).reach(device)
+    return Sequence.of(handle).reach(device).clone()  # the graph may write over what an op returns
 
 
 @_reach.register_fake
 def _(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     return torch.empty(batch, length, dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("longreach::rotations", mutates_args=())
+def _rotations(
+    handle: Tensor, rotation: str, batch: int, length: int, half: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`Sequence.rotations` as compiled graphs see it."""
+    cos, sin = Sequence.of(handle).rotations(Rotation.named(rotation), device, dtype)
+    return cos.clone(), sin.clone()
+
+
+@_rotations.register_fake
+def _(
+    handle: Tensor, rotation: str, batch: int, length: int, half: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.empty(batch, length, half, dtype=dtype, device=device) for _ in range(2))
+    return cos, sin

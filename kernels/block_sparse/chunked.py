@@ -13,6 +13,7 @@ from .visits import Group, Visits, visits_of
 
 SCORES = 1 << 17  # of one product: they stay in cache between the passes over them
 KEYS = 512
+COPIED = 32  # queries from which on it pays to copy all keys head by head
 
 
 class _Problem:
@@ -25,7 +26,9 @@ class _Problem:
         self.value_dim, self.list_heads = v.shape[3], blocks.shape[2]
         self.heads_per_list = self.heads // self.list_heads
         self.q = self.rows(q).mul_(scale) if q.dtype != self.dtype else self.rows(q) * scale
-        self.k, self.v = (x.to(self.dtype).transpose(1, 2).contiguous() for x in (k, v))
+        self.k, self.v = (x.to(self.dtype).transpose(1, 2) for x in (k, v))
+        if self.length >= COPIED:
+            self.k, self.v = self.k.contiguous(), self.v.contiguous()
         self.visits: Visits = visits_of(blocks, tile, k.shape[2])
         self.positions = tile.queries.positions(q.device).long()
 

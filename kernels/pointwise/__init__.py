@@ -2,17 +2,23 @@
 
 from .cross_entropy import cross_entropy, loss_and_correct
 from .embedding import embedding
-from .rms_norm import rms_norm
-from .rope import RopeScaling, rope, rope_frequencies
+from .gated_norm import gated_norm
+from .rms_norm import l2_norm, rms_norm
+from .rope import RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
 from .swiglu import swiglu
 
 __all__ = [
     "RopeScaling",
+    "Rotation",
     "cross_entropy",
     "embedding",
+    "gated_norm",
+    "l2_norm",
     "loss_and_correct",
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "rotate",
+    "rotations",
     "swiglu",
 ]

@@ -11,8 +11,11 @@ from torch import Tensor
 from ..dispatch import by_kernels
 
 NO_TARGET = -100
-CPU_CHUNK = 512
-LOGIT_BYTES = 2**29  # of a chunk elsewhere: enough for matrix products at full speed, little beside the activations
+# Bytes of a chunk's logits. Each chunk reads and writes the whole gradient of the weight, so that fewer chunks are
+# better as long as logits stay in a CPU's caches, and are little beside the activations on an accelerator.
+CPU_LOGIT_BYTES = 2**23
+LOGIT_BYTES = 2**30
+LEAST_TOKENS = 512  # of a chunk, however large the vocabulary
 
 
 def cross_entropy(
@@ -28,8 +31,8 @@ def cross_entropy(
 
     hidden `[B, T, D]`, weight `[Vocab, D]`, targets int64 `[B, T]` with −100 for tokens without one, bias `[Vocab]`.
     Returns a scalar, float32 (float64 for float64): a sum, so that the caller divides by the targets of the whole
-    global batch. The logits of at most `chunk` tokens exist at a time (None: 512 on a CPU, elsewhere as many as take
-    half a gibibyte), in forward and again in backward, which recomputes them from the inputs and one number per token.
+    global batch. The logits of at most `chunk` tokens exist at a time, by default those of `chunk_tokens`, in forward
+    and again in backward, which recomputes them from the inputs and one number per token.
     `weight` is kept as the parameter itself, for engines that shard it between forward and backward. A target outside
     the vocabulary is torch's RuntimeError on a CPU, and a loss of NaN on CUDA. Raises ValueError where shapes do not
     fit.
@@ -60,12 +63,16 @@ def loss_and_correct(
     return _sum(lse, picked, ids), correct
 
 
+def chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a chunk: the largest power of two whose logits fit 8 MiB on a CPU, 1 GiB elsewhere; at least 512."""
+    on_cpu = device.type == "cpu"
+    a_logit = max(4, dtype.itemsize) if on_cpu else dtype.itemsize  # kernels keep them in their own type
+    fit = (CPU_LOGIT_BYTES if on_cpu else LOGIT_BYTES) // (vocabulary * a_logit)
+    return max(LEAST_TOKENS, 1 << max(0, fit.bit_length() - 1))
+
+
 def _chunk(hidden: Tensor, weight: Tensor, chunk: int | None) -> int:
-    if chunk is not None:
-        return chunk
-    if hidden.device.type == "cpu":
-        return CPU_CHUNK
-    return max(CPU_CHUNK, LOGIT_BYTES // (weight.shape[0] * hidden.element_size()) // 256 * 256)
+    return chunk_tokens(weight.shape[0], hidden.dtype, hidden.device) if chunk is None else chunk
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int) -> None:

@@ -1,4 +1,4 @@
-"""RMS norm with a backward that keeps its input and one number per row."""
+"""RMS and L2 norms with a backward that keeps its input and one number per row."""
 
 from __future__ import annotations
 
@@ -22,10 +22,22 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
         raise ValueError(f"offset must come with a weight; got offset={offset} and no weight. Leave it at 0")
     if weight is not None and tuple(weight.shape) != (x.shape[-1],):
         raise ValueError(f"weight must be of shape [{x.shape[-1]}], x's last dim; got {tuple(weight.shape)}")
-    return _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
+    return _RmsNorm.apply(x, weight, eps, 1.0 if weight is None else offset)  # type: ignore[return-value]
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """y = x / sqrt(sum(x^2) + eps) over the last dim: what keeps keys of a delta rule at length 1.
+
+    `[..., D]`. Computed in float32 (float64 for float64); y is in x's type. A zero vector stays zero, with a finite
+    gradient.
+    """
+    width = x.shape[-1]
+    return _RmsNorm.apply(x, None, eps / width, width**-0.5)  # type: ignore[return-value]
 
 
 class _RmsNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) times offset + weight, of which either may be all."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
         ctx.offset, ctx.kernels = offset, None
@@ -39,6 +51,8 @@ class _RmsNorm(torch.autograd.Function):
         y = wide * inverse
         if weight is not None:
             y = y.mul_(weight.to(wide.dtype) + offset)
+        elif offset != 1.0:
+            y = y.mul_(offset)
         ctx.save_for_backward(x, weight, inverse)
         return y.to(x.dtype)
 
@@ -56,6 +70,8 @@ class _RmsNorm(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dweight = (g * n).flatten(0, -2).sum(0).to(weight.dtype)
             g = g * (weight.to(inverse.dtype) + ctx.offset)
+        elif ctx.offset != 1.0:
+            g = g * ctx.offset
         along = (g * n).mean(-1, keepdim=True)
         dx = n.mul_(along).neg_().add_(g).mul_(inverse)
         return dx.to(x.dtype), dweight, None, None

@@ -1,4 +1,4 @@
-"""Rotary positions: the rotation, and the frequencies that long-context models scale."""
+"""Rotary positions: the rotation, its angles, and the frequencies that long-context models scale."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..dispatch import by_kernels
 
 # The settings that each kind of scaling reads beside `factor`; those without a default are required.
 _READS = {
@@ -97,16 +99,71 @@ def _yarn_kept(dim: int, base: float, scaling: RopeScaling) -> Tensor:
     return 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Which rotation a head's first `dims` dims undergo: that of `rope_frequencies(dims, base, scaling)`."""
+
+    dims: int
+    base: float
+    scaling: RopeScaling | None = None
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Inverse frequencies, float32 `[dims / 2]` on the host, and the factor of what is rotated."""
+        with torch.device("cpu"):
+            return rope_frequencies(self.dims, self.base, self.scaling)
+
+    @torch.compiler.assume_constant_result
+    def name(self) -> str:
+        """A text by which a compiled graph finds the rotation again, with `named`."""
+        _named[repr(self)] = self
+        return repr(self)
+
+    @staticmethod
+    def named(name: str) -> Rotation:
+        return _named[name]
+
+
+_named: dict[str, Rotation] = {}
+
+
+def rotations(
+    positions: Tensor, inverse_frequencies: Tensor, attention_factor: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the angles `position * inverse_frequencies`, times `attention_factor`.
+
+    positions `[B, T]`, inverse_frequencies `[R/2]`; results `[B, T, R/2]` in `dtype`, float32 or float64. Angles are
+    float64, since at a million tokens the float32 product is off by a thirtieth of a radian.
+    """
+    angles = positions.to(torch.float64)[..., None] * inverse_frequencies.to(torch.float64)
+    if dtype == torch.float32:
+        angles = angles.remainder_(2 * math.pi).to(dtype)
+    return angles.cos().mul_(attention_factor), angles.sin_().mul_(attention_factor)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the first R dims of each head by its token's angles, whose `rotations` are given; passes the rest.
+
+        y_i = x_i cos_i − x_{i+R/2} sin_i;  y_{i+R/2} = x_{i+R/2} cos_i + x_i sin_i
+
+    x `[B, T, H, K]`; cos, sin `[B, T, R/2]`, float32 (float64 for float64), which carry no gradient; half-split
+    pairing, as in GPT-NeoX and Llama's published form. Computed in their type; y is in x's. Backward keeps cos and sin
+    and no activation. Raises ValueError where shapes or types do not fit.
+    """
+    if cos.shape != sin.shape or cos.shape[:-1] != x.shape[:2] or 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(
+            f"cos and sin must be [B, T, R/2] for x [B, T, H, K], R at most K; got {list(cos.shape)} and "
+            f"{list(sin.shape)} for {list(x.shape)}"
+        )
+    if cos.dtype != torch.promote_types(x.dtype, torch.float32):
+        raise ValueError(f"cos and sin must be float32, or float64 for float64; got {cos.dtype} for {x.dtype}")
+    return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
+
+
 def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention_factor: float = 1.0) -> Tensor:
     """Rotates the first R = 2·len(inverse_frequencies) dims of each head by its token's position; passes the rest.
 
-        angle_i = position * inverse_frequencies_i
-        y_i = x_i cos(angle_i) − x_{i+R/2} sin(angle_i);  y_{i+R/2} = x_{i+R/2} cos(angle_i) + x_i sin(angle_i)
-
-    x `[B, T, H, K]`, positions `[B, T]`; half-split pairing, as in GPT-NeoX and Llama's published form. Rotated dims
-    are multiplied by `attention_factor`. Angles are float64, since at a million tokens the float32 product is off by a
-    thirtieth of a radian; the rotation is float32 (float64 for float64) and y in x's type. Raises ValueError where
-    shapes do not fit. Su et al., 2021, arXiv 2104.09864.
+    x `[B, T, H, K]`, positions `[B, T]`: `rotate` by the `rotations` of the positions, for whom these are of no other
+    use. Raises ValueError where shapes do not fit. Su et al., 2021, arXiv 2104.09864.
     """
     if tuple(positions.shape) != tuple(x.shape[:2]):
         raise ValueError(f"positions must be {list(x.shape[:2])}, one per token; got {list(positions.shape)}")
@@ -115,35 +172,35 @@ def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention
             f"inverse_frequencies must be at most half of the head's {x.shape[-1]} dims; "
             f"got {inverse_frequencies.shape[0]}"
         )
-    return _Rope.apply(x, positions, inverse_frequencies, attention_factor)  # type: ignore[return-value]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return rotate(x, *rotations(positions, inverse_frequencies, attention_factor, dtype))
 
 
-class _Rope(torch.autograd.Function):
-    """The transpose of a rotation is the rotation back, so that backward keeps the positions and no activations."""
+class _Rotate(torch.autograd.Function):
+    """The transpose of a rotation is the rotation back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, positions: Tensor, inverse_frequencies: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(positions, inverse_frequencies)
-        ctx.factor = factor
-        return _rotate(x, positions, inverse_frequencies, factor, 1.0)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        positions, inverse_frequencies = ctx.saved_tensors
-        return _rotate(dy, positions, inverse_frequencies, ctx.factor, -1.0), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, sin, -1.0), None, None
 
 
-def _rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, factor: float, direction: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    angles = positions.to(torch.float64)[..., None, None] * inverse_frequencies.to(torch.float64)
-    if dtype == torch.float32:
-        angles = angles.remainder_(2 * math.pi).to(dtype)
-    cos, sin = angles.cos().mul_(factor), angles.sin().mul_(factor * direction)
-    half = inverse_frequencies.shape[0]
-    first, second = (x[..., i * half : (i + 1) * half].to(dtype) for i in range(2))
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    kernels = by_kernels("rope", x)
+    if kernels is not None and x.numel():
+        return kernels.turned(x, cos, sin, direction)
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    first, second = (x[..., i * half : (i + 1) * half].to(cos.dtype) for i in range(2))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y[..., :half] = first * cos - second * sin
-    y[..., half : 2 * half] = second * cos + first * sin
-    y[..., 2 * half :] = x[..., 2 * half :]
+    y[..., :half] = (first * cos).addcmul_(second, sin, value=-direction)
+    y[..., half : 2 * half] = (second * cos).addcmul_(first, sin, value=direction)
+    if 2 * half < x.shape[-1]:
+        y[..., 2 * half :] = x[..., 2 * half :]
     return y

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.pointwise import rms_norm
+from ...kernels.pointwise import gated_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,7 +14,8 @@ class RMSNorm(nn.Module):
 
         y = x / sqrt(mean(x^2) + eps) * (offset + weight)
 
-    `[..., width]` to the same shape and dtype. With `offset=1` the weight starts at 0 (Gemma's form).
+    `[..., width]` to the same shape and dtype. With `offset=1` the weight starts at 0 (Gemma's form). With a gate
+    like x, y times its activation, "silu" or "sigmoid".
     """
 
     def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0) -> None:
@@ -22,8 +23,11 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
+        if gate is None:
+            return rms_norm(x, self.weight, self.eps, self.offset)
+        weight = self.weight + self.offset if self.offset else self.weight
+        return gated_norm(x, gate, weight, eps=self.eps, activation=activation)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0 - self.offset)
@@ -36,7 +40,8 @@ class HeadNorm(nn.Module):
         y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
     `[B, T, H, V]` to `[B, T, H * V]` in the same dtype; statistics in float32 at least (Wu and He, 2018,
-    arXiv 1803.08494). bias=False leaves it out.
+    arXiv 1803.08494). bias=False leaves it out. With a gate `[B, T, H * V]`, y times its activation, "silu" or
+    "sigmoid".
     """
 
     def __init__(self, heads: int, value_dim: int, eps: float = 1e-6, bias: bool = True) -> None:
@@ -45,7 +50,12 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads * value_dim))
         self.bias = nn.Parameter(torch.zeros(heads * value_dim)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
+        if gate is not None:
+            weight, bias = (None if p is None else p.view(x.shape[-2:]) for p in (self.weight, self.bias))
+            assert weight is not None
+            gate = gate.unflatten(-1, x.shape[-2:])
+            return gated_norm(x, gate, weight, bias, eps=self.eps, activation=activation, centred=True).flatten(-2)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = F.layer_norm(wide, x.shape[-1:], eps=self.eps).flatten(-2)
         scaled = normed * self.weight
@@ -54,12 +64,3 @@ class HeadNorm(nn.Module):
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0 if name == "weight" else 0.0)
         return True
-
-
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dim, in float32 at least: what keeps keys of a delta rule at length 1.
-
-    `[..., D]` to the same shape and dtype; a zero vector stays zero, with a finite gradient.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

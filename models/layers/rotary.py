@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.pointwise import RopeScaling, rope, rope_frequencies
+from ...kernels.pointwise import RopeScaling, Rotation, rotate
+from ...parallel.sequence import Sequence
 
 
 def rotary(head_dim: int, base: float | None, fraction: float, scaling: dict[str, Any] | None) -> Rotary | None:
@@ -25,9 +26,9 @@ def rotary(head_dim: int, base: float | None, fraction: float, scaling: dict[str
 class Rotary:
     """Rotates the first `fraction` of a head's dims by each token's position (Su et al., 2021, arXiv 2104.09864).
 
-    x `[B, T, H, head_dim]`, positions `[B, T]`; half-split pairing. The frequencies are float32 and belong to no
-    module, so that neither a cast of the model to bfloat16 nor its construction on `meta` touches them. Raises
-    ValueError where the fraction does not give an even number of dims.
+    x `[B, T, H, head_dim]`, tokens of `seq`; half-split pairing. It holds settings and no tensor, so that neither a
+    cast of the model to bfloat16 nor its construction on `meta` touches the frequencies; the sequence keeps the angles
+    for all layers that share them. Raises ValueError where the fraction does not give an even number of dims.
     """
 
     def __init__(
@@ -40,19 +41,7 @@ class Rotary:
             )
         if base <= 0:
             raise ValueError(f"rope_base must be positive; got {base}")
-        self.rotated, self.base = rotated, float(base)
-        self.scaling = RopeScaling(**scaling) if scaling else None
-        self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}
+        self.rotation = Rotation(rotated, float(base), RopeScaling(**scaling) if scaling else None)
 
-    @torch.compiler.assume_constant_result
-    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
-        """float32 `[rotated / 2]` on `device`, and the factor by which long-context scalings sharpen attention."""
-        if device not in self._frequencies:
-            with torch.device("cpu"):
-                inverse_frequencies, attention_factor = rope_frequencies(self.rotated, self.base, self.scaling)
-            self._frequencies[device] = (inverse_frequencies.to(device), attention_factor)
-        return self._frequencies[device]
-
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        inverse_frequencies, attention_factor = self.frequencies(x.device)
-        return rope(x, positions, inverse_frequencies=inverse_frequencies, attention_factor=attention_factor)
+    def __call__(self, x: Tensor, seq: Sequence) -> Tensor:
+        return rotate(x, *seq.rotations(self.rotation, x.device, torch.promote_types(x.dtype, torch.float32)))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...kernels.attend import Attend, OnOneDevice
-from ...kernels.documents import Documents, Run
+from ...kernels.documents import PADDING, Documents, Run
 from ...kernels.masks import Mask, Pattern
-from ...kernels.masks.pattern import union
 from ...kernels.operation import run
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
+from ..decoding_cache import Stretch
 from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
 from ..strategies.gather import gather
@@ -61,47 +60,40 @@ def attention(
     check_class("attention", op)
     if seq.cache is not None:
         made = op(*settings)
-        extended, keys = with_cached(made, inputs, seq, slot)
-        return run(OnOneDevice(made), extended, (made.tile(seq.local, keys), seq.backend))[0]
+        extended, stretches = with_cached(made, inputs, seq, slot)
+        return run(OnOneDevice(made), extended, (tile_of_cached(seq, made, stretches), seq.backend))[0]
     build, arguments = gather if seq.strategy.attention == "gather" else ring, (until, op, *settings)
     if seq.strategy.attention == "ulysses" and seq.heads is not None:
         build, arguments = ulysses, (seq.heads.ranks, (), build, *arguments)
     return mix(build, arguments, inputs, seq, slot)[0]
 
 
-def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, Documents]:
-    """The inputs with the cached keys before the new ones, and the documents of all these keys.
+def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, tuple[Stretch, ...]]:
+    """The inputs with the cached keys before the new ones, and where in the document these keys are.
 
     The cache keeps those that a later query can still see.
     """
     assert seq.cache is not None
-    entries, key = seq.cache.entries, (seq.layer, slot)
-    sent, before = op.sent(inputs), seq.cache.length
-    total = before + sent[0].shape[1]
-    if key in entries:
-        sent = tuple(torch.cat(pair, dim=1) for pair in zip(entries[key], sent, strict=True))
-    kept = op.kept(total)
-    if kept == [(0, total)]:
-        runs = (Run(0, 0, total, 0),)
-        entries[key] = sent
-    else:
-        start, runs = 0, ()
-        for first, stop in union([*op.kept(before), (before, total)]):
-            runs += (Run(0, start, stop - first, first),)
-            start += stop - first
-        entries[key] = _parts(sent, runs, kept)
-    extended = inputs._replace(**dict(zip(op.travels, sent, strict=True)))
-    return extended, Documents.of_runs((runs,) * sent[0].shape[0], sent[0].shape[1])
+    rows = seq.cache.rows_of(seq.layer, slot)
+    sent, stretches = rows.append(op.sent(inputs))
+    rows.keep(op.kept(rows.length))
+    return inputs._replace(**dict(zip(op.travels, sent, strict=True))), stretches
 
 
-def _parts(sent: tuple[Tensor, ...], runs: tuple[Run, ...], kept: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """The tokens at the kept positions, of tensors whose tokens are `runs` of one document."""
-    cuts = [
-        (max(low, r.position) - r.position + r.start, min(high, r.end_position) - r.position + r.start)
-        for low, high in kept
-        for r in runs
-    ]
-    cuts = [(low, high) for low, high in cuts if low < high]
-    if sum(high - low for low, high in cuts) == sent[0].shape[1]:
-        return sent
-    return tuple(torch.cat([x[:, low:high] for low, high in cuts] or [x[:, :0]], dim=1) for x in sent)
+def documents_of_cached(seq: Sequence, stretches: tuple[Stretch, ...]) -> Documents:
+    """The documents of cached keys and the new ones; the same of all layers that keep as many."""
+    return seq.derive(_documents_of_cached, stretches)
+
+
+def tile_of_cached(seq: Sequence, op: Attend, stretches: tuple[Stretch, ...]) -> Any:
+    """The work of the new queries against cached keys and the new ones; the same of all layers that keep as many."""
+    return seq.derive(_tile_of_cached, op, stretches)
+
+
+def _documents_of_cached(seq: Sequence, stretches: tuple[Stretch, ...]) -> Documents:
+    runs = [Run(0, *part) if part.position >= 0 else Run(PADDING, part.start, part.length, 0) for part in stretches]
+    return Documents.of_runs([runs] * seq.documents.batch, sum(part.length for part in stretches))
+
+
+def _tile_of_cached(seq: Sequence, op: Attend, stretches: tuple[Stretch, ...]) -> Any:
+    return op.tile(seq.local, documents_of_cached(seq, stretches))

@@ -64,6 +64,8 @@ def _with_history(x: Tensor, seq: Sequence, width: int, slot: str) -> tuple[Tens
         if seq.layout.ranks == 1:
             seq.claim(slot)  # decoding needs the slot even where there is no halo
         return folded, halo(folded, seq, width, slot)
-    history = seq.cache.entries.get((seq.layer, slot), (x.new_zeros(x.shape[0], width, *x.shape[2:]),))[0]
-    seq.cache.entries[seq.layer, slot] = (torch.cat([history, x], dim=1)[:, x.shape[1] :],)
+    history = seq.cache.states.get((seq.layer, slot))
+    if history is None:
+        history = x.new_zeros(x.shape[0], width, *x.shape[2:])
+    seq.cache.states[seq.layer, slot] = torch.cat([history, x], dim=1)[:, x.shape[1] :].clone()
     return x, history

@@ -121,10 +121,10 @@ def recurrent(
 def _decoded(op: Recurrence[Any], inputs: tuple[Tensor | None, ...], seq: Sequence, slot: str) -> Tensor:
     assert seq.cache is not None
     op.check(inputs)
-    state = seq.cache.entries.get((seq.layer, slot), (None,))[0]
+    state = seq.cache.states.get((seq.layer, slot))
     problem = op.problem(inputs, seq.local, backend=seq.backend)
     out, final = problem.implementation.forward(problem, state)
-    seq.cache.entries[seq.layer, slot] = (final,)
+    seq.cache.states[seq.layer, slot] = final
     return out
 
 

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.attend import OnOneDevice
 from ...kernels.block_sparse import BlockSparseAttend, BlockSparseInputs, sparse_lists
 from ...kernels.block_sparse import block_sparse_attention as local_block_sparse_attention
 from ...kernels.compressed import CompressedAttend
-from ...kernels.compressed import compressed_attention as local_compressed_attention
+from ...kernels.compressed.folding import Folding
 from ...kernels.documents import Documents
 from ...kernels.masks import Pattern
-from ...kernels.operation import Tensors
+from ...kernels.operation import Tensors, run
 from ...kernels.plain import made_of
 from ...kernels.select_blocks import Choices, Rule, choose
 from ...kernels.select_blocks import select_blocks as local_select_blocks
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
+from ...kernels.windows import WindowLayout
 from ..operation import Operation, mix
 from ..sequence import Sequence
 from ..strategies.listed_blocks import by_blocks
@@ -32,7 +34,7 @@ from ..strategies.windows import (
     windows_decoded,
 )
 from ..strategies.windows import windows_held as windows_held
-from .attention import CAUSAL, attention, with_cached
+from .attention import CAUSAL, attention, documents_of_cached, tile_of_cached, with_cached
 
 
 def block_sparse_attention(
@@ -71,7 +73,11 @@ def block_sparse_attention(
             until=dense_length,
         )  # fmt: skip
         return dense + sparsely  # each is 0 where the other is not
-    extended, keys = with_cached(BlockSparseAttend(*settings), inputs, seq, slot)
+    op = BlockSparseAttend(block_size, query_block, mask, scale)
+    extended, stretches = with_cached(op, inputs, seq, slot)
+    if seq.cache.length >= dense_length:
+        return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
+    keys = documents_of_cached(seq, stretches)
     return local_block_sparse_attention(  # type: ignore[return-value]
         q, extended.k, extended.v, blocks, block_size=block_size, query_block=query_block, mask=mask,
         documents=seq.local, key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
@@ -99,11 +105,9 @@ def compressed_attention(
     if seq.cache is None:
         out, lse = mix(replicated, (CompressedAttend, size, stride, scale), (q, k, v), seq, slot)
         return out, lse.detach()
-    row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
-    return local_compressed_attention(  # type: ignore[return-value]
-        q, k, v, size=size, stride=stride, documents=seq.local, row_documents=row, scale=scale, return_lse=True,
-        backend=seq.backend,
-    )  # fmt: skip
+    folding = seq.derive(_folding, size, stride, k.shape[1])
+    out, lse = run(OnOneDevice(CompressedAttend(size, stride, scale)), (q, k, v), (folding, seq.backend))
+    return out, lse.detach()
 
 
 def select_blocks(
@@ -125,10 +129,22 @@ def select_blocks(
     q, summaries, lse = q.detach(), summaries.detach(), None if lse is None else lse.detach()
     if seq.cache is None:
         return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse), seq, slot)[0]
-    row = Documents.whole(q.shape[0], seq.cache.length + q.shape[1])
+    row = seq.derive(_decoded_row, seq.cache.length)
     return local_select_blocks(
         q, summaries, rule=rule, documents=seq.local, row_documents=row, scale=scale, lse=lse, backend=seq.backend
     )
+
+
+def _decoded_row(seq: Sequence, before: int) -> Documents:
+    """The documents of all tokens so far, while decoding."""
+    return Documents.whole(seq.documents.batch, before + seq.documents.length)
+
+
+def _folding(seq: Sequence, size: int, stride: int, windows: int) -> Folding:
+    """Of the new queries against the windows so far, while decoding."""
+    assert seq.cache is not None
+    row = seq.derive(_decoded_row, seq.cache.length)
+    return Folding(WindowLayout(row, size, stride), seq.local, windows)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ class SharedAttention(Attention, Operation):
         named = self.op.record(*inputs)
         self.op.check(named)
         shape, exact = (*named.q.shape[:-1], named.v.shape[-1]), torch.promote_types(named.q.dtype, torch.float32)
-        out = None if exact == named.q.dtype else named.q.new_empty(shape, dtype=exact)
-        rounded, lse = named.q.new_empty(shape), named.q.new_empty(shape[:-1], dtype=exact)
-        return ((rounded, lse), (out, None)) if self.returns_lse else ((rounded,), (out, lse))
+        saved = None if exact == named.q.dtype else named.q.new_empty(shape, dtype=torch.int8)
+        out, lse = named.q.new_empty(shape), named.q.new_empty(shape[:-1], dtype=exact)
+        return ((out, lse), (saved,)) if self.returns_lse else ((out,), (saved, lse))
 
     @staticmethod
     def add_up(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ class GatherAttention(SharedAttention):
         seq = self.rows(where)
         keys, tile = _gather(self.op.sent(inputs), seq), self._tile(seq)
         if tile is None:
-            stay, gradients = {}, tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in keys)
+            stay, gradients = {}, tuple(torch.zeros_like(x, dtype=gradient.exact) for x in keys)
         else:
             stay, gradients = self.op.attend_backward(gradient, inputs, keys, tile, seq.backend)
         if seq.layout.ranks == 1:

@@ -296,7 +296,7 @@ class ListedAttention(SharedAttention):
 
         def backward(received: tuple[Tensor, ...], tile: Any) -> tuple[Tensor, ...]:
             if tile is None:
-                return tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in received)
+                return tuple(torch.zeros_like(x, dtype=gradient.exact) for x in received)
             stay_part, gradients = self.op.attend_backward(gradient, inputs, received, tile, seq.backend)
             self.add_up(stay, stay_part)
             return gradients

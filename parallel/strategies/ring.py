@@ -149,7 +149,7 @@ class RingAttention(SharedAttention):
         own = self.op.sent(inputs)
         travel = _Travel(own, seq, plan)
         stay: dict[str, Tensor] = {}
-        total = Packed.of(tuple(torch.zeros_like(x, dtype=gradient.out.dtype) for x in own))
+        total = Packed.of(tuple(torch.zeros_like(x, dtype=gradient.exact) for x in own))
         returns = _Returns(total, seq, plan)
         for step, tile in enumerate(plan.tiles):
             travel.start(step)
@@ -158,7 +158,7 @@ class RingAttention(SharedAttention):
                 block = travel.block(step)
                 stay_parts, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
                 self.add_up(stay, stay_parts)
-                part = Packed.of(tuple(x.to(gradient.out.dtype) for x in gradients))  # as their owners expect them
+                part = Packed.of(tuple(x.to(gradient.exact) for x in gradients))  # as their owners expect them
             returns.finish()
             returns.start(part, step)
             travel.finish()

@@ -274,12 +274,10 @@ def _gather(x: Tensor, seq: Sequence) -> Tensor:
 def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, stride: int, slot: str) -> Tensor:
     """The windows that these tokens of one document per row complete, `[B, new, size, …]`; the cache keeps what later
     windows begin with."""
-    key, before = (seq.layer, slot), cache.length
-    rows = x
-    if key in cache.entries:
-        rows = torch.cat([cache.entries[key][0], x], dim=1)
-    done, count = (max(0, (tokens - size) // stride + 1) for tokens in (before, before + x.shape[1]))
-    cache.entries[key] = (rows[:, (count - done) * stride :],)
+    done, count = (max(0, (tokens - size) // stride + 1) for tokens in (cache.length, cache.length + x.shape[1]))
+    kept = cache.rows_of(seq.layer, slot)
+    (rows,), _ = kept.append((x,))
+    kept.keep([(count * stride, kept.length)])
     if count == done:
         return rows.new_zeros(rows.shape[0], 0, size, *rows.shape[2:])
     return rows.unfold(1, size, stride).movedim(-1, 2)
@@ -287,8 +285,4 @@ def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, s
 
 def summaries_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, slot: str) -> Tensor:
     """The summaries of all windows so far, from those of the new ones and the cache."""
-    key = (seq.layer, slot)
-    if key in cache.entries:
-        x = torch.cat([cache.entries[key][0], x], dim=1)
-    cache.entries[key] = (x,)
-    return x
+    return cache.rows_of(seq.layer, slot).append((x,))[0][0]

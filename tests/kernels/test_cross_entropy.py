@@ -6,6 +6,7 @@ from largest_tensor import LargestTensor
 from torch.nn import functional as F
 
 from longreach.kernels.pointwise import cross_entropy, loss_and_correct
+from longreach.kernels.pointwise.cross_entropy import chunk_tokens
 
 
 def inputs(tokens=63, width=12, vocabulary=40, dtype=torch.float64, batch=2):
@@ -119,3 +120,29 @@ def test_bad_input():
     for outside in (40, -1):
         with pytest.raises(RuntimeError):
             cross_entropy(hidden, weight, torch.full_like(targets, outside))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "device", "tokens"),
+    [
+        (1024, torch.float32, "cpu", 2048),
+        (1024, torch.bfloat16, "cpu", 2048),  # logits are float32 there
+        (131_072, torch.float32, "cpu", 512),
+        (32_768, torch.bfloat16, "cuda", 16_384),
+        (131_072, torch.bfloat16, "cuda", 4096),
+        (100_000, torch.bfloat16, "cuda", 4096),
+        (131_072, torch.float32, "cuda", 2048),
+    ],
+)
+def test_a_chunk_has_as_many_tokens_as_fit_its_memory(vocabulary, dtype, device, tokens):
+    assert chunk_tokens(vocabulary, dtype, torch.device(device)) == tokens
+
+
+def test_chunks_change_the_loss_by_rounding_alone():
+    hidden, weight, _, targets = inputs(tokens=1200, dtype=torch.float32)
+    results = []
+    for chunk in (None, 512, 64):
+        loss = cross_entropy(hidden, weight, targets, chunk=chunk)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, atol=1e-4, rtol=1e-5)

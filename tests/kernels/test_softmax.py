@@ -6,7 +6,7 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 
-from longreach.kernels.attend import Gradient, merge
+from longreach.kernels.attend import Gradient, merge, rest, restored
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Band, Bands, Dilated, Mask
 from longreach.kernels.softmax import (
@@ -347,3 +347,28 @@ def test_bad_input():
         softmax_attention(q, k[:, :3], v[:, :3])
     with pytest.raises(ValueError, match="backend must be"):
         softmax_attention(q, k, v, backend="fast")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_byte_beside_the_rounded_output_tells_gradients_what_rounding_took(dtype):
+    exact = torch.cat([torch.randn(4000), torch.tensor([0.0, -0.0, 1.0, -1.0, 255.99, -3.0039])]) * 8
+    rounded = exact.to(dtype)
+    kept = rest(exact, rounded)
+    assert kept.dtype == torch.int8
+    torch.testing.assert_close(restored(rounded, kept), exact, atol=0.0, rtol=2**-15)
+    assert rest(exact, exact) is None
+    assert restored(exact, None) is exact
+
+
+def test_peaked_attention_in_bfloat16_has_the_gradients_of_float64():
+    """Scores of about 50, and values with a mean, of which gradients see the differences alone."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 256, heads, 32, generator=generator) for heads in (4, 2, 2, 4))
+    inputs = [x.bfloat16() for x in (8 * q, 1 + k, 1 + v, 1 + dout)]
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        *leaves, incoming = (x.to(dtype) for x in inputs)
+        leaves = [x.requires_grad_() for x in leaves]
+        gradients.append(torch.autograd.grad(softmax_attention(*leaves), leaves, incoming))
+    for got, exact in zip(*gradients, strict=True):
+        assert (got - exact).norm() < 1.05 * (exact.bfloat16() - exact).norm()

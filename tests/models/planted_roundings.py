@@ -54,8 +54,8 @@ def queries_gradient_added_up_rounded(patch):
     original = softmax.attend_backward
 
     def attend_backward(gradient, q, k, v, *, tile, **settings):
-        out = gradient.out
-        dq, dk, dv = (torch.zeros_like(x) for x in (q, k.to(out.dtype), v.to(out.dtype)))
+        exact = gradient.exact
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k.to(exact), v.to(exact)))
         for start in range(0, k.shape[1], 64):
             keys = slice(start, start + 64)
             part = tile.mask.tile(tile.queries, tile.keys.slice(start, min(start + 64, k.shape[1])))
@@ -63,7 +63,7 @@ def queries_gradient_added_up_rounded(patch):
                 found = original(gradient, q, k[:, keys], v[:, keys], tile=part, **settings)
                 dq += found[0].to(q.dtype)
                 dk[:, keys], dv[:, keys] = found[1:]
-        return dq.to(out.dtype), dk, dv
+        return dq.to(exact), dk, dv
 
     patch.setattr(softmax, "attend_backward", attend_backward)
 
@@ -111,9 +111,9 @@ def positions_rounded(patch):
 def angles_rounded(patch):
     """Angles are in the type of what they turn."""
 
-    def rotate(self, x, positions):
-        frequencies, _ = self.frequencies(x.device)
-        angles = (positions[..., None, None] * frequencies).to(x.dtype)
+    def rotate(self, x, seq):
+        frequencies, _ = self.rotation.frequencies()
+        angles = (seq.positions()[..., None, None] * frequencies).to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -44,7 +44,7 @@ def test_a_windows_cache_stays_small():
     sizes = []
     for _ in range(3):
         next_logits(model, tokens(1, LENGTH), cache)
-        sizes.append(cache.of("mixer").entries[0, "attention"][0].shape[1])
+        sizes.append(cache.of("mixer").rows[0, "attention"].kept)
     assert sizes == [2 + 15] * 3  # the sink tokens and the window but for the next query
 
 

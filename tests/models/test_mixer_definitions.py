@@ -103,8 +103,8 @@ def test_half_rotation_moves_half_of_a_head_and_no_positions_none():
     assert plain.rotary is None
     half = SoftmaxAttention(width=WIDTH, heads=4, rope_fraction=0.5).double()
     assert half.rotary is not None
-    heads, positions = draw(1, LENGTH, 4, 8), late.positions()
-    turned = half.rotary(heads, positions)
+    heads = draw(1, LENGTH, 4, 8)
+    turned = half.rotary(heads, late)
     assert_same(turned[..., 4:], heads[..., 4:], 0)
     assert (turned[:, 1:, :, :4] != heads[:, 1:, :, :4]).any()
     # Without positions attention is blind to order: the last token sees the same set.

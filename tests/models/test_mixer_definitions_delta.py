@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
+from longreach.kernels.pointwise import l2_norm
 from longreach.models.layers.decay_gate import DecayGate
-from longreach.models.layers.normalisation import l2_norm
 from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.delta.kimi_delta_attention import KimiDeltaAttention
 from longreach.models.mixers.delta.rwkv7 import RWKV7, rank

@@ -57,8 +57,8 @@ def rotated(mixer, x):
     """`[T, heads, D]` at positions 0, 1, …, by complex numbers."""
     half = x.shape[-1] // 2
     frequencies = 1e4 ** (-torch.arange(half).double() / half)
-    torch.testing.assert_close(mixer.rotary.frequencies(x.device)[0].double(), frequencies, rtol=1e-6, atol=0)
-    angles = torch.arange(len(x)).double()[:, None] * mixer.rotary.frequencies(x.device)[0].double()
+    torch.testing.assert_close(mixer.rotary.rotation.frequencies()[0].double(), frequencies, rtol=1e-6, atol=0)
+    angles = torch.arange(len(x)).double()[:, None] * mixer.rotary.rotation.frequencies()[0].double()
     turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
     turned = torch.complex(x[..., :half], x[..., half:]) * turn
     return torch.cat([turned.real, turned.imag], dim=-1)

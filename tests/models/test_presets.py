@@ -98,7 +98,7 @@ def test_minimax_01_has_its_pattern_and_residuals():
     assert kinds == ([LightningAttention] * 7 + [SoftmaxAttention]) * 3
     assert all(isinstance(block, MiniMaxBlock) for block in model.blocks)
     assert model.blocks[5].alpha == pytest.approx((2 * 24) ** 0.25)
-    assert model.mixers[7].rotary.rotated == model.mixers[7].head_dim // 2
+    assert model.mixers[7].rotary.rotation.dims == model.mixers[7].head_dim // 2
     factors = [mixer.layer_factor for mixer in model.mixers if isinstance(mixer, LightningAttention)]
     assert factors[7] == pytest.approx(1 - 8 / 23, abs=1e-4)  # the ninth layer of the whole model
 
@@ -107,7 +107,7 @@ def test_sliding_window_has_two_rope_bases():
     model = on_meta("sliding_window_8b")
     windows = [mixer.mask.window for mixer in model.mixers]
     assert windows == ([1024] * 5 + [None]) * 6
-    assert {(mixer.mask.window, mixer.rotary.base) for mixer in model.mixers} == {(1024, 1e4), (None, 1e6)}
+    assert {(mixer.mask.window, mixer.rotary.rotation.base) for mixer in model.mixers} == {(1024, 1e4), (None, 1e6)}
     assert all(mixer.qk_norm == "head" for mixer in model.mixers)
 
 

@@ -160,5 +160,5 @@ def test_decoding_gives_what_forward_gives(rule, steps):
 
     cache = decode(rule, steps, make)
     count = WindowLayout(Documents.whole(2, LENGTH), rule.span, rule.step).count
-    assert cache.entries[0, "means"][0].shape[1] == count
-    assert cache.entries[0, "windows"][0].shape[1] == LENGTH - count * rule.step
+    assert cache.rows[0, "means"].kept == count
+    assert cache.rows[0, "windows"].kept == LENGTH - count * rule.step

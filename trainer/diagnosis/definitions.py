@@ -287,8 +287,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * wide.sigmoid() * factor).to(gate.dtype)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the token losses, over targets that are not −100."""
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+    """The sum of the token losses, over targets that are not −100, whatever the chunks."""
     hidden, weight = _exact(hidden, weight)
     chosen = targets >= 0
     logs = (hidden[chosen] @ weight.T).log_softmax(-1)

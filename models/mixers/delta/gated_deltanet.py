@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.delta_rule import flops
+from ....kernels.pointwise import l2_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import DecayGate
-from ...layers.normalisation import RMSNorm, l2_norm
+from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
@@ -53,7 +54,7 @@ class GatedDeltaNet(Mixer):
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
-        self.conv = None if conv_size is None else ShortConvolution(2 * keys + values, conv_size)
+        self.conv = None if conv_size is None else ShortConvolution(2 * keys + values, conv_size, activation="silu")
         self.beta = nn.Linear(width, heads, bias=False)
         self.decay = nn.Linear(width, heads, bias=False) if decay else None
         self.decay_gate = DecayGate(heads) if decay else None
@@ -63,9 +64,7 @@ class GatedDeltaNet(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         parts = self.query(x), self.key(x), self.value(x)
-        if self.conv is not None:
-            parts = self.conv.of_parts(parts, seq)
-        q, k, v = (F.silu(part) for part in parts)
+        q, k, v = map(F.silu, parts) if self.conv is None else self.conv.of_parts(parts, seq)
         q, k = (l2_norm(part.unflatten(-1, (self.key_heads, self.key_dim))) for part in (q, k))
         beta = torch.sigmoid(self.beta(x))
         if self.negative_eigenvalues:
@@ -74,7 +73,8 @@ class GatedDeltaNet(Mixer):
         if self.decay is not None and self.decay_gate is not None:
             log_decay = self.decay_gate(self.decay(x))
         out = ops.delta_rule(q, k, v.unflatten(-1, (self.heads, self.value_dim)), beta, log_decay, seq=seq)
-        return self.output(F.silu(self.gate(x)) * self.norm(out).flatten(-2))
+        gate = self.gate(x).unflatten(-1, (self.heads, self.value_dim))
+        return self.output(self.norm(out, gate, "silu").flatten(-2))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.delta_rule import flops
+from ....kernels.pointwise import l2_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import DecayGate
-from ...layers.normalisation import RMSNorm, l2_norm
+from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
@@ -48,7 +49,7 @@ class KimiDeltaAttention(Mixer):
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(width, inner, bias=False)
-        self.conv = None if conv_size is None else ShortConvolution(3 * inner, conv_size)
+        self.conv = None if conv_size is None else ShortConvolution(3 * inner, conv_size, activation="silu")
         self.beta = nn.Linear(width, heads, bias=False)
         self.decay = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, inner, bias=False))
         self.decay_gate = DecayGate(heads, self.head_dim, rates=(1.0, 16.0))
@@ -58,12 +59,12 @@ class KimiDeltaAttention(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         parts = self.query(x), self.key(x), self.value(x)
-        if self.conv is not None:
-            parts = self.conv.of_parts(parts, seq)
-        q, k, v = (F.silu(part).unflatten(-1, (self.heads, self.head_dim)) for part in parts)
+        parts = map(F.silu, parts) if self.conv is None else self.conv.of_parts(parts, seq)
+        q, k, v = (part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
         beta, log_decay = torch.sigmoid(self.beta(x)), self.decay_gate(self.decay(x))
         out = ops.delta_rule(l2_norm(q), l2_norm(k), v, beta, log_decay, seq=seq)
-        return self.output(torch.sigmoid(self.gate(x)) * self.norm(out).flatten(-2))
+        gate = self.gate(x).unflatten(-1, (self.heads, self.head_dim))
+        return self.output(self.norm(out, gate, "sigmoid").flatten(-2))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)

@@ -54,7 +54,8 @@ class GatedLinearAttention(Mixer):
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
         log_decay = (F.logsigmoid(self.decay(x)) / self.gate_normaliser).unflatten(-1, (self.heads, -1))
         out = ops.gated_linear_attention(q, k, v, log_decay, seq=seq)
-        return self.output(F.silu(self.gate(x)) * self.norm(out).flatten(-2))
+        gate = self.gate(x).unflatten(-1, (self.heads, self.value_dim))
+        return self.output(self.norm(out, gate, "silu").flatten(-2))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)

@@ -46,7 +46,7 @@ class LightningAttention(Mixer):
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(width, inner, bias=False)
-        self.conv = None if conv_size is None else ShortConvolution(3 * inner, conv_size)
+        self.conv = None if conv_size is None else ShortConvolution(3 * inner, conv_size, activation="silu")
         self.gate = nn.Linear(width, inner, bias=False)
         self.norm = RMSNorm(inner, norm_eps)
         self.output = nn.Linear(inner, width, bias=False)
@@ -59,11 +59,10 @@ class LightningAttention(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         parts = self.query(x), self.key(x), self.value(x)
-        if self.conv is not None:
-            parts = self.conv.of_parts(parts, seq)
-        q, k, v = (F.silu(part).unflatten(-1, (self.heads, self.head_dim)) for part in parts)
+        parts = map(F.silu, parts) if self.conv is None else self.conv.of_parts(parts, seq)
+        q, k, v = (part.unflatten(-1, (self.heads, self.head_dim)) for part in parts)
         out = ops.gated_linear_attention(q, k, v, -self.slopes(x), seq=seq, scale=1.0)
-        return self.output(torch.sigmoid(self.gate(x)) * self.norm(out.flatten(-2)))
+        return self.output(self.norm(out.flatten(-2), self.gate(x), "sigmoid"))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)

@@ -60,7 +60,7 @@ class MLSTM(Mixer):
         out = ops.gated_linear_attention(
             q, k, v, log_decay, log_input=self.capped(self.input_gate(x)), normaliser="at_least_one", seq=seq
         )
-        return self.output(torch.sigmoid(self.gate(x)) * self.norm(out))
+        return self.output(self.norm(out, self.gate(x), "sigmoid"))
 
     def capped(self, gate: Tensor) -> Tensor:
         return gate if self.gate_cap is None else self.gate_cap * torch.tanh(gate / self.gate_cap)

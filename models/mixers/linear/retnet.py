@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ....kernels.gated_linear import flops
 from ....parallel import ops
@@ -56,10 +55,9 @@ class RetNet(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
-        positions = seq.positions(x.device)
-        q, k = self.rotary(q, positions), self.rotary(k, positions)
+        q, k = self.rotary(q, seq), self.rotary(k, seq)
         out = ops.gated_linear_attention(q, k, v, self.log_decay(x), seq=seq)
-        return self.output(F.silu(self.gate(x)) * self.norm(out))
+        return self.output(self.norm(out, self.gate(x), "silu"))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)

@@ -85,8 +85,7 @@ class Attention(Mixer):
         if self.qk_norm == "head":
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary is not None:
-            positions = seq.positions(x.device)
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
+            q, k = self.rotary(q, seq), self.rotary(k, seq)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:

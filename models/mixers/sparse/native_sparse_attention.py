@@ -154,7 +154,7 @@ class NativeSparseAttention(Mixer):
         return keys, values
 
     def _rotated(self, x: Tensor, seq: Sequence) -> Tensor:
-        return x if self.rotary is None else self.rotary(x, seq.positions(x.device))
+        return x if self.rotary is None else self.rotary(x, seq)
 
     def mixing_flops(self, seq: Sequence) -> int:
         sizes = {"heads": self.heads, "key_dim": self.key_dim}

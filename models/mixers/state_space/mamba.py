@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....kernels.pointwise import rms_norm
+from ....kernels.pointwise import rms_norm, swiglu
 from ....kernels.selective_scan import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
@@ -89,7 +89,7 @@ class Mamba(Mixer):
         wide = torch.promote_types(raw.dtype, torch.float32)  # sums of delta over many tokens are exponents
         delta = F.softplus(raw.to(wide) + self.dt_bias.to(wide))
         out = ops.selective_scan(x, delta, -self.A_log.to(wide).exp(), b, c, seq=seq)
-        return self.output((out + self.D.to(x.dtype) * x) * F.silu(gate))
+        return self.output(swiglu(gate, torch.addcmul(out, self.D.to(x.dtype), x)))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, channels=self.inner, states=self.sizes[-1])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.gated_linear import flops
-from ....kernels.pointwise import rms_norm
+from ....kernels.pointwise import gated_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear, fill_with_steps
@@ -112,10 +112,9 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gated = x.to(wide) * F.silu(gate.to(wide))
-        normed = rms_norm(gated.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
-        return (normed * self.weight).to(x.dtype)
+        x, gate = (part.unflatten(-1, (self.groups, -1)) for part in (x, gate))
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        return gated_norm(x, gate, weight, eps=self.eps, gate_first=True).flatten(-2)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from longreach.kernels.gated_linear import GatedLinearRecurrence
+from longreach.kernels.pointwise import rope
 from longreach.kernels.recurrence import Summary
 from longreach.kernels.softmax import SoftmaxAttend
 from longreach.models.layers.rotary import Rotary
@@ -158,7 +159,13 @@ def bfloat16_window_means() -> None:
 
 def bfloat16_positions() -> None:
     """Positions are rounded to the type of what they rotate."""
-    original = spoil(Rotary, "__call__", lambda self, x, positions: original(self, x, positions.to(x.dtype)))
+
+    def rotate(self, x, seq):
+        frequencies, factor = self.rotation.frequencies()
+        positions = seq.positions(x.device).to(x.dtype)
+        return rope(x, positions, inverse_frequencies=frequencies.to(x.device), attention_factor=factor)
+
+    spoil(Rotary, "__call__", rotate)
 
 
 def groups_of_strangers() -> None:

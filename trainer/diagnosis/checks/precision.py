@@ -92,10 +92,11 @@ def plain_rotations(documents: Documents) -> Iterator[None]:
         for run in runs:
             row[run.start : run.stop] = torch.arange(run.position, run.end_position, dtype=torch.float64)
 
-    def rotate(self: Rotary, x: Tensor, positions: Tensor) -> Tensor:
-        inverse_frequencies, factor = self.frequencies(x.device)
-        angles = counted.to(x.device)[..., None, None] * inverse_frequencies.double()
-        first, second, rest = x.tensor_split((self.rotated // 2, self.rotated), dim=-1)
+    def rotate(self: Rotary, x: Tensor, seq: Sequence) -> Tensor:
+        inverse_frequencies, factor = self.rotation.frequencies()
+        angles = (counted[..., None, None] * inverse_frequencies.double()).to(x.device)
+        dims = self.rotation.dims
+        first, second, rest = x.tensor_split((dims // 2, dims), dim=-1)
         turned = torch.complex(first.double(), second.double()) * torch.polar(torch.full_like(angles, factor), angles)
         return torch.cat([turned.real.to(x.dtype), turned.imag.to(x.dtype), rest], dim=-1)
 
