@@ -21,7 +21,7 @@ from .checkpoint.saving import Saving
 from .data.ahead import Ahead
 from .data.corpus import Corpus, open_corpus
 from .data.packing import RowStream
-from .data.reading import Reader, StepPart
+from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
 from .preparation import Build, check_model, check_same_model, configured_model, make_engine, model_settings, on_meta
 from .ranks.exchange import from_first_rank, gather, gather_numbers, prepare, together
@@ -120,7 +120,7 @@ class Trainer:
             try:
                 self._call("start")
                 steps = self.reader.steps(range(self.step, self.settings.trainer.steps), self.row)
-                parts = ending.enter_context(Ahead(steps, self.device))
+                parts = ending.enter_context(Ahead(prepared(steps), self.device))
                 with failure.stepping():
                     while not self.done:
                         where = f"in step {self.step + 1}"

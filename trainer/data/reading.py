@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...kernels.derived import Recipes
 from ...models.language_model import LanguageModel
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
@@ -29,6 +31,10 @@ class MicroBatch(NamedTuple):
     tokens: Tensor
     targets: Tensor
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [self.seq]
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens and targets on the device; the host does not wait for the copies."""
         return self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
@@ -45,6 +51,10 @@ class StepPart(NamedTuple):
     micro_batches: list[MicroBatch]
     work: Work
     loss_counts: list[float]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [micro_batch.seq for micro_batch in self.micro_batches]
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,10 @@ class Reader:
     model: LanguageModel
 
     def steps(self, numbers: Iterable[int], row: int) -> Iterator[StepPart]:
-        """The parts of the steps of these numbers, counted from 0; the first of them begins with row `row`."""
+        """The parts of the steps of these numbers, counted from 0; the first of them begins with row `row`.
+
+        Each is a function of the rows' numbers alone, whatever was read before.
+        """
         for step in numbers:
             yield self.part(step, row)
             row += self.settings.rows_per_step
@@ -92,6 +105,32 @@ class Reader:
         for index in range(data.micro_batches(mesh.data_ranks)):
             start = first + index * data.rows_per_micro_batch
             yield batch(self.stream, range(start, start + data.rows_per_micro_batch))
+
+
+class WithSequences(Protocol):
+    """Rows that are computed, and the sequences that they are computed with."""
+
+    @property
+    def sequences(self) -> list[Sequence]: ...
+
+
+Rows = TypeVar("Rows", bound=WithSequences)
+
+
+def prepared(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The parts, for which all is derived ahead, and on its device, that earlier ones derived from their documents.
+
+    For the thread of `Ahead`: when a part is asked for, nobody works any more with the one before the last.
+    """
+    recipes, given = Recipes(), deque[Rows]()
+    for part in parts:
+        if len(given) == 2:
+            for seq in given.popleft().sequences:
+                recipes.learn(seq)
+        for seq in part.sequences:
+            recipes.prepare(seq)
+        given.append(part)
+        yield part
 
 
 def shard(rows: Batch, layout: Layout, strategy: Strategy, mesh: Mesh, device: torch.device) -> MicroBatch:

@@ -14,7 +14,7 @@ from ...parallel.layout import Layout
 from ...parallel.strategy import Strategy
 from ..data.ahead import Ahead
 from ..data.packing import NO_TARGET, Batch, RowStream, batch
-from ..data.reading import MicroBatch, alone, shard
+from ..data.reading import MicroBatch, alone, prepared, shard
 from ..engine import Engine
 from ..ranks.exchange import gather_numbers
 
@@ -114,7 +114,7 @@ def _evaluated(engine: Engine, batches: Iterator[MicroBatch]) -> Loss:
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # loss, targets and correct predictions
     engine.module.eval()
     try:
-        with torch.no_grad(), Ahead(batches, engine.device) as parts:
+        with torch.no_grad(), Ahead(prepared(batches), engine.device) as parts:
             for part in parts:
                 tokens, targets = part.on(engine.device)
                 sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
