@@ -61,9 +61,13 @@ def test_the_thread_ends_with_a_loop_that_fails(error) -> None:
         while True:
             yield 0
 
-    with pytest.raises(error), Ahead(items(), CPU) as ahead:
-        next(ahead)
-        raise error
+    def fails():
+        with Ahead(items(), CPU) as ahead:
+            next(ahead)
+            raise error
+
+    with pytest.raises(error):
+        fails()
     assert not threads()
 
 
@@ -80,11 +84,15 @@ def test_a_signal_reaches_a_loop_that_waits_for_its_item() -> None:
         wait.wait(20)
         yield 0
 
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
-        with pytest.raises(Stopped), Ahead(items(), CPU) as ahead:
+    def waits():
+        with Ahead(items(), CPU) as ahead:
             threading.Timer(0.05, lambda: (signal.raise_signal(signal.SIGUSR1), wait.set())).start()
             next(ahead)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(Stopped):
+            waits()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not threads()

@@ -1,4 +1,4 @@
-"""This rank's part of a step: rows by their numbers alone, on any ranks, with what their documents imply derived ahead."""
+"""This rank's part of a step: rows by their numbers alone, on any ranks; what documents imply is derived ahead."""
 
 from functools import partial
 from types import SimpleNamespace
