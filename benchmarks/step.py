@@ -1,7 +1,7 @@
 """Steps of the trainer itself on a CPU, by preset, ranks and documents per row; or beside another checkout.
 
     python benchmarks/step.py [--models minimax_01_tiny gated_deltanet_tiny] [--ranks 1 2] [--documents 1 5000]
-                              [--length 16384] [--steps 6] [--rounds 3] [--against CHECKOUT]
+                              [--length 16384] [--steps 3] [--rounds 5] [--against CHECKOUT]
 
 Each measurement is a training run of its own by the command line, in float32, one thread per rank, on text of one byte
 per token; ranks share the row. Its first two steps are left out, and a figure is the median of the steps of all rounds.
@@ -64,8 +64,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 5000])
     parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path)
     chosen = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="step-"))

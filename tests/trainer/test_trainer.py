@@ -167,6 +167,11 @@ def test_resuming_after_a_failure_is_bitwise(texts: Path, uninterrupted: Path, t
     assert exact(tmp_path / "run") == exact(uninterrupted)
 
 
+def test_reading_the_device_seldom_changes_no_number(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_ranks(2, train, settings(texts, tmp_path / "run", parallel__sequence=2, logger__every=5))
+    assert exact(tmp_path / "run") == exact(uninterrupted)
+
+
 @pytest.mark.parametrize(("world", "sequence", "stage"), [(1, 1, 0), (4, 2, 3)])
 def test_other_ranks_and_stages_go_on_to_rounding(
     texts: Path, uninterrupted: Path, tmp_path: Path, world: int, sequence: int, stage: int
