@@ -14,6 +14,7 @@ from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.strategy import Strategy
+from longreach.trainer.data.ahead import Ahead
 from longreach.trainer.data.packing import NO_TARGET, TokenStream
 from longreach.trainer.data.reading import Reader, prepared
 from longreach.trainer.data.settings import DataSettings
@@ -28,7 +29,7 @@ class Documents:
         return np.arange(self.lengths[document]) + 100 * document
 
 
-def reader(ranks: int = 1, sequence: int = 1, rank: int = 0, micro: int = 1) -> Reader:
+def reader(ranks: int = 1, sequence: int = 1, rank: int = 0, micro: int = 1, device: torch.device = CPU) -> Reader:
     group: Any = None if sequence == 1 else SimpleNamespace()
     with torch.device("meta"):
         softmax, feed_forward = partial(SoftmaxAttention, heads=2), partial(SwiGLU, hidden=8)
@@ -41,7 +42,7 @@ def reader(ranks: int = 1, sequence: int = 1, rank: int = 0, micro: int = 1) -> 
         Layout(LENGTH, sequence, 2 if sequence > 1 else 1),
         Strategy(),
         Mesh(rank, ranks, sequence, group),
-        CPU,
+        device,
         model,
     )
 
@@ -84,3 +85,21 @@ def test_what_steps_derive_is_there_before_later_steps_ask() -> None:
             seq.documents.derive(length_of_the_longest)
     # The thread learns from a step when it is over: of the first that is while the third is made.
     assert there == [[False] * ROWS, [False] * ROWS, [True] * ROWS, [True] * ROWS]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gets_rows_from_pinned_memory_without_waiting() -> None:
+    device = torch.device("cuda")
+    with Ahead(prepared(reader(device=device).steps(range(3), 0)), device) as parts:
+        for part in parts:
+            for each in part.micro_batches:
+                assert each.tokens.is_pinned()
+                assert each.targets.is_pinned()
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    tokens, targets = each.on(device)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                assert torch.equal(tokens.cpu(), each.tokens)
+                assert torch.equal(targets.cpu(), each.targets)
