@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -125,7 +125,7 @@ class Trainer:
                     while not self.done:
                         where = f"in step {self.step + 1}"
                         part = self._meet(parts)
-                        if self.asked and self.step > self.first:
+                        if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
                             break
                         self._call("before_step")
                         self._train_step(part)
@@ -135,6 +135,9 @@ class Trainer:
                 self._end()
                 failed = False
             except BaseException as error:
+                if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
+                    with suppress(Exception):
+                        self._read_records()
                 self._explain(error, where)
                 raise
 

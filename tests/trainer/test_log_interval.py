@@ -189,6 +189,18 @@ def test_skipped_steps_are_told_at_once_and_too_many_in_a_row_end_the_run(
     assert len(norms) == 10
 
 
+class Fails(Callback):
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step == 7:
+            raise RuntimeError("out of luck")
+
+
+def test_steps_before_a_failure_have_their_lines(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(tmp_path, script(12), 100, Fails()).run()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
 class Asks(Callback):
     """A signal that arrives while a step is taken."""
 
