@@ -18,7 +18,8 @@ class Callback:
     trainer, of which these are meant for callbacks:
 
         step, tokens        steps taken, and tokens read, since the run began
-        record              the line of metrics of the last step: loss, grad_norm, learning_rate, …
+        record              the line of metrics of the last step: loss, grad_norm, learning_rate, …; looking at it waits
+                            for the device, unless the step is one that is read anyway (`logger.every`)
         due(every), done    whether something done every so many steps is due; whether the last step has been taken
         engine              the model under ZeRO: `engine.module`, `engine.gather(parameters)` to read them whole
         corpus, layout      the data, and how the ranks share a row

@@ -108,6 +108,7 @@ class Engine:
         self.module = model
         self._masters = Masters(self._adam, self._engine.optimizer, self.zero_stage, mesh.rank)
         self._clip, self._norm = clip, 0.0
+        self.stepped = False  # whether the last step changed the weights
         if self.zero_stage == 0:
             self._adam.register_step_pre_hook(self._before_adam)
         elif hasattr(self._engine.optimizer, "get_grads_for_norm"):
@@ -131,15 +132,21 @@ class Engine:
         # DeepSpeed averages over the ranks.
         self._engine.backward(loss * self.mesh.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Tensor | float:
         """Clips, steps and clears the gradient; returns its norm over all ranks, before it was clipped.
 
-        A gradient that is not finite steps nothing, and its norm is returned as inf.
+        On a GPU the norm is a scalar that is still on the device, unless the optimizer has read it itself. A gradient
+        that is not finite steps nothing, and its norm is returned as inf; `stepped` tells, without reading anything.
         """
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return self._norm if self.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+        if self.zero_stage == 0:
+            self.stepped = math.isfinite(self._norm)
+            return self._norm
+        self.stepped = self._engine.was_step_applied()
+        norm = self._engine.get_global_grad_norm()
+        return norm if isinstance(norm, Tensor) and norm.device.type != "cpu" else float(norm)
 
     def gather(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         """A context in which every rank holds these parameters whole, to read them."""

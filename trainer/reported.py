@@ -8,29 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.documents import Documents
-from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
-from .ranks.exchange import gather_numbers
 
 
 class Reported:
     """Auxiliary losses and sums of one step; see `longreach.models.part.Part`. Every rank makes one and calls it alike.
 
-    model: any copy, for what its parts state. batches: the documents of this rank's micro-batches; the denominators
-    come from them, before the first forward. A model that reports nothing costs no exchange.
+    weights: of the auxiliary losses, by path. counts: what each of them is divided by, over all ranks and micro-batches
+    of the step; see `LanguageModel.loss_counts`. A model that reports nothing costs no exchange, and nothing here waits
+    for the device.
     """
 
-    def __init__(self, model: LanguageModel, batches: Iterable[Documents], mesh: Mesh) -> None:
-        self.weights, self.mesh = model.losses, mesh
-        self.counts: dict[str, float] = {}
-        if self.weights:
-            mine = torch.zeros(len(self.weights), dtype=torch.float64)
-            if mesh.sequence_rank == 0:  # ranks that share rows count them once
-                for documents in batches:
-                    mine += torch.tensor(model.loss_counts(documents), dtype=torch.float64)
-            totals = gather_numbers(mine.tolist(), mesh).sum(0).tolist()
-            self.counts = dict(zip(self.weights, totals, strict=True))
+    def __init__(self, weights: Mapping[str, float], counts: Iterable[float], mesh: Mesh) -> None:
+        self.weights, self.mesh = weights, mesh
+        self.counts = dict(zip(weights, counts, strict=True))
         self.totals: dict[str, Tensor] = {}  # of losses and sums, over this rank's micro-batches
 
     def add(self, reports: Mapping[str, Tensor]) -> Tensor | None:
@@ -56,13 +47,16 @@ class Reported:
             path: part.view(value.shape) for (path, value), part in zip(self.totals.items(), parts, strict=True)
         }
 
-    def losses(self) -> dict[str, float]:
-        """The auxiliary losses by name, without their weights: the mean over the layers that have one of this name."""
-        values: dict[str, list[float]] = {}
+    def losses(self) -> dict[str, Tensor]:
+        """The auxiliary losses by name, without their weights: the mean over the layers that have one of this name.
+
+        float64 scalars on the device.
+        """
+        values: dict[str, list[Tensor]] = {}
         for path, count in self.counts.items():
             if count:
-                values.setdefault(path.rpartition(".")[2], []).append(float(self.totals[path]) / count)
-        return {name: sum(of) / len(of) for name, of in values.items()}
+                values.setdefault(path.rpartition(".")[2], []).append(self.totals[path] / count)
+        return {name: torch.stack(of).mean() for name, of in values.items()}
 
     def sums(self) -> dict[str, Tensor]:
         """The sums that parts are told, by path."""

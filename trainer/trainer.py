@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -14,24 +13,26 @@ import torch
 
 from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
-from ..parallel.sequence import Sequence
 from .callback import Callback
 from .checkpoint import checkpoint
 from .checkpoint.choice import choose
 from .checkpoint.origin import origin_of
 from .checkpoint.saving import Saving
+from .data.ahead import Ahead
 from .data.corpus import Corpus, open_corpus
-from .data.packing import NO_TARGET, Batch, batch
+from .data.packing import RowStream
+from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
 from .preparation import Build, check_model, check_same_model, configured_model, make_engine, model_settings, on_meta
-from .ranks.exchange import from_first_rank, gather_numbers, prepare, together
+from .ranks.exchange import from_first_rank, gather, gather_numbers, prepare, together
 from .ranks.settings import layout_of, strategy_of
 from .reported import Reported
 from .run import failure, report
 from .run.directory import RunDirectory
-from .run.metrics import Work, peak_flops, peak_memory_bytes, work_of
+from .run.metrics import Work, peak_flops, peak_memory_bytes
 from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
+from .run.records import Records, TakenStep
 from .schedule import Schedule
 from .settings import Settings, check, expand_paths
 
@@ -87,11 +88,9 @@ class Trainer:
         if start is not None:
             state = checkpoint.load(self.engine, start, examined=True)
             self.step, self.tokens = state["step"], state["tokens"]
-        self.outputs = together(mesh, lambda: Outputs(settings, self.directory, first=mesh.rank == 0, step=self.step))
-        self.peak = peak_flops(self.device, chosen.dtype)
-        self.record: dict[str, Any] = {}
-        self.first, self.skipped = self.step, 0
-        self.asked = 0  # the signal that ends the run after this step
+        self._begin(self.corpus.train, peak_flops(self.device, chosen.dtype))
+        shown = {"first": mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        self.outputs = together(mesh, lambda: Outputs(settings, self.directory, **shown))
         self.sampling, self.saving = Sampling(), Saving(start, origin)
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
         built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
@@ -99,6 +98,16 @@ class Trainer:
         if mesh.rank == 0:
             for line in report.introduction(self, start, notes):
                 self.outputs.say(line)
+
+    def _begin(self, stream: RowStream, peak: float | None) -> None:
+        """Sets what the steps from here on work with."""
+        settings = self.settings
+        strategy = strategy_of(settings.parallel)
+        self.reader = Reader(stream, settings.data, self.layout, strategy, self.mesh, self.device, self.shape)
+        self.records, self._record = Records(peak), {}
+        self.every = settings.logger.interval(self.device.type)
+        self.first, self.skipped = self.step, 0
+        self.asked = 0  # the signal that ends the run after this step
 
     def run(self) -> None:
         """Trains to the last step. On an error one rank says why, and it is raised on."""
@@ -110,17 +119,25 @@ class Trainer:
                 ending.callback(_call, name, callback, "close")
             try:
                 self._call("start")
+                steps = self.reader.steps(range(self.step, self.settings.trainer.steps), self.row)
+                parts = ending.enter_context(Ahead(prepared(steps), self.device))
                 with failure.stepping():
-                    while not self.done and not self.asked:
+                    while not self.done:
                         where = f"in step {self.step + 1}"
+                        part = self._meet(parts)
+                        if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
+                            break
                         self._call("before_step")
-                        self._train_step()
+                        self._train_step(part)
                         where = f"after step {self.step}"
                         self._call("after_step")
                 where = f"in step {self.step + 1}"
                 self._end()
                 failed = False
             except BaseException as error:
+                if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
+                    with suppress(Exception):
+                        self._read_records()
                 self._explain(error, where)
                 raise
 
@@ -130,8 +147,20 @@ class Trainer:
         return self.step >= self.settings.trainer.steps
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never."""
-        return every > 0 and (self.step % every == 0 or self.done)
+        """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never.
+
+        Where it is, `record` is up to date and the loss of every step until now is finite.
+        """
+        is_due = every > 0 and (self.step % every == 0 or self.done)
+        if is_due:
+            self._read_records()
+        return is_due
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The line of metrics of the last step; the device is read for it, where that has not happened yet."""
+        self._read_records()
+        return self._record
 
     def _call(self, hook: str) -> None:
         for name, callback in self.callbacks.items():
@@ -146,49 +175,66 @@ class Trainer:
             hints += [f"to resume from {saved.name}: {again}" if saved else "no checkpoint was saved yet"]
         failure.report(error, started=True, hint="; ".join(hints))
 
-    def _train_step(self) -> None:
-        started = time.perf_counter()
-        for model in (self.shape, cast(LanguageModel, self.engine.module)):
-            model.at_step(self.step)
-        parts = self._read_step()
-        work = self._sum_of_work(parts)
+    def _meet(self, parts: Iterator[StepPart]) -> StepPart:
+        """This rank's part of the next step, with work and loss counts of the whole global batch.
+
+        The hosts' one exchange in a step: it also tells all ranks alike whether a signal asks the run to end, which
+        they may have heard at different times, and raises RunLost where the folder is no longer this run's.
+        """
+        with self.records.timing():
+            part = next(parts)
+            own = [failure.asked(), self.directory.lost() is not None, *part.work.numbers]
+            numbers = gather_numbers([*own, *part.loss_counts], self.mesh)
+        self.asked = int(numbers[:, 0].max())
+        if numbers[0, 1]:
+            self.check_directory()
+        sums = numbers[:, 2:].sum(dim=0).tolist()
+        work = Work(*sums[: len(part.work.numbers)])
         if work.targets == 0:
             raise ValueError(f"data must hold documents of two tokens or more; step {self.step + 1} has no target")
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        reported = Reported(self.shape, [part.documents for part, _ in parts], self.mesh)
-        for part, seq in parts:
-            tokens, targets = (seq.shard(x).to(self.device, non_blocking=True) for x in (part.tokens, part.targets))
-            loss, _, reports = self.engine(tokens, seq, targets, False, True)
-            self.engine.backward(loss, work.targets, reported.add(reports))
-            total += loss.detach()
-        gone = self.directory.lost() is not None
-        losses = gather_numbers([float(total), peak_memory_bytes(self.device), failure.asked(), gone], self.mesh)
-        self.asked = int(losses[:, 2].max())  # the same on all ranks, which may have heard at different times
-        if losses[0, 3]:
-            self.check_directory()
-        loss = float(losses[:, 0].sum()) / work.targets
-        if not math.isfinite(loss):
-            raise failure.NotFinite(
-                f"the loss must be finite; got {loss} at step {self.step + 1}. Lower optimizer.learning_rate, or set "
-                "trainer.clip"
-            )
-        rate = self.schedule(self.step)
-        norm = self.engine.step(rate)
-        reported.exchange()
-        if math.isfinite(norm):  # a step that is skipped changes nothing
-            cast(LanguageModel, self.engine.module).update(reported.sums())
+        return part._replace(work=work, loss_counts=sums[len(part.work.numbers) :])
+
+    def _train_step(self, part: StepPart) -> None:
+        """Takes a step; nothing but the optimizer waits for the device, unless it is time to read the numbers."""
+        model, work = cast(LanguageModel, self.engine.module), part.work
+        with self.records.timing():
+            model.at_step(self.step)
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            reported = Reported(model.losses, part.loss_counts, self.mesh)
+            for micro_batch in part.micro_batches:
+                tokens, targets = micro_batch.on(self.device)
+                loss, _, reports = self.engine(tokens, micro_batch.seq, targets, False, True)
+                self.engine.backward(loss, work.targets, reported.add(reports))
+                total += loss.detach()
+            rate = self.schedule(self.step)
+            norm = self.engine.step(rate)
+            losses = gather(torch.stack([total, total.new_full((), peak_memory_bytes(self.device))]), self.mesh)
+            reported.exchange()
+            if self.engine.stepped:  # a step that is skipped changes nothing
+                model.update(reported.sums())
         self.step += 1
         self.row += self.settings.data.rows_per_step
         self.tokens += int(work.tokens)
-        seconds = time.perf_counter() - started
-        self.record = self._record(loss, norm, rate, seconds, work, int(losses[:, 1].max()))
-        self.record |= {f"auxiliary_{name}": value for name, value in reported.losses().items()}
-        self.outputs.training(self.record, seconds)
-        self._check_gradient(norm)
+        self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, reported.losses(), work))
+        # The first step's time says little of the others'.
+        if self.step == self.first + 1 or self.due(self.every) or not self.engine.stepped:
+            self._read_records()
+        self._check_gradient()
 
-    def _check_gradient(self, norm: float) -> None:
+    def _read_records(self) -> None:
+        """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite.
+
+        Every rank has the numbers of all, so that a rank may call it alone.
+        """
+        for record in self.records.read():
+            if not math.isfinite(record["loss"]):
+                raise failure.NotFinite.loss(record["loss"], record["step"])
+            self._record = record
+            self.outputs.training(record)
+
+    def _check_gradient(self) -> None:
         """Reports a skipped step; too many in a row, or nothing but skipped steps to the end, fail the run."""
-        if math.isfinite(norm):
+        if self.engine.stepped:
             self.skipped = 0
             return
         self.skipped += 1
@@ -197,59 +243,13 @@ class Trainer:
         if self.skipped < chosen.max_skipped_steps and not all_of_them:
             self.outputs.say(f"step {self.step}: the gradient is not finite; the weights stay as they are")
             return
-        first = self.step - self.skipped + 1
-        raise failure.NotFinite(
-            f"the gradient must be finite; got {self.skipped} step(s) in a row, {first} to {self.step}, where it was "
-            "not, and the weights stay as they are. Lower optimizer.learning_rate, or set trainer.clip, and start in "
-            f"another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
-        )
+        raise failure.NotFinite.gradient(self.step - self.skipped + 1, self.step)
 
     def check_directory(self) -> None:
         """Raises RunLost on every rank where the folder is no longer this run's; every rank calls it."""
         lost = from_first_rank(self.directory.lost(), self.mesh)
         if lost is not None:
             raise failure.RunLost(f"run.dir must stay this run's until it ends; {lost}")
-
-    def _read_step(self) -> list[tuple[Batch, Sequence]]:
-        """This rank's micro-batches: its data rank's share of the step's rows, in the order of the rows."""
-        data, mesh = self.settings.data, self.mesh
-        share = data.rows_per_step // mesh.data_ranks
-        first = self.row + mesh.data_rank * share
-        parts = []
-        for index in range(data.micro_batches(mesh.data_ranks)):
-            start = first + index * data.rows_per_micro_batch
-            part = batch(self.corpus.train, range(start, start + data.rows_per_micro_batch))
-            parts.append((part, self._sequence(part)))
-        return parts
-
-    def _sequence(self, part: Batch) -> Sequence:
-        return Sequence.shared(part.documents, self.layout, self.mesh, strategy_of(self.settings.parallel))
-
-    def _sum_of_work(self, parts: list[tuple[Batch, Sequence]]) -> Work:
-        """Of the whole global batch; ranks that share rows count them once."""
-        mine = Work()
-        if self.mesh.sequence_rank == 0:
-            for part, seq in parts:
-                targets = int((part.targets != NO_TARGET).sum())
-                mine += work_of(part.documents, targets, seq.attention_layout, self.shape.flops(part.documents))
-        return Work(*gather_numbers(list(mine.numbers), self.mesh).sum(dim=0).tolist())
-
-    def _record(self, loss: float, norm: float, rate: float, seconds: float, work: Work, memory: int) -> dict[str, Any]:
-        flops = 3 * work.flops / seconds  # backward costs twice as much as forward; recomputation does not count
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "tokens_per_second": work.tokens / seconds,
-            "peak_memory_bytes": memory,
-            "seconds": seconds,
-            "flops_per_second": flops,
-            "mfu": flops / self.mesh.world_size / self.peak if self.peak else None,
-            "padding": work.padding,
-            "attention_imbalance": work.imbalance,
-        }
 
     def _end(self) -> None:
         """Ends the run after its last step, or earlier where a signal asks for it.
@@ -259,6 +259,7 @@ class Trainer:
         early = self.asked if not self.done else 0
         if early:
             failure.take_time()
+        self._read_records()
         self._call("end")
         gather_numbers([0.0], self.mesh)  # no rank reports a good end before all have come to it
         if early == signal.SIGTERM:

@@ -16,6 +16,7 @@ from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.checkpoint.checkpoint import load, load_weights, save
 from longreach.trainer.engine import parameter_groups, saved_buffers
+from longreach.trainer.ranks.exchange import gather_numbers
 from longreach.trainer.reported import Reported
 
 LENGTH, VOCABULARY, ROWS, STEPS = 24, 31, 4, 3
@@ -48,7 +49,12 @@ def step_of(engine, step, layout, mesh):
     tokens, targets = batch(step)
     rows = range(mesh.data_rank, ROWS, mesh.data_ranks)
     documents = {row: Documents.from_lengths(LENGTHS[row : row + 1], LENGTH) for row in rows}
-    reported = Reported(make_model(), documents.values(), mesh)
+    model = make_model()
+    counts = [
+        model.loss_counts(each) if mesh.sequence_rank == 0 else [0] * len(model.losses) for each in documents.values()
+    ]
+    totals = gather_numbers(torch.tensor(counts).sum(0).tolist(), mesh).sum(0).tolist()
+    reported = Reported(model.losses, totals, mesh)
     for row in rows:
         seq = Sequence(documents[row], layout, mesh.sequence_rank, mesh.sequence_group)
         loss, _, reports = engine(seq.shard(tokens[row : row + 1]), seq, seq.shard(targets[row : row + 1]), False, True)
@@ -56,7 +62,7 @@ def step_of(engine, step, layout, mesh):
     engine.step(rate(step))
     reported.exchange()
     engine.module.update(reported.sums())
-    return reported.losses()
+    return {name: float(value) for name, value in reported.losses().items()}
 
 
 def train(rank, world, sequence, stage, checkpointing, dtype="float32", resume=None, folder=None, steps=STEPS):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from longreach.trainer.engine import OptimizerSettings
+from longreach.trainer.engine_config import configuration
 from longreach.trainer.ranks.settings import layout_of
 from longreach.trainer.settings import Settings, check
 
@@ -79,11 +80,18 @@ def test_the_defaults_fit_one_process() -> None:
             "evaluation.prompt must be left out .* got 'def '",
         ),
         (changed(checkpoint__keep=0), 1, "checkpoint.keep must be at least 1; got 0"),
+        (changed(logger__every=0), 1, "logger.every must be at least 1; got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(settings: Settings, world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(settings, world)
+
+
+def test_deepspeeds_meter_of_throughput_is_off_unless_it_is_asked_for() -> None:
+    asked = {"timers": {"throughput": {"enabled": True}}}
+    assert configuration(1, "float32", 1.0, {})["timers"] == {"throughput": {"enabled": False}}
+    assert configuration(1, "float32", 1.0, asked)["timers"] == asked["timers"]
 
 
 def test_layout_and_micro_batches_follow() -> None:

@@ -167,6 +167,11 @@ def test_resuming_after_a_failure_is_bitwise(texts: Path, uninterrupted: Path, t
     assert exact(tmp_path / "run") == exact(uninterrupted)
 
 
+def test_reading_the_device_seldom_changes_no_number(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_ranks(2, train, settings(texts, tmp_path / "run", parallel__sequence=2, logger__every=5))
+    assert exact(tmp_path / "run") == exact(uninterrupted)
+
+
 @pytest.mark.parametrize(("world", "sequence", "stage"), [(1, 1, 0), (4, 2, 3)])
 def test_other_ranks_and_stages_go_on_to_rounding(
     texts: Path, uninterrupted: Path, tmp_path: Path, world: int, sequence: int, stage: int
@@ -187,11 +192,12 @@ def test_other_ranks_and_stages_go_on_to_rounding(
                 assert line[key] == pytest.approx(other[key], rel=1e-4)
 
 
-def steps_told(rank: int, world: int, chosen: Settings) -> list[int]:
-    told, tell = [], Mixer.at_step
+def steps_told(rank: int, world: int, chosen: Settings) -> list[list[int]]:
+    told: dict[Mixer, list[int]] = {}
+    tell = Mixer.at_step
 
     def note(mixer: Mixer, step: int) -> None:
-        told.append(step)
+        told.setdefault(mixer, []).append(step)
         tell(mixer, step)
 
     Mixer.at_step = note
@@ -199,16 +205,15 @@ def steps_told(rank: int, world: int, chosen: Settings) -> list[int]:
         train(rank, world, chosen)
     finally:
         Mixer.at_step = tell
-    return told
+    return list(told.values())
 
 
 def test_mixers_are_told_every_step(texts: Path, tmp_path: Path) -> None:
     chosen = settings(texts, tmp_path / "run")
     (told,) = run_ranks(1, steps_told, chosen)
     layers = chosen.model["depth"]
-    assert told[:layers] == [0] * layers  # the rehearsal before the run
-    # The model, and that which counts its work.
-    assert told[layers:] == [step for step in range(8) for _ in range(2 * layers)]
+    # The rehearsal before the run, that which counts its work, and the model.
+    assert told == layers * [[0]] + 2 * layers * [list(range(8))]
 
 
 def train_on_a_full_disk(rank: int, world: int, chosen: Settings) -> str:

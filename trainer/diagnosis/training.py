@@ -93,23 +93,22 @@ class _Examined(Trainer):
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         with torch.device("meta"):
             self.shape = build(settings.model)
-        self.corpus: Any = SimpleNamespace(train=stream)
         self.engine = make_engine(settings, _Filled(build), mesh, device, resuming=False)
         self.outputs: Any = _Silent()
         self.directory: Any = _Silent()
-        self.step = self.tokens = self.row = self.first = self.skipped = 0
-        self.peak = None
+        self.step = self.tokens = self.row = 0
+        self._begin(stream, peak=None)
 
     def examine(self) -> Step:
         """A step, and the rows that the next would read."""
-        parts = self._read_step()
-        self._train_step()
+        read = list(self.reader.rows(self.row))
+        self._train_step(self._meet(self.reader.steps([self.step], self.row)))
         record = self.record
         state = {
             name: {kind: self._fragment(parameter, kind) for kind in KINDS}
             for name, parameter in self.engine.named_parameters()
         }
-        rows, later = ([row for part, _ in read for row in _rows(part)] for read in (parts, self._read_step()))
+        rows, later = ([row for part in parts for row in _rows(part)] for parts in (read, self.reader.rows(self.row)))
         return Step(record["loss"], record["grad_norm"], record["learning_rate"], rows, later, state)
 
     def _fragment(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
@@ -123,12 +122,12 @@ class _Examined(Trainer):
         with torch.no_grad(), self.engine.gather(list(parameters.values())):
             for name, parameter in model.named_parameters():
                 parameter.copy_(parameters[name])
-        parts = self._read_step()
-        reported = Reported(model, [part.documents for part, _ in parts], self.mesh)
-        for part, seq in parts:
-            tokens, wanted = (seq.shard(x).to(self.device) for x in (part.tokens, part.targets))
+        part = self._meet(self.reader.steps([self.step], self.row))
+        reported = Reported(model.losses, part.loss_counts, self.mesh)
+        for micro_batch in part.micro_batches:
+            tokens, wanted = micro_batch.on(self.device)
             model.zero_grad(set_to_none=True)
-            loss, _, reports = model(tokens, seq, wanted, False, True)
+            loss, _, reports = model(tokens, micro_batch.seq, wanted, False, True)
             auxiliary = reported.add(reports)
             ((loss / targets + (0 if auxiliary is None else auxiliary)) * self.mesh.world_size).backward()
             for name, parameter in model.named_parameters():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 
 from ...kernels.documents import Documents
 from ...parallel.layout import Layout
-from ...parallel.mesh import Mesh
-from ...parallel.sequence import Sequence
 from ...parallel.strategy import Strategy
+from ..data.ahead import Ahead
 from ..data.packing import NO_TARGET, Batch, RowStream, batch
+from ..data.reading import MicroBatch, alone, prepared, shard
 from ..engine import Engine
 from ..ranks.exchange import gather_numbers
 
@@ -45,16 +44,16 @@ def evaluate(
     engine: Engine, stream: RowStream, layout: Layout, strategy: Strategy, rows: int, micro_batch: int
 ) -> Loss:
     """The loss on the first `rows` rows, shared as in training; every rank calls it and runs equally many forwards."""
-    mesh, sums = engine.mesh, np.zeros(3)
-    with _evaluating(engine):
+    mesh = engine.mesh
+
+    def batches() -> Iterator[MicroBatch]:
         for start in range(0, rows, mesh.data_ranks * micro_batch):
             first = start + mesh.data_rank * micro_batch
             # Ranks past the last row take rows behind the stream's end, which are all padding.
             numbers = [n if n < rows else (stream.rows or 0) + n for n in range(first, first + micro_batch)]
-            part = batch(stream, numbers)
-            seq = Sequence.shared(part.documents, layout, mesh, strategy)
-            sums += _forward(engine, part, seq)
-    return _over_all_ranks(sums, mesh)
+            yield shard(batch(stream, numbers), layout, strategy, mesh, engine.device)
+
+    return _evaluated(engine, batches())
 
 
 def evaluate_truncated(engine: Engine, stream: RowStream, rows: int, context: int, places: int) -> Loss:
@@ -64,17 +63,19 @@ def evaluate_truncated(engine: Engine, stream: RowStream, rows: int, context: in
     all targets count (they have no more context in `evaluate` either), of every other piece the last one only. Pieces
     are rows of their own, at positions 0 .. context−1, about `places` tokens a forward and rank.
     """
-    mesh, sums = engine.mesh, np.zeros(3)
-    at_once = max(1, places // context)
-    with _evaluating(engine), torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training
+    mesh, at_once = engine.mesh, max(1, places // context)
+
+    def batches() -> Iterator[MicroBatch]:
         for number in range(rows):
             pieces = list(_pieces(stream, number, context))
             mine = pieces[mesh.rank :: mesh.world_size]
             passes = math.ceil(math.ceil(len(pieces) / mesh.world_size) / at_once)
             for index in range(passes):
                 part = _stacked(mine[index * at_once : (index + 1) * at_once], at_once, context)
-                sums += _forward(engine, part, Sequence.single(part.documents))
-    return _over_all_ranks(sums, mesh)
+                yield alone(part, engine.device)
+
+    with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training
+        return _evaluated(engine, batches())
 
 
 class Piece(NamedTuple):
@@ -108,22 +109,16 @@ def _stacked(pieces: list[Piece], rows: int, context: int) -> Batch:
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), documents)
 
 
-@contextmanager
-def _evaluating(engine: Engine) -> Iterator[None]:
+def _evaluated(engine: Engine, batches: Iterator[MicroBatch]) -> Loss:
+    """The loss on all ranks' batches, which another thread makes ahead; the device is read once, at the end."""
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # loss, targets and correct predictions
     engine.module.eval()
     try:
-        with torch.no_grad():
-            yield
+        with torch.no_grad(), Ahead(prepared(batches), engine.device) as parts:
+            for part in parts:
+                tokens, targets = part.on(engine.device)
+                sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
     finally:
         engine.module.train()
-
-
-def _forward(engine: Engine, part: Batch, seq: Sequence) -> np.ndarray:
-    """float64 `[3]`: loss, targets and correct predictions of this rank's tokens."""
-    tokens, targets = (seq.shard(x).to(engine.device) for x in (part.tokens, part.targets))
-    return np.array([float(x) for x in engine(tokens, seq, targets, True)])
-
-
-def _over_all_ranks(sums: np.ndarray, mesh: Mesh) -> Loss:
-    total, targets, correct = gather_numbers(sums.tolist(), mesh).sum(dim=0).tolist()
-    return Loss(total, int(targets), int(correct))
+    total, targeted, correct = gather_numbers(sums.tolist(), engine.mesh).sum(dim=0).tolist()
+    return Loss(total, int(targeted), int(correct))

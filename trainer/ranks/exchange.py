@@ -27,14 +27,18 @@ Result = TypeVar("Result")
 _preparations = count()  # every rank takes part in each, in the same order
 
 
-def gather_numbers(numbers: list[float], mesh: Mesh) -> Tensor:
-    """float64 `[ranks, n]` on the host: every rank's numbers, so that sums do not depend on how a reduction runs."""
-    mine = torch.tensor(numbers, dtype=torch.float64)
+def gather(mine: Tensor, mesh: Mesh) -> Tensor:
+    """`[ranks, n]` of every rank's `[n]`, on their device: sums of it do not depend on how a reduction runs."""
     if mesh.world_size == 1:
         return mine.unsqueeze(0)
-    gathered = torch.empty(mesh.world_size, len(numbers), dtype=torch.float64)
+    gathered = mine.new_empty(mesh.world_size, len(mine))
     all_gather(gathered.view(-1), mine)
     return gathered
+
+
+def gather_numbers(numbers: list[float], mesh: Mesh) -> Tensor:
+    """float64 `[ranks, n]` on the host: every rank's numbers."""
+    return gather(torch.tensor(numbers, dtype=torch.float64), mesh)
 
 
 def from_first_rank(value: Any, mesh: Mesh) -> Any:

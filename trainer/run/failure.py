@@ -51,6 +51,22 @@ class NotFinite(RunFailed, ArithmeticError):
 
     resumable = False
 
+    @classmethod
+    def loss(cls, value: float, step: int) -> NotFinite:
+        """The loss of a step is not."""
+        return cls(
+            f"the loss must be finite; got {value} at step {step}. Lower optimizer.learning_rate, or set trainer.clip"
+        )
+
+    @classmethod
+    def gradient(cls, first: int, last: int) -> NotFinite:
+        """The gradients of several steps in a row are not."""
+        return cls(
+            f"the gradient must be finite; got {last - first + 1} step(s) in a row, {first} to {last}, where it was "
+            "not, and the weights stay as they are. Lower optimizer.learning_rate, or set trainer.clip, and start in "
+            f"another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
+        )
+
 
 class Stopped(BaseException):
     """SIGTERM arrived: the launcher ends this rank because another one failed, or the job is cancelled."""

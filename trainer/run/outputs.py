@@ -23,10 +23,21 @@ class Outputs:
     A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on; lines of
     metrics and the configuration are written when there is room again. Raises ValueError if metrics.jsonl cannot be
     brought back to `step`.
+
+    step: the last one that has been taken, from which the run goes on. bring_up: called before each line of metrics, so
+    that it writes those of earlier steps first, where any are still to be read.
     """
 
-    def __init__(self, settings: Settings, directory: RunDirectory, *, first: bool, step: int) -> None:
-        self.directory, self.first = directory, first
+    def __init__(
+        self,
+        settings: Settings,
+        directory: RunDirectory,
+        *,
+        first: bool,
+        step: int,
+        bring_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self.first, self._bring_up = directory, first, bring_up
         self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
         self.metrics = MetricsFile(directory.metrics)
         self.curves = LossCurves()
@@ -62,16 +73,17 @@ class Outputs:
             self.metrics.write(record)
             self._flush()
 
+        self._bring_up()
         if self.first:
             self.curves.add(record)
             self._keep(write)
             if self.tracker is not None:
                 self.tracker.log(record)
 
-    def training(self, record: dict[str, Any], seconds: float) -> None:
+    def training(self, record: dict[str, Any]) -> None:
         """A finished step."""
         self.log(record)
-        self.progress.step(record["step"], record, seconds)
+        self.progress.step(record["step"], record, record["seconds"])
 
     def validation(self, record: dict[str, Any]) -> None:
         self.log(record)

@@ -23,13 +23,19 @@ class WandbSettings:
 class LoggerSettings:
     """What the run reports while it goes; run.dir/metrics.jsonl is always written."""
 
+    every: int | None = None  # steps whose numbers are read from the device together; null: 1 on a CPU, 10 on CUDA
     print_every: int = 10  # steps between lines where the output is not a terminal
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
     def check(self) -> None:
         """Raises ValueError for what cannot be."""
+        at_least("logger.every", self.every, 1)
         at_least("logger.print_every", self.print_every, 1)
         one_of("logger.wandb.mode", self.wandb.mode, WANDB_MODES)
+
+    def interval(self, device_type: str) -> int:
+        """Steps whose numbers are read together: each time a GPU is read it runs out of work."""
+        return self.every or (10 if device_type == "cuda" else 1)
 
 
 @dataclass

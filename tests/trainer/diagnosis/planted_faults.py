@@ -16,8 +16,8 @@ from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategies import halo, ring, state_passing, windows
 from longreach.trainer import engine
 from longreach.trainer.data.packing import TokenStream
+from longreach.trainer.data.reading import Reader
 from longreach.trainer.engine import Engine
-from longreach.trainer.trainer import Trainer
 
 _spoiled: list[tuple[Any, str, Any]] = []
 
@@ -204,14 +204,11 @@ def targets_of_the_token() -> None:
 def every_data_rank_reads_the_same() -> None:
     """The rows of a step are those of the first data rank, on all."""
 
-    def read(self):
-        own, self.mesh = self.mesh, replace(self.mesh, rank=self.mesh.sequence_rank)
-        try:
-            return original(self)
-        finally:
-            self.mesh = own
+    def rows(self, row):
+        first = replace(self, mesh=replace(self.mesh, rank=self.mesh.sequence_rank))
+        return original(first, row)
 
-    original = spoil(Trainer, "_read_step", read)
+    original = spoil(Reader, "rows", rows)
 
 
 def _configured(dtypes: tuple[str, ...], **changes: Any) -> None:

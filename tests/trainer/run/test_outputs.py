@@ -33,7 +33,7 @@ def test_a_disk_that_is_full_at_the_start_is_told_and_the_run_goes_on(tmp_path, 
     settings = Settings()
     settings.logger.wandb.mode = "disabled"
     outputs = Outputs(settings, RunDirectory(tmp_path), first=True, step=0)
-    outputs.training(STEP, 1.0)
+    outputs.training(STEP)
     said = capsys.readouterr().out
     assert said.count("run.dir cannot be written: [Errno 28] No space left on device") == 1
     assert "free space" in said
@@ -48,7 +48,14 @@ def test_a_disk_that_is_full_at_the_start_is_told_and_the_run_goes_on(tmp_path, 
 
 
 def line(step):
-    return {"step": step, "loss": 5.0 / step, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0}
+    return {
+        "step": step,
+        "loss": 5.0 / step,
+        "grad_norm": 1.0,
+        "learning_rate": 0.1,
+        "tokens_per_second": 1.0,
+        "seconds": 1.0,
+    }
 
 
 def test_the_plot_goes_on_where_a_run_does_and_metrics_are_not_read_again(tmp_path):
@@ -56,11 +63,11 @@ def test_the_plot_goes_on_where_a_run_does_and_metrics_are_not_read_again(tmp_pa
     settings.logger.wandb.mode = "disabled"
     first = Outputs(settings, RunDirectory(tmp_path), first=True, step=0)
     for step in range(1, 8):
-        first.training(line(step), 1.0)
+        first.training(line(step))
     first.close()
     resumed = Outputs(settings, RunDirectory(tmp_path), first=True, step=5)
     (tmp_path / "metrics.jsonl").unlink()
-    resumed.training(line(6), 1.0)
+    resumed.training(line(6))
     resumed.validation({"step": 6, "validation_loss": 1.5, "accuracy": 0.5})
     resumed.close()
     assert [point.mean for point in resumed.curves.training.points] == [(step, 5.0 / step) for step in range(1, 7)]
@@ -81,7 +88,7 @@ def test_notes_are_shown_though_hydra_has_switched_loggers_off(capsys):
         log.disabled, log.level, log.propagate, log.handlers = before
 
 
-STEP = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0}
+STEP = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0, "seconds": 1.0}
 
 
 def test_a_folder_that_has_gone_does_not_come_back_in_part(tmp_path, capsys):
@@ -91,7 +98,7 @@ def test_a_folder_that_has_gone_does_not_come_back_in_part(tmp_path, capsys):
     directory.path.mkdir()
     outputs = Outputs(settings, directory, first=True, step=0)
     shutil.rmtree(directory.path)
-    outputs.training(STEP, 1.0)
+    outputs.training(STEP)
     outputs.sample(1, "text")
     outputs.plot()
     (said,) = outputs.unkept()

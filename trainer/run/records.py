@@ -1,0 +1,98 @@
+"""Records: the numbers of steps that nobody has read yet, and the lines of metrics that they become."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .metrics import Work
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step whose results are still on the device.
+
+    step, tokens: steps taken and tokens read, with this one.       rate: its learning rate.
+    losses: float64 `[ranks, 2]`, each rank's sum of token losses and the most memory in bytes that it has used.
+    norm: of the gradient, on the device or, where the optimizer has read it, a float.
+    auxiliary: scalars, the auxiliary losses by name.                work: of the whole global batch.
+    """
+
+    step: int
+    tokens: int
+    rate: float
+    losses: Tensor
+    norm: Tensor | float
+    auxiliary: dict[str, Tensor]
+    work: Work
+
+
+class Records:
+    """Keeps the steps since the last `read`, which copies their numbers to the host all at once.
+
+    peak: FLOPs per second that each rank's device has at most; None where it is not known.
+    """
+
+    def __init__(self, peak: float | None) -> None:
+        self.peak = peak
+        self._unread: list[TakenStep] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """What runs within is part of a step, and its time counts."""
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+
+    def add(self, taken: TakenStep) -> None:
+        """Adds a step; nothing waits for the device."""
+        self._unread.append(taken)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines of metrics of the steps since the last time, each with the mean of the time that they took."""
+        if not self._unread:
+            return []
+        steps, self._unread = self._unread, []
+        with self.timing():
+            numbers = _read([[step.losses, *_tensors(step.norm), *step.auxiliary.values()] for step in steps])
+        seconds, self._seconds = self._seconds / len(steps), 0.0
+        return [self._line(step, values, seconds) for step, values in zip(steps, numbers, strict=True)]
+
+    def _line(self, taken: TakenStep, values: list[Tensor], seconds: float) -> dict[str, Any]:
+        losses, *scalars = values
+        ranks, work = len(losses), taken.work
+        norm = float(scalars.pop(0)) if isinstance(taken.norm, Tensor) else taken.norm
+        flops = 3 * work.flops / seconds  # backward costs twice as much as forward; recomputation does not count
+        line = {
+            "step": taken.step,
+            "tokens": taken.tokens,
+            "loss": float(losses[:, 0].sum()) / work.targets,
+            "grad_norm": norm,
+            "learning_rate": taken.rate,
+            "tokens_per_second": work.tokens / seconds,
+            "peak_memory_bytes": int(losses[:, 1].max()),
+            "seconds": seconds,
+            "flops_per_second": flops,
+            "mfu": flops / ranks / self.peak if self.peak else None,
+            "padding": work.padding,
+            "attention_imbalance": work.imbalance,
+        }
+        return line | {f"auxiliary_{name}": float(x) for name, x in zip(taken.auxiliary, scalars, strict=True)}
+
+
+def _tensors(value: Tensor | float) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _read(groups: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The tensors on the host in float64, in one copy."""
+    flat = torch.cat([x.double().flatten() for group in groups for x in group]).cpu()
+    parts = iter(flat.split([x.numel() for group in groups for x in group]))
+    return [[next(parts).view(x.shape) for x in group] for group in groups]
