@@ -16,7 +16,7 @@ from ..kernels.documents import Documents
 from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
 from .layout import Layout
-from .mesh import Heads, Mesh
+from .mesh import Group, Heads, Mesh
 from .strategy import Strategy
 
 
@@ -91,7 +91,7 @@ class Sequence(Deriving):
     documents: Documents
     layout: Layout
     rank: int = 0
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
     layer: int = 0
     strategy: Strategy = field(default_factory=Strategy)
     heads: Heads | None = None
