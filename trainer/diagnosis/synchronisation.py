@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PACKAGE = Path(__file__).parents[2]
+SKIPPED = (__file__, str(Path(torch.__file__).parent))  # files and folders of which no line is told
 
 # Operations that give the host a value, or whose result has a shape that depends on values.
 WAITING = frozenset(
@@ -42,7 +43,7 @@ INDEXING = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
 class Synchronisation(NamedTuple):
-    """An operation that waits for the device, and the innermost line of this package that is in its call."""
+    """An operation that waits for the device, and the line that asks for it."""
 
     operation: str
     place: str
@@ -206,14 +207,9 @@ def _has_list(index: Any) -> bool:
 
 
 def _place() -> str:
-    """The innermost line of this package that is being run, but for this module; the innermost of all if none is."""
+    """The innermost line in the call that is neither of torch nor of this module; of the package by its path there."""
     frame = sys._getframe()
-    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(SKIPPED):
         frame = frame.f_back
-    innermost = frame
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and path != Path(__file__) and "tests" not in path.parts:
-            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return f"{Path(innermost.f_code.co_filename).name}:{innermost.f_lineno}"
+    path = Path(frame.f_code.co_filename)
+    return f"{path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.name}:{frame.f_lineno}"
