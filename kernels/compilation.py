@@ -2,7 +2,8 @@
 
     python -m longreach.kernels.compilation [op …]
 
-prints the table, and exits with 1 where a kernel does not fit. It needs no GPU, but TRITON_INTERPRET must not be set.
+prints the table, and exits with 1 where a kernel does not fit. Its last numbers are the blocks that a multiprocessor
+holds at once, and their share of the warps that it can hold. It needs no GPU, but TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ OPS = (
 
 # Shared memory that one block of threads may take, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory of a multiprocessor; each block on it takes RESERVED bytes more than it asks for, in units of UNIT.
+MULTIPROCESSOR_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+RESERVED, UNIT = 1024, 128
+# The same on these chips: registers of a multiprocessor, which its four parts share evenly and give to warps in units,
+# and the most warps and blocks on it.
+REGISTERS, PARTS, REGISTER_UNIT = 65_536, 4, 256
+MOST_WARPS, MOST_BLOCKS = 64, 32
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -129,6 +137,10 @@ def faults(compilation: Compilation, capability: int, used: Report) -> list[str]
     problems = []
     if used.shared > SHARED[capability]:
         problems.append(f"{used.shared} bytes of shared memory exceed {SHARED[capability]}")
+    elif not blocks_per_multiprocessor(capability, compilation.warps, used.registers, used.shared):
+        problems.append(
+            f"{compilation.warps} warps of {used.registers} registers per thread exceed {REGISTERS} registers"
+        )
     if capability == 90 and used.spills:
         problems.append(f"{used.spills} bytes spilled")
     if capability == 90 and compilation.rows >= 64 and not used.wgmma and not compilation.note:
@@ -138,6 +150,23 @@ def faults(compilation: Compilation, capability: int, used: Report) -> list[str]
     return problems
 
 
+def blocks_per_multiprocessor(capability: int, warps: int, registers: int, shared: int) -> int:
+    """How many blocks of a kernel a multiprocessor holds at once, as CUDA counts them; 0 if it cannot run the kernel.
+
+    warps: of 32 threads, per block. registers: per thread. shared: bytes per block.
+    """
+    registers_per_warp = _rounded_up(32 * registers, REGISTER_UNIT)
+    if registers_per_warp * _rounded_up(warps, PARTS) > REGISTERS or shared > SHARED[capability]:
+        return 0
+    by_registers = REGISTERS // PARTS // registers_per_warp * PARTS // warps
+    by_shared = MULTIPROCESSOR_SHARED[capability] // _rounded_up(shared + RESERVED, UNIT)
+    return min(MOST_BLOCKS, MOST_WARPS // warps, by_registers, by_shared)
+
+
+def _rounded_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
 def compilations(op: str) -> list[Compilation]:
     """The compilations that the `triton.py` of an op's folder, or of `chunks`, lists."""
     return importlib.import_module(f".{op}.triton", __package__).compilations()
@@ -145,7 +174,8 @@ def compilations(op: str) -> list[Compilation]:
 
 def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """A line of the table, and its faults, for each kernel and chip; the work is spread over the cores."""
-    yield f"{'kernel':58} {'chip':>6} {'shared':>8} {'regs':>5} {'spills':>6} {'wgmma':>5} {'mma':>4}  remarks", []
+    numbers = f"{'shared':>8} {'regs':>5} {'spills':>6} {'wgmma':>5} {'mma':>4} {'blocks':>6} {'warps':>5}"
+    yield f"{'kernel':58} {'chip':>6} {numbers}  remarks", []
     tasks = [(op, number, chip) for op in ops for number in range(len(compilations(op))) for chip in SHARED]
     with multiprocessing.get_context("spawn").Pool() as pool:
         yield from pool.imap(_line, tasks)
@@ -158,7 +188,9 @@ def _line(task: tuple[str, int, int]) -> tuple[str, list[str]]:
     problems = faults(compilation, capability, used)
     note = compilation.note if capability == 90 and not used.wgmma else ""
     remarks = "; ".join(["FAULT: " + p for p in problems] + ([note] if note else []))
+    blocks = blocks_per_multiprocessor(capability, compilation.warps, used.registers, used.shared)
     numbers = f"{used.shared:8} {used.registers:5} {used.spills:6} {used.wgmma:5} {used.mma:4}"
+    numbers += f" {blocks:6} {blocks * compilation.warps / MOST_WARPS:5.0%}"
     return f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}".rstrip(), problems
 
 

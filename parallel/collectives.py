@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .mesh import Group
 from .sequence import Sequence
+from .threads import ThreadGroup, this_rank
 
 # torch 2.13 renamed it; 2.11 has only the old name.
 all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-sent: Counter[str] = Counter()
-"""Bytes that this rank has sent to others, by kind of collective, since the process began (as rings send them)."""
+_sent_by_process: Counter[str] = Counter()
+
+
+class Work(Protocol):
+    """A message or a collective under way."""
+
+    def wait(self) -> Any: ...
+
+
+def sent() -> Counter[str]:
+    """Bytes that this rank has sent to others, by kind of collective, since it began (as rings send them)."""
+    rank = this_rank()
+    return _sent_by_process if rank is None else rank.sent
 
 
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
     """Counts what this rank sends inside the block; the yielded counter is filled at its end."""
-    before, counts = sent.copy(), Counter[str]()
+    before, counts = sent().copy(), Counter[str]()
     yield counts
-    counts.update(sent - before)
+    counts.update(sent() - before)
 
 
 def _bytes(x: Tensor) -> int:
@@ -69,12 +82,17 @@ class Gathering:
     def __init__(self, x: Tensor, seq: Sequence) -> None:
         self._source = x.contiguous()
         self._out = x.new_empty((seq.layout.ranks, *x.shape))
-        sent["gather"] += (seq.layout.ranks - 1) * _bytes(self._source)
-        self._work = all_gather(self._out.view(-1), self._source.view(-1), group=seq.group, async_op=True)
+        sent()["gather"] += (seq.layout.ranks - 1) * _bytes(self._source)
+        out, source, self._work = self._out.view(-1), self._source.view(-1), None
+        if isinstance(seq.group, ThreadGroup):
+            seq.group.all_gather(out, source)
+        else:
+            self._work = all_gather(out, source, group=seq.group, async_op=True)
 
     def wait(self) -> Tensor:
         """`[P, spans, …]`."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._out
 
 
@@ -88,19 +106,25 @@ def in_row_order(gathered: Tensor, seq: Sequence) -> list[Tensor]:
     return [ordered[span] for span in range(layout.ranks * layout.spans)]
 
 
-def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_to_all(x: Tensor, group: Group) -> Tensor:
     """`[ranks, …]`, x[r] for rank r of the group, to what every rank sent to this one, by rank."""
     received = torch.empty_like(x)
-    sent["all to all"] += (x.shape[0] - 1) * _bytes(x) // x.shape[0]
-    dist.all_to_all_single(received, x.contiguous(), group=group)
+    sent()["all to all"] += (x.shape[0] - 1) * _bytes(x) // x.shape[0]
+    if isinstance(group, ThreadGroup):
+        group.all_to_all(received, x)
+    else:
+        dist.all_to_all_single(received, x.contiguous(), group=group)
     return received
 
 
 def sum_over_ranks(x: Tensor, seq: Sequence) -> None:
     """Makes x, in place, the sum of what every rank has."""
     ranks = seq.layout.ranks
-    sent["sum"] += 2 * (ranks - 1) * _bytes(x) // ranks
-    dist.all_reduce(x, group=seq.group)
+    sent()["sum"] += 2 * (ranks - 1) * _bytes(x) // ranks
+    if isinstance(seq.group, ThreadGroup):
+        seq.group.all_reduce(x)
+    else:
+        dist.all_reduce(x, group=seq.group)
 
 
 def scatter_sum(parts: Tensor, seq: Sequence) -> Tensor:
@@ -114,33 +138,40 @@ def scatter_sum(parts: Tensor, seq: Sequence) -> Tensor:
     return total
 
 
-def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[dist.Work]:
+def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], seq: Sequence) -> list[Work]:
     """Starts point-to-point messages with ranks of the sequence group; every rank calls in the same order.
 
     The tensors must be contiguous and stay untouched until the works are waited for.
     """
     if seq.group is None:
         return []
-    sent["exchange"] += sum(_bytes(t) for t, _ in sends)
+    sent()["exchange"] += sum(_bytes(t) for t, _ in sends)
+    if isinstance(seq.group, ThreadGroup):
+        return [*seq.group.exchange(sends, receives)]
     ops = [dist.P2POp(dist.isend, t, group=seq.group, group_peer=peer) for t, peer in sends]
     ops += [dist.P2POp(dist.irecv, t, group=seq.group, group_peer=peer) for t, peer in receives]
-    return dist.batch_isend_irecv(ops) if ops else []
+    return [*dist.batch_isend_irecv(ops)] if ops else []
 
 
-def finish(works: list[dist.Work]) -> None:
+def finish(works: list[Work]) -> None:
     """Waits for the messages of an `exchange`."""
     for work in works:
         work.wait()
 
 
-def agree(error: str | None, ranks: int, group: dist.ProcessGroup | None = None) -> None:
+def agree(error: str | None, ranks: int, group: Group | None = None) -> None:
     """Raises ValueError on all `ranks` of a group (default: all there are), with the first one's message, if any has an
     error.
 
     For checks before work starts: a rank that raised alone would leave the others waiting for it.
     """
     errors: list[str | None] = [error]
-    if ranks > 1:
+    rank = this_rank()
+    if ranks > 1 and rank is not None and group is None:
+        group = rank.group(range(rank.ranks))
+    if isinstance(group, ThreadGroup):
+        errors = group.all_gather_object(error)
+    elif ranks > 1:
         errors = [None] * ranks
         dist.all_gather_object(errors, error, group=group)
     first = next((message for message in errors if message), None)

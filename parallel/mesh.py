@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 import torch.distributed as dist
+
+from .threads import ThreadGroup, this_rank
+
+Group: TypeAlias = dist.ProcessGroup | ThreadGroup
+"""Ranks that communicate: processes of torch.distributed, or threads of this process."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +23,8 @@ class Heads:
     """
 
     ranks: int
-    group: dist.ProcessGroup
-    ring: dist.ProcessGroup | None = None
+    group: Group
+    ring: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -27,25 +32,26 @@ class Mesh:
     """Rank r = data_rank * sequence_ranks + sequence_rank: the ranks that share a row are neighbours.
 
     `sequence_group` joins those that share rows, and `heads` those of them that exchange tokens for heads, if any do;
-    both are None on a single process without torch.distributed.
+    both are None on a single process without torch.distributed. Ranks are processes, or threads of one process
+    (`run_as_threads`).
     """
 
     rank: int = 0
     world_size: int = 1
     sequence_ranks: int = 1
-    sequence_group: dist.ProcessGroup | None = None
+    sequence_group: Group | None = None
     heads: Heads | None = None
 
     @classmethod
     def create(cls, sequence: int = 1, ulysses: int = 1, timeout_minutes: float = 10.0) -> Mesh:
-        """The mesh of the initialised default process group, `sequence` ranks per row; every rank must call it.
+        """The mesh of all ranks, `sequence` ranks per row; every rank must call it.
 
         `ulysses` of a row's ranks exchange tokens for heads, where the strategy is Ulysses. A rank that is silent for
         `timeout_minutes` in a collective of a group that is made here ends the run; give what the default group got.
         When it returns, every group has run a collective. Raises ValueError, on every rank alike and before any group
         is made, if the ranks do not divide evenly.
         """
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = _place()
         check_sequence_ranks(sequence, world)
         check_ulysses_ranks(ulysses, sequence)
         mesh, timeout = cls(rank, world), timedelta(minutes=timeout_minutes)
@@ -57,16 +63,16 @@ class Mesh:
                 neighbours = _group(ulysses, 1, world, rank, timeout)
                 heads = Heads(ulysses, neighbours, _group(sequence // ulysses, ulysses, world, rank, timeout))
             mesh = cls(rank, world, sequence, row, heads)
-        if world > 1:
+        if world > 1 and this_rank() is None:
             _connect(mesh.groups)
         return mesh
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """Every group that this rank is in, once, in the same order on every rank; the first joins all ranks."""
+        """Every process group that this rank is in, once, in the same order on every rank; the first joins all."""
         heads = () if self.heads is None else (self.heads.group, self.heads.ring)
         groups = (cast(dist.ProcessGroup, dist.group.WORLD), self.sequence_group, *heads)
-        return list(dict.fromkeys(group for group in groups if group is not None))
+        return list(dict.fromkeys(group for group in groups if isinstance(group, dist.ProcessGroup)))
 
     @property
     def data_ranks(self) -> int:
@@ -81,16 +87,28 @@ class Mesh:
         return self.rank % self.sequence_ranks
 
 
-def _group(size: int, stride: int, world: int, rank: int, timeout: timedelta) -> dist.ProcessGroup:
+def _place() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    thread = this_rank()
+    if thread is not None:
+        return thread.rank, thread.ranks
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _group(size: int, stride: int, world: int, rank: int, timeout: timedelta) -> Group:
     """The group of this rank among those of `size` ranks, `stride` apart; every rank makes all of them."""
-    if size == world:
+    thread = this_rank()
+    if size == world and thread is None:
         return cast(dist.ProcessGroup, dist.group.WORLD)
     mine = None
     for block in range(0, world, size * stride):
         for first in range(block, block + stride):
             ranks = list(range(first, block + size * stride, stride))
-            group = dist.new_group(ranks, timeout=timeout)
-            mine = group if rank in ranks else mine
+            if thread is None:
+                group = dist.new_group(ranks, timeout=timeout)
+                mine = group if rank in ranks else mine
+            elif rank in ranks:
+                return thread.group(ranks)
     return cast(dist.ProcessGroup, mine)
 
 

@@ -98,7 +98,8 @@ def mix(
     """Runs the operation `build(*settings)`; `slot` names its state within the layer, for recomputation.
 
     Settings are plain values and classes, so that a compiled graph can be keyed by them. Tensors without data, on
-    `meta`, are a rehearsal: they get the shapes and types of a run on as many ranks, and nothing is sent.
+    `meta`, are a rehearsal, unless the sequence names a backend: they get the shapes and types of a run on as many
+    ranks, and nothing is sent.
     """
     if torch.compiler.is_compiling():
         name = _name(build, settings)
@@ -108,7 +109,7 @@ def mix(
         return tuple(results[: _outputs(name)])
     seq.claim(slot)
     op = build(*settings)
-    if next(x.device.type for x in inputs if x is not None) == "meta":
+    if seq.backend == "auto" and next(x.device.type for x in inputs if x is not None) == "meta":
         return operation.run(_Rehearsal(op), inputs, seq)
     ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
     note = f"in {type(op).__name__} of layer {seq.layer}, on {ranks}"

@@ -18,7 +18,7 @@ from ..kernels.operation import Kept
 from ..kernels.pointwise import Rotation, rotations
 from .decoding_cache import DecodingCache
 from .layout import Layout
-from .mesh import Heads, Mesh
+from .mesh import Group, Heads, Mesh
 from .strategy import Strategy
 
 
@@ -67,7 +67,7 @@ class Sequence(Deriving):
     documents: Documents
     layout: Layout
     rank: int = 0
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
     layer: int = 0
     strategy: Strategy = field(default_factory=Strategy)
     heads: Heads | None = None

@@ -52,6 +52,13 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         raise
 
 
+def run_threads(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """The same on threads of this process, which start at once: `function` may stand anywhere."""
+    from longreach.parallel.threads import run_as_threads
+
+    return run_as_threads(world, lambda rank: function(rank, world, *args), timeout=timeout)
+
+
 class _Pool:
     def __init__(self, world: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="longreach-ranks-"))

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.attend import Attend, Gradient, merge
-from ..collectives import Packed, exchange, finish
+from ..collectives import Packed, Work, exchange, finish
 from ..sequence import Sequence
 from .attention import SharedAttention
 
@@ -59,7 +58,7 @@ class _Travel:
         self.seq, self.plan, self.ranks, self.own = seq, plan, seq.layout.ranks, own
         self.current: Packed | None = Packed.of(own) if self.ranks > 1 else None
         self.next: Packed | None = None
-        self.works: list[dist.Work] = []
+        self.works: list[Work] = []
 
     def owner(self, step: int) -> int:
         return (self.seq.rank - step) % self.ranks
@@ -99,7 +98,7 @@ class _Returns:
         self.returns = plan.seen_by[seq.rank]
         self.part: Packed | None = None  # kept while its memory is being sent
         self.back: Packed | None = None
-        self.works: list[dist.Work] = []
+        self.works: list[Work] = []
 
     def start(self, part: Packed | None, step: int) -> None:
         """Sends this rank's part for this step's block to its owner, and starts to receive one for its own block."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from longreach.kernels.compilation import OPS, Compilation, Report, faults
+from longreach.kernels.compilation import OPS, Compilation, Report, blocks_per_multiprocessor, faults
 
 
 @pytest.mark.slow
@@ -33,12 +33,39 @@ def named(**settings):
         (named(rows=64), 90, Report(1000, 200, 0, 0, 8), ["no wgmma"]),
         (named(rows=64, note="16 columns"), 90, Report(1000, 200, 0, 0, 8), []),
         (named(rows=16), 90, Report(1000, 200, 0, 0, 0), ["no tensor-core"]),
+        (named(warps=16), 90, Report(1000, 168, 0, 0, 0), ["16 warps of 168 registers per thread exceed 65536"]),
     ],
 )
 def test_what_keeps_a_kernel_from_production(compilation, capability, found, said):
     problems = faults(compilation, capability, found)
     assert len(problems) == len(said)
     assert all(part in problem for part, problem in zip(said, problems, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("capability", "warps", "registers", "shared", "blocks"),
+    [
+        (80, 8, 32, 0, 8),  # all 64 warps
+        (80, 1, 32, 0, 32),  # no more blocks
+        (90, 4, 128, 0, 4),  # 4,096 registers a warp, four warps in each of four parts
+        (90, 4, 168, 0, 3),
+        (90, 4, 170, 0, 2),  # the last unit of 256 registers is begun
+        (100, 8, 255, 0, 1),
+        (90, 5, 200, 0, 1),  # eight warps have room, of which five are a block
+        (80, 4, 32, 100 * 1024, 1),
+        (90, 4, 32, 100 * 1024, 2),
+        (80, 4, 32, 163 * 1024, 1),
+        (90, 4, 32, 113 * 1024, 2),
+        (90, 4, 32, 113 * 1024 + 1, 1),  # a block takes 1 KiB more than it asks for
+        (100, 8, 64, 40 * 1024, 4),  # by registers; shared memory has room for five
+        (90, 4, 32, 227 * 1024 + 1, 0),
+        (90, 32, 255, 0, 0),
+        (90, 9, 160, 0, 1),
+        (90, 9, 184, 0, 0),  # CUDA reserves registers for twelve warps
+    ],
+)
+def test_blocks_that_a_multiprocessor_holds(capability, warps, registers, shared, blocks):
+    assert blocks_per_multiprocessor(capability, warps, registers, shared) == blocks
 
 
 def test_unknown_ops_are_refused():

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from own_attention import BiasedAttend, Inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,10 +17,12 @@ from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
 from longreach.kernels.operation import Kept
 from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops
+from longreach.parallel.collectives import sum_over_ranks
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
+from longreach.parallel.threads import this_rank
 from longreach.trainer.diagnosis.truth import plain_ops
 
 # Eight heads: what tokens are exchanged for among up to eight ranks.
@@ -252,7 +253,8 @@ def fits(name: str, ranks: int, strategy: str) -> bool:
 def shared(world: int, spans: int, documents: Documents, strategy: str = "default") -> Sequence:
     """The rows as this rank holds them."""
     chosen, ulysses = STRATEGIES[strategy]
-    return Sequence.shared(documents, Layout(documents.length, world, spans), _mesh(world, ulysses or world), chosen)
+    mesh = Mesh.create if this_rank() else _mesh
+    return Sequence.shared(documents, Layout(documents.length, world, spans), mesh(world, ulysses or world), chosen)
 
 
 @functools.cache
@@ -315,7 +317,7 @@ def agree(
                 if is_rows(whole):
                     gradient = seq.shard(gradient)
                 elif world > 1:
-                    dist.all_reduce(x.grad)
+                    sum_over_ranks(x.grad, seq)
                 close(x.grad, gradient, f"{name}, gradient of input {index}")
 
 

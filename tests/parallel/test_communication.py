@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import run_threads
 from torch import Tensor
 
 from longreach.kernels import short_conv
@@ -60,7 +60,7 @@ def counts(rank: int, world: int, name: str, length: int, spans: int, strategy: 
 def counted(
     name: str, world: int, spans: int = 2, length: int = 96, strategy: Strategy | None = None, ulysses: int = 1
 ):
-    return run_ranks(world, counts, name, length, spans, strategy or Strategy(), ulysses)
+    return run_threads(world, counts, name, length, spans, strategy or Strategy(), ulysses)
 
 
 def test_a_ring_of_which_every_key_is_seen() -> None:

@@ -1,12 +1,16 @@
-"""Every op over gloo ranks against itself on one: outputs and all gradients, float64, packed documents."""
+"""Every op over ranks against itself on one: outputs and all gradients, float64, packed documents.
+
+Two ranks are processes over gloo; more are threads, which start at once and need no second core.
+"""
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
+from distributed import run_ranks, run_threads
 from parallel_cases import CASES, STRATEGIES, agree, fits, is_rows, shared
 
 from longreach.kernels.documents import Documents
@@ -22,9 +26,12 @@ PACKED = ((7, 41, 1, 30, 5), (LENGTH,))
 SPARSE = ((3, 2), (*[1] * 20, 60))
 
 
-def compare(world: int, spans: int, strategy: str, names: list[str] | None = None, keep: bool = False) -> None:
+def compare(
+    world: int, spans: int, strategy: str, names: list[str] | None = None, keep: bool = False, run: Any = None
+) -> None:
     fitting = [name for name in names or CASES if fits(name, world, strategy)]
-    run_ranks(world, agree, fitting, [PACKED, SPARSE], LENGTH, spans, strategy, 0, keep)
+    run = run or (run_ranks if world == 2 else run_threads)
+    run(world, agree, fitting, [PACKED, SPARSE], LENGTH, spans, strategy, 0, keep)
 
 
 @pytest.mark.slow
@@ -36,6 +43,12 @@ def test_one_rank_runs_the_kernels() -> None:
 @pytest.mark.parametrize("spans", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_agree_with_one(world: int, spans: int) -> None:
     compare(world, spans, "default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["default", "2-D, two by heads"])
+def test_four_processes_agree_with_one(strategy: str) -> None:
+    compare(4, 2, strategy, run=run_ranks)
 
 
 QUICK = [(2, "gather"), (2, "ulysses")]
