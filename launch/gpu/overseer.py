@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,9 +28,8 @@ class Worker:
     def __init__(self, part: Part, number: int, deadline: float, folder: Path) -> None:
         self.log = folder / f"{part.name}-{number}.log"
         self.step: int | None = None
-        self.until = float("inf")
+        self.begun, self.until = 0.0, float("inf")
         self.buffer = b""
-        self.idle = False  # whether it waits for a step
         reading, writing = os.pipe()
         command = [sys.executable, "-u", "-m", f"{__package__}.worker", part.name, part.module, str(deadline)]
         with self.log.open("ab") as output:
@@ -48,13 +48,11 @@ class Worker:
 
     def give(self, number: int, until: float) -> None:
         """Has it run a step."""
-        self.step, self.until, self.idle = number, until, False
+        self.step, self.begun, self.until = number, time.monotonic(), until
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has died; the end of its pipe says so
             self.process.stdin.write(f"{number}\n".encode())
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died; the end of its pipe says so
 
     def records(self) -> list[dict[str, Any]] | None:
         """What it has sent since; None at its end."""
@@ -66,10 +64,8 @@ class Worker:
 
     def end(self) -> int:
         """Ends the process and all that it has started; its exit code, negative for a signal."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.pipe.close()
         return self.process.wait()
 
@@ -87,6 +83,7 @@ class Overseer:
         self.allowed, self.started = workers, 0
         self.steps: list[tuple[str, float | None]] | None = None
         self.waiting: list[int] = []  # steps that nobody has begun
+        self.cut = False  # whether a step was ended for its time
         self.workers: list[Worker] = []
         self.selector = selectors.DefaultSelector()
 
@@ -99,8 +96,7 @@ class Overseer:
             self._start()
             while self.workers:
                 self._wait()
-            cut = time.monotonic() >= self.deadline
-            outcome = "ended at its limit" if cut and self._unfinished else "complete"
+            outcome = "cut short" if self.cut or self.waiting else "complete"
         finally:
             for worker in list(self.workers):
                 self._drop(worker)
@@ -111,10 +107,6 @@ class Overseer:
                 self._tell("failure", {"step": self.part.name, "error": "it ended before its first step"})
             self.report.seconds, self.report.outcome = time.monotonic() - begun, outcome
             self.told("")
-
-    @property
-    def _unfinished(self) -> bool:
-        return bool(self.waiting) or any("limit" in failure.error for failure in self.report.failures)
 
     def _start(self) -> None:
         worker = Worker(self.part, self.started, self.deadline, self.folder)
@@ -138,9 +130,9 @@ class Overseer:
             name = self._name(worker)
             self._drop(worker)
             if name:
-                limit = "the part's limit" if now >= self.deadline else "its own limit"
-                error = f"ended by force at {limit}"
-                self._tell("failure", {"step": name, "error": error, "traceback": worker.last_lines()})
+                limit = "the part's time was over" if now >= self.deadline else "that is its own limit"
+                self.cut = True
+                self._tell("skipped", {"what": name, "why": f"ended after {now - worker.begun:.0f} s: {limit}"})
             if now < self.deadline:
                 self._go_on()
 

@@ -52,7 +52,7 @@ class PartReport:
 
     def add(self, record: dict[str, Any]) -> str:
         """Adds what a worker has sent, and says it in one line."""
-        kind, value = record["kind"], record.get("value")
+        kind, value = record["kind"], record["value"]
         if kind == "row":
             title = record["table"]
             table = next((table for table in self.tables if table.title == title), None)

@@ -58,9 +58,9 @@ def _run(step: Step, here: Here) -> bool:
         here.skip(step.name, f"it needs {error.name or 'a module'}, which is not installed ({error})")
     except Exception as error:
         here.fail(error)
-    gc.collect()
     if not here.on_gpu:
         return True
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
