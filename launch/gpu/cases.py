@@ -142,10 +142,10 @@ def listed(block_size: int, slots: int, owners: str, *, query_block: int = 1, ma
 
 
 def compressed(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
-    windows = {"size": 32, "stride": 16} if q.is_cuda else {"size": 4, "stride": 2}
-    keys = ops.window_means(k, seq=seq, slot="keys", **windows)
-    values = ops.window_means(v, seq=seq, slot="values", **windows)
-    return ops.compressed_attention(q, keys, values, seq=seq, **windows)[0]
+    size, stride = (32, 16) if q.is_cuda else (4, 2)
+    keys = ops.window_means(k, seq=seq, size=size, stride=stride, slot="keys")
+    values = ops.window_means(v, seq=seq, size=size, stride=stride, slot="values")
+    return ops.compressed_attention(q, keys, values, seq=seq, size=size, stride=stride)[0]
 
 
 def _norm(x: Tensor, weight: Tensor, *, seq: Sequence) -> Tensor:
