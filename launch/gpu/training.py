@@ -102,7 +102,7 @@ def _bisect(here: Here) -> None:
     from .compiled import compare_gradients
 
     name = COMPARED[0] if here.on_gpu else COMPARED[1]
-    compare_gradients(_composed(("model.vocabulary=512", *name)).model, here)
+    compare_gradients(composed(("model.vocabulary=512", *name)).model, here)
 
 
 def run_folder(overrides: tuple[str, ...], here: Here, *more: str) -> Path:
@@ -131,11 +131,11 @@ def _train(overrides: tuple[str, ...], here: Here, *more: str) -> Path:
         torch.cuda.reset_peak_memory_stats()
     command = [sys.executable, "-m", "longreach.launch.train", *arguments]
     device = processes.start(deterministic=False)
-    Trainer(_composed(arguments), build, Mesh.create(1), device, command).run()
+    Trainer(composed(arguments), build, Mesh.create(1), device, command).run()
     return folder
 
 
-def _composed(arguments: Any) -> Any:
+def composed(arguments: Any) -> Any:
     """The settings of a training run with these overrides."""
     import hydra
 

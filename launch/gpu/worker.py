@@ -34,7 +34,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = Here(device, float(deadline), Path(folder), int(pipe))
     try:
-        steps: list[Step] = importlib.import_module(f".{module}", __package__).steps(here)
+        steps: list[Step] = importlib.import_module(module, __package__).steps(here)
     except ImportError as error:
         here.skip("all of it", f"it needs {error.name or 'a module'}, which is not installed ({error})")
         steps = []
