@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import statistics
 import sys
 import sysconfig
 from collections import Counter
@@ -24,7 +23,7 @@ MODELS = (
     (("model=nsa_1b", "model.depth=1"), ("model=nsa_tiny", "model.depth=1")),
 )
 COMPARED = MODELS[0]  # with trainer.compile
-STEPS, WARM = 6, 2  # steps of a run, and those that compile and tune; the last one is profiled
+STEPS, EVERY = 7, 3  # steps of a run, and of a log interval: the first compiles, the second counts, the rest is profiled
 LENGTH, FEW = 131072, 512
 FILES, FILE_BYTES = 6, 900_000  # text in files that are longer than a row
 LONGEST = 10  # kernels of a profile that are shown
@@ -56,15 +55,13 @@ def _measure(model: tuple[tuple[str, ...], tuple[str, ...]], here: Here) -> None
     overrides = _model(model, here)
     run = _train(overrides, here, f"trainer.profile_start={STEPS}", "trainer.profile_steps=1")
     records = records_of(run)
-    timed = [record for record in records if WARM < record["step"] < STEPS]
-    seconds = statistics.median(record["seconds"] for record in timed)
+    timed = next(record for record in records if record["step"] == 2 * EVERY)  # with the mean of its interval
     memory = max(record["peak_memory_bytes"] for record in records) / 1e9
-    mfu = timed[-1]["mfu"]
-    length = LENGTH if here.on_gpu else FEW
+    mfu, length = timed["mfu"], LENGTH if here.on_gpu else FEW
     here.row(
-        f"Steps {WARM + 1} to {STEPS - 1}, one row of {length:,} tokens each, in bfloat16: the median",
-        **{"model": shown_name(overrides), "tokens/s": timed[-1]["tokens_per_second"] * timed[-1]["seconds"] / seconds},
-        **{"MFU": None if mfu is None else f"{mfu * timed[-1]['seconds'] / seconds:.1%}", "seconds a step": seconds},
+        f"Steps {EVERY + 1} to {2 * EVERY}, one row of {length:,} tokens each, in bfloat16: the mean",
+        **{"model": shown_name(overrides), "tokens/s": timed["tokens_per_second"]},
+        **{"MFU": None if mfu is None else f"{mfu:.1%}", "seconds a step": timed["seconds"]},
         **{"peak GB": memory, "losses": _losses(records)},
     )
     longest, total = longest_kernels(run / "profile" / "rank-0.json.gz")
@@ -122,7 +119,8 @@ def _train(overrides: tuple[str, ...], here: Here, *more: str) -> Path:
         *overrides, "data=text", f"data.path={_text(here)}", "data.tokenizer=bytes", f"data.sequence_length={length}",
         f"model.vocabulary={32768 if here.on_gpu else 512}", "data.rows_per_step=1", "trainer.dtype=bfloat16",
         f"data.cache_dir={here.folder / 'tokens'}", f"trainer.steps={STEPS}", "evaluation.every=0",
-        "evaluation.sample_tokens=0", "checkpoint.every=0", "logger.wandb.mode=disabled", f"run.dir={folder}", *more,
+        "evaluation.sample_tokens=0", "checkpoint.every=0", "logger.wandb.mode=disabled", f"logger.every={EVERY}",
+        f"run.dir={folder}", *more,
     ]  # fmt: skip
     print(" ".join(["python -m longreach.launch.train", *arguments]), flush=True)
     if here.on_gpu:
