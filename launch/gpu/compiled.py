@@ -53,18 +53,18 @@ VARIANTS: tuple[tuple[str, Callable[[LanguageModel], Iterator[nn.Module]], str],
 
 
 def compare_gradients(settings: dict[str, Any], here: Here) -> None:
-    """A row for each way of compiling: which gradient is furthest from float32, and how far it is without compiling.
+    """A row for each way of compiling: which gradient is furthest from float64, and how far it is without compiling.
 
     "Traced" is the compiler's graph, run by torch's own kernels: what differs there is not the compiler's kernels.
     """
     torch.manual_seed(0)
-    model = build({**settings, "depth": DEPTH}).to(here.device)
-    model.initialise(0)
+    rounded = build({**settings, "depth": DEPTH}).to(here.device)
+    rounded.initialise(0)
+    rounded.bfloat16()
     length = LENGTH if here.on_gpu else FEW
-    tokens = torch.randint(model.vocabulary, (1, length + 1)).to(here.device)
+    tokens = torch.randint(rounded.vocabulary, (1, length + 1)).to(here.device)
     batch = tokens[:, :-1], tokens[:, 1:]
-    exact = gradients(model, batch)[1]
-    rounded = copy.deepcopy(model).bfloat16()
+    exact = gradients(copy.deepcopy(rounded).double(), batch)[1]
     plain_loss, plain = gradients(rounded, batch)
     _row("not compiled", plain_loss, errors(plain, exact), None, 0.0, here)
     alone = errors(plain, exact)
@@ -85,12 +85,12 @@ def compare_gradients(settings: dict[str, Any], here: Here) -> None:
 
 
 def gradients(model: LanguageModel, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, Gradients]:
-    """The mean loss, and the gradient of every parameter in float32."""
+    """The mean loss, and the gradient of every parameter in float64."""
     tokens, targets = batch
     model.zero_grad(set_to_none=True)
     loss = model(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets)[0] / targets.numel()
     loss.backward()
-    return float(loss), {name: x.grad.float() for name, x in model.named_parameters() if x.grad is not None}
+    return float(loss), {name: x.grad.double() for name, x in model.named_parameters() if x.grad is not None}
 
 
 def errors(found: Gradients, exact: Gradients) -> dict[str, float]:
@@ -109,7 +109,7 @@ def _row(
         worst.sort(key=lambda each: found[each] / max(alone[each], FLOOR), reverse=True)
     wrong = [each for each in worst if alone is not None and found[each] > max(WORSE * alone[each], FLOOR)]
     here.row(
-        "Gradients in bfloat16, compiled, against float32 without; errors relative to the norm",
+        "Gradients in bfloat16, compiled, against float64 without; errors relative to the norm",
         compiled=name,
         loss=f"{loss:.5f}",
         furthest=worst[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ LAST_SECONDS = 2.0  # left for the report
 
 
 def steps(here: Here) -> list[Step]:
+    import pytest  # noqa: F401 (where it is missing, that is said instead)
+
     root = Path(package[0]).resolve()
     files = sorted(path for path in (root / "tests").rglob("test_*.py") if MARK in path.read_text(encoding="utf-8"))
     if not files:
@@ -27,9 +30,12 @@ def steps(here: Here) -> list[Step]:
 
 
 def _test(root: Path, path: Path, here: Here) -> None:
-    name = str(path.relative_to(root))
+    name, text = str(path.relative_to(root)), path.read_text(encoding="utf-8")
     if not here.on_gpu:
-        here.skip(name, f"{path.read_text(encoding='utf-8').count(MARK)} functions of it need a GPU")
+        here.skip(name, f"{text.count(MARK)} functions of it need a GPU")
+        return
+    if "from hypothesis" in text and importlib.util.find_spec("hypothesis") is None:
+        here.skip(name, "it needs hypothesis, which is not installed")
         return
     command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-v", "--tb=short", f"--maxfail={ENOUGH}"]
     process = subprocess.Popen(

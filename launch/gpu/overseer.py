@@ -144,9 +144,10 @@ class Overseer:
                 for _ in range(min(self.allowed, len(self.steps)) - 1):
                     self._start()
             self._next(worker)
-        elif record["kind"] == "done":
-            worker.step = None
-            self._next(worker)
+        elif record["kind"] in ("done", "lost"):
+            worker.step, worker.until = None, float("inf")
+            if record["kind"] == "done":  # else it ends, and another takes its place
+                self._next(worker)
         else:
             self.told(self.report.add(record))
 

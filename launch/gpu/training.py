@@ -18,13 +18,16 @@ from .step import Here, Step
 # On a GPU, and on a CPU in its place.
 MODELS = (
     (("model=minimax_01_125m",), ("model=minimax_01_tiny",)),
-    (("model=llama_125m",), ("model=llama_tiny",)),
-    (("model=gated_deltanet_125m",), ("model=gated_deltanet_tiny",)),
+    (("model=llama_125m",), ("model=llama_tiny", "model.depth=2")),
+    (("model=gated_deltanet_125m",), ("model=gated_deltanet_tiny", "model.depth=4")),
     (("model=nsa_1b", "model.depth=1"), ("model=nsa_tiny", "model.depth=1")),
 )
 COMPARED = MODELS[0]  # with trainer.compile
-STEPS, EVERY = 7, 3  # steps of a run, and of a log interval: the first compiles, the second counts, the rest is profiled
-LENGTH, FEW = 131072, 512
+STEPS, EVERY = (
+    7,
+    3,
+)  # steps of a run, and of a log interval: the first compiles, the second counts, the rest is profiled
+LENGTH, FEW = 131072, 128
 FILES, FILE_BYTES = 6, 900_000  # text in files that are longer than a row
 LONGEST = 10  # kernels of a profile that are shown
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
@@ -149,7 +152,7 @@ def _text(here: Here) -> Path:
     if folder.is_dir():
         return folder
     folder.mkdir()
-    size = FILE_BYTES if here.on_gpu else 20_000
+    size = FILE_BYTES if here.on_gpu else 8_000
     for number, content in zip(range(FILES), pieces(size), strict=False):
         (folder / f"{number}.txt").write_bytes(content)
     return folder

@@ -41,11 +41,10 @@ def main() -> None:
     here.send("steps", value=[(step.name, step.seconds) for step in steps])
     for line in sys.stdin:
         number = int(line)
-        survived = _run(steps[number], here)
-        here.send("done", value=number)
-        if not survived:
-            sys.stdout.flush()
+        if not _run(steps[number], here):
+            here.send("lost", value=number)
             os._exit(LOST)
+        here.send("done", value=number)
 
 
 def _run(step: Step, here: Here) -> bool:
