@@ -96,7 +96,7 @@ class Overseer:
             self._start()
             while self.workers:
                 self._wait()
-            outcome = "cut short" if self.cut or self.waiting else "complete"
+            outcome = "cut short" if self.cut or self.waiting or self.steps is None else "complete"
         finally:
             for worker in list(self.workers):
                 self._drop(worker)
@@ -104,7 +104,7 @@ class Overseer:
             if left:
                 self._tell("skipped", {"what": ", ".join(left), "why": "the part's time was over"})
             elif self.steps is None and not self.report.failures:
-                self._tell("failure", {"step": self.part.name, "error": "it ended before its first step"})
+                self._tell("skipped", {"what": "all of it", "why": "its time was over before its first step"})
             self.report.seconds, self.report.outcome = time.monotonic() - begun, outcome
             self.told("")
 

@@ -13,6 +13,7 @@ from .step import Here, Step
 
 LENGTHS, FEW = (8192, 32768, 131072), (64, 128)
 ROUNDS, ONCE = 3, 1
+LEAST_SECONDS = 5.0  # for an op at one length
 OWN_SECONDS = 40.0  # for an op and the peers that need no tuning
 PEER = "flash-linear-attention"
 LATER = (PEER, "transformers")  # the second, on a CPU, is left to benchmarks/kernels.py
@@ -54,6 +55,9 @@ def _time(name: str, here: Here) -> None:
     """A row for each length, as soon as it is measured."""
     benchmark = _benchmark()
     for length in LENGTHS if here.on_gpu else FEW:
+        if here.left < LEAST_SECONDS:
+            here.skip(f"{name} at {length:,} tokens", "the part's time was over")
+            continue
         case = benchmark.CASES[name](length, here.device.type)
         passes = {"ours": case.ours} | {who: run for who, run in case.peers.items() if who not in LATER}
         taken = {who: _seconds(who, run, here) for who, run in passes.items()}
@@ -67,9 +71,6 @@ def _time(name: str, here: Here) -> None:
             **{who: None if seconds is None else seconds / length * 1e6 for who, seconds in taken.items()},
             **{"ours / floor": taken["ours"] and taken["ours"] / floor, "peak MiB": memory},
         )
-        if here.left < 5:
-            here.skip(f"{name} at more than {length:,} tokens", "the part's time was over")
-            return
 
 
 def _beside(name: str, here: Here) -> None:

@@ -11,7 +11,7 @@ from longreach.launch.gpu.step import Here, Step
 
 def steps(here: Here) -> list[Step]:
     here.send("expected", value=["a/x"])
-    names = (good, wrong, dies, hangs, lacks, good_again, never_ends)
+    names = (good, wrong, dies, loses_the_device, hangs, lacks, off, never_ends)
     return [Step(step.__name__, step, 1.0 if step is hangs else None) for step in names]
 
 
@@ -29,6 +29,13 @@ def dies(here: Here) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def loses_the_device(here: Here) -> None:
+    """As a worker ends whose step the device has not survived."""
+    here.fail("illegal memory access")
+    here.send("lost", value=3)
+    os._exit(3)
+
+
 def hangs(here: Here) -> None:
     here.note("it hangs")
     time.sleep(600)
@@ -38,7 +45,7 @@ def lacks(here: Here) -> None:
     import no_such_package  # noqa: F401
 
 
-def good_again(here: Here) -> None:
+def off(here: Here) -> None:
     here.fail("off by 3", ["q [1, 2]: error 3"])
 
 

@@ -141,12 +141,13 @@ def test_a_step_fails_alone_and_what_it_said_stays(tmp_path: Path, monkeypatch: 
     assert time.monotonic() < deadline + 5
     assert [row["op"] for row in report.tables[0].rows] == ["a|b", "before the end"]
     by_step = {failure.step: failure for failure in report.failures}
-    assert list(by_step) == ["wrong", "dies", "good_again"]
+    assert list(by_step) == ["wrong", "dies", "loses_the_device", "off"]
+    assert len(report.failures) == len(by_step)
     assert by_step["wrong"].error == "ValueError: q must be right; got [1, 2]\nand more"
     assert "planted_steps.py" in by_step["wrong"].traceback[-1]
     assert "SIGSEGV" in by_step["dies"].error
     assert "the last words" in by_step["dies"].traceback
-    assert by_step["good_again"].details == ["q [1, 2]: error 3"]
+    assert by_step["off"].details == ["q [1, 2]: error 3"]
     assert report.notes == ["it hangs"]
     skipped = dict(report.skipped)
     assert re.fullmatch(r"ended after 1 s: that is its own limit", skipped["hangs"])
