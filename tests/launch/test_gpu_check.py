@@ -117,7 +117,7 @@ def test_values_are_short(value: object, text: str) -> None:
 
 def test_what_pytest_says_is_counted() -> None:
     lines = [
-        "a.py::test_one[a b] PASSED [ 25%]", "tests/a.py::test_two SKIPPED (needs x) [ 50%]",
+        "a.py::test_one[a b] PASSED [ 25%]", "a.py::test_two SKIPPED (needs x) [ 50%]",
         "a.py::test_three FAILED [ 75%]", "=== FAILURES ===", "E  assert 1 == 2",
     ]  # fmt: skip
     assert marked.told(lines) == ({"passed": 1, "failed": 1, "skipped": 1}, lines[3:])
