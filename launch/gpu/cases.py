@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ...parallel.sequence import Sequence
 PRODUCTION = {"H": 16, "G": 4, "K": 128, "V": 128, "D": 2048, "N": 16, "F": 5632, "W": 32768}
 FEW = {"H": 8, "G": 2, "K": 8, "V": 8, "D": 16, "N": 2, "F": 24, "W": 61}  # on a CPU
 DISCONTINUOUS = ("blocks of", "short window")  # cases whose result jumps where rounding moves a score, or is a constant
+OF_LIBRARIES = ("constant decay", "scalar decay", "channel decay", "gated delta", "channel delta")
 EXACT = ("decay", "strong", "low")  # kinds of inputs that are float32, as mixers give them
 Op = Callable[..., Any]
 
@@ -72,6 +74,8 @@ def trials() -> list[Trial]:
         if case.keys and name != "own attention":
             found.append(Trial(f"{name}, own kernels", case, "triton"))
     found += [Trial(name, case) for name, case in shared.items()]
+    if importlib.util.find_spec("fla") is not None:
+        found += [Trial(f"{name}, flash-linear-attention", shared[name], "library") for name in OF_LIBRARIES]
     found += _attention(cases)
     found += _pointwise(cases)
     return found

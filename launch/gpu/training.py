@@ -131,8 +131,9 @@ def _train(overrides: tuple[str, ...], here: Here, *more: str) -> Path:
 
         torch.cuda.reset_peak_memory_stats()
     command = [sys.executable, "-m", "longreach.launch.train", *arguments]
-    device = processes.start(deterministic=False)
-    Trainer(composed(arguments), build, Mesh.create(1), device, command).run()
+    settings = composed(arguments)
+    device = processes.start(deterministic=settings.trainer.deterministic)
+    Trainer(settings, build, Mesh.create(1), device, command).run()
     return folder
 
 
