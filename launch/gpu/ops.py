@@ -79,7 +79,9 @@ def _try(trial: Trial, dtype: torch.dtype, here: Here) -> None:
     worst = max(list(errors)[1:], key=lambda name: errors[name])
     right = all(value <= TOLERANCES[dtype] for value in errors.values())
     here.row(
-        f"Errors relative to the norm, at most {TOLERANCES}; the first call, compilation included, in seconds",
+        "Errors relative to the norm, at most "
+        + " and ".join(f"{most:g} in {str(kind).removeprefix('torch.')}" for kind, most in TOLERANCES.items())
+        + "; seconds of the first call, with compilation",
         op=trial.name,
         type=str(dtype).removeprefix("torch."),
         out=errors["out"],

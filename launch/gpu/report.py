@@ -105,10 +105,12 @@ class Report:
                 f"| {part.title} (`{part.name}`) | {cell(part.outcome)} | {taken} | {given} | {len(part.failures)} "
                 f"| {len(part.skipped)} |"
             )
+        failures = [(part, failure) for part in self.parts for failure in part.failures]
+        lines += ["", *(f"- FAILED {part.name}: {failure.step}: {cell(failure.error)}" for part, failure in failures)]
         for part in self.parts:
             if part.outcome != NOT_RUN:
                 lines += ["", *_section(part)]
-        return "\n".join(lines)
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
 def _section(part: PartReport) -> list[str]:
@@ -128,8 +130,6 @@ def _section(part: PartReport) -> list[str]:
     for failure in part.failures:
         lines += ["", f"### FAILED: {failure.step}", "", "```", failure.error, *failure.details, *failure.traceback]
         lines.append("```")
-    if lines[-1] == "":
-        lines.pop()
     return lines
 
 

@@ -14,7 +14,7 @@ from .step import Here, Step
 LENGTHS, FEW = (8192, 32768, 131072), (64, 128)
 ROUNDS, ONCE = 3, 1
 LEAST_SECONDS = 5.0  # for an op at one length
-OWN_SECONDS = 40.0  # for an op and the peers that need no tuning
+OWN_SECONDS = 60.0  # for an op and the peers that need no tuning
 PEER = "flash-linear-attention"
 LATER = (PEER, "transformers")  # the second, on a CPU, is left to benchmarks/kernels.py
 PEER_SECONDS = 40.0  # for this peer at one op: it tunes its kernels for each shape, in minutes

@@ -90,6 +90,8 @@ def test_a_report_is_read_by_people_and_by_programs(tmp_path: Path) -> None:
         "| op | error | tokens | peer |\n|---|---|---|---|\n| softmax | 0.00123 | 131,072 |  |\n| a\\|b |  |  | 2.5 |"
         in text
     )
+    assert "\n- FAILED ops: scan: off by 3\n" in text
+    assert "\n\n\n" not in text
     assert "### FAILED: scan\n\n```\noff by 3\nq [1, 2]\nat x\n```" in text
     assert "- cuDNN: it needs a GPU" in text
     assert "Of 2 kernels 1 were launched." in text
