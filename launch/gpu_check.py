@@ -26,7 +26,7 @@ from .gpu.parts import BUDGET_SECONDS, PARTS, Part, limit
 from .gpu.report import PartReport, Report, free_stem
 
 LEAST_SECONDS = 30
-WRITING_SECONDS = 1.0  # at the end
+ENDING_SECONDS = 3.0  # in which the last processes end and the report is written
 OPTIONS = ("budget", "only", "out")
 
 
@@ -97,7 +97,7 @@ def check(options: Options, started: float) -> Report:
         if line:
             print(f"{time.monotonic() - started:5.0f} s  {line}", flush=True)
 
-    end = started + options.budget - WRITING_SECONDS
+    end = started + options.budget - ENDING_SECONDS
     print(f"report        {stem}.md and .json", flush=True)
     with tempfile.TemporaryDirectory(prefix="longreach-gpu-", ignore_cleanup_errors=True) as folder:
         for number, (part, mine) in enumerate(zip(options.parts, reports, strict=True)):

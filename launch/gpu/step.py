@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -58,8 +59,9 @@ class Here:
                 line = line[os.write(self._pipe, line) :]
 
     def row(self, table: str, **values: Any) -> None:
-        """A row of a table; columns are the names of the values."""
-        self.send("row", table=table, value=values)
+        """A row of a table; columns are the names of the values. JSON has no number for what is not finite."""
+        finite = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+        self.send("row", table=table, value=finite)
 
     def note(self, text: str) -> None:
         self.send("note", value=text)
