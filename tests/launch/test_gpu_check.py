@@ -1,5 +1,7 @@
 """python -m longreach.launch.gpu_check: its arguments, its budget, what a failure leaves, and all of it on a CPU."""
 
+import gzip
+import itertools
 import json
 import os
 import re
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from longreach.launch import gpu_check
-from longreach.launch.gpu import marked, parts
+from longreach.launch.gpu import marked, parts, training
 from longreach.launch.gpu.overseer import Overseer, environment
 from longreach.launch.gpu.parts import PARTS, Part, limit
 from longreach.launch.gpu.report import PartReport, Report, free_stem, shown
@@ -123,6 +125,24 @@ def test_what_pytest_says_is_counted() -> None:
         "a.py::test_three FAILED [ 75%]", "=== FAILURES ===", "E  assert 1 == 2",
     ]  # fmt: skip
     assert marked.told(lines) == ({"passed": 1, "failed": 1, "skipped": 1}, lines[3:])
+
+
+def test_the_longest_kernels_of_a_trace(tmp_path: Path) -> None:
+    events = [{"cat": "kernel", "name": f"kernel {n % 12}", "dur": 1000.0 * (n % 12)} for n in range(24)]
+    events += [{"cat": "cpu_op", "name": "aten::mm", "dur": 1e9}, {"name": "no time", "cat": "kernel"}]
+    with gzip.open(tmp_path / "rank-0.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    longest, total = training.longest_kernels(tmp_path / "rank-0.json.gz")
+    assert longest[0] == ("kernel 11", 2, pytest.approx(0.022))
+    assert [name for name, *_ in longest] == [f"kernel {n}" for n in range(11, 1, -1)]
+    assert total == pytest.approx(2 * sum(range(12)) / 1000)
+
+
+def test_text_to_train_on_is_python_source_in_pieces_of_a_size() -> None:
+    first, second = itertools.islice(training.pieces(5000), 2)
+    assert min(len(first), len(second)) >= 5000
+    assert b"def " in first
+    assert first != second
 
 
 def test_processes_of_a_part_import_the_package_that_runs() -> None:
