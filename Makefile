@@ -11,8 +11,8 @@ fix:  ## what ruff can repair by itself
 test:  ## all tests
 	bash launch/test.sh
 
-gpu:  ## the tests that need a CUDA device
-	bash launch/test.sh -n 0 -m gpu
+gpu:  ## tests and measures the GPU within nine minutes; the report goes to benchmarks/results/ (docs/gpu.md)
+	$(ENVIRONMENT) && install_missing && $$PYTHON -m longreach.launch.gpu_check $(ARGUMENTS)
 
 bench:  ## every op beside its peers; the table goes to benchmarks/results/
 	$(ENVIRONMENT) && PYTHONPATH=benchmarks:$$PYTHONPATH $$PYTHON benchmarks/kernels.py --write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longreach.kernels import delta_rule as delta
 from longreach.kernels import diagonal_scan as diagonal
@@ -63,6 +65,20 @@ def attempt(build: Callable[[], Pass]) -> Pass | None:
         return None
 
 
+def later(package: str, build: Callable[[], Pass]) -> Pass | None:
+    """A peer's pass that is built when it first runs, since importing the package takes seconds; None without it."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    built: list[Pass] = []
+
+    def run() -> None:
+        if not built:
+            built.append(build())
+        built[0]()
+
+    return run
+
+
 def torch_form(function: Function) -> Function:
     """transformers' own torch code, where it would call another package's kernels if that is installed."""
     return inspect.unwrap(function)
@@ -80,12 +96,23 @@ def softmax_case(length: int, device: str) -> Case:
 
         return differentiated(lambda q, k, v: flash_attn_func(q, k, v, causal=True), [q, k, v])
 
+    def flash_3() -> Pass:
+        from flash_attn_interface import flash_attn_func
+
+        return differentiated(lambda q, k, v: flash_attn_func(q, k, v, causal=True), [q, k, v])
+
+    def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(q, k, v)
+
     peers = {"torch SDPA": differentiated(sdpa, [q, k, v])}
-    if device == "cuda" and (pass_ := attempt(flash)):
-        peers["flash-attn"] = pass_
+    if device == "cuda":
+        peers["SDPA by cuDNN"] = differentiated(cudnn, [q, k, v])
         peers["own Triton"] = differentiated(
             lambda q, k, v: attention.softmax_attention(q, k, v, backend="triton"), [q, k, v]
         )
+        libraries = {"flash-attn": attempt(flash), "flash-attn 3": attempt(flash_3)}
+        peers |= {who: pass_ for who, pass_ in libraries.items() if pass_}
     flops = attention.flops(length * (length + 1) // 2, heads=HEADS, key_dim=DIM, value_dim=DIM)
     return Case(differentiated(attention.softmax_attention, [q, k, v]), flops, peers)
 
@@ -98,7 +125,7 @@ def gated_case(decay: str) -> Callable[[int, str], Case]:
         peers = {}
         if decay != "per channel" and device == "cpu" and (pass_ := attempt(lambda: minimax(length))):
             peers["transformers"] = pass_
-        if device == "cuda" and (pass_ := attempt(lambda: fla_gated(decay, q, k, v, log_decay))):
+        if device == "cuda" and (pass_ := later("fla", lambda: fla_gated(decay, q, k, v, log_decay))):
             peers["flash-linear-attention"] = pass_
         flops = gated.flops(length, heads=HEADS, key_dim=DIM, value_dim=DIM)
         frozen = (3,) if decay == "constant" else ()
@@ -158,7 +185,7 @@ def delta_case(decay: str) -> Callable[[int, str], Case]:
 
         if decay == "scalar" and device == "cpu" and (pass_ := attempt(transformers_rule)):
             peers["transformers"] = pass_
-        if device == "cuda" and (pass_ := attempt(fla_rule)):
+        if device == "cuda" and (pass_ := later("fla", fla_rule)):
             peers["flash-linear-attention"] = pass_
         flops = delta.flops(length, heads=HEADS, key_dim=DIM, value_dim=DIM)
         return Case(differentiated(delta.delta_rule, [q, k, v, beta, log_decay]), flops, peers)

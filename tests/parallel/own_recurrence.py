@@ -6,7 +6,7 @@ h_t = e^{a_t + i θ_t} h_{t−1} + x_t        out_t = Re h_t        h complex, o
 from typing import NamedTuple
 
 import torch
-from parallel_cases import CASES, TIME, Case, agree
+from parallel_cases import CASES, Case, agree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,7 +78,7 @@ def rotation(x: Tensor, log_decay: Tensor, angle: Tensor, *, seq: Sequence) -> T
     return ops.recurrent(Rotation, RotationInputs(x, log_decay, angle), seq=seq)
 
 
-_ROWS = (TIME, 8)
+_ROWS = ("T", 8)
 _CASE = Case(rotation, ((_ROWS, "normal"), (_ROWS, "decay"), (_ROWS, "normal")), _ROWS)
 
 

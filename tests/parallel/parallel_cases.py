@@ -25,10 +25,10 @@ from longreach.parallel.strategy import Strategy
 from longreach.parallel.threads import this_rank
 from longreach.trainer.diagnosis.truth import plain_ops
 
-# Eight heads: what tokens are exchanged for among up to eight ranks.
-HEADS, GROUPS, KEY, VALUE, CHANNELS, STATES = 8, 2, 3, 5, 8, 2
+# What the letters of a shape are. Eight heads: what tokens are exchanged for among up to eight ranks.
+SMALL = {"H": 8, "G": 2, "K": 3, "V": 5, "D": 8, "N": 2}  # heads, grouped heads, key and value dims, channels, states
 SCALE = 0.7  # of some cases, which is no default
-TIME = -1  # stands for the length of the row in a shape
+Shape = tuple[str | int, ...]  # letters of sizes, and numbers; "T" comes first, or not at all
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,31 @@ class Case:
     """An op with the shapes of its inputs, without the batch, and how each is drawn: see `_draw`."""
 
     call: Callable[..., Tensor]
-    inputs: tuple[tuple[tuple[int, ...], str], ...]
-    result: tuple[int, ...]
+    inputs: tuple[tuple[Shape, str], ...]
+    result: Shape
     by_heads: bool = True  # whether tokens can be exchanged for heads
     keys: bool = False  # whether keys can be gathered
 
-    def draw(self, batch: int, length: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-        """The inputs, and a gradient of the output."""
-        inputs = [_draw(_shape(shape, batch, length), kind, generator) for shape, kind in self.inputs]
-        return inputs, _draw(_shape(self.result, batch, length), "normal", generator)
+    def draw(
+        self, batch: int, length: int, generator: torch.Generator, sizes: dict[str, int] = SMALL
+    ) -> tuple[list[Tensor], Tensor]:
+        """The inputs, and a gradient of the output, on the generator's device."""
+        inputs = [_draw(_shape(shape, batch, length, sizes), kind, generator) for shape, kind in self.inputs]
+        return inputs, _draw(_shape(self.result, batch, length, sizes), "normal", generator)
 
 
-def _shape(shape: tuple[int, ...], batch: int, length: int) -> tuple[int, ...]:
-    return (batch, length, *shape[1:]) if shape[0] == TIME else shape
+def _shape(shape: Shape, batch: int, length: int, sizes: dict[str, int]) -> tuple[int, ...]:
+    numbers = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape if dim != "T")
+    return (batch, length, *numbers) if shape[:1] == ("T",) else numbers
 
 
 def _draw(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> Tensor:
-    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator, device=generator.device)
     if kind == "direction":
         return torch.nn.functional.normalize(x, dim=-1)
     return {
         "normal": x,
+        "small": 0.1 * x,
         "strong": 4 * x,
         "low": 4 * x - 1000,  # its exponential is nothing
         "decay": -0.3 * x.abs(),
@@ -166,44 +170,42 @@ def sparse_layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, seq: Sequence, r
     return out + 0.1 * (summaries * weights).sum((1, 2, 3), keepdim=True)
 
 
-_Q, _V, _OUT, _X = (TIME, HEADS, KEY), (TIME, HEADS, VALUE), (TIME, HEADS, VALUE), (TIME, CHANNELS)
-_FEW = (TIME, GROUPS, KEY)
-_ATTENTION = ((_Q, "normal"), (_FEW, "normal"), ((TIME, GROUPS, VALUE), "normal"))
+_Q, _V, _OUT, _X = ("T", "H", "K"), ("T", "H", "V"), ("T", "H", "V"), ("T", "D")
+_FEW = ("T", "G", "K")
+_ATTENTION = ((_Q, "normal"), (_FEW, "normal"), (("T", "G", "V"), "normal"))
 _LINEAR = ((_Q, "normal"), (_Q, "normal"), (_V, "normal"))
 _GROUPED = ((_FEW, "normal"), (_FEW, "normal"), (_V, "normal"))
-_BETA = ((TIME, HEADS), "gate")
+_BETA = (("T", "H"), "gate")
 _DELTA = ((_Q, "normal"), (_Q, "direction"), (_V, "normal"), _BETA)
-_BY_HEAD, _BY_CHANNEL = ((TIME, HEADS), "decay"), ((TIME, HEADS, KEY), "decay")
-_BY_VALUE = ((TIME, HEADS, VALUE), "decay")
-_GATE = ((TIME, HEADS), "strong")
-_SELECTIVE = (((TIME, STATES), "normal"), ((TIME, STATES), "normal"))
+_BY_HEAD, _BY_CHANNEL = (("T", "H"), "decay"), (("T", "H", "K"), "decay")
+_BY_VALUE = (("T", "H", "V"), "decay")
+_GATE = (("T", "H"), "strong")
+_SELECTIVE = ((("T", "N"), "normal"), (("T", "N"), "normal"))
 
 CASES = {
     "softmax": Case(_attend(), _ATTENTION, _OUT, keys=True),
     "window": Case(_attend(window=9, scale=SCALE), _ATTENTION, _OUT, keys=True),
     "short window": Case(_attend(window=1), _ATTENTION, _OUT, keys=True),
-    "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, ((HEADS,), "normal")), _OUT, keys=True),
+    "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, (("H",), "normal")), _OUT, keys=True),
     "dilated": Case(_strided(Dilated(3)), _ATTENTION, _OUT, keys=True),
     "dilated window": Case(_strided(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),
     "near and every 5th": Case(
         _strided(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
     ),
-    "own attention": Case(
-        own_attention, (*_LINEAR, ((TIME, HEADS), "normal"), ((TIME, HEADS), "normal")), _OUT, keys=True
-    ),
+    "own attention": Case(own_attention, (*_LINEAR, (("T", "H"), "normal"), (("T", "H"), "normal")), _OUT, keys=True),
     "undecayed": Case(_op("gated_linear_attention"), _LINEAR, _OUT),
-    "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS,), "decay")), _OUT),
-    "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, ((HEADS, KEY), "decay")), _OUT),
+    "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, (("H",), "decay")), _OUT),
+    "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, (("H", "K"), "decay")), _OUT),
     "scalar decay": Case(_op("gated_linear_attention", scale=SCALE), (*_LINEAR, _BY_HEAD), _OUT),
     "channel decay": Case(_op("gated_linear_attention"), (*_LINEAR, _BY_CHANNEL), _OUT),
     "grouped": Case(_op("gated_linear_attention"), (*_GROUPED, _BY_HEAD), _OUT),
     "value decay": Case(_value_decay, (*_LINEAR, _BY_VALUE), _OUT),
     "both decays": Case(_value_decay, (*_LINEAR, _BY_VALUE, _BY_CHANNEL), _OUT),
-    "bonus": Case(_bonus, (*_LINEAR, _BY_CHANNEL, ((HEADS, KEY), "normal")), _OUT),
+    "bonus": Case(_bonus, (*_LINEAR, _BY_CHANNEL, (("H", "K"), "normal")), _OUT),
     "normaliser": Case(_divided("sum"), (*_LINEAR, _BY_HEAD), _OUT),
     "input gate": Case(_divided("at_least_one"), (*_LINEAR, _BY_HEAD, _GATE), _OUT),
     "input gate, bonus": Case(
-        _divided("sum"), (*_LINEAR, ((HEADS,), "decay"), ((TIME, HEADS), "low"), ((HEADS, KEY), "positive")), _OUT
+        _divided("sum"), (*_LINEAR, (("H",), "decay"), (("T", "H"), "low"), (("H", "K"), "positive")), _OUT
     ),
     "delta": Case(_op("delta_rule"), _DELTA, _OUT),
     "gated delta": Case(
@@ -214,15 +216,13 @@ CASES = {
     "channel delta": Case(_op("delta_rule"), (*_DELTA, _BY_CHANNEL), _OUT),
     "general delta": Case(_erase, (*_LINEAR, (_Q, "direction"), (_Q, "gate"), _BY_CHANNEL), _OUT),
     "scan": Case(_op("diagonal_scan"), ((_X, "normal"), (_X, "decay")), _X),
-    "constant scan": Case(
-        _op("diagonal_scan"), (((TIME, CHANNELS, 3), "normal"), ((CHANNELS, 3), "decay")), (TIME, CHANNELS, 3)
-    ),
+    "constant scan": Case(_op("diagonal_scan"), ((("T", "D", 3), "normal"), (("D", 3), "decay")), ("T", "D", 3)),
     "selective scan": Case(
-        _op("selective_scan"), ((_X, "normal"), (_X, "positive"), ((CHANNELS, STATES), "decay"), *_SELECTIVE), _X
+        _op("selective_scan"), ((_X, "normal"), (_X, "positive"), (("D", "N"), "decay"), *_SELECTIVE), _X
     ),
     "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
-    "conv": Case(_op("short_conv"), ((_X, "normal"), ((CHANNELS, 4), "normal")), _X, by_heads=False),
-    "wide conv": Case(_op("short_conv"), ((_X, "normal"), ((CHANNELS, 30), "normal")), _X, by_heads=False),
+    "conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 4), "normal")), _X, by_heads=False),
+    "wide conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 30), "normal")), _X, by_heads=False),
     "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),
     **{
         f"blocks of {name}": Case(
@@ -246,8 +246,8 @@ def fits(name: str, ranks: int, strategy: str) -> bool:
     """Whether a case runs under a strategy, and the strategy is not another one on so many ranks."""
     if strategy in ("default", "gather"):
         return strategy == "default" or CASES[name].keys
-    by_heads = STRATEGIES[strategy][1]
-    return CASES[name].by_heads and (HEADS % ranks == 0 if by_heads == 0 else 1 < ranks // by_heads == ranks / by_heads)
+    by_heads, heads = STRATEGIES[strategy][1], SMALL["H"]
+    return CASES[name].by_heads and (heads % ranks == 0 if by_heads == 0 else 1 < ranks // by_heads == ranks / by_heads)
 
 
 def shared(world: int, spans: int, documents: Documents, strategy: str = "default") -> Sequence:
