@@ -48,7 +48,7 @@ class GatheredTile(BlockTile):
 
     def columns(self, length: int) -> Tensor:
         """int64 `[B, length]`: which key of `tile` stands at each place, one past its last for none."""
-        ids = self.layout.ids(self.keys, self.listed.device).long()
+        ids = self.layout.ids(self.keys).long().to(self.listed.device)
         kept = torch.nn.functional.pad(self.listed, (0, 1)).gather(1, torch.where(ids < 0, self.listed.shape[1], ids))
         places = torch.where(kept, kept.cumsum(1) - 1, length)
         keys = torch.arange(self.keys.length, device=ids.device).expand_as(ids)

@@ -232,19 +232,15 @@ def most_visits(documents: Documents, *, block_size: int, count: int) -> int:
 
     Meters use it before lists exist: it is the sum over tokens of min(count, position // block_size + 1).
     """
-    total = 0
-    for row in documents.runs:
-        for part in row:
-            if not part.is_padding:
-                total += _listed_before(part.end_position, block_size, count)
-                total -= _listed_before(part.position, block_size, count)
-    return total
+    runs = documents.columns.at(documents.columns.real)
+    listed = _listed_before(runs.end_position, block_size, count) - _listed_before(runs.position, block_size, count)
+    return int(listed.sum())
 
 
-def _listed_before(position: int, block_size: int, count: int) -> int:
+def _listed_before(position: Tensor, block_size: int, count: int) -> Tensor:
     """Sum over positions below `position` of min(count, position // block_size + 1)."""
-    rising = min(position, (count - 1) * block_size)
-    blocks, rest = divmod(rising, block_size)
+    rising = position.clamp(max=(count - 1) * block_size)
+    blocks, rest = rising // block_size, rising % block_size
     return block_size * blocks * (blocks + 1) // 2 + rest * (blocks + 1) + (position - rising) * count
 
 

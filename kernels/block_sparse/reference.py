@@ -12,7 +12,7 @@ from ..softmax.reference import dense_attend, dense_backward
 
 
 def visible(blocks_BLJM: Tensor, tile: BlockTile, keys: int) -> Tensor:
-    """bool `[B, J, T, S]`: the mask, and that the key's block is in the query's list; J heads have lists, S = `keys`."""
+    """bool `[B, J, T, S]`: the mask, and that the key's block is in a query's list; S is `keys`, J heads have lists."""
     device = blocks_BLJM.device
     if isinstance(tile, GatheredTile):
         seen_BJTN = torch.nn.functional.pad(visible(blocks_BLJM, tile.tile, tile.keys.length), (0, 1))

@@ -13,6 +13,7 @@ inverse of the lists, made by a stable sort. No atomics: the same inputs give th
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -497,6 +498,7 @@ class _Problem:
             key_dim=self.key_dim, value_dim=self.value_dim, exact=self.q.dtype == torch.float32,
         )  # fmt: skip
 
+    @cached_property
     def inverse(self) -> _Inverse:
         """Slots by (row, group, piece), in the order of the lists within one; empty slots come last."""
         device, lists = self.q.device, self.lists
@@ -611,6 +613,7 @@ def _portions(problem: _Problem, dim: int) -> list[tuple[int, int, _Problem]]:
 def _portion(problem: _Problem, low: int, high: int, first: int, last: int) -> _Problem:
     part = object.__new__(_Problem)
     part.__dict__.update(problem.__dict__)
+    part.__dict__.pop("inverse", None)
     part.lists = problem.lists[:, low:high].contiguous()
     part.q, part.places = (x[:, first:last].contiguous() for x in (problem.q, problem.places))
     part.length = last - first
@@ -639,7 +642,7 @@ def _query_gradients(problem: _Problem, incoming: tuple[Tensor, ...], dq: Tensor
 
 def _attend_gathered(problem: _Problem, out: Tensor, lse: Tensor) -> None:
     constants, lists = problem.constants(BY_BLOCK, ROWS), problem.lists.shape[1]
-    inverse = problem.inverse()
+    inverse = problem.inverse
     tiles = inverse.tiles(problem.rows_per_list, ROWS, least=0)
     partial = out.new_empty(problem.slots * problem.rows_per_list, problem.value_dim)
     partial_lse = lse.new_empty(problem.slots * problem.rows_per_list)
@@ -653,7 +656,7 @@ def _attend_gathered(problem: _Problem, out: Tensor, lse: Tensor) -> None:
 
 def _query_gradients_gathered(problem: _Problem, incoming: tuple[Tensor, ...], dq: Tensor) -> None:
     constants, lists = problem.constants(BY_BLOCK, ROWS), problem.lists.shape[1]
-    inverse = problem.inverse()
+    inverse = problem.inverse
     tiles = inverse.tiles(problem.rows_per_list, ROWS, least=0)
     partial = dq.new_empty(problem.slots * problem.rows_per_list, problem.key_dim)
     _query_gradients_by_block[(tiles.bound,)](
@@ -688,7 +691,7 @@ def _sum_key_gradients(problem: _Problem, incoming: tuple[Tensor, ...], dk: Tens
         problem.constants(KEY_GRADIENTS, _rows_of_gradients(problem.key_dim, problem.value_dim)),
         problem.lists.shape[1],
     )
-    inverse, total = problem.inverse(), problem.batch * problem.groups * problem.count
+    inverse, total = problem.inverse, problem.batch * problem.groups * problem.count
     # Four times the rows that a block has on average: what is shared then takes at most half of what dk and dv take.
     average = problem.slots * problem.rows_per_list // total
     segment = max(LEAST_SEGMENT, triton.cdiv(4 * average, ROWS) * ROWS)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..derived import Deriving
-from ..documents import PADDING, Documents, Run
+from ..documents import PADDING, Documents
 from ..masks import Mask, Tile
 from ..masks.strides import Order
 from ..windows import WindowLayout
@@ -36,50 +35,35 @@ class Folding(Deriving):
     @property
     def keys(self) -> Documents:
         """The windows as tokens, each document's from position 0 on."""
-        rows = []
-        for row, first in enumerate(self.windows.first):
-            runs, end = [], self.windows.counts[row]
-            starts = [*first.items(), (PADDING, end)]
-            for (document, start), (_, stop) in pairwise(starts):
-                if stop > start:
-                    runs.append(Run(document, start, stop - start, 0))
-            if end < self.length:
-                runs.append(Run(PADDING, end, self.length - end, 0))
-            rows.append(tuple(runs))
-        return Documents.of_runs(rows, self.length)
+        runs, (each, first) = self.windows.documents.columns, self.windows.stretches
+        table = torch.stack([runs.row, runs.document, first, each, 0 * each], dim=1)[each > 0]
+        return _padded(table, self.documents.batch, self.length)
 
     @cached_property
     def places(self) -> tuple[Documents, Order]:
         """The documents of the places, and the queries in the order of `places · stride`."""
-        lead, stride = self.windows.size - 1, self.windows.stride
-        rows: list[list[Run]] = []
-        for runs in self.documents.runs:
-            places, used = [], 0
-            for run in runs:
-                begin = max(run.position, lead)
-                if run.is_padding or begin >= run.end_position:
-                    continue
-                first, last = (begin - lead) // stride, (run.end_position - 1 - lead) // stride
-                places.append(Run(run.document, used, last - first + 1, first))
-                used += last - first + 1
-            rows.append(places)
-        most = max((places[-1].stop for places in rows if places), default=0)
-        queries = torch.full((self.documents.batch, most * stride), self.documents.length)
-        folded = torch.full((self.documents.batch, self.documents.length), most * stride)
-        for row, (runs, places) in enumerate(zip(self.documents.runs, rows, strict=True)):
-            seeing = [run for run in runs if not run.is_padding and run.end_position > lead]
-            for run, place in zip(seeing, places, strict=True):
-                begin = max(run.position, lead)
-                at = (place.start - place.position) * stride + begin - lead
-                number = run.end_position - begin
-                tokens = torch.arange(number) + run.start + begin - run.position
-                queries[row, at : at + number] = tokens
-                folded[row, tokens] = torch.arange(at, at + number)
-            if not places or places[-1].stop < most:
-                end = places[-1].stop if places else 0
-                places.append(Run(PADDING, end, most - end, 0))
-        packed = tuple(tuple(run for run in places if run.length) for places in rows)
-        return Documents.of_runs(packed, most), Order(queries, folded)
+        lead, stride, length = self.windows.size - 1, self.windows.stride, self.documents.length
+        runs = self.documents.columns
+        runs = runs.at(runs.real & (runs.end_position > lead))
+        begin = runs.position.clamp(min=lead)  # the first token that sees a window
+        first = (begin - lead) // stride
+        each = (runs.end_position - 1 - lead) // stride - first + 1
+        used = torch.zeros(self.documents.batch, dtype=torch.int64).index_add_(0, runs.row, each)
+        before = each.cumsum(0) - each - (used.cumsum(0) - used)[runs.row]
+        most = int(used.max()) if len(used) else 0
+        documents = _padded(
+            torch.stack([runs.row, runs.document, before, each, first], dim=1), self.documents.batch, most
+        )
+        queries = torch.full((self.documents.batch, most * stride), length)
+        folded = torch.full((self.documents.batch, length), most * stride)
+        number = runs.end_position - begin
+        owner = torch.repeat_interleave(number)
+        offset = torch.arange(len(owner)) - (number.cumsum(0) - number)[owner]
+        token = (runs.start + begin - runs.position)[owner] + offset
+        place = ((before - first) * stride + begin - lead)[owner] + offset
+        queries[runs.row[owner], place] = token
+        folded[runs.row[owner], token] = place
+        return documents, Order(queries, folded)
 
     def fold(self, x: Tensor, groups: int) -> Tensor:
         """`[B, T, H, D]` to `[B, places, groups · stride · H / groups, D]`: of a group, one query after the other."""
@@ -94,6 +78,15 @@ class Folding(Deriving):
 
     def _order(self, device: torch.device) -> Order:
         return self.on(device, _order)
+
+
+def _padded(table: Tensor, batch: int, length: int) -> Documents:
+    """The documents of rows whose runs are in the table, in order and from 0 on, padded to `length`."""
+    used = torch.zeros(batch, dtype=torch.int64).index_add_(0, table[:, 0], table[:, 3])
+    short = (used < length).nonzero().squeeze(1)
+    rest = torch.stack([short, 0 * short + PADDING, used[short], length - used[short], 0 * short], dim=1)
+    both = torch.cat([table, rest])
+    return Documents(both[torch.argsort(both[:, 0], stable=True)], batch, length)
 
 
 def _tile(folding: Folding) -> Tile | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..blocks import BlockLayout
 from ..dispatch import resolve
 from ..documents import Documents
 from ..windows import WindowLayout, seen_windows
 from . import chunked, reference
+from .choices import Choices
 from .rule import Rule
 
-__all__ = ["Rule", "WindowLayout", "bytes_sent", "flops", "select_blocks", "state_bytes"]
+__all__ = ["Choices", "Rule", "WindowLayout", "bytes_sent", "choose", "flops", "select_blocks", "state_bytes"]
 
 
 @torch.no_grad()
@@ -44,24 +44,36 @@ def select_blocks(
     flows. Raises ValueError for shapes that do not fit and for a backend that cannot run.
     """
     documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
-    row_documents = documents if row_documents is None else row_documents
-    windows = WindowLayout(row_documents, rule.span, rule.step)
-    layout = BlockLayout(row_documents, rule.block_size)
-    _check(q, summaries, documents, windows, rule, lse)
-    summaries = summaries[:, : windows.count]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = {"rule": rule, "documents": documents, "windows": windows, "layout": layout, "scale": scale, "lse": lse}
+    choices = Choices.of(documents, documents if row_documents is None else row_documents, rule)
+    return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, backend=backend)
+
+
+@torch.no_grad()
+def choose(
+    q: Tensor,
+    summaries: Tensor,
+    *,
+    rule: Rule,
+    choices: Choices,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`select_blocks` for `Choices`, which what is called several times for the same tokens makes once."""
+    _check(q, summaries, choices, rule, lse)
+    summaries = summaries[:, : choices.windows.count]
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve("select_blocks", backend, q.device, q.dtype)
     if chosen == "triton":
         from . import triton as kernels
 
-        return kernels.select(q, summaries, **arguments)
-    return (reference if chosen == "reference" else chunked).select(q, summaries, **arguments)
+        return kernels.select(q, summaries, rule=rule, choices=choices, scale=factor, lse=lse)
+    implementation = reference if chosen == "reference" else chunked
+    return implementation.select(q, summaries, rule=rule, choices=choices, scale=factor, lse=lse)
 
 
-def _check(
-    q: Tensor, summaries: Tensor, documents: Documents, windows: WindowLayout, rule: Rule, lse: Tensor | None
-) -> None:
+def _check(q: Tensor, summaries: Tensor, choices: Choices, rule: Rule, lse: Tensor | None) -> None:
+    documents, windows = choices.queries, choices.windows
     if q.dim() != 4 or summaries.dim() != 4 or q.shape[0] != summaries.shape[0] or q.shape[3] != summaries.shape[3]:
         raise ValueError(
             f"summaries must be [B, N, G, K] for q [B, T, H, K]; got {tuple(summaries.shape)} and {tuple(q.shape)}"

@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import BlockLayout
-from ..documents import Documents
-from ..windows import WindowLayout
+from .choices import Choices
 from .rule import Rule
 
 SCORES = 1 << 20  # window scores at a time
@@ -36,18 +34,17 @@ def select(
     summaries: Tensor,
     *,
     rule: Rule,
-    documents: Documents,
-    windows: WindowLayout,
-    layout: BlockLayout,
+    choices: Choices,
     scale: float,
     lse: Tensor | None,
 ) -> Tensor:
     """See `longreach.kernels.select_blocks`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    windows, layout = choices.windows, choices.layout
     batch, length, heads, _ = q.shape
     groups = summaries.shape[2]
     lists = q.new_full((batch, length, groups if rule.pooled else heads, rule.count), -1, dtype=torch.int32)
-    for row, runs in enumerate(documents.runs):
+    for row, runs in enumerate(choices.queries.runs):
         by_group = summaries[row].to(dtype).transpose(0, 1).contiguous()
         for run in runs:
             if run.is_padding:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..blocks import BlockLayout
 from ..documents import Documents
 from ..windows import WindowLayout
+from .choices import Choices
 from .rule import Rule
 
 
@@ -75,13 +76,12 @@ def select(
     summaries: Tensor,
     *,
     rule: Rule,
-    documents: Documents,
-    windows: WindowLayout,
-    layout: BlockLayout,
+    choices: Choices,
     scale: float,
     lse: Tensor | None,
 ) -> Tensor:
     """See `longreach.kernels.select_blocks`."""
+    documents, windows, layout = choices.queries, choices.windows, choices.layout
     scores_BJTN, seen_B1TN = window_scores(q, summaries, rule, documents, windows, scale, lse)
     scores_BJTM = block_scores(scores_BJTN, seen_B1TN, rule, windows, layout)
     own = layout.ids(documents).to(q.device)

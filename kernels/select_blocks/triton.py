@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import BlockLayout
 from ..compilation import Compilation
-from ..documents import Documents
-from ..windows import WindowLayout
+from .choices import Choices
 from .rule import Rule
 
 ROWS = 64  # queries × heads that a program takes
@@ -147,20 +145,17 @@ def _choose(
     tl.store(lists + to[:, None] + slot[None, :], name, mask=within)
 
 
-def _tiles(documents: Documents, windows: WindowLayout, layout: BlockLayout, queries: int) -> Tensor:
+def _tiles(choices: Choices, queries: int) -> Tensor:
     """int32 `[tiles, 6]`: queries of one document: row, first token, count, position, first window, first block."""
-    tiles = []
-    for row, runs in enumerate(documents.runs):
-        for run in runs:
-            if run.is_padding:
-                continue
-            begins = windows.first[row][run.document], layout.first[row][run.document]
-            offset = torch.arange(0, run.length, queries)
-            tile = torch.empty(len(offset), 6, dtype=torch.int64)
-            tile[:, 0], tile[:, 1], tile[:, 2] = row, run.start + offset, (run.length - offset).clamp(max=queries)
-            tile[:, 3], tile[:, 4], tile[:, 5] = run.position + offset, *begins
-            tiles.append(tile)
-    return torch.cat(tiles).int() if tiles else torch.empty(0, 6, dtype=torch.int32)
+    runs = choices.queries.columns
+    runs = runs.at(runs.real)
+    each = (runs.length + queries - 1) // queries
+    owner = torch.repeat_interleave(each)
+    begins = [layout.first_of(runs)[owner] for layout in (choices.windows, choices.layout)]
+    offset = (torch.arange(len(owner)) - (each.cumsum(0) - each)[owner]) * queries
+    runs = runs.at(owner)
+    count = (runs.length - offset).clamp(max=queries)
+    return torch.stack([runs.row, runs.start + offset, count, runs.position + offset, *begins], dim=1).int()
 
 
 def _constants(*, rule: Rule, heads: int, groups: int, key_dim: int, exact: bool) -> dict[str, Any]:
@@ -189,9 +184,7 @@ def select(
     summaries: Tensor,
     *,
     rule: Rule,
-    documents: Documents,
-    windows: WindowLayout,
-    layout: BlockLayout,
+    choices: Choices,
     scale: float,
     lse: Tensor | None,
 ) -> Tensor:
@@ -199,7 +192,7 @@ def select(
     batch, length, heads, key_dim = q.shape
     groups, number = summaries.shape[2], summaries.shape[1]
     constants = _constants(rule=rule, heads=heads, groups=groups, key_dim=key_dim, exact=q.dtype == torch.float32)
-    tiles = _tiles(documents, windows, layout, constants["QUERIES"]).to(q.device, non_blocking=True)
+    tiles = choices.on(q.device, _tiles, constants["QUERIES"])
     programs = heads // constants["HEADS"]
     lists = torch.full((batch, length, programs, rule.count), -1, dtype=torch.int32, device=q.device)
     if not tiles.shape[0]:

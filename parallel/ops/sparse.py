@@ -16,7 +16,7 @@ from ...kernels.documents import Documents
 from ...kernels.masks import Pattern
 from ...kernels.operation import Tensors
 from ...kernels.plain import made_of
-from ...kernels.select_blocks import Rule
+from ...kernels.select_blocks import Choices, Rule, choose
 from ...kernels.select_blocks import select_blocks as local_select_blocks
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
 from ..operation import Operation, mix
@@ -149,10 +149,8 @@ class BlockSelection(Operation):
         q, summaries, lse = inputs
         assert q is not None
         assert summaries is not None
-        lists = local_select_blocks(
-            q, summaries, rule=self.rule, documents=seq.local, row_documents=seq.documents, scale=self.scale, lse=lse,
-            backend=seq.backend,
-        )  # fmt: skip
+        choices = seq.derive(_choices, self.rule)
+        lists = choose(q, summaries, rule=self.rule, choices=choices, scale=self.scale, lse=lse, backend=seq.backend)
         return (lists,), ()
 
     def backward(
@@ -166,6 +164,10 @@ class BlockSelection(Operation):
         assert summaries is not None
         heads = summaries.shape[2] if self.rule.pooled else q.shape[2]
         return (q.new_empty(*q.shape[:2], heads, self.rule.count, dtype=torch.int32),), ()
+
+
+def _choices(seq: Sequence, rule: Rule) -> Choices:
+    return Choices.of(seq.local, seq.documents, rule)
 
 
 def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = None, slot: str = "means") -> Tensor:

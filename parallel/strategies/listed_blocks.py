@@ -22,10 +22,11 @@ from ...kernels.documents import Documents
 from ...kernels.gathered import left_out_before
 from ...kernels.operation import Tensors
 from ..collectives import Gathering, agree, exchange, finish
+from ..operation import present
 from ..reading import Reading
 from ..sequence import Sequence
 from .attention import SharedAttention
-from .windows import rows_of
+from .windows import tokens_of_ranks
 
 
 class Holdings(NamedTuple):
@@ -48,13 +49,12 @@ class Holdings(NamedTuple):
     others: Tensor
 
 
-def holdings(seq: Sequence, block_size: int) -> tuple[Tensor, ...]:
-    """The `Holdings` of a sequence, on the host."""
-    layout = BlockLayout(seq.documents, block_size)
-    ranks, rank, none = seq.layout.ranks, seq.rank, seq.documents.batch * layout.count
+def _holdings(seq: Sequence, op: ListedAttend) -> Holdings:
+    layout = seq.derive(_layout, op)
+    rank, none = seq.rank, seq.documents.batch * layout.count
     ids = layout.ids(seq.documents).long()
     first = torch.arange(len(ids)).unsqueeze(1) * layout.count
-    rows = torch.stack([rows_of(seq, peer) for peer in range(ranks)])
+    rows = seq.derive(tokens_of_ranks)
     blocks = torch.where(ids < 0, none, ids + first)[:, rows].transpose(0, 1).flatten(1)
     held = torch.stack([torch.bincount(of_rank, minlength=none + 1) for of_rank in blocks])
     held[:, none] = 0
@@ -63,10 +63,24 @@ def holdings(seq: Sequence, block_size: int) -> tuple[Tensor, ...]:
     elsewhere = torch.ones(seq.layout.length, dtype=torch.int64)
     elsewhere[rows[rank]] = 0
     places = (elsewhere.cumsum(0) - 1)[rows].flatten()
-    return tuple(x.int() for x in (own, blocks.flatten(), places, held_here, held))
+    return Holdings(*(x.int() for x in (own, blocks.flatten(), places, held_here, held)))
 
 
-def elsewhere(seq: Sequence) -> Documents:
+def _layout(seq: Sequence, op: ListedAttend) -> BlockLayout:
+    return op.layout(seq.documents)
+
+
+def _own_tile(seq: Sequence, op: ListedAttend) -> Any:
+    """This rank's queries against its own keys; None where they see none of them."""
+    return op.tile(seq.local, seq.local, seq.derive(_layout, op))
+
+
+def _others_tile(seq: Sequence, op: ListedAttend) -> Any:
+    """This rank's queries against all keys of other ranks."""
+    return op.tile(seq.local, seq.derive(_elsewhere), seq.derive(_layout, op))
+
+
+def _elsewhere(seq: Sequence) -> Documents:
     """The documents of the tokens that other ranks hold, `[B, N - T]`, in the order of the row."""
     length, own = seq.layout.span_length, set(seq.layout.spans_of(seq.rank))
     spans = seq.layout.ranks * seq.layout.spans
@@ -98,7 +112,7 @@ class BlockPlan:
         sends = (told * here.held).sum(1)
         sends[seq.rank].zero_()
         by_block = listed * here.others
-        most = by_block[:, :-1].sum(0).view(batch, -1).sum(1).max()
+        most = _by_row(by_block.sum(0), batch).sum(1).max()
         counts = torch.cat([sends, by_block.sum(1), most.view(1), told[:, -1].sum().view(1)])
         asked = told.index_select(1, here.own)
         asked[seq.rank].zero_()
@@ -114,6 +128,11 @@ class BlockPlan:
         if wrong:
             agree(self.error and f"{self.error} (on sequence rank {seq.rank})", ranks, seq.group)
         return counts[:ranks], counts[ranks:], most
+
+
+def _by_row(x: Tensor, batch: int) -> Tensor:
+    """`[B · count + 1]` as `[B, count]`, without the last, which stands for no block."""
+    return x[:-1].view(batch, (len(x) - 1) // batch)
 
 
 def listed_blocks(blocks: Tensor, count: int) -> Tensor:
@@ -170,7 +189,8 @@ class _Keys:
         size = sum(self.receives)
         token = torch.nonzero_static(listed.index_select(0, here.blocks), size=size).squeeze(1)
         block = here.blocks.index_select(0, token)
-        left_out = left_out_before(here.others.sum(0)[:-1].view(self.batch, -1), listed[:-1].view(self.batch, -1) > 0)
+        held = _by_row(here.others.sum(0), self.batch)
+        left_out = left_out_before(held, _by_row(listed, self.batch) > 0)
         peer, row, at = token // (self.batch * tokens), token // tokens % self.batch, token % tokens
         place = here.places.index_select(0, peer * tokens + at) - left_out.flatten().index_select(0, block)
         return place + row * self.length
@@ -190,7 +210,8 @@ class _Keys:
 
     def wait(self) -> tuple[Tensor, ...] | None:
         """The keys asked for, `[B, S, …]` in the order of the row; None if there are none."""
-        finish(self._works)
+        with self.counts.beside(self.index.device):
+            finish(self._works)
         self.counts.join(self._received, self.places, self.index)
         if not self.length:
             return None
@@ -237,10 +258,10 @@ class ListedAttention(SharedAttention):
     ) -> Tensors:
         plan = None
         if where.layout.ranks > 1:
-            *saved, asked, counts = saved
-            listed = self._told(self.op.record(*inputs), where)
-            plan = BlockPlan(listed, asked, Reading(counts))
-        return super().backward(gradients, inputs, outputs, tuple(saved), _Asked(where, plan))
+            asked, counts = present(*saved[-2:])
+            plan = BlockPlan(self._told(self.op.record(*inputs), where), asked, Reading(counts))
+            saved = saved[:-2]
+        return super().backward(gradients, inputs, outputs, saved, _Asked(where, plan))
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         outputs, saved = super().like(inputs, ranks, spans)
@@ -255,7 +276,7 @@ class ListedAttention(SharedAttention):
         own, keys = self.op.sent(inputs), None
         if plan is not None and plan.counts.ready:
             keys = self._keys(own, plan, seq)
-        tile = self._tile(seq)
+        tile = seq.derive(_own_tile, self.op)
         result = None if tile is None else self.op.attend(inputs, own, tile, seq.backend)
         if plan is not None:
             keys = self._keys(own, plan, seq) if keys is None else keys
@@ -281,7 +302,7 @@ class ListedAttention(SharedAttention):
             self.add_up(stay, stay_part)
             return gradients
 
-        dkeys = backward(own, self._tile(seq))
+        dkeys = backward(own, seq.derive(_own_tile, self.op))
         if plan is not None and keys is not None:
             received = keys.wait()
             dreceived = None if received is None else backward(received, self._received_tile(seq, plan))
@@ -290,7 +311,7 @@ class ListedAttention(SharedAttention):
 
     def ask(self, inputs: Any, seq: Sequence) -> BlockPlan | None:
         """Tells the other ranks which blocks this rank lists, and plans what travels; None on one rank."""
-        layout = self._layout(seq)
+        layout = seq.derive(_layout, self.op)
         error = None
         try:
             self.op.check_lists(inputs, layout, seq.local)
@@ -308,7 +329,7 @@ class ListedAttention(SharedAttention):
 
     def _told(self, inputs: Any, seq: Sequence, error: str | None = None) -> Tensor:
         """uint8 `[B · count + 1]`: which blocks this rank lists, then whether its lists are wrong."""
-        batch, count = seq.documents.batch, self._layout(seq).count
+        batch, count = seq.documents.batch, seq.derive(_layout, self.op).count
         told = torch.zeros(batch * count + 1, dtype=torch.uint8, device=inputs.q.device)
         if error is None:
             told[:-1] = listed_blocks(inputs.blocks, count).flatten()
@@ -320,25 +341,12 @@ class ListedAttention(SharedAttention):
         return _Keys(own, plan, self._holdings(seq, own[0].device), seq)
 
     def _holdings(self, seq: Sequence, device: torch.device) -> Holdings:
-        size = self._layout(seq).block_size
-        return seq.derive(
-            ("holdings", size, str(device)), lambda: Holdings(*(x.to(device) for x in holdings(seq, size)))
-        )
-
-    def _layout(self, seq: Sequence) -> BlockLayout:
-        return seq.derive(("blocks", self.op), lambda: self.op.layout(seq.documents))
-
-    def _tile(self, seq: Sequence) -> Any:
-        """This rank's queries against its own keys; None where they see none of them."""
-        return seq.derive(("block tile", self.op), lambda: self.op.tile(seq.local, seq.local, self._layout(seq)))
+        return seq.on(device, _holdings, self.op)
 
     def _received_tile(self, seq: Sequence, plan: BlockPlan) -> Any:
         """This rank's queries against the keys that it receives."""
-        tile = seq.derive(
-            ("received tile", self.op), lambda: self.op.tile(seq.local, elsewhere(seq), self._layout(seq))
-        )
-        batch = seq.documents.batch
-        return None if tile is None else self.op.gathered(tile, plan.listed[:-1].view(batch, -1) > 0)
+        tile, batch = seq.derive(_others_tile, self.op), seq.documents.batch
+        return None if tile is None else self.op.gathered(tile, _by_row(plan.listed, batch) > 0)
 
 
 def by_blocks(build: Callable[..., ListedAttend], *settings: Any) -> ListedAttention:

@@ -97,27 +97,20 @@ class WindowMeans(OfOneTensor):
 
     def make_plan(self, seq: Sequence) -> tuple[Combination, Combination, int]:
         """This rank's tokens to parts `[B, parts]`, all ranks' parts to windows, and the most parts of any rank."""
-        documents, layout = seq.documents, seq.layout
-        ids, turn = documents.ids(), documents.positions() // self.stride
-        windows, total = _windows_of_tokens(WindowLayout(documents, self.size, self.stride))
-        parts_of_tokens, windows_of_parts = [], []
-        for rank in range(layout.ranks):
-            rows = rows_of(seq, rank)
-            local = windows[:, rows]
-            used, key = (local < total).any(-1), torch.stack([ids[:, rows], turn[:, rows]], dim=-1)
-            starts = used.clone()
-            starts[:, 1:] &= (key[:, 1:] != key[:, :-1]).any(-1)  # tokens of one key are used alike
-            number = starts.cumsum(1) - 1
-            parts_of_tokens.append(torch.where(used, number, -1))
-            windows_of_parts.append((starts, number, local))
-        parts = max(int(number.max()) + 1 for number in parts_of_tokens)
-        batch = documents.batch
+        documents, layout, rows = seq.documents, seq.layout, seq.derive(tokens_of_ranks)
+        windows, total = _windows_of_tokens(documents.derive(WindowLayout, self.size, self.stride))
+        key = torch.stack([documents.ids(), documents.positions() // self.stride], dim=-1)
+        local, key = (x[:, rows].transpose(0, 1) for x in (windows, key))  # [P, B, T, …]
+        used = (local < total).any(-1)
+        starts = used.clone()
+        starts[:, :, 1:] &= (key[:, :, 1:] != key[:, :, :-1]).any(-1)  # tokens of one key are used alike
+        number = starts.cumsum(2) - 1
+        parts, batch = int(number.max()) + 1, documents.batch
         index = torch.full((layout.ranks, batch, parts, windows.shape[-1]), total)
-        for rank, (starts, number, local) in enumerate(windows_of_parts):
-            row, token = starts.nonzero(as_tuple=True)
-            index[rank, row, number[row, token]] = local[row, token]
-        mine = parts_of_tokens[seq.rank]
-        flat = torch.where(mine < 0, batch * parts, mine + torch.arange(batch).view(-1, 1) * parts)
+        rank, row, token = starts.nonzero(as_tuple=True)
+        index[rank, row, number[rank, row, token]] = local[rank, row, token]
+        mine = number[seq.rank] + torch.arange(batch).view(-1, 1) * parts
+        flat = torch.where(used[seq.rank], mine, batch * parts)
         to_parts = Combination.of(flat.flatten().unsqueeze(1), batch * parts).transpose
         return to_parts, Combination.of(index.flatten(0, 2), total).transpose, parts
 
@@ -169,10 +162,12 @@ class LocalWindows(OfOneTensor):
         rows, each = before + length, _windows_per_span(length, self.stride)
         index = torch.full((batch, spans, each, self.size), spans * batch * rows)
         starts, owner, place = _owners(seq, self.size, self.stride)
-        for turn, span in enumerate(layout.spans_of(seq.rank)):
-            row, window = (owner == span).nonzero(as_tuple=True)
-            first = starts[row, window] - span * length + before + (turn * batch + row) * rows
-            index[row, turn, place[row, window]] = first.unsqueeze(1) + torch.arange(self.size)
+        turn = torch.full((layout.ranks * spans + 1,), -1)
+        turn[torch.tensor(layout.spans_of(seq.rank))] = torch.arange(spans)
+        row, window = (turn[owner] >= 0).nonzero(as_tuple=True)
+        owner, place = owner[row, window], place[row, window]
+        first = starts[row, window] - owner * length + before + (turn[owner] * batch + row) * rows
+        index[row, turn[owner], place] = first.unsqueeze(1) + torch.arange(self.size)
         return Combination.of(index.view(-1, 1), spans * batch * rows)
 
 
@@ -206,19 +201,21 @@ class GatherWindows(OfOneTensor):
         layout, batch = _cut(seq), seq.documents.batch
         each = _windows_per_span(layout.span_length, self.stride)
         places = layout.spans * each
-        index = torch.full((batch, self.length // self.stride, 1), layout.ranks * batch * places)
+        spans = torch.tensor([layout.spans_of(rank) for rank in range(layout.ranks)])
+        first = torch.zeros(spans.numel() + 1, dtype=torch.int64)  # of a span's places, in the first row
+        first[spans] = torch.arange(layout.ranks).unsqueeze(1) * batch * places + torch.arange(layout.spans) * each
+        index, none = torch.empty(batch, self.length // self.stride, dtype=torch.int64), layout.ranks * batch * places
         _, owner, place = _owners(seq, self.size, self.stride)
-        for rank in range(layout.ranks):
-            for turn, span in enumerate(layout.spans_of(rank)):
-                row, window = (owner == span).nonzero(as_tuple=True)
-                index[row, window, 0] = (rank * batch + row) * places + turn * each + place[row, window]
-        return Combination.of(index.flatten(0, 1), layout.ranks * batch * places)
+        at = first[owner] + torch.arange(batch).unsqueeze(1) * places + place
+        index.fill_(none)[:, : at.shape[1]] = torch.where(owner < spans.numel(), at, none)
+        return Combination.of(index.view(-1, 1), none)
 
 
-def rows_of(seq: Sequence, rank: int) -> Tensor:
-    """Indices in the row of the tokens that `rank` holds, `[T]`, ascending."""
-    length = seq.layout.span_length
-    return torch.cat([torch.arange(span * length, (span + 1) * length) for span in seq.layout.spans_of(rank)])
+def tokens_of_ranks(seq: Sequence) -> Tensor:
+    """int64 `[P, T]`: indices in the row of the tokens that each rank holds, ascending."""
+    layout = seq.layout
+    spans = torch.tensor([layout.spans_of(rank) for rank in range(layout.ranks)])
+    return (spans.unsqueeze(-1) * layout.span_length + torch.arange(layout.span_length)).flatten(1)
 
 
 def _cut(seq: Sequence) -> Layout:
@@ -257,11 +254,14 @@ def _windows_of_tokens(layout: WindowLayout) -> tuple[Tensor, int]:
 
 
 def _owners(seq: Sequence, size: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each window of the rows, `[B, windows]`: its first token, the span that holds its last, its number there."""
-    table = WindowLayout(seq.documents, size, stride).table().long()
+    """For each window of the rows, `[B, windows]`: its first token, the span that holds its last, its number there.
+
+    Where a row has no window any more, the span is the number of spans.
+    """
+    table, layout = seq.documents.derive(WindowLayout, size, stride).table().long(), _cut(seq)
     exists, starts = table[..., 0] >= 0, table[..., 2]
-    last = (starts + size - 1) // _cut(seq).span_length
-    owner = torch.where(exists, last, torch.iinfo(torch.int64).max).contiguous()
+    last = (starts + size - 1) // layout.span_length
+    owner = torch.where(exists, last, layout.ranks * layout.spans).contiguous()
     place = torch.arange(owner.shape[1]) - torch.searchsorted(owner, owner)
     return starts, owner, place
 
