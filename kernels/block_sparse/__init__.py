@@ -126,7 +126,7 @@ class BlockSparseAttend(ListedAttend):
         check_blocks(inputs.blocks, tile, heads=inputs.q.shape[2], kv_heads=inputs.k.shape[2])
 
     def layout(self, rows: Documents) -> BlockLayout:
-        return BlockLayout(rows, self.block_size)
+        return rows.derive(BlockLayout, self.block_size)
 
     def tile(self, queries: Documents, keys: Documents, layout: BlockLayout | None = None) -> BlockTile | None:
         layout = self.layout(keys) if layout is None else layout

@@ -80,7 +80,7 @@ class CompressedAttend(Attend):
 
     def tile(self, queries: Documents, keys: Documents) -> Folding:
         """The keys are summaries of whole rows, one for every `stride` tokens of `keys`."""
-        return Folding(WindowLayout(keys, self.size, self.stride), queries, keys.length // self.stride)
+        return Folding(keys.derive(WindowLayout, self.size, self.stride), queries, keys.length // self.stride)
 
     def kept(self, length: int) -> Intervals:
         return [(0, length)]

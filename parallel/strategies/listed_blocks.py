@@ -82,11 +82,10 @@ def _others_tile(seq: Sequence, op: ListedAttend) -> Any:
 
 def _elsewhere(seq: Sequence) -> Documents:
     """The documents of the tokens that other ranks hold, `[B, N - T]`, in the order of the row."""
-    length, own = seq.layout.span_length, set(seq.layout.spans_of(seq.rank))
-    spans = seq.layout.ranks * seq.layout.spans
-    return Documents.concatenate(
-        [seq.documents.slice(span * length, (span + 1) * length) for span in range(spans) if span not in own]
-    )
+    length, own = seq.layout.span_length, seq.layout.spans_of(seq.rank)
+    starts = [0, *((span + 1) * length for span in own)]
+    stops = [*(span * length for span in own), seq.layout.length]
+    return Documents.concatenate([seq.documents.slice(*between) for between in zip(starts, stops, strict=True)])
 
 
 @dataclass(frozen=True)
