@@ -10,6 +10,7 @@ from parallel_cases import sparse_layer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from triton.runtime.interpreter import InterpretedFunction
 
 from longreach.kernels import block_sparse as kernel
 from longreach.kernels.compressed import CompressedAttend
@@ -76,14 +77,31 @@ def watch_plans(monkeypatch, reads):
     monkeypatch.setattr(kernel.BlockSparseAttend, "check_lists", lambda *args: None)  # reads lists on the host alone
 
 
-def watched(rank, world, spans):
+def watch_launchers(monkeypatch):
+    """Triton's kernels are not run: lists are what they would be, and the rest is whatever the memory held."""
+
+    def chosen(q, summaries, *, rule, **settings):
+        lists = choose(q, summaries, rule=rule, **settings)
+        return torch.arange(rule.count, dtype=torch.int32).expand(lists.shape).contiguous()
+
+    choose = sparse.choose
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(sparse, "choose", chosen)
+    monkeypatch.setattr(kernel.BlockSparseAttend, "check_lists", lambda *args: None)
+
+
+def watched(rank, world, spans, backend):
     """A layer of all sparse ops, twice: the first time, what documents say is derived."""
     documents = PACKINGS["borders inside blocks"]
-    seq = sequence(documents, rank, world, spans)
-    inputs, w = [seq.shard(x) for x in drawn()], torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    seq = sequence(documents, rank, world, spans, backend=backend)
+    inputs, w = [seq.shard(x).to(dtype) for x in drawn()], torch.linspace(0.5, 1.5, 4, dtype=dtype)
     reads = Reads()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        watch_plans(monkeypatch, reads)
+        if backend == "triton":
+            watch_launchers(monkeypatch)
+        else:
+            watch_plans(monkeypatch, reads)
         for _ in range(2):
             local = [x.clone().requires_grad_() for x in (*inputs, w)]
             reads.found.clear()
@@ -97,10 +115,11 @@ def watched(rank, world, spans):
     return forward, backward
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_layer_reads_its_counts_and_nothing_else(world):
+def test_a_layer_reads_its_counts_and_nothing_else(world, backend):
     counts = [f"tolist of {2 * world + 2}"]  # in backward they are on the host
-    assert run_ranks(world, watched, 2, timeout=120) == [(counts, counts)] * world
+    assert run_ranks(world, watched, 2, backend, timeout=120) == [(counts, counts)] * world
 
 
 @pytest.mark.parametrize(
