@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...models.language_model import LanguageModel
+from ...models.language_model import LanguageModel, Write
 from ...parallel import mesh as mesh_module
 from ...parallel.mesh import Mesh
 from ..data.packing import Batch, Row, TokenStream
-from ..engine import Gather
 from ..preparation import make_engine
 from ..ranks.settings import layout_of
 from ..reported import Reported
@@ -76,8 +76,10 @@ class _Filled(NamedTuple):
     def __call__(self, model: dict[str, Any]) -> LanguageModel:
         made = self.build(model)
 
-        def initialise(seed: int, gather: Gather) -> None:
-            with gather(list(made.parameters())):
+        def initialise(seed: int, write: Write, rank: int, ranks: int) -> None:
+            with ExitStack() as whole:
+                for parameter in made.parameters():
+                    whole.enter_context(write(parameter, 0))
                 fill(made)
 
         made.initialise = initialise  # type: ignore[method-assign]
