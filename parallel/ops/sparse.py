@@ -58,7 +58,7 @@ def block_sparse_attention(
     blocks, whatever is listed. See `longreach.kernels.block_sparse`.
     """
     mask = CAUSAL if mask is None else mask
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     inputs = BlockSparseInputs(q, k, v, blocks)
     settings: tuple[Any, ...] = (block_size, query_block, mask.settings, scale)
     if seq.cache is None:
@@ -101,7 +101,7 @@ def compressed_attention(
     `window_means` return them. out `[B, T, H, V]` in q's type; lse `[B, T, H]`, float32 (float64), for `select_blocks`,
     without a gradient. See `longreach.kernels.compressed`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if seq.cache is None:
         out, lse = mix(replicated, (CompressedAttend, size, stride, scale), (q, k, v), seq, slot)
         return out, lse.detach()
