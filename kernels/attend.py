@@ -231,7 +231,10 @@ def rest(exact: Tensor, rounded: Tensor) -> Tensor | None:
 
 
 def restored(rounded: Tensor, rest: Tensor | None) -> Tensor:
-    """The float32 numbers of which `rest` is known, off by at most 2^-15 of themselves; others as they are."""
+    """The float32 numbers of which `rest` is known, off by at most 2^-15 of themselves; others as they are.
+
+    Float16 has fewer digits below 2^-14, and so has what is restored.
+    """
     if rest is None:
         return rounded
     return (rounded.float().view(torch.int32) + (rest.int() << DROPPED[rounded.dtype])).view(torch.float32)
