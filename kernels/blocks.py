@@ -73,7 +73,7 @@ class Numbered(Deriving, ABC):
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """How many stretches each row has."""
-        counts = torch.zeros(self.documents.batch, dtype=torch.int64)
+        counts = torch.zeros(self.documents.batch, dtype=torch.int64, device="cpu")
         return tuple(counts.index_add_(0, self.documents.columns.row, self.stretches[0]).tolist())
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -35,7 +36,8 @@ class Deriving:
         """`make(self, *arguments)`, computed once."""
         key = (make, *arguments)
         if key not in self.derived:
-            self.derived[key] = make(self, *arguments)
+            with torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext():
+                self.derived[key] = make(self, *arguments)
         return self.derived[key]
 
     def on(self, device: torch.device | str, make: Callable[..., Value], *arguments: Hashable) -> Value:

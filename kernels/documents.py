@@ -92,7 +92,7 @@ class Documents(Deriving):
     @classmethod
     def from_lengths(cls, rows: Sequence[Iterable[int]], length: int | None = None) -> Documents:
         """Rows of document lengths in order, each row padded to `length` (default: the longest row)."""
-        lengths = [torch.as_tensor(list(row) or torch.empty(0), dtype=torch.int64) for row in rows]
+        lengths = [torch.as_tensor(list(row) or torch.empty(0), dtype=torch.int64, device="cpu") for row in rows]
         sums = [int(row.sum()) for row in lengths]
         total = max(sums, default=0) if length is None else length
         tables = []
@@ -102,7 +102,11 @@ class Documents(Deriving):
             if sum_of_row > total:
                 raise ValueError(f"document lengths must sum to at most length={total}; got {sum_of_row}")
             zero = torch.zeros_like(row)
-            tables.append(torch.stack([zero + number, torch.arange(len(row)), row.cumsum(0) - row, row, zero], dim=1))
+            tables.append(
+                torch.stack(
+                    [zero + number, torch.arange(len(row), device="cpu"), row.cumsum(0) - row, row, zero], dim=1
+                )
+            )
             if sum_of_row < total:
                 tables.append(_table([(number, PADDING, sum_of_row, total - sum_of_row, 0)]))
         return cls(torch.cat([_table([]), *tables]), len(lengths), total)
@@ -130,7 +134,7 @@ class Documents(Deriving):
     @cached_property
     def ends(self) -> Tensor:
         """int64 `[B, 2]`: the lines of each row's first run, and of that after its last."""
-        bounds = torch.searchsorted(self.columns.row.contiguous(), torch.arange(self.batch + 1))
+        bounds = torch.searchsorted(self.columns.row.contiguous(), torch.arange(self.batch + 1, device="cpu"))
         return torch.stack([bounds[:-1], bounds[1:]], dim=1)
 
     @cached_property
@@ -227,7 +231,7 @@ class Documents(Deriving):
         """Parts one after the other in time; runs that continue each other are joined."""
         tables, offset = [], 0
         for part in parts:
-            tables.append(part.table + torch.tensor([0, 0, offset, 0, 0]))
+            tables.append(part.table + torch.tensor([0, 0, offset, 0, 0], device="cpu"))
             offset += part.length
         return Documents.joined(torch.cat(tables), parts[0].batch, offset)
 
@@ -238,9 +242,11 @@ class Documents(Deriving):
         row, document, _, lengths, position = table.unbind(1)
         goes_on = (row[1:] == row[:-1]) & (document[1:] == document[:-1])
         goes_on &= (document[1:] == PADDING) | (position[1:] == position[:-1] + lengths[:-1])
-        begins = torch.cat([torch.ones(min(1, len(table)), dtype=torch.bool), ~goes_on])
+        begins = torch.cat([torch.ones(min(1, len(table)), dtype=torch.bool, device="cpu"), ~goes_on])
         joined = table[begins]
-        joined[:, 3] = torch.zeros(len(joined), dtype=torch.int64).index_add_(0, begins.cumsum(0) - 1, lengths)
+        joined[:, 3] = torch.zeros(len(joined), dtype=torch.int64, device="cpu").index_add_(
+            0, begins.cumsum(0) - 1, lengths
+        )
         return cls(joined, batch, length)
 
     @staticmethod
@@ -250,7 +256,7 @@ class Documents(Deriving):
             raise ValueError(f"stacked documents must have one length; got {[part.length for part in parts]}")
         tables, batch = [], 0
         for part in parts:
-            tables.append(part.table + torch.tensor([batch, 0, 0, 0, 0]))
+            tables.append(part.table + torch.tensor([batch, 0, 0, 0, 0], device="cpu"))
             batch += part.batch
         return Documents(torch.cat(tables), batch, parts[0].length)
 
@@ -280,14 +286,14 @@ def per_token(documents: Documents, values: Tensor) -> Tensor:
 def expanded(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """For `numbers` of things per owner, int64: the owner of each thing, and which of the owner's things it is."""
     owner = torch.repeat_interleave(numbers)
-    return owner, torch.arange(len(owner)) - (numbers.cumsum(0) - numbers)[owner]
+    return owner, torch.arange(len(owner), device="cpu") - (numbers.cumsum(0) - numbers)[owner]
 
 
 def ranks_in_groups(keys: Tensor) -> Tensor:
     """int64: for each key, how many equal ones are before it."""
     ordered, order = keys.sort(stable=True)
     ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(keys)) - torch.searchsorted(ordered, ordered)
+    ranks[order] = torch.arange(len(keys), device="cpu") - torch.searchsorted(ordered, ordered)
     return ranks
 
 
@@ -308,7 +314,7 @@ def _ids(documents: Documents) -> Tensor:
 def _positions(documents: Documents) -> Tensor:
     runs = documents.columns
     first = per_token(documents, (runs.position - runs.start).int())
-    positions = first.add_(torch.arange(documents.length, dtype=torch.int32))
+    positions = first.add_(torch.arange(documents.length, dtype=torch.int32, device="cpu"))
     return positions.masked_fill_(per_token(documents, ~runs.real), 0) if documents.has_padding else positions
 
 
@@ -322,4 +328,4 @@ def _first_late(documents: Documents) -> Run | None:
 
 
 def _table(lines: list[tuple[int, ...]]) -> Tensor:
-    return torch.tensor(lines, dtype=torch.int64).view(-1, 5)
+    return torch.tensor(lines, dtype=torch.int64, device="cpu").view(-1, 5)

@@ -181,7 +181,7 @@ class Pattern(Plain, ABC):
         part, runs = parts.columns.row // batch, parts.columns._replace(row=parts.columns.row % batch)
         queries, keys = joined_lines(runs, runs)
         some = self.pairs(runs.at(queries), runs.at(keys)) > 0
-        reached = torch.zeros(number, number, dtype=torch.bool)
+        reached = torch.zeros(number, number, dtype=torch.bool, device="cpu")
         reached[part[queries[some]], part[keys[some]]] = True
         return reached
 

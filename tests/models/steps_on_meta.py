@@ -23,11 +23,12 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
-from longreach.parallel.threads import run_as_threads
+from longreach.parallel.threads import run_as_threads, this_rank
 from longreach.trainer.diagnosis.synchronisation import Synchronisations
 
 DEVICE = "meta"
 LENGTH = 256
+FEW = 5
 # A batch that shows what is derived, and the one whose step is watched; documents cross ranks, rows end in padding.
 BATCHES = [
     Documents.from_lengths([[40, 100, 77], [LENGTH]], LENGTH),
@@ -80,7 +81,27 @@ def _stubbed_launches() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("longreach.") and hasattr(module, "by_kernels"):
                 monkeypatch.setattr(module, "by_kernels", lambda op, x: pointwise)
+            if name.startswith("longreach.") and hasattr(module, "Reading"):
+                monkeypatch.setattr(module, "Reading", _told(module.Reading))
         yield
+
+
+def _told(reading: Any) -> type:
+    """What a sparse layer on ranks may read: how many tokens go to each rank and come from each, and the most per row.
+
+    Each rank sends FEW to every other.
+    """
+
+    class Told(reading):
+        def __init__(self, x: Tensor) -> None:
+            if x.device.type == DEVICE:
+                rank = this_rank()
+                assert rank is not None
+                counts = [0 if peer == rank.rank else FEW for peer in range(rank.ranks)]
+                x = torch.tensor([*counts, *counts, sum(counts), 0])
+            super().__init__(x)
+
+    return Told
 
 
 def _launch(kernel: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:

@@ -31,30 +31,39 @@ def waits(
     return sorted({str(each) for by_rank in found for each in by_rank})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_waits_for_nothing(preset: str) -> None:
     assert not waits(partial(build_model, preset))
 
 
+def hybrid(mixer: str, **changes: str) -> Callable[[], LanguageModel]:
+    return partial(small_hybrid, mixer, dtype=torch.bfloat16, depth=2, **changes)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_mixer_waits_for_nothing(mixer: str) -> None:
-    assert not waits(partial(small_hybrid, mixer, dtype=torch.bfloat16))
+    assert not waits(hybrid(mixer))
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_mixer_on_ranks_waits_for_nothing(mixer: str) -> None:
-    assert not waits(partial(small_hybrid, mixer, dtype=torch.bfloat16), 4)
+def test_a_mixer_on_ranks_waits_for_nothing(mixer: str, world: int) -> None:
+    assert not waits(hybrid(mixer), world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "world", "ulysses"), [(BY_GATHER, 2, 1), (BY_HEADS, 2, 2), (BY_HEADS, 4, 2)])
 @pytest.mark.parametrize("mixer", ["lightning_attention", "gated_deltanet", "sliding_window_attention"])
 def test_other_strategies_wait_for_nothing(mixer: str, strategy: Strategy, world: int, ulysses: int) -> None:
-    assert not waits(partial(small_hybrid, mixer, dtype=torch.bfloat16), world, strategy, ulysses)
+    assert not waits(hybrid(mixer), world, strategy, ulysses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["full", "mixing"])
-def test_recomputation_waits_for_nothing(what: str) -> None:
-    assert not waits(partial(small_hybrid, "native_sparse_attention", activation_checkpointing=what), 2)
+@pytest.mark.parametrize("mixer", ["native_sparse_attention", "kimi_delta_attention"])
+def test_recomputation_waits_for_nothing(mixer: str, what: str) -> None:
+    assert not waits(hybrid(mixer, activation_checkpointing=what), 2)
 
 
 class InBackward(torch.autograd.Function):
