@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from longreach.launch import gpu_check
-from longreach.launch.gpu import marked, parts, training
+from longreach.launch.gpu import marked, overseer, parts, training
 from longreach.launch.gpu.overseer import Overseer, environment
 from longreach.launch.gpu.parts import PARTS, Part, limit
 from longreach.launch.gpu.report import PartReport, Report, free_stem, shown
@@ -157,8 +157,9 @@ def test_processes_of_a_part_import_the_package_that_runs() -> None:
 def test_a_step_fails_alone_and_what_it_said_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(overseer, "START_SECONDS", 1.0)
     part, report, told = Part("planted", "Planted", 60, "planted_steps"), PartReport("planted", "Planted"), []
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 60
     Overseer(part, report, deadline, tmp_path, 1, told.append).run()
     assert time.monotonic() < deadline + 5
     assert [row["op"] for row in report.tables[0].rows] == ["a|b", "before the end"]
