@@ -287,7 +287,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * wide.sigmoid() * factor).to(gate.dtype)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """The sum of the token losses, over targets that are not −100, whatever the chunks."""
     hidden, weight = _exact(hidden, weight)
     chosen = targets >= 0
