@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .documents import Documents
 from .operation import Tensors
-from .problem import Record
-
-if TYPE_CHECKING:
-    from .recurrence import Recurrence
 
 
 @dataclass(frozen=True)
-class Rows(Generic[Record]):
+class Rows:
     """A recurrence on rows that one device holds, a `kernels.operation.Operation`; the last input is the state."""
 
-    op: Recurrence[Record]
+    op: Any  # a Recurrence
     backend: str
 
     def forward(self, inputs: Tensors, where: Documents) -> tuple[Tensors, Tensors]:

@@ -55,6 +55,15 @@ class Band(NamedTuple):
             total -= _at_or_below(queries_at, keys_at, -(self.back // self.stride) - 1)
         return total
 
+    def any_pair(self, queries: Reach, keys: Reach) -> Tensor:
+        """bool: whether any query of positions start..stop sees any of the keys of positions start..stop beside it."""
+        start, stop = keys.start.clamp(min=self.first), keys.stop.clamp(max=self.last)
+        nearest = (queries.start - stop + 1).clamp(min=-self.ahead)  # of i − j, every number between is one of a pair
+        farthest = (queries.stop - 1 - start).clamp(max=self.back)
+        if self.stride > 1:
+            farthest = farthest // self.stride * self.stride
+        return (farthest >= nearest) & (start < stop)
+
     def count(self, query: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """How many of the key positions start..stop each query position sees."""
         low = start.clamp(min=self.first) if self.first else start
@@ -117,6 +126,13 @@ class Pattern(Plain, ABC):
         """How many (query, key) pairs are visible, int64, of each run and the run of keys of its document beside it."""
         return sum((band.pairs(queries, keys) for band in self.bands), torch.zeros_like(queries.position))
 
+    def any_pair(self, queries: Reach, keys: Reach) -> Tensor:
+        """bool: whether any query of positions start..stop sees any of the keys of positions start..stop beside it."""
+        seen = torch.zeros_like(queries.start, dtype=torch.bool)
+        for band in self.bands:
+            seen |= band.any_pair(queries, keys)
+        return seen
+
     def count(self, query: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """How many of the key positions start..stop each query position sees."""
         counts = [band.count(query, start, stop) for band in self.bands]
@@ -163,27 +179,24 @@ class Pattern(Plain, ABC):
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         """The work of `queries` against `keys`; None where the pattern leaves none: no send or call is needed then."""
-        every = joined(queries.columns, keys.columns)
-        pairs = self.pairs(*every)
-        some = pairs > 0
+        pieces = joined(queries.columns, keys.columns)
+        some = self.any_pair(*map(Reach.of, pieces))
         if not bool(some.any()):
             return None
-        return Tile(self, Pieces(*(runs.at(some) for runs in every)), queries, keys, int(pairs.sum()))
+        pieces = Pieces(*(runs.at(some) for runs in pieces))
+        return Tile(self, pieces, queries, keys, int(self.pairs(*pieces).sum()))
 
     def reaches(self, queries: Documents, keys: Documents) -> bool:
         """Whether any query sees any key."""
-        return bool((self.pairs(*joined(queries.columns, keys.columns)) > 0).any())
+        return bool(self.any_pair(*map(Reach.of, joined(queries.columns, keys.columns))).any())
 
     def reached(self, parts: Documents, number: int) -> Tensor:
         """bool `[P, P]`: whether any query of part i sees any key of part j, of `number` parts of the same rows one
         after the other along the batch."""
-        batch = parts.batch // number
-        part, runs = parts.columns.row // batch, parts.columns._replace(row=parts.columns.row % batch)
-        queries, keys = joined_lines(runs, runs)
-        some = self.pairs(runs.at(queries), runs.at(keys)) > 0
-        reached = torch.zeros(number, number, dtype=torch.bool, device="cpu")
-        reached[part[queries[some]], part[keys[some]]] = True
-        return reached
+        pairs, queries, keys = parts.derive(_runs_of_parts, number)
+        reached = torch.zeros(number * number, dtype=torch.bool, device="cpu")
+        reached[pairs[self.any_pair(queries, keys)]] = True
+        return reached.view(number, number)
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,26 @@ class Tile(Deriving):
     queries: Documents
     keys: Documents
     pairs: int
+
+
+class Reach(NamedTuple):
+    """The positions start..stop of runs, int64."""
+
+    start: Tensor
+    stop: Tensor
+
+    @classmethod
+    def of(cls, runs: Runs) -> Reach:
+        return cls(runs.position, runs.end_position)
+
+
+def _runs_of_parts(parts: Documents, number: int) -> tuple[Tensor, Reach, Reach]:
+    """Every run of a part beside every run, of any part, of its document and row: i · P + j for parts i and j."""
+    batch = parts.batch // number
+    part, runs = parts.columns.row // batch, parts.columns._replace(row=parts.columns.row % batch)
+    queries, keys = joined_lines(runs, runs)
+    every = Reach.of(runs)
+    return part[queries] * number + part[keys], Reach(*(x[queries] for x in every)), Reach(*(x[keys] for x in every))
 
 
 def joined(queries: Runs, keys: Runs) -> Pieces:
