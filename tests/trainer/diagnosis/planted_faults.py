@@ -91,12 +91,21 @@ def halo_of_one_span() -> None:
     original = spoil(halo, "_halo_parts", lambda span, width, tail: original(span, width, tail)[:1])
 
 
+def first_of(kept: list[tuple[Any, Any]], seq: Sequence, make: Any) -> Any:
+    """What was made first for the rows of a sequence."""
+    for rows, plan in kept:
+        if rows is seq.derived:
+            return plan
+    kept.append((seq.derived, make()))
+    return kept[-1][1]
+
+
 def one_ring_for_all_masks() -> None:
     """The plan of a ring is kept whatever the mask."""
-    kept: dict[int, Any] = {}
+    kept: list[tuple[Any, Any]] = []
 
     def of(cls, op, seq):
-        return kept.setdefault(id(seq.derived), cls._make(seq, op))
+        return first_of(kept, seq, lambda: cls._make(seq, op))
 
     spoil(ring.RingPlan, "of", classmethod(of))
 
@@ -114,10 +123,10 @@ def a_window_as_long_as_a_span() -> None:
 def one_plan_for_all_windows() -> None:
     """What tells which tokens make which window is kept whatever their size."""
 
-    kept: dict[int, Any] = {}
+    kept: list[tuple[Any, Any]] = []
 
     def make_plan(self, seq):
-        return kept.setdefault(id(seq.derived), original(self, seq))
+        return first_of(kept, seq, lambda: original(self, seq))
 
     original = spoil(windows.WindowMeans, "make_plan", make_plan)
 

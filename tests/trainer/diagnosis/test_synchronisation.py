@@ -110,4 +110,4 @@ def test_the_line_of_the_package_is_told() -> None:
     assert str(recorded.found[0]).startswith("kernels/pointwise/rms_norm.py:")
     with Synchronisations("meta") as recorded:
         torch.tensor([1], device="meta")
-    assert str(recorded.found[0]).startswith("test_synchronisation.py:")
+    assert "test_synchronisation.py:" in str(recorded.found[0])

@@ -18,6 +18,7 @@ print(f"ranks {int(total)} {dist.get_world_size()}\\n", end="", flush=True)
 processes.end()
 assert not dist.is_initialized()
 processes.end()
+processes.leave(0)
 """
 
 
@@ -110,6 +111,7 @@ corpus = prepare(mesh, lambda: open_corpus(data, f"{sys.argv[2]}/{mesh.rank}"))
 together(mesh, lambda: None)
 print(f"{corpus.fingerprint}\\n", end="", flush=True)
 processes.end()
+processes.leave(0)
 """
 
 
