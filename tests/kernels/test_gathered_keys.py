@@ -13,8 +13,8 @@ from longreach.kernels.masks import Mask
 
 @pytest.mark.parametrize(
     ("backend", "block_size"),
-    [("chunked", 3), ("chunked", 8), ("reference", 3), ("reference", 8), ("triton", 3),
-     pytest.param("triton", 8, marks=pytest.mark.slow)],
+    [("chunked", 3), ("chunked", 8), ("reference", 3), ("reference", 8),
+     *(pytest.param("triton", size, marks=pytest.mark.slow) for size in (3, 8))],
 )  # fmt: skip
 def test_gathered_keys_are_the_blocks_that_are_listed(backend, block_size):
     documents = Documents.from_lengths([[3, 9, 1], [12]], 13)

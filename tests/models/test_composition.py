@@ -213,5 +213,6 @@ def test_ranks_that_share_rows_give_what_one_gives(name):
     compare_ranks(name, "mixing", Strategy())
 
 
+@pytest.mark.slow
 def test_mixers_side_by_side_have_the_strategies_of_their_names():
     compare_ranks("side by side", "none", Strategy(mixers=(("softmax_attention", "gather"), ("mamba2", "ulysses"))))

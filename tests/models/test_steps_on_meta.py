@@ -46,7 +46,8 @@ def test_a_mixer_waits_for_nothing(mixer: str) -> None:
     assert not waits(hybrid(mixer))
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_mixer_on_ranks_waits_for_nothing(mixer: str, world: int) -> None:
     assert not waits(hybrid(mixer), world)

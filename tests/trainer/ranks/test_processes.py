@@ -38,12 +38,14 @@ for chosen in ({}, {"deterministic": False}, {"deterministic": True}):
 """
 
 
+@pytest.mark.slow
 def test_a_process_on_a_cpu_is_deterministic_unless_it_is_told_otherwise():
     result = run(["-c", DETERMINISM])
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["True", "False", "False", "False", "True", "False"]
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher_and_no_port():
     result = run(["-c", PROGRAM])
     assert result.returncode == 0, result.stderr

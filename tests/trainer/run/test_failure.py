@@ -29,6 +29,7 @@ def fail(rank: int, world: int) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 def test_one_rank_reports_and_once() -> None:
     printed = [text for text in run_ranks(3, fail) if text]
     assert len(printed) == 1
