@@ -92,7 +92,7 @@ class Documents(Deriving):
     @classmethod
     def from_lengths(cls, rows: Sequence[Iterable[int]], length: int | None = None) -> Documents:
         """Rows of document lengths in order, each row padded to `length` (default: the longest row)."""
-        lengths = [torch.as_tensor(list(row) or torch.empty(0), dtype=torch.int64, device="cpu") for row in rows]
+        lengths = [torch.tensor(list(row), dtype=torch.int64, device="cpu") for row in rows]
         sums = [int(row.sum()) for row in lengths]
         total = max(sums, default=0) if length is None else length
         tables = []
@@ -110,6 +110,15 @@ class Documents(Deriving):
             if sum_of_row < total:
                 tables.append(_table([(number, PADDING, sum_of_row, total - sum_of_row, 0)]))
         return cls(torch.cat([_table([]), *tables]), len(lengths), total)
+
+    @classmethod
+    def padded(cls, table: Tensor, batch: int, length: int) -> Documents:
+        """The documents of runs that fill their rows from 0 on, each row padded to `length`."""
+        used = torch.zeros(batch, dtype=torch.int64, device="cpu").index_add_(0, table[:, 0], table[:, 3])
+        short = (used < length).nonzero().squeeze(1)
+        rest = torch.stack([short, 0 * short + PADDING, used[short], length - used[short], 0 * short], dim=1)
+        both = torch.cat([table, rest])
+        return cls(both[torch.argsort(both[:, 0], stable=True)], batch, length)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Documents):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..derived import Deriving
-from ..documents import PADDING, Documents
+from ..documents import Documents, expanded
 from ..masks import Mask, Tile
 from ..masks.strides import Order
 from ..windows import WindowLayout
@@ -37,7 +37,7 @@ class Folding(Deriving):
         """The windows as tokens, each document's from position 0 on."""
         runs, (each, first) = self.windows.documents.columns, self.windows.stretches
         table = torch.stack([runs.row, runs.document, first, each, 0 * each], dim=1)[each > 0]
-        return _padded(table, self.documents.batch, self.length)
+        return Documents.padded(table, self.documents.batch, self.length)
 
     @cached_property
     def places(self) -> tuple[Documents, Order]:
@@ -51,14 +51,13 @@ class Folding(Deriving):
         used = torch.zeros(self.documents.batch, dtype=torch.int64).index_add_(0, runs.row, each)
         before = each.cumsum(0) - each - (used.cumsum(0) - used)[runs.row]
         most = int(used.max()) if len(used) else 0
-        documents = _padded(
+        documents = Documents.padded(
             torch.stack([runs.row, runs.document, before, each, first], dim=1), self.documents.batch, most
         )
         queries = torch.full((self.documents.batch, most * stride), length)
         folded = torch.full((self.documents.batch, length), most * stride)
         number = runs.end_position - begin
-        owner = torch.repeat_interleave(number)
-        offset = torch.arange(len(owner)) - (number.cumsum(0) - number)[owner]
+        owner, offset = expanded(number)
         token = (runs.start + begin - runs.position)[owner] + offset
         place = ((before - first) * stride + begin - lead)[owner] + offset
         queries[runs.row[owner], place] = token
@@ -78,15 +77,6 @@ class Folding(Deriving):
 
     def _order(self, device: torch.device) -> Order:
         return self.on(device, _order)
-
-
-def _padded(table: Tensor, batch: int, length: int) -> Documents:
-    """The documents of rows whose runs are in the table, in order and from 0 on, padded to `length`."""
-    used = torch.zeros(batch, dtype=torch.int64).index_add_(0, table[:, 0], table[:, 3])
-    short = (used < length).nonzero().squeeze(1)
-    rest = torch.stack([short, 0 * short + PADDING, used[short], length - used[short], 0 * short], dim=1)
-    both = torch.cat([table, rest])
-    return Documents(both[torch.argsort(both[:, 0], stable=True)], batch, length)
 
 
 def _tile(folding: Folding) -> Tile | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..documents import PADDING, Documents, expanded
+from ..documents import Documents, expanded
 from .pattern import FAR, Band, Bands, Tile
 
 
@@ -83,16 +83,10 @@ def _by_remainder(documents: Documents, stride: int, first: int, last: int) -> t
         [runs.row, runs.document * stride + position % stride, start, length, position // stride], dim=1
     )
     most = int(tokens_of_rows.max()) if len(tokens_of_rows) else 0
-    rows = torch.arange(documents.batch)
-    padding = torch.stack(
-        [rows, torch.full_like(rows, PADDING), tokens_of_rows, most - tokens_of_rows, torch.zeros_like(rows)], dim=1
-    )
-    table = torch.cat([table, padding[padding[:, 3] > 0]])
-    table = table[table[:, 0].argsort(stable=True)]
     index = torch.full((documents.batch, most), documents.length)
     places = torch.full((documents.batch, documents.length), most)
     owner, place = expanded(length)
     row, to, token = runs.row[owner], start[owner] + place, (position + runs.start - runs.position)[owner]
     index[row, to] = token + place * stride
     places[row, token + place * stride] = to
-    return Documents(table, documents.batch, most), Order(index, places)
+    return Documents.padded(table, documents.batch, most), Order(index, places)
