@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 logger = logging.getLogger("longreach")
 
@@ -20,6 +21,9 @@ BACKENDS = (*IMPLEMENTATIONS, "library")
 LIBRARIES = {
     "gated_linear_attention": ("fla", "flash-linear-attention"),
     "delta_rule": ("fla", "flash-linear-attention"),
+    "rms_norm": ("liger_kernel", "liger-kernel"),
+    "swiglu": ("liger_kernel", "liger-kernel"),
+    "cross_entropy": ("liger_kernel", "liger-kernel"),
 }
 
 _choices: dict[str, str] = {}
@@ -29,21 +33,21 @@ _announced: set[tuple[str, str, str, str]] = set()
 def choose(choices: Mapping[str, str], device: torch.device | str) -> None:
     """Says what "auto" means for the ops named, in this process from now on; of the others, what `resolve` says.
 
-    To be called once, before anything runs on `device`. Raises ValueError, naming `kernels.<op>`, for Triton where it
-    cannot run, and for a library that is not installed.
+    To be called once, before anything runs on `device`. Raises ValueError, naming `kernels.<op>`, for Triton and
+    libraries where they cannot run, and for a library that is not installed.
     """
     _choices.clear()
     for op, backend in choices.items():
-        if backend == "triton" and torch.device(device).type != "cuda" and not interpreted():
-            raise ValueError(
-                f"kernels.{op} must be one that runs on {torch.device(device).type}; got 'triton', which needs CUDA or "
-                "Triton's interpreter (TRITON_INTERPRET=1 before Python starts). Use auto or chunked"
-            )
         module, package = LIBRARIES.get(op, ("torch", "torch"))
         if backend == "library" and find_spec(module) is None:
             raise ValueError(
                 f"kernels.{op} must be one that is installed; got 'library', which is {package}. "
                 f"Install it (pip install {package}), or use auto"
+            )
+        if backend in ("triton", "library") and torch.device(device).type != "cuda" and not interpreted():
+            raise ValueError(
+                f"kernels.{op} must be one that runs on {torch.device(device).type}; got {backend!r}, which needs CUDA "
+                "or Triton's interpreter (TRITON_INTERPRET=1 before Python starts). Use auto or chunked"
             )
     _choices.update(choices)
 
@@ -113,16 +117,30 @@ def announce(op: str, device: str, chosen: str, why: str) -> None:
 def by_kernels(op: str, x: Tensor) -> ModuleType | None:
     """The Triton kernels of token-local math if they run for x, else None.
 
-    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it. Raises
-    ValueError where Triton was chosen for the op and cannot run.
+    Under torch.compile it is None too, since torch.compile fuses the torch form with the code around it; and where a
+    library was chosen, for what does not go to it. Raises ValueError where Triton was chosen and cannot run.
     """
-    if torch.compiler.is_compiling() or (x.device.type != "cuda" and asked(op, "auto") != "triton"):
+    if torch.compiler.is_compiling() or (chosen := asked(op, "auto")) == "library":
+        return None
+    if x.device.type != "cuda" and chosen != "triton":
         return None
     if resolve(op, "auto", x.device, x.dtype) != "triton":
         return None
     from .pointwise import triton as kernels
 
     return kernels
+
+
+def by_library(op: str, x: Tensor) -> bool:
+    """Whether a library was chosen for token-local math, and x is something to compute; not under torch.compile."""
+    if torch.compiler.is_compiling() or asked(op, "auto") != "library":
+        return False
+    return x.device.type != "meta" and x.numel() > 0
+
+
+def unrecorded() -> saved_tensors_hooks:
+    """Within, what is saved for backward is no part of what activation checkpointing recomputes: for trials."""
+    return saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def interpreted() -> bool:

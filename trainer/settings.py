@@ -66,9 +66,9 @@ class KernelSettings:
     diagonal_scan: str = "auto"  # of mixers whose state is a vector
     selective_scan: str = "auto"  # of Mamba
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV-7
-    rms_norm: str = "auto"  # auto, triton or chunked
-    swiglu: str = "auto"  # auto, triton or chunked
-    cross_entropy: str = "auto"  # auto, triton or chunked
+    rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
+    swiglu: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
+    cross_entropy: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel, for which the host waits
 
     def check(self) -> None:
         """Raises ValueError for what no op, or this one, does not have."""

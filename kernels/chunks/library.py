@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import announce
+from ..dispatch import announce, unrecorded
 from ..documents import Documents
 from ..problem import Problem
 
@@ -84,7 +84,8 @@ def refusal(problem: Problem[Any], kind: str) -> str | None:
     shapes = tuple(None if x is None else (x.dim(), *x.shape[2:]) for x in problem.inputs)
     key = (problem.op, kind, str(problem.device), problem.inputs[0].dtype, shapes)
     if key not in _verdicts:
-        _verdicts[key] = _try(problem)
+        with unrecorded():
+            _verdicts[key] = _try(problem)
         name = problem.op.name
         if _verdicts[key] is None:
             announce(name, problem.device.type, f"flash-linear-attention's {kind}", "which agrees with the reference")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import by_kernels
+from ..dispatch import by_kernels, by_library
+from . import library
+from .library import NO_TARGET
 
-NO_TARGET = -100
 # Bytes of a chunk's logits. Each chunk reads and writes the whole gradient of the weight, so that fewer chunks are
 # better as long as logits stay in a CPU's caches, and are little beside the activations on an accelerator.
 CPU_LOGIT_BYTES = 2**23
@@ -37,9 +38,11 @@ def cross_entropy(
     the vocabulary is torch's RuntimeError on a CPU, and a loss of NaN on CUDA. Raises ValueError where shapes do not
     fit.
     """
-    chunk = _chunk(hidden, weight, chunk)
-    _check(hidden, weight, targets, bias, chunk)
-    return _CrossEntropy.apply(hidden, weight, targets, bias, chunk, logit_scale)  # type: ignore[return-value]
+    size = _chunk(hidden, weight, chunk)
+    _check(hidden, weight, targets, bias, size)
+    if by_library("cross_entropy", hidden):
+        return library.cross_entropy(hidden, weight, targets, bias, chunk, logit_scale)
+    return _CrossEntropy.apply(hidden, weight, targets, bias, size, logit_scale)  # type: ignore[return-value]
 
 
 @torch.no_grad()

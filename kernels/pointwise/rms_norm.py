@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import by_kernels
+from ..dispatch import by_kernels, by_library
+from . import library
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
         raise ValueError(f"offset must come with a weight; got offset={offset} and no weight. Leave it at 0")
     if weight is not None and tuple(weight.shape) != (x.shape[-1],):
         raise ValueError(f"weight must be of shape [{x.shape[-1]}], x's last dim; got {tuple(weight.shape)}")
-    return _RmsNorm.apply(x, weight, eps, 1.0 if weight is None else offset)  # type: ignore[return-value]
+    return _norm(x, weight, eps, 1.0 if weight is None else offset)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -32,7 +33,14 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     gradient.
     """
     width = x.shape[-1]
-    return _RmsNorm.apply(x, None, eps / width, width**-0.5)  # type: ignore[return-value]
+    return _norm(x, None, eps / width, width**-0.5)
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times offset + weight, or times offset alone."""
+    if by_library("rms_norm", x):
+        return library.rms_norm(x, weight, eps, offset)
+    return _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
 
 
 class _RmsNorm(torch.autograd.Function):

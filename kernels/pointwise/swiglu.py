@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import by_kernels
+from ..dispatch import by_kernels, by_library
+from . import library
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -20,6 +21,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(
             f"gate and up must be alike; got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}"
         )
+    if by_library("swiglu", gate):
+        return library.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)  # type: ignore[return-value]
 
 

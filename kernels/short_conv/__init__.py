@@ -45,7 +45,7 @@ def short_conv(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or 'silu'; got {activation!r}. Apply another one outside")
     documents, history = _complete(x, documents, history, weight.shape[1] - 1)
-    return _implementation("short_conv", backend, x).short_conv(x, weight, bias, documents, history, activation)
+    return _implementation(backend, x).short_conv(x, weight, bias, documents, history, activation)
 
 
 def token_shift(
@@ -64,7 +64,7 @@ def token_shift(
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}. Flatten heads into one dimension")
     documents, history = _complete(x, documents, history, 1)
-    return _implementation("token_shift", backend, x).token_shift(x, documents, history)
+    return _implementation(backend, x).token_shift(x, documents, history)
 
 
 def flops(tokens: int, *, channels: int, taps: int) -> int:
@@ -84,8 +84,8 @@ def bytes_sent(*, batch: int, channels: int, taps: int, ranks: int, spans: int =
     return 3 * (ranks - 1) * spans * batch * channels * (taps - 1) * element_bytes
 
 
-def _implementation(op: str, backend: str, x: Tensor) -> ModuleType:
-    chosen = resolve(op, backend, x.device, x.dtype)
+def _implementation(backend: str, x: Tensor) -> ModuleType:
+    chosen = resolve("short_conv", backend, x.device, x.dtype)
     if chosen == "triton":
         from . import triton as kernels
 

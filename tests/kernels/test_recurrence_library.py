@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from longreach.kernels import dispatch
 from longreach.kernels.chunks import library
@@ -170,3 +171,18 @@ def test_auto_is_what_was_chosen_for_the_op(install):
     results(delta_rule, "head", "chunked")
     results(gated_linear_attention, "head", "auto")
     assert not stand_in.called
+
+
+def test_a_library_is_tried_within_what_is_recomputed(install):
+    q, k, v, beta, log_decay, _ = drawn("head")
+    install(StandIn())
+
+    def layer(q):
+        return delta_rule(q * 1.0, k, v, beta, log_decay, documents=PACKED, backend="library")[0]
+
+    gradients = []
+    for recomputed in (True, False):
+        leaf = q.detach().requires_grad_()
+        out = checkpoint(layer, leaf, use_reentrant=False) if recomputed else layer(leaf)
+        gradients += torch.autograd.grad((out * out).sum(), leaf)
+    torch.testing.assert_close(*gradients)
