@@ -41,11 +41,13 @@ class Attend(ABC):
     """Attention of queries to keys that arrive in parts, whose partial results merge by log-sum-exp.
 
     A subclass is a frozen dataclass of plain settings with `check`, `tile`, `kept` and `attend`; the rest has defaults.
-    `record` is the NamedTuple of its inputs; its q is `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that are
+    `name` is that of the public op whose kernels it runs, if any. `record` is the NamedTuple of its inputs; its q is
+    `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that are
     sent to the queries of other ranks, and whose gradients are sent back: keys and values, and factors per key. All
     methods run without autograd; results are float32 (float64 for float64).
     """
 
+    name: ClassVar[str | None] = None
     record: ClassVar[type]
     travels: ClassVar[tuple[str, ...]] = ("k", "v")
 

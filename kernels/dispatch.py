@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -28,6 +30,7 @@ LIBRARIES = {
 
 _choices: dict[str, str] = {}
 _announced: set[tuple[str, str, str, str]] = set()
+_noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
 
 
 def choose(choices: Mapping[str, str], device: torch.device | str) -> None:
@@ -54,7 +57,25 @@ def choose(choices: Mapping[str, str], device: torch.device | str) -> None:
 
 def asked(op: str, backend: str) -> str:
     """The backend asked for: for "auto", the one chosen for the op in this process."""
+    note(op)
     return _choices.get(op, "auto") if backend == "auto" else backend
+
+
+@contextmanager
+def noting() -> Iterator[set[str]]:
+    """Within, in this thread, the names of all ops that run, or would on tensors with data, join the set."""
+    found = set[str]()
+    before = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(before)
+
+
+def note(op: str) -> None:
+    """Tells `noting` of an op that runs."""
+    if (found := _noted.get()) is not None:
+        found.add(op)
 
 
 def best(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -80,7 +101,8 @@ def resolve(
     whether it was asked for.
     """
     device = torch.device(tensor_device).type
-    backend = asked(op, backend) if device != "meta" else backend
+    chosen = asked(op, backend)
+    backend = chosen if device != "meta" else backend
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}. Choose one")
     own = best(device, dtype)

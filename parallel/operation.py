@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import operation
+from ..kernels.dispatch import note
 from ..kernels.operation import Tensors
 from .sequence import Sequence
 
@@ -25,6 +26,11 @@ class Operation(ABC):
     """One op under one strategy, a `kernels.operation.Operation`; every rank calls its methods in the same order."""
 
     outputs: ClassVar[int] = 1
+
+    @property
+    def kernel(self) -> str | None:
+        """The public op whose kernels it runs; None where it has none."""
+        return None
 
     @abstractmethod
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
@@ -123,6 +129,8 @@ class _Rehearsal:
         self.op = op
 
     def forward(self, inputs: Tensors, where: Sequence) -> tuple[Tensors, Tensors]:
+        if self.op.kernel is not None:
+            note(self.op.kernel)
         return self.op.like(inputs, where.layout.ranks, where.layout.spans)[0], ()
 
     def backward(

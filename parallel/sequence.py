@@ -60,6 +60,8 @@ class Sequence(Deriving):
     handle: a number, as a tensor on the host, by which compiled graphs name the sequence.
     kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
     slots: in a rehearsal, the slots that the layer's ops have used so far.
+    mixer, exchanges: in a rehearsal, the part that runs by its name in the pattern, and (such a name, kind of op) for
+        every op so far that a strategy applies to.
 
     An argument, never ambient state: recomputation under activation checkpointing runs on other threads.
     """
@@ -75,6 +77,8 @@ class Sequence(Deriving):
     cache: DecodingCache | None = None
     kept: Kept | None = None
     slots: set[str] | None = None
+    mixer: str = ""
+    exchanges: set[tuple[str, str]] | None = None
     _derived: _Derived = field(default_factory=lambda: _Derived(), repr=False, compare=False)
     handle: Tensor = field(default_factory=lambda: _new_handle(), repr=False, compare=False)
 
@@ -111,7 +115,7 @@ class Sequence(Deriving):
         """
         group = None if layout.ranks == 1 else dist.ProcessGroup(0, layout.ranks)  # type: ignore[call-arg]
         heads = None if group is None or ulysses == 1 else Heads(ulysses, group)
-        return cls(documents, layout, group=group, strategy=strategy, heads=heads, slots=set())
+        return cls(documents, layout, group=group, strategy=strategy, heads=heads, slots=set(), exchanges=set())
 
     @classmethod
     def decoding(cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto") -> Sequence:
@@ -135,7 +139,14 @@ class Sequence(Deriving):
             cache=None if self.cache is None else self.cache.of(part),
             kept=None if self.kept is None else self.kept.of(part),
             slots=None if self.slots is None else set[str](),
+            mixer=mixer,
         )
+
+    def exchange(self, kind: str) -> str:
+        """The strategy of an op of this kind, "attention" or "recurrent"."""
+        if self.exchanges is not None:
+            self.exchanges.add((self.mixer, kind))
+        return getattr(self.strategy, kind)
 
     @property
     def by_heads(self) -> Sequence:

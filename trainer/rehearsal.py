@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import noting
 from ..kernels.documents import Documents
 from ..models.language_model import LanguageModel
 from ..models.mixer import Mixer, name_of
 from ..models.part import Part, cast_parameters
 from ..parallel.layout import Layout
 from ..parallel.sequence import Sequence
+from .effects import Uses, check_effects, chooses
 from .ranks.settings import layout_of, strategy_of, ulysses_ranks
 from .settings import Settings
 
@@ -27,8 +29,9 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
 
     No memory is taken and nothing is sent; ops give the shapes and types that they give on as many ranks. Raises, with
     the part in front, whatever a mixer's or another layer's forward raises, and ValueError where its output does not
-    fit its input, where two ops of a mixer share a slot, or where ranks that exchange tokens for heads do not divide
-    them. What cannot be rehearsed is among the notes.
+    fit its input, where two ops of a mixer share a slot, where ranks that exchange tokens for heads do not divide them,
+    or where a backend or a strategy is chosen that this model has no use for. What cannot be rehearsed is among the
+    notes.
     """
     with torch.device("meta"):
         model = build()
@@ -39,25 +42,36 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
             _check_outputs(part)
         model.at_step(0)
         layout = layout_of(settings.parallel, settings.data.sequence_length)
-        error = _attempt(model, _shortened(layout), settings)
+        uses, tried = Uses(set(), set()), _shortened(layout)
+        error = _attempt(model, tried, settings, uses)
         if error is not None:  # of a layer that asks for the whole length, perhaps
-            error = _attempt(model, layout, settings)
+            tried = layout
+            error = _attempt(model, tried, settings, uses)
+        if error is None:
+            notes += _notes_on_gradients(model)
+            if chooses(settings):  # a layer may run other ops later
+                model.at_step(settings.trainer.steps - 1)
+                error = _attempt(model, tried, settings, uses)
     if error is None:
-        return notes + _notes_on_gradients(model)
+        check_effects(settings, model, uses)
+        return notes
     if isinstance(error, ValueError) or not any(word in str(error).lower() for word in UNREHEARSABLE):
         raise error
     where = "; ".join(getattr(error, "__notes__", ())) or "the model"
     return [*notes, f"{where} cannot be tried before step 1: {str(error).splitlines()[0]}"]
 
 
-def _attempt(model: LanguageModel, layout: Layout, settings: Settings) -> Exception | None:
-    """A forward and backward under the layout; what they raise."""
+def _attempt(model: LanguageModel, layout: Layout, settings: Settings, uses: Uses) -> Exception | None:
+    """A forward and backward under the layout; what they raise. What the model runs joins `uses`."""
     documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
     seq = Sequence.rehearsal(documents, layout, strategy_of(settings.parallel), ulysses_ranks(settings.parallel))
     tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
     try:
         model.flops(documents)
-        loss, _, reports = model(tokens, seq, tokens, False, True)
+        with noting() as ops:
+            loss, _, reports = model(tokens, seq, tokens, False, True)
+        uses.ops.update(ops)
+        uses.exchanges.update(seq.exchanges or ())
         torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
     except Exception as error:
         return error

@@ -108,7 +108,7 @@ class BlockSparseInputs(NamedTuple):
 class BlockSparseAttend(ListedAttend):
     """The op as `longreach.kernels.attend` describes it. `mask` is a pattern or the `settings` of one."""
 
-    record = BlockSparseInputs
+    name, record = "block_sparse_attention", BlockSparseInputs
 
     block_size: int
     query_block: int

@@ -69,7 +69,7 @@ class CompressedInputs(NamedTuple):
 class CompressedAttend(Attend):
     """The op as `longreach.kernels.attend` describes it; its log-sum-exp has no gradient."""
 
-    record = CompressedInputs
+    name, record = "softmax_attention", CompressedInputs
 
     size: int
     stride: int

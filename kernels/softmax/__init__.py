@@ -74,7 +74,7 @@ class SoftmaxInputs(NamedTuple):
 class SoftmaxAttend(Attend):
     """The op as `longreach.kernels.attend` describes it. `mask` is a pattern or the `settings` of one."""
 
-    record = SoftmaxInputs
+    name, record = "softmax_attention", SoftmaxInputs
 
     mask: Pattern
     scale: float

@@ -62,8 +62,9 @@ def attention(
         made = op(*settings)
         extended, stretches = with_cached(made, inputs, seq, slot)
         return run(OnOneDevice(made), extended, (tile_of_cached(seq, made, stretches), seq.backend))[0]
-    build, arguments = gather if seq.strategy.attention == "gather" else ring, (until, op, *settings)
-    if seq.strategy.attention == "ulysses" and seq.heads is not None:
+    strategy = seq.exchange("attention")
+    build, arguments = gather if strategy == "gather" else ring, (until, op, *settings)
+    if strategy == "ulysses" and seq.heads is not None:
         build, arguments = ulysses, (seq.heads.ranks, (), build, *arguments)
     return mix(build, arguments, inputs, seq, slot)[0]
 

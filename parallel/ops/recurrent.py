@@ -110,7 +110,7 @@ def recurrent(
     check_class("recurrent", op)
     if seq.cache is not None:
         return _decoded(op(*settings), inputs, seq, slot)
-    if seq.strategy.recurrent == "ulysses" and seq.heads is not None:
+    if seq.exchange("recurrent") == "ulysses" and seq.heads is not None:
         ranks = seq.heads.ranks
         arguments = (ranks, op.common, _state_passing, op, seq.rank // ranks, *settings)
         return mix(ulysses, arguments, inputs, seq, slot)[0]

@@ -161,6 +161,10 @@ class BlockSelection(Operation):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", made_of(self.rule))
 
+    @property
+    def kernel(self) -> str:
+        return "select_blocks"
+
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         q, summaries, lse = inputs
         assert q is not None

@@ -25,6 +25,10 @@ class SharedAttention(Attention, Operation):
     op: Attend
     until: int | None = None
 
+    @property
+    def kernel(self) -> str | None:
+        return self.op.name
+
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         named = self.op.record(*inputs)
         self.op.check(named)

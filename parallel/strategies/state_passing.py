@@ -40,6 +40,10 @@ class StatePassing(Operation):
     op: Recurrence[Any]
     rank: int = 0
 
+    @property
+    def kernel(self) -> str:
+        return self.op.name
+
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         self.op.check(inputs)
         op, problem = self.op, self._problem(inputs, seq)

@@ -39,6 +39,10 @@ class Ulysses(Operation):
     inner: Operation
     common: tuple[int, ...] = ()
 
+    @property
+    def kernel(self) -> str | None:
+        return self.inner.kernel
+
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         heads = _heads(seq)
         self._check(inputs)

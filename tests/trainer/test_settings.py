@@ -70,7 +70,7 @@ def test_the_defaults_fit_one_process() -> None:
         (
             changed(kernels__swiglu="reference"),
             1,
-            "kernels.swiglu must be one of auto, triton, chunked; got",
+            "kernels.swiglu must be one of auto, triton, chunked, library; got",
         ),
         (changed(init_from="/nowhere"), 1, "init_from must be a folder .* got /nowhere"),
         (changed(evaluation__rows=0), 1, "evaluation.rows must be at least 1; got 0"),
