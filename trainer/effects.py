@@ -38,9 +38,9 @@ def _check_kernels(settings: Settings, model: LanguageModel, ops: set[str]) -> N
     kernels = vars(settings.kernels)
     chosen = {op: backend for op, backend in kernels.items() if backend != "auto"}
     if missing := [op for op in chosen if op not in ops]:
-        names = " and ".join(f"kernels.{op}" for op in missing)
+        names, values = " and ".join(f"kernels.{op}" for op in missing), " and ".join(chosen[op] for op in missing)
         raise ValueError(
-            f"{names} must be auto for a model without this op; got {', '.join(chosen[op] for op in missing)}. "
+            f"{names} must be auto for a model that does not have it; got {values}. "
             f"The model has {', '.join(op for op in kernels if op in ops)}"
         )
     whole = settings.engine.zero_stage != 3 and model.activation_checkpointing != "mixing"  # as `compile_blocks`

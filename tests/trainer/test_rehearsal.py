@@ -253,7 +253,7 @@ def attention(heads: int, kv_heads: int) -> Any:
     return partial(SoftmaxAttention, heads=heads, kv_heads=kv_heads, head_dim=8)
 
 
-ULYSSES = {"attention": "ulysses", "recurrent": "ulysses"}
+ULYSSES, LINEAR = {"attention": "ulysses"}, {"recurrent": "ulysses"}
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,9 @@ ULYSSES = {"attention": "ulysses", "recurrent": "ulysses"}
         (attention(6, 2), {"sequence": 4, **ULYSSES}, "heads must be a multiple of the 4 ranks .* got 6"),
         (attention(6, 3), {"sequence": 2, **ULYSSES}, "key/value heads .* of the 2 ranks .* got 3"),
         (attention(2, 2), {"sequence": 4, "mixers": {"mine": "ulysses"}}, "heads must be a multiple of the 4"),
-        (partial(LightningAttention, heads=1), {"sequence": 2, **ULYSSES}, "heads must be a multiple of the 2"),
-        (partial(LightningAttention, heads=4), {"sequence": 8, **ULYSSES}, "heads must be a multiple of the 8"),
-        (partial(Mamba, expansion=1), {"sequence": 64, "recurrent": "ulysses"}, "channels must be .* the 64 ranks"),
+        (partial(LightningAttention, heads=1), {"sequence": 2, **LINEAR}, "heads must be a multiple of the 2"),
+        (partial(LightningAttention, heads=4), {"sequence": 8, **LINEAR}, "heads must be a multiple of the 8"),
+        (partial(Mamba, expansion=1), {"sequence": 64, **LINEAR}, "channels must be .* the 64 ranks"),
     ],
 )  # fmt: skip
 def test_heads_that_ranks_do_not_divide_are_refused_before_they_start(
@@ -282,9 +282,9 @@ def test_heads_that_ranks_do_not_divide_are_refused_before_they_start(
         (attention(6, 2), {"sequence": 2, **ULYSSES}),
         (attention(2, 2), {"sequence": 4, "ulysses": 2, **ULYSSES}),
         (attention(1, 1), {"sequence": 2}),
-        (attention(1, 1), {"sequence": 2, "recurrent": "ulysses"}),
-        (partial(LightningAttention, heads=1), {"sequence": 2, "attention": "ulysses"}),
-        (partial(Mamba, expansion=1), {"sequence": 32, "recurrent": "ulysses"}),
+        (partial(LightningAttention, heads=1), {"sequence": 2}),
+        (partial(LightningAttention, heads=2), {"sequence": 2, **LINEAR}),
+        (partial(Mamba, expansion=1), {"sequence": 32, **LINEAR}),
     ],
 )
 def test_heads_that_ranks_divide_pass(part: Any, parallel: dict[str, Any]) -> None:
