@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from longreach.kernels import gated_linear as gated
 from longreach.kernels import selective_scan as selective
 from longreach.kernels import short_conv as conv
 from longreach.kernels import softmax as attention
+from longreach.kernels.pointwise import cross_entropy, rms_norm, swiglu
 
 HEADS, DIM = (16, 128) if torch.cuda.is_available() else (8, 64)  # what fills the device
 STATES, KEY_STATES, GOAL_LENGTH = 16, 128, 8192  # of Mamba, of Mamba-2
+VOCABULARY = 32768 if torch.cuda.is_available() else 4096
 Pass = Callable[[], None]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -255,6 +258,46 @@ def conv_case(length: int, device: str) -> Case:
     return Case(differentiated(conv.short_conv, [x, weight]), 2 * taps * length * channels, peers)
 
 
+def liger(module: str, name: str, inputs: list[Tensor], *options: object) -> dict[str, Pass]:
+    """Liger's function of the inputs and options as its users call it, where it is installed."""
+
+    def build() -> Pass:
+        function = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
+        return differentiated(lambda *x: function.apply(*x, *options), inputs)
+
+    pass_ = later("liger_kernel", build) if inputs[0].is_cuda else None
+    return {"Liger-Kernel": pass_} if pass_ else {}
+
+
+def norm_case(length: int, device: str) -> Case:
+    x, weight = draw(1, length, HEADS * DIM, device=device), draw(HEADS * DIM, device=device)
+    peers = {"torch rms_norm": differentiated(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), [x, weight])}
+    peers |= liger("rms_norm", "LigerRMSNormFunction", [x, weight], 1e-6)
+    return Case(differentiated(rms_norm, [x, weight]), 4 * length * HEADS * DIM, peers)
+
+
+def swiglu_case(length: int, device: str) -> Case:
+    gate, up = (draw(1, length, 4 * HEADS * DIM, device=device) for _ in range(2))
+    peers = {"torch": differentiated(lambda gate, up: F.silu(gate) * up, [gate, up])}
+    # Its backward writes over the inputs: what it computes is of other numbers in each round, its time is not.
+    peers |= liger("swiglu", "LigerSiLUMulFunction", [gate, up])
+    return Case(differentiated(swiglu, [gate, up]), 4 * gate.numel(), peers)
+
+
+def loss_case(length: int, device: str) -> Case:
+    hidden, weight = draw(1, length, HEADS * DIM, device=device), draw(VOCABULARY, HEADS * DIM, device=device) / 64
+    targets = torch.randint(VOCABULARY, (1, length), device=device)
+
+    def torch_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy((hidden @ weight.t()).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+    peers = {"torch": differentiated(torch_loss, [hidden, weight])}
+    flat = [hidden.flatten(0, 1), weight]
+    peers |= liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", flat, targets.flatten())
+    flops = 2 * length * HEADS * DIM * VOCABULARY
+    return Case(differentiated(lambda x, w: cross_entropy(x, w, targets), [hidden, weight]), flops, peers)
+
+
 CASES: dict[str, Callable[[int, str], Case]] = {
     "softmax": softmax_case,
     "gated_linear constant": gated_case("constant"),
@@ -266,5 +309,8 @@ CASES: dict[str, Callable[[int, str], Case]] = {
     "selective_scan": selective_case,
     "diagonal_scan": diagonal_case,
     "short_conv": conv_case,
+    "rms_norm": norm_case,
+    "swiglu": swiglu_case,
+    "cross_entropy": loss_case,
 }
 LINEAR = [name for name in CASES if name != "softmax"]

@@ -134,17 +134,15 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[:3]
         with torch.enable_grad(), unrecorded():
-            rows, head, offset = tensors = [None if x is None else x.detach() for x in (hidden, weight, bias)]
-            rows.requires_grad_(any(wanted))  # without this one, Liger computes none
-            head.requires_grad_(wanted[1])
-            if offset is not None:
-                offset.requires_grad_(wanted[2])
+            rows = hidden.detach().requires_grad_(any(wanted))  # without this one, Liger computes none
+            head = weight.detach().requires_grad_(wanted[1])
+            offset = None if bias is None else bias.detach().requires_grad_(wanted[2])
             found = _call(
                 "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", rows, head, ids, bias=offset,
                 ignore_index=NO_TARGET, reduction="sum", accum_dtype=torch.float32,
             )  # fmt: skip
             loss = found[0] if isinstance(found, tuple) else found
-            leaves = [x for x, needed in zip(tensors, wanted, strict=True) if needed and x is not None]
+            leaves = [x for x, needed in zip((rows, head, offset), wanted, strict=True) if needed and x is not None]
             gradients = iter(torch.autograd.grad(loss, leaves) if leaves else ())
         ctx.save_for_backward(*(next(gradients) if needed else None for needed in wanted))
         return loss.detach()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import __path__ as package
 from ...kernels.blocks import BlockLayout, BlockTile
+from ...kernels.dispatch import choose
 from ...kernels.documents import Documents
 from ...kernels.masks import Dilated, Mask, Pattern
 from ...kernels.pointwise import cross_entropy, embedding, rms_norm, rope, rope_frequencies, swiglu
@@ -25,6 +26,13 @@ PRODUCTION = {"H": 16, "G": 4, "K": 128, "V": 128, "D": 2048, "N": 16, "F": 5632
 FEW = {"H": 8, "G": 2, "K": 8, "V": 8, "D": 16, "N": 2, "F": 24, "W": 61}  # on a CPU
 DISCONTINUOUS = ("blocks of", "short window")  # cases whose result jumps where rounding moves a score, or is a constant
 OF_LIBRARIES = ("constant decay", "scalar decay", "channel decay", "gated delta", "channel delta")
+NORMS = ("RMS norm", "RMS norm of heads")
+OF_LIGER = {
+    "RMS norm": "rms_norm",
+    "RMS norm of heads": "rms_norm",
+    "SwiGLU": "swiglu",
+    "cross entropy": "cross_entropy",
+}
 EXACT = ("decay", "strong", "low")  # kinds of inputs that are float32, as mixers give them
 Op = Callable[..., Any]
 
@@ -122,6 +130,24 @@ def _pointwise(cases: Any) -> Iterator[Trial]:
         ("embedding", _embedding, ((("W", "D"), "normal"),), x),
     ):
         yield Trial(name, cases.Case(call, inputs, result))
+        if name in OF_LIGER and importlib.util.find_spec("liger_kernel") is not None:
+            by_library = cases.Case(_by_library(OF_LIGER[name], call), inputs, result)
+            yield Trial(f"{name}, Liger-Kernel", by_library, "library")
+
+
+def _by_library(op: str, call: Op) -> Op:
+    """The call with a library chosen for its op, where the sequence asks for one."""
+
+    def chosen(*inputs: Tensor, seq: Sequence) -> Tensor:
+        if seq.backend != "library":
+            return call(*inputs, seq=seq)
+        choose({op: "library"}, inputs[0].device)
+        try:
+            return call(*inputs, seq=seq)
+        finally:
+            choose({}, inputs[0].device)
+
+    return chosen
 
 
 def masked(mask: Pattern) -> Op:
