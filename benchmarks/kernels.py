@@ -4,8 +4,8 @@
 
 On a CPU in float32 with one thread, whose own time is taken (other work on the machine counts little then); on CUDA in
 bf16 by events. The floor is the op's own count of FLOPs (a backward as 2.5 forwards) at the rate of a plain matrix
-product. Peers run where they are installed: torch's SDPA, flash-attn, flash-linear-attention, and on a CPU the torch
-functions of transformers. `--write` keeps the tables and a plot in benchmarks/results/.
+product. Peers run where they are installed: torch's SDPA, flash-attn, flash-linear-attention, Liger-Kernel, and on a
+CPU the torch functions of transformers. `--write` keeps the tables and a plot in benchmarks/results/.
 """
 
 from __future__ import annotations
