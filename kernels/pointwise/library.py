@@ -7,7 +7,6 @@ and each kind of problem is tried on a small one first, once per process and dev
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -18,8 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import announce, unrecorded
-
-logger = logging.getLogger("longreach")
 
 NO_TARGET = -100
 TOLERANCE = 0.02  # relative, of norms: rounding in bfloat16 gives less, a wrong scale more

@@ -7,6 +7,7 @@ import torch
 
 from longreach.kernels import dispatch
 from longreach.kernels.dispatch import resolve
+from longreach.kernels.short_conv import reference, token_shift
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -84,4 +85,15 @@ def test_a_choice_that_cannot_run_is_refused_before_anything_runs(chosen, monkey
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"kernels.delta_rule must be one that is installed; .*pip install flash-lin"):
         chosen(delta_rule="library")
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"kernels.rms_norm must be one that runs on cpu; got 'library'"):
+        chosen(rms_norm="library")
     assert resolve("delta_rule", "auto", "cpu") == "chunked"
+
+
+def test_what_runs_the_convolution_runs_the_shift(chosen, monkeypatch):
+    x = torch.randn(1, 3, 2)
+    monkeypatch.setattr(reference, "token_shift", lambda *_: "the reference's")
+    assert isinstance(token_shift(x), torch.Tensor)
+    chosen(short_conv="reference")
+    assert token_shift(x) == "the reference's"
