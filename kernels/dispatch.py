@@ -95,7 +95,8 @@ def resolve(
 
     "auto" is what `choose` was told. By default it is Triton on CUDA, and chunked torch on other devices and for
     float64, which the kernels do not support; never a library, whose op asks by itself.
-    "reference", the recurrence or the dense matrix as it is written, runs only on request, or where an op has no other.
+    "reference", the recurrence or the dense matrix as it is written, runs only on request, or where nothing else is
+    offered: an op can have no other, and of a single token there are no chunks.
     "triton" on request also runs on other devices, under Triton's interpreter. There is no silent fallback: an unknown
     backend, or one that cannot run, raises ValueError. The choice is announced with its reason: `why`, or
     whether it was asked for.

@@ -162,6 +162,11 @@ class Documents(Deriving):
         return not bool(self.columns.real.all())
 
     @cached_property
+    def goes_through(self) -> bool:
+        """Whether all rows are in the middle of one document, from their first token to their last."""
+        return self.is_whole and all(self.continues) and not self.has_padding
+
+    @cached_property
     def tokens(self) -> int:
         """How many places hold a token."""
         return int(self.columns.length[self.columns.real].sum())

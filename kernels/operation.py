@@ -1,11 +1,11 @@
-"""Operation: an op with its own backward, and the one autograd function through which every op runs.
+"""Operation: an op with its own backward, and the autograd function through which every op runs.
 
 The public op on one device and the op on ranks that share rows run alike, and differ only in `where`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -61,12 +61,7 @@ def run(
 
     kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
     """
-    return runner()(operation, where, kept, slot, note, *inputs)
-
-
-def runner() -> Callable[..., tuple[Tensor, ...]]:
-    """What `run` calls, for callers to whom one frame more matters."""
-    return Run.apply if torch.is_grad_enabled() else Run.without_gradient  # type: ignore[return-value]
+    return Run.call(operation, where, kept, slot, note, *inputs)
 
 
 class _NoBackward:
@@ -77,13 +72,19 @@ class _NoBackward:
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
-class Run(torch.autograd.Function):
-    """The one autograd function: see `run`."""
+class Function(torch.autograd.Function):
+    """Base of this package's autograd functions, which run through `call`."""
 
-    @staticmethod
-    def without_gradient(*arguments: Any) -> Tensors:
-        """The same, without what autograd costs a single token."""
-        return Run.forward(_NoBackward(), *arguments)
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """What `apply` returns, without what autograd costs a single token where no gradient is taken."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return cls.apply(*arguments)
+        return cls.forward(_NoBackward(), *arguments)
+
+
+class Run(Function):
+    """The one through which ops run: see `run`."""
 
     @staticmethod
     def forward(

@@ -106,6 +106,10 @@ class Problem(Generic[Record]):
             gradient.masked_fill_(per_row(self.documents.on(self.device, _ending_in_padding), gradient), 0.0)
         return gradient
 
+    def only(self, rows: Tensor, state: Tensor) -> Tensor:
+        """The states `[B, …]` of these rows, bool `[B]` of `tokens`, and 0 in others."""
+        return state if self.documents.goes_through else torch.where(per_row(rows, state), state, 0.0)
+
     def tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For each token t in order: t, whether it continues the document before it, and whether it is no padding.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import operation
 from .dims import named, require_shapes, shape_of, sizes_of
-from .dispatch import BACKENDS, resolve
+from .dispatch import BACKENDS, asked, best, resolve
 from .documents import Documents
 from .operation import Tensors
 from .problem import Problem, Record, accumulator
@@ -220,9 +220,12 @@ class Recurrence(ABC, Generic[Record]):
     ) -> Problem[Record]:
         """The call for these inputs. Raises ValueError for documents of other tokens, or a backend that cannot run."""
         inputs = self.record(*tensors)
-        documents.require(*inputs[0].shape[:2])
-        offered = _offered(type(self).__module__)
-        chosen = resolve(self.name, backend, inputs[0].device, inputs[0].dtype, offered)
+        first = inputs[0]
+        documents.require(*first.shape[:2])
+        offered, why = _offered(type(self).__module__), None
+        if first.shape[1] == 1 and asked(self.name, backend) == "auto" and best(first.device, first.dtype) == "chunked":
+            offered, why = ("reference",), "the recurrence itself, for a single token"
+        chosen = resolve(self.name, backend, first.device, first.dtype, offered, why)
         problem = Problem(self, inputs, documents, chosen, exact or self.raw)
         if chosen == "library" and (refusal := _implementation(type(self).__module__, chosen).refusal(problem)):
             raise ValueError(f"backend must be one that can run; got 'library' for {self.name}: {refusal}. Use 'auto'")

@@ -28,14 +28,12 @@ def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tupl
     state_BHKV = problem.entering(initial_state)
     outputs = []
     for t, goes_on_B, real_B in problem.tokens():
-        state_BHKV = torch.where(goes_on_B[:, None, None, None], state_BHKV, 0.0)
+        state_BHKV = problem.only(goes_on_B, state_BHKV)
         erased_BHV = torch.einsum("bhk,bhkv->bhv", a_BTHK[:, t], state_BHKV)
-        state_BHKV = (
-            decay_BTHK[:, t, :, :, None] * state_BHKV
-            + b_BTHK[:, t, :, :, None] * erased_BHV[:, :, None, :]
-            + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
-        )
-        state_BHKV = torch.where(real_B[:, None, None, None], state_BHKV, 0.0)
+        state_BHKV = decay_BTHK[:, t, :, :, None] * state_BHKV
+        state_BHKV = torch.addcmul(state_BHKV, b_BTHK[:, t, :, :, None], erased_BHV[:, :, None, :])
+        state_BHKV = torch.addcmul(state_BHKV, k_BTHK[:, t, :, :, None], v_BTHV[:, t, :, None, :])
+        state_BHKV = problem.only(real_B, state_BHKV)
         outputs.append(problem.scale * torch.einsum("bhk,bhkv->bhv", q_BTHK[:, t], state_BHKV))
     return torch.stack(outputs, dim=1).to(problem.dtype if problem.exact else q.dtype), state_BHKV
 

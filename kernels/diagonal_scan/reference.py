@@ -16,7 +16,7 @@ def forward(problem: Problem[DiagonalInputs], initial_state: Tensor | None) -> t
     state_BD = problem.entering(initial_state)
     states = []
     for t, goes_on_B, real_B in problem.tokens():
-        state_BD = torch.where(goes_on_B[:, None], state_BD, 0.0)
-        state_BD = torch.where(real_B[:, None], decay_BTD[:, t] * state_BD + x_BTD[:, t], 0.0)
+        state_BD = problem.only(goes_on_B, state_BD)
+        state_BD = problem.only(real_B, decay_BTD[:, t] * state_BD + x_BTD[:, t])
         states.append(state_BD)
     return torch.stack(states, dim=1).to(problem.dtype if problem.exact else problem.inputs.x.dtype), state_BD

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operation import Function
+
 # Below this a divisor counts as 0, and the output is 0: nothing has been read, as where all keys so far are 0.
 TINY = 1e-30
 
 
-class Normalise(torch.autograd.Function):
+class Normalise(Function):
     """h = n / d for raw outputs (n, d) `[…, V + 1]` or, relative to a log scale m, (n, d, m) `[…, V + 2]`.
 
     "sum" divides by d, in which a scale cancels; "at_least_one" by max(|d|, 1), relative to a scale max(|d|, e^{−m}).

@@ -114,7 +114,7 @@ class GatedLinearRecurrence(Diagonal[GatedLinearInputs]):
         """The op's output, in `dtype`, of a run's; differentiable."""
         if self.normaliser is None:
             return raw
-        return Normalise.apply(raw, self.normaliser, self.stabilised, dtype)  # type: ignore[return-value]
+        return Normalise.call(raw, self.normaliser, self.stabilised, dtype)
 
     def zero_state(self, like: Tensor) -> Tensor:
         """Zeros; a log scale as low as they come."""

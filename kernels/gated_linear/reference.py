@@ -19,7 +19,7 @@ class Steps(NamedTuple):
     k: Tensor
     v: Tensor  # with a column of ones where there is a normaliser
     decay: Tensor  # [B, T, H, K]
-    value_decay: Tensor  # [B, T, H, V]
+    value_decay: Tensor | None  # [B, T, H, V]
     bonus: Tensor | None  # [H, K]
     log_input: Tensor | None  # [B, T, H]
     log_decay: Tensor | None  # [B, T, H], beside log_input
@@ -39,24 +39,26 @@ def forward(problem: Problem[GatedLinearInputs], initial_state: Tensor | None) -
     outputs = []
     for t, goes_on_B, real_B in problem.tokens():
         keep_B1, real_B1 = goes_on_B[:, None], real_B[:, None]
-        state_BHKV = torch.where(keep_B1[..., None, None], state_BHKV, 0.0)
+        state_BHKV = problem.only(goes_on_B, state_BHKV)
         scale_BH = torch.where(keep_B1, scale_BH, LOWEST)
         before_BHKV, before_BH = state_BHKV, scale_BH
-        kv_BHKV = steps.k[:, t, :, :, None] * steps.v[:, t, :, None, :]
-        decayed_BHKV = steps.decay[:, t, :, :, None] * state_BHKV * steps.value_decay[:, t, :, None, :]
+        k_BHK1, v_BH1V = steps.k[:, t, :, :, None], steps.v[:, t, :, None, :]
         if steps.log_input is None or steps.log_decay is None:
-            state_BHKV = decayed_BHKV + kv_BHKV
+            state_BHKV = steps.decay[:, t, :, :, None] * state_BHKV
+            if steps.value_decay is not None:
+                state_BHKV = state_BHKV * steps.value_decay[:, t, :, None, :]
+            state_BHKV = torch.addcmul(state_BHKV, k_BHK1, v_BH1V)
         else:
             gate_BH, log_decay_BH = torch.where(real_B1, steps.log_input[:, t], LOWEST), steps.log_decay[:, t]
             scale_BH = torch.maximum(scale_BH + log_decay_BH, gate_BH).detach().clamp(min=LOWEST)
             weight_BH = (log_decay_BH + before_BH - scale_BH).exp()
             state_BHKV = weight_BH[..., None, None] * state_BHKV
-            state_BHKV = state_BHKV + (gate_BH - scale_BH).exp()[..., None, None] * kv_BHKV
-        state_BHKV = torch.where(real_B1[..., None, None], state_BHKV, 0.0)
+            state_BHKV = torch.addcmul(state_BHKV, (gate_BH - scale_BH).exp()[..., None, None] * k_BHK1, v_BH1V)
+        state_BHKV = problem.only(real_B, state_BHKV)
         seen_BHKV, unit_BH = state_BHKV, scale_BH
         if problem.op.read == "exclusive":
-            seen_BHKV, unit_BH = _exclusive(steps, t, before_BHKV, before_BH, kv_BHKV)
-            seen_BHKV = torch.where(real_B1[..., None, None], seen_BHKV, 0.0)
+            seen_BHKV, unit_BH = _exclusive(steps, t, before_BHKV, before_BH, k_BHK1 * v_BH1V)
+            seen_BHKV = problem.only(real_B, seen_BHKV)
         out_BHV = torch.einsum("bhk,bhkv->bhv", steps.q[:, t], seen_BHKV)
         outputs.append(torch.cat([out_BHV, unit_BH[..., None]], -1) if stabilised else out_BHV)
     out = torch.stack(outputs, dim=1)
@@ -77,7 +79,8 @@ def _steps(problem: Problem[GatedLinearInputs]) -> Steps:
     if log_input is not None:
         by_head = torch.zeros_like(log_input) if log_decay is None else log_decay.to(problem.dtype).expand_as(log_input)
         log_decay = None
-    return Steps(problem.scale * q, k, v, _decay(log_decay, k), _decay(value_log_decay, v), bonus, log_input, by_head)
+    decay, value_decay = _decay(log_decay, k), None if value_log_decay is None else _decay(value_log_decay, v)
+    return Steps(problem.scale * q, k, v, decay, value_decay, bonus, log_input, by_head)
 
 
 def _decay(log_decay: Tensor | None, like: Tensor) -> Tensor:

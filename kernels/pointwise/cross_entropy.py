@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import by_kernels, by_library
+from ..operation import Function
 from . import library
 from .library import NO_TARGET
 
@@ -42,7 +43,7 @@ def cross_entropy(
     _check(hidden, weight, targets, bias, size)
     if by_library("cross_entropy", hidden):
         return library.cross_entropy(hidden, weight, targets, bias, chunk, logit_scale)
-    return _CrossEntropy.apply(hidden, weight, targets, bias, size, logit_scale)  # type: ignore[return-value]
+    return _CrossEntropy.call(hidden, weight, targets, bias, size, logit_scale)
 
 
 @torch.no_grad()
@@ -135,7 +136,7 @@ def _present(ids: Tensor) -> Tensor:
     return ids.masked_fill(ids == NO_TARGET, 0).unsqueeze(-1)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, scale: float

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..operation import Function
+
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """y_t = weight[tokens_t]: the row of each token.
@@ -16,10 +18,10 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     over its tokens in float32 (float64 for float64) and rounded once. A token outside the vocabulary is torch's
     IndexError (a device assertion on an accelerator).
     """
-    return _Embedding.apply(tokens, weight)  # type: ignore[return-value]
+    return _Embedding.call(tokens, weight)
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)

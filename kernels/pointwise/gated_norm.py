@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import by_kernels
+from ..operation import Function
 from .rms_norm import rms_norm
 
 ACTIVATIONS = ("silu", "sigmoid")
@@ -48,7 +49,7 @@ def gated_norm(
     kernels = by_kernels("gated_norm", x)
     if kernels is not None and kernels.takes_norm(x):
         kind = activation == "silu", centred, gate_first
-        return _GatedNorm.apply(kernels, x, gate, weight, bias, eps, kind)  # type: ignore[return-value]
+        return _GatedNorm.call(kernels, x, gate, weight, bias, eps, kind)
     active = F.silu if activation == "silu" else torch.sigmoid
     if not gate_first:
         return active(gate) * _norm(x, weight, bias, eps, centred).to(x.dtype)
@@ -66,7 +67,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: b
     return n if bias is None else n + bias
 
 
-class _GatedNorm(torch.autograd.Function):
+class _GatedNorm(Function):
     """The kernels, of which backward needs the inputs alone."""
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import by_kernels, by_library
+from ..operation import Function
 from . import library
 
 
@@ -40,10 +41,10 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor
     """x / sqrt(mean(x^2) + eps) times offset + weight, or times offset alone."""
     if by_library("rms_norm", x):
         return library.rms_norm(x, weight, eps, offset)
-    return _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
+    return _RmsNorm.call(x, weight, eps, offset)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     """x / sqrt(mean(x^2) + eps) times offset + weight, of which either may be all."""
 
     @staticmethod
@@ -55,12 +56,12 @@ class _RmsNorm(torch.autograd.Function):
             ctx.kernels = kernels
             return y
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = wide * inverse
         if weight is not None:
-            y = y.mul_(weight.to(wide.dtype) + offset)
+            y.mul_(weight.to(wide.dtype) + offset if offset else weight)
         elif offset != 1.0:
-            y = y.mul_(offset)
+            y.mul_(offset)
         ctx.save_for_backward(x, weight, inverse)
         return y.to(x.dtype)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import by_kernels
+from ..operation import Function
 
 # The settings that each kind of scaling reads beside `factor`; those without a default are required.
 _READS = {
@@ -156,7 +157,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         )
     if cos.dtype != torch.promote_types(x.dtype, torch.float32):
         raise ValueError(f"cos and sin must be float32, or float64 for float64; got {cos.dtype} for {x.dtype}")
-    return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
+    return _Rotate.call(x, cos, sin)
 
 
 def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention_factor: float = 1.0) -> Tensor:
@@ -176,7 +177,7 @@ def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention
     return rotate(x, *rotations(positions, inverse_frequencies, attention_factor, dtype))
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     """The transpose of a rotation is the rotation back."""
 
     @staticmethod

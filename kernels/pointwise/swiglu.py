@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import by_kernels, by_library
+from ..operation import Function
 from . import library
 
 
@@ -23,10 +24,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         )
     if by_library("swiglu", gate):
         return library.swiglu(gate, up)
-    return _SwiGLU.apply(gate, up)  # type: ignore[return-value]
+    return _SwiGLU.call(gate, up)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)

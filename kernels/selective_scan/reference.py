@@ -22,8 +22,8 @@ def forward(problem: Problem[SelectiveInputs], initial_state: Tensor | None) -> 
     for t, goes_on_B, real_B in problem.tokens():
         delta_BD1, b_B1N = delta_BTD[:, t, :, None], b_BTN[:, t, None]
         decay_BDN = 1 - delta_BD1 * b_B1N.square() if a_DN is None else (delta_BD1 * a_DN).exp()
-        state_BDN = torch.where(goes_on_B[:, None, None], state_BDN, 0.0)
-        state_BDN = decay_BDN * state_BDN + delta_BD1 * x_BTD[:, t, :, None] * b_B1N
-        state_BDN = torch.where(real_B[:, None, None], state_BDN, 0.0)
+        state_BDN = decay_BDN * problem.only(goes_on_B, state_BDN)
+        state_BDN = torch.addcmul(state_BDN, delta_BD1 * x_BTD[:, t, :, None], b_B1N)
+        state_BDN = problem.only(real_B, state_BDN)
         outputs.append((state_BDN * c_BTN[:, t, None]).sum(-1))
     return torch.stack(outputs, dim=1).to(problem.dtype if problem.exact else x.dtype), state_BDN

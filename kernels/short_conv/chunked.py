@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents
+from ..operation import Function
 
 SLAB = 256  # tokens in flight: what keeps a slab of a wide model within a core's caches
 
@@ -22,10 +23,10 @@ def short_conv(
     """See the package's `short_conv`; `history` is always a tensor, zero where there is none."""
     rows = torch.cat([_valid(history, documents), x], dim=1)
     if _is_plain(documents):
-        return _Convolve.apply(rows, weight, bias, activation)  # type: ignore[return-value]
+        return _Convolve.call(rows, weight, bias, activation)
     rows = torch.cat([x.new_zeros(1, x.shape[2]), rows.flatten(0, 1)])
     source, where = documents.on(x.device, _layout, weight.shape[1] - 1)
-    out = _Convolve.apply(rows.index_select(0, source)[None], weight, bias, activation)
+    out = _Convolve.call(rows.index_select(0, source)[None], weight, bias, activation)
     return _without_padding(out[0].index_select(0, where).view_as(x), documents)
 
 
@@ -88,7 +89,7 @@ def _layout(documents: Documents, width: int) -> tuple[Tensor, Tensor]:
     return source, where
 
 
-class _Convolve(torch.autograd.Function):
+class _Convolve(Function):
     """out_t = activation(Σ_i weight_i rows_{t+i} + bias) for rows `[B, T + W − 1, D]`."""
 
     @staticmethod

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..compilation import Compilation
 from ..documents import Documents
+from ..operation import Function
 
 TOKENS, CHANNELS, WARPS = 16, 128, 4
 STRETCH = 1024  # tokens whose gradients of the weights one program sums
@@ -159,15 +160,15 @@ def short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents, history: Tensor, activation: str | None
 ) -> Tensor:
     """See the package's `short_conv`; `history` is always a tensor, zero where there is none."""
-    return _Convolve.apply(x, weight, bias, history, documents, activation)  # type: ignore[return-value]
+    return _Convolve.call(x, weight, bias, history, documents, activation)
 
 
 def token_shift(x: Tensor, documents: Documents, history: Tensor) -> Tensor:
     """See the package's `token_shift`."""
-    return _Convolve.apply(x, None, None, history, documents, None)  # type: ignore[return-value]
+    return _Convolve.call(x, None, None, history, documents, None)
 
 
-class _Convolve(torch.autograd.Function):
+class _Convolve(Function):
     """The convolution, or where there is no weight the shift by one token."""
 
     @staticmethod

@@ -67,5 +67,7 @@ def _with_history(x: Tensor, seq: Sequence, width: int, slot: str) -> tuple[Tens
     history = seq.cache.states.get((seq.layer, slot))
     if history is None:
         history = x.new_zeros(x.shape[0], width, *x.shape[2:])
-    seq.cache.states[seq.layer, slot] = torch.cat([history, x], dim=1)[:, x.shape[1] :].clone()
+    new = x.shape[1]
+    later = x[:, new - width :].clone() if new >= width else torch.cat([history[:, new:], x], dim=1)
+    seq.cache.states[seq.layer, slot] = later
     return x, history
