@@ -5,7 +5,8 @@ The public op on one device and the op on ranks that share rows run alike, and d
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -78,9 +79,14 @@ class Function(torch.autograd.Function):
     @classmethod
     def call(cls, *arguments: Any) -> Any:
         """What `apply` returns, without what autograd costs a single token where no gradient is taken."""
+        return cls.runner()(*arguments)
+
+    @classmethod
+    def runner(cls) -> Callable[..., Any]:
+        """What `call` calls, for callers to whom one frame more matters."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return cls.apply(*arguments)
-        return cls.forward(_NoBackward(), *arguments)
+            return cls.apply
+        return partial(cls.forward, _NoBackward())
 
 
 class Run(Function):

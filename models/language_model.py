@@ -216,7 +216,7 @@ class LanguageModel(nn.Module):
 
     def naming(self, layer: int) -> AbstractContextManager[None]:
         """Errors within say which part of this layer they are of: see `mixer.naming`."""
-        owners = cast(dict[str, nn.Module], {part.label: part for _, part in self.leaves(layer)})
+        owners = ((part.label, part) for _, part in self.leaves(layer))  # read where there is an error
         return naming(f"model.block ({name_of(type(self.blocks[layer]))}), layer {layer}", owners)
 
     def at_step(self, step: int) -> None:

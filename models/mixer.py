@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType, NoneType, UnionType
@@ -48,8 +48,8 @@ class PartError(RuntimeError):
 
 
 @contextmanager
-def naming(part: str, owners: Mapping[str, nn.Module] = MappingProxyType({})) -> Iterator[None]:
-    """Errors within are said to be of `part`, or of that of the modules `owners` which was at work.
+def naming(part: str, owners: Iterable[tuple[str, nn.Module]] = ()) -> Iterator[None]:
+    """Errors within are said to be of `part`, or of that of the named modules `owners` which was at work.
 
     A ValueError that LongReach's own code raises is about settings, and begins with the name. Any other error keeps its
     traceback and gets the name as a note; a ValueError is the cause of a `PartError` then.
@@ -59,7 +59,7 @@ def naming(part: str, owners: Mapping[str, nn.Module] = MappingProxyType({})) ->
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
         at_work = {id(frame.f_locals.get("self")) for frame in frames}
-        owned = [name for name, module in owners.items() if at_work & {id(each) for each in module.modules()}]
+        owned = [name for name, module in owners if at_work & {id(each) for each in module.modules()}]
         named = (owned or [part])[0]
         if not isinstance(error, ValueError):
             error.add_note(named)

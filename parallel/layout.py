@@ -70,6 +70,8 @@ class Layout:
 
     def documents(self, documents: Documents, rank: int) -> Documents:
         """The documents of the `[B, T]` tokens that `rank` holds, span after span."""
+        if self.ranks == 1:
+            return documents
         return self.parts(documents).rows(rank * documents.batch, (rank + 1) * documents.batch)
 
     def parts(self, documents: Documents) -> Documents:

@@ -119,7 +119,7 @@ def mix(
         return operation.run(_Rehearsal(op), inputs, seq)
     ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
     note = f"in {type(op).__name__} of layer {seq.layer}, on {ranks}"
-    return operation.Run.call(op, seq, seq.kept, slot, note, *inputs)
+    return operation.Run.runner()(op, seq, seq.kept, slot, note, *inputs)
 
 
 class _Rehearsal:

@@ -1,4 +1,7 @@
-"""Block-sparse attention by blocks: each block meets all the queries that list it in a few matrix products."""
+"""Block-sparse attention by blocks: each block meets all the queries that list it in a few matrix products.
+
+A few queries, as in decoding, rather gather the keys that they list, and meet them in one product.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from torch import Tensor
 
 from ..attend import Gradient, merge_weight
 from ..blocks import BlockTile
-from .visits import Group, Visits, visits_of
+from .visits import Group, Visits, listed_keys, visits_of
 
 SCORES = 1 << 17  # of one product: they stay in cache between the passes over them
 KEYS = 512
 COPIED = 32  # queries from which on it pays to copy all keys head by head
+FEW = 2  # queries up to which each gathers its own keys
 
 
 class _Problem:
@@ -67,6 +71,8 @@ class _Problem:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend`. Blocks merge into (out, lse) in the order of their ids."""
+    if q.shape[1] <= FEW and k.shape[1]:
+        return _attend_gathered(q, k, v, blocks, tile, scale)
     inside = _Problem(q, k, v, blocks, tile, scale)
     out, lse = inside.zeros(inside.value_dim), inside.zeros(1).fill_(float("-inf"))
     for group in inside.visits.groups:
@@ -79,6 +85,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, 
                 _merge(inside, (out, lse), rows, inside.k[group.row, group.group, keys],
                        inside.v[group.row, group.group, keys], hidden)  # fmt: skip
     return inside.tokens(out), inside.tokens(lse).squeeze(-1)
+
+
+def _attend_gathered(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, tile: BlockTile, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every query against the keys of its own list, `[B, T, J, N]` of them, some of which are hidden."""
+    keys, visible = listed_keys(blocks, tile, k.shape[1])
+    dtype, lists = torch.promote_types(q.dtype, torch.float32), blocks.shape[2]
+    row = torch.arange(k.shape[0], device=k.device).view(-1, 1, 1, 1)
+    group = torch.arange(lists, device=k.device).view(-1, 1) // (lists // k.shape[2])
+    q = q.to(dtype).unflatten(2, (lists, -1))  # [B, T, J, R, K]
+    scores = (q @ k[row, keys, group].to(dtype).mT).mul_(scale).masked_fill_(~visible.unsqueeze(3), float("-inf"))
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = scores.sub_(lse.clamp(min=-1e30)).exp_()  # of a query that sees no key, exp(−inf) = 0
+    return (weights @ v[row, keys, group].to(dtype)).flatten(2, 3), lse.squeeze(-1).flatten(2, 3)
 
 
 def _merge(

@@ -184,7 +184,7 @@ class Pattern(Plain, ABC):
         if not bool(some.any()):
             return None
         pieces = Pieces(*(runs.at(some) for runs in pieces))
-        return Tile(self, pieces, queries, keys, int(self.pairs(*pieces).sum()))
+        return Tile(self, pieces, queries, keys)
 
     def reaches(self, queries: Documents, keys: Documents) -> bool:
         """Whether any query sees any key."""
@@ -221,7 +221,6 @@ class Pieces(NamedTuple):
 class Tile(Deriving):
     """The work of some queries against some keys, cut into nonempty pieces of one document each.
 
-    pairs: visible (query, key) pairs: what attention costs, whatever the packing.
     What backends need of a tile, such as lists of blocks, is derived from it.
     """
 
@@ -229,7 +228,11 @@ class Tile(Deriving):
     pieces: Pieces
     queries: Documents
     keys: Documents
-    pairs: int
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs: what attention costs, whatever the packing."""
+        return self.derive(_pairs)
 
 
 class Reach(NamedTuple):
@@ -241,6 +244,10 @@ class Reach(NamedTuple):
     @classmethod
     def of(cls, runs: Runs) -> Reach:
         return cls(runs.position, runs.end_position)
+
+
+def _pairs(tile: Tile) -> int:
+    return int(tile.mask.pairs(*tile.pieces).sum())
 
 
 def _runs_of_parts(parts: Documents, number: int) -> tuple[Tensor, Reach, Reach]:

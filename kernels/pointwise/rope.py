@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ class Rotation:
     base: float
     scaling: RopeScaling | None = None
 
+    @lru_cache(maxsize=256)  # noqa: B019 - of settings, of which a model has few
     def frequencies(self) -> tuple[Tensor, float]:
         """Inverse frequencies, float32 `[dims / 2]` on the host, and the factor of what is rotated."""
         with torch.device("cpu"):

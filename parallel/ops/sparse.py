@@ -18,7 +18,6 @@ from ...kernels.masks import Pattern
 from ...kernels.operation import Tensors, run
 from ...kernels.plain import made_of
 from ...kernels.select_blocks import Choices, Rule, choose
-from ...kernels.select_blocks import select_blocks as local_select_blocks
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
 from ...kernels.windows import WindowLayout
 from ..operation import Operation, mix
@@ -77,6 +76,10 @@ def block_sparse_attention(
     extended, stretches = with_cached(op, inputs, seq, slot)
     if seq.cache.length >= dense_length:
         return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
+    if seq.cache.length + q.shape[1] <= dense_length:
+        dense = SoftmaxAttend(mask, scale)
+        tensors = SoftmaxInputs(q, extended.k, extended.v)
+        return run(OnOneDevice(dense), tensors, (tile_of_cached(seq, dense, stretches), seq.backend))[0]
     keys = documents_of_cached(seq, stretches)
     return local_block_sparse_attention(  # type: ignore[return-value]
         q, extended.k, extended.v, blocks, block_size=block_size, query_block=query_block, mask=mask,
@@ -129,10 +132,8 @@ def select_blocks(
     q, summaries, lse = q.detach(), summaries.detach(), None if lse is None else lse.detach()
     if seq.cache is None:
         return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse), seq, slot)[0]
-    row = seq.derive(_decoded_row, seq.cache.length)
-    return local_select_blocks(
-        q, summaries, rule=rule, documents=seq.local, row_documents=row, scale=scale, lse=lse, backend=seq.backend
-    )
+    choices = seq.derive(_choices, rule)
+    return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, backend=seq.backend)
 
 
 def _decoded_row(seq: Sequence, before: int) -> Documents:
@@ -187,7 +188,8 @@ class BlockSelection(Operation):
 
 
 def _choices(seq: Sequence, rule: Rule) -> Choices:
-    return Choices.of(seq.local, seq.documents, rule)
+    row = seq.documents if seq.cache is None else seq.derive(_decoded_row, seq.cache.length)
+    return Choices.of(seq.local, row, rule)
 
 
 def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = None, slot: str = "means") -> Tensor:
