@@ -1,6 +1,7 @@
 """Time per token and memory while a model decodes thousands of tokens on a CPU: at the start, and at the end.
 
-    python benchmarks/decoding.py [--models llama_tiny mamba2_tiny:mamba2 …] [--tokens 4000] [--against FOLDER] [--write]
+    python benchmarks/decoding.py [--models llama_tiny mamba2_tiny:mamba2 …] [--tokens 4000] [--against FOLDER]
+                                  [--write]
 
 Models of `conf/model` with a vocabulary of 1,024 and random weights, one row, in float32; `model:mixer` has that mixer
 in every layer. One thread, whose own time is taken. With layers whose state does not grow, a token takes as long at the
@@ -119,6 +120,7 @@ def main() -> None:
         return
     from kernels import machine
 
+    torch.set_num_threads(1)
     against = [arguments.against] if arguments.against else []
     columns = ["model", "start", "end", "end / start", "cache at the start", "at the end"]
     columns += ["start before", "end before", "start / before", "end / before"] if against else []
