@@ -203,6 +203,30 @@ def test_a_decoding_query_reads_the_blocks_of_all_keys():
     assert_all_close(got, dense_attention(*tensors, lists, tile, 5**-0.5))
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("list_heads", "query_block"), [(2, 1), (4, 4)])
+def test_queries_that_gather_their_own_keys(monkeypatch, list_heads, query_block, mask, packing):
+    monkeypatch.setattr(chunked, "FEW", 100)
+    tile = whole_tile(PACKINGS[packing], mask=MASKS[mask], query_block=query_block)
+    tensors, lists = inputs(tile.queries), random_lists(tile, list_heads, 3)
+    got = run(tensors, lists, tile, "chunked", scale=0.3)
+    assert_all_close(got, dense_attention(*tensors, lists, tile, 0.3))
+
+
+def test_few_queries_gather_keys_that_several_spans_hold(monkeypatch):
+    monkeypatch.setattr(chunked, "FEW", 100)
+    documents, layout = Documents.from_lengths([[5, 40, 3], [30, 9]], 48), Layout(48, 2, 4)
+    blocks = BlockLayout(documents, 10)
+    lists = random_lists(BlockTile(blocks, documents, documents), 2, 3)
+    q, k, v = (x.detach() for x in inputs(documents))
+    for rank, of in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        tile = BlockTile(blocks, layout.documents(documents, rank), layout.documents(documents, of))
+        here = layout.shard(q, rank), *(layout.shard(x, of) for x in (k, v)), layout.shard(lists, rank)
+        got, want = (attend(*here, tile=tile, scale=0.4, backend=backend) for backend in BACKENDS)
+        assert_all_close(got, want)
+
+
 def test_queries_that_see_nothing():
     tile = whole_tile(PACKINGS["packed"])
     tensors = inputs(tile.queries)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from longreach.kernels import dispatch
+from longreach.kernels.delta_rule import DeltaInputs, DeltaRecurrence
 from longreach.kernels.dispatch import resolve
+from longreach.kernels.documents import Documents
 from longreach.kernels.short_conv import reference, token_shift
 
 
@@ -75,6 +77,18 @@ def test_what_auto_means_can_be_chosen_per_op(chosen):
     chosen("cuda", rms_norm="chunked")
     assert resolve("rms_norm", "auto", "cuda") == "chunked"
     assert resolve("first_op", "auto", "cuda") == "triton"
+
+
+def test_a_single_token_runs_the_recurrence_itself_where_there_are_no_kernels(chosen):
+    def backend(tokens, asked="auto"):
+        x = torch.zeros(1, tokens, 2, 4)
+        problem = DeltaRecurrence(None).problem(DeltaInputs(x, x, x), Documents.whole(1, tokens), backend=asked)
+        return problem.backend
+
+    assert (backend(1), backend(2)) == ("reference", "chunked")
+    assert backend(1, "chunked") == "chunked"
+    chosen(delta_rule="chunked")
+    assert backend(1) == "chunked"
 
 
 def test_a_choice_that_cannot_run_is_refused_before_anything_runs(chosen, monkeypatch):

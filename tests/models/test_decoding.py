@@ -23,6 +23,16 @@ def test_decoding_a_hybrid_gives_the_logits_of_the_full_forward(name, lengths):
     torch.testing.assert_close(in_pieces(model, inputs, lengths), full(model, inputs), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_decoded_token_costs_no_autograd_function(name, monkeypatch):
+    model, inputs, cache = small_hybrid(name), tokens(2, 6), DecodingCache()
+    entered = []
+    monkeypatch.setattr(torch.autograd.Function, "apply", classmethod(lambda cls, *_: entered.append(cls.__name__)))
+    for piece in inputs.split([4, 1, 1], dim=1):
+        next_logits(model, piece, cache)
+    assert not entered
+
+
 @pytest.mark.parametrize("preset", ["minimax_01_tiny", "sliding_window_tiny", "quickstart"])
 @torch.no_grad()
 def test_presets_decode_to_the_logits_of_the_full_forward(preset):
