@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -40,7 +41,7 @@ MODELS = (
 )  # fmt: skip
 VOCABULARY = 1024
 START = 100  # tokens that are read before the first are timed
-TIMED = 100  # tokens that a median is taken over
+TIMED = 50  # tokens that a median is taken over
 PIECE = 200  # tokens read at a time on the way to those at the end
 
 
@@ -56,21 +57,27 @@ def build(name: str) -> LanguageModel:
     return model
 
 
-def serve(name: str, tokens: int) -> None:
-    """Decodes one row, a first and a last token for each line that is read, and answers what took how long.
+def serve(names: list[str], tokens: int) -> None:
+    """Decodes one row by each model: for each line that is read a first and a last token, TIMED times.
 
     A line of the answer has the seconds of both tokens and the bytes of both caches.
     """
     torch.set_num_threads(1)
     configuration.register_sizes()
-    model = build(name)
+    for name in names:
+        serve_model(build(name), tokens)
+
+
+def serve_model(model: LanguageModel, tokens: int) -> None:
+    """Answers as `serve` says."""
     ids = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
     starts = START, tokens - TIMED
     caches = DecodingCache(), DecodingCache()
     for cache, start in zip(caches, starts, strict=True):
         for piece in ids[:, :start].split(PIECE, dim=1):
             next_logits(model, piece, cache)
-    for number, _ in enumerate(sys.stdin):
+    for number in range(TIMED):
+        sys.stdin.readline()
         seconds = []
         for cache, start in zip(caches, starts, strict=True):
             token = ids[:, start + number :][:, :1]
@@ -80,8 +87,8 @@ def serve(name: str, tokens: int) -> None:
         print(json.dumps([*seconds, *(cache.bytes for cache in caches)]), flush=True)
 
 
-def decode(name: str, tokens: int, checkouts: list[Path]) -> list[list[float]]:
-    """For each checkout the median seconds of a first and of a last token, and the bytes of the cache then."""
+def decode(names: list[str], tokens: int, checkouts: list[Path]) -> Iterator[list[list[float]]]:
+    """By model, for each checkout the median seconds of a first and of a last token, and the bytes of the caches."""
     with tempfile.TemporaryDirectory() as folder:
         workers = []
         for number, checkout in enumerate(checkouts):
@@ -89,22 +96,23 @@ def decode(name: str, tokens: int, checkouts: list[Path]) -> list[list[float]]:
             package.parent.mkdir()
             package.symlink_to(checkout.resolve())
             path = {"PYTHONPATH": str(package.parent), "PYTHONSAFEPATH": "1"}
-            command = [sys.executable, __file__, "--serve", name, "--tokens", str(tokens)]
+            command = [sys.executable, __file__, "--serve", "--tokens", str(tokens), "--models", *names]
             workers.append(
                 subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **path}
                 )
             )
-        answers: list[list[list[float]]] = [[] for _ in workers]
-        for _ in range(TIMED):
-            for worker, answered in zip(workers, answers, strict=True):
-                assert worker.stdin is not None
-                assert worker.stdout is not None
-                print(file=worker.stdin, flush=True)
-                answered.append(json.loads(worker.stdout.readline()))
+        for _ in names:
+            answers: list[list[list[float]]] = [[] for _ in workers]
+            for _ in range(TIMED):
+                for worker, answered in zip(workers, answers, strict=True):
+                    assert worker.stdin is not None
+                    assert worker.stdout is not None
+                    print(file=worker.stdin, flush=True)
+                    answered.append(json.loads(worker.stdout.readline()))
+            yield [[*map(statistics.median, list(zip(*each, strict=True))[:2]), *each[-1][2:]] for each in answers]
         for worker in workers:
             worker.communicate()
-    return [[*map(statistics.median, list(zip(*each, strict=True))[:2]), *each[-1][2:]] for each in answers]
 
 
 def main() -> None:
@@ -112,11 +120,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--against", type=Path, help="another checkout, say a worktree of an earlier commit")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.tokens)
+        serve(arguments.models, arguments.tokens)
         return
     from kernels import machine
 
@@ -125,8 +133,8 @@ def main() -> None:
     columns = ["model", "start", "end", "end / start", "cache at the start", "at the end"]
     columns += ["start before", "end before", "start / before", "end / before"] if against else []
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name in arguments.models:
-        (start, end, start_bytes, end_bytes), *before = decode(name, arguments.tokens, [HERE, *against])
+    decoded = decode(arguments.models, arguments.tokens, [HERE, *against])
+    for name, ((start, end, start_bytes, end_bytes), *before) in zip(arguments.models, decoded, strict=True):
         cells = [name, f"{start * 1e3:.2f} ms", f"{end * 1e3:.2f} ms", f"{end / start:.2f}"]
         cells += [f"{start_bytes / 2**10:,.0f} KiB", f"{end_bytes / 2**10:,.0f} KiB"]
         for first, last, *_ in before:
