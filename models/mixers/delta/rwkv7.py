@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
@@ -14,6 +13,7 @@ from ....kernels.delta_rule import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
+from ...layers.low_rank import LowRank
 from ...layers.normalisation import HeadNorm
 from ...mixer import Mixer
 
@@ -65,10 +65,10 @@ class RWKV7(Mixer):
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.decay = LowRank(width, decay_rank or rank(width, 2.5), torch.tanh, up=GateLinear)
-        self.rate = LowRank(width, rate_rank or rank(width, 2.5))
-        self.value_mix = LowRank(width, value_rank or rank(width, 1.7)) if self.reads else None
-        self.gate = LowRank(width, gate_rank or rank(width, 5.0), torch.sigmoid, bias=False)
+        self.decay = LowRank(width, decay_rank or rank(width, 2.5), torch.tanh, up=GateLinear, zero_start=True)
+        self.rate = LowRank(width, rate_rank or rank(width, 2.5), zero_start=True)
+        self.value_mix = LowRank(width, value_rank or rank(width, 1.7), zero_start=True) if self.reads else None
+        self.gate = LowRank(width, gate_rank or rank(width, 5.0), torch.sigmoid, bias=False, zero_start=True)
         self.norm = HeadNorm(self.heads, head_dim, head_dim * 1e-5)
         self.output = nn.Linear(width, width, bias=False)
 
@@ -118,34 +118,6 @@ class RWKV7(Mixer):
             return False
         tensor.copy_(values[name]().expand(tensor.shape))
         return True
-
-
-class LowRank(nn.Module):
-    """up(f(down x)) of width to width; starts as its bias alone, `down` being 0."""
-
-    def __init__(
-        self,
-        width: int,
-        rank: int,
-        activation: Callable[[Tensor], Tensor] | None = None,
-        *,
-        bias: bool = True,
-        up: type[nn.Linear] = nn.Linear,
-    ) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
-        self.activation = activation
-        self.up = up(rank, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.down(x)
-        return self.up(hidden if self.activation is None else self.activation(hidden))
-
-    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        if name == "down.weight":
-            tensor.zero_()
-            return True
-        return False
 
 
 def rank(width: int, factor: float) -> int:
