@@ -19,7 +19,7 @@ from ..kernels.operation import Kept
 from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
 from ..parallel.sequence import Sequence
 from .block import Block, SideBySide
-from .layers.normalisation import RMSNorm
+from .layers.normalisation import norm_of
 from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
 from .part import Composite, Part, flops_of, shape_of
 from .pattern import expand_pattern, stages
@@ -72,6 +72,7 @@ class LanguageModel(nn.Module):
         `depth`, `layer`, `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare. `mixers` may hold
         feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
         `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`.
+    norm: of blocks and before the head: "rms", or "unweighted_rms".
     tied_embeddings: the head's weight is the embedding's.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
         keeps what the mixing ops computed, so that no collective is repeated.
@@ -91,6 +92,7 @@ class LanguageModel(nn.Module):
         feed_forward: Partial | None = None,
         block: Partial | None = None,
         side_by_side: Partial | None = None,
+        norm: str = "rms",
         norm_eps: float = 1e-6,
         tied_embeddings: bool = False,
         activation_checkpointing: str = "none",
@@ -136,12 +138,14 @@ class LanguageModel(nn.Module):
             parts = {f"mixer_{number}" if several else "mixer": part for number, part in enumerate(joined, 1)}
             if feed_forward is not None:
                 parts["feed_forward"] = make(feed_forward, "model.feed_forward")
-            return check_composite(construct(block or Block, "model.block", parts=parts, **context), "model.block")
+            return check_composite(
+                construct(block or Block, "model.block", parts=parts, norm=norm, **context), "model.block"
+            )
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
         check_reads(self)
         self.embedding = Embedding(vocabulary, width)
-        self.norm = RMSNorm(width, norm_eps)
+        self.norm = norm_of(norm, width, norm_eps)
         self.head = Head(width, vocabulary)
         if tied_embeddings:
             self.head.weight = self.embedding.weight
