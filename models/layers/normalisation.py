@@ -38,6 +38,29 @@ class RMSNorm(nn.Module):
         return True
 
 
+class LayerNorm(nn.Module):
+    """Layer norm over the last dim, its statistics in float32 at least (Ba et al., 2016, arXiv 1607.06450).
+
+        y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+    `[..., width]` to the same shape and dtype. bias=False leaves it out.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        tensor.fill_(1.0 if name == "weight" else 0.0)
+        return True
+
+
 class HeadNorm(nn.Module):
     """Group norm with one group a head: statistics over the value dim, then a weight and a bias for each channel.
 
@@ -70,7 +93,12 @@ class HeadNorm(nn.Module):
         return True
 
 
-NORMS = {"rms": RMSNorm, "unweighted_rms": partial(RMSNorm, weighted=False)}
+NORMS = {
+    "rms": RMSNorm,
+    "unweighted_rms": partial(RMSNorm, weighted=False),
+    "layer": LayerNorm,
+    "unbiased_layer": partial(LayerNorm, bias=False),
+}
 
 
 def norm_of(kind: str, width: int, eps: float) -> nn.Module:
