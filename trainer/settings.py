@@ -65,7 +65,7 @@ class KernelSettings:
     delta_rule: str = "auto"  # library: flash-linear-attention, where no ranks share a row
     diagonal_scan: str = "auto"  # of mixers whose state is a vector
     selective_scan: str = "auto"  # of Mamba
-    wkv: str = "auto"  # of RWKV-4: auto, chunked or reference
+    wkv: str = "auto"  # of RWKV-4
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
     rms_norm: str = "auto"  # auto, triton or chunked
     swiglu: str = "auto"  # auto, triton or chunked
@@ -74,7 +74,7 @@ class KernelSettings:
     def check(self) -> None:
         """Raises ValueError for what no op, or this one, does not have."""
         for op, backend in vars(self).items():
-            known = ("auto", "chunked") if op == "wkv" else ("auto", "triton", "chunked")
+            known = ("auto", "triton", "chunked")
             if op not in ("rms_norm", "swiglu", "cross_entropy"):
                 known += ("reference",)
             if op == "softmax_attention" or op in LIBRARIES:

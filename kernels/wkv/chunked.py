@@ -159,7 +159,7 @@ class Slab:
 def forward(problem: Problem[WKVInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """(output, final state)."""
     out = problem.new_output()
-    state = _entering(problem, initial_state)
+    state = entering_states(problem, initial_state)
     for tokens, lanes in _slabs(problem):
         slab = Slab(problem, tokens, lanes, state)
         slab.store(slab.read(), out)
@@ -169,7 +169,7 @@ def forward(problem: Problem[WKVInputs], initial_state: Tensor | None) -> tuple[
 
 def correct(problem: Problem[WKVInputs], out: Tensor, state: Tensor) -> Tensor:
     """Computes the outputs that the entering state reaches again, with it; in place."""
-    entering = _entering(problem, state)
+    entering = entering_states(problem, state)
     for tokens, lanes in _slabs(problem):
         if tokens.start >= problem.reach:
             break
@@ -189,12 +189,11 @@ def backward(
 ) -> tuple[Tensors, Tensor]:
     """The gradients of all inputs, in their types, and of the initial state, which says its scale as it does."""
     k, v, log_decay, bonus = problem.inputs
-    state, slabs, entering = _entering(problem, initial_state), list(_slabs(problem)), []
+    state, slabs, entering = entering_states(problem, initial_state), list(_slabs(problem)), []
     for tokens, lanes in slabs:
         entering.append(state)
         state = Slab(problem, tokens, lanes, state).leaving
-    carry = problem.leaving(dfinal_state).permute(2, 0, 1)
-    carry = carry[:2] * (state[2] - carry[2]).clamp(max=80.0).exp()  # in units of the state; a bare zero has any scale
+    carry = leaving_gradient(problem, dfinal_state, state)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     of_tokens = log_decay is not None and log_decay.dim() == 3
     ddecay = torch.empty_like(log_decay) if of_tokens and log_decay is not None else None
@@ -211,17 +210,28 @@ def backward(
             totals[0] += by_decay.sum((0, 1, 2), dtype=torch.float64)
     if log_decay is not None and ddecay is None:
         ddecay = totals[0].to(log_decay.dtype)
-    scale = torch.full_like(carry[:1], LOWEST) if initial_state is None else initial_state[None, ..., 2].to(carry.dtype)
-    dinitial = torch.cat([carry, scale]).permute(1, 2, 0)
+    dinitial = with_scale(carry, initial_state)
     return WKVInputs(dk, dv, ddecay, None if bonus is None else totals[1].to(bonus.dtype)), dinitial
 
 
-def _entering(problem: Problem[WKVInputs], state: Tensor | None) -> Tensor:
+def entering_states(problem: Problem[WKVInputs], state: Tensor | None) -> Tensor:
     """The states that enter the rows as `[3, B, D]`."""
-    entering = problem.entering(state).permute(2, 0, 1).clone()
+    entering = problem.entering(state).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
     keeps = torch.zeros_like(problem.continues) if state is None else problem.continues
     entering[2].masked_fill_(~per_row(keeps, entering[2]), LOWEST)
     return entering
+
+
+def leaving_gradient(problem: Problem[WKVInputs], dfinal_state: Tensor | None, final: Tensor) -> Tensor:
+    """The gradient of the last sums as `[2, B, D]`, in units of the final state, itself `[3, B, D]`."""
+    gradient = problem.leaving(dfinal_state).permute(2, 0, 1)
+    return gradient[:2] * (final[2] - gradient[2]).clamp(max=80.0).exp()  # a bare zero may have any scale
+
+
+def with_scale(dsums: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The gradient of the initial state `[B, D, 3]`, which says its scale, of that of its sums `[2, B, D]`."""
+    scale = torch.full_like(dsums[0], LOWEST) if initial_state is None else initial_state[..., 2].to(dsums.dtype)
+    return torch.stack([*dsums, scale], dim=-1)
 
 
 def _slabs(problem: Problem[WKVInputs]) -> Iterator[tuple[slice, int]]:
