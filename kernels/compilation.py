@@ -30,6 +30,7 @@ OPS = (
     "delta_rule",
     "diagonal_scan",
     "selective_scan",
+    "wkv",
     "short_conv",
     "pointwise",
 )

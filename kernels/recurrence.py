@@ -196,7 +196,7 @@ class Recurrence(ABC, Generic[Record]):
             )
         *dinputs, dinitial = (None if x is None else next(gradients) for x in leaves)
         assert dinitial is not None
-        return tuple(dinputs), dinitial
+        return tuple(dinputs), self.with_units(dinitial, state)
 
     # Calls.
 

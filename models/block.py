@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel.sequence import Sequence
-from .layers.normalisation import RMSNorm
+from .layers.normalisation import RMSNorm, norm_of
 from .part import Composite, Part
 
 
@@ -18,13 +18,13 @@ class Block(Composite):
         x = x + part(norm(x))        for each of `parts` in turn: mixers, then the feed-forward layer
 
     `[B, T, width]`, and what the parts read, to the same and what they give; see `Part`. A part called `name` comes
-    with a norm called `name_norm`.
+    with a norm called `name_norm`, of the kind `norm`: see `norm_of`.
     """
 
-    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6) -> None:
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6, norm: str = "rms") -> None:
         super().__init__(parts)
         for name, part in parts.items():
-            self.add_module(f"{name}_norm", RMSNorm(width, norm_eps))
+            self.add_module(f"{name}_norm", norm_of(norm, width, norm_eps))
             self.add_module(name, part)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class SandwichBlock(Block):
     x = x + output_norm(part(norm(x)))
     """
 
-    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6) -> None:
-        super().__init__(parts=parts, width=width, norm_eps=norm_eps)
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6, norm: str = "rms") -> None:
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
         for name in parts:
-            self.add_module(f"{name}_output_norm", RMSNorm(width, norm_eps))
+            self.add_module(f"{name}_output_norm", norm_of(norm, width, norm_eps))
 
     def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
         return x + self.norm(f"{name}_output", self.run(name, self.norm(name, x), seq, values))
@@ -83,9 +83,9 @@ class ParallelBlock(Composite):
     x = x + sum of part(norm(x)) over `parts`: mixers and the feed-forward layer
     """
 
-    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6) -> None:
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6, norm: str = "rms") -> None:
         super().__init__(parts)
-        self.norm = RMSNorm(width, norm_eps)
+        self.norm = norm_of(norm, width, norm_eps)
         self.add(parts)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -113,8 +113,9 @@ class MiniMaxBlock(Block):
         alpha: float | None = None,
         beta: float = 1.0,
         norm_eps: float = 1e-6,
+        norm: str = "rms",
     ) -> None:
-        super().__init__(parts=parts, width=width, norm_eps=norm_eps)
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
         self.alpha = (2 * depth) ** 0.25 if alpha is None else alpha
         self.beta = beta
 

@@ -19,7 +19,7 @@ from ..kernels.operation import Kept
 from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
 from ..parallel.sequence import Sequence
 from .block import Block, SideBySide
-from .layers.normalisation import RMSNorm
+from .layers.normalisation import norm_of
 from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
 from .part import Composite, Part, flops_of, shape_of
 from .pattern import expand_pattern, stages
@@ -72,10 +72,13 @@ class LanguageModel(nn.Module):
         `depth`, `layer`, `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare. `mixers` may hold
         feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
         `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`.
+    norm: of blocks and before the head: "rms", "unweighted_rms", "layer", or "unbiased_layer".
+    embedding_norm: whether the embedding is normed too, as in RWKV.
     tied_embeddings: the head's weight is the embedding's.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
         keeps what the mixing ops computed, so that no collective is repeated.
-    initial_std: of the normal distribution of weights; see `initialise`.
+    initial_std: of the normal distribution of weights; see `initialise`. embedding_std: of the embedding's, where it is
+        to be another; the embedding is not tied to the head then.
 
     Raises ValueError for settings that do not fit; each layer checks its own before it allocates anything.
     """
@@ -91,10 +94,13 @@ class LanguageModel(nn.Module):
         feed_forward: Partial | None = None,
         block: Partial | None = None,
         side_by_side: Partial | None = None,
+        norm: str = "rms",
         norm_eps: float = 1e-6,
+        embedding_norm: bool = False,
         tied_embeddings: bool = False,
         activation_checkpointing: str = "none",
         initial_std: float = 0.02,
+        embedding_std: float | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("vocabulary", vocabulary), ("width", width), ("depth", depth)):
@@ -109,7 +115,12 @@ class LanguageModel(nn.Module):
             raise ValueError("model.side_by_side must come with a pattern that has mixers side by side, as in a+b")
         self.vocabulary, self.width, self.depth = vocabulary, width, depth
         self.activation_checkpointing = activation_checkpointing
-        self.initial_std = initial_std
+        if embedding_std is not None and tied_embeddings:
+            raise ValueError(
+                f"model.embedding_std must be null with tied_embeddings; got {embedding_std}. Set model.initial_std, "
+                "by which the head's weight starts"
+            )
+        self.initial_std, self.embedding_std = initial_std, embedding_std
         occurrences: Counter[str] = Counter()
 
         def build(layer: int) -> nn.Module:
@@ -136,12 +147,15 @@ class LanguageModel(nn.Module):
             parts = {f"mixer_{number}" if several else "mixer": part for number, part in enumerate(joined, 1)}
             if feed_forward is not None:
                 parts["feed_forward"] = make(feed_forward, "model.feed_forward")
-            return check_composite(construct(block or Block, "model.block", parts=parts, **context), "model.block")
+            return check_composite(
+                construct(block or Block, "model.block", parts=parts, norm=norm, **context), "model.block"
+            )
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
         check_reads(self)
         self.embedding = Embedding(vocabulary, width)
-        self.norm = RMSNorm(width, norm_eps)
+        self.embedding_norm = norm_of(norm, width, norm_eps) if embedding_norm else None
+        self.norm = norm_of(norm, width, norm_eps)
         self.head = Head(width, vocabulary)
         if tied_embeddings:
             self.head.weight = self.embedding.weight
@@ -180,6 +194,7 @@ class LanguageModel(nn.Module):
     def _run(self, tokens: Tensor, seq: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head reads, and by path what the parts report."""
         x = self.embedding(tokens)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         published: dict[str, Tensor] = {}  # for later layers
         reported: dict[str, Tensor] = {}
         recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
@@ -330,7 +345,8 @@ class LanguageModel(nn.Module):
             )
         writes_residual = any(".".join(path[cut:-1]) in part.outputs for cut, part in parts)
         scale = 1 / math.sqrt(2 * self.depth) if writes_residual else 1.0
-        return value.normal_(0.0, self.initial_std * scale, generator=generator)
+        std = self.initial_std if self.embedding_std is None or path[0] != "embedding" else self.embedding_std
+        return value.normal_(0.0, std * scale, generator=generator)
 
 
 def check_reads(model: LanguageModel) -> None:

@@ -1,8 +1,9 @@
-"""Classes that have moved: older checkpoints and YAML files name them by their old paths."""
+"""Classes that have moved and parameters that were renamed: how older checkpoints and YAML files name them."""
 
 from __future__ import annotations
 
 import pkgutil
+import re
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -34,6 +35,11 @@ def with_current_paths(settings: Any) -> Any:
     return {
         name: _current(value) if name == "_target_" else with_current_paths(value) for name, value in settings.items()
     }
+
+
+def former_name(parameter: str) -> str:
+    """What older checkpoints call a parameter: the layers of maps of low rank had numbers for names."""
+    return re.sub(r"\.(down|up)(\.\w+)$", lambda match: f".{int(match[1] == 'up')}{match[2]}", parameter)
 
 
 def _current(target: Any) -> Any:

@@ -65,7 +65,8 @@ class KernelSettings:
     delta_rule: str = "auto"  # library: flash-linear-attention, where no ranks share a row
     diagonal_scan: str = "auto"  # of mixers whose state is a vector
     selective_scan: str = "auto"  # of Mamba
-    short_conv: str = "auto"  # before mixers, and the previous token of RWKV-7
+    wkv: str = "auto"  # of RWKV-4
+    short_conv: str = "auto"  # before mixers, and the previous token of RWKV
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     swiglu: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     cross_entropy: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel, for which the host waits

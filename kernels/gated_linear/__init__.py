@@ -50,7 +50,7 @@ def gated_linear_attention(
 
     RWKV-4's time mixing is this op on heads of one channel, K = V = 1: q = k = 1, log_input = its keys, log_decay =
     its w `[H]`, read="exclusive", bonus = e^u, normaliser="sum", scale=1; AFT-simple the same with no decay and an
-    inclusive read.
+    inclusive read. `kernels.wkv` computes both at a fraction of the cost.
 
     Katharopoulos et al., 2020, arXiv 2006.16236; with decay Yang et al., 2024, arXiv 2312.06635.
     """

@@ -131,9 +131,7 @@ class _Variant:
 
     def of_groups(self, dx: Tensor, x: Tensor) -> Tensor:
         """Gradients of heads summed over those that share a group."""
-        if dx.shape[2] != x.shape[2]:
-            dx = dx.unflatten(2, (x.shape[2], -1)).sum(3)
-        return dx.to(x.dtype)
+        return sum_of_heads(dx, x.shape[2]).to(x.dtype)
 
     # Forward.
 
@@ -246,8 +244,8 @@ class _Variant:
             dstate = dstate + self._first_backward(dout)
         if self.bonus is not None:
             own_q, own_k, own_v, dbonus, own_input = self._own_backward(dout, self.bonus.to(self.dtype))
-            dq = self.of_groups(dq, self.q) + self.of_groups(own_q, self.q)
-            dk = self.of_groups(dk, self.k) + self.of_groups(own_k, self.k)
+            dq = self._with_own(dq, own_q, self.q)
+            dk = self._with_own(dk, own_k, self.k)
             dv = dv + own_v
             dlog_input = None if dlog_input is None else dlog_input + own_input
             dbonus = dbonus.to(self.bonus.dtype)
@@ -259,6 +257,11 @@ class _Variant:
             dv[..., : self.v.shape[-1]].to(self.v.dtype),
         )
         return GatedLinearInputs(dq, dk, dv, ddecay, dvalue_decay, dbonus, dlog_input), self._with_scale(dstate)
+
+    def _with_own(self, dx: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        """The sum of gradients per head or per group, and per head, rounded once."""
+        groups = x.shape[2]
+        return sum_of_heads(dx.to(own.dtype), groups).add_(sum_of_heads(own, groups)).to(x.dtype)
 
     def _decay_gradient(self, ddecay: Tensor, scales: LogScales) -> Tensor | None:
         """Of the decay that came with the call; a document's first token decays nothing."""
@@ -294,6 +297,11 @@ class _Variant:
             (dproduct * q * k).sum((0, 1)),
             dproduct[..., 0] * product,
         )
+
+
+def sum_of_heads(dx: Tensor, groups: int) -> Tensor:
+    """Gradients of heads summed over those that share a group; those of groups as they are."""
+    return dx if dx.shape[2] == groups else dx.unflatten(2, (groups, -1)).sum(3)
 
 
 class _Variants:

@@ -137,6 +137,7 @@ MODEL = Component(
         "norm_eps": Number("rms_norm_eps", 1e-6),
         "tied_embeddings": Flag("tie_word_embeddings"),
         "initial_std": Unread("initializer_range"),
+        "embedding_std": Unread(),
         **dict.fromkeys(("activation_checkpointing", "pattern", "mixers", "feed_forward", "block"), Unread()),
     },
     {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},

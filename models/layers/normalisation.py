@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,22 +17,47 @@ class RMSNorm(nn.Module):
         y = x / sqrt(mean(x^2) + eps) * (offset + weight)
 
     `[..., width]` to the same shape and dtype. With `offset=1` the weight starts at 0 (Gemma's form). With a gate
-    like x, y times its activation, "silu" or "sigmoid".
+    like x, y times its activation, "silu" or "sigmoid". weighted=False leaves the last factor out (SimpleRMSNorm of
+    TransNormerLLM, Qin et al., 2023, arXiv 2307.14995); there is no gate then.
     """
 
-    def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0, weighted: bool = True) -> None:
         super().__init__()
         self.eps, self.offset = eps, offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset)) if weighted else None
 
     def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
-        if gate is None:
+        if gate is None or self.weight is None:
+            assert gate is None
             return rms_norm(x, self.weight, self.eps, self.offset)
         weight = self.weight + self.offset if self.offset else self.weight
         return gated_norm(x, gate, weight, eps=self.eps, activation=activation)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0 - self.offset)
+        return True
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last dim, its statistics in float32 at least (Ba et al., 2016, arXiv 1607.06450).
+
+        y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+    `[..., width]` to the same shape and dtype. bias=False leaves it out.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        tensor.fill_(1.0 if name == "weight" else 0.0)
         return True
 
 
@@ -64,3 +91,18 @@ class HeadNorm(nn.Module):
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.fill_(1.0 if name == "weight" else 0.0)
         return True
+
+
+NORMS = {
+    "rms": RMSNorm,
+    "unweighted_rms": partial(RMSNorm, weighted=False),
+    "layer": LayerNorm,
+    "unbiased_layer": partial(LayerNorm, bias=False),
+}
+
+
+def norm_of(kind: str, width: int, eps: float) -> nn.Module:
+    """The norm of a block or of a model's end, by the setting `model.norm`. Raises ValueError for an unknown one."""
+    if kind not in NORMS:
+        raise ValueError(f"model.norm must be one of {', '.join(NORMS)}; got {kind!r}. Choose one")
+    return NORMS[kind](width, eps)

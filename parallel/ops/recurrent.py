@@ -13,6 +13,7 @@ from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
+from ...kernels.wkv import WKVInputs, WKVRecurrence
 from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
 from ..strategies.state_passing import StatePassing
@@ -92,6 +93,23 @@ def selective_scan(
     a None. See `longreach.kernels.selective_scan`.
     """
     return recurrent(SelectiveRecurrence, SelectiveInputs(x, delta, a, b, c), (decay,), seq=seq, slot=slot)
+
+
+def wkv(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    *,
+    seq: Sequence,
+    slot: str = "state",
+) -> Tensor:
+    """The mean of the values so far weighted by the exponentials of their keys, which decay: `[B, T, D]` in k's type.
+
+    k, v `[B, T, D]`; `log_decay` None, `[D]` or `[B, T, D]`; `bonus` `[D]`, of a token's own weight. See
+    `longreach.kernels.wkv`.
+    """
+    return recurrent(WKVRecurrence, WKVInputs(k, v, log_decay, bonus), seq=seq, slot=slot)
 
 
 def recurrent(

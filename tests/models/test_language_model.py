@@ -233,8 +233,11 @@ def test_what_becomes_an_exponent_stays_in_float32():
         "mamba": {"A_log", "dt_bias"},
         "gated_deltanet": {"decay_gate.A_log", "decay_gate.dt_bias"},
         "kimi_delta_attention": {"decay_gate.A_log", "decay_gate.dt_bias"},
-        "gated_linear_attention": {"decay.1.bias"},
+        "gated_linear_attention": {"decay.up.bias"},
         "mlstm": {"input_gate.bias", "forget_gate.bias"},
+        "rwkv4": {"decay", "bonus"},
+        "rwkv5": {"decay"},
+        "rwkv6": {"decay.up.bias"},
         "rwkv7": {"decay.up.bias"},
     }
     for name in MIXERS:

@@ -103,8 +103,8 @@ def test_kimi_delta_attention_is_the_one_in_transformers(monkeypatch):
     ours = KimiDeltaAttention(width=WIDTH, heads=4, head_dim=6, norm_eps=config.rms_norm_eps).double()
     names = {
         "query": theirs.q_proj, "key": theirs.k_proj, "value": theirs.v_proj, "beta": theirs.b_proj,
-        "decay.0": theirs.forget_gate.f_a_proj, "decay.1": theirs.forget_gate.f_b_proj,
-        "gate.0": theirs.g_a_proj, "gate.1": theirs.g_b_proj, "norm": theirs.o_norm, "output": theirs.o_proj,
+        "decay.down": theirs.forget_gate.f_a_proj, "decay.up": theirs.forget_gate.f_b_proj,
+        "gate.down": theirs.g_a_proj, "gate.up": theirs.g_b_proj, "norm": theirs.o_norm, "output": theirs.o_proj,
         "conv": theirs.conv1d,
     }  # fmt: skip
     parameters = {f"{name}.weight": layer.weight for name, layer in names.items()}
@@ -181,7 +181,10 @@ def test_rwkv7_is_the_one_in_flash_linear_attention(monkeypatch, layer):
     for name, other in names.items():  # what the authors start from
         value = torch.empty(own[name].shape)
         if ours.initialise_parameter(name, value, torch.Generator()):
-            torch.testing.assert_close(value.double(), published[other].view_as(own[name]), atol=1e-5, rtol=1e-5)
+            right = published[other].view_as(own[name])
+            if name.endswith(".weight") and value.dim() == 2:  # drawn in another way, of the same size
+                value, right = value.square().mean().sqrt(), right.square().mean().sqrt()
+            torch.testing.assert_close(value.double(), right, atol=1e-5, rtol=0.1 if value.dim() == 0 else 1e-5)
 
 
 def test_deltanet_and_negative_eigenvalues():

@@ -221,6 +221,8 @@ CASES = {
         _op("selective_scan"), ((_X, "normal"), (_X, "positive"), (("D", "N"), "decay"), *_SELECTIVE), _X
     ),
     "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
+    "wkv": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (("D",), "decay"), (("D",), "normal")), _X),
+    "wkv, token decay": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (_X, "decay")), _X),
     "conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 4), "normal")), _X, by_heads=False),
     "wide conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 30), "normal")), _X, by_heads=False),
     "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),

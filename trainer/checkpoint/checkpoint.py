@@ -103,7 +103,7 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     parameters, buffers = dict(engine.named_parameters()), dict(engine.named_buffers())
     stored, error = None, None
     try:
-        stored = verify(path)
+        stored = verify(path).named_for(parameters)
         _check_model(stored, parameters, buffers)
         if not examined:  # each byte is read by one rank
             check_bytes(stored, sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size])
@@ -130,7 +130,8 @@ def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = Non
 
     gather: entered with each parameter that is set (see Engine). Raises CheckpointError before anything is set.
     """
-    stored, parameters, buffers = verify(path), dict(model.named_parameters()), saved_buffers(model)
+    parameters, buffers = dict(model.named_parameters()), saved_buffers(model)
+    stored = verify(path).named_for(parameters)
     _check_model(stored, parameters, buffers)
     check_bytes(stored, [*parameters, *buffers])
     for name, parameter in parameters.items():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ...models.moved import former_name
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from .tensor_files import Place, checksum, map_tensor, read_places
@@ -36,6 +38,15 @@ class Stored:
         """A tensor, read from the disk where it is touched."""
         file, place, _ = self.tensors[key]
         return map_tensor(self.path / file, place)
+
+    def named_for(self, names: Collection[str]) -> Stored:
+        """The same, with the tensors of a model of these names called by them, whatever they were called before."""
+        former = {former_name(name): name for name in names if name not in self.tensors}
+        tensors = {}
+        for key, entry in self.tensors.items():
+            kind, slash, name = key.rpartition("/")
+            tensors[f"{kind}{slash}{former.get(name, name)}"] = entry
+        return replace(self, tensors=tensors)
 
 
 def is_one(path: str | Path) -> bool:

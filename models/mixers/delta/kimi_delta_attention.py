@@ -11,6 +11,7 @@ from ....kernels.pointwise import l2_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import DecayGate
+from ...layers.low_rank import LowRank
 from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
@@ -51,9 +52,9 @@ class KimiDeltaAttention(Mixer):
         self.value = nn.Linear(width, inner, bias=False)
         self.conv = None if conv_size is None else ShortConvolution(3 * inner, conv_size, activation="silu")
         self.beta = nn.Linear(width, heads, bias=False)
-        self.decay = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, inner, bias=False))
+        self.decay = LowRank(width, rank, outputs=inner, bias=False)
         self.decay_gate = DecayGate(heads, self.head_dim, rates=(1.0, 16.0))
-        self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, inner, bias=False))
+        self.gate = LowRank(width, rank, outputs=inner, bias=False)
         self.norm = RMSNorm(self.head_dim, norm_eps)
         self.output = nn.Linear(inner, width, bias=False)
 

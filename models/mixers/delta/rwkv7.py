@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
@@ -14,7 +13,9 @@ from ....kernels.delta_rule import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
+from ...layers.low_rank import LowRank
 from ...layers.normalisation import HeadNorm
+from ...layers.token_shift import Start, start_at, token_shifts
 from ...mixer import Mixer
 
 MIXES = ("r", "w", "k", "v", "a", "g")
@@ -65,16 +66,15 @@ class RWKV7(Mixer):
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.decay = LowRank(width, decay_rank or rank(width, 2.5), torch.tanh, up=GateLinear)
-        self.rate = LowRank(width, rate_rank or rank(width, 2.5))
-        self.value_mix = LowRank(width, value_rank or rank(width, 1.7)) if self.reads else None
-        self.gate = LowRank(width, gate_rank or rank(width, 5.0), torch.sigmoid, bias=False)
+        self.decay = LowRank(width, decay_rank or rank(width, 2.5), torch.tanh, up=GateLinear, zero_start=True)
+        self.rate = LowRank(width, rate_rank or rank(width, 2.5), zero_start=True)
+        self.value_mix = LowRank(width, value_rank or rank(width, 1.7), zero_start=True) if self.reads else None
+        self.gate = LowRank(width, gate_rank or rank(width, 5.0), torch.sigmoid, bias=False, zero_start=True)
         self.norm = HeadNorm(self.heads, head_dim, head_dim * 1e-5)
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
-        before = ops.token_shift(x, seq=seq)
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.lerp(x, before, mix.to(x.dtype)) for mix in self.mix)
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shifts(x, self.mix, seq)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         first_value = v
         if self.value_mix is not None:
@@ -97,55 +97,24 @@ class RWKV7(Mixer):
         return flops(seq.places, heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim, general=True)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        """The authors' values by channel and depth for all vectors; matrices start as the model's do."""
+        """As in the authors' code: by channel and depth, the output at 0."""
         width = self.receptance.in_features
-        channel = torch.arange(width) / width
-        linear = torch.arange(width) / max(1, width - 1) - 0.5
+        start, linear = Start(width, self.layer, self.depth), torch.arange(width) / max(1, width - 1) - 0.5
         within = torch.arange(width) % self.head_dim * 2 / max(1, self.head_dim - 1) - 1
         zigzag = within * within.abs()
-        early, late = 1 - self.layer / self.depth, self.layer / max(1, self.depth - 1)
         values = {
-            "mix": lambda: torch.stack([1 - channel ** (power * early) for power in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)]),
+            "mix": lambda: start.mixes(0.2, 0.9, 0.7, 0.7, 0.9, 0.2),
             "removal_key": lambda: 0.71 - 0.1 * linear,
             "replacement_key": lambda: torch.tensor(1.02),
             "bonus": lambda: torch.tensor(-0.04),
-            "decay.up.bias": lambda: -5.5 + 6 * (linear + 0.5) ** (1 + late**0.3) + 2.5 * zigzag,
+            "decay.up.bias": lambda: -5.5 + 6 * start.position ** (1 + start.late**0.3) + 2.5 * zigzag,
             "rate.up.bias": lambda: -0.19 + 0.3 * zigzag + 0.4 * linear,
             "value_mix.up.bias": lambda: 0.73 - 0.4 * linear,
             "norm.weight": lambda: torch.tensor(((self.layer + 1) / self.depth) ** 0.7),
         }
-        if name not in values:
-            return False
-        tensor.copy_(values[name]().expand(tensor.shape))
-        return True
-
-
-class LowRank(nn.Module):
-    """up(f(down x)) of width to width; starts as its bias alone, `down` being 0."""
-
-    def __init__(
-        self,
-        width: int,
-        rank: int,
-        activation: Callable[[Tensor], Tensor] | None = None,
-        *,
-        bias: bool = True,
-        up: type[nn.Linear] = nn.Linear,
-    ) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
-        self.activation = activation
-        self.up = up(rank, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.down(x)
-        return self.up(hidden if self.activation is None else self.activation(hidden))
-
-    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        if name == "down.weight":
-            tensor.zero_()
-            return True
-        return False
+        gains = {"receptance.weight": 1.0, "key.weight": 0.1, "value.weight": 1.0, "output.weight": 0.0}
+        gains |= {f"{name}.up.weight": 0.1 for name in ("decay", "rate", "value_mix", "gate")}
+        return start_at(name, tensor, generator, values, gains)
 
 
 def rank(width: int, factor: float) -> int:

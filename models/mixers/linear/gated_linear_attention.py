@@ -9,6 +9,7 @@ from ....kernels.gated_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
+from ...layers.low_rank import LowRank
 from ...layers.normalisation import RMSNorm
 from ...mixer import Mixer, head_size
 
@@ -45,7 +46,7 @@ class GatedLinearAttention(Mixer):
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
-        self.decay = nn.Sequential(nn.Linear(width, gate_rank, bias=False), GateLinear(gate_rank, keys))
+        self.decay = LowRank(width, gate_rank, outputs=keys, up=GateLinear)
         self.gate = nn.Linear(width, values, bias=False)
         self.norm = RMSNorm(self.value_dim, norm_eps)
         self.output = nn.Linear(values, width, bias=False)

@@ -58,7 +58,7 @@ def test_a_reduced_model_has_the_kinds_heads_and_groups_of_the_whole(preset):
 
 
 def test_filled_parameters_are_the_same_in_every_process_and_none_is_zero():
-    model = reduced(settings_of("model=rwkv7_tiny").model, build, window=10)
+    model = reduced(settings_of("model=rwkv7_hybrid_tiny").model, build, window=10)
     first, second = build(model), build(model)
     fill(first)
     fill(second)
