@@ -27,6 +27,7 @@ WIDTH = 32
 ODD: dict[str, dict[str, Any]] = {
     "dilated_attention": {"kv_heads": 1, "window": 17, "dilation": 3},
     "gated_short_convolution": {"conv_size": 5},
+    "h3": {"head_dim": 2},
     "infllm_v2": {"kv_heads": 1, "block_size": 16, "count": 2, "window_size": 8, "window_stride": 4, "initial": 0},
     "mamba2": {"groups": 2},
     "moba": {"block_size": 16},

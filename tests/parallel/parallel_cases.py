@@ -217,6 +217,11 @@ CASES = {
     "general delta": Case(_erase, (*_LINEAR, (_Q, "direction"), (_Q, "gate"), _BY_CHANNEL), _OUT),
     "scan": Case(_op("diagonal_scan"), ((_X, "normal"), (_X, "decay")), _X),
     "constant scan": Case(_op("diagonal_scan"), ((("T", "D", 3), "normal"), (("D", 3), "decay")), ("T", "D", 3)),
+    "state space": Case(
+        _op("diagonal_ssm"),
+        ((("T", "H", 3), "normal"), (("H", "N"), "decay"), *[(("H", "N"), "normal")] * 3),
+        ("T", "H", 3),
+    ),
     "selective scan": Case(
         _op("selective_scan"), ((_X, "normal"), (_X, "positive"), (("D", "N"), "decay"), *_SELECTIVE), _X
     ),
