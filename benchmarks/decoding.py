@@ -1,6 +1,6 @@
 """Time per token and memory while a model decodes thousands of tokens on a CPU: at the start, and at the end.
 
-    python benchmarks/decoding.py [--models llama_tiny mamba2_tiny:mamba2 …] [--tokens 4000] [--write]
+    python benchmarks/decoding.py [--models llama_tiny mamba2_hybrid_tiny:mamba2 …] [--tokens 4000] [--write]
 
 Models of `conf/model` with a vocabulary of 1,024 and random weights, one row, in float32; `model:mixer` has that mixer
 in every layer. One thread, whose own time is taken. With layers whose state does not grow, a token takes as long at the
@@ -28,7 +28,7 @@ from longreach.parallel.sequence import DecodingCache
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (
-    "minimax_01_tiny:lightning", "mamba2_tiny:mamba2", "gated_deltanet_tiny:delta", "sliding_window_tiny:window",
+    "minimax_01_tiny:lightning", "mamba2_hybrid_tiny:mamba2", "gated_deltanet_tiny:delta", "sliding_window_tiny:window",
     "llama_tiny", "nsa_tiny", "moba_tiny", "minimax_01_tiny", "gated_deltanet_tiny",
 )  # fmt: skip
 VOCABULARY = 1024
