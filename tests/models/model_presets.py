@@ -25,6 +25,7 @@ MODELS = [*configuration.model_sizes(), "quickstart"]
 WIDTH = 32
 # Settings that tests add to the small sizes: what no preset uses, and blocks longer than the spans that tests change.
 ODD: dict[str, dict[str, Any]] = {
+    "aft_full": {"max_length": 512},
     "dilated_attention": {"kv_heads": 1, "window": 17, "dilation": 3},
     "gated_short_convolution": {"conv_size": 5},
     "h3": {"head_dim": 2},

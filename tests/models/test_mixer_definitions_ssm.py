@@ -6,11 +6,14 @@ from model_presets import randomise, small_hybrid
 from oracles import assert_agrees, draw, whole, with_gradients
 from torch.nn import functional as F
 
+from longreach.kernels.documents import Documents
+from longreach.models.mixers.elementwise.aft_full import AFTFull
 from longreach.models.mixers.elementwise.aft_simple import AFTSimple
 from longreach.models.mixers.elementwise.gated_short_convolution import GatedShortConvolution
 from longreach.models.mixers.elementwise.hgrn import HGRN
 from longreach.models.mixers.elementwise.rg_lru import RGLRU
 from longreach.models.mixers.state_space.longhorn import Longhorn
+from longreach.parallel.sequence import Sequence
 
 WIDTH, BATCH, LENGTH = 24, 2, 37
 X = draw(BATCH, LENGTH, WIDTH)
@@ -194,6 +197,28 @@ def test_aft_simple_is_the_sum_of_the_paper():
     assert_is("aft_simple", PAPER, mixer, other)
 
 
+def test_aft_full_is_the_sum_of_the_paper():
+    mixer = made(AFTFull(width=WIDTH, inner=30, max_length=40, rank=5))
+
+    def other(x):
+        bias = (mixer.row @ mixer.column.T)[:LENGTH, :LENGTH]
+        k, v, outputs = mixer.key(x), mixer.value(x), []
+        for t in range(LENGTH):
+            weights = torch.exp(k[:, : t + 1] + bias[t, : t + 1, None])
+            outputs.append((weights * v[:, : t + 1]).sum(1) / weights.sum(1))
+        return mixer.output(mixer.query(x).sigmoid() * torch.stack(outputs, 1))
+
+    assert_is("aft_full", PAPER, mixer, other)
+
+
+def test_aft_full_names_a_document_that_is_too_long():
+    mixer = made(AFTFull(width=WIDTH, max_length=20))
+    packed = Sequence.single(Documents.from_lengths([[20, 17], [5, 19, 13]], LENGTH))
+    assert mixer(X, packed).isfinite().all()
+    with pytest.raises(ValueError, match="max_length must be at least the 37 tokens of the longest document; got 20"):
+        mixer(X, whole(BATCH, LENGTH))
+
+
 def test_longhorn_is_the_recurrence_of_its_release():
     mixer = made(Longhorn(width=WIDTH, expansion=1.5, state=5, step_rank=3))
 
@@ -218,6 +243,7 @@ def test_longhorn_is_the_recurrence_of_its_release():
     [
         (lambda: RGLRU(width=WIDTH, blocks=5), "blocks"),
         (lambda: HGRN(width=WIDTH, layer=0, depth=1, expansion=0.0), "expansion"),
+        (lambda: AFTFull(width=WIDTH, max_length=0), "max_length"),
         (lambda: AFTSimple(width=WIDTH, inner=0), "inner"),
         (lambda: Longhorn(width=WIDTH, state=0), "state"),
         (lambda: GatedShortConvolution(width=WIDTH, conv_size=0), "conv_size"),

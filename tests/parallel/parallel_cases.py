@@ -12,6 +12,7 @@ from own_attention import BiasedAttend, Inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longreach.kernels.attention_free import AttentionFree, AttentionFreeInputs
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
 from longreach.kernels.operation import Kept
@@ -95,6 +96,10 @@ def _strided(mask: Pattern) -> Callable[..., Tensor]:
 def own_attention(*inputs: Tensor, seq: Sequence) -> Tensor:
     """An op over keys that only the tests have."""
     return ops.attention(BiasedAttend, Inputs(*inputs), seq=seq)
+
+
+def _attention_free(*inputs: Tensor, seq: Sequence) -> Tensor:
+    return ops.attention(AttentionFree, AttentionFreeInputs(*inputs), seq=seq)
 
 
 def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:
@@ -193,6 +198,12 @@ CASES = {
         _strided(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
     ),
     "own attention": Case(own_attention, (*_LINEAR, (("T", "H"), "normal"), (("T", "H"), "normal")), _OUT, keys=True),
+    "attention free": Case(
+        _attention_free,
+        (*[(("T", "D", 1), "normal")] * 3, *[(("T", 1, "K"), "normal")] * 2),
+        ("T", "D", 1),
+        keys=True,
+    ),
     "undecayed": Case(_op("gated_linear_attention"), _LINEAR, _OUT),
     "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, (("H",), "decay")), _OUT),
     "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, (("H", "K"), "decay")), _OUT),
