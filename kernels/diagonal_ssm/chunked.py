@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents, expanded
+from ..operation import recording
 from ..problem import Problem
 from . import CHUNK, StateSpaceInputs, as_pairs, powers
 
@@ -53,7 +54,7 @@ def correct(problem: Problem[StateSpaceInputs], out: Tensor, state: Tensor) -> T
 
 def summarize_backward(problem: Problem[StateSpaceInputs], dout: Tensor, initial_state: Tensor | None) -> Tensor:
     """The gradient of the entering state, of which the outputs are linear."""
-    with torch.enable_grad():
+    with recording():
         state = problem.new_states().requires_grad_()
         out = _run(problem, None, state)[0]
         return torch.autograd.grad(out, state, dout.to(out.dtype))[0]

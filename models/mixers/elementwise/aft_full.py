@@ -48,17 +48,12 @@ class AFTFull(Mixer):
         self.output = nn.Linear(self.inner, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        if (longest := seq.derive(_longest)) > self.max_length:
-            raise ValueError(
-                f"max_length must be at least the {longest} tokens of the longest document; got {self.max_length}. "
-                "Raise it, or shorten the documents (data.sequence_length)"
-            )
-        positions = seq.positions(x.device)
+        positions = seq.positions(x.device).clamp(max=self.max_length - 1)  # the op refuses longer documents
         row, column = (F.embedding(positions, table).unsqueeze(2) for table in (self.row, self.column))
         q = self.query(x)
         k, v = self.key(x).unsqueeze(-1), self.value(x).unsqueeze(-1)  # a head for each channel
         inputs = AttentionFreeInputs(q.unsqueeze(-1), k, v, row, column)
-        out = ops.attention(AttentionFree, inputs, seq=seq)
+        out = ops.attention(AttentionFree, inputs, (self.max_length,), seq=seq)
         return self.output(q.sigmoid() * out.squeeze(-1))
 
     def mixing_flops(self, seq: Sequence) -> int:
@@ -69,9 +64,3 @@ class AFTFull(Mixer):
             return False
         tensor.normal_(0.0, 0.1, generator=generator)
         return True
-
-
-def _longest(seq: Sequence) -> int:
-    """The largest position of a token, and 1: known on every rank."""
-    runs = seq.documents.columns
-    return int(runs.end_position[runs.real].max()) if bool(runs.real.any()) else 0
