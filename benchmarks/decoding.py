@@ -1,6 +1,6 @@
 """Time per token and memory while a model decodes thousands of tokens on a CPU: at the start, and at the end.
 
-    python benchmarks/decoding.py [--models llama_tiny mamba2_tiny:mamba2 …] [--tokens 4000] [--against FOLDER]
+    python benchmarks/decoding.py [--models llama_tiny mamba2_hybrid_tiny:mamba2 …] [--tokens 4000] [--against FOLDER]
                                   [--write]
 
 Models of `conf/model` with a vocabulary of 1,024 and random weights, one row, in float32; `model:mixer` has that mixer
@@ -35,9 +35,9 @@ from longreach.parallel.sequence import DecodingCache
 RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).parents[1]
 MODELS = (
-    "minimax_01_tiny:lightning", "mamba2_tiny:mamba2", "gated_deltanet_tiny:delta", "sliding_window_tiny:window",
+    "minimax_01_tiny:lightning", "mamba2_hybrid_tiny:mamba2", "gated_deltanet_tiny:delta", "sliding_window_tiny:window",
     "llama_tiny", "nsa_tiny", "moba_tiny", "infllm_v2_tiny", "minimax_01_tiny", "gated_deltanet_tiny",
-    "nsa_gated_deltanet_tiny", "rwkv7_tiny", "jamba_tiny",
+    "nsa_gated_deltanet_tiny", "rwkv7_hybrid_tiny", "jamba_tiny",
 )  # fmt: skip
 VOCABULARY = 1024
 START = 100  # tokens that are read before the first are timed

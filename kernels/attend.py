@@ -11,7 +11,7 @@ from torch import Tensor
 from .blocks import BlockLayout
 from .documents import Documents
 from .masks.pattern import Intervals
-from .operation import Tensors
+from .operation import Tensors, recording
 
 
 class Gradient(NamedTuple):
@@ -90,7 +90,7 @@ class Attend(ABC):
         others = [(name, x) for name, x in inputs._asdict().items() if name not in self.travels and x is not None]
         stay = {name: x.detach().to(exact).requires_grad_() for name, x in others if x.is_floating_point()}
         leaves = [*stay.values(), *(x.detach().to(exact).requires_grad_() for x in received)]
-        with torch.enable_grad():
+        with recording():
             out, lse = self.attend(inputs._replace(**stay), tuple(leaves[len(stay) :]), tile, backend)
         unseen = lse.detach() == float("-inf")
         share = (lse.detach() - gradient.lse).exp().masked_fill(unseen, 0.0).unsqueeze(-1)

@@ -5,7 +5,8 @@ The public op on one device and the op on ranks that share rows run alike, and d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -63,6 +64,20 @@ def run(
     kept, slot: where to keep the results for a recomputation. note: added to a RuntimeError, to say where it arose.
     """
     return Run.call(operation, where, kept, slot, note, *inputs)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records what runs within, for ops whose backward is that of their forward.
+
+    `torch.enable_grad` alone does not do: in a compiled graph ops run where torch has left autograd's dispatch keys
+    out, and there is no public way to have them back.
+    """
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 class _NoBackward:

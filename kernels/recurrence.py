@@ -23,7 +23,7 @@ from . import operation
 from .dims import named, require_shapes, shape_of, sizes_of
 from .dispatch import BACKENDS, asked, best, resolve
 from .documents import Documents
-from .operation import Tensors
+from .operation import Tensors, recording
 from .problem import Problem, Record, accumulator
 from .rows import Rows
 
@@ -183,7 +183,7 @@ class Recurrence(ABC, Generic[Record]):
     ) -> tuple[Tensors, Tensor]:
         """`backward` by autograd through a forward that is written in differentiable operations."""
         state = self.zero_state(problem.new_states()) if initial_state is None else initial_state
-        with torch.enable_grad():
+        with recording():
             leaves = [None if x is None else x.detach().requires_grad_() for x in (*problem.inputs, state)]
             again = replace(problem, inputs=self.record(*leaves[:-1]))
             out, final = problem.implementation.forward(again, leaves[-1])

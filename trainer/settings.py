@@ -64,6 +64,7 @@ class KernelSettings:
     gated_linear_attention: str = "auto"  # library: flash-linear-attention, where no ranks share a row
     delta_rule: str = "auto"  # library: flash-linear-attention, where no ranks share a row
     diagonal_scan: str = "auto"  # of mixers whose state is a vector
+    diagonal_ssm: str = "auto"  # of S4D and H3
     selective_scan: str = "auto"  # of Mamba
     wkv: str = "auto"  # of RWKV-4
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV

@@ -59,6 +59,11 @@ def fill_with_steps(
     tensor: Tensor, generator: torch.Generator, bounds: tuple[float, float] = (1e-3, 1e-1), least: float = 0.0
 ) -> None:
     """Fills a bias so that softplus(bias) is log-uniform within `bounds`, but not below `least`."""
-    low, high = (math.log(bound) for bound in bounds)
-    step = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=least)
+    step = log_uniform(tensor, generator, bounds).clamp_(min=least)
     tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
+def log_uniform(tensor: Tensor, generator: torch.Generator, bounds: tuple[float, float]) -> Tensor:
+    """Fills a tensor with numbers whose logarithms are uniform within those of `bounds`, and returns it."""
+    low, high = (math.log(bound) for bound in bounds)
+    return tensor.uniform_(low, high, generator=generator).exp_()

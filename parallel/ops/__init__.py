@@ -6,7 +6,7 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 
 from .attention import attention, softmax_attention
 from .convolution import short_conv, token_shift
-from .recurrent import delta_rule, diagonal_scan, gated_linear_attention, recurrent, selective_scan, wkv
+from .recurrent import delta_rule, diagonal_scan, diagonal_ssm, gated_linear_attention, recurrent, selective_scan, wkv
 from .sparse import (
     block_sparse_attention,
     compressed_attention,
@@ -23,6 +23,7 @@ __all__ = [
     "compressed_attention",
     "delta_rule",
     "diagonal_scan",
+    "diagonal_ssm",
     "gated_linear_attention",
     "gather_windows",
     "local_windows",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...kernels.delta_rule import DeltaInputs, DeltaRecurrence
 from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
+from ...kernels.diagonal_ssm import StateSpaceInputs, StateSpaceRecurrence
 from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
@@ -74,6 +75,24 @@ def diagonal_scan(x: Tensor, log_decay: Tensor, *, seq: Sequence, slot: str = "s
     x `[B, T, …]`; `log_decay` like x, or constant with x's dims of channels. See `longreach.kernels.diagonal_scan`.
     """
     return recurrent(DiagonalRecurrence, flat_inputs(x, log_decay), seq=seq, slot=slot).view(x.shape)
+
+
+def diagonal_ssm(
+    x: Tensor,
+    log_decay: Tensor,
+    angle: Tensor,
+    real: Tensor,
+    imaginary: Tensor,
+    *,
+    seq: Sequence,
+    slot: str = "state",
+) -> Tensor:
+    """h_t = e^{a + iθ} h_{t−1} + x_t;  y_t = Σ_n Re(c h_t) over the whole row: `[B, T, H, P]` in x's type.
+
+    x `[B, T, H, P]`; a, θ, and real and imaginary part of c `[H, N]`. See `longreach.kernels.diagonal_ssm`.
+    """
+    inputs = StateSpaceInputs(x, log_decay, angle, real, imaginary)
+    return recurrent(StateSpaceRecurrence, inputs, seq=seq, slot=slot)
 
 
 def selective_scan(

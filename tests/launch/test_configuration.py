@@ -133,7 +133,7 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny"]),
         ("model=lama/1b", ["Could not find 'model/lama/1b'", "Did you mean model=llama_1b"]),
         ("model/llama=1b", ["Did you mean model=llama/1b?"]),
-        ("+mixer@model.mixers.m=mamba3", [" or +mixer@model.mixers.m=mamba2"]),
+        ("+mixer@model.mixers.m=mamba4", [" or +mixer@model.mixers.m=mamba2"]),
         ("schedule=wds", ["Available options", "Did you mean schedule=wsd?"]),
         ("trainer.steps=abc", ["trainer.steps=abc", "could not be converted to Integer"]),
         ("trainer.steps", ["'trainer.steps' cannot be read"]),

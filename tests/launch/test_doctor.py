@@ -19,7 +19,7 @@ def compose(name, *overrides):
 
 
 def test_it_has_the_settings_of_training_and_its_own() -> None:
-    overrides = ("model=mamba2_tiny", "parallel.sequence=4", "trainer.dtype=bfloat16")
+    overrides = ("model=mamba2_hybrid_tiny", "parallel.sequence=4", "trainer.dtype=bfloat16")
     trained, examined = (to_settings(compose(name, *overrides), [], {}) for name in ("train", "doctor"))
     assert isinstance(examined, Settings)
     assert vars(examined).pop("doctor") == doctor.DoctorSettings()

@@ -7,7 +7,6 @@ wait. What depends on documents may be copied to the device ahead of a step, as 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from longreach.kernels import dispatch
 from longreach.kernels.derived import Recipes
+from longreach.kernels.dispatch import best
 from longreach.kernels.documents import Documents
 from longreach.kernels.pointwise import triton as pointwise
 from longreach.models.language_model import LanguageModel
@@ -50,9 +51,7 @@ def watched_steps(
             model = build().to(DEVICE, torch.bfloat16)
         mesh = Mesh.create(world, ulysses)
         layout, recipes = Layout(LENGTH, world, 1 if world == 1 else 2), Recipes()
-        used, fresh = (
-            replace(Sequence.shared(documents, layout, mesh, strategy), backend="triton") for documents in BATCHES
-        )
+        used, fresh = (Sequence.shared(documents, layout, mesh, strategy) for documents in BATCHES)
         _step(model, used)
         recipes.learn(used)
         recipes.prepare(fresh)
@@ -75,8 +74,12 @@ def _step(model: LanguageModel, seq: Sequence) -> None:
 
 @contextmanager
 def _stubbed_launches() -> Iterator[None]:
-    """Kernels, those of token-local mathematics too, run for tensors on `meta`; they look at their arguments only."""
+    """Kernels, those of token-local mathematics too, run for tensors on `meta`; they look at their arguments only.
+
+    What has no kernel, or gets float64, runs as on a GPU too: in torch.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(dispatch, "best", lambda device, dtype: best("cuda" if device == DEVICE else device, dtype))
         monkeypatch.setattr(InterpretedFunction, "run", _launch)
         for name, module in list(sys.modules.items()):
             if name.startswith("longreach.") and hasattr(module, "by_kernels"):

@@ -12,6 +12,7 @@ from own_attention import BiasedAttend, Inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longreach.kernels.attention_free import AttentionFree, AttentionFreeInputs
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
 from longreach.kernels.operation import Kept
@@ -95,6 +96,10 @@ def _strided(mask: Pattern) -> Callable[..., Tensor]:
 def own_attention(*inputs: Tensor, seq: Sequence) -> Tensor:
     """An op over keys that only the tests have."""
     return ops.attention(BiasedAttend, Inputs(*inputs), seq=seq)
+
+
+def _attention_free(*inputs: Tensor, seq: Sequence) -> Tensor:
+    return ops.attention(AttentionFree, AttentionFreeInputs(*inputs), (2048,), seq=seq)
 
 
 def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:
@@ -193,6 +198,12 @@ CASES = {
         _strided(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
     ),
     "own attention": Case(own_attention, (*_LINEAR, (("T", "H"), "normal"), (("T", "H"), "normal")), _OUT, keys=True),
+    "attention free": Case(
+        _attention_free,
+        (*[(("T", "D", 1), "normal")] * 3, *[(("T", 1, "K"), "normal")] * 2),
+        ("T", "D", 1),
+        keys=True,
+    ),
     "undecayed": Case(_op("gated_linear_attention"), _LINEAR, _OUT),
     "constant decay": Case(_op("gated_linear_attention"), (*_LINEAR, (("H",), "decay")), _OUT),
     "constant channels": Case(_op("gated_linear_attention"), (*_LINEAR, (("H", "K"), "decay")), _OUT),
@@ -217,6 +228,11 @@ CASES = {
     "general delta": Case(_erase, (*_LINEAR, (_Q, "direction"), (_Q, "gate"), _BY_CHANNEL), _OUT),
     "scan": Case(_op("diagonal_scan"), ((_X, "normal"), (_X, "decay")), _X),
     "constant scan": Case(_op("diagonal_scan"), ((("T", "D", 3), "normal"), (("D", 3), "decay")), ("T", "D", 3)),
+    "state space": Case(
+        _op("diagonal_ssm"),
+        ((("T", "H", 3), "normal"), (("H", "N"), "decay"), *[(("H", "N"), "normal")] * 3),
+        ("T", "H", 3),
+    ),
     "selective scan": Case(
         _op("selective_scan"), ((_X, "normal"), (_X, "positive"), (("D", "N"), "decay"), *_SELECTIVE), _X
     ),

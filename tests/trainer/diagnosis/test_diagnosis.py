@@ -196,7 +196,7 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
     ("fault", "overrides", "stage", "culprit"),
     [
         ("local_positions", ["model=llama_tiny"], whole_model, "output of every mixer"),
-        ("transition_through_documents", ["model=mamba2_tiny"], ops, "op gated_linear_attention"),
+        ("transition_through_documents", ["model=mamba2_hybrid_tiny"], ops, "op gated_linear_attention"),
         ("state_of_long_spans", ["model=minimax_01_tiny"], ops, "op gated_linear_attention"),
         ("missing_halo", ["model=gated_deltanet_tiny"], ops, "op short_conv"),
         ("halo_of_one_span", ["model=gated_deltanet_tiny"], ops, "op short_conv"),

@@ -1,0 +1,61 @@
+"""HGRN: a gated linear recurrence whose forget gates have lower bounds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....kernels.diagonal_scan import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.decay_gate import GateLinear
+from ...layers.lower_bounds import LowerBounds
+from ...layers.normalisation import RMSNorm
+from ...mixer import Mixer
+
+
+class HGRN(Mixer):
+    """A hierarchically gated recurrence (HGRN, Qin et al., 2023, arXiv 2311.04823).
+
+        f_t = bound + (1 - bound) sigmoid(W_f x_t)          bound of this layer, see `LowerBounds`
+        h_t = f_t h_(t-1) + (1 - f_t) silu(W_i x_t)
+        y = W_o (RMSNorm(h) * silu(W_g x))
+
+    Later layers forget less. The first layer of a model (by `occurrence`) owns the bounds of all layers and publishes
+    `hgrn_bounds`, the others read it. expansion: channels of h over the width. The state is real, as in
+    flash-linear-attention; the paper also turns it by a learned angle per channel, which is left out here. Raises
+    ValueError for an expansion that leaves no channel.
+    """
+
+    def __init__(
+        self, *, width: int, layer: int, depth: int, occurrence: int = 0, expansion: float = 1, norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        inner = int(expansion * width)
+        if inner < 1:
+            raise ValueError(f"expansion * width must be at least 1; got {expansion} * {width}. Raise the expansion")
+        self.inner, self.layer = inner, layer
+        first = occurrence == 0
+        self.publishes, self.reads = (("hgrn_bounds",), ()) if first else ((), ("hgrn_bounds",))
+        self.no_weight_decay = ("bounds.weight",) if first else ()
+        self.bounds = LowerBounds(depth, inner) if first else None
+        self.value = nn.Linear(width, inner, bias=False)  # i
+        self.forget = GateLinear(width, inner, bias=False)  # f
+        self.gate = nn.Linear(width, inner, bias=False)  # g
+        self.norm = RMSNorm(inner, norm_eps)
+        self.output = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        bounds = read[0] if self.bounds is None else self.bounds()
+        raw, bound = self.forget(x), bounds[self.layer]
+        log_closed = F.logsigmoid(-raw)
+        least = torch.finfo(bound.dtype).tiny  # in place of 0, whose logarithm has no gradient
+        log_decay = torch.logaddexp(F.logsigmoid(raw), bound.clamp(min=least).log() + log_closed)
+        entering = F.silu(self.value(x)) * ((1 - bound) * log_closed.exp()).to(x.dtype)
+        out = ops.diagonal_scan(entering, log_decay, seq=seq)
+        result = self.output(self.norm(out, self.gate(x), "silu"))
+        return (result, bounds) if self.publishes else result
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        return flops(seq.places, channels=self.inner)
