@@ -54,7 +54,7 @@ def mixer_partial(name: str) -> partial[nn.Module]:
 
 @cache
 def ops_of(name: str) -> frozenset[tuple[str, str | None]]:
-    """The ops that the code of this mixer and of its layers calls, each alone and with every setting that it is given."""
+    """The ops that the code of this mixer and of its layers calls, each alone and with each setting that it gets."""
     mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6)
     modules = {each.__module__ for module in mixer.modules() for each in type(module).__mro__}
     return frozenset[Any]().union(*(_calls_of_ops(each) for each in modules if each.startswith("longreach.models.")))
