@@ -59,8 +59,11 @@ def test_ranks_agree_with_one_device_in_thousands_of_cases(case) -> None:
     check(case)
 
 
-def differences(rank: int, world: int, name: str, strategy: str) -> None:
-    """One coordinate on one rank is moved at a time, by all ranks alike; the projection is summed over all ranks."""
+def differences(rank: int, world: int, name: str, strategy: str, owners: str) -> None:
+    """One coordinate on one rank is moved at a time, by all ranks alike; the projection is summed over all ranks.
+
+    That is a coordinate of one rank that is drawn, or of every rank.
+    """
     length, case = 8 * world, CASES[name]
     generator = torch.Generator().manual_seed(1)
     inputs, dout = case.draw(2, length, generator)
@@ -79,7 +82,8 @@ def differences(rank: int, world: int, name: str, strategy: str) -> None:
         constant = not is_rows(inputs[index])
         if constant:
             sum_over_ranks(x.grad, seq)
-        for owner in range(1 if constant else world):
+        drawn_owner = int(torch.randint(world, (), generator=generator))
+        for owner in [drawn_owner] if constant or owners == "drawn" else range(world):
             place = int(torch.randint(x.numel(), (), generator=generator))
             values = []
             for sign in (1.0, -1.0):
@@ -98,7 +102,8 @@ def differences(rank: int, world: int, name: str, strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if fits("softmax", 4, strategy)])
-def test_gradients_are_those_of_finite_differences(strategy: str) -> None:
+@pytest.mark.parametrize("owners", ["drawn", pytest.param("every", marks=pytest.mark.many)])
+def test_gradients_are_those_of_finite_differences(strategy: str, owners: str) -> None:
     for name in CASES:
         if fits(name, 4, strategy):
-            run_threads(4, differences, name, strategy)
+            run_threads(4, differences, name, strategy, owners)
