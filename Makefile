@@ -1,9 +1,16 @@
-.PHONY: check fix test gpu bench kernels
+.PHONY: check types fast fix test gpu bench kernels
 SHELL := /bin/bash
 ENVIRONMENT := . launch/environment.sh && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 check:  ## style, types, import order and the fast tests
-	$(ENVIRONMENT) && ruff check . && ruff format --check . && pyright && (cd / && lint-imports --no-cache --config $(CURDIR)/pyproject.toml) && $$PYTHON -m pytest -n 2 --dist worksteal -m "not slow"
+	$(ENVIRONMENT) && ruff check . && ruff format --check . && (cd / && lint-imports --no-cache --config $(CURDIR)/pyproject.toml)
+	@$(MAKE) --no-print-directory -j 2 types fast
+
+types:  ## Pyright, which uses one core, beside the tests
+	$(ENVIRONMENT) && pyright
+
+fast:  ## all tests but those marked slow
+	$(ENVIRONMENT) && $$PYTHON -m pytest -n 2 --dist worksteal -m "not slow"
 
 fix:  ## what ruff can repair by itself
 	$(ENVIRONMENT) && ruff check --fix . && ruff format .

@@ -1,9 +1,12 @@
 """Ranks for tests: `run_ranks` runs a function on gloo ranks that stay alive from one test to the next.
 
-A forkserver with torch loaded (and its compiler, where tests of the trainer run too) makes one pool of processes a
+A forkserver with torch and the models loaded (and the trainer, where its tests run too) makes one pool of processes a
 world size; a pool keeps its process group (a FileStore, so no ports), one thread a rank. The limit is kept by the
 parent: a pool that does not answer in time, or in which a rank failed, is killed and made anew, and the report says
 where each silent rank stood.
+
+`run_threads` runs the same function on threads of this process, which cost no start: for whatever needs only the
+results of collectives.
 """
 
 from __future__ import annotations
@@ -124,10 +127,10 @@ class _Pool:
 
 
 def _preload() -> list[str]:
-    modules = ["torch", "torch.distributed"]
+    """What the forkserver imports, once, so that no rank has to: it takes seconds."""
+    modules = ["torch", "torch.distributed", "longreach.launch.configuration", "longreach.models.language_model"]
     if "longreach.trainer.engine" in sys.modules:
-        # DeepSpeed brings in torch's compiler, which takes each process seconds.
-        modules += ["torch._dynamo", "torch._inductor.compile_fx"]
+        modules += ["torch._inductor.compile_fx", "longreach.trainer.trainer"]
     return modules
 
 

@@ -1,12 +1,15 @@
 """The mixers of conf/ with small sizes, and its models, with parameters far from zero."""
 
+import ast
 import inspect
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+import pytest
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +50,36 @@ def mixer_partial(name: str) -> partial[nn.Module]:
         if type(value) is int:
             settings[size] = min(value, small)
     return instantiate({**settings, **ODD.get(name, {})}, _convert_="all")
+
+
+@cache
+def ops_of(name: str) -> frozenset[tuple[str, str | None]]:
+    """The ops that the code of this mixer and of its layers calls, each alone and with each setting that it gets."""
+    mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6)
+    modules = {each.__module__ for module in mixer.modules() for each in type(module).__mro__}
+    return frozenset[Any]().union(*(_calls_of_ops(each) for each in modules if each.startswith("longreach.models.")))
+
+
+@cache
+def _calls_of_ops(module: str) -> frozenset[tuple[str, str | None]]:
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))) if isinstance(node, ast.Call)]
+    named = [(ast.unparse(call.func), [None, *(setting.arg for setting in call.keywords)]) for call in calls]
+    return frozenset((op, setting) for op, settings in named if op.startswith("ops.") for setting in settings)
+
+
+@cache
+def few_mixers() -> frozenset[str]:
+    """Some mixers that together use every op, with every setting, that any mixer uses."""
+    chosen, left = [], frozenset[Any]().union(*map(ops_of, MIXERS))
+    while left:
+        chosen.append(max(MIXERS, key=lambda name: len(ops_of(name) & left)))
+        left -= ops_of(chosen[-1])
+    return frozenset(chosen)
+
+
+def few_or_many() -> list[Any]:
+    """Every mixer, all but the few behind `many`: for what an op does alike in every mixer, and which takes long."""
+    return [name if name in few_mixers() else pytest.param(name, marks=pytest.mark.many) for name in MIXERS]
 
 
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:

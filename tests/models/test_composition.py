@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import run_threads
 from model_presets import WIDTH, feed_forward, mixer_partial, randomise, tokens
 from torch import nn
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from longreach.models.part import FeedForward
 from longreach.models.pattern import expand_pattern, stages
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import DecodingCache, Sequence
 from longreach.parallel.strategy import Strategy
 
@@ -193,13 +194,13 @@ def test_recomputation_changes_no_gradient(name, checkpointing):
 
 
 def on_one_of(rank, world, name, checkpointing, strategy):
-    seq = Sequence(PACKED, Layout(LENGTH, world, 2), rank, torch.distributed.group.WORLD, strategy=strategy)
+    seq = Sequence(PACKED, Layout(LENGTH, world, 2), rank, Mesh.create(world).sequence_group, strategy=strategy)
     loss, gradients = loss_and_gradients(composed(name, checkpointing), seq)
     return loss, [gradient.numpy() for gradient in gradients]
 
 
 def compare_ranks(name, checkpointing, strategy):
-    results = run_ranks(2, on_one_of, name, checkpointing, strategy)
+    results = run_threads(2, on_one_of, name, checkpointing, strategy)
     loss, gradients = loss_and_gradients(composed(name), Sequence.single(PACKED))
     torch.testing.assert_close(sum(local for local, _ in results), loss, atol=1e-9, rtol=1e-9)
     for index, expected in enumerate(gradients):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_presets import MIXERS, build_model, in_pieces, randomise, small_hybrid, tokens
+from model_presets import MIXERS, build_model, few_or_many, in_pieces, randomise, small_hybrid, tokens
 
 from longreach.kernels.documents import Documents
 from longreach.models.decoding import _draw, generate, next_logits
@@ -15,10 +15,8 @@ def full(model, inputs):
     return model(inputs, Sequence.single(Documents.whole(*inputs.shape)))
 
 
-@pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("lengths", [[1] * LENGTH, [9, 1, 1, 20, 1, 8]], ids=["steps", "pieces"])
 @torch.no_grad()
-def test_decoding_a_hybrid_gives_the_logits_of_the_full_forward(name, lengths):
+def compare_hybrid(name, lengths):
     model, inputs = small_hybrid(name), tokens(2, LENGTH)
     torch.testing.assert_close(in_pieces(model, inputs, lengths), full(model, inputs), atol=1e-9, rtol=1e-9)
 
@@ -31,6 +29,16 @@ def test_a_decoded_token_costs_no_autograd_function(name, monkeypatch):
     for piece in inputs.split([4, 1, 1], dim=1):
         next_logits(model, piece, cache)
     assert not entered
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_decoding_a_hybrid_gives_the_logits_of_the_full_forward(name):
+    compare_hybrid(name, [9, 1, 1, 20, 1, 1, 7])
+
+
+@pytest.mark.parametrize("name", few_or_many())
+def test_a_hybrid_decodes_token_by_token(name):
+    compare_hybrid(name, [1] * LENGTH)
 
 
 @pytest.mark.parametrize("preset", ["minimax_01_tiny", "sliding_window_tiny", "quickstart"])

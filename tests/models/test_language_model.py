@@ -104,16 +104,15 @@ def test_no_target_gives_a_zero_that_reaches_every_parameter():
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("checkpointing", ["full", "mixing"])
-def test_recomputation_changes_no_gradient(name, checkpointing):
+def test_recomputation_changes_no_gradient(name):
     results = []
-    for setting in ("none", checkpointing):
+    for setting in ("none", "full", "mixing"):
         model = small_hybrid(name, activation_checkpointing=setting)
         loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    for recomputed in results[1:]:
+        torch.testing.assert_close(recomputed, results[0], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("checkpointing", "runs"), [("none", 2), ("full", 4), ("mixing", 2)])

@@ -5,14 +5,16 @@ import pkgutil
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import run_threads
 from model_presets import MIXERS, WIDTH, build_mixer, in_pieces, mixer_partial
 
 from longreach.kernels.documents import Documents
 from longreach.models import mixers
 from longreach.models.mixer import Mixer
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
 
 LENGTH = 48
 PACKED = [[9, 22, 1, 11], [LENGTH]]
@@ -126,26 +128,23 @@ def forward_and_gradients(mixer, x, seq):
     return [out.detach(), x.grad], [parameter.grad for parameter in mixer.parameters()]
 
 
-def on_one_of(rank, world, name, spans):
-    seq = Sequence(
-        Documents.from_lengths(PACKED, LENGTH), Layout(LENGTH, world, spans), rank, torch.distributed.group.WORLD
-    )
-    mixer = build_mixer(name)
-    return forward_and_gradients(mixer, seq.shard(draw()), seq)
+def on_one_of(rank, world, name, layout):
+    seq = Sequence.shared(Documents.from_lengths(PACKED, LENGTH), layout, Mesh.create(world), Strategy())
+    return forward_and_gradients(build_mixer(name), seq.shard(draw()), seq)
 
 
-@pytest.mark.parametrize("spans", [1, 2])
 @pytest.mark.parametrize("name", MIXERS)
-def test_four_ranks_give_what_one_gives(name, spans):
-    layout = Layout(LENGTH, 4, spans)
-    results = run_ranks(4, on_one_of, name, spans)
+def test_four_ranks_give_what_one_gives(name):
     tensors, gradients = forward_and_gradients(build_mixer(name), draw(), packed())
-    for index, expected in enumerate(tensors):
-        gathered = layout.unshard([local[index] for local, _ in results])
-        torch.testing.assert_close(gathered, expected, atol=1e-9, rtol=1e-9)
-    for index, expected in enumerate(gradients):
-        total = torch.stack([local[index] for _, local in results]).sum(0)
-        torch.testing.assert_close(total, expected, atol=1e-9, rtol=1e-9)
+    for spans in (1, 2):
+        layout = Layout(LENGTH, 4, spans)
+        results = run_threads(4, on_one_of, name, layout)
+        for index, expected in enumerate(tensors):
+            gathered = layout.unshard([local[index] for local, _ in results])
+            torch.testing.assert_close(gathered, expected, atol=1e-9, rtol=1e-9)
+        for index, expected in enumerate(gradients):
+            total = torch.stack([local[index] for _, local in results]).sum(0)
+            torch.testing.assert_close(total, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -4,13 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import run_threads
 from model_presets import randomise, small_hybrid, tokens
 from routed import Routed
 
 from longreach.kernels.documents import Documents
 from longreach.models.part import FeedForward
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 
 LENGTH = 48
@@ -38,7 +39,7 @@ def gathered(model, seq):
 
 
 def on_one_of(rank, world, checkpointing, spans):
-    seq = Sequence(PACKED, Layout(LENGTH, world, spans), rank, torch.distributed.group.WORLD)
+    seq = Sequence(PACKED, Layout(LENGTH, world, spans), rank, Mesh.create(world).sequence_group)
     reported, gradients = gathered(hybrid(checkpointing), seq)
     return {path: value.numpy() for path, value in reported.items()}, [gradient.numpy() for gradient in gradients]
 
@@ -81,7 +82,7 @@ def test_recomputation_reports_once(checkpointing):
 
 @pytest.mark.parametrize(("world", "spans", "checkpointing"), [(2, 2, "full"), (2, 1, "mixing"), (4, 2, "none")])
 def test_ranks_that_share_rows_report_what_one_reports(world, spans, checkpointing):
-    results = run_ranks(world, on_one_of, checkpointing, spans)
+    results = run_threads(world, on_one_of, checkpointing, spans)
     reported, gradients = gathered(hybrid(), Sequence.single(PACKED))
     for path, expected in reported.items():
         total = sum(torch.from_numpy(local[path]) for local, _ in results)

@@ -1,9 +1,11 @@
 """What bfloat16 loses in every mixer, told by float64 of the same rounded numbers; planted faults are found."""
 
+from contextlib import contextmanager
+
 import planted_roundings
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import run_threads
 from model_presets import MIXERS, WIDTH, as_new, build_mixer, small_hybrid, tokens
 
 from longreach.kernels.documents import Documents
@@ -41,7 +43,16 @@ def build(name):
     return as_new(planted_roundings.ForgettingAttention() if name == "forgetting" else name)
 
 
-def gradients_of_rank(rank, world, name, spans, documents, fault=None, dtype=torch.bfloat16, lists=None):
+@contextmanager
+def planted(fault):
+    """Inside, the fault of this name, if any."""
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            getattr(planted_roundings, fault)(patch)
+        yield
+
+
+def gradients_of_rank(rank, world, name, spans, documents, dtype=torch.bfloat16, lists=None):
     """Gradients of parameters and input, and the lists that a selector gave, or is to give, for what a rank holds."""
     seq, noted = one_of(rank, world, spans, documents), []
     mixer = build(name).bfloat16().to(dtype)
@@ -49,10 +60,7 @@ def gradients_of_rank(rank, world, name, spans, documents, fault=None, dtype=tor
         mixer.selector.register_forward_hook(lambda *call: noted.append(call[-1]) if lists is None else lists)
     x, dout = (seq.shard(part).to(dtype) for part in draw())
     x.requires_grad_()
-    with pytest.MonkeyPatch.context() as patch:
-        if fault:
-            getattr(planted_roundings, fault)(patch)
-        mixer(x, seq).backward(dout)
+    mixer(x, seq).backward(dout)
     return (
         {label: p.grad.float() if dtype.itemsize == 2 else p.grad for label, p in mixer.named_parameters()},
         x.grad,
@@ -63,32 +71,28 @@ def gradients_of_rank(rank, world, name, spans, documents, fault=None, dtype=tor
 def errors(name, world=1, spans=1, documents=DOCUMENTS, fault=None):
     """Relative errors of the gradients of all parameters, summed over ranks as engines do, and of the input."""
     layout = Layout(LENGTH, world, spans)
-    arguments = name, spans, documents, fault
-    parts = [gradients_of_rank(0, 1, *arguments)] if world == 1 else run_ranks(world, gradients_of_rank, *arguments)
+    with planted(fault):
+        parts = run_threads(world, gradients_of_rank, name, spans, documents)
     lists = layout.unshard([part[2][0] for part in parts]) if parts[0][2] else None
     with plain_rotations(documents):
-        exact, dx, _ = gradients_of_rank(0, 1, name, 1, documents, None, torch.float64, lists)
+        exact, dx, _ = gradients_of_rank(0, 1, name, 1, documents, torch.float64, lists)
     got = {label: sum(part[0][label] for part in parts) for label in exact}
     return of_norms({**got, "input": layout.unshard([part[1] for part in parts])}, {**exact, "input": dx})
 
 
-def roundings_of_rank(rank, world, name, spans, strategy=None, fault=None):
-    """The largest error of each op's output and gradients, in roundings."""
+def roundings_of_rank(rank, world, noted, name, spans, strategy):
+    """The largest error of each op's output and gradients, in roundings; `noted` are the calls of all ranks."""
     seq, found = one_of(rank, world, spans, DOCUMENTS, strategy), {}
-    with noted_ops() as noted, torch.no_grad():
+    with torch.no_grad():
         build_mixer(name, torch.bfloat16)(seq.shard(draw()[0]), seq)
-    with pytest.MonkeyPatch.context() as patch:
-        if fault:
-            getattr(planted_roundings, fault)(patch)
-        for error, place in of_ops(noted, torch.bfloat16):
-            found[place] = max(error, found.get(place, 0.0))
+    for error, place in of_ops([each for each in noted if each.seq.rank == rank], torch.bfloat16):
+        found[place] = max(error, found.get(place, 0.0))
     return found
 
 
 def roundings(name, world=1, spans=1, strategy=None, fault=None):
-    if world == 1:
-        return roundings_of_rank(0, 1, name, spans, strategy, fault)
-    parts = run_ranks(world, roundings_of_rank, name, spans, strategy, fault)
+    with planted(fault), noted_ops() as noted:
+        parts = run_threads(world, roundings_of_rank, noted, name, spans, strategy)
     return {place: max(part[place] for part in parts) for place in parts[0]}
 
 

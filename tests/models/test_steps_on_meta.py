@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 import triton
-from model_presets import MIXERS, MODELS, build_model, small_hybrid
+from model_presets import MIXERS, MODELS, build_model, few_or_many, mixer_partial, small_hybrid
 from steps_on_meta import watched_steps
 from torch import Tensor
 
@@ -37,34 +37,40 @@ def test_a_preset_waits_for_nothing(preset: str) -> None:
     assert not waits(partial(build_model, preset))
 
 
-def hybrid(mixer: str, **changes: str) -> Callable[[], LanguageModel]:
-    return partial(small_hybrid, mixer, dtype=torch.bfloat16, depth=2, **changes)
+def layer_of(mixer: str, **changes: str) -> Callable[[], LanguageModel]:
+    mixers = {mixer: mixer_partial(mixer)}
+    return partial(small_hybrid, mixer, dtype=torch.bfloat16, depth=1, pattern=[mixer], mixers=mixers, **changes)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_mixer_waits_for_nothing(mixer: str) -> None:
-    assert not waits(hybrid(mixer))
+    assert not waits(layer_of(mixer))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_mixer_on_ranks_waits_for_nothing(mixer: str, world: int) -> None:
-    assert not waits(hybrid(mixer), world)
+def test_a_mixer_on_ranks_waits_for_nothing(mixer: str) -> None:
+    assert not waits(layer_of(mixer), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", few_or_many())
+def test_a_mixer_on_more_ranks_waits_for_nothing(mixer: str) -> None:
+    assert not waits(layer_of(mixer), 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "world", "ulysses"), [(BY_GATHER, 2, 1), (BY_HEADS, 2, 2), (BY_HEADS, 4, 2)])
 @pytest.mark.parametrize("mixer", ["lightning_attention", "gated_deltanet", "sliding_window_attention"])
 def test_other_strategies_wait_for_nothing(mixer: str, strategy: Strategy, world: int, ulysses: int) -> None:
-    assert not waits(hybrid(mixer), world, strategy, ulysses)
+    assert not waits(layer_of(mixer), world, strategy, ulysses)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["full", "mixing"])
 @pytest.mark.parametrize("mixer", ["native_sparse_attention", "kimi_delta_attention"])
 def test_recomputation_waits_for_nothing(mixer: str, what: str) -> None:
-    assert not waits(hybrid(mixer, activation_checkpointing=what), 2)
+    assert not waits(layer_of(mixer, activation_checkpointing=what), 2)
 
 
 class InBackward(torch.autograd.Function):

@@ -1,10 +1,11 @@
 """Block-sparse ops as tests run them: packings, inputs, and how they are differentiated."""
 
 import torch
-import torch.distributed as dist
+from distributed import run_ranks, run_threads
 
 from longreach.kernels.documents import Documents
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 
 LENGTH, HEADS, GROUPS, KEY, VALUE = 96, 4, 2, 5, 7
@@ -16,12 +17,18 @@ PACKINGS = {
 }
 
 
+def run_where(world, spans, function, *args):
+    """Two ranks with two spans are processes over gloo, others are threads."""
+    (run_ranks if (world, spans) == (2, 2) else run_threads)(world, function, *args)
+
+
 def agrees(actual, expected, what):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{what}: {m}")
 
 
 def sequence(documents, rank, world, spans, **settings):
-    return Sequence(documents, Layout(LENGTH, world, spans), rank, dist.group.WORLD, **settings)
+    """What this rank holds of the rows, or another one, whose bytes are only counted."""
+    return Sequence(documents, Layout(LENGTH, world, spans), rank, Mesh.create(world).sequence_group, **settings)
 
 
 def differentiated(op, inputs, dout):

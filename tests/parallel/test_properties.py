@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import run_ranks
+from distributed import run_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parallel_cases import CASES, STRATEGIES, agree, fits, is_rows, local, shared
 
 from longreach.kernels.documents import Documents
+from longreach.parallel.collectives import sum_over_ranks
 
 
 @st.composite
@@ -41,7 +41,7 @@ def documents_of(draw, length):
 
 def check(case) -> None:
     ranks, name, packing, *rest = case
-    run_ranks(ranks, agree, [name], [packing], *rest, False, "reference")
+    run_threads(ranks, agree, [name], [packing], *rest, False, "reference")
 
 
 @pytest.mark.slow
@@ -59,8 +59,11 @@ def test_ranks_agree_with_one_device_in_thousands_of_cases(case) -> None:
     check(case)
 
 
-def differences(rank: int, world: int, name: str, strategy: str) -> None:
-    """One coordinate on one rank is moved at a time, by all ranks alike; the projection is summed over all ranks."""
+def differences(rank: int, world: int, name: str, strategy: str, owners: str) -> None:
+    """One coordinate on one rank is moved at a time, by all ranks alike; the projection is summed over all ranks.
+
+    That is a coordinate of one rank that is drawn, or of every rank.
+    """
     length, case = 8 * world, CASES[name]
     generator = torch.Generator().manual_seed(1)
     inputs, dout = case.draw(2, length, generator)
@@ -70,7 +73,7 @@ def differences(rank: int, world: int, name: str, strategy: str) -> None:
     def projection() -> float:
         with torch.no_grad():
             total = (case.call(*here, seq=seq) * seq.shard(dout)).sum()
-        dist.all_reduce(total)
+        sum_over_ranks(total, seq)
         return total.item()
 
     case.call(*here, seq=seq).backward(seq.shard(dout))
@@ -78,8 +81,9 @@ def differences(rank: int, world: int, name: str, strategy: str) -> None:
     for index, x in enumerate(here):
         constant = not is_rows(inputs[index])
         if constant:
-            dist.all_reduce(x.grad)
-        for owner in range(1 if constant else world):
+            sum_over_ranks(x.grad, seq)
+        drawn_owner = int(torch.randint(world, (), generator=generator))
+        for owner in [drawn_owner] if constant or owners == "drawn" else range(world):
             place = int(torch.randint(x.numel(), (), generator=generator))
             values = []
             for sign in (1.0, -1.0):
@@ -89,8 +93,8 @@ def differences(rank: int, world: int, name: str, strategy: str) -> None:
                 values.append(projection())
                 x.data.view(-1)[place] = moved
             found = torch.tensor((values[0] - values[1]) / (2 * step), dtype=torch.float64)
-            expected = x.grad.reshape(-1)[place].clone()
-            dist.broadcast(expected, owner)
+            expected = x.grad.reshape(-1)[place].clone() * (rank == owner)
+            sum_over_ranks(expected, seq)
             torch.testing.assert_close(
                 found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, i=index: f"{name}, input {i}: {text}"
             )
@@ -98,7 +102,8 @@ def differences(rank: int, world: int, name: str, strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if fits("softmax", 4, strategy)])
-def test_gradients_are_those_of_finite_differences(strategy: str) -> None:
+@pytest.mark.parametrize("owners", ["drawn", pytest.param("every", marks=pytest.mark.many)])
+def test_gradients_are_those_of_finite_differences(strategy: str, owners: str) -> None:
     for name in CASES:
         if fits(name, 4, strategy):
-            run_ranks(4, differences, name, strategy)
+            run_threads(4, differences, name, strategy, owners)

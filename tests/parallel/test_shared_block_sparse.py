@@ -1,8 +1,25 @@
-"""Block-sparse attention over gloo ranks against one, whatever the lists; what travels; recomputation; compilation."""
+"""Block-sparse attention over ranks against one, whatever the lists; what travels; recomputation; compilation.
+
+Two ranks with two spans are processes over gloo; others are threads.
+"""
+
+import functools
 
 import pytest
 import torch
-from block_cases import GROUPS, HEADS, KEY, LENGTH, PACKINGS, VALUE, agrees, differentiated, drawn, sequence
+from block_cases import (
+    GROUPS,
+    HEADS,
+    KEY,
+    LENGTH,
+    PACKINGS,
+    VALUE,
+    agrees,
+    differentiated,
+    drawn,
+    run_where,
+    sequence,
+)
 from distributed import run_ranks
 from parallel_cases import sparse_layer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -46,25 +63,36 @@ def held_lists(lists, query_block, seq):
     return seq.shard(lists.repeat_interleave(query_block, dim=1))[:, ::query_block].contiguous()
 
 
+@functools.cache
+def on_one_device(case, packing):
+    """Lists, inputs, the output's gradient, and what the kernel makes of them."""
+    documents, lists, inputs = PACKINGS[packing], whole_lists(PACKINGS[packing], case), drawn()
+    weights = torch.randn(2, LENGTH, HEADS, VALUE, dtype=torch.float64)
+    settings = settings_of(case)
+    out, gradients = differentiated(
+        lambda *x: kernel.block_sparse_attention(*x, lists, documents=documents, **settings),
+        inputs,
+        lambda _: weights,
+    )
+    return lists, inputs, weights, out, gradients
+
+
+def settings_of(case):
+    block_size, query_block, _, mask = ATTENTION[case]
+    return {"block_size": block_size, "query_block": query_block, "mask": mask}
+
+
 def compare_attention(rank, world, spans, cases, packings):
     for case in cases:
-        block_size, query_block, _, mask = ATTENTION[case]
-        settings = {"block_size": block_size, "query_block": query_block, "mask": mask}
+        settings = settings_of(case)
         for packing in packings:
-            documents = PACKINGS[packing]
-            lists, inputs = whole_lists(documents, case), drawn()
-            weights = torch.randn(2, LENGTH, HEADS, VALUE, dtype=torch.float64)
-            out, gradients = differentiated(
-                lambda *x: kernel.block_sparse_attention(*x, lists, documents=documents, **settings),
-                inputs,
-                lambda _: weights,
-            )
-            seq = sequence(documents, rank, world, spans)
-            here = held_lists(lists, query_block, seq)
+            lists, inputs, weights, out, gradients = on_one_device(case, packing)
+            seq = sequence(PACKINGS[packing], rank, world, spans)
+            here = held_lists(lists, settings["query_block"], seq)
             got, got_gradients = differentiated(
-                lambda *x: ops.block_sparse_attention(*x, here, seq=seq, **settings),
+                lambda *x, seq=seq, here=here: ops.block_sparse_attention(*x, here, seq=seq, **settings),
                 [seq.shard(x) for x in inputs],
-                lambda _: seq.shard(weights),
+                lambda _, seq=seq, weights=weights: seq.shard(weights),
             )
             agrees(got, seq.shard(out), f"{case}, {packing}, output")
             for name, x, expected in zip("qkv", got_gradients, gradients, strict=True):
@@ -79,12 +107,12 @@ SPANS = [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytes
 @pytest.mark.parametrize("spans", SPANS)
 def test_ranks_attend_as_one(world, spans):
     quick = (world, spans) == (2, 2)
-    run_ranks(world, compare_attention, spans, list(ATTENTION)[: 3 if quick else None], list(PACKINGS))
+    run_where(world, spans, compare_attention, spans, list(ATTENTION)[: 3 if quick else None], list(PACKINGS))
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_travels_is_what_lists_ask_for(world):
-    run_ranks(world, counted, timeout=60)
+    run_where(world, 2, counted)
 
 
 def counted(rank, world):

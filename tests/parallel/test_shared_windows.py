@@ -1,16 +1,19 @@
-"""Summaries of blocks and windows, and selection by them, over gloo ranks against one: what travels; decoding."""
+"""Summaries of blocks and windows, and selection by them, over ranks against one: what travels; decoding.
+
+Two ranks with two spans are processes over gloo; others are threads.
+"""
+
+import functools
 
 import pytest
 import torch
-import torch.distributed as dist
-from block_cases import GROUPS, KEY, LENGTH, PACKINGS, agrees, differentiated, drawn, sequence
-from distributed import run_ranks
+from block_cases import GROUPS, KEY, LENGTH, PACKINGS, agrees, differentiated, drawn, run_where, sequence
 from parallel_cases import RULES, learned
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.select_blocks import WindowLayout
 from longreach.parallel import ops
-from longreach.parallel.collectives import counting
+from longreach.parallel.collectives import counting, sum_over_ranks
 from longreach.parallel.sequence import DecodingCache, Sequence
 
 WINDOWS = {"blocks": (8, 8), "overlapping": (8, 4), "dense": (6, 2), "single": (1, 1), "longer than spans": (40, 8)}
@@ -68,33 +71,36 @@ def compare_windows(rank, world, spans, cases, packings):
             agrees(got[0], expected[0], f"{case}, {packing}, summaries")
             agrees(got[1][0], seq.shard(expected[1][0]), f"{case}, {packing}, gradient of rows")
             if world > 1:
-                dist.all_reduce(got[1][1])
+                sum_over_ranks(got[1][1], seq)
             agrees(got[1][1], expected[1][1], f"{case}, {packing}, gradient of weights")
 
 
+def lists(q, k, seq, rule):
+    means = ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
+    return ops.select_blocks(q, means, seq=seq, rule=rule)
+
+
+@functools.cache
+def lists_on_one_device(rule, packing):
+    q, k, _ = drawn()
+    return lists(q, k, Sequence.single(PACKINGS[packing]), RULES[rule])
+
+
 def compare_selection(rank, world, spans, rules, packings):
+    q, k, _ = drawn()
     for name in rules:
-        rule = RULES[name]
         for packing in packings:
-            documents = PACKINGS[packing]
-            q, k, _ = drawn()
-
-            def lists(q, k, seq, rule=rule):
-                means = ops.window_means(k, seq=seq, size=rule.span, stride=rule.step)
-                return ops.select_blocks(q, means, seq=seq, rule=rule)
-
-            seq = sequence(documents, rank, world, spans)
-            expected = lists(q, k, Sequence.single(documents))
-            assert torch.equal(lists(seq.shard(q), seq.shard(k), seq), seq.shard(expected)), (name, packing)
+            seq = sequence(PACKINGS[packing], rank, world, spans)
+            found = lists(seq.shard(q), seq.shard(k), seq, RULES[name])
+            assert torch.equal(found, seq.shard(lists_on_one_device(name, packing))), (name, packing)
 
 
 @pytest.mark.parametrize("world", RANKS)
 @pytest.mark.parametrize("spans", SPANS)
 def test_ranks_summarise_as_one(world, spans):
     quick = (world, spans) == (2, 2)
-    run_ranks(
-        world, compare_windows, spans, list(WINDOWS)[: 2 if quick else None], list(PACKINGS)[: 2 if quick else None]
-    )
+    few = 2 if quick else None
+    run_where(world, spans, compare_windows, spans, list(WINDOWS)[:few], list(PACKINGS)[:few])
 
 
 @pytest.mark.slow
@@ -105,12 +111,12 @@ def test_one_rank_summarises_as_defined():
 @pytest.mark.parametrize("world", RANKS)
 @pytest.mark.parametrize("spans", SPANS)
 def test_ranks_select_as_one(world, spans):
-    run_ranks(world, compare_selection, spans, list(RULES), list(PACKINGS))
+    run_where(world, spans, compare_selection, spans, list(RULES), list(PACKINGS))
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_summaries_send_what_the_formula_says(world):
-    run_ranks(world, counted_summaries, timeout=60)
+    run_where(world, 2, counted_summaries)
 
 
 def counted_summaries(rank, world):

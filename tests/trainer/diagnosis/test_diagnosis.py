@@ -27,6 +27,7 @@ from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.ranks.settings import ParallelSettings
 
 MODELS = [*model_sizes(), "quickstart"]
+ONE_PER_FAMILY = {size.partition("/")[0]: preset for preset, size in reversed(model_sizes().items())}.values()
 
 
 def settings_of(*overrides):
@@ -43,7 +44,9 @@ def checked(*overrides, prepare=None):
     return diagnose(settings_of(*overrides), build, prepare=prepare)
 
 
-@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize(
+    "preset", [each if each in ONE_PER_FAMILY else pytest.param(each, marks=pytest.mark.slow) for each in MODELS]
+)
 def test_a_reduced_model_has_the_kinds_heads_and_groups_of_the_whole(preset):
     model = settings_of(f"model={preset}").model
     small = reduced(model, build, window=10)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ def noted_ops() -> Iterator[list[Noted]]:
     noted: list[Noted] = []
 
     def noting(name: str) -> Any:
+        @wraps(originals[name])
         def op(*args: Any, seq: Sequence, **kwargs: Any) -> Any:
             result = originals[name](*args, seq=seq, **kwargs)
             first = result[0] if isinstance(result, tuple) else result
