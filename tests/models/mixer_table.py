@@ -307,7 +307,8 @@ def worst_errors() -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         notes = Path(folder, "notes")
         tests = sorted(map(str, Path(__file__).parent.glob("test_mixer_definitions*.py")))
-        subprocess.run([sys.executable, "-m", "pytest", *tests], env={**os.environ, NOTES: str(notes)}, check=True)
+        environment = {**os.environ, NOTES: str(notes)}
+        subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, check=True)
         found: dict[str, dict[str, float]] = {}
         for line in map(json.loads, notes.read_text().splitlines()):
             of_mixer = found.setdefault(line["mixer"], {})
@@ -392,7 +393,8 @@ def rows_of_today(found: dict[str, Any], names: list[str] = MIXERS) -> dict[str,
 
 
 def main() -> None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if not os.environ.get("TRITON_INTERPRET"):  # it counts when Triton is imported, which has happened
+        raise SystemExit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, "TRITON_INTERPRET": "1"}))
     torch.set_num_threads(1)
     measure(sys.argv[1:] or MIXERS)
     families = {name: Described(name).family for name in MIXERS}
