@@ -106,13 +106,13 @@ class Described:
 
     @property
     def equation(self) -> str:
-        """The first line in which something follows from itself at the token before; else the first equation."""
+        """The first line in which a state, or else anything, follows from itself a token before; else the first one."""
         for text in self.texts:
             lines = [line.strip() for line in text.splitlines() if re.search(r"\s=\s", line)]
-            steps = [line for line in lines if re.match(r"(\w+)_t = .*\b\1_[({]t ?[-−] ?1", line)]
-            if lines:
-                parts = [part.strip() for part in re.split(r"\s{3,}", (steps or lines)[0]) if " = " in part]
-                return "<br>".join(f"`{part.replace('|', chr(92) + '|')}`" for part in parts)
+            for step in (r"\b([Sh])_t = .*\b\1_[({]t ?[-−] ?1", r"\b(\w+)_t = .*\b\1_[({]t ?[-−] ?1", ""):
+                if found := [line for line in lines if re.search(step, line)]:
+                    parts = [part.strip() for part in re.split(r"\s{3,}", found[0]) if " = " in part]
+                    return "<br>".join(f"`{part}`".replace("|", r"\|") for part in parts)
         return "—"
 
     @property
