@@ -1,4 +1,4 @@
-"""The table of mixers is that of today, and decoding keeps what it says."""
+"""The table of mixers is that of today, decoding keeps what it says, and hard inputs give finite results."""
 
 import re
 
@@ -7,6 +7,7 @@ import torch
 from mixer_table import COMMAND, PAGE, Described, calls_of, kept_by, measured, page, row
 from model_presets import MIXERS, WIDTH, build_mixer
 
+from longreach.kernels.documents import Documents
 from longreach.parallel.sequence import DecodingCache, Sequence
 
 ROWS = {found[1]: found[0] for found in re.finditer(r"^\| \*\*(\w+)\*\*.*$", PAGE.read_text(), re.MULTILINE)}
@@ -42,3 +43,17 @@ def test_decoding_keeps_what_the_table_says(name):
 def bytes_kept(cache):
     rows = sum(of.kept * sum(x[0, 0].numel() * x.element_size() for x in of.tensors) for of in cache.rows.values())
     return sum(x.numel() * x.element_size() for x in cache.states.values()) + rows
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_large_inputs_and_documents_of_one_token_are_finite(name, dtype):
+    """Keys of 0, gates far beyond saturation, and rows in which every token is a document: outputs and gradients."""
+    mixer = build_mixer(name, dtype)
+    x = torch.randn(2, 24, WIDTH, generator=torch.Generator().manual_seed(0))
+    x[0, :12], x[0, 12:] = 0, 100 * x[0, 12:]
+    leaf = x.to(dtype).requires_grad_()
+    out = mixer(leaf, Sequence.single(Documents.from_lengths([[24], [1] * 24])))
+    out.sum().backward()
+    for tensor in (out, leaf.grad, *(parameter.grad for parameter in mixer.parameters())):
+        assert tensor is None or tensor.isfinite().all()
