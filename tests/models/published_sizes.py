@@ -56,12 +56,14 @@ def parameters(name: str, vocabulary: int) -> int:
         return build_model(name, vocabulary=vocabulary).parameter_count()
 
 
-def row(name: str, size: Published) -> str:
-    here, vocabulary = f"{parameters(name, size.vocabulary):,}", f"{size.vocabulary:,}"
-    cells = f"`{model_sizes()[name]}`", size.name, f"{size.parameters:,}", here, vocabulary, size.source
+def row(name: str, size: Published, here: int) -> str:
+    """The row of a size that has so many parameters here."""
+    numbers = (f"{number:,}" for number in (size.parameters, here, size.vocabulary))
+    cells = f"`{model_sizes()[name]}`", size.name, *numbers, size.source
     return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(HEADING + "".join(row(name, size) + "\n" for name, size in published().items()))
+    rows = [row(name, size, parameters(name, size.vocabulary)) for name, size in published().items()]
+    PAGE.write_text(HEADING + "".join(f"{each}\n" for each in rows))
     print(f"written to {PAGE}")
