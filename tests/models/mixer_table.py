@@ -53,7 +53,8 @@ from longreach.parallel.strategy import Strategy
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, MEASURED = ROOT / "docs" / "mixers.md", ROOT / "docs" / "mixers.json"
 COMMAND = "python tests/models/mixer_table.py"
-WIDTH, LENGTH, FAR = 2048, 4096, 2**24  # of the model and the row for which sizes are given; a position far away
+WIDTH, LENGTH = 2048, 4096  # of the model and the row for which sizes are given
+FAR = 2**24 - 1  # a length at which a block of keys is all but full
 COLUMNS = ("mixer", "equation", "ops", "state", "in bytes", "a rank sends", "oracle: worst error")
 
 
