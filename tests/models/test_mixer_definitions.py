@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import assert_agrees, with_gradients
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
@@ -13,6 +14,7 @@ from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
 WIDTH, LENGTH = 32, 21
+PLAIN = "plain recurrence of the paper"
 
 
 def draw(*shape):
@@ -25,6 +27,13 @@ def whole(batch=2, length=LENGTH):
 
 def assert_same(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def assert_definition(name, oracle, mixer, definition, tolerance=1e-9):
+    """Output, and the gradients of the input and of every parameter."""
+    x, parameters = draw(2, LENGTH, WIDTH), list(mixer.parameters())
+    actual = with_gradients(lambda x: mixer(x, whole()), x, parameters)
+    assert_agrees(name, oracle, actual, with_gradients(definition, x, parameters), tolerance=tolerance)
 
 
 @pytest.mark.parametrize(("layer", "depth"), [(0, 80), (7, 8), (3, 8), (0, 1)])
@@ -70,9 +79,13 @@ def test_lightning_attention_is_the_one_in_transformers():
         }
     )
     x = draw(2, LENGTH, WIDTH)
-    expected, _ = theirs(x, None, None)
+    parameters = [layer.weight for layer in (ours.double().gate, ours.norm, ours.output)]
+    actual = with_gradients(lambda x: ours(x, whole()), x, parameters)
+    parameters = [layer.weight for layer in (theirs.output_gate, theirs.norm, theirs.out_proj)]
+    expected = with_gradients(lambda x: theirs(x, None, None)[0], x, parameters)
     # Theirs takes its slopes and the norm's statistics in float32.
-    assert_same(ours.double()(x, whole()), expected, 1e-6)
+    name = "transformers, MiniMaxLightningAttention"
+    assert_agrees("lightning_attention", name, actual, expected, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -91,9 +104,67 @@ def test_softmax_attention_is_the_one_in_transformers_llama(kv_heads):
     rotary = modeling.LlamaRotaryEmbedding(config)
     visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~visible, float("-inf"))
-    expected, _ = theirs(x, rotary(x, positions), mask)
     # Theirs takes the softmax in float32.
-    assert_same(ours(x, whole()), expected, 1e-6)
+    assert_agrees(
+        "softmax_attention",
+        "transformers, LlamaAttention",
+        with_gradients(lambda x: ours(x, whole()), x, [getattr(ours, name).weight for name in names]),
+        with_gradients(
+            lambda x: theirs(x, rotary(x, positions), mask)[0],
+            x,
+            [getattr(theirs, name).weight for name in names.values()],
+        ),
+        tolerance=1e-6,
+    )
+
+
+def test_sliding_window_attention_is_the_one_in_transformers_qwen3():
+    modeling = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    config = modeling.Qwen3Config(
+        hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, head_dim=6, num_hidden_layers=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = modeling.Qwen3Attention(config, layer_idx=0).double()
+    with torch.no_grad():
+        theirs.q_norm.weight.normal_(1.0, 0.2)
+        theirs.k_norm.weight.normal_(1.0, 0.2)
+    ours = SoftmaxAttention(
+        width=WIDTH, heads=4, kv_heads=2, head_dim=6, rope_base=500.0, window=5, qk_norm="head",
+        norm_eps=config.rms_norm_eps,
+    ).double()  # fmt: skip
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    names |= {"query_norm": "q_norm", "key_norm": "k_norm"}
+    ours.load_state_dict({f"{a}.weight": getattr(theirs, b).weight.detach() for a, b in names.items()})
+    x, positions = draw(2, LENGTH, WIDTH), torch.arange(LENGTH)[None]
+    turned = modeling.Qwen3RotaryEmbedding(config)(x, positions)
+    behind = positions.mT - positions
+    hidden = (behind < 0) | (behind >= 5)
+    mask = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(hidden, float("-inf"))
+    # Theirs takes norms and the softmax in float32.
+    assert_agrees(
+        "sliding_window_attention",
+        "transformers, Qwen3Attention",
+        with_gradients(lambda x: ours(x, whole()), x, [getattr(ours, name).weight for name in names]),
+        with_gradients(
+            lambda x: theirs(x, turned, mask)[0], x, [getattr(theirs, name).weight for name in names.values()]
+        ),
+        tolerance=1e-6,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_dilated_attention_is_softmax_attention_of_every_third_key(window):
+    mixer = SoftmaxAttention(width=WIDTH, heads=4, kv_heads=2, rope_base=None, dilation=3, window=window).double()
+    behind = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    seen = (behind >= 0) & (behind % 3 == 0) & (behind < (window or LENGTH))
+
+    def definition(x):
+        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (mixer.query, mixer.key, mixer.value))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return mixer.output(out.transpose(1, 2).flatten(-2))
+
+    assert_definition("dilated_attention", "torch, scaled_dot_product_attention", mixer, definition)
 
 
 def test_half_rotation_moves_half_of_a_head_and_no_positions_none():
@@ -150,12 +221,15 @@ def test_gated_linear_attention_is_its_recurrence():
     torch.nn.init.normal_(mixer.decay[1].bias)
     torch.nn.init.normal_(mixer.norm.weight, 1.0, 0.2)
     assert (mixer.key_dim, mixer.value_dim) == (4, 8)
-    x = draw(2, LENGTH, WIDTH)
-    q, k, v = (part(x).unflatten(-1, (4, -1)) for part in (mixer.query, mixer.key, mixer.value))
-    gates = F.logsigmoid(x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T + mixer.decay[1].bias) / 16
-    out = recurrent(q, k, v, gates.unflatten(-1, (4, 4)), scale=0.5)
-    normed = F.rms_norm(out, (8,), mixer.norm.weight, 1e-5).flatten(-2)
-    assert_same(mixer(x, whole()), mixer.output(normed * F.silu(mixer.gate(x))))
+
+    def definition(x):
+        q, k, v = (part(x).unflatten(-1, (4, -1)) for part in (mixer.query, mixer.key, mixer.value))
+        gates = F.logsigmoid(x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T + mixer.decay[1].bias) / 16
+        out = recurrent(q, k, v, gates.unflatten(-1, (4, 4)), scale=0.5)
+        normed = F.rms_norm(out, (8,), mixer.norm.weight, 1e-5).flatten(-2)
+        return mixer.output(normed * F.silu(mixer.gate(x)))
+
+    assert_definition("gated_linear_attention", PLAIN, mixer, definition)
 
 
 def test_retnet_is_its_recurrence():
@@ -163,16 +237,19 @@ def test_retnet_is_its_recurrence():
     torch.nn.init.normal_(mixer.norm.weight, 1.0, 0.2)
     torch.nn.init.normal_(mixer.norm.bias, 0.0, 0.2)
     assert (mixer.key_dim, mixer.value_dim) == (8, 16)
-    x = draw(2, LENGTH, WIDTH)
-    q, k, v = (part(x).unflatten(-1, (4, -1)) for part in (mixer.query, mixer.key, mixer.value))
-    angle = torch.arange(LENGTH)[:, None] * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]
-    q, k = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).mT.flatten(-2) for x in (q, k))
-    gamma = 1 - 2.0 ** (-5 - torch.arange(4, dtype=torch.float64))
-    out = recurrent(q, k, v, gamma.log()[None, None, :, None].expand(2, LENGTH, 4, 8), scale=8**-0.5)
-    normed = F.group_norm(out.reshape(-1, 64), 4, mixer.norm.weight, mixer.norm.bias, 1e-5).view(2, LENGTH, 64)
+
+    def definition(x):
+        q, k, v = (part(x).unflatten(-1, (4, -1)) for part in (mixer.query, mixer.key, mixer.value))
+        angle = torch.arange(LENGTH)[:, None] * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+        turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]
+        q, k = (torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).mT.flatten(-2) for x in (q, k))
+        gamma = 1 - 2.0 ** (-5 - torch.arange(4, dtype=torch.float64))
+        out = recurrent(q, k, v, gamma.log()[None, None, :, None].expand(2, LENGTH, 4, 8), scale=8**-0.5)
+        normed = F.group_norm(out.reshape(-1, 64), 4, mixer.norm.weight, mixer.norm.bias, 1e-5).view(2, LENGTH, 64)
+        return mixer.output(normed * F.silu(mixer.gate(x)))
+
     # The angles of the op are float32.
-    assert_same(mixer(x, whole()), mixer.output(normed * F.silu(mixer.gate(x))), 1e-4)
+    assert_definition("retnet", PLAIN, mixer, definition, 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import assert_agrees, with_gradients
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
@@ -37,25 +38,17 @@ def unkernelised(monkeypatch, modeling, *names):
         monkeypatch.setattr(modeling, name, getattr(modeling, name).__wrapped__)
 
 
-def assert_same_with_gradients(ours, theirs, x, expected_of, parameters):
+def assert_same_with_gradients(mixer, oracle, ours, expected_of, parameters):
     """Outputs, the gradient of x and those of the parameters (our name: theirs); theirs computes in float32 inside."""
-    given, dout = x.clone().requires_grad_(), draw(*x.shape, seed=9)
-    out = ours(given, whole())
-    out.backward(dout)
-    other = x.clone().requires_grad_()
-    expected = expected_of(other)
-    expected.backward(dout)
-    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(given.grad, other.grad, atol=5e-4, rtol=5e-4)
-    found = dict(ours.named_parameters())
-    for name, right in parameters.items():
-        torch.testing.assert_close(
-            found[name].grad,
-            right.grad.view_as(found[name]),
-            atol=5e-4,
-            rtol=5e-4,
-            msg=lambda m, name=name: f"{name}: {m}",
-        )
+    x, dout, own = draw(2, LENGTH, WIDTH), draw(2, LENGTH, WIDTH, seed=9), dict(ours.named_parameters())
+    found = []
+    for call, of in ((lambda x: ours(x, whole()), own), (expected_of, parameters)):
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)
+        out.backward(dout)
+        found.append([out.detach(), leaf.grad, *(of[name].grad.view_as(own[name]) for name in parameters)])
+    assert_agrees(mixer, oracle, *(tensors[:1] for tensors in found), tolerance=1e-4)
+    assert_agrees(mixer, oracle, *found, tolerance=5e-4)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
@@ -86,7 +79,8 @@ def test_gated_deltanet_is_the_one_in_transformers_qwen3_next(monkeypatch, key_h
         "conv.weight": theirs.conv1d.weight, "decay_gate.A_log": theirs.A_log, "decay_gate.dt_bias": theirs.dt_bias,
         "norm.weight": theirs.norm.weight, "output.weight": theirs.out_proj.weight,
     }  # fmt: skip
-    assert_same_with_gradients(ours, theirs, draw(2, LENGTH, WIDTH), theirs, parameters)
+    name = "transformers, Qwen3NextGatedDeltaNet"
+    assert_same_with_gradients("gated_deltanet", name, ours, theirs, parameters)
 
 
 def test_kimi_delta_attention_is_the_one_in_transformers(monkeypatch):
@@ -111,7 +105,8 @@ def test_kimi_delta_attention_is_the_one_in_transformers(monkeypatch):
     parameters |= {"decay_gate.A_log": theirs.forget_gate.A_log, "decay_gate.dt_bias": theirs.forget_gate.dt_bias}
     shapes = {name: x.shape for name, x in ours.named_parameters()}
     ours.load_state_dict({name: x.detach().reshape(shapes[name]) for name, x in parameters.items()})
-    assert_same_with_gradients(ours, theirs, draw(2, LENGTH, WIDTH), theirs, parameters)
+    name = "transformers, KimiLinearDeltaAttention"
+    assert_same_with_gradients("kimi_delta_attention", name, ours, theirs, parameters)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -173,7 +168,8 @@ def test_rwkv7_is_the_one_in_flash_linear_attention(monkeypatch, layer):
         return result[0]
 
     run.named_parameters = ours.named_parameters
-    assert_same_with_gradients(run, theirs, draw(2, LENGTH, WIDTH), expected_of, parameters)
+    name = "flash-linear-attention, RWKV7Attention"
+    assert_same_with_gradients("rwkv7", name, run, expected_of, parameters)
     if not layer:
         torch.testing.assert_close(*values)
     torch.testing.assert_close(ours.mix.grad, torch.cat([m.grad.flatten(0, 1) for m in mixes]), atol=2e-4, rtol=2e-4)
@@ -194,17 +190,22 @@ def test_deltanet_and_negative_eigenvalues():
     doubled.load_state_dict(plain.state_dict())
     x = draw(2, LENGTH, WIDTH)
     for mixer, factor in ((plain, 1.0), (doubled, 2.0)):
-        q, k, v = (F.silu(part(x)).unflatten(-1, (4, 8)) for part in (mixer.query, mixer.key, mixer.value))
-        q, k = l2_norm(q) * 8**-0.5, l2_norm(k)
-        beta = factor * torch.sigmoid(mixer.beta(x))
-        state, outs = torch.zeros(2, 4, 8, 8, dtype=torch.float64), []
-        for t in range(LENGTH):
-            held = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-            state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (v[:, t] - held))
-            outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-        out = torch.stack(outs, 1)
-        expected = mixer.output(F.silu(mixer.gate(x)) * mixer.norm(out).flatten(-2))
-        torch.testing.assert_close(mixer(x, whole()), expected, atol=1e-9, rtol=1e-9)
+
+        def definition(x, mixer=mixer, factor=factor):
+            q, k, v = (F.silu(part(x)).unflatten(-1, (4, 8)) for part in (mixer.query, mixer.key, mixer.value))
+            q, k = l2_norm(q) * 8**-0.5, l2_norm(k)
+            beta = factor * torch.sigmoid(mixer.beta(x))
+            state, outs = torch.zeros(2, 4, 8, 8, dtype=torch.float64), []
+            for t in range(LENGTH):
+                held = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+                state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (v[:, t] - held))
+                outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+            return mixer.output(F.silu(mixer.gate(x)) * mixer.norm(torch.stack(outs, 1)).flatten(-2))
+
+        parameters = list(mixer.parameters())
+        actual = with_gradients(lambda x, mixer=mixer: mixer(x, whole()), x, parameters)
+        expected = with_gradients(definition, x, parameters)
+        assert_agrees("deltanet", "plain recurrence of the paper", actual, expected)
 
 
 def test_decay_gates_start_within_their_ranges():

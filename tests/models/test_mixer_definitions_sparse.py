@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from model_presets import randomise
+from oracles import assert_agrees
 
 from longreach.kernels.documents import Documents
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
@@ -33,7 +34,7 @@ def by_document(function, x, lengths=LENGTHS):
     return torch.cat([function(part) for part in x[0].split(lengths)]).unsqueeze(0)
 
 
-def assert_same(mixer, definition, lengths=LENGTHS):
+def assert_same(name, mixer, definition, lengths=LENGTHS):
     """Outputs and all gradients, of the parameters and of the input."""
     x, seq = packed(lengths)
     out = mixer(x, seq)
@@ -41,8 +42,10 @@ def assert_same(mixer, definition, lengths=LENGTHS):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
     wanted = [x, *(p for p in mixer.parameters())]
     dout = torch.randn_like(out)
-    for a, b in zip(torch.autograd.grad(out, wanted, dout), torch.autograd.grad(expected, wanted, dout), strict=True):
+    found = [[of.detach(), *torch.autograd.grad(of, wanted, dout)] for of in (out, expected)]
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert_agrees(name, "dense definition, token by token", *found)
 
 
 def attention(q, k, v, seen, scale):
@@ -96,7 +99,7 @@ def test_moba_is_its_definition(size, top_k):
             lists.append(of_head)
         return mixer.output(attention(q, k, v, tokens_of(lists, size), 6**-0.5)[0].flatten(1))
 
-    assert_same(mixer, definition)
+    assert_same("moba", mixer, definition)
 
 
 @pytest.mark.parametrize("dense_length", [0, 9])
@@ -131,7 +134,7 @@ def test_infllm_v2_is_its_definition(count, dense_length):
             lists += [of_group, of_group]
         return mixer.output(attention(q, k, v, tokens_of(lists, size), 6**-0.5)[0].flatten(1))
 
-    assert_same(mixer, definition)
+    assert_same("infllm_v2", mixer, definition)
 
 
 @pytest.mark.parametrize("shared_kv", [False, True])
@@ -185,7 +188,7 @@ def test_nsa_is_its_definition(window, stride, compression, shared_kv):
         out = gates[..., :1] * far + gates[..., 1:2] * chosen + gates[..., 2:] * last
         return mixer.output(out.flatten(1))
 
-    assert_same(mixer, definition)
+    assert_same("native_sparse_attention", mixer, definition)
 
 
 @pytest.mark.parametrize(

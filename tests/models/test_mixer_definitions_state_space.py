@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import assert_agrees
 
 from longreach.kernels.documents import Documents
 from longreach.models.mixers.linear.mlstm import MLSTM
@@ -25,27 +26,23 @@ def fill(module):
             parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
 
 
-def assert_same_with_gradients(ours, theirs, tolerance=1e-3):
-    """Of the outputs and of the input; theirs computes in float32 inside."""
+def assert_same_with_gradients(mixer, oracle, ours, theirs, gradients, tolerance=1e-3):
+    """Outputs, and gradients of the input and of all parameters; theirs computes in float32 inside.
+
+    gradients: theirs of our names, called after their backward.
+    """
     x, dout = draw(2, LENGTH, WIDTH), draw(2, LENGTH, WIDTH, seed=9)
     found = []
     for call in (lambda x: ours(x, Sequence.single(Documents.whole(2, LENGTH))), theirs):
         leaf = x.clone().requires_grad_()
         out = call(leaf)
-        (gradient,) = torch.autograd.grad(out, leaf, dout, retain_graph=True)
         out.backward(dout)
-        found.append((out.double(), gradient))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def assert_same_gradients(ours, expected, tolerance=1e-3):
-    """Of the parameters: our names to the parts of theirs."""
-    parameters = dict(ours.named_parameters())
+        found.append([out.detach(), leaf.grad])
+    parameters, expected = dict(ours.named_parameters()), gradients()
     assert set(expected) == set(parameters)
-    for name, right in expected.items():
-        left = parameters[name].grad
-        assert (left - right.view_as(left)).norm() <= tolerance * right.norm(), name
+    found[0] += [parameters[name].grad for name in expected]
+    found[1] += [right.view_as(parameters[name]) for name, right in expected.items()]
+    assert_agrees(mixer, oracle, *found, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -73,8 +70,8 @@ def test_mamba2_is_the_one_in_transformers(monkeypatch, groups, limit):
         }  # fmt: skip
 
     ours.load_state_dict(renamed(lambda parameter: parameter.detach()))
-    assert_same_with_gradients(ours, theirs)
-    assert_same_gradients(ours, renamed(lambda parameter: parameter.grad))
+    name = "transformers, Mamba2Mixer"
+    assert_same_with_gradients("mamba2", name, ours, theirs, lambda: renamed(lambda parameter: parameter.grad))
 
 
 def test_mlstm_is_the_layer_of_xlstm_in_transformers():
@@ -91,8 +88,13 @@ def test_mlstm_is_the_layer_of_xlstm_in_transformers():
         "output.weight": "out_proj.weight",
     }  # fmt: skip
     ours.load_state_dict({name: theirs.get_parameter(other).detach() for name, other in names.items()})
-    assert_same_with_gradients(ours, lambda x: theirs(x)[0])
-    assert_same_gradients(ours, {name: theirs.get_parameter(other).grad for name, other in names.items()})
+    assert_same_with_gradients(
+        "mlstm",
+        "transformers, xLSTMLayer",
+        ours,
+        lambda x: theirs(x)[0],
+        lambda: {name: theirs.get_parameter(other).grad for name, other in names.items()},
+    )
 
 
 def test_mamba2_starts_as_published():

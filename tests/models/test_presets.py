@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_presets import CONF, MODELS, build_model, compose_model, tokens
 from omegaconf import OmegaConf
+from published_sizes import published
 
 from longreach.kernels.documents import Documents
 from longreach.launch.configuration import model_sizes
@@ -57,7 +58,7 @@ def test_settings_of_mixers_are_written_once():
         assert not [target for target in targets if ".mixers." in target or ".feed_forward." in target], path
 
 
-@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize("preset", [preset for preset in MODELS if preset not in published()])
 def test_has_the_size_that_its_name_states(preset):
     if size := re.search(r"_([\d.]+)([mb])$", preset):
         stated = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
@@ -71,17 +72,18 @@ def test_has_the_size_that_its_name_states(preset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", SMALL)
-def test_learns_a_few_rows_by_heart(preset):
+def test_thirty_steps_lower_the_loss(preset):
+    """On two packed rows that come again, which is cheap: ten steps after ten the loss is lower."""
     torch.manual_seed(0)
     model = build_model(preset)
     model.initialise(0)
-    documents = Documents.from_lengths([[40, 24], [64]], 64)
-    inputs = tokens(2, 64)
+    documents = Documents.from_lengths([[20, 12], [32]], 32)
+    inputs = tokens(2, 32)
     targets = inputs.roll(-1, dims=1)
-    targets[:, -1] = targets[0, 39] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    targets[:, -1] = targets[0, 19] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, foreach=True)
     losses = []
-    for _ in range(8):
+    for _ in range(30):
         loss, count = model(inputs, Sequence.single(documents), targets)
         optimizer.zero_grad()
         (loss / count).backward()
@@ -89,7 +91,9 @@ def test_learns_a_few_rows_by_heart(preset):
         optimizer.step()
         losses.append((loss / count).item())
     assert losses[0] == pytest.approx(torch.tensor(61.0).log().item(), abs=0.4)
-    assert losses[-1] < losses[0] - 1
+    first, second, third = (sum(losses[start : start + 10]) / 10 for start in (0, 10, 20))
+    assert third < second < first
+    assert losses[-1] < losses[0] - 2
 
 
 def test_minimax_01_has_its_pattern_and_residuals():

@@ -1,0 +1,138 @@
+"""One layer of every mixer on a CPU, forward + backward: tokens per second and peak memory, at two lengths.
+
+    python benchmarks/mixers.py [--mixers retnet mamba2 …] [--lengths 2048 16384] [--write]
+
+Settings are those of conf/mixer with at most 4 heads, in a model of width 256, in float32 on one thread, whose own time
+is taken. Each measurement is a process of its own, so that its peak is its own. `--write` keeps the table in
+benchmarks/results/; with `--mixers` it replaces their rows and leaves the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from kernels import machine, peak_bytes
+from longreach.kernels.documents import Documents
+from longreach.models.feed_forward.swiglu import SwiGLU
+from longreach.models.language_model import LanguageModel
+from longreach.models.mixer import Mixer
+from longreach.parallel.sequence import Sequence
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "mixers_cpu.md"
+CONF = HERE.parent / "conf" / "mixer"
+WIDTH, SIZES = 256, {"heads": 4, "kv_heads": 2, "key_heads": 2}
+ROUNDS = 3
+
+
+def with_sizes(name: str, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings of a mixer of conf/mixer, none of `sizes` larger than it says there, and those that this changed."""
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))  # type: ignore[assignment]
+    known, changed = inspect.signature(get_class(settings["_target_"])).parameters, {}
+    for each, most in sizes.items():
+        value = settings.get(each, known[each].default if each in known else None)
+        if type(value) is int and value > most:
+            changed[each] = most
+    return {**settings, **changed}, changed
+
+
+def layer(name: str) -> Mixer:
+    """The mixer with few heads in a model of one layer, with the values that a run begins with."""
+    settings, _ = with_sizes(name, SIZES)
+    mixers = {"it": instantiate(settings, _convert_="all")}
+    feed_forward = partial(SwiGLU, hidden=8)
+    model = LanguageModel(vocabulary=2, width=WIDTH, depth=1, pattern=["it"], mixers=mixers, feed_forward=feed_forward)
+    model.initialise(0)
+    made = model.mixers[0]
+    assert isinstance(made, Mixer)
+    return made
+
+
+def measure(name: str, length: int) -> dict[str, float]:
+    """Seconds and bytes of forward + backward on one row of `length` tokens, which is one document."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    mixer, seq = layer(name), Sequence.single(Documents.whole(1, length))
+    x = torch.randn(1, length, WIDTH, requires_grad=True)
+
+    def run() -> None:
+        mixer.zero_grad(set_to_none=True)
+        x.grad = None
+        out = mixer(x, seq, *(x.detach() for _ in mixer.reads))
+        (out[0] if mixer.publishes else out).sum().backward()
+
+    run()
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.thread_time()
+        run()
+        seconds.append(time.thread_time() - start)
+    return {"seconds": min(seconds), "bytes": peak_bytes(run, "cpu")}
+
+
+def measured(name: str, lengths: list[int]) -> str:
+    """The row of a mixer."""
+    cells, of_token = [], []
+    for length in lengths:
+        command = [sys.executable, str(Path(__file__).resolve()), "--measure", name, str(length)]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(ran.stdout.splitlines()[-1])
+        of_token.append(found["seconds"] / length)
+        cells += [f"{1 / of_token[-1]:,.0f}", f"{found['bytes'] / 2**20:,.0f} MiB"]
+    return f"| {name} | {' | '.join(cells)} | {of_token[-1] / of_token[0]:.2f} |"
+
+
+def rows_kept() -> dict[str, str]:
+    """The rows of the last table, by mixer."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    return {found[1]: found[0] for found in re.finditer(r"^\| (\w+) \| [\d,]+ \|.*$", text, re.MULTILINE)}
+
+
+def main() -> None:
+    names = sorted(path.stem for path in CONF.glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mixers", nargs="+", choices=names, default=names)
+    parser.add_argument("--lengths", nargs=2, type=int, default=[2048, 16384])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.measure:
+        print(json.dumps(measure(chosen.measure[0], int(chosen.measure[1]))))
+        return
+    short, long = (f"{length:,}" for length in chosen.lengths)
+    head = f"| mixer | tokens/s at {short} | peak | tokens/s at {long} | peak | time per token, {long} to {short} |"
+    lines = [head, "|---" * 6 + "|"]
+    print("\n".join(lines), flush=True)
+    rows = {}
+    for name in chosen.mixers:
+        rows[name] = measured(name, chosen.lengths)
+        print(rows[name], flush=True)
+    if chosen.write:
+        rows = {name: row for name, row in sorted((rows_kept() | rows).items()) if name in names}
+        told = (
+            f"Forward + backward of one layer in a model of width {WIDTH}, float32: tokens per second, peak memory "
+            "beyond what was there before, and how much longer a token takes in the longer row."
+        )
+        table = "\n".join([*lines, *rows.values()])
+        RESULTS.write_text(
+            f"# Mixers on a CPU\n\n`python benchmarks/mixers.py --write`, {machine('cpu')}\n\n{told}\n\n{table}\n"
+        )
+        print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
