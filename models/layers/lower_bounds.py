@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LowerBounds(nn.Module):
@@ -29,3 +30,15 @@ class LowerBounds(nn.Module):
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         tensor.zero_()
         return True
+
+
+def bounded(raw: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """(log f, 1 - f) of the forget gates f = bound + (1 - bound) sigmoid(raw), in the type of both together.
+
+    raw `[..., channels]`, bound `[channels]` within 0 … 1. Neither a closed gate nor a bound of 0 makes an infinite
+    logarithm or a gradient that is not a number.
+    """
+    log_closed = F.logsigmoid(-raw)
+    least = torch.finfo(bound.dtype).tiny  # in place of 0, whose logarithm has no gradient
+    log_forget = torch.logaddexp(F.logsigmoid(raw), bound.clamp(min=least).log() + log_closed)
+    return log_forget, (1 - bound) * log_closed.exp()

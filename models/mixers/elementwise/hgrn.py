@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,7 +9,7 @@ from ....kernels.diagonal_scan import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
-from ...layers.lower_bounds import LowerBounds
+from ...layers.lower_bounds import LowerBounds, bounded
 from ...layers.normalisation import RMSNorm
 from ...mixer import Mixer
 
@@ -48,11 +47,8 @@ class HGRN(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         bounds = read[0] if self.bounds is None else self.bounds()
-        raw, bound = self.forget(x), bounds[self.layer]
-        log_closed = F.logsigmoid(-raw)
-        least = torch.finfo(bound.dtype).tiny  # in place of 0, whose logarithm has no gradient
-        log_decay = torch.logaddexp(F.logsigmoid(raw), bound.clamp(min=least).log() + log_closed)
-        entering = F.silu(self.value(x)) * ((1 - bound) * log_closed.exp()).to(x.dtype)
+        log_decay, closed = bounded(self.forget(x), bounds[self.layer])
+        entering = F.silu(self.value(x)) * closed.to(x.dtype)
         out = ops.diagonal_scan(entering, log_decay, seq=seq)
         result = self.output(self.norm(out, self.gate(x), "silu"))
         return (result, bounds) if self.publishes else result

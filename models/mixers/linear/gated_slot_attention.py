@@ -1,0 +1,95 @@
+"""Gated slot attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....kernels.gated_linear import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from ...layers.decay_gate import GateLinear
+from ...layers.normalisation import RMSNorm
+from ...mixer import Mixer, check_groups, head_size
+
+
+class GatedSlotAttention(Mixer):
+    """Softmax attention over a few slots with forget gates (GSA, Zhang et al., 2024, arXiv 2409.07146).
+
+        K_t = K_(t-1) diag(f_t) + k_t^T (1 - f_t)        V_t = diag(f_t) V_(t-1) + (1 - f_t)^T v_t
+        o_t = softmax(q_t K_t) V_t                       q, k, v = silu(W x)
+        f_t = sigmoid(W_f x_t)^(1 / gate_normaliser)     one gate per slot
+        y = W_o RMSNorm(silu(o))                         the norm spans all heads
+
+    slots: M of each head. kv_heads: of k, v and f, by default as many as heads; each is shared by as many heads of q,
+    and repeated for them. There is no scale on q. Raises ValueError for sizes that do not divide.
+    """
+
+    small = {"slots": 6}
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        slots: int = 64,
+        kv_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        gate_normaliser: float = 8.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_groups(heads, kv_heads)
+        if slots < 1 or gate_normaliser <= 0:
+            raise ValueError(f"slots and gate_normaliser must be positive; got {slots} and {gate_normaliser}")
+        self.heads, self.kv_heads, self.slots, self.gate_normaliser = heads, kv_heads, slots, gate_normaliser
+        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.query = nn.Linear(width, heads * self.key_dim, bias=False)
+        self.key = nn.Linear(width, kv_heads * self.key_dim, bias=False)
+        self.value = nn.Linear(width, kv_heads * self.value_dim, bias=False)
+        self.forget = GateLinear(width, kv_heads * slots, bias=False)
+        self.norm = RMSNorm(heads * self.value_dim, norm_eps)
+        self.output = nn.Linear(heads * self.value_dim, width, bias=False)
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        q = F.silu(self.query(x)).unflatten(-1, (self.heads, -1))
+        k, v = (self.by_head(F.silu(project(x))) for project in (self.key, self.value))
+        log_decay = self.by_head(F.logsigmoid(self.forget(x)) / self.gate_normaliser)
+        out = slot_attention(q, k, v, -torch.expm1(log_decay), log_decay, seq=seq, scale=1.0)
+        return self.output(self.norm(F.silu(out.flatten(-2))))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """Splits the last dim into heads of keys and values, each repeated for those of queries that share it."""
+        split = x.unflatten(-1, (self.kv_heads, -1))
+        return split if self.kv_heads == self.heads else split.repeat_interleave(self.heads // self.kv_heads, dim=-2)
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        return slot_flops(seq, heads=self.heads, key_dim=self.key_dim, slots=self.slots, value_dim=self.value_dim)
+
+
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, entering: Tensor, log_decay: Tensor, *, seq: Sequence, scale: float | None = None
+) -> Tensor:
+    """Softmax over M slots per head, into which each token's key and value enter in parts: `[B, T, H, V]`.
+
+        K_t = K_(t-1) diag(exp(g_t)) + k_t^T s_t        p_t = softmax(scale q_t K_t)
+        V_t = diag(exp(g_t)) V_(t-1) + s_t^T v_t        o_t = p_t V_t
+
+    q, k `[B, T, H, K]`, v `[B, T, H, V]`; entering s and log_decay g, never positive, `[B, T, H, M]`. `scale=None` is
+    K^(-1/2). The two states are those of two calls of gated linear attention; neither depends on q. As in Zhang et al.,
+    2024, arXiv 2409.07146.
+    """
+    entering = entering.to(v.dtype)
+    scores = ops.gated_linear_attention(q, k, entering, value_log_decay=log_decay, seq=seq, scale=scale, slot="keys")
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    return ops.gated_linear_attention(weights, entering, v, log_decay, seq=seq, scale=1.0, slot="values")
+
+
+def slot_flops(seq: Sequence, *, heads: int, key_dim: int, slots: int, value_dim: int) -> int:
+    """Forward FLOPs of `slot_attention` on the tokens of `seq`'s rank."""
+    keys = flops(seq.places, heads=heads, key_dim=key_dim, value_dim=slots)
+    return keys + flops(seq.places, heads=heads, key_dim=slots, value_dim=value_dim)
