@@ -99,7 +99,7 @@ def test_minimax_01_has_its_pattern_and_residuals():
     assert all(isinstance(block, MiniMaxBlock) for block in model.blocks)
     assert model.blocks[5].alpha == pytest.approx((2 * 24) ** 0.25)
     assert model.mixers[7].rotary.rotation.dims == model.mixers[7].head_dim // 2
-    factors = [mixer.layer_factor for mixer in model.mixers if isinstance(mixer, LightningAttention)]
+    factors = [mixer.slopes.layer_factor for mixer in model.mixers if isinstance(mixer, LightningAttention)]
     assert factors[7] == pytest.approx(1 - 8 / 23, abs=1e-4)  # the ninth layer of the whole model
 
 

@@ -93,6 +93,11 @@ def _masked(mask: Pattern) -> Callable[..., Tensor]:
     return call
 
 
+def _whole(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
+    """Over sums of positive products, of all of a document's tokens."""
+    return ops.kernel_attention(q.abs(), k.abs() + 0.1, v, seq=seq)
+
+
 def own_attention(*inputs: Tensor, seq: Sequence) -> Tensor:
     """An op over keys that only the tests have."""
     return ops.attention(BiasedAttend, Inputs(*inputs), seq=seq)
@@ -198,6 +203,7 @@ CASES = {
     "near and every 5th": Case(
         _masked(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
     ),
+    "kernel attention": Case(_whole, _ATTENTION, _OUT, keys=True),
     "own attention": Case(own_attention, (*_LINEAR, (("T", "H"), "normal"), (("T", "H"), "normal")), _OUT, keys=True),
     "attention free": Case(
         _attention_free,
