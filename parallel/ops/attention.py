@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.attend import Attend, OnOneDevice
 from ...kernels.documents import PADDING, Documents, Run
-from ...kernels.kernel_attention import KernelAttend, KernelInputs
+from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import run
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
@@ -46,7 +46,7 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence, slot: st
     """o_i = Σ_j (q_i · k_j) v_j / Σ_j (q_i · k_j) over the whole document: `[B, T, H, V]` in q's type.
 
     q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, with G dividing H: features, none of them negative. Raises
-    ValueError when it decodes. See `longreach.kernels.kernel_attention`.
+    ValueError when it decodes. See `longreach.kernels.gated_linear.whole`.
     """
     return attention(KernelAttend, KernelInputs(q, k, v), seq=seq, slot=slot)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ....kernels import gated_linear, kernel_attention
+from ....kernels.gated_linear import flops, whole
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.feature_maps import FeatureMap, Features
@@ -68,7 +68,7 @@ class KernelAttention(Mixer):
 
     def mixing_flops(self, seq: Sequence) -> int:
         sizes = {"heads": self.heads, "key_dim": self.feature_map.size, "value_dim": self.value_dim + 1}
-        return (gated_linear if self.causal else kernel_attention).flops(seq.places, **sizes)
+        return (flops if self.causal else whole.flops)(seq.places, **sizes)
 
 
 def of_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....kernels import gated_linear, kernel_attention
+from ....kernels.gated_linear import flops, whole
 from ....parallel.sequence import Sequence
 from ...layers.feature_maps import PolarityAware
 from ...layers.short_convolution import ShortConvolution
@@ -54,4 +54,4 @@ class PolaFormer(KernelAttention):
 
     def mixing_flops(self, seq: Sequence) -> int:
         sizes = {"heads": 2 * self.heads, "key_dim": self.feature_map.size, "value_dim": self.value_dim // 2 + 1}
-        return (gated_linear if self.causal else kernel_attention).flops(seq.places, **sizes)
+        return (flops if self.causal else whole.flops)(seq.places, **sizes)

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attend import Attend, Gradient, OnOneDevice, check_documents
-from .documents import Documents
-from .masks import Mask, Tile
-from .masks.pattern import Intervals
-from .operation import run
-from .softmax import check_inputs
+from ..attend import Attend, Gradient, OnOneDevice, check_documents
+from ..documents import Documents
+from ..masks import Mask, Tile
+from ..masks.pattern import Intervals
+from ..operation import run
+from ..softmax import check_inputs
+from .normalise import TINY
 
 WHOLE = Mask(causal=False)
-TINY = 1e-30  # a sum of weights below this counts as 0, as in gated linear attention
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:

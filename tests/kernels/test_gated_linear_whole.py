@@ -5,7 +5,7 @@ import torch
 
 from longreach.kernels.attend import merge
 from longreach.kernels.documents import Documents
-from longreach.kernels.kernel_attention import KernelAttend, KernelInputs, kernel_attention
+from longreach.kernels.gated_linear.whole import KernelAttend, KernelInputs, kernel_attention
 
 PACKINGS = {
     "one token": Documents.whole(1, 1),
