@@ -30,9 +30,15 @@ class FeatureMap(nn.Module):
     """Queries `[B, T, H, K]` and keys `[B, T, G, K]` of `seq`'s tokens to `Features` of `size` for each head.
 
     A subclass defines `features`, which maps both alike, or `forward`. What is computed in float32 is rounded once.
+    products: how many multiplications by matrices take per token.
     """
 
     size: int
+    products: int = 0
+
+    def flops(self, seq: Sequence) -> int:
+        """Forward FLOPs of matrices on the tokens of `seq`'s rank."""
+        return 2 * seq.places * self.products
 
     def forward(self, q: Tensor, k: Tensor, seq: Sequence) -> Features:
         return Features(self.features(q, seq), self.features(k, seq))
@@ -72,8 +78,9 @@ class Silu(FeatureMap):
         self.size = dim if groups is None else 2 * dim
         self.lrpe = None if groups is None else LRPE(groups, dim)
 
-    def features(self, x: Tensor, seq: Sequence) -> Tensor:
-        return F.silu(x) if self.lrpe is None else self.lrpe(F.silu(x), seq)
+    def forward(self, q: Tensor, k: Tensor, seq: Sequence) -> Features:
+        q, k = F.silu(q), F.silu(k)
+        return Features(q, k) if self.lrpe is None else Features(*self.lrpe((q, k), seq))
 
 
 class CosineReweighting(FeatureMap):
@@ -89,12 +96,13 @@ class CosineReweighting(FeatureMap):
             raise ValueError(f"max_length must be at least 1; got {max_length}. Give the longest document's length")
         self.size, self.max_length = 2 * dim, max_length
 
-    def features(self, x: Tensor, seq: Sequence) -> Tensor:
-        angle = seq.positions_within(self.max_length, x.device).double()[..., None, None] * (
-            math.pi / 2 / self.max_length
-        )
-        wide = F.relu(widened(x))
-        return torch.cat([wide * angle.cos().to(wide.dtype), wide * angle.sin().to(wide.dtype)], dim=-1).to(x.dtype)
+    def forward(self, q: Tensor, k: Tensor, seq: Sequence) -> Features:
+        position = seq.positions_within(self.max_length, q.device)
+        angle = (position.double() * (math.pi / 2 / self.max_length))[..., None, None]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        of_q, of_k = (torch.cat([x.relu() * cos, x.relu() * sin], dim=-1).to(x.dtype) for x in (q, k))
+        return Features(of_q, of_k)
 
 
 class HedgehogMap(FeatureMap):
@@ -109,7 +117,7 @@ class HedgehogMap(FeatureMap):
 
     def __init__(self, dim: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.size = 2 * dim
+        self.size, self.products = 2 * dim, (heads + kv_heads) * dim**2
         self.query_weight = nn.Parameter(torch.empty(heads, dim, dim))
         self.query_bias = nn.Parameter(torch.empty(heads, dim))
         self.key_weight = nn.Parameter(torch.empty(kv_heads, dim, dim))
@@ -199,11 +207,11 @@ class PositiveRandomFeatures(FeatureMap):
 
     projection: Tensor
 
-    def __init__(self, dim: int, size: int, seed: int, layer: int) -> None:
+    def __init__(self, dim: int, heads: int, kv_heads: int, size: int, seed: int, layer: int) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"features must be at least 1; got {size}. key_dim * log(key_dim) is usual")
-        self.size = size
+        self.size, self.products = size, (heads + kv_heads) * dim * size
         self.register_buffer("projection", orthogonal_gaussian(size, dim, seed, layer))
 
     def forward(self, q: Tensor, k: Tensor, seq: Sequence) -> Features:
@@ -222,19 +230,18 @@ class TrigonometricFeatures(FeatureMap):
     """phi(x) = [sin(w_m . u), cos(w_m . u)] / sqrt(D), m = 1 … D, with u = x / |x|, whose products are
     exp(-|u_q - u_k|^2 / 2) in the mean for sigma = 1 (Peng et al., 2021, arXiv 2103.02143).
 
-    w = sigma * a Gaussian matrix `[heads, D, K]` that is drawn from (seed, layer) and kept in checkpoints; the learned
-    sigma `[heads, K]` starts at 1. The weights can be negative. Keys of a group share the matrix of their queries'
-    first head.
+    w = sigma * a Gaussian matrix `[G, D, K]`, one for each key head and its queries, that is drawn from (seed, layer)
+    and kept in checkpoints; the learned sigma `[G, K]` starts at 1. The weights can be negative.
     """
 
     projection: Tensor
     no_weight_decay = ("sigma",)
 
-    def __init__(self, dim: int, kv_heads: int, size: int, seed: int, layer: int) -> None:
+    def __init__(self, dim: int, heads: int, kv_heads: int, size: int, seed: int, layer: int) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"features must be at least 1; got {size}. The key_dim is usual")
-        self.size = 2 * size
+        self.size, self.products = 2 * size, (heads + kv_heads) * dim * size
         rows = gaussian(kv_heads * size, dim, generator_of(seed, layer))
         self.register_buffer("projection", placed(rows).unflatten(0, (kv_heads, size)))
         self.sigma = nn.Parameter(torch.empty(kv_heads, dim))

@@ -45,8 +45,9 @@ def softmax_attention(
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence, slot: str = "attention") -> Tensor:
     """o_i = Σ_j (q_i · k_j) v_j / Σ_j (q_i · k_j) over the whole document: `[B, T, H, V]` in q's type.
 
-    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, with G dividing H: features, none of them negative. Raises
-    ValueError when it decodes. See `longreach.kernels.gated_linear.whole`.
+    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, with G dividing H: features, none of them negative. Keys and
+    values travel as those of other attention do. Raises ValueError when it decodes. See
+    `longreach.kernels.gated_linear.whole`.
     """
     return attention(KernelAttend, KernelInputs(q, k, v), seq=seq, slot=slot)
 

@@ -234,7 +234,7 @@ def test_random_features_are_drawn_by_seed_and_layer_and_kept():
     for block in rows.split(8):
         cosines = F.normalize(block, dim=-1) @ F.normalize(block, dim=-1).T
         torch.testing.assert_close(cosines, torch.eye(len(block), dtype=torch.float64), atol=1e-6, rtol=0)
-    many = PositiveRandomFeatures(8, 8000, 0, 0).projection
+    many = PositiveRandomFeatures(8, 1, 1, 8000, 0, 0).projection
     assert many.square().sum(-1).mean() == pytest.approx(8, rel=0.05)
     with torch.device("meta"):
         assert projection(Performer).is_meta

@@ -30,4 +30,4 @@ class Performer(KernelAttention):
     def __init__(self, *, seed: int, layer: int, features: int | None = None, **kernel: Any) -> None:
         super().__init__(**kernel)
         size = round(self.key_dim * math.log(self.key_dim)) if features is None else features
-        self.feature_map = PositiveRandomFeatures(self.key_dim, size, seed, layer)
+        self.feature_map = PositiveRandomFeatures(self.key_dim, self.heads, self.kv_heads, size, seed, layer)

@@ -24,10 +24,11 @@ class RFA(KernelAttention):
         o_t = phi(q_t) S_t / max(|phi(q_t) . z_t|, floor)
         phi(x) = [sin(w_m . u), cos(w_m . u)] / sqrt(D), m = 1 … D        u = x / |x|
 
-    Without `gate` g and 1 - g are 1. The estimate of a sum of weights can be 0 or negative: the published code divides
-    by at least 10 / D of what one equal key weighs, and so does `floor` here, of the sum's absolute value.
-    seed: of the features w, drawn once from (seed, layer) and kept in checkpoints, where the paper draws among many
-    sets in training. features: D, by default key_dim. A new model's gates are open: sigmoid^-1(g) from 3 to 6.
+    Without `gate` g and 1 - g are 1; a new model's gates begin with b from 3 to 6. An estimated sum of weights can be
+    near 0, or negative. floor: the least divisor, where a key equal to the query has the weight 1; the published code
+    takes the sum itself to be at least 0.16, for 64 features.
+    seed: of the features w, drawn once from (seed, layer) and kept in checkpoints, where the paper chooses among many
+    sets in training. features: D, by default key_dim.
     The other settings are those of `KernelAttention`. Raises ValueError as that does, and unless the floor is positive.
     """
 
@@ -40,15 +41,15 @@ class RFA(KernelAttention):
         seed: int,
         layer: int,
         features: int | None = None,
-        floor: float = 0.15,
+        floor: float = 0.16,
         gate: bool = False,
         **kernel: Any,
     ) -> None:
         super().__init__(**kernel)
         if floor <= 0:
-            raise ValueError(f"floor must be positive; got {floor}. 0.15 is that of the published code for 64 features")
+            raise ValueError(f"floor must be positive; got {floor}. 0.16 is that of the published code")
         size = self.key_dim if features is None else features
-        self.feature_map = TrigonometricFeatures(self.key_dim, self.kv_heads, size, seed, layer)
+        self.feature_map = TrigonometricFeatures(self.key_dim, self.heads, self.kv_heads, size, seed, layer)
         self.floor = floor
         self.gate = GateLinear(self.query.in_features, self.heads) if gate else None
 
