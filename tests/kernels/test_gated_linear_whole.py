@@ -52,7 +52,7 @@ def test_is_its_matrix(packing, groups):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_sums_are_float32(dtype, tolerance):
-    documents = Documents.from_lengths([[3000, 1000]])
+    documents = Documents.from_lengths([[500, 200]])
     tensors = inputs(documents, dtype=dtype)
     actual = with_gradients(lambda *x: kernel_attention(*x, documents=documents), tensors)
     exact = [x.detach().double().requires_grad_() for x in tensors]

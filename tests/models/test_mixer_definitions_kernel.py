@@ -93,11 +93,13 @@ def naive(mixer, kernel):
 ORACLE = "flash-linear-attention, naive_recurrent_linear_attn"  # which computes in float32
 
 
+@pytest.mark.slow  # its import
 def test_linear_attention_is_published():
     mixer = made(LinearAttention)
     check("linear_attention", mixer, naive(mixer, elu_plus_one), oracle=ORACLE, tolerance=1e-5)
 
 
+@pytest.mark.slow  # its import
 def test_fast_weights_have_published_features():
     published = pytest.importorskip("fla.modules.feature_map", reason="needs the extra oracles")
     mixer, feature_map = made(FastWeights, nu=3), published.DPFPFeatureMap(6, nu=3)
@@ -115,6 +117,7 @@ def test_fast_weights_are_products_of_neighbours():
     torch.testing.assert_close(features.flatten(), torch.stack(expected))
 
 
+@pytest.mark.slow  # its import
 def test_hedgehog_has_published_features():
     published = pytest.importorskip("fla.modules.feature_map", reason="needs the extra oracles")
     mixer, feature_map = made(Hedgehog), published.HedgehogFeatureMap(6).double()
@@ -173,15 +176,19 @@ def test_cosformer_refuses_longer_documents_only():
     mixer(draw(1, 20, WIDTH), Sequence.single(Documents.from_lengths([[9, 8]], 20)))
     with pytest.raises(ValueError, match=message):
         mixer(draw(1, 20, WIDTH), Sequence.single(Documents.from_lengths([[9, 10]], 20)))
-    with pytest.raises(ValueError, match=message):
-        torch.compile(mixer, backend="eager", fullgraph=True)(
-            draw(1, 20, WIDTH), Sequence.single(Documents.from_lengths([[9, 10]], 20))
-        )
     cache = DecodingCache()
     mixer(draw(1, 9, WIDTH), Sequence.decoding(cache, 1, 9))
     cache.advance(9)
     with pytest.raises(ValueError, match=message):
         mixer(draw(1, 1, WIDTH), Sequence.decoding(cache, 1, 1))
+
+
+@pytest.mark.slow
+def test_a_compiled_cosformer_refuses_longer_documents_too():
+    mixer = torch.compile(made(CosFormer, max_length=9), backend="eager", fullgraph=True)
+    mixer(draw(1, 20, WIDTH), Sequence.single(Documents.from_lengths([[9, 8]], 20)))
+    with pytest.raises(ValueError, match="max_length must be"):
+        mixer(draw(1, 20, WIDTH), Sequence.single(Documents.from_lengths([[9, 10]], 20)))
 
 
 def performer_features(x, projection):
@@ -197,14 +204,14 @@ def test_performer_is_its_matrix():
 
 
 def test_performer_estimates_softmax_attention():
-    mixer = made(Performer, seed=0, layer=0, features=60_000)
+    mixer = made(Performer, seed=0, layer=0, features=5000)
     with torch.no_grad():
+        mixer.query.weight *= 0.3
         q, k, v = projected(mixer, draw(1, 7, WIDTH))
         expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         out = mixer(draw(1, 7, WIDTH), whole(1, 7))
-        assert_agrees(
-            "performer", "softmax", [out], [mixer.output(expected.transpose(1, 2).flatten(-2))], tolerance=0.1
-        )
+        expected = mixer.output(expected.transpose(1, 2).flatten(-2))
+    assert (out - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ class PolaFormer(KernelAttention):
     which a language model refuses. The other settings are those of `KernelAttention`. Raises ValueError as that does,
     and for a value_dim that is odd.
     """
-
-    small = MappingProxyType({"conv_size": 3})
 
     @also_takes(KernelAttention)
     def __init__(self, *, alpha: float = 4.0, conv_size: int | None = 5, causal: bool = True, **kernel: Any) -> None:
