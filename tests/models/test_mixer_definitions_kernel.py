@@ -206,7 +206,8 @@ def test_performer_is_its_matrix():
 def test_performer_estimates_softmax_attention():
     mixer = made(Performer, seed=0, layer=0, features=5000)
     with torch.no_grad():
-        mixer.query.weight *= 0.3
+        for layer in (mixer.query, mixer.key):
+            layer.weight *= 0.3
         q, k, v = projected(mixer, draw(1, 7, WIDTH))
         expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         out = mixer(draw(1, 7, WIDTH), whole(1, 7))
