@@ -130,6 +130,11 @@ class LanguageModel(nn.Module):
                 made = construct(partial, setting, occurrence=occurrences[setting], **context)
                 occurrences[setting] += 1
                 part = check_part(made, setting)
+                if not part.causal:
+                    raise ValueError(
+                        f"{setting}.causal must be true in a language model; got false. It would see the tokens that "
+                        "it predicts"
+                    )
                 part.setting, part.label = setting, f"{setting} ({name_of(type(part))}), layer {layer}"
                 return part
 

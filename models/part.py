@@ -31,6 +31,7 @@ class Part(nn.Module):
     in_float32: names of own parameters, not of those of layers inside, that stay in float32 under
         `trainer.dtype=bfloat16`: logarithms of decay rates, biases of decay gates, and what else becomes an exponent
         that is summed over many tokens. Any layer can name such parameters.
+    causal: whether outputs depend on no later token; a language model refuses a part that says False.
     small: sizes with which a few dozen tokens exercise all of the part. Tests and the doctor replace larger sizes by
         these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
     setting, label: what messages call the part; set by the model.
@@ -43,6 +44,7 @@ class Part(nn.Module):
     outputs: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     in_float32: tuple[str, ...] = ()
+    causal: bool = True
     small: Mapping[str, int] = MappingProxyType({})
     setting: str = ""
     label: str = ""

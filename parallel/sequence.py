@@ -203,6 +203,18 @@ class Sequence(Deriving):
         """int32 `[B, T]`: in-document positions of this rank's tokens."""
         return self.reach(device).clamp(min=0) if torch.compiler.is_compiling() else self.local.positions(device)
 
+    def positions_within(self, most: int, device: torch.device | str = "cpu", setting: str = "max_length") -> Tensor:
+        """As `positions`. Raises ValueError, on every rank alike, for a document of more than `most` tokens."""
+        if torch.compiler.is_compiling():
+            shape = self.documents.batch, self.layout.local_length
+            return _positions_within(self.handle, most, setting, *shape, torch.device(device))
+        if (longest := self.derive(_longest)) > most:
+            raise ValueError(
+                f"{setting} must be at least the length of every document; got {most} for one of {longest} tokens. "
+                "Raise it, or shorten the rows"
+            )
+        return self.positions(device)
+
     def reach(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 `[B, T]`: how many tokens of its document are before each of this rank's tokens; −1 for padding."""
         if torch.compiler.is_compiling():
@@ -286,6 +298,12 @@ def _tokens_before(documents: Documents) -> Tensor:
     return documents.positions().masked_fill(documents.ids() < 0, -1)
 
 
+def _longest(seq: Sequence) -> int:
+    """How many tokens the longest document of the whole rows has, so far where it is decoded."""
+    ends = seq.documents.columns.end_position[seq.documents.columns.real]
+    return int(ends.max()) if len(ends) else 0
+
+
 def _frequencies(seq: Sequence, rotation: Rotation) -> Tensor:
     return rotation.frequencies()[0]
 
@@ -298,6 +316,17 @@ def _reach(handle: Tensor, batch: int, length: int, device: torch.device) -> Ten
 
 @_reach.register_fake
 def _(handle: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.empty(batch, length, dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("longreach::positions_within", mutates_args=())
+def _positions_within(handle: Tensor, most: int, setting: str, batch: int, length: int, device: torch.device) -> Tensor:
+    """`Sequence.positions_within` as compiled graphs see it."""
+    return Sequence.of(handle).positions_within(most, device, setting).clone()
+
+
+@_positions_within.register_fake
+def _(handle: Tensor, most: int, setting: str, batch: int, length: int, device: torch.device) -> Tensor:
     return torch.empty(batch, length, dtype=torch.int32, device=device)
 
 

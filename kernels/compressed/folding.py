@@ -11,7 +11,7 @@ from torch import Tensor
 from ..derived import Deriving
 from ..documents import Documents, expanded
 from ..masks import Mask, Tile
-from ..masks.strides import Order
+from ..masks.plain_bands import Order
 from ..windows import WindowLayout
 
 

@@ -24,19 +24,28 @@ Ranges = list[tuple[Tensor, Tensor]]
 
 
 class Band(NamedTuple):
-    """Keys j of a query i: first <= j < last and i − back <= j <= i + ahead, where i − j is a multiple of `stride`."""
+    """Keys j of a query i: first <= j < last and i − back <= j <= i + ahead, where i − j is a multiple of `stride`, and
+    where ⌊i / block⌋ = ⌊j / block⌋."""
 
     first: int = 0
     last: int = FAR
     back: int = FAR
     ahead: int = FAR
     stride: int = 1
+    block: int = FAR
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither a stride nor blocks."""
+        return self.stride == 1 and self.block == FAR
 
     def overlaps(self, other: Band) -> bool:
         """Whether both bands can have one pair of positions."""
         if max(self.first, other.first) >= min(self.last, other.last):
             return False
-        nearest, farthest = max(-self.ahead, -other.ahead), min(self.back, other.back)  # of i − j
+        within = min(self.block, other.block) - 1  # positions of one block are no farther apart
+        nearest = max(-self.ahead, -other.ahead, -within)  # of i − j
+        farthest = min(self.back, other.back, within)
         stride = math.lcm(self.stride, other.stride)
         return farthest // stride * stride >= nearest
 
@@ -46,6 +55,10 @@ class Band(NamedTuple):
 
     def pairs(self, queries: Runs, keys: Runs) -> Tensor:
         """How many (query, key) pairs are visible, in closed form: of each run and the run of keys beside it."""
+        if self.block < FAR:
+            owner, cut, others = _in_blocks(Reach.of(queries), Reach.of(keys), self.block)
+            of_blocks = self._replace(block=FAR).pairs(cut.runs, others.runs)
+            return torch.zeros_like(queries.position).index_add_(0, owner, of_blocks)
         low, high = keys.position.clamp(min=self.first), keys.end_position.clamp(max=self.last)
         total = torch.zeros_like(low)
         for rest in range(self.stride):  # positions of one remainder are a band without a stride
@@ -57,6 +70,10 @@ class Band(NamedTuple):
 
     def any_pair(self, queries: Reach, keys: Reach) -> Tensor:
         """bool: whether any query of positions start..stop sees any of the keys of positions start..stop beside it."""
+        if self.block < FAR:
+            owner, cut, others = _in_blocks(queries, keys, self.block)
+            seen = self._replace(block=FAR).any_pair(cut, others)
+            return torch.zeros_like(queries.start).index_add_(0, owner, seen.long()) > 0
         start, stop = keys.start.clamp(min=self.first), keys.stop.clamp(max=self.last)
         nearest = (queries.start - stop + 1).clamp(min=-self.ahead)  # of i − j, every number between is one of a pair
         farthest = (queries.stop - 1 - start).clamp(max=self.back)
@@ -70,6 +87,9 @@ class Band(NamedTuple):
         high = stop.clamp(max=self.last) if self.last < FAR else stop
         low = torch.maximum(low, query - self.back) if self.back < FAR else low
         high = torch.minimum(high, query + (self.ahead + 1)) if self.ahead < FAR else high
+        if self.block < FAR:
+            begin = query // self.block * self.block
+            low, high = torch.maximum(low, begin), torch.minimum(high, begin + self.block)
         if self.stride > 1:
             low = low + (query - low) % self.stride
             return ((high - low + self.stride - 1) // self.stride).clamp(min=0)
@@ -87,7 +107,23 @@ class Band(NamedTuple):
             seen &= j < self.last
         if self.stride > 1:
             seen &= ahead % self.stride == 0
+        if self.block < FAR:
+            seen &= i // self.block == j // self.block
         return seen
+
+    def in_blocks(self, low: Tensor, high: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions low..high, as far as they are in the blocks of positions start..stop."""
+        if self.block == FAR:
+            return low, high
+        first, last = start // self.block, (stop - 1) // self.block
+        return torch.maximum(low, first * self.block), torch.minimum(high, (last + 1) * self.block)
+
+    def in_one_block(self, low: Tensor, high: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """As `in_blocks` where start..stop are all in one block; nothing elsewhere."""
+        low, high = self.in_blocks(low, high, start, stop)
+        return low, high if self.block == FAR else torch.where(
+            start // self.block == (stop - 1) // self.block, high, low
+        )
 
 
 class Pattern(Plain, ABC):
@@ -143,10 +179,12 @@ class Pattern(Plain, ABC):
         all of these queries see. Ranges may be empty, and may overlap."""
         some, every = [], []
         for band in self.bands:
-            some.append(((start - band.back).clamp(min=band.first), (stop + band.ahead).clamp(max=band.last)))
+            low, high = (start - band.back).clamp(min=band.first), (stop + band.ahead).clamp(max=band.last)
+            some.append(band.in_blocks(low, high, start, stop))
             if band.stride == 1:
                 low, high = stop - 1 - band.back, start + band.ahead + 1
-                every.append((low.clamp(min=band.first), high.clamp(max=band.last)))
+                low, high = low.clamp(min=band.first), high.clamp(max=band.last)
+                every.append(band.in_one_block(low, high, start, stop))
         return some, every
 
     def queries_of(self, start: Tensor, stop: Tensor) -> tuple[Ranges, Ranges]:
@@ -156,7 +194,8 @@ class Pattern(Plain, ABC):
         for band in self.bands:
             low, high = start.clamp(min=band.first), stop.clamp(max=band.last)
             inside = low < high
-            some.append((torch.where(inside, low - band.ahead, 0), torch.where(inside, high + band.back, 0)))
+            some_low, some_high = band.in_blocks(low - band.ahead, high + band.back, low, high)
+            some.append((torch.where(inside, some_low, 0), torch.where(inside, some_high, 0)))
         borders = sorted({0, FAR, *(border for band in self.bands for border in band[:2])})
         every: Ranges = [(torch.full_like(start, -FAR), torch.full_like(stop, FAR))]
         for first, last in pairwise(borders):  # keys first..last are in the same bands, and all of them must be seen
@@ -164,7 +203,7 @@ class Pattern(Plain, ABC):
             of_part = []
             for band in self.bands:
                 if band.first <= first and last <= band.last and band.stride == 1:
-                    of_part.append((high - 1 - band.ahead, low + band.back + 1))
+                    of_part.append(band.in_one_block(high - 1 - band.ahead, low + band.back + 1, low, high))
             absent = low >= high
             every = [
                 (torch.where(absent, a, torch.maximum(a, c)), torch.where(absent, b, torch.minimum(b, d)))
@@ -175,7 +214,8 @@ class Pattern(Plain, ABC):
 
     def kept(self, length: int) -> Intervals:
         """Which of the first `length` positions queries after them can see: what a decoding cache has to keep."""
-        return union([(max(band.first, length - band.back), min(band.last, length)) for band in self.bands])
+        begins = [max(band.first, length - band.back, length // band.block * band.block) for band in self.bands]
+        return union([(begin, min(band.last, length)) for begin, band in zip(begins, self.bands, strict=True)])
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         """The work of `queries` against `keys`; None where the pattern leaves none: no send or call is needed then."""
@@ -244,6 +284,24 @@ class Reach(NamedTuple):
     @classmethod
     def of(cls, runs: Runs) -> Reach:
         return cls(runs.position, runs.end_position)
+
+    @property
+    def runs(self) -> Runs:
+        """Runs of these positions, of no document and nowhere in a row."""
+        nowhere = torch.zeros_like(self.start)
+        return Runs(nowhere, nowhere, nowhere, self.stop - self.start, self.start)
+
+
+def _in_blocks(queries: Reach, keys: Reach, size: int) -> tuple[Tensor, Reach, Reach]:
+    """Both cut where blocks of `size` positions begin: of each block that has both queries and keys, the line of which
+    it is, its queries and its keys."""
+    first = torch.maximum(queries.start, keys.start) // size
+    last = (torch.minimum(queries.stop, keys.stop) - 1) // size
+    owner, place = expanded((last - first + 1).clamp(min=0))
+    begin = (first[owner] + place) * size
+    cut = [Reach(torch.maximum(x.start[owner], begin), torch.minimum(x.stop[owner], begin + size))
+           for x in (queries, keys)]  # fmt: skip
+    return owner, cut[0], cut[1]
 
 
 def _pairs(tile: Tile) -> int:

@@ -14,7 +14,7 @@ from ..dispatch import asked, best, resolve
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
 from ..masks.pattern import Intervals
-from ..masks.strides import Order, without_strides
+from ..masks.plain_bands import Order, with_plain_bands
 from ..operation import run
 from ..plain import made_of
 from . import chunked, library, reference
@@ -99,7 +99,7 @@ class SoftmaxAttend(Attend):
     ) -> tuple[Tensor, Tensor]:
         k, v = received
         merged: tuple[Tensor, Tensor] | None = None
-        for part in without_strides(tile, k.device):
+        for part in with_plain_bands(tile, k.device):
             tensors = _in_order(inputs.q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
             out, lse = _implementation(backend, *tensors, part.tile).attend(*tensors, tile=part.tile, scale=self.scale)
             if part.queries is not None:
@@ -166,7 +166,7 @@ def attend_backward(
     Libraries take no gradient of lse: where there is one, "library" means the Triton kernels.
     """
     total: tuple[Tensor, ...] | None = None
-    for part in without_strides(tile, q.device):
+    for part in with_plain_bands(tile, q.device):
         inputs = _in_order(q, part.queries), _in_order(k, part.keys), _in_order(v, part.keys)
         dlse = None if gradient.dlse is None else _in_order(gradient.dlse, part.queries)
         of_part = Gradient(*(_in_order(x, part.queries) for x in gradient[:3]), dlse)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...kernels.attend import Attend, OnOneDevice
 from ...kernels.documents import PADDING, Documents, Run
+from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import run
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
@@ -39,6 +40,16 @@ def softmax_attention(
     """
     settings = (CAUSAL if mask is None else mask).settings, q.shape[-1] ** -0.5 if scale is None else scale
     return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, seq=seq, slot=slot)
+
+
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence, slot: str = "attention") -> Tensor:
+    """o_i = Σ_j (q_i · k_j) v_j / Σ_j (q_i · k_j) over the whole document: `[B, T, H, V]` in q's type.
+
+    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, with G dividing H: features, none of them negative. Keys and
+    values travel as those of other attention do. Raises ValueError when it decodes. See
+    `longreach.kernels.gated_linear.whole`.
+    """
+    return attention(KernelAttend, KernelInputs(q, k, v), seq=seq, slot=slot)
 
 
 def attention(

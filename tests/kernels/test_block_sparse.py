@@ -19,7 +19,7 @@ from longreach.kernels.block_sparse import (
 )
 from longreach.kernels.blocks import BlockLayout, BlockTile
 from longreach.kernels.documents import Documents
-from longreach.kernels.masks import Mask
+from longreach.kernels.masks import BlockLocal, Mask
 from longreach.kernels.softmax import bytes_sent, softmax_attention, state_bytes
 from longreach.parallel.layout import Layout
 
@@ -27,6 +27,7 @@ MASKS = {
     "causal": Mask(),
     "full": Mask(causal=False),
     "window 9": Mask(window=9),
+    "blocks of 11": BlockLocal(11),
     "window 7, 3 sinks": Mask(window=7, sink_tokens=3),
 }
 PACKINGS = {

@@ -9,7 +9,7 @@ from longreach.kernels.block_sparse import attend, attend_backward
 from longreach.kernels.block_sparse import triton as kernels
 from longreach.kernels.blocks import BlockLayout, BlockTile
 from longreach.kernels.documents import Documents
-from longreach.kernels.masks import Mask
+from longreach.kernels.masks import BlockLocal, Mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = Documents.from_lengths([[3, 9, 1], [12]], 13)
@@ -59,7 +59,7 @@ def check(
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=5, sink_tokens=2)])
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=5, sink_tokens=2), BlockLocal(11)])
 def test_lists_of_a_group_go_by_queries(mask):
     check(heads=8, groups=1, list_heads=1, mask=mask)
 

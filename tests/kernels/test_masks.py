@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.kernels.documents import Documents, Run, Runs
-from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
+from longreach.kernels.masks import Band, Bands, BlockLocal, Dilated, Mask, Pattern
 from longreach.kernels.plain import made_of
 
 masks = st.one_of(
@@ -14,7 +14,9 @@ masks = st.one_of(
     st.just(Mask(causal=False)),
     st.builds(lambda window, sinks: Mask(window=window, sink_tokens=sinks), st.integers(1, 12), st.integers(0, 5)),
     st.builds(Dilated, st.integers(1, 4), st.one_of(st.none(), st.integers(1, 12))),
+    st.builds(BlockLocal, st.integers(1, 12)),
     st.just(Bands((Band(back=3, ahead=2), Band(ahead=-4, stride=3)))),  # both sides nearby, every third far behind
+    st.just(Bands((Band(back=6, ahead=6, stride=2, block=7), Band(first=2, back=9, ahead=-7, block=10)))),
 )
 runs = st.builds(lambda length, position: Run(0, 0, length, position), st.integers(1, 15), st.integers(0, 20))
 rows_of_lengths = st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=3)
@@ -28,6 +30,10 @@ def seen(mask: Pattern, i: int, j: int) -> bool:
     """The definition, one pair at a time."""
     if isinstance(mask, Dilated):
         return i >= j and (i - j) % mask.dilation == 0 and (mask.window is None or i - j < mask.window)
+    if isinstance(mask, BlockLocal):
+        return i >= j and i // mask.block == j // mask.block
+    if isinstance(mask, Bands) and mask.bands[0].block == 7:
+        return (i // 7 == j // 7 and (i - j) % 2 == 0) or (j >= 2 and 7 <= i - j <= 9 and i // 10 == j // 10)
     if isinstance(mask, Bands):
         return -2 <= i - j <= 3 or (i - j >= 4 and (i - j) % 3 == 0)
     if not mask.causal:
@@ -99,7 +105,7 @@ def test_counts_of_keys_and_what_a_cache_keeps(mask, i, start, length):
 
 
 def test_a_pattern_is_made_again_of_its_settings():
-    for mask in (Mask(window=3, sink_tokens=1), Dilated(2, window=7), Bands((Band(back=3),))):
+    for mask in (Mask(window=3, sink_tokens=1), Dilated(2, window=7), BlockLocal(5), Bands((Band(back=3),))):
         assert made_of(mask.settings) == mask
 
 
@@ -114,6 +120,8 @@ def test_bad_masks():
         Mask(sink_tokens=2)
     with pytest.raises(ValueError, match="dilation must be at least 1"):
         Dilated(0)
+    with pytest.raises(ValueError, match="block must be at least 1"):
+        BlockLocal(0)
     for bands in ((Band(back=3), Band(back=5, ahead=0)), (Band(ahead=0, stride=2), Band(back=9, ahead=0, stride=3))):
         with pytest.raises(ValueError, match="must not share a pair"):
             Bands(bands)

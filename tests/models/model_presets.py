@@ -29,15 +29,25 @@ WIDTH = 32
 # Settings that tests add to the small sizes: what no preset uses, and blocks longer than the spans that tests change.
 ODD: dict[str, dict[str, Any]] = {
     "aft_full": {"max_length": 512},
+    "cosformer": {"kv_heads": 2, "max_length": 300_000},
+    "diag_attention": {"kv_heads": 1, "block": 16},
     "dilated_attention": {"kv_heads": 1, "window": 17, "dilation": 3},
+    "fast_weights": {"kv_heads": 1, "key_dim": 6},
     "gated_short_convolution": {"conv_size": 5},
     "h3": {"head_dim": 2},
+    "hedgehog": {"kv_heads": 2, "value_dim": 10},
     "infllm_v2": {"kv_heads": 1, "block_size": 16, "count": 2, "window_size": 8, "window_stride": 4, "initial": 0},
+    "linear_attention": {"kv_heads": 2, "value_dim": 10, "bias": True},
     "mamba2": {"groups": 2},
     "mamba3": {"groups": 2, "rank": 2, "rope_fraction": 0.4},
     "moba": {"block_size": 16},
     "native_sparse_attention": {"value_dim": 10, "block_size": 8, "qk_norm": True, "conv_size": 3},
+    "performer": {"kv_heads": 2},
+    "polaformer": {"kv_heads": 2},
+    "rfa": {"kv_heads": 2},
     "sliding_window_attention": {"kv_heads": 1, "window": 16, "sink_tokens": 2, "sink_logits": True},
+    "transnormer": {"kv_heads": 2, "key_dim": 6},
+    "transnormer_llm": {"kv_heads": 2, "lrpe_layers": 2, "value_dim": 10},
 }
 
 

@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 from published_sizes import published
 
 from longreach.kernels.documents import Documents
+from longreach.kernels.masks import BlockLocal
 from longreach.launch.configuration import model_sizes
 from longreach.models.block import Block, MiniMaxBlock, OutputNormBlock, ParallelBlock, PostNormBlock, SandwichBlock
+from longreach.models.layers.normalisation import RMSNorm
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.part import Part
@@ -103,8 +105,41 @@ def test_minimax_01_has_its_pattern_and_residuals():
     assert all(isinstance(block, MiniMaxBlock) for block in model.blocks)
     assert model.blocks[5].alpha == pytest.approx((2 * 24) ** 0.25)
     assert model.mixers[7].rotary.rotation.dims == model.mixers[7].head_dim // 2
-    factors = [mixer.layer_factor for mixer in model.mixers if isinstance(mixer, LightningAttention)]
+    factors = [mixer.slopes.layer_factor for mixer in model.mixers if isinstance(mixer, LightningAttention)]
     assert factors[7] == pytest.approx(1 - 8 / 23, abs=1e-4)  # the ninth layer of the whole model
+
+
+def test_transnormer_llm_is_as_its_code_has_it():
+    for preset, width, depth, hidden, published in (
+        ("385m", 1024, 24, 2816, 385e6), ("1b", 2048, 16, 5632, 1e9), ("7b", 4096, 30, 11008, 6.8e9),
+    ):  # fmt: skip
+        model = on_meta(f"transnormer_llm_{preset}", 50_272)
+        assert model.parameter_count() == 50_272 * width + depth * (5 * width**2 + 3 * width * hidden) + width
+        assert model.parameter_count() == pytest.approx(published, rel=0.01)
+    assert [mixer.feature_map.lrpe is not None for mixer in model.mixers] == [True] + [False] * 29
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 3 * 30 + 1
+    assert all(norm.weight is None for norm in norms)
+
+
+def test_transnormer_attends_within_blocks_in_its_lower_half():
+    masks = [getattr(mixer, "mask", None) for mixer in on_meta("transnormer_tiny").mixers]
+    assert masks == [BlockLocal(64)] * 4 + [None] * 4
+
+
+def test_norms_are_chosen_for_all_blocks():
+    x, width = torch.randn(1, 3, 192), 192
+    for schemes in (Block, OutputNormBlock, PostNormBlock, SandwichBlock, ParallelBlock, MiniMaxBlock):
+        model = build_model(
+            "llama_tiny",
+            norm="unweighted_rms",
+            block={"_target_": f"longreach.models.block.{schemes.__name__}", "_partial_": True},
+        )
+        names = [name for name, _ in model.named_parameters() if "norm" in name]
+        assert names == [], schemes
+    torch.testing.assert_close(model.norm(x), torch.nn.functional.rms_norm(x, (width,), eps=model.norm.eps))
+    with pytest.raises(ValueError, match=r"model\.norm must be one of rms, unweighted_rms; got 'none'"):
+        build_model("llama_tiny", norm="none")
 
 
 def test_sliding_window_has_two_rope_bases():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longreach.kernels.attention_free import AttentionFree, AttentionFreeInputs
 from longreach.kernels.documents import Documents
-from longreach.kernels.masks import Band, Bands, Dilated, Mask, Pattern
+from longreach.kernels.masks import Band, Bands, BlockLocal, Dilated, Mask, Pattern
 from longreach.kernels.operation import Kept
 from longreach.kernels.select_blocks import Rule
 from longreach.parallel import ops
@@ -86,11 +86,16 @@ def _attend(scale: float | None = None, **mask: Any) -> Callable[..., Tensor]:
     return call
 
 
-def _strided(mask: Pattern) -> Callable[..., Tensor]:
+def _masked(mask: Pattern) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
         return ops.softmax_attention(q, k, v, seq=seq, mask=mask)
 
     return call
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
+    """Over sums of positive products, of all of a document's tokens."""
+    return ops.kernel_attention(q.abs(), k.abs() + 0.1, v, seq=seq)
 
 
 def own_attention(*inputs: Tensor, seq: Sequence) -> Tensor:
@@ -192,11 +197,13 @@ CASES = {
     "window": Case(_attend(window=9, scale=SCALE), _ATTENTION, _OUT, keys=True),
     "short window": Case(_attend(window=1), _ATTENTION, _OUT, keys=True),
     "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, (("H",), "normal")), _OUT, keys=True),
-    "dilated": Case(_strided(Dilated(3)), _ATTENTION, _OUT, keys=True),
-    "dilated window": Case(_strided(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),
+    "dilated": Case(_masked(Dilated(3)), _ATTENTION, _OUT, keys=True),
+    "block-local": Case(_masked(BlockLocal(11)), _ATTENTION, _OUT, keys=True),
+    "dilated window": Case(_masked(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),
     "near and every 5th": Case(
-        _strided(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
+        _masked(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
     ),
+    "kernel attention": Case(_whole, _ATTENTION, _OUT, keys=True),
     "own attention": Case(own_attention, (*_LINEAR, (("T", "H"), "normal"), (("T", "H"), "normal")), _OUT, keys=True),
     "attention free": Case(
         _attention_free,

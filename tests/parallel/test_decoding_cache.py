@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from longreach.kernels.masks import Band, Bands, Dilated, Mask
+from longreach.kernels.masks import Band, Bands, BlockLocal, Dilated, Mask
 from longreach.parallel.decoding_cache import CachedRows, DecodingCache
 
 MASKS = {
     "causal": Mask(),
     "window": Mask(window=7),
     "window and sinks": Mask(window=7, sink_tokens=3),
+    "block-local": BlockLocal(8),
     "dilated": Dilated(3, window=9),
     "a far stretch and a window": Bands((Band(first=5, last=8, ahead=0), Band(first=8, back=4, ahead=0))),
 }

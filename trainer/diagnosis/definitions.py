@@ -67,6 +67,8 @@ def _seen(size: int, mask: Any) -> Tensor:
         return j <= i
     if hasattr(mask, "dilation"):
         return (j <= i) & ((i - j) % mask.dilation == 0) & (i - j < (mask.window or size))
+    if hasattr(mask, "block"):
+        return (j <= i) & (i // mask.block == j // mask.block)
     if not hasattr(mask, "causal"):  # a pattern of the user's: what it says of each pair
         return mask.visible(i.squeeze(1), j.squeeze(0))
     seen = j <= i if mask.causal else torch.ones(size, size, dtype=torch.bool)

@@ -24,7 +24,8 @@ COUNTS = ("heads", "groups")  # settings with these words in their names stay as
 def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, Any]:
     """A configuration of little width with two layers of each kind of mixer, where the model has as many.
 
-    Windows shrink to `window`, other sizes to the mixer's or feed-forward layer's `small`; heads, groups and taps stay.
+    Windows, and blocks of positions, shrink to `window`, other sizes to the mixer's or feed-forward layer's `small`;
+    heads, groups and taps stay.
     Values of one setting that differ between layers still differ: if they were equal, a cache that confuses layers
     would not show. The width is the smallest that every layer accepts; if none is, widths of heads and model stay.
     Raises ValueError if the model itself cannot be built.
@@ -90,7 +91,7 @@ class _Small:
         least = {name: size for name, size in _least(settings).items() if name not in self.kept}
         result = {}
         for name, value in {**settings, **_numbers(settings, least)}.items():
-            if type(value) is int and name == "window":
+            if type(value) is int and name in ("window", "block"):
                 result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
             elif type(value) is int and name in least:
                 # By doubling, what divides another value goes on doing so.

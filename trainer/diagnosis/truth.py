@@ -242,6 +242,12 @@ class FarSequence(Sequence):
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         return super().positions(device) + FAR
 
+    def positions_within(self, most: int, device: torch.device | str = "cpu", setting: str = "max_length") -> Tensor:
+        """As far as there is room."""
+        near = super().positions(device)
+        super().positions_within(most, device, setting)
+        return near + min(FAR, most - int(self.documents.columns.end_position.max()))
+
     @classmethod
     def of_near(cls, seq: Sequence) -> FarSequence:
         return cls(**{field.name: getattr(seq, field.name) for field in fields(seq)})

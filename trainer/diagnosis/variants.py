@@ -54,8 +54,9 @@ def edge_calls(case: Case, calls: list[Call]) -> Iterator[Call]:
 def _resized(call: Call, size: int, case: Case) -> Call | None:
     kwargs, what = call.kwargs, f"of {size} tokens, "
     mask: Any = kwargs.get("mask")
-    if call.op == "softmax_attention" and getattr(mask, "window", None) is not None:
-        return replace(call, kwargs={**kwargs, "mask": replace(mask, window=size)}, variant=f"window {what}")
+    for name in ("window", "block"):
+        if call.op == "softmax_attention" and getattr(mask, name, None) is not None:
+            return replace(call, kwargs={**kwargs, "mask": replace(mask, **{name: size})}, variant=f"{name} {what}")
     if call.op == "short_conv":
         taps = torch.arange(size + 1) % call.args[1].shape[1]
         return replace(call, args=(call.args[0], call.args[1][:, taps]), variant=f"{size + 1} taps, ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,20 +10,22 @@ from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
+from ...layers.slopes import Slopes
 from ...mixer import Mixer, head_size
 
 
 class LightningAttention(Mixer):
     """Linear attention with a fixed decay a head (MiniMax-01, 2025, arXiv 2501.08313; Qin et al., arXiv 2401.04658).
 
-        S_t = exp(-slope_h) S_(t-1) + k_t^T v_t        o_t = q_t S_t        q, k, v = silu(W x)
-        slope_h = 2^(-8 (h + 1) / H) * (1 - layer / (depth - 1 + 1e-5) + 1e-5)        h = 0 … H - 1
+        S_t = exp(-slope_h) S_(t-1) + k_t^T v_t        o_t = q_t S_t        q, k, v = silu(W x)        h = 0 … H - 1
+        slope_h = 2^(-8 (h + 1) / H) * (1 - layer / (depth - 1 + 1e-5) + 1e-5)        slope_rule geometric
+        slope_h = 8 h / H * (1 - layer / depth)                                       slope_rule arithmetic
         y = W_o (sigmoid(W_g x) * RMSNorm(o))           the norm spans all heads
 
-    `layer` counts from 0 over the whole model: later layers forget more slowly. No positions, and no scale on q
-    (other implementations of lightning attention have both another slope rule and a scale). conv_size: taps of a short
-    causal convolution over q, k and v before the SiLU; MiniMax-01 has none (None).
-    Raises ValueError if heads do not divide the width.
+    `layer` counts from 0 over the whole model: later layers forget more slowly. slope_rule: "geometric" as in
+    MiniMax-01, or "arithmetic" as in flash-linear-attention, which also scales q; see `Slopes`. No positions, and no
+    scale on q. conv_size: taps of a short causal convolution over q, k and v before the SiLU; MiniMax-01 has none
+    (None). Raises ValueError if heads do not divide the width, and for an unknown rule.
     """
 
     def __init__(
@@ -35,13 +36,14 @@ class LightningAttention(Mixer):
         layer: int,
         depth: int,
         head_dim: int | None = None,
+        slope_rule: str = "geometric",
         conv_size: int | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
         self.heads, self.head_dim = heads, head_dim
-        self.layer_factor = 1 - layer / (depth - 1 + 1e-5) + 1e-5
+        self.slopes = Slopes(slope_rule, heads, layer, depth)
         inner = heads * head_dim
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(width, inner, bias=False)
@@ -50,12 +52,6 @@ class LightningAttention(Mixer):
         self.gate = nn.Linear(width, inner, bias=False)
         self.norm = RMSNorm(inner, norm_eps)
         self.output = nn.Linear(inner, width, bias=False)
-
-    def slopes(self, x: Tensor) -> Tensor:
-        """`[H]` on x's device, in float32 or, for float64, float64. Computed, for a cast would spoil a buffer."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        head = torch.arange(1, self.heads + 1, device=x.device, dtype=dtype)
-        return torch.exp2(head * (-8 / self.heads)) * self.layer_factor
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         parts = self.query(x), self.key(x), self.value(x)

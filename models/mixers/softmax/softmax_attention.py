@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.masks import Dilated, Mask
+from ....kernels.masks import BlockLocal, Dilated, Mask
 from ....kernels.softmax import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
@@ -20,19 +20,28 @@ class SoftmaxAttention(Attention):
 
     window: keys that a query sees, itself included. sink_tokens: first tokens of the document that stay visible.
     dilation: 2 for every second key of those, counted from the query; and so on (atrous attention).
+    block: of how many positions the query's own block has, beyond which it sees nothing: blocks of a document, side by
+        side (DiagAttention of TransNormer, arXiv 2210.10340; the chunked attention of Llama 4).
     sink_logits: a learned logit per head in the softmax's denominator.
     The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
     @also_takes(Attention)
     def __init__(
-        self, *, window: int | None = None, sink_tokens: int = 0, dilation: int = 1, sink_logits: bool = False,
-        **attention: Any,
+        self, *, window: int | None = None, sink_tokens: int = 0, dilation: int = 1, block: int | None = None,
+        sink_logits: bool = False, **attention: Any,
     ) -> None:  # fmt: skip
         super().__init__(**attention)
+        if block is not None and (window is not None or sink_tokens or dilation != 1):
+            raise ValueError(
+                f"block must come without window, sink_tokens and dilation; got {block}. Leave out one or the other"
+            )
         if dilation != 1 and sink_tokens:
             raise ValueError(f"sink_tokens must be 0 with a dilation; got {sink_tokens}. Leave one of them out")
-        self.mask = Mask(window=window, sink_tokens=sink_tokens) if dilation == 1 else Dilated(dilation, window)
+        if block is not None:
+            self.mask = BlockLocal(block)
+        else:
+            self.mask = Mask(window=window, sink_tokens=sink_tokens) if dilation == 1 else Dilated(dilation, window)
         self.sink_logits = nn.Parameter(torch.zeros(self.heads)) if sink_logits else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:

@@ -1,6 +1,8 @@
-"""Strides: bands of every r-th key become bands of neighbours, once the tokens stand by position modulo r.
+"""Strides and blocks: how bands that have one become plain bands, of other documents.
 
-So backends need to know only bands of neighbouring keys, and work follows the visible pairs.
+Bands of every r-th key become bands of neighbours once the tokens stand by position modulo r. Bands within blocks of
+positions become bands without blocks where each block is a document. So backends need to know only bands of
+neighbouring keys, and work follows the visible pairs.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..documents import Documents, expanded
+from ..documents import PADDING, Documents, expanded
 from .pattern import FAR, Band, Bands, Tile
 
 
@@ -40,28 +42,61 @@ def _rows(x: Tensor, index: Tensor, fill: float) -> Tensor:
 
 
 class Part(NamedTuple):
-    """Some bands of a tile without strides: the order of its queries and keys (None: as they are), and the rest."""
+    """Some bands of a tile, made plain: the order of its queries and keys (None: as they are), and the rest."""
 
     queries: Order | None
     keys: Order | None
     tile: Tile
 
 
-def without_strides(tile: Tile, device: torch.device) -> tuple[Part, ...]:
+def with_plain_bands(tile: Tile, device: torch.device) -> tuple[Part, ...]:
     """Parts that cover every visible pair of a tile once; kept by the tile."""
-    if all(band.stride == 1 for band in tile.mask.bands):
+    if all(band.is_plain for band in tile.mask.bands):
         return (Part(None, None, tile),)
     return tile.on(device, _parts)
 
 
 def _parts(tile: Tile) -> tuple[Part, ...]:
-    plain = Bands(tuple(band for band in tile.mask.bands if band.stride == 1)).tile(tile.queries, tile.keys)
+    plain = Bands(tuple(band for band in tile.mask.bands if band.is_plain)).tile(tile.queries, tile.keys)
     parts = [] if plain is None else [Part(None, None, plain)]
-    parts += [part for band in tile.mask.bands if band.stride > 1 for part in _strided(tile, band)]
+    for band in tile.mask.bands:
+        if not band.is_plain:
+            queries, keys = (tile.queries, tile.keys) if band.block == FAR else _by_block(tile, band.block)
+            inside = Bands((band._replace(block=FAR),)).tile(queries, keys)
+            parts += [] if inside is None else [Part(None, None, inside)] if band.stride == 1 else _strided(inside)
     return tuple(parts)
 
 
-def _strided(tile: Tile, band: Band) -> list[Part]:
+def _by_block(tile: Tile, size: int) -> tuple[Documents, Documents]:
+    """Queries and keys, cut so that each block of `size` positions of a document is a document of its own."""
+    cut = [_cut(documents, size) for documents in (tile.queries, tile.keys)]
+    numbers = torch.unique(torch.cat([block for _, block in cut]), return_inverse=True)[1]  # small ones, of both sides
+    queries, keys = numbers.split([len(block) for _, block in cut])
+    for (table, _), number in zip(cut, (queries, keys), strict=True):
+        table[:, 1] = torch.where(table[:, 1] == PADDING, PADDING, number)
+    (of_queries, _), (of_keys, _) = cut
+    return (
+        Documents(of_queries, tile.queries.batch, tile.queries.length),
+        Documents(of_keys, tile.keys.batch, tile.keys.length),
+    )
+
+
+def _cut(documents: Documents, size: int) -> tuple[Tensor, Tensor]:
+    """The table with every run cut where a block begins, and of each piece its document and block as one number."""
+    runs = documents.columns
+    first = runs.position // size
+    each = torch.where(runs.real, (runs.end_position - 1) // size - first + 1, 1)
+    owner, place = expanded(each)
+    block, runs = first[owner] + place, runs.at(owner)
+    low = torch.where(runs.real, torch.maximum(runs.position, block * size), runs.position)
+    high = torch.where(runs.real, torch.minimum(runs.end_position, (block + 1) * size), runs.end_position)
+    start = runs.start + low - runs.position
+    return torch.stack([runs.row, runs.document, start, high - low, low], dim=1), (runs.document << 32) + block
+
+
+def _strided(tile: Tile) -> list[Part]:
+    """A tile with one band, without blocks."""
+    (band,) = tile.mask.bands
     back, ahead = (FAR if far == FAR else far // band.stride for far in (band.back, band.ahead))
     queries, query_order = _by_remainder(tile.queries, band.stride, 0, FAR)
     keys, key_order = _by_remainder(tile.keys, band.stride, band.first, band.last)

@@ -1,0 +1,20 @@
+"""SGLU, the feed-forward layer of TransNormerLLM."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...parallel.sequence import Sequence
+from .swiglu import SwiGLU
+
+
+class SGLU(SwiGLU):
+    """Simple gated linear unit: SwiGLU without the activation (Qin et al., 2023, arXiv 2307.14995).
+
+        y = W_down (W_gate x * W_up x)
+
+    `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
+    """
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        return self.down(self.gate(x) * self.up(x))
