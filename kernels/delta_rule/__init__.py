@@ -52,7 +52,7 @@ class DeltaRecurrence(Dense[DeltaInputs]):
     scale: float | None = None
 
     def check_inputs(self, inputs: DeltaInputs) -> None:
-        """Raises ValueError for half a pair `erase`, for one beside a beta, and for several steps of some tensors only."""
+        """Raises ValueError for half a pair `erase`, one beside a beta, and several steps of some tensors alone."""
         pair = inputs.a is not None
         if pair != (inputs.b is not None) or (pair and (inputs.beta is not None or inputs.erase is not None)):
             raise ValueError(
@@ -94,8 +94,8 @@ def delta_rule(
         S_t = (I - beta_t k_t^T e_t) diag(e^{g_t}) S_{t-1} + beta_t k_t^T v_t
         S_t = (diag(e^{g_t}) + b_t^T a_t) S_{t-1} + k_t^T v_t        a_t meets the state before its decay
 
-    The first is the case e_t = k_t of the second, and that the case a_t = -beta_t e^{g_t} ⊙ e_t, b_t = k_t of the third,
-    with beta_t v_t written.
+    The rule above is the case e_t = k_t of the first, which is the case a_t = -beta_t e^{g_t} ⊙ e_t, b_t = k_t of the
+    second, with beta_t v_t written.
 
     Several steps per token (DeltaProduct): k `[B, T, H, N, K]`, v `[B, T, H, N, V]`, beta `[B, T, H, N]`, and `erase`
     like k. The state decays once, then takes the N steps in order, and is read after the last. Apart from these inputs

@@ -1,5 +1,7 @@
 """The delta rule that erases under a key of its own, and that takes several steps per token."""
 
+import itertools
+
 import pytest
 import torch
 from test_delta_rule import PACKINGS, assert_near, nan_in_fresh_memory, recurrence
@@ -112,7 +114,7 @@ def test_segments_put_together_are_the_whole_row(rule, decay, steps):
     whole = run(inputs, torch.zeros_like(dfinal), documents, dout, dfinal)
     pieces = [
         (DeltaInputs(*(None if x is None else x[:, a:b] for x in inputs)), documents.slice(a, b), dout[:, a:b])
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in itertools.pairwise(cuts)
     ]
     begun, states, outs = [], [torch.zeros_like(dfinal)], []
     for piece, held, _ in pieces:
