@@ -43,12 +43,13 @@ class Comba(GatedDeltaNet):
         self.correction = nn.Parameter(torch.empty(self.key_heads))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        beta = self.strength(x).unsqueeze(-1)
-        feedback = torch.sigmoid(self.feedback).view(-1, *[1] * (k.dim() - 3)).to(k.dtype)
-        erased = beta * (k * feedback).repeat_interleave(self.heads // self.key_heads, dim=2)
+        times = self.heads // self.key_heads
+        beta = self.strength(x)
+        feedback = torch.sigmoid(self.feedback).repeat_interleave(times).view(-1, *[1] * (beta.dim() - 3))
+        erased = (beta * feedback).to(k.dtype).unsqueeze(-1) * k.repeat_interleave(times, dim=2)
         last = k if self.steps == 1 else k[..., -1, :]
         q = q - self.correction.to(q.dtype)[:, None] * last
-        return ops.delta_rule(q, k, v * beta, None, self.log_decay(x), erase=(-erased, k), seq=seq)
+        return ops.delta_rule(q, k, v * beta.unsqueeze(-1), None, self.log_decay(x), erase=(-erased, k), seq=seq)
 
     def mixing_flops(self, seq: Sequence) -> int:
         tokens = seq.places * self.steps
