@@ -28,8 +28,8 @@ from longreach.parallel.sequence import DecodingCache
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (
-    "minimax_01_tiny:lightning", "mamba2_tiny:mamba2", "gated_deltanet_tiny:delta", "sliding_window_tiny:window",
-    "llama_tiny", "nsa_tiny", "moba_tiny", "minimax_01_tiny", "gated_deltanet_tiny",
+    "minimax_01_tiny:lightning", "mamba2_tiny:mamba2", "gated_deltanet_hybrid_tiny:delta", "sliding_window_tiny:window",
+    "llama_tiny", "nsa_tiny", "moba_tiny", "minimax_01_tiny", "gated_deltanet_hybrid_tiny",
 )  # fmt: skip
 VOCABULARY = 1024
 START = 100  # tokens that are read before the first are timed
