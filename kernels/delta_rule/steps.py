@@ -38,13 +38,13 @@ def by_token(gradients: Tensors, problem: Problem[DeltaInputs]) -> Tensors:
     inputs, steps = problem.inputs, problem.inputs.steps
     if inputs.k.dim() == 4:
         return gradients
-    found = DeltaInputs(*gradients)
-    tokens = {
-        name: x.unflatten(1, (-1, steps)).movedim(2, 3) for name in STEPPED if (x := getattr(found, name)) is not None
-    }
-    if found.log_decay is not None:
-        tokens["log_decay"] = found.log_decay[:, ::steps]
-    return found._replace(**tokens)
+    found = dict(zip(DeltaInputs._fields, gradients, strict=True))
+    for name, x in found.items():
+        if x is not None and name in STEPPED:
+            found[name] = x.unflatten(1, (-1, steps)).movedim(2, 3)
+        elif x is not None and name == "log_decay":
+            found[name] = x[:, ::steps]
+    return tuple(found.values())
 
 
 def in_steps(documents: Documents, steps: int) -> Documents:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_delta_rule import PACKINGS, assert_near, nan_in_fresh_memory, recurrence
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longreach.kernels.delta_rule import DeltaInputs, DeltaRecurrence, delta_rule
 from longreach.kernels.documents import Documents
@@ -143,16 +145,35 @@ def test_token_by_token_is_the_whole():
     assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
 
 
-def test_steps_before_the_heads_in_memory_are_not_copied():
-    """And queries and outputs are never spread over the steps: nothing as large as the keys is made but their slabs."""
-    from longreach.kernels.delta_rule.steps import by_step
+class LargestStorage(TorchDispatchMode):
+    """`bytes`: those of the largest memory that any operation returned, but for that of the tensors passed."""
 
-    inputs, *_ = draw(Documents.whole(1, 50), "beta", "token", 4)
-    laid_out = inputs._replace(k=inputs.k.transpose(2, 3).contiguous().transpose(2, 3))
-    problem = DeltaRecurrence().problem(laid_out, Documents.whole(1, 50))
-    assert by_step(problem).inputs.k.data_ptr() == laid_out.k.data_ptr()
-    assert by_step(problem).inputs.q is laid_out.q
-    assert_near(call(laid_out), call(inputs), 1e-12)
+    def __init__(self, *given):
+        super().__init__()
+        self.bytes, self.given = 0, {x.untyped_storage().data_ptr() for x in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.given:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("rule", ["beta", "key"])
+def test_no_memory_grows_with_the_steps_but_that_of_what_they_bring(rule):
+    """Where the steps lie before the heads in memory, they are read where they are."""
+    documents = Documents.whole(1, 2400)
+    inputs, *_ = draw(documents, rule, "token", 6, heads=2, groups=1, keys=16, values=32)
+    laid_out = {
+        name: x.float().transpose(2, 3).contiguous().transpose(2, 3)
+        for name in ("k", "v", "beta", "erase")
+        if (x := getattr(inputs, name)) is not None
+    }
+    inputs = inputs._replace(q=inputs.q.float(), log_decay=inputs.log_decay.float(), **laid_out)
+    with LargestStorage(*(x for x in inputs if x is not None)) as largest:
+        out, _ = call(inputs, documents=documents)
+    assert largest.bytes <= out.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(
