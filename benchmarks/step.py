@@ -1,6 +1,6 @@
 """Steps of the trainer itself on a CPU, by preset, ranks and documents per row; or beside another checkout.
 
-    python benchmarks/step.py [--models minimax_01_tiny gated_deltanet_tiny] [--ranks 1 2] [--documents 1 5000]
+    python benchmarks/step.py [--models minimax_01_tiny gated_deltanet_hybrid_tiny] [--ranks 1 2] [--documents 1 5000]
                               [--length 16384] [--steps 3] [--rounds 5] [--against CHECKOUT]
 
 Each measurement is a training run of its own by the command line, in float32, one thread per rank, on text of one byte
@@ -60,7 +60,7 @@ def step_seconds(path: Path, ranks: int, overrides: list[str]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["minimax_01_tiny", "gated_deltanet_tiny"])
+    parser.add_argument("--models", nargs="+", default=["minimax_01_tiny", "gated_deltanet_hybrid_tiny"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 5000])
     parser.add_argument("--length", type=int, default=16384)

@@ -162,6 +162,42 @@ class Lanes:
                 _copy(part, scale, target)
 
 
+class LastSteps(Lanes):
+    """A tensor of tokens, `[B, T, G, D]`, of each of which the grid has N = length / T steps.
+
+    It is read at each token's last step, as 0 at the others, and written from there.
+    """
+
+    def __init__(self, x: Tensor, grid: Grid) -> None:
+        super().__init__(x[:, :0], grid)
+        self.tokens = x.permute(0, 2, 1, 3).unsqueeze(2)
+        self.steps = grid.length // x.shape[1]
+
+    def load(self, slab: Slab, scale: float = 1.0) -> Tensor:
+        self.work[: slab.chunks].zero_()
+        for tokens, steps in self._pairs(slab, self.grouped):
+            _copy(tokens, scale, steps)
+        return self.flat[slab.chunks]
+
+    def store(self, slab: Slab, *, add: bool = False, scale: float = 1.0) -> None:
+        values = self.grouped.sum(3, keepdim=True) if self.grouped.shape[3] > 1 else self.grouped
+        for tokens, steps in self._pairs(slab, values):
+            if add:
+                tokens.add_(steps, alpha=scale)
+            else:
+                _copy(steps, scale, tokens)
+
+    def _pairs(self, slab: Slab, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each chunk: its tokens, and their last steps among the values."""
+        for chunk in range(slab.chunks):
+            start = slab.start + chunk * self.size
+            stop = min(start + self.size, slab.stop)
+            first, end = start // self.steps, stop // self.steps  # tokens that end in the chunk
+            if first < end:
+                last = (first + 1) * self.steps - 1 - start
+                yield self.tokens[..., first:end, :], values[chunk, ..., last : stop - start : self.steps, :]
+
+
 def _copy(x: Tensor, scale: float, out: Tensor) -> None:
     """out = scale x, in one go where that does not round in x's narrower type."""
     if scale == 1.0:

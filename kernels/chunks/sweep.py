@@ -18,7 +18,7 @@ from ..operation import Tensors
 from ..problem import Problem
 from .channel import ChannelDecay
 from .decay import TokenDecay
-from .slabs import Block, Borders, Grid, Lanes, Masks, Slab, States, blocks, rows_of
+from .slabs import Block, Borders, Grid, Lanes, LastSteps, Masks, Slab, States, blocks, rows_of
 
 Parts: TypeAlias = dict[str, Lanes]
 
@@ -91,8 +91,9 @@ class Sweep(ABC):
         return TokenDecay(constant.expand(grid.rows, grid.length, -1), grid, constant)
 
     def part(self, x: Tensor) -> Lanes:
-        """The block's part of a tensor `[B, T, heads or groups, D]` or `[B, T, heads]`."""
-        return Lanes(self.block.of(x if x.dim() == 4 else x.unsqueeze(-1), self.problem.inputs.v.shape[2]), self.grid)
+        """The block's part of a tensor `[B, T, heads or groups, D]` or `[B, T, heads]`, of all tokens or steps."""
+        own = self.block.of(x if x.dim() == 4 else x.unsqueeze(-1), self.problem.inputs.v.shape[2])
+        return (Lanes if x.shape[1] == self.grid.length else LastSteps)(own, self.grid)
 
     def work(self, name: str, dim: int, slab: Slab) -> Tensor:
         """The workspace `name` for a slab, `[N, C, dim]`; zero when first used."""

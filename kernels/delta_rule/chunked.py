@@ -7,9 +7,9 @@ score, z_i is what token i adds along b_i, so that
     O = (Q ⊙ enter) S + A Z         A_ij = q_i · b_j for j <= i
     S' = through ⊙ S + B̂ᵀ Z         B̂ = b ⊙ leave
 
-With beta, e = beta k, b = k and R = beta v (Yang et al., 2024, arXiv 2406.06484; with decay arXiv 2412.06464). With
-erase = (a, b), e = −a, which meets the state before the token's own decay; R comes from the written k and v, which
-also add to O and S' (`rules.py`). Given the gradients dO and dS',
+With beta, e = beta k, b = k and R = beta v (Yang et al., 2024, arXiv 2406.06484; with decay arXiv 2412.06464), where
+`erase` stands in for the k of e. With a pair (a, b), e = −a, which meets the state before the token's own decay; R
+comes from the written k and v, which also add to O and S' (`rules.py`). Given the gradients dO and dS',
 
     dZ = Aᵀ dO + B̂ dS'              (I + L)ᵀ dR = dZ
     dS = through ⊙ dS' + (Q ⊙ enter)ᵀ dO − Êᵀ dR
@@ -28,19 +28,21 @@ from ..chunks.slabs import fade
 from ..operation import Tensors
 from ..problem import Problem
 from . import DeltaInputs
+from .steps import by_step, by_token
 from .sweep import Sweep
 
 
 def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out, final state)."""
-    return sweeps.forward(Sweep, problem, initial_state)
+    return sweeps.forward(Sweep, by_step(problem), initial_state)
 
 
 def backward(
     problem: Problem[DeltaInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensors, Tensor]:
     """The gradients of the inputs, in their types, and of the initial state."""
-    return sweeps.backward(Sweep, problem, dout, dfinal_state, initial_state)
+    gradients, dinitial = sweeps.backward(Sweep, by_step(problem), dout, dfinal_state, initial_state)
+    return by_token(gradients, problem), dinitial
 
 
 def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,6 +51,7 @@ def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor
     Where rows continue documents, the identity goes along as K more columns of the state until those documents end or
     it has faded: what becomes of it is the transition, and what queries read of it is what they read of any state.
     """
+    problem = by_step(problem)
     out, state = problem.new_output(), problem.new_states()
     reads = out.new_zeros(*out.shape[:3], state.shape[2], dtype=problem.dtype)
     transition = state.new_zeros(*state.shape[:2], state.shape[2], state.shape[2])

@@ -15,26 +15,30 @@ from ..chunks.sweep import Parts, Sweep
 
 
 class BetaRule:
-    """e = beta k, b = k, R = beta v: the value at k is moved towards v by beta. Without beta, it becomes v."""
+    """e = beta k, b = k, R = beta v: the value at k is moved towards v by beta. Without beta, it becomes v.
+
+    Where `erase` is given, e is beta times that.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.keys, self.values = sweep.sources["k"], sweep.sources["v"]
-        self.beta = sweep.sources.get("beta")
+        self.beta, self.erase = sweep.sources.get("beta"), sweep.sources.get("erase")
 
     def load(self, slab: Slab) -> None:
         sweep, keys = self.sweep, self.sweep.key_dim
         self.columns, v = self.keys.load(slab), self.values.load(slab)
+        self.erased = self.columns if self.erase is None else self.erase.load(slab)
         right, erase = sweep.work("right", sweep.value_dim, slab), sweep.work("erase", keys, slab)
         if right.shape[-1] > v.shape[-1]:
             right[..., v.shape[-1] :] = 0.0
         right = right[..., : v.shape[-1]]
         if self.beta is None:
-            self.rows = self.columns
+            self.rows = self.erased
             right.copy_(v)
         else:
             beta = self.beta.load(slab)
-            self.rows = torch.mul(self.columns, beta, out=sweep.work("rows", keys, slab))
+            self.rows = torch.mul(self.erased, beta, out=sweep.work("rows", keys, slab))
             torch.mul(v, beta, out=right)
         self.enter = sweep.decay.enter
         sweep.decay.scores(self.rows, self.columns, sweep.work("system", sweep.grid.chunk, slab))
@@ -74,20 +78,21 @@ class BetaRule:
         parts: Parts,
         moments: Tensor | None,
     ) -> None:
-        """Completes the gradients of k, v and beta, and fills `moments` with what all but the queries add."""
+        """Completes the gradients of k, v, beta and `erase`, and fills `moments` with what all but the queries add."""
         n, v = slab.chunks, self.values.flat[slab.chunks]
         dk = parts["k"].flat[n]
         if moments is not None:
             torch.mul(self.rows, drows, out=moments).addcmul_(self.columns, dk, value=-1.0)
+        dkeys = dk if self.erase is None else parts["erase"].flat[n].zero_()
         if self.beta is None:
             parts["v"].flat[n].copy_(dright)
-            dk.add_(drows)
+            dkeys.add_(drows)
             return
         beta = self.beta.flat[n]
         torch.mul(dright, beta, out=parts["v"].flat[n])
-        dbeta = torch.linalg.vecdot(drows, self.columns).add_(torch.linalg.vecdot(dright, v))
+        dbeta = torch.linalg.vecdot(drows, self.erased).add_(torch.linalg.vecdot(dright, v))
         parts["beta"].flat[n].copy_(dbeta.unsqueeze(-1))
-        dk.addcmul_(drows, beta)
+        dkeys.addcmul_(drows, beta)
 
 
 class EraseRule:

@@ -8,6 +8,9 @@ Backward does all but the last again, then `_pull` (Aᵀ dO) of every chunk, `_s
 A decay per channel does not split into factors of row and column without overflow, but it does about a point between
 them. Pairs whose places first differ in bit l meet at the border between their blocks of 2^l tokens: six full products
 a chunk, each for the pairs of one bit, whose exponents are all sums of decays between the two (`_meet`).
+
+With several steps per token T counts steps (`steps.py`). Queries, outputs and the gradients of both have a row per
+token, which is met at the token's last step (`_at_last`).
 """
 
 # Kernels are typed by Triton, when they are compiled.
@@ -47,6 +50,7 @@ from ..compilation import Compilation
 from ..operation import Tensors
 from ..problem import Problem, per_row
 from . import DeltaInputs
+from .steps import by_step, by_token
 
 BITS = 6  # of a place in a chunk
 INVERSE_WARPS = 4
@@ -61,6 +65,15 @@ def _seen(own, C: tl.constexpr, STRICT: tl.constexpr):
         return same & (i[:, None] > i[None, :])
     else:
         return same & (i[:, None] >= i[None, :])
+
+
+@triton.jit
+def _at_last(t, T, STEPS: tl.constexpr):
+    """The tokens whose last of STEPS steps is row t; T / STEPS, past the end, for rows that are none's."""
+    if STEPS == 1:
+        return t
+    else:
+        return tl.where(t % STEPS == STEPS - 1, t // STEPS, T // STEPS)
 
 
 @triton.jit
@@ -163,10 +176,13 @@ def _meeting(at, bit, C: tl.constexpr):
 @triton.jit
 def _scores(
     rows, columns, G, beta, ids, out, T, H, ROW_GROUPS, COLUMN_GROUPS, K, scale,
-    DECAY: tl.constexpr, BEFORE: tl.constexpr, STRICT: tl.constexpr, BETA: tl.constexpr,
+    DECAY: tl.constexpr, BEFORE: tl.constexpr, STRICT: tl.constexpr, BETA: tl.constexpr, STEPS: tl.constexpr,
     C: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out `[B, T, H, C]` = scale (beta_i row_i) · column_j under the decays between them, 0 where i does not see j."""
+    """out `[B, T, H, C]` = scale (beta_i row_i) · column_j under the decays between them, 0 where i does not see j.
+
+    STEPS is 1 but for rows that are queries.
+    """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     ids += tl.cast(b, tl.int64) * T
@@ -176,7 +192,7 @@ def _scores(
     A = tl.zeros([C, C], tl.float32)
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
-        r = load_tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
+        r = load_tile(rows, b, _at_last(t, T, STEPS), h // (H // ROW_GROUPS), T // STEPS, ROW_GROUPS, K, kd)
         c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
         if DECAY == 2:
             sums_rows = _sums_at_rows(G, b, t, h, T, H, K, kd, C, BEFORE)
@@ -260,12 +276,13 @@ def _inverse(system, inverse, T, H, C: tl.constexpr):
 def _prepare(
     q, rows, columns, k, v, beta, erased, inverse, G, ids, W, U, asked, left, kept,
     T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, scale,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, STEPS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """W = X Ê `[B, T, H, K]` and U = X R `[B, T, H, V]` with X the inverse; what states meet, `[B, T, H, K]`.
 
-    asked = scale q ⊙ enter, left = columns ⊙ leave, kept = k ⊙ leave (with ERASE). `rows` are k, or a = −e with ERASE.
+    asked = scale q ⊙ enter, left = columns ⊙ leave, kept = k ⊙ leave (with ERASE). `rows` are k or what is erased under
+    in its place, or a = −e with ERASE.
     """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -288,7 +305,7 @@ def _prepare(
         if ERASE:
             keys = load_tile(k, b, t, h // (H // KEY_GROUPS), T, KEY_GROUPS, K, kd)
             _put(kept, keys * leave, b, t, h, T, H, K, kd)
-        queries = load_tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+        queries = load_tile(q, b, _at_last(t, T, STEPS), h // (H // Q_GROUPS), T // STEPS, Q_GROUPS, K, kd)
         enter = _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
         _put(asked, queries * (scale * enter), b, t, h, T, H, K, kd)
     for v0 in range(0, V, BV):
@@ -331,7 +348,7 @@ def _states(
 @triton.jit
 def _outputs(
     asked, scores, key_scores, Z, v, starts, out, T, H, K, V, N,
-    ERASE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ERASE: tl.constexpr, STEPS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """O = (Q ⊙ enter) S + A Z, and with ERASE what is read of the written keys."""
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
@@ -344,23 +361,24 @@ def _outputs(
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
         o += dot(load_tile(asked, b, t, h, T, H, K, kd), load_state(starts, place, kd, vd, K, V))
-    _put(out, o, b, t, h, T, H, V, vd)
+    _put(out, o, b, _at_last(t, T, STEPS), h, T // STEPS, H, V, vd)
 
 
 @triton.jit
-def _pull(scores, do, dZ, T, H, V, C: tl.constexpr, BV: tl.constexpr):
+def _pull(scores, do, dZ, T, H, V, STEPS: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
     """dZ = Aᵀ dO: the part of it that comes from the chunk's own outputs."""
     vd, n, bh = tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     t = n * C + tl.arange(0, C)
-    dz = dot(tl.trans(_matrix(scores, b, t, h, T, H, C)), load_tile(do, b, t, h, T, H, V, vd))
+    given = load_tile(do, b, _at_last(t, T, STEPS), h, T // STEPS, H, V, vd)
+    dz = dot(tl.trans(_matrix(scores, b, t, h, T, H, C)), given)
     _put(dZ, dz, b, t, h, T, H, V, vd)
 
 
 @triton.jit
 def _state_gradients(
     asked, W, left, do, dZ, G, ids, dfinal, afters, dinitial, T, H, K, V, N,
-    DECAY: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, STEPS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states after the first N chunks, and before them; completes dZ."""
     kd, vd, bh = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV), tl.program_id(1)
@@ -377,7 +395,8 @@ def _state_gradients(
         dz = load_tile(dZ, b, t, h, T, H, V, vd) + dot(load_tile(left, b, t, h, T, H, K, kd), after)
         _put(dZ, dz, b, t, h, T, H, V, vd)
         dS *= _through(G, before, last, tl.minimum(n * C + C, T) - 1, b, h, T, H, K, kd, DECAY)[:, None]
-        dS += dot(tl.trans(load_tile(asked, b, t, h, T, H, K, kd)), load_tile(do, b, t, h, T, H, V, vd))
+        given = load_tile(do, b, _at_last(t, T, STEPS), h, T // STEPS, H, V, vd)
+        dS += dot(tl.trans(load_tile(asked, b, t, h, T, H, K, kd)), given)
         dS -= dot(tl.trans(load_tile(W, b, t, h, T, H, K, kd)), dz.to(after.dtype))
     tl.store(state_pointers(dinitial, bh, kd, vd, K, V), dS, mask=inside)
 
@@ -386,7 +405,7 @@ def _state_gradients(
 def _pairs(
     inverse, key_scores, erased, beta, kept, v, Z, dZ, do, afters, ids,
     dR, dscores, dsystem, dkey_scores, derased, dv, dbeta, T, H, K, V, N,
-    ERASE: tl.constexpr, BETA: tl.constexpr,
+    ERASE: tl.constexpr, BETA: tl.constexpr, STEPS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dR = Xᵀ dZ; the gradients of all scores, where pairs see; dv; what the values give to dbeta."""
@@ -395,6 +414,7 @@ def _pairs(
     ids += tl.cast(b, tl.int64) * T
     t, own, _, _ = chunk_tokens(ids, n, T, C)
     i = tl.arange(0, C)
+    tq, TQ = _at_last(t, T, STEPS), T // STEPS
     place = tl.cast(bh, tl.int64) * N + n
     X = tl.trans(_matrix(inverse, b, t, h, T, H, C))
     dA, dL = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -402,7 +422,7 @@ def _pairs(
         vd = v0 + tl.arange(0, BV)
         dr = dot(X, load_tile(dZ, b, t, h, T, H, V, vd)).to(X.dtype)
         z = tl.trans(load_tile(Z, b, t, h, T, H, V, vd))
-        dA += dot(load_tile(do, b, t, h, T, H, V, vd), z)
+        dA += dot(load_tile(do, b, tq, h, TQ, H, V, vd), z)
         dL -= dot(dr, z)
         _put(dR, dr, b, t, h, T, H, V, vd)
     _put(dscores, tl.where(_seen(own, C, False), dA, 0.0), b, t, h, T, H, C, i)
@@ -422,7 +442,7 @@ def _pairs(
             moment += tl.sum(dr * values, 1)
             dr *= weight[:, None]
         if ERASE:
-            given = load_tile(do, b, t, h, T, H, V, vd)
+            given = load_tile(do, b, tq, h, TQ, H, V, vd)
             dr = dr.to(X.dtype)
             dA += dot(given, tl.trans(values))
             dL -= dot(dr, tl.trans(values))
@@ -472,13 +492,13 @@ def _inputs(
     q, rows, columns, k, v, beta, Z, do, dR, starts, afters, dscores, dsystem, dkey_scores, derased, G, ids,
     dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
     B, T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, N, scale,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr,
+    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, OWN: tl.constexpr, STEPS: tl.constexpr,
     C: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, rows, columns and written keys, by head; dbeta's and the decays' parts of these channels.
 
-    Without ERASE rows and columns are k, and dcolumns the gradient of it. What channels give together, dbeta and for a
-    decay a token `moments`, has a part from every program along the channels.
+    Without ERASE columns are k, and so are rows unless they are OWN: dcolumns is the gradient of both then. What
+    channels give together, dbeta and for a decay a token `moments`, has a part from every program along the channels.
     """
     kb, n, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
@@ -486,6 +506,7 @@ def _inputs(
     ids += tl.cast(b, tl.int64) * T
     t, own, before, last = chunk_tokens(ids, n, T, C)
     end = tl.minimum(n * C + C, T) - 1
+    tq, TQ = _at_last(t, T, STEPS), T // STEPS
     place = tl.cast(bh, tl.int64) * N + n
     own_dq, own_dr = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     own_dc, own_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
@@ -493,7 +514,7 @@ def _inputs(
     for v0 in range(0, V, BV):
         vd = v0 + tl.arange(0, BV)
         S, dS = load_state(starts, place, kd, vd, K, V), load_state(afters, place, kd, vd, K, V)
-        own_dq += dot(load_tile(do, b, t, h, T, H, V, vd), tl.trans(S))
+        own_dq += dot(load_tile(do, b, tq, h, TQ, H, V, vd), tl.trans(S))
         own_dr -= dot(load_tile(dR, b, t, h, T, H, V, vd), tl.trans(S))
         own_dc += dot(load_tile(Z, b, t, h, T, H, V, vd), tl.trans(dS))
         if ERASE:
@@ -506,9 +527,10 @@ def _inputs(
     own_dc *= leave
     c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
     r = load_tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
-    queries = load_tile(q, b, t, h // (H // Q_GROUPS), T, Q_GROUPS, K, kd)
+    queries = load_tile(q, b, tq, h // (H // Q_GROUPS), TQ, Q_GROUPS, K, kd)
     if BETA:
         weight = _per_token(beta, b, t, h, T, H)[:, None]
+        erased = r
         r = (r * weight).to(c.dtype)
     if ERASE:
         r = -r
@@ -533,7 +555,7 @@ def _inputs(
         dA = _matrix(derased, b, t, h, T, H, C).to(tl.float32)
         own_dr, own_dk = _spread(dA, r, keys, own_dr, own_dk, G, b, n, t, h, T, H, K, kd, DECAY, ERASE, True, C, BITS)
 
-    _put(dq, own_dq, b, t, h, T, H, K, kd)
+    _put(dq, own_dq, b, tq, h, TQ, H, K, kd)
     part = (tl.cast(kb, tl.int64) * B + b) * T + t
     if DECAY:
         moment = queries * own_dq - c * own_dc
@@ -556,8 +578,10 @@ def _inputs(
         _put(dk, own_dk, b, t, h, T, H, K, kd)
     else:
         if BETA:
-            tl.store(dbeta + part * H + h, tl.sum(own_dr * c, 1), mask=t < T)
-            own_dc += own_dr * weight
+            tl.store(dbeta + part * H + h, tl.sum(own_dr * erased, 1), mask=t < T)
+            own_dr *= weight
+        if OWN:
+            _put(drows, own_dr, b, t, h, T, H, K, kd)
         else:
             own_dc += own_dr
     _put(dcolumns, own_dc, b, t, h, T, H, K, kd)
@@ -624,17 +648,22 @@ class _Run:
     """A call: its tensors as the kernels read them, its sums of decays, and the launches."""
 
     def __init__(self, problem: Problem[DeltaInputs]) -> None:
-        self.problem, inputs = problem, problem.inputs
+        self.problem = problem = by_step(problem)
+        inputs = problem.inputs
         self.erase, self.has_beta = inputs.a is not None, inputs.beta is not None
-        vectors = (inputs.q, inputs.k, inputs.v, inputs.a, inputs.b)
+        self.own_rows = inputs.erase is not None
+        vectors = (inputs.q, inputs.k, inputs.v, inputs.a, inputs.b, inputs.erase)
         wide = [x.dtype for x in vectors if x is not None]
         self.dtype = reduce(torch.promote_types, wide)
         self.q, self.k, self.v = (x.to(self.dtype).contiguous() for x in vectors[:3] if x is not None)
         self.rows = self.columns = self.k
         if inputs.a is not None and inputs.b is not None:
             self.rows, self.columns = (x.to(self.dtype).contiguous() for x in (inputs.a, inputs.b))
+        if inputs.erase is not None:
+            self.rows = inputs.erase.to(self.dtype).contiguous()
         self.batch, self.length, self.heads, self.values = self.v.shape
         self.keys, self.chunks = self.k.shape[-1], ceil_div(self.length, CHUNK)
+        self.steps = self.length // self.q.shape[1]
         self.ids = problem.documents.ids(self.q.device)
         self.beta = self.ids if inputs.beta is None else inputs.beta.contiguous()  # where there is none it is not read
         log_decay = inputs.log_decay
@@ -682,7 +711,8 @@ class _Run:
         _scores[self.by_chunk()](
             rows, columns, self.G, self.beta, self.ids, out, *self.sizes, rows.shape[2], columns.shape[2], self.keys,
             float(scale), DECAY=self.decay, BEFORE=system and self.erase, STRICT=system,
-            BETA=system and self.has_beta, BITS=BITS, **self.blocks(values=False, warps=self.tiles.score_warps),
+            BETA=system and self.has_beta, STEPS=1 if system else self.steps, BITS=BITS,
+            **self.blocks(values=False, warps=self.tiles.score_warps),
         )  # fmt: skip
         return out
 
@@ -701,7 +731,7 @@ class _Run:
         _prepare[self.by_chunk()](
             self.q, self.rows, self.columns, self.k, self.v, self.beta, erased, inverse, self.G, self.ids,
             W, U, asked, left, kept, *self.sizes, *self.groups, self.keys, self.values, float(self.problem.scale),
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, **self.blocks(),
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, STEPS=self.steps, **self.blocks(),
         )  # fmt: skip
         return _Chunks(scores, key_scores, erased, inverse, W, U, asked, left, kept)
 
@@ -731,7 +761,7 @@ class _Run:
         blocks = {**self.blocks(), "BV": min(self.tiles.value_block, _padded(values))}
         _outputs[(ceil_div(values, blocks["BV"]), count, self.batch * self.heads)](
             chunks.asked, chunks.scores, chunks.key_scores, Z, self.v, starts, out,
-            *self.sizes, self.keys, values, count, ERASE=self.erase and not transition, **blocks,
+            *self.sizes, self.keys, values, count, ERASE=self.erase and not transition, STEPS=self.steps, **blocks,
         )  # fmt: skip
 
     def state_gradients(self, chunks: _Chunks, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -740,14 +770,15 @@ class _Run:
         dZ, dinitial = self.per_token(self.values), self.state()
         blocks = self.blocks(keys=False)
         _pull[(ceil_div(self.values, blocks["BV"]), count, self.batch * self.heads)](
-            chunks.scores, dout, dZ, *self.sizes, self.values, **blocks
+            chunks.scores, dout, dZ, *self.sizes, self.values, STEPS=self.steps, **blocks
         )
         afters = self.empty(self.batch * self.heads, count, self.keys, self.values, dtype=self.dtype)
         dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.float().contiguous()
         block = min(self.tiles.state_values, _padded(self.values))
         _state_gradients[(ceil_div(self.values, block), self.batch * self.heads)](
             chunks.asked, chunks.W, chunks.left, dout, dZ, self.G, self.ids, dfinal, afters, dinitial,
-            *self.sizes, self.keys, self.values, count, DECAY=self.decay, C=CHUNK, BK=_padded(self.keys), BV=block,
+            *self.sizes, self.keys, self.values, count, DECAY=self.decay, STEPS=self.steps,
+            C=CHUNK, BK=_padded(self.keys), BV=block,
             num_warps=self.tiles.state_warps,
         )  # fmt: skip
         return afters, dZ, dinitial
@@ -763,7 +794,7 @@ class _Run:
         _pairs[self.by_chunk()](
             chunks.inverse, chunks.key_scores, chunks.erased, self.beta, chunks.kept, self.v, Z, dZ, dout, afters,
             self.ids, dR, dscores, dsystem, dkey_scores, derased, dv, dbeta,
-            *self.sizes, self.keys, self.values, self.chunks, ERASE=self.erase, BETA=self.has_beta,
+            *self.sizes, self.keys, self.values, self.chunks, ERASE=self.erase, BETA=self.has_beta, STEPS=self.steps,
             **self.blocks(warps=self.tiles.pair_warps),
         )  # fmt: skip
         return dR, (dscores, dsystem, dkey_scores, derased), dv, dbeta
@@ -777,8 +808,10 @@ class _Run:
         kind = (
             torch.float32 if any(x.shape[2] < self.heads for x in (self.q, self.k, self.rows, self.columns)) else None
         )
-        dq, dcolumns = self.per_token(self.keys, kind), self.per_token(self.keys, kind)
-        drows, dk = (self.per_token(self.keys, kind), self.per_token(self.keys, kind)) if self.erase else (dq, dq)
+        dcolumns = self.per_token(self.keys, kind)
+        dq = torch.empty(*self.q.shape[:2], self.heads, self.keys, dtype=dcolumns.dtype, device=self.q.device)
+        drows = self.per_token(self.keys, kind) if self.erase or self.own_rows else dq
+        dk = self.per_token(self.keys, kind) if self.erase else dq
         dbeta = self.empty(parts, *self.v.shape[:3])
         moments = row_moments = ends = dbeta
         if self.decay != NONE:
@@ -793,7 +826,7 @@ class _Run:
             self.q, self.rows, self.columns, self.k, self.v, self.beta, Z, dout, dR, starts, afters, *dscores,
             self.G, self.ids, dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
             self.batch, *self.sizes, *self.groups, self.keys, self.values, self.chunks, float(self.problem.scale),
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, BITS=BITS,
+            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, OWN=self.own_rows, STEPS=self.steps, BITS=BITS,
             **{**self.blocks(warps=self.tiles.input_warps), "BK": block},
         )  # fmt: skip
         return dq, drows, dcolumns, dk, dbeta.sum(0), self.decay_gradient(moments, row_moments, ends)
@@ -829,6 +862,7 @@ def begin(problem: Problem[DeltaInputs]) -> tuple[Tensor, Tensor, Tensor, Tensor
     The identity goes no further than the documents that rows continue.
     """
     run = _Run(problem)
+    problem = run.problem
     chunks = run.prepare()
     starts, Z, state = run.states(chunks, problem.new_states())
     out = problem.new_output()
@@ -856,48 +890,59 @@ def backward(
     dR, dscores, dv, dbeta = run.pairs(chunks, dout, Z, dZ, afters)
     dq, drows, dcolumns, dk, of_channels, ddecay = run.inputs(dout, Z, dR, starts, afters, dscores)
     da, db, dk = (drows, dcolumns, dk) if run.erase else (None, None, dcolumns)
-    x = problem.inputs
+    x = run.problem.inputs
     gradients = (
         summed(dq, x.q), summed(dk, x.k), dv.to(x.v.dtype),
         summed(dbeta + of_channels, x.beta), summed(ddecay, x.log_decay),
-        summed(da, x.a), summed(db, x.b),
+        summed(da, x.a), summed(db, x.b), summed(drows, x.erase),
     )  # fmt: skip
-    return gradients, problem.entering(dinitial)
+    return by_token(gradients, problem), problem.entering(dinitial)
 
 
 _FLOAT32 = ("G", "beta", "system", "initial", "final", "dfinal", "dinitial", "moments", "row_moments", "ends", "dbeta")
 
 
 def compilations() -> list[Compilation]:
-    """Every kernel at the dims of production models in bfloat16: DeltaNets, Kimi Delta Attention, RWKV-7."""
+    """Every kernel at the dims of production models in bfloat16: DeltaNets, Kimi Delta Attention, RWKV-7.
+
+    And those that differ in Gated DeltaNet-2, which erases under keys of its own, and in DeltaProduct of two steps.
+    """
     found = []
     for name, dim, decay, erase in (
         ("delta 128", 128, NONE, False), ("gated 128", 128, TOKEN, False), ("gated 256", 256, TOKEN, False),
         ("channel 128", 128, CHANNEL, False), ("general 64", 64, CHANNEL, True),
     ):  # fmt: skip
-        chosen = tiles(torch.bfloat16, dim, decay, erase)
-        kind = {"DECAY": decay, "C": CHUNK}
-        rule = {"ERASE": erase, "BETA": not erase}
-        across, along = {"BK": chosen.key_block}, {"BV": chosen.value_block}
-        through = {"BK": _padded(dim), "BV": chosen.state_values}
-        bits = {"BITS": BITS}
-        seen = {"BEFORE": False, "STRICT": False, "BETA": False}
-        before = {"BEFORE": erase, "STRICT": True, "BETA": not erase}
-        listed = [
-            (_scores, {**kind, **across, **bits, **seen}, chosen.score_warps),
-            (_scores, {**kind, **across, **bits, **before}, chosen.score_warps),
-            (_inverse, {"C": CHUNK}, INVERSE_WARPS),
-            (_prepare, {**kind, **rule, **across, **along}, chosen.warps),
-            (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),
-            (_states, {**kind, "ERASE": erase, "TRANSITION": True, **through}, chosen.state_warps),
-            (_outputs, {"C": CHUNK, "ERASE": erase, **across, **along}, chosen.warps),
-            (_pull, {"C": CHUNK, **along}, chosen.warps),
-            (_state_gradients, {**kind, **through}, chosen.state_warps),
-            (_pairs, {"C": CHUNK, **rule, **across, **along}, chosen.pair_warps),
-            (_inputs, {**kind, **rule, **bits, "BK": chosen.input_keys, **along}, chosen.input_warps),
-        ]
-        found += [_compilation(kernel, constants, warps, name) for kernel, constants, warps in listed]
-    return found
+        found += _compiled(name, dim, decay, erase=erase)
+    own = _compiled("own 128", 128, CHANNEL, own=True)
+    product = _compiled("product 128", 128, TOKEN, steps=2)
+    return [*found, *(c for c in own if "OWN" in c.constants), *(c for c in product if c.constants.get("STEPS") == 2)]
+
+
+def _compiled(
+    name: str, dim: int, decay: int, *, erase: bool = False, own: bool = False, steps: int = 1
+) -> list[Compilation]:
+    chosen = tiles(torch.bfloat16, dim, decay, erase)
+    kind, asked = {"DECAY": decay, "C": CHUNK}, {"STEPS": steps}
+    rule = {"ERASE": erase, "BETA": not erase}
+    across, along = {"BK": chosen.key_block}, {"BV": chosen.value_block}
+    through = {"BK": _padded(dim), "BV": chosen.state_values}
+    bits = {"BITS": BITS}
+    seen = {"BEFORE": False, "STRICT": False, "BETA": False, **asked}
+    before = {"BEFORE": erase, "STRICT": True, "BETA": not erase, "STEPS": 1}
+    listed = [
+        (_scores, {**kind, **across, **bits, **seen}, chosen.score_warps),
+        (_scores, {**kind, **across, **bits, **before}, chosen.score_warps),
+        (_inverse, {"C": CHUNK}, INVERSE_WARPS),
+        (_prepare, {**kind, **rule, **asked, **across, **along}, chosen.warps),
+        (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),
+        (_states, {**kind, "ERASE": erase, "TRANSITION": True, **through}, chosen.state_warps),
+        (_outputs, {"C": CHUNK, "ERASE": erase, **asked, **across, **along}, chosen.warps),
+        (_pull, {"C": CHUNK, **asked, **along}, chosen.warps),
+        (_state_gradients, {**kind, **asked, **through}, chosen.state_warps),
+        (_pairs, {"C": CHUNK, **rule, **asked, **across, **along}, chosen.pair_warps),
+        (_inputs, {**kind, **rule, "OWN": own, **asked, **bits, "BK": chosen.input_keys, **along}, chosen.input_warps),
+    ]
+    return [_compilation(kernel, constants, warps, name) for kernel, constants, warps in listed]
 
 
 def _compilation(kernel: Any, constants: dict[str, Any], warps: int, name: str) -> Compilation:

@@ -19,7 +19,7 @@ from .step import Here, Step
 MODELS = (
     (("model=minimax_01_125m",), ("model=minimax_01_tiny",)),
     (("model=llama_125m",), ("model=llama_tiny", "model.depth=2")),
-    (("model=gated_deltanet_125m",), ("model=gated_deltanet_tiny", "model.depth=4")),
+    (("model=gated_deltanet_hybrid_125m",), ("model=gated_deltanet_hybrid_tiny", "model.depth=4")),
     (("model=nsa_1b", "model.depth=1"), ("model=nsa_tiny", "model.depth=1")),
 )
 COMPARED = MODELS[0]  # with trainer.compile

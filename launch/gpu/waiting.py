@@ -15,7 +15,7 @@ from ...models.language_model import LanguageModel
 from ...parallel.sequence import Sequence
 from .step import Here, Step
 
-MODELS = ("minimax_01_tiny", "gated_deltanet_tiny", "nsa_tiny")
+MODELS = ("minimax_01_tiny", "gated_deltanet_hybrid_tiny", "nsa_tiny")
 VOCABULARY = 512
 LENGTH, FEW = 4096, 256
 # Shares of a row that its documents take: no two batches are alike, as in training.

@@ -15,29 +15,43 @@ class DecayGate(nn.Module):
     `[B, T, heads * channels]` to `[B, T, heads, channels]`, or to `[B, T, heads]` for channels=1. Rates exp(A_log), one
     a head, start uniform within `rates`; dt_bias such that softplus(dt_bias) is log-uniform within 0.001 … 0.1. As in
     Mamba-2 (Dao and Gu, 2024, arXiv 2405.21060).
+
+    With a lower_bound, log decay = lower_bound * sigmoid(exp(A_log) (x + dt_bias)), and rates start at 1: the bounded
+    form of Kimi Delta Attention. Raises ValueError for one that is not negative.
     """
 
     in_float32 = ("A_log", "dt_bias")
 
-    def __init__(self, heads: int, channels: int = 1, rates: tuple[float, float] = (0.01, 16.0)) -> None:
+    def __init__(
+        self,
+        heads: int,
+        channels: int = 1,
+        rates: tuple[float, float] = (0.01, 16.0),
+        lower_bound: float | None = None,
+    ) -> None:
         super().__init__()
-        self.heads, self.channels, self.rates = heads, channels, rates
+        if lower_bound is not None and lower_bound >= 0:
+            raise ValueError(f"lower_bound must be negative, the logarithm of a decay; got {lower_bound}. Use -5.0")
+        self.heads, self.channels, self.rates, self.lower_bound = heads, channels, rates, lower_bound
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads * channels))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)  # sums of it over many tokens are exponents
-        step = F.softplus(x.to(wide) + self.dt_bias.to(wide))
-        rate = self.A_log.to(wide).exp()
-        if self.channels == 1:
-            return -rate * step
-        return -rate[:, None] * step.unflatten(-1, (self.heads, self.channels))
+        raw, rate = x.to(wide) + self.dt_bias.to(wide), self.A_log.to(wide).exp()
+        if self.channels > 1:
+            raw, rate = raw.unflatten(-1, (self.heads, self.channels)), rate[:, None]
+        if self.lower_bound is None:
+            return -rate * F.softplus(raw)
+        return self.lower_bound * torch.sigmoid(rate * raw)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        if name == "A_log":
+        if name == "dt_bias":
+            fill_with_steps(tensor, generator)
+        elif self.lower_bound is None:
             tensor.uniform_(*self.rates, generator=generator).log_()
         else:
-            fill_with_steps(tensor, generator)
+            tensor.zero_()
         return True
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.delta_rule import DeltaInputs, DeltaRecurrence
+from ...kernels.delta_rule import DeltaRecurrence, delta_inputs
 from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
 from ...kernels.diagonal_ssm import StateSpaceInputs, StateSpaceRecurrence
 from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
@@ -55,18 +55,19 @@ def delta_rule(
     log_decay: Tensor | None = None,
     *,
     seq: Sequence,
-    erase: tuple[Tensor, Tensor] | None = None,
+    erase: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     slot: str = "state",
 ) -> Tensor:
     """S_t = (I − β_t k_tᵀk_t) diag(e^{g_t}) S_{t−1} + β_t k_tᵀ v_t;  o_t = scale q_t S_t over the whole row.
 
     q, k `[B, T, H or G, K]`, v `[B, T, H, V]`, `beta` `[B, T, H]`; `log_decay` None, `[B, T, H]` or `[B, T, H, K]`;
-    `erase` = (a, b), shaped like k, in place of beta for (diag(e^{g_t}) + b_tᵀ a_t) S_{t−1} + k_tᵀ v_t. Returns
+    `erase`, shaped like k, is what is erased under in place of k_t; a pair (a, b) in place of beta makes it
+    (diag(e^{g_t}) + b_tᵀ a_t) S_{t−1} + k_tᵀ v_t. k `[B, T, H, N, K]` and v, beta alike take N steps per token. Returns
     `[B, T, H, V]` in q's type. See `longreach.kernels.delta_rule`.
     """
-    a, b = (None, None) if erase is None else erase
-    return recurrent(DeltaRecurrence, DeltaInputs(q, k, v, beta, log_decay, a, b), (scale,), seq=seq, slot=slot)
+    inputs = delta_inputs(q, k, v, beta, log_decay, erase)
+    return recurrent(DeltaRecurrence, inputs, (scale,), seq=seq, slot=slot)
 
 
 def diagonal_scan(x: Tensor, log_decay: Tensor, *, seq: Sequence, slot: str = "state") -> Tensor:

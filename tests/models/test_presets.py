@@ -110,12 +110,12 @@ def test_minimax_01_has_its_pattern_and_residuals():
 
 
 def test_transnormer_llm_is_as_its_code_has_it():
-    for preset, width, depth, hidden, published in (
+    for preset, width, depth, hidden, stated in (
         ("385m", 1024, 24, 2816, 385e6), ("1b", 2048, 16, 5632, 1e9), ("7b", 4096, 30, 11008, 6.8e9),
     ):  # fmt: skip
         model = on_meta(f"transnormer_llm_{preset}", 50_272)
         assert model.parameter_count() == 50_272 * width + depth * (5 * width**2 + 3 * width * hidden) + width
-        assert model.parameter_count() == pytest.approx(published, rel=0.01)
+        assert model.parameter_count() == pytest.approx(stated, rel=0.01)
     assert [mixer.feature_map.lrpe is not None for mixer in model.mixers] == [True] + [False] * 29
     norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
     assert len(norms) == 3 * 30 + 1

@@ -111,6 +111,10 @@ def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tens
     return ops.delta_rule(q, k, v, None, decay, erase=(-a, a * gate), seq=seq)
 
 
+def _erase_key(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:
+    return ops.delta_rule(q, k, v, None, decay, erase=k * gate, seq=seq)
+
+
 def _bonus(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, *, seq: Sequence) -> Tensor:
     return ops.gated_linear_attention(q, k, v, decay, bonus=bonus, read="exclusive", seq=seq)
 
@@ -232,6 +236,20 @@ CASES = {
         _OUT,
     ),
     "channel delta": Case(_op("delta_rule"), (*_DELTA, _BY_CHANNEL), _OUT),
+    "delta of a key of its own": Case(
+        _erase_key, ((_Q, "normal"), (_Q, "direction"), _DELTA[2], (_Q, "gate"), _BY_CHANNEL), _OUT
+    ),
+    "delta of two steps": Case(
+        _op("delta_rule"),
+        (
+            (_FEW, "normal"),
+            (("T", "G", 2, "K"), "direction"),
+            (("T", "H", 2, "V"), "normal"),
+            (("T", "H", 2), "gate"),
+            _BY_HEAD,
+        ),
+        _OUT,
+    ),
     "general delta": Case(_erase, (*_LINEAR, (_Q, "direction"), (_Q, "gate"), _BY_CHANNEL), _OUT),
     "scan": Case(_op("diagonal_scan"), ((_X, "normal"), (_X, "decay")), _X),
     "constant scan": Case(_op("diagonal_scan"), ((("T", "D", 3), "normal"), (("D", 3), "decay")), ("T", "D", 3)),

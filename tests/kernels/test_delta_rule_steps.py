@@ -1,0 +1,202 @@
+"""The delta rule that erases under a key of its own, and that takes several steps per token."""
+
+import itertools
+
+import pytest
+import torch
+from test_delta_rule import PACKINGS, assert_near, nan_in_fresh_memory, recurrence
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longreach.kernels.delta_rule import DeltaInputs, DeltaRecurrence, delta_rule
+from longreach.kernels.documents import Documents
+
+FORMS = [
+    ("beta", "none", 2), ("beta", "token", 2), ("beta", "token", 3), ("beta", "channel", 3), ("pair", "channel", 2),
+    ("key", "none", 1), ("key", "token", 1), ("key alone", "channel", 1), ("key", "token", 2),
+]  # fmt: skip
+
+
+def draw(documents, rule, decay, steps, *, strength=0.1, heads=4, groups=2, keys=6, values=10):
+    """The inputs in float64, an initial state, and gradients of the output and of the final state."""
+    generator = torch.Generator().manual_seed(0)
+    shape, own = (documents.batch, documents.length), [steps] if steps > 1 else []
+
+    def normal(*dims):
+        return torch.randn(*shape, *dims, dtype=torch.float64, generator=generator)
+
+    def uniform(*dims):
+        return torch.rand(*shape, *dims, dtype=torch.float64, generator=generator)
+
+    k = F.normalize(normal(groups, *own, keys), dim=-1)
+    beta = a = b = erase = log_decay = None
+    if rule == "pair":
+        direction = F.normalize(normal(heads, *own, keys), dim=-1)
+        a, b = -direction, direction * torch.rand_like(direction)
+    if rule in ("beta", "key"):
+        beta = 2 * uniform(heads, *own)
+    if rule == "key":
+        erase = k * uniform(groups, *own, 1)
+    if rule == "key alone":
+        erase = (k.repeat_interleave(heads // groups, 2)) * uniform(heads, *own, keys)
+    if decay != "none":
+        log_decay = -strength * uniform(heads, *([keys] if decay == "channel" else [])) ** 4
+    inputs = DeltaInputs(normal(groups, keys), k, normal(heads, *own, values), beta, log_decay, a, b, erase)
+    state = torch.randn(documents.batch, heads, keys, values, dtype=torch.float64, generator=generator)
+    return inputs, state, normal(heads, values), state.flip(2)
+
+
+def call(inputs, **settings):
+    erase = inputs.erase if inputs.a is None else (inputs.a, inputs.b)
+    return delta_rule(*inputs[:5], erase=erase, **settings)
+
+
+def run(inputs, state, documents, dout, dstate, *, backend="auto", dtype=torch.float64):
+    """Output, final state and the gradients of all inputs and of the initial state."""
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*inputs, state)]
+    out, final = call(DeltaInputs(*leaves[:-1]), initial_state=leaves[-1], documents=documents, backend=backend)
+    wanted = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
+    return out.detach(), final.detach(), *gradients
+
+
+@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize(("rule", "decay", "steps"), FORMS)
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(rule, decay, steps, documents):
+    inputs, state, *given = draw(documents, rule, decay, steps)
+    expected = run(inputs, state, documents, *given, backend="reference")
+    with nan_in_fresh_memory():
+        assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+        assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
+
+
+@pytest.mark.parametrize(("rule", "decay"), [("beta", "none"), ("key", "token"), ("pair", "channel")])
+def test_several_steps_are_several_tokens_of_which_the_last_is_read(rule, decay):
+    documents, steps = Documents.from_lengths([[5, 1, 20], [26]], 26), 3
+    inputs, *_ = draw(documents, rule, decay, steps)
+    flat = {
+        name: x.transpose(2, 3).flatten(1, 2)
+        for name in ("k", "v", "beta", "a", "b", "erase")
+        if (x := getattr(inputs, name)) is not None
+    }
+    if decay != "none":
+        decays = torch.zeros(*inputs.log_decay.shape[:2], steps, *inputs.log_decay.shape[2:], dtype=torch.float64)
+        decays[:, :, 0] = inputs.log_decay
+        flat["log_decay"] = decays.flatten(1, 2)
+    flat["q"] = inputs.q.repeat_interleave(steps, 1)
+    longer = Documents.from_lengths([[15, 3, 60], [78]], 78)
+    out, final = call(inputs._replace(**flat), documents=longer, backend="reference")
+    for backend in ("reference", "chunked"):
+        assert_near(call(inputs, documents=documents, backend=backend), [out[:, steps - 1 :: steps], final], 1e-12)
+
+
+@pytest.mark.parametrize("decay", ["none", "token", "channel"])
+def test_a_key_to_erase_under_is_a_case_of_the_general_step(decay):
+    documents = PACKINGS["packed"]
+    inputs, state, dout, dstate = draw(documents, "key", decay, 1, groups=4)
+    factor = 1.0 if decay == "none" else inputs.log_decay.exp().view(*inputs.k.shape[:3], -1)
+    a = -inputs.beta[..., None] * inputs.erase * factor
+    general = inputs._replace(v=inputs.v * inputs.beta[..., None], beta=None, erase=None, a=a, b=inputs.k)
+    expected = run(general, state, documents, dout, dstate)
+    found = run(inputs, state, documents, dout, dstate)
+    assert_near([*found[:3], found[-1]], [*expected[:3], expected[-1]], 1e-9)
+    same = run(inputs._replace(erase=inputs.k), state, documents, dout, dstate)
+    plain = run(inputs._replace(erase=None), state, documents, dout, dstate)
+    assert_near(same[:3], plain[:3], 1e-12)
+    assert_near([same[3] + same[-2]], [plain[3]], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay", "steps"), [("beta", "token", 3), ("key alone", "channel", 1), ("pair", "token", 2)]
+)
+def test_segments_put_together_are_the_whole_row(rule, decay, steps):
+    documents, cuts = Documents.from_lengths([[90], [30, 60], [20, 1, 69]], 90), (0, 31, 52, 90)
+    inputs, _, dout, dfinal = draw(documents, rule, decay, steps)
+    whole = run(inputs, torch.zeros_like(dfinal), documents, dout, dfinal)
+    pieces = [
+        (DeltaInputs(*(None if x is None else x[:, a:b] for x in inputs)), documents.slice(a, b), dout[:, a:b])
+        for a, b in itertools.pairwise(cuts)
+    ]
+    begun, states, outs = [], [torch.zeros_like(dfinal)], []
+    for piece, held, _ in pieces:
+        begun.append(recurrence.begin(piece, held))
+        outs.append(recurrence.correct(begun[-1].out, piece, states[-1], held, begun[-1].reads))
+        states.append(recurrence.advance(begun[-1].summary, states[-1]))
+    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
+    dstate, parts = dfinal, []
+    for number in (2, 1, 0):
+        piece, held, douts = pieces[number]
+        parts.insert(0, recurrence.backward(douts, dstate, piece, states[number], held)[0])
+        local = recurrence.summarize_backward(douts, piece, states[number], held, begun[number].reads)
+        dstate = recurrence.retreat(begun[number].summary, dstate, local)
+    joined = [torch.cat(x, 1) for x in zip(*parts, strict=True) if x[0] is not None]
+    assert_near(joined, whole[2:-1], 1e-9)
+
+
+def test_token_by_token_is_the_whole():
+    inputs, *_ = draw(Documents.whole(2, 11), "beta", "token", 3)
+    out, final = call(inputs)
+    state, steps = None, []
+    for t in range(11):
+        one = DeltaInputs(*(None if x is None else x[:, t : t + 1] for x in inputs))
+        step, state = call(one, initial_state=state)
+        steps.append(step)
+    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+
+
+class LargestStorage(TorchDispatchMode):
+    """`bytes`: those of the largest memory that any operation returned, but for that of the tensors passed."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.bytes, self.given = 0, {x.untyped_storage().data_ptr() for x in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.given:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("rule", ["beta", "key"])
+def test_no_memory_grows_with_the_steps_but_that_of_what_they_bring(rule):
+    """Where the steps lie before the heads in memory, they are read where they are."""
+    documents = Documents.whole(1, 2400)
+    inputs, *_ = draw(documents, rule, "token", 6, heads=2, groups=1, keys=16, values=32)
+    laid_out = {
+        name: x.float().transpose(2, 3).contiguous().transpose(2, 3)
+        for name in ("k", "v", "beta", "erase")
+        if (x := getattr(inputs, name)) is not None
+    }
+    inputs = inputs._replace(q=inputs.q.float(), log_decay=inputs.log_decay.float(), **laid_out)
+    with LargestStorage(*(x for x in inputs if x is not None)) as largest:
+        out, _ = call(inputs, documents=documents)
+    assert largest.bytes <= out.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": "one"}, "v must have the steps per token that k has, here 3"),
+        ({"beta": "one"}, "beta must have the steps per token that k has, here 3"),
+        ({"k": "one"}, "v must have the steps per token that k has, here 1"),
+        ({"erase": "one"}, "erase must have the steps per token that k has, here 3"),
+        ({"v": "fewer"}, r"v must be \[B, T, H, V\] or \[B, T, H, N, V\]"),
+    ],
+)
+def test_steps_of_some_inputs_alone_are_refused(change, message):
+    inputs, *_ = draw(Documents.whole(1, 4), "key", "token", 3)
+    changed = {
+        name: getattr(inputs, name)[:, :, :, 0] if how == "one" else getattr(inputs, name)[:, :, :, :2]
+        for name, how in change.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        call(inputs._replace(**changed))
+
+
+def test_a_pair_beside_a_key_is_refused():
+    x = torch.zeros(1, 4, 1, 2)
+    with pytest.raises(ValueError, match="erase must be a pair of tensors, in place of beta"):
+        DeltaRecurrence()(DeltaInputs(x, x, x, None, None, x, x, x))
