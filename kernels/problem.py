@@ -21,7 +21,8 @@ Made = TypeVar("Made")
 class Problem(Generic[Record]):
     """One call of an op: its inputs, their documents, and the backend that runs it.
 
-    exact: whether outputs stay in the type of the accumulators, for arithmetic on them to follow.
+    exact: whether outputs stay in the type of the accumulators, for arithmetic on them to follow. unrounded: whether
+    gradients of queries, keys and values do, for the same reason.
     """
 
     op: Any  # a Recurrence, with the settings of its class
@@ -29,6 +30,7 @@ class Problem(Generic[Record]):
     documents: Documents
     backend: str
     exact: bool = False
+    unrounded: bool = False
     _made: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, make: Callable[[Problem[Record]], Made]) -> Made:
@@ -84,6 +86,10 @@ class Problem(Generic[Record]):
         """An empty output, in the inputs' type or, where exact, in that of the accumulators."""
         shape = shape_of(self.op.out, self.sizes)
         return torch.empty(shape, dtype=self.dtype if self.exact else self.inputs[0].dtype, device=self.device)
+
+    def gradient_type(self, x: Tensor) -> torch.dtype:
+        """The type of the gradient of queries, keys or values x."""
+        return self.dtype if self.unrounded else x.dtype
 
     def new_states(self) -> Tensor:
         """Zeros for the states of all rows."""

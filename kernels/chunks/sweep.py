@@ -170,7 +170,11 @@ def backward(
 
     That of a constant decay, which has no time, is a sum over all tokens, in float64: `constant` of each sweep.
     """
-    gradients = problem.op.record(*(None if x is None else _new_gradient(x) for x in problem.inputs))
+    types = [
+        None if x is None else problem.gradient_type(x) if name in ("q", "k", "v") else x.dtype
+        for name, x in zip(problem.inputs._fields, problem.inputs, strict=True)
+    ]
+    gradients = problem.op.record(*map(_new_gradient, problem.inputs, types))
     entering, dinitial = problem.entering(initial_state), problem.new_states()
     for each in problem.once(sweep.over):
         parts = {name: each.part(dx) for name, dx in gradients._asdict().items() if dx is not None and dx.dim() > 2}
@@ -187,9 +191,11 @@ def backward(
             for name, part in parts.items():
                 part.store(slab, scale=problem.scale if name == "q" else 1.0)
         each.put(dinitial, dstates.at[0])
-    found = tuple(dx if x is None else dx.to(x.dtype) for x, dx in zip(problem.inputs, gradients, strict=True))
+    found = tuple(dx if dx is None else dx.to(dtype) for dx, dtype in zip(gradients, types, strict=True))
     return found, problem.entering(dinitial)
 
 
-def _new_gradient(x: Tensor) -> Tensor:
-    return torch.empty_like(x) if x.dim() > 2 else torch.zeros_like(x, dtype=torch.float64)
+def _new_gradient(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    if x is None:
+        return None
+    return torch.empty_like(x, dtype=dtype) if x.dim() > 2 else torch.zeros_like(x, dtype=torch.float64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -131,13 +132,16 @@ def ceil_div(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def summed(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """Gradients of heads or finer groups, in the shape and type of x; None where there is no x or no gradient."""
+def summed(dx: Tensor | None, x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Gradients of heads or finer groups, in the shape of x; None where there is no x or no gradient.
+
+    In x's type, or in `dtype`.
+    """
     if dx is None or x is None:
         return None
     if dx.shape[2] != x.shape[2]:
         dx = dx.unflatten(2, (x.shape[2], -1)).sum(3)
-    return dx.to(x.dtype)
+    return dx.to(x.dtype if dtype is None else dtype)
 
 
 def compilations() -> list[Compilation]:

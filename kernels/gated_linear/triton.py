@@ -539,7 +539,7 @@ class _Run:
 
     def __init__(self, problem: Problem[GatedLinearInputs]) -> None:
         inputs = problem.inputs
-        self.dtype = inputs.q.dtype
+        self.dtype, self.gradients = inputs.q.dtype, problem.gradient_type(inputs.q)
         batch, length, heads, values = inputs.v.shape
         groups = math.lcm(inputs.q.shape[2], inputs.k.shape[2])
         self.q, self.k = (_grouped(x, groups).contiguous() for x in (inputs.q, inputs.k))
@@ -679,7 +679,7 @@ class _Run:
     def values(self, dout: Tensor, starts: Tensor, afters: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """(dv, or with a decay of values what comes from the states, in float32; then also their ends)."""
         s = self.sizes
-        dv = self.per_token(s.values, torch.float32 if self.by_value else self.dtype)
+        dv = self.per_token(s.values, torch.float32 if self.by_value else self.gradients)
         ends = self.empty(s.batch * s.heads, s.chunks, s.values) if self.by_value else dv
         _values[(ceil_div(s.values, s.value_block), s.chunks, s.batch * s.heads)](
             self.q, self.k, self.v, dout, self.G, self.W, self.ids, starts, afters,
@@ -692,7 +692,7 @@ class _Run:
     def keys(self, dout: Tensor, starts: Tensor, afters: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(dq, dk, ddecay `[B, T, H]`) where channels do not decay by themselves."""
         s = self.sizes
-        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        dq, dk = (torch.empty_like(x, dtype=self.gradients) for x in (self.q, self.k))
         blocks = ceil_div(s.keys, s.key_block)
         moments = ends = dq  # what is not written
         if self.decay:
@@ -792,13 +792,14 @@ def backward(
     if run.by_value and scores is not None:
         base = run.per_token(run.sizes.values)
         run.outputs(starts, base, None, intra=False)
-        into = run.per_token(run.sizes.values, run.dtype)
+        into = run.per_token(run.sizes.values, run.gradients)
         moments = run.mix(scores, dout, run.v, run.W, (base, dv), (base, into))
         dvalue_decay = run.cumulated_back(moments, ends)
         dv = into
     x = problem.inputs
     gradients = (
-        summed(dq, x.q), summed(dk, x.k), dv.to(x.v.dtype),
+        summed(dq, x.q, problem.gradient_type(x.q)), summed(dk, x.k, problem.gradient_type(x.k)),
+        dv.to(problem.gradient_type(x.v)),
         _of_decay(ddecay, x.log_decay), _of_decay(dvalue_decay, x.value_log_decay), None, None,
     )  # fmt: skip
     return gradients, problem.entering(dinitial)

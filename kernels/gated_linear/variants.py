@@ -123,7 +123,10 @@ class _Variant:
             # That of the token after, where it goes on with the document; the first has its state at hand.
             queries = F.pad(queries[:, 1:] * self.goes_on[:, 1:], (0, 0, 0, 0, 0, 1))
         inputs = GatedLinearInputs(queries, keys, self.values, log_decay, self.inputs.value_log_decay)
-        return Problem(GatedLinearRecurrence(scale=self.scale), inputs, self.documents, self.whole.backend, exact=True)
+        return Problem(
+            GatedLinearRecurrence(scale=self.scale), inputs, self.documents, self.whole.backend, exact=True,
+            unrounded=self.bonus is not None,  # its gradients are added to these
+        )  # fmt: skip
 
     def of_heads(self, x: Tensor) -> Tensor:
         """Groups repeated for their heads."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class RWKV6(MatrixMixing):
     """
 
     no_weight_decay = ("mix", "bonus")
+    small = MappingProxyType({"mix_rank": 8, "decay_rank": 8})
 
     def __init__(
         self, *, width: int, layer: int, depth: int, head_dim: int = 64, mix_rank: int = 32, decay_rank: int = 64
