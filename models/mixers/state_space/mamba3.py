@@ -102,10 +102,8 @@ class Mamba3(Mixer):
         b_before = self.by_head(keys_before.unflatten(-1, keys.shape[2:]), self.key_bias)
         q = turned(c, phases.unsqueeze(2))
         k = turned(b_before, (phases - angles).unsqueeze(2))
-        v, v_before = (
-            self.by_rank(v, self.inlets),
-            self.by_rank(weight.to(v.dtype).unsqueeze(-1) * v_before.view_as(v), self.inlets),
-        )
+        v_before = weight.to(v.dtype).unsqueeze(-1) * v_before.view_as(v)
+        v, v_before = (self.by_rank(part, self.inlets) for part in (v, v_before))
         out = self.D.to(v.dtype)[:, None] * v
         for number in range(self.rank):
             score = (c * b[:, :, number, None]).sum(-1) * own.to(v.dtype).unsqueeze(2)  # both would be turned alike
