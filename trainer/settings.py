@@ -66,7 +66,7 @@ class KernelSettings:
     diagonal_scan: str = "auto"  # of mixers whose state is a vector
     diagonal_ssm: str = "auto"  # of S4D and H3
     selective_scan: str = "auto"  # of Mamba
-    wkv: str = "auto"  # of RWKV-4
+    wkv: str = "auto"  # of RWKV-4 and AFT-simple
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     swiglu: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel

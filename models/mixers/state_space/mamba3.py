@@ -101,11 +101,13 @@ class Mamba3(Mixer):
         b, c = self.by_head(keys, self.key_bias), self.by_head(queries, self.query_bias)  # [B, T, R, H, N]
         b_before = self.by_head(keys_before.unflatten(-1, keys.shape[2:]), self.key_bias)
         q = turned(c, phases.unsqueeze(2))
-        k = turned(b_before, (phases - angles).unsqueeze(2)) * weight.to(v.dtype)[:, :, None, :, None]
-        v, v_before = self.by_rank(v, self.inlets), self.by_rank(v_before.view_as(v), self.inlets)
-        scores = torch.einsum("btqhn,btrhn->bthqr", c, b) * own.to(v.dtype)[..., None, None]  # both are turned alike
-        out = torch.einsum("bthqr,btrhp->btqhp", scores, v) + self.D.to(v.dtype)[:, None] * v
+        k = turned(b_before, (phases - angles).unsqueeze(2))
+        v_before = weight.to(v.dtype).unsqueeze(-1) * v_before.view_as(v)
+        v, v_before = (self.by_rank(part, self.inlets) for part in (v, v_before))
+        out = self.D.to(v.dtype)[:, None] * v
         for number in range(self.rank):
+            score = (c * b[:, :, number, None]).sum(-1) * own.to(v.dtype).unsqueeze(2)  # both would be turned alike
+            out = out + score.unsqueeze(-1) * v[:, :, number, None]
             out = out + self.read(q, k[:, :, number], v_before[:, :, number], log_decay, seq, f"state {number}")
         out = out * F.silu(self.by_rank(gate, self.gates))
         if self.outlets is not None:
@@ -120,7 +122,7 @@ class Mamba3(Mixer):
 
     def by_head(self, x: Tensor, bias: Tensor) -> Tensor:
         """`[B, T, R, G, N]` to `[B, T, R, H, N]`, with the biases of heads."""
-        return x.repeat_interleave(self.heads // self.groups, dim=3) + bias.to(x.dtype)
+        return (x.unsqueeze(4) + bias.to(x.dtype).unflatten(1, (self.groups, -1))).flatten(3, 4)
 
     def by_rank(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """`[B, T, H, P]` to `[B, T, R, H, P]`."""
