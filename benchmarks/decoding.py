@@ -36,8 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).parents[1]
 MODELS = (
     "minimax_01_tiny:lightning", "mamba2_hybrid_tiny:mamba2", "gated_deltanet_hybrid_tiny:delta",
-    "sliding_window_tiny:window", "llama_tiny", "nsa_tiny", "moba_tiny", "infllm_v2_tiny", "minimax_01_tiny", "gated_deltanet_hybrid_tiny",
-    "nsa_gated_deltanet_tiny", "rwkv7_hybrid_tiny", "jamba_tiny",
+    "sliding_window_tiny:window", "llama_tiny", "nsa_tiny", "moba_tiny", "infllm_v2_tiny", "minimax_01_tiny",
+    "gated_deltanet_hybrid_tiny", "nsa_gated_deltanet_tiny", "rwkv7_hybrid_tiny", "jamba_tiny",
 )  # fmt: skip
 VOCABULARY = 1024
 START = 100  # tokens that are read before the first are timed
