@@ -41,6 +41,7 @@ from longreach.models.mixer import Mixer, construct
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.operation import Operation
+from longreach.parallel.ops.sparse import BlockSelection
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategies.attention import SharedAttention
 from longreach.parallel.strategies.halo import Halo
@@ -210,7 +211,9 @@ def kept_by(call: Call) -> Kept:
     if isinstance(op, LocalWindows):
         text = f"{op.size - 1} tokens of {shape_text(first.shape[2:])}"
         return Kept(text, (op.size - 1) * of_token, 0, text)
-    return Kept()
+    if isinstance(op, BlockSelection):
+        return Kept()  # by summaries that every rank has
+    return Kept(sent=(inspect.getdoc(op) or type(op).__name__).partition("\n")[0])
 
 
 def shape_text(shape: Any) -> str:
