@@ -97,9 +97,10 @@ class Described:
 
     @property
     def paper(self) -> str:
-        """The first brackets that hold a paper."""
+        """The first brackets of a first paragraph that hold a paper."""
         for text in self.texts:
-            if found := re.search(r"\(([^()]*arXiv[^()]*|[^()]*\b(?:19|20)\d\d\b[^()]*)\)", " ".join(text.split())):
+            summary = " ".join(text.partition("\n\n")[0].split())
+            if found := re.search(r"\(([^()]*arXiv[^()]*|[^()]*\b(?:19|20)\d\d\b[^()]*)\)", summary):
                 link = r"[arXiv \1](https://arxiv.org/abs/\1)"
                 return re.sub(r"(?:arXiv )?(\d{4}\.\d{4,5})", link, found[1])
         return "—"
@@ -111,7 +112,7 @@ class Described:
             lines = [line.strip() for line in text.splitlines() if re.search(r"\s=\s", line)]
             for step in (r"\b([Sh])_t = .*\b\1_[({]t ?[-−] ?1", r"\b(\w+)_t = .*\b\1_[({]t ?[-−] ?1", ""):
                 if found := [line for line in lines if re.search(step, line)]:
-                    parts = [part.strip() for part in re.split(r"\s{3,}", found[0]) if " = " in part]
+                    parts = [part.strip() for part in re.split(r"\s{3,}", found[0]) if re.search(" = (?!0 …)", part)]
                     return "<br>".join(f"`{part}`".replace("|", r"\|") for part in parts)
         return "—"
 
