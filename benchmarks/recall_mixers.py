@@ -106,6 +106,7 @@ def train(name: str, steps: int) -> dict[str, Any]:
         step += 1
         if step % EVERY == 0 or step == steps:
             best = max(best, accuracy(model))
+            print(f"{name}, step {step}: loss {loss / count:.2f}, {best:.1%}", file=sys.stderr, flush=True)
     return {
         "accuracy": best, "steps": step, "limit": steps, "state": kept, "changed": changed,
         "seconds": time.process_time() - start, "parameters": model.parameter_count(),
