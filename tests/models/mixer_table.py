@@ -1,8 +1,9 @@
 """The table of all mixers: `python tests/models/mixer_table.py` writes docs/mixers.md and docs/mixers.json.
 
 A row is read from the mixer's docstring and YAML and from the ops that it calls on tensors without data. What has to be
-measured is kept in the JSON: the worst error of each comparison in the definition tests, which run for it, and whether
-the mixer does what the ticks say, tried here at small sizes. With names of mixers only these are measured again.
+measured is kept in the JSON: the worst error of each comparison in the definition tests, which run for it unless
+LONGREACH_ORACLE_NOTES names what an earlier run of theirs noted, and whether the mixer does what the ticks say, tried
+here at small sizes. With names of mixers only these are measured again.
 """
 
 from __future__ import annotations
@@ -232,12 +233,13 @@ def bytes_text(kept: list[Kept]) -> str:
 
 
 def worst_errors() -> dict[str, dict[str, float]]:
-    """The worst error of each mixer against each oracle, from the definition tests."""
+    """The worst error of each mixer against each oracle, from the definition tests or the notes that they left."""
     with tempfile.TemporaryDirectory() as folder:
-        notes = Path(folder, "notes")
-        tests = sorted(map(str, Path(__file__).parent.glob("test_mixer_definitions*.py")))
-        environment = {**os.environ, NOTES: str(notes)}
-        subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, check=True)
+        notes = Path(os.environ.get(NOTES, f"{folder}/notes"))
+        if NOTES not in os.environ:
+            tests = sorted(map(str, Path(__file__).parent.glob("test_mixer_definitions*.py")))
+            environment = {**os.environ, NOTES: str(notes)}
+            subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, check=True)
         found: dict[str, dict[str, float]] = {}
         for line in map(json.loads, notes.read_text().splitlines()):
             of_mixer = found.setdefault(line["mixer"], {})
@@ -246,13 +248,10 @@ def worst_errors() -> dict[str, dict[str, float]]:
 
 
 def measure(names: list[str]) -> None:
-    """Writes what is measured of the mixers `names`, and of those not measured before; the rest stays as it is."""
+    """Writes what is measured of these mixers; the rest stays as it is."""
     errors, known = worst_errors(), measured()
-    for name in MIXERS:
-        if name in known and name not in names:
-            continue
-        ticks = [tick for tick in TICKS if ticked(name, tick)]
-        noted = errors.get(name, {})
+    for name in names:
+        ticks, noted = [tick for tick in TICKS if ticked(name, tick)], errors.get(name, {})
         known[name] = {"ticks": ticks, "errors": {oracle: float(f"{noted[oracle]:.1e}") for oracle in sorted(noted)}}
         print(
             f"{name}: {' · '.join(ticks)}; {', '.join(noted) or 'no definition test, or none that runs here'}",
