@@ -77,6 +77,14 @@ def fill_with_steps(
     tensor.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
+def check_steps(step_range: tuple[float, float]) -> tuple[float, float]:
+    """The bounds between which steps start. Raises ValueError unless they are positive and in order."""
+    low, high = step_range
+    if not 0 < low <= high:
+        raise ValueError(f"step_range must be positive and in order; got {(low, high)}. Put the smaller one first")
+    return low, high
+
+
 def log_uniform(tensor: Tensor, generator: torch.Generator, bounds: tuple[float, float]) -> Tensor:
     """Fills a tensor with numbers whose logarithms are uniform within those of `bounds`, and returns it."""
     low, high = (math.log(bound) for bound in bounds)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...kernels.diagonal_ssm import flops
 from ...parallel import ops
 from ...parallel.sequence import Sequence
-from .decay_gate import log_uniform
+from .decay_gate import check_steps, log_uniform
 
 INITIAL = ("lin", "inv")
 DISCRETISATIONS = ("zoh", "bilinear")
@@ -48,10 +48,8 @@ class DiagonalSSM(nn.Module):
         if discretisation not in DISCRETISATIONS:
             known = ", ".join(DISCRETISATIONS)
             raise ValueError(f"discretisation must be one of {known}; got {discretisation!r}. Choose one")
-        if not 0 < step_range[0] <= step_range[1]:
-            raise ValueError(f"step_range must be positive and in order; got {tuple(step_range)}")
         self.state, self.initial, self.discretisation = state, initial, discretisation
-        self.step_range = (step_range[0], step_range[1])
+        self.step_range = check_steps(step_range)
         self.log_step = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads, state // 2))
         self.A_imaginary = nn.Parameter(torch.empty(heads, state // 2))

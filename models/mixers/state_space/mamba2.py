@@ -10,7 +10,7 @@ from ....kernels.gated_linear import flops
 from ....kernels.pointwise import gated_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.decay_gate import GateLinear, fill_with_steps
+from ...layers.decay_gate import GateLinear, check_steps, fill_with_steps
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
@@ -52,14 +52,8 @@ class Mamba2(Mixer):
         heads = head_size("head_dim", inner, head_dim)
         if groups < 1 or heads % groups:
             raise ValueError(f"groups must divide the {heads} heads; got {groups}. Change it, or expansion or head_dim")
-        if not 0 < step_range[0] <= step_range[1]:
-            raise ValueError(f"step_range must be positive and in order; got {tuple(step_range)}")
         self.heads, self.head_dim, self.groups, self.state = heads, head_dim, groups, state
-        self.step_range, self.step_floor, self.step_limit = (
-            (step_range[0], step_range[1]),
-            step_floor,
-            tuple(step_limit),
-        )
+        self.step_range, self.step_floor, self.step_limit = check_steps(step_range), step_floor, tuple(step_limit)
         self.gate = nn.Linear(width, inner, bias=bias)
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.key = nn.Linear(width, groups * state, bias=bias)  # B
