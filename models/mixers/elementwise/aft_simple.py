@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ....kernels.gated_linear import flops
+from ....kernels.wkv import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.decay_gate import GateLinear
 from ...mixer import Mixer
 
 
@@ -27,15 +26,13 @@ class AFTSimple(Mixer):
         if self.inner < 1:
             raise ValueError(f"inner must be at least 1; got {inner}. Leave it out for the width")
         self.query = nn.Linear(width, self.inner, bias=False)
-        self.key = GateLinear(width, self.inner, bias=False)  # an exponent
+        self.key = nn.Linear(width, self.inner, bias=False)
         self.value = nn.Linear(width, self.inner, bias=False)
         self.output = nn.Linear(self.inner, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        v = self.value(x).unsqueeze(-1)  # a head for each channel
-        one = v.new_ones(()).expand_as(v)
-        out = ops.gated_linear_attention(one, one, v, log_input=self.key(x), normaliser="sum", scale=1.0, seq=seq)
-        return self.output(self.query(x).sigmoid() * out.squeeze(-1))
+        out = ops.wkv(self.key(x), self.value(x), seq=seq)
+        return self.output(self.query(x).sigmoid() * out)
 
     def mixing_flops(self, seq: Sequence) -> int:
-        return flops(seq.places, heads=self.inner, key_dim=1, value_dim=1)
+        return flops(seq.places, channels=self.inner)
