@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from ....kernels.wkv import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.decay_gate import GateLinear
 from ...mixer import Mixer
 
 
@@ -27,7 +26,7 @@ class AFTSimple(Mixer):
         if self.inner < 1:
             raise ValueError(f"inner must be at least 1; got {inner}. Leave it out for the width")
         self.query = nn.Linear(width, self.inner, bias=False)
-        self.key = GateLinear(width, self.inner, bias=False)  # an exponent
+        self.key = nn.Linear(width, self.inner, bias=False)
         self.value = nn.Linear(width, self.inner, bias=False)
         self.output = nn.Linear(self.inner, width, bias=False)
 
