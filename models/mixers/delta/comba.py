@@ -23,9 +23,9 @@ class Comba(GatedDeltaNet):
         b = sigmoid(feedback), d = correction         two numbers for each key head
         y = W_o (sigmoid(W_g x) * RMSNorm(o))         the norm is within each head, with one weight for all
 
-    What is erased is read from the state before it decays. That is the paper's form. The kernels of flash-linear-
-    attention read the same, but its layer subtracts d b k before queries and keys are brought to length 1, and brings
-    b k to length 1 too, which leaves b without effect on the state.
+    What is erased is read from the state before it decays, as in the kernels of flash-linear-attention. Its layer
+    differs: it subtracts d b k before queries and keys are brought to length 1, and brings b k to length 1 too, which
+    leaves b without effect on the state. Here b and d act on keys of length 1, so that both do what the paper says.
 
     initial_correction: where d starts; the paper advises 0.02 for small models, 1 from a billion parameters on. The
     other settings and what is raised are those of `GatedDeltaNet`.
