@@ -50,6 +50,7 @@ class DeltaRecurrence(Dense[DeltaInputs]):
     out, state = "B T H V", "B H K V"
 
     scale: float | None = None
+    erase_first: bool = False
 
     def check_inputs(self, inputs: DeltaInputs) -> None:
         """Raises ValueError for half a pair `erase`, one beside a beta, and several steps of some tensors alone."""
@@ -58,6 +59,8 @@ class DeltaRecurrence(Dense[DeltaInputs]):
             raise ValueError(
                 "erase must be a pair of tensors, in place of beta; got both, or one of the pair. Multiply beta into it"
             )
+        if pair and self.erase_first:
+            raise ValueError("erase_first must be left out with a pair `erase`, which always meets the state undecayed")
         for name in ("v", "beta", "a", "b", "erase"):
             x = getattr(inputs, name)
             if x is not None and (x.dim() == 4 + (name != "beta")) != (inputs.k.dim() == 5):
@@ -75,6 +78,7 @@ def delta_rule(
     log_decay: Tensor | None = None,
     *,
     erase: Tensor | tuple[Tensor, Tensor] | None = None,
+    erase_first: bool = False,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
@@ -88,14 +92,16 @@ def delta_rule(
     `[B, T, H]` (None is 1), in [0, 2] for keys of length 1: with longer keys the state may grow without bound.
     `log_decay` g, never positive: None, `[B, T, H]` (gated DeltaNet) or `[B, T, H, K]` (Kimi Delta Attention).
 
-    `erase` e, shaped like k, erases what the state holds under another key than the one that is written (Comba, Gated
-    DeltaNet-2); a pair (a, b) in place of beta makes the general diagonal-plus-low-rank step of RWKV-7:
+    `erase` e, shaped like k, erases what the state holds under another key than the one that is written (Gated
+    DeltaNet-2); with `erase_first` it is read before the state decays (Comba). A pair (a, b) in place of beta makes the
+    general diagonal-plus-low-rank step of RWKV-7:
 
         S_t = (I - beta_t k_t^T e_t) diag(e^{g_t}) S_{t-1} + beta_t k_t^T v_t
-        S_t = (diag(e^{g_t}) + b_t^T a_t) S_{t-1} + k_t^T v_t        a_t meets the state before its decay
+        S_t = (diag(e^{g_t}) - beta_t k_t^T e_t) S_{t-1} + beta_t k_t^T v_t       with erase_first
+        S_t = (diag(e^{g_t}) + b_t^T a_t) S_{t-1} + k_t^T v_t                     a_t meets the state before its decay
 
-    The rule above is the case e_t = k_t of the first, which is the case a_t = -beta_t e^{g_t} ⊙ e_t, b_t = k_t of the
-    second, with beta_t v_t written.
+    Without `erase` e_t is k_t. The first is the case a_t = -beta_t e^{g_t} ⊙ e_t, b_t = k_t of the last, with
+    beta_t v_t written; the second is that without e^{g_t}.
 
     Several steps per token (DeltaProduct): k `[B, T, H, N, K]`, v `[B, T, H, N, V]`, beta `[B, T, H, N]`, and `erase`
     like k. The state decays once, then takes the N steps in order, and is read after the last. Apart from these inputs
@@ -113,7 +119,7 @@ def delta_rule(
     several steps per token: Siems et al., 2025, arXiv 2502.10297.
     """
     inputs = delta_inputs(q, k, v, beta, log_decay, erase)
-    return DeltaRecurrence(scale)(inputs, initial_state, documents, backend)
+    return DeltaRecurrence(scale, erase_first)(inputs, initial_state, documents, backend)
 
 
 def delta_inputs(

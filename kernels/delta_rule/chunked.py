@@ -8,8 +8,9 @@ score, z_i is what token i adds along b_i, so that
     S' = through ⊙ S + B̂ᵀ Z         B̂ = b ⊙ leave
 
 With beta, e = beta k, b = k and R = beta v (Yang et al., 2024, arXiv 2406.06484; with decay arXiv 2412.06464), where
-`erase` stands in for the k of e. With a pair (a, b), e = −a, which meets the state before the token's own decay; R
-comes from the written k and v, which also add to O and S' (`rules.py`). Given the gradients dO and dS',
+`erase` stands in for the k of e. With a pair (a, b), e = −a, which as with `erase_first` meets the state before the
+token's own decay; R comes from the written k and v, which also add to O and S' (`rules.py`). Given the gradients dO and
+dS',
 
     dZ = Aᵀ dO + B̂ dS'              (I + L)ᵀ dR = dZ
     dS = through ⊙ dS' + (Q ⊙ enter)ᵀ dO − Êᵀ dR

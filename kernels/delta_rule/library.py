@@ -28,7 +28,7 @@ def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tupl
 
 def refusal(problem: Problem[DeltaInputs]) -> str | None:
     """Why the library cannot run the problem, or None."""
-    if problem.inputs.a is not None or problem.inputs.erase is not None:
+    if problem.inputs.a is not None or problem.inputs.erase is not None or problem.op.erase_first:
         return "flash-linear-attention is not called for `erase`"
     if problem.inputs.k.dim() == 5:
         return "flash-linear-attention is not called for several steps per token"

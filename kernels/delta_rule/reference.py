@@ -15,7 +15,7 @@ def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tupl
     """S_t = (diag(e^{g_t}) + b_tᵀ a_t) S_{t−1} + k_tᵀ v_t;  o_t = scale q_t S_t;  S = 0 before a document's first.
 
     With beta, a_t = -beta_t e^{g_t} ⊙ e_t and b_t = k_t, e_t = k_t unless it is given, and what is written is beta_t
-    v_t. Of several steps per token all but the first find a state that does not decay.
+    v_t; with `erase_first`, a_t lacks e^{g_t}. Of several steps per token the first alone finds a state that decays.
     """
     inputs, heads = problem.inputs, problem.inputs.v.shape[2]
     q_BTHK, k_BTHNK, v_BTHNV = (_wide(x, heads, problem.dtype) for x in (inputs.q, _steps(inputs.k), _steps(inputs.v)))
@@ -24,7 +24,8 @@ def forward(problem: Problem[DeltaInputs], initial_state: Tensor | None) -> tupl
         e = k_BTHNK if inputs.erase is None else _wide(_steps(inputs.erase), heads, problem.dtype)
         beta = torch.ones_like(v_BTHNV[..., 0]) if inputs.beta is None else inputs.beta.to(problem.dtype)
         beta_BTHN1 = beta.view(*v_BTHNV.shape[:-1], 1)
-        a_BTHNK, b_BTHNK, v_BTHNV = -beta_BTHN1 * decay_BTHNK * e, k_BTHNK, beta_BTHN1 * v_BTHNV
+        met = e if problem.op.erase_first else decay_BTHNK * e
+        a_BTHNK, b_BTHNK, v_BTHNV = -beta_BTHN1 * met, k_BTHNK, beta_BTHN1 * v_BTHNV
     else:
         a_BTHNK, b_BTHNK = (_wide(_steps(x), heads, problem.dtype) for x in (inputs.a, inputs.b))
 

@@ -1,7 +1,7 @@
-"""What is erased and written: by one key and a beta, or by the vectors of a general diagonal-plus-low-rank step.
+"""What is erased and written: under keys and by a beta, or by the vectors of a general diagonal-plus-low-rank step.
 
 Both solve (I + L) Z = R − Ê S in each chunk; they differ in the rows e and columns b of L, and in what else is written.
-A rule's `columns` are b, its `enter` the factors of Ê.
+A rule's `columns` are b, its `enter` the factors of Ê. How rows meet the state, decayed or not, is a class of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,80 @@ from ..chunks.slabs import Slab, States
 from ..chunks.sweep import Parts, Sweep
 
 
+class Late:
+    """Rows that meet the state after it has decayed at their own token."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def load(self, slab: Slab, rows: Tensor) -> None:
+        """Takes the rows `[N, C, K]`, and fills Ê."""
+        self.rows, self.enter = rows, self.sweep.decay.enter
+        torch.mul(rows, self.enter, out=self.sweep.work("erase", self.sweep.key_dim, slab))
+
+    def scores(self, slab: Slab, columns: Tensor, out: Tensor) -> Tensor:
+        """out_ij = e_i · column_j for j < i, under the decays between them; what else it holds is not read."""
+        self.sweep.decay.scores(self.rows, columns, out)
+        return out
+
+    def add_gradients(self, slab: Slab, dscores: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor) -> None:
+        """Adds to the gradients of rows and columns that of their scores, `dscores` below the diagonal."""
+        dscores.diagonal(dim1=-2, dim2=-1).zero_()
+        self.sweep.decay.add_gradients(dscores, self.rows, columns, drows, dcolumns)
+
+    def moments(self, drows: Tensor, out: Tensor) -> Tensor:
+        """What the rows say of the decay of each token."""
+        return torch.mul(self.rows, drows, out=out)
+
+
+class Early:
+    """Rows that meet the state before it decays at their own token.
+
+    The score of e_i, which lacks the decay of token i, is that of row i − 1 with e_i in place of e_{i−1}: so e is also
+    kept shifted to the row before, and what comes from it is shifted back.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def load(self, slab: Slab, rows: Tensor) -> None:
+        sweep, enter = self.sweep, self.sweep.decay.enter
+        self.rows, self.before = rows, sweep.work("rows before", sweep.key_dim, slab)
+        self.before[:, :-1] = rows[:, 1:]
+        self.enter = sweep.work("enter", enter.shape[-1], slab)
+        self.enter[:, 1:] = enter[:, :-1]
+        self.enter[:, 0] = 1.0
+        if sweep.masks is not None:
+            by_row(self.enter, sweep.grid).mul_(sweep.masks.enter)
+        torch.mul(rows, self.enter, out=sweep.work("erase", sweep.key_dim, slab))
+
+    def scores(self, slab: Slab, columns: Tensor, out: Tensor) -> Tensor:
+        sweep = self.sweep
+        shifted = sweep.work("shifted", sweep.grid.chunk, slab)
+        sweep.decay.scores(self.before, columns, shifted)
+        out[:, 1:] = shifted[:, :-1]
+        if sweep.masks is not None:
+            by_row(out, sweep.grid).mul_(sweep.masks.same)
+        return out
+
+    def add_gradients(self, slab: Slab, dscores: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor) -> None:
+        sweep = self.sweep
+        shifted = sweep.work("dshifted", sweep.grid.chunk, slab)
+        spare = sweep.work("drows before", sweep.key_dim, slab).zero_()
+        if sweep.masks is not None:
+            by_row(dscores, sweep.grid).mul_(sweep.masks.same)
+        shifted[:, :-1] = dscores[:, 1:]
+        shifted[:, -1] = 0.0
+        sweep.decay.add_gradients(shifted, self.before, columns, spare, dcolumns)
+        drows[:, 1:] += spare[:, :-1]
+
+    def moments(self, drows: Tensor, out: Tensor) -> Tensor:
+        # A row meets the state without its own decay: what it says is of the decays up to the token before.
+        torch.mul(self.rows[:, 1:], drows[:, 1:], out=out[:, :-1])
+        out[:, -1] = 0.0
+        return out
+
+
 class BetaRule:
     """e = beta k, b = k, R = beta v: the value at k is moved towards v by beta. Without beta, it becomes v.
 
@@ -22,6 +96,7 @@ class BetaRule:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
+        self.meeting = (Early if sweep.problem.op.erase_first else Late)(sweep)
         self.keys, self.values = sweep.sources["k"], sweep.sources["v"]
         self.beta, self.erase = sweep.sources.get("beta"), sweep.sources.get("erase")
 
@@ -29,20 +104,19 @@ class BetaRule:
         sweep, keys = self.sweep, self.sweep.key_dim
         self.columns, v = self.keys.load(slab), self.values.load(slab)
         self.erased = self.columns if self.erase is None else self.erase.load(slab)
-        right, erase = sweep.work("right", sweep.value_dim, slab), sweep.work("erase", keys, slab)
+        right, rows = sweep.work("right", sweep.value_dim, slab), self.erased
         if right.shape[-1] > v.shape[-1]:
             right[..., v.shape[-1] :] = 0.0
         right = right[..., : v.shape[-1]]
         if self.beta is None:
-            self.rows = self.erased
             right.copy_(v)
         else:
             beta = self.beta.load(slab)
-            self.rows = torch.mul(self.erased, beta, out=sweep.work("rows", keys, slab))
+            rows = torch.mul(self.erased, beta, out=sweep.work("rows", keys, slab))
             torch.mul(v, beta, out=right)
-        self.enter = sweep.decay.enter
-        sweep.decay.scores(self.rows, self.columns, sweep.work("system", sweep.grid.chunk, slab))
-        torch.mul(self.rows, self.enter, out=erase)
+        self.meeting.load(slab, rows)
+        self.enter = self.meeting.enter
+        self.meeting.scores(slab, self.columns, sweep.work("system", sweep.grid.chunk, slab))
         torch.mul(self.columns, sweep.decay.leave, out=sweep.work("write", keys, slab))
 
     def load_reads(self, slab: Slab, q: Tensor) -> None:
@@ -61,13 +135,6 @@ class BetaRule:
     def dcolumns(self, slab: Slab, parts: Parts) -> Tensor:
         return parts["k"].flat[slab.chunks]
 
-    def add_system_gradient(
-        self, slab: Slab, dsystem: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor
-    ) -> None:
-        """Adds to the gradients of rows and `columns` that of their scores, `dsystem` below the diagonal."""
-        dsystem.diagonal(dim1=-2, dim2=-1).zero_()
-        self.sweep.decay.add_gradients(dsystem, self.rows, columns, drows, dcolumns)
-
     def differentiate(
         self,
         slab: Slab,
@@ -82,7 +149,7 @@ class BetaRule:
         n, v = slab.chunks, self.values.flat[slab.chunks]
         dk = parts["k"].flat[n]
         if moments is not None:
-            torch.mul(self.rows, drows, out=moments).addcmul_(self.columns, dk, value=-1.0)
+            self.meeting.moments(drows, moments).addcmul_(self.columns, dk, value=-1.0)
         dkeys = dk if self.erase is None else parts["erase"].flat[n].zero_()
         if self.beta is None:
             parts["v"].flat[n].copy_(dright)
@@ -96,14 +163,10 @@ class BetaRule:
 
 
 class EraseRule:
-    """e = −a, read before the token's own decay, and k and v written besides b: R = −P V with P_ij = e_i · k_j, j < i.
-
-    The score of e_i, which lacks the decay of token i, is that of row i − 1 with e_i in place of e_{i−1}: so e is kept
-    shifted to the row before, and what comes from it is shifted back.
-    """
+    """e = −a, which meets the state early, and k and v written besides b: R = −P V with P_ij = e_i · k_j for j < i."""
 
     def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+        self.sweep, self.meeting = sweep, Early(sweep)
         self.keys, self.values, self.a, self.b = (sweep.sources[name] for name in ("k", "v", "a", "b"))
         self.wide = sweep.value_dim > sweep.problem.inputs.v.shape[-1]
 
@@ -111,40 +174,17 @@ class EraseRule:
         sweep, keys, size = self.sweep, self.sweep.key_dim, self.sweep.grid.chunk
         k, v, a = self.keys.load(slab), self.values.load(slab), self.a.load(slab)
         self.columns = self.b.load(slab)
-        rows = sweep.work("rows", keys, slab)
-        torch.neg(a[:, 1:], out=rows[:, :-1])
-        self._load_enter(slab)
-        torch.mul(a, self.enter, out=sweep.work("erase", keys, slab)).neg_()
+        self.meeting.load(slab, torch.neg(a, out=sweep.work("rows", keys, slab)))
+        self.enter = self.meeting.enter
         torch.mul(self.columns, sweep.decay.leave, out=sweep.work("write", keys, slab))
         torch.mul(k, sweep.decay.leave, out=sweep.work("keys", keys, slab))
-        self._scores(slab, self.columns, sweep.work("system", size, slab))
-        erased = self._scores(slab, k, sweep.work("erased keys", size, slab))
+        self.meeting.scores(slab, self.columns, sweep.work("system", size, slab))
+        erased = self.meeting.scores(slab, k, sweep.work("erased keys", size, slab))
         right = sweep.work("right", sweep.value_dim, slab)
         if self.wide:
             right.zero_()
         right = right[..., : v.shape[-1]]
         right.copy_(torch.bmm(erased, v)).neg_()
-
-    def _load_enter(self, slab: Slab) -> None:
-        """The factors of the state that enters, without the decay of the token itself."""
-        sweep = self.sweep
-        enter = sweep.decay.enter
-        self.enter = sweep.work("enter", enter.shape[-1], slab)
-        self.enter[:, 1:] = enter[:, :-1]
-        self.enter[:, 0] = 1.0
-        if sweep.masks is not None:
-            by_row(self.enter, sweep.grid).mul_(sweep.masks.enter)
-
-    def _scores(self, slab: Slab, columns: Tensor, out: Tensor) -> Tensor:
-        """out_ij = e_i · column_j for j < i."""
-        sweep = self.sweep
-        size = sweep.grid.chunk
-        shifted = sweep.work("shifted", size, slab)
-        sweep.decay.scores(sweep.work("rows", sweep.key_dim, slab), columns, shifted)
-        out[:, 1:] = shifted[:, :-1]
-        if sweep.masks is not None:
-            by_row(out, sweep.grid).mul_(sweep.masks.same)
-        return out
 
     def load_reads(self, slab: Slab, q: Tensor) -> None:
         scores = self.sweep.work("key scores", self.sweep.grid.chunk, slab)
@@ -170,21 +210,6 @@ class EraseRule:
     def dcolumns(self, slab: Slab, parts: Parts) -> Tensor:
         return parts["b"].flat[slab.chunks]
 
-    def add_system_gradient(
-        self, slab: Slab, dsystem: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor
-    ) -> None:
-        """Adds to the gradients of rows and `columns` that of their scores, `dsystem` below the diagonal."""
-        sweep = self.sweep
-        size = sweep.grid.chunk
-        shifted, rows = sweep.work("dshifted", size, slab), sweep.work("rows", sweep.key_dim, slab)
-        spare = sweep.work("drows before", sweep.key_dim, slab).zero_()
-        if sweep.masks is not None:
-            by_row(dsystem, sweep.grid).mul_(sweep.masks.same)
-        shifted[:, :-1] = dsystem[:, 1:]
-        shifted[:, -1] = 0.0
-        sweep.decay.add_gradients(shifted, rows, columns, spare, dcolumns)
-        drows[:, 1:] += spare[:, :-1]
-
     def differentiate(
         self,
         slab: Slab,
@@ -203,13 +228,12 @@ class EraseRule:
         dscores = torch.bmm(dout, v.mT, out=sweep.work("dscores", size, slab))
         sweep.decay.add_gradients(dscores, sweep.sources["q"].flat[n], k, parts["q"].flat[n], dk)
         torch.baddbmm(dscores, dright, v.mT, beta=0.0, alpha=-1.0, out=dscores)
-        self.add_system_gradient(slab, dscores, drows, k, dk)
+        self.meeting.add_gradients(slab, dscores, drows, k, dk)
 
         torch.bmm(sweep.work("key scores", size, slab).mT, dout, out=dv)
         dv.baddbmm_(sweep.work("erased keys", size, slab).mT, dright, alpha=-1.0)
         dv.baddbmm_(sweep.work("keys", sweep.key_dim, slab), after)
         torch.neg(drows, out=parts["a"].flat[n])
         if moments is not None:
-            torch.mul(self.columns, parts["b"].flat[n], out=moments).addcmul_(k, dk).neg_()
-            # A row meets the state without its own decay: what it says is of the decays up to the token before.
-            moments[:, :-1].addcmul_(self.a.flat[n][:, 1:], parts["a"].flat[n][:, 1:])
+            self.meeting.moments(drows, moments).addcmul_(self.columns, parts["b"].flat[n], value=-1.0)
+            moments.addcmul_(k, dk, value=-1.0)

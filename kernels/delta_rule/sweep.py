@@ -94,7 +94,7 @@ class Sweep(sweeps.Sweep):
         dscores = self.work("dscores", size, slab)
         self.decay.add_gradients(torch.bmm(dout, z.mT, out=dscores), q, self.rule.columns, dq, dcolumns)
         torch.baddbmm(dscores, dright, z.mT, beta=0.0, alpha=-1.0, out=dscores)
-        self.rule.add_system_gradient(slab, dscores, drows, self.rule.columns, dcolumns)
+        self.rule.meeting.add_gradients(slab, dscores, drows, self.rule.columns, dcolumns)
         moments = self.work("moments", keys, slab) if "log_decay" in parts else None
         self.rule.differentiate(slab, dout, dright, drows, dstates, parts, moments)
         if moments is not None:

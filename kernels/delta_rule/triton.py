@@ -276,7 +276,7 @@ def _inverse(system, inverse, T, H, C: tl.constexpr):
 def _prepare(
     q, rows, columns, k, v, beta, erased, inverse, G, ids, W, U, asked, left, kept,
     T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, scale,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, STEPS: tl.constexpr,
+    DECAY: tl.constexpr, BEFORE: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, STEPS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """W = X Ê `[B, T, H, K]` and U = X R `[B, T, H, V]` with X the inverse; what states meet, `[B, T, H, K]`.
@@ -297,7 +297,7 @@ def _prepare(
     for k0 in range(0, K, BK):
         kd = k0 + tl.arange(0, BK)
         r = load_tile(rows, b, t, h // (H // ROW_GROUPS), T, ROW_GROUPS, K, kd)
-        r = r * (weight[:, None] * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C))
+        r = r * (weight[:, None] * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, BEFORE, C))
         _put(W, dot(X, r.to(X.dtype)), b, t, h, T, H, K, kd)
         leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
         c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
@@ -492,8 +492,8 @@ def _inputs(
     q, rows, columns, k, v, beta, Z, do, dR, starts, afters, dscores, dsystem, dkey_scores, derased, G, ids,
     dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
     B, T, H, Q_GROUPS, ROW_GROUPS, COLUMN_GROUPS, KEY_GROUPS, K, V, N, scale,
-    DECAY: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, OWN: tl.constexpr, STEPS: tl.constexpr,
-    C: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, BEFORE: tl.constexpr, ERASE: tl.constexpr, BETA: tl.constexpr, OWN: tl.constexpr,
+    STEPS: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, rows, columns and written keys, by head; dbeta's and the decays' parts of these channels.
 
@@ -522,7 +522,7 @@ def _inputs(
         if DECAY:
             at_end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     own_dq *= scale * _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, False, C)
-    own_dr *= _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, ERASE, C)
+    own_dr *= _row_factors(G, own, before, b, t, h, T, H, K, kd, DECAY, BEFORE, C)
     leave = _column_factors(G, own, last, end, b, t, h, T, H, K, kd, DECAY)
     own_dc *= leave
     c = load_tile(columns, b, t, h // (H // COLUMN_GROUPS), T, COLUMN_GROUPS, K, kd)
@@ -550,10 +550,10 @@ def _inputs(
             dA, queries, keys, own_dq, own_dk, G, b, n, t, h, T, H, K, kd, DECAY, False, False, C, BITS
         )
     dA = _matrix(dsystem, b, t, h, T, H, C).to(tl.float32)
-    own_dr, own_dc = _spread(dA, r, c, own_dr, own_dc, G, b, n, t, h, T, H, K, kd, DECAY, ERASE, True, C, BITS)
+    own_dr, own_dc = _spread(dA, r, c, own_dr, own_dc, G, b, n, t, h, T, H, K, kd, DECAY, BEFORE, True, C, BITS)
     if ERASE:
         dA = _matrix(derased, b, t, h, T, H, C).to(tl.float32)
-        own_dr, own_dk = _spread(dA, r, keys, own_dr, own_dk, G, b, n, t, h, T, H, K, kd, DECAY, ERASE, True, C, BITS)
+        own_dr, own_dk = _spread(dA, r, keys, own_dr, own_dk, G, b, n, t, h, T, H, K, kd, DECAY, BEFORE, True, C, BITS)
 
     _put(dq, own_dq, b, tq, h, TQ, H, K, kd)
     part = (tl.cast(kb, tl.int64) * B + b) * T + t
@@ -561,17 +561,18 @@ def _inputs(
         moment = queries * own_dq - c * own_dc
         if ERASE:
             moment -= keys * own_dk
+        if BEFORE:
             before_row = tl.where((tl.arange(0, C) > 0)[:, None], r * own_dr, 0.0)
         else:
             moment += r * own_dr
         tl.store(ends + place * K + kd, at_end, mask=kd < K)
         if DECAY == 2:
             _put(moments, moment, b, t, h, T, H, K, kd)
-            if ERASE:
+            if BEFORE:
                 _put(row_moments, before_row, b, t, h, T, H, K, kd)
         else:
             tl.store(moments + part * H + h, tl.sum(moment, 1), mask=t < T)
-            if ERASE:
+            if BEFORE:
                 tl.store(row_moments + part * H + h, tl.sum(before_row, 1), mask=t < T)
     if ERASE:
         _put(drows, -own_dr, b, t, h, T, H, K, kd)
@@ -651,7 +652,7 @@ class _Run:
         self.problem = problem = by_step(problem)
         inputs = problem.inputs
         self.erase, self.has_beta = inputs.a is not None, inputs.beta is not None
-        self.own_rows = inputs.erase is not None
+        self.own_rows, self.before = inputs.erase is not None, self.erase or problem.op.erase_first
         vectors = (inputs.q, inputs.k, inputs.v, inputs.a, inputs.b, inputs.erase)
         wide = [x.dtype for x in vectors if x is not None]
         self.dtype = reduce(torch.promote_types, wide)
@@ -710,7 +711,7 @@ class _Run:
         scale = self.problem.scale if not system else -1.0 if self.erase else 1.0
         _scores[self.by_chunk()](
             rows, columns, self.G, self.beta, self.ids, out, *self.sizes, rows.shape[2], columns.shape[2], self.keys,
-            float(scale), DECAY=self.decay, BEFORE=system and self.erase, STRICT=system,
+            float(scale), DECAY=self.decay, BEFORE=system and self.before, STRICT=system,
             BETA=system and self.has_beta, STEPS=1 if system else self.steps, BITS=BITS,
             **self.blocks(values=False, warps=self.tiles.score_warps),
         )  # fmt: skip
@@ -731,7 +732,8 @@ class _Run:
         _prepare[self.by_chunk()](
             self.q, self.rows, self.columns, self.k, self.v, self.beta, erased, inverse, self.G, self.ids,
             W, U, asked, left, kept, *self.sizes, *self.groups, self.keys, self.values, float(self.problem.scale),
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, STEPS=self.steps, **self.blocks(),
+            DECAY=self.decay, BEFORE=self.before, ERASE=self.erase, BETA=self.has_beta, STEPS=self.steps,
+            **self.blocks(),
         )  # fmt: skip
         return _Chunks(scores, key_scores, erased, inverse, W, U, asked, left, kept)
 
@@ -818,15 +820,16 @@ class _Run:
             ends = self.empty(self.batch * self.heads, self.chunks, self.keys)
         if self.decay == CHANNEL:
             moments = self.per_token(self.keys, torch.float32)
-            row_moments = self.per_token(self.keys, torch.float32) if self.erase else moments
+            row_moments = self.per_token(self.keys, torch.float32) if self.before else moments
         elif self.decay == TOKEN:
             moments = self.empty(parts, *self.v.shape[:3])
-            row_moments = self.empty(parts, *self.v.shape[:3]) if self.erase else moments
+            row_moments = self.empty(parts, *self.v.shape[:3]) if self.before else moments
         _inputs[(parts, *self.by_chunk())](
             self.q, self.rows, self.columns, self.k, self.v, self.beta, Z, dout, dR, starts, afters, *dscores,
             self.G, self.ids, dq, drows, dcolumns, dk, dbeta, moments, row_moments, ends,
             self.batch, *self.sizes, *self.groups, self.keys, self.values, self.chunks, float(self.problem.scale),
-            DECAY=self.decay, ERASE=self.erase, BETA=self.has_beta, OWN=self.own_rows, STEPS=self.steps, BITS=BITS,
+            DECAY=self.decay, BEFORE=self.before, ERASE=self.erase, BETA=self.has_beta, OWN=self.own_rows,
+            STEPS=self.steps, BITS=BITS,
             **{**self.blocks(warps=self.tiles.input_warps), "BK": block},
         )  # fmt: skip
         return dq, drows, dcolumns, dk, dbeta.sum(0), self.decay_gradient(moments, row_moments, ends)
@@ -836,7 +839,7 @@ class _Run:
             return None
         if self.decay == TOKEN:
             moments, row_moments, ends = moments.sum(0), row_moments.sum(0), ends.sum(2)
-        if self.erase:  # a row meets the state without its own decay: what it says is of those up to the token before
+        if self.before:  # a row meets the state without its own decay: what it says is of those up to the token before
             moments[:, :-1] += row_moments[:, 1:]
         dim = 1 if self.decay == TOKEN else self.keys
         cumulate_back[(self.chunks, self.batch, ceil_div(self.heads * dim, LANES))](
@@ -905,7 +908,8 @@ _FLOAT32 = ("G", "beta", "system", "initial", "final", "dfinal", "dinitial", "mo
 def compilations() -> list[Compilation]:
     """Every kernel at the dims of production models in bfloat16: DeltaNets, Kimi Delta Attention, RWKV-7.
 
-    And those that differ in Gated DeltaNet-2, which erases under keys of its own, and in DeltaProduct of two steps.
+    And those that differ in Gated DeltaNet-2, which erases under keys of its own, in Comba, which does so before the
+    state decays, and in DeltaProduct of two steps.
     """
     found = []
     for name, dim, decay, erase in (
@@ -914,33 +918,39 @@ def compilations() -> list[Compilation]:
     ):  # fmt: skip
         found += _compiled(name, dim, decay, erase=erase)
     own = _compiled("own 128", 128, CHANNEL, own=True)
+    first = _compiled("own first 128", 128, TOKEN, own=True, first=True)
     product = _compiled("product 128", 128, TOKEN, steps=2)
-    return [*found, *(c for c in own if "OWN" in c.constants), *(c for c in product if c.constants.get("STEPS") == 2)]
+    found += [c for c in own if c.constants.get("OWN")] + [c for c in first if c.constants.get("BEFORE")]
+    return found + [c for c in product if c.constants.get("STEPS") == 2]
 
 
 def _compiled(
-    name: str, dim: int, decay: int, *, erase: bool = False, own: bool = False, steps: int = 1
+    name: str, dim: int, decay: int, *, erase: bool = False, own: bool = False, first: bool = False, steps: int = 1
 ) -> list[Compilation]:
     chosen = tiles(torch.bfloat16, dim, decay, erase)
     kind, asked = {"DECAY": decay, "C": CHUNK}, {"STEPS": steps}
-    rule = {"ERASE": erase, "BETA": not erase}
+    rule, meets = {"ERASE": erase, "BETA": not erase}, {"BEFORE": erase or first}
     across, along = {"BK": chosen.key_block}, {"BV": chosen.value_block}
     through = {"BK": _padded(dim), "BV": chosen.state_values}
     bits = {"BITS": BITS}
     seen = {"BEFORE": False, "STRICT": False, "BETA": False, **asked}
-    before = {"BEFORE": erase, "STRICT": True, "BETA": not erase, "STEPS": 1}
+    before = {**meets, "STRICT": True, "BETA": not erase, "STEPS": 1}
     listed = [
         (_scores, {**kind, **across, **bits, **seen}, chosen.score_warps),
         (_scores, {**kind, **across, **bits, **before}, chosen.score_warps),
         (_inverse, {"C": CHUNK}, INVERSE_WARPS),
-        (_prepare, {**kind, **rule, **asked, **across, **along}, chosen.warps),
+        (_prepare, {**kind, **rule, **meets, **asked, **across, **along}, chosen.warps),
         (_states, {**kind, "ERASE": erase, "TRANSITION": False, **through}, chosen.state_warps),
         (_states, {**kind, "ERASE": erase, "TRANSITION": True, **through}, chosen.state_warps),
         (_outputs, {"C": CHUNK, "ERASE": erase, **asked, **across, **along}, chosen.warps),
         (_pull, {"C": CHUNK, **asked, **along}, chosen.warps),
         (_state_gradients, {**kind, **asked, **through}, chosen.state_warps),
         (_pairs, {"C": CHUNK, **rule, **asked, **across, **along}, chosen.pair_warps),
-        (_inputs, {**kind, **rule, "OWN": own, **asked, **bits, "BK": chosen.input_keys, **along}, chosen.input_warps),
+        (
+            _inputs,
+            {**kind, **rule, **meets, "OWN": own, **asked, **bits, "BK": chosen.input_keys, **along},
+            chosen.input_warps,
+        ),
     ]
     return [_compilation(kernel, constants, warps, name) for kernel, constants, warps in listed]
 

@@ -56,18 +56,19 @@ def delta_rule(
     *,
     seq: Sequence,
     erase: Tensor | tuple[Tensor, Tensor] | None = None,
+    erase_first: bool = False,
     scale: float | None = None,
     slot: str = "state",
 ) -> Tensor:
     """S_t = (I − β_t k_tᵀk_t) diag(e^{g_t}) S_{t−1} + β_t k_tᵀ v_t;  o_t = scale q_t S_t over the whole row.
 
     q, k `[B, T, H or G, K]`, v `[B, T, H, V]`, `beta` `[B, T, H]`; `log_decay` None, `[B, T, H]` or `[B, T, H, K]`;
-    `erase`, shaped like k, is what is erased under in place of k_t; a pair (a, b) in place of beta makes it
-    (diag(e^{g_t}) + b_tᵀ a_t) S_{t−1} + k_tᵀ v_t. k `[B, T, H, N, K]` and v, beta alike take N steps per token. Returns
-    `[B, T, H, V]` in q's type. See `longreach.kernels.delta_rule`.
+    `erase`, shaped like k, is what is erased under in place of k_t, before the decay with `erase_first`; a pair (a, b)
+    in place of beta makes it (diag(e^{g_t}) + b_tᵀ a_t) S_{t−1} + k_tᵀ v_t. With k `[B, T, H, N, K]`, and v and beta
+    alike, each token takes N steps. Returns `[B, T, H, V]` in q's type. See `longreach.kernels.delta_rule`.
     """
     inputs = delta_inputs(q, k, v, beta, log_decay, erase)
-    return recurrent(DeltaRecurrence, inputs, (scale,), seq=seq, slot=slot)
+    return recurrent(DeltaRecurrence, inputs, (scale, erase_first), seq=seq, slot=slot)
 
 
 def diagonal_scan(x: Tensor, log_decay: Tensor, *, seq: Sequence, slot: str = "state") -> Tensor:

@@ -15,6 +15,7 @@ from longreach.kernels.documents import Documents
 FORMS = [
     ("beta", "none", 2), ("beta", "token", 2), ("beta", "token", 3), ("beta", "channel", 3), ("pair", "channel", 2),
     ("key", "none", 1), ("key", "token", 1), ("key alone", "channel", 1), ("key", "token", 2),
+    ("key first", "token", 1), ("key first", "channel", 3),
 ]  # fmt: skip
 
 
@@ -34,9 +35,9 @@ def draw(documents, rule, decay, steps, *, strength=0.1, heads=4, groups=2, keys
     if rule == "pair":
         direction = F.normalize(normal(heads, *own, keys), dim=-1)
         a, b = -direction, direction * torch.rand_like(direction)
-    if rule in ("beta", "key"):
+    if rule in ("beta", "key", "key first"):
         beta = 2 * uniform(heads, *own)
-    if rule == "key":
+    if rule in ("key", "key first"):
         erase = k * uniform(groups, *own, 1)
     if rule == "key alone":
         erase = (k.repeat_interleave(heads // groups, 2)) * uniform(heads, *own, keys)
@@ -52,10 +53,11 @@ def call(inputs, **settings):
     return delta_rule(*inputs[:5], erase=erase, **settings)
 
 
-def run(inputs, state, documents, dout, dstate, *, backend="auto", dtype=torch.float64):
+def run(inputs, state, documents, dout, dstate, *, backend="auto", dtype=torch.float64, **settings):
     """Output, final state and the gradients of all inputs and of the initial state."""
     leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*inputs, state)]
-    out, final = call(DeltaInputs(*leaves[:-1]), initial_state=leaves[-1], documents=documents, backend=backend)
+    settings |= {"initial_state": leaves[-1], "documents": documents, "backend": backend}
+    out, final = call(DeltaInputs(*leaves[:-1]), **settings)
     wanted = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
     return out.detach(), final.detach(), *gradients
@@ -65,10 +67,11 @@ def run(inputs, state, documents, dout, dstate, *, backend="auto", dtype=torch.f
 @pytest.mark.parametrize(("rule", "decay", "steps"), FORMS)
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(rule, decay, steps, documents):
     inputs, state, *given = draw(documents, rule, decay, steps)
-    expected = run(inputs, state, documents, *given, backend="reference")
+    first = {"erase_first": rule == "key first"}
+    expected = run(inputs, state, documents, *given, backend="reference", **first)
     with nan_in_fresh_memory():
-        assert_near(run(inputs, state, documents, *given), expected, 1e-9)
-        assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
+        assert_near(run(inputs, state, documents, *given, **first), expected, 1e-9)
+        assert_near(run(inputs, state, documents, *given, dtype=torch.float32, **first), expected, 1e-4)
 
 
 @pytest.mark.parametrize(("rule", "decay"), [("beta", "none"), ("key", "token"), ("pair", "channel")])
@@ -96,11 +99,13 @@ def test_a_key_to_erase_under_is_a_case_of_the_general_step(decay):
     documents = PACKINGS["packed"]
     inputs, state, dout, dstate = draw(documents, "key", decay, 1, groups=4)
     factor = 1.0 if decay == "none" else inputs.log_decay.exp().view(*inputs.k.shape[:3], -1)
-    a = -inputs.beta[..., None] * inputs.erase * factor
-    general = inputs._replace(v=inputs.v * inputs.beta[..., None], beta=None, erase=None, a=a, b=inputs.k)
-    expected = run(general, state, documents, dout, dstate)
+    a = -inputs.beta[..., None] * inputs.erase
+    general = inputs._replace(v=inputs.v * inputs.beta[..., None], beta=None, erase=None, a=a * factor, b=inputs.k)
+    for first, each in ((False, general), (True, general._replace(a=a))):
+        expected = run(each, state, documents, dout, dstate)
+        found = run(inputs, state, documents, dout, dstate, erase_first=first)
+        assert_near([*found[:3], found[-1]], [*expected[:3], expected[-1]], 1e-9)
     found = run(inputs, state, documents, dout, dstate)
-    assert_near([*found[:3], found[-1]], [*expected[:3], expected[-1]], 1e-9)
     same = run(inputs._replace(erase=inputs.k), state, documents, dout, dstate)
     plain = run(inputs._replace(erase=None), state, documents, dout, dstate)
     assert_near(same[:3], plain[:3], 1e-12)
@@ -196,7 +201,9 @@ def test_steps_of_some_inputs_alone_are_refused(change, message):
         call(inputs._replace(**changed))
 
 
-def test_a_pair_beside_a_key_is_refused():
+def test_what_does_not_go_with_a_pair_is_refused():
     x = torch.zeros(1, 4, 1, 2)
     with pytest.raises(ValueError, match="erase must be a pair of tensors, in place of beta"):
         DeltaRecurrence()(DeltaInputs(x, x, x, None, None, x, x, x))
+    with pytest.raises(ValueError, match="erase_first must be left out with a pair"):
+        delta_rule(x, x, x, erase=(x, x), erase_first=True)

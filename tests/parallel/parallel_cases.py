@@ -111,8 +111,10 @@ def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tens
     return ops.delta_rule(q, k, v, None, decay, erase=(-a, a * gate), seq=seq)
 
 
-def _erase_key(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:
-    return ops.delta_rule(q, k, v, None, decay, erase=k * gate, seq=seq)
+def _erase_key(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence, first: bool = False
+) -> Tensor:
+    return ops.delta_rule(q, k, v, None, decay, erase=k * gate, erase_first=first, seq=seq)
 
 
 def _bonus(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, *, seq: Sequence) -> Tensor:
@@ -238,6 +240,11 @@ CASES = {
     "channel delta": Case(_op("delta_rule"), (*_DELTA, _BY_CHANNEL), _OUT),
     "delta of a key of its own": Case(
         _erase_key, ((_Q, "normal"), (_Q, "direction"), _DELTA[2], (_Q, "gate"), _BY_CHANNEL), _OUT
+    ),
+    "delta that erases first": Case(
+        functools.partial(_erase_key, first=True),
+        ((_Q, "normal"), (_Q, "direction"), _DELTA[2], (_Q, "gate"), _BY_HEAD),
+        _OUT,
     ),
     "delta of two steps": Case(
         _op("delta_rule"),

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.delta_rule import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...mixer import also_takes
@@ -24,9 +23,9 @@ class Comba(GatedDeltaNet):
         b = sigmoid(feedback), d = correction         two numbers for each key head
         y = W_o (sigmoid(W_g x) * RMSNorm(o))         the norm is within each head, with one weight for all
 
-    What is erased is read from the state before it decays. That is the paper's form. The kernels of flash-linear-
-    attention read the same, but its layer subtracts d b k before queries and keys are brought to length 1, and brings
-    b k to length 1 too, which leaves b without effect on the state.
+    What is erased is read from the state before it decays, as in the kernels of flash-linear-attention. Its layer
+    differs: it subtracts d b k before queries and keys are brought to length 1, and brings b k to length 1 too, which
+    leaves b without effect on the state. Here b and d act on keys of length 1, so that both do what the paper says.
 
     initial_correction: where d starts; the paper advises 0.02 for small models, 1 from a billion parameters on. The
     other settings and what is raised are those of `GatedDeltaNet`.
@@ -43,17 +42,12 @@ class Comba(GatedDeltaNet):
         self.correction = nn.Parameter(torch.empty(self.key_heads))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        times = self.heads // self.key_heads
-        beta = self.strength(x)
-        feedback = torch.sigmoid(self.feedback).repeat_interleave(times).view(-1, *[1] * (beta.dim() - 3))
-        erased = (beta * feedback).to(k.dtype).unsqueeze(-1) * k.repeat_interleave(times, dim=2)
+        per_head = (self.key_heads, *[1] * (k.dim() - 3))
+        wide = torch.promote_types(k.dtype, torch.float32)  # its gradient is a sum over all tokens and channels
+        erase = (k * torch.sigmoid(self.feedback.to(wide)).view(per_head)).to(k.dtype)
         last = k if self.steps == 1 else k[..., -1, :]
         q = q - self.correction.to(q.dtype)[:, None] * last
-        return ops.delta_rule(q, k, v * beta.unsqueeze(-1), None, self.log_decay(x), erase=(-erased, k), seq=seq)
-
-    def mixing_flops(self, seq: Sequence) -> int:
-        tokens = seq.places * self.steps
-        return flops(tokens, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim, general=True)
+        return ops.delta_rule(q, k, v, self.strength(x), self.log_decay(x), erase=erase, erase_first=True, seq=seq)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name not in ("feedback", "correction"):

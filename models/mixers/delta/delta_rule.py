@@ -75,9 +75,8 @@ class DeltaRule(Mixer):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         parts = self.query(x), self.key(x), self.value(x)
         q, k, v = map(F.silu, parts) if self.conv is None else self.conv.of_parts(parts, seq)
-        q = l2_norm(q.unflatten(-1, (self.key_heads, self.key_dim)))
-        k = l2_norm(self.by_step(k, self.key_heads, self.key_dim))
-        out = self.mix(x, q, k, self.by_step(v, self.heads, self.value_dim), seq)
+        q, k = (l2_norm(part.unflatten(-1, (-1, self.key_dim))) for part in (q, k))
+        out = self.mix(x, q, self.by_step(k.flatten(-2), self.key_dim), self.by_step(v, self.value_dim), seq)
         if self.gate is None:
             return self.output(self.norm(out).flatten(-2))
         gate = self.gate(x).unflatten(-1, (self.heads, self.value_dim))
@@ -87,16 +86,16 @@ class DeltaRule(Mixer):
         """The op's output `[B, T, H, V]`: queries are `[B, T, G, K]`, keys and values as `by_step` makes them."""
         return ops.delta_rule(q, k, v, self.strength(x), self.log_decay(x), seq=seq)
 
-    def by_step(self, x: Tensor, heads: int, dim: int) -> Tensor:
+    def by_step(self, x: Tensor, dim: int) -> Tensor:
         """`[B, T, N heads dim]` as `[B, T, heads, N, dim]`, without N where it is 1."""
         if self.steps == 1:
-            return x.unflatten(-1, (heads, dim))
-        return x.unflatten(-1, (self.steps, heads, dim)).transpose(2, 3)
+            return x.unflatten(-1, (-1, dim))
+        return x.unflatten(-1, (self.steps, -1, dim)).transpose(2, 3)
 
     def strength(self, x: Tensor) -> Tensor:
         """beta, `[B, T, H]` or `[B, T, H, N]`."""
         assert self.beta is not None
-        return self.bounded(self.by_step(self.beta(x), self.heads, 1).squeeze(-1))
+        return self.bounded(self.by_step(self.beta(x), 1).squeeze(-1))
 
     def bounded(self, x: Tensor) -> Tensor:
         """How strongly is erased: in (0, 1), or (0, 2)."""

@@ -41,8 +41,8 @@ class GatedDeltaNet2(KimiDeltaAttention):
         return self.key_heads
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        erase = k * self.bounded(self.by_step(self.erase(x), self.key_heads, self.key_dim))
-        v = v * torch.sigmoid(self.by_step(self.write(x), self.heads, self.value_dim))
+        erase = k * self.bounded(self.by_step(self.erase(x), self.key_dim))
+        v = v * torch.sigmoid(self.by_step(self.write(x), self.value_dim))
         log_decay = self.log_decay(x)
         assert log_decay is not None
         if self.key_heads < self.heads:
