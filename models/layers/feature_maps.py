@@ -15,7 +15,7 @@ from .lrpe import LRPE
 
 
 class Features(NamedTuple):
-    """Of queries `[B, T, H, F]` and of keys `[B, T, G, F]`, in their type.
+    """Of queries `[B, T, H, F]` and of keys `[B, T, G, F]`, in their type or in float32.
 
     log_scale `[B, T, G]`, in float32 (float64 for float64): those of a key are to be multiplied by its exponential,
     which may be of any size.
@@ -71,7 +71,10 @@ class Relu(FeatureMap):
 
 
 class Silu(FeatureMap):
-    """phi(x) = silu(x); with `groups` of heads, encoded by position: see `LRPE`, which doubles its size."""
+    """phi(x) = silu(x); with `groups` of heads, encoded by position: see `LRPE`, which doubles its size.
+
+    What is encoded by position is in float32: theta's gradient is a sum over tokens times their positions.
+    """
 
     def __init__(self, dim: int, groups: int | None = None) -> None:
         super().__init__()
@@ -79,8 +82,9 @@ class Silu(FeatureMap):
         self.lrpe = None if groups is None else LRPE(groups, dim)
 
     def forward(self, q: Tensor, k: Tensor, seq: Sequence) -> Features:
-        q, k = F.silu(q), F.silu(k)
-        return Features(q, k) if self.lrpe is None else Features(*self.lrpe((q, k), seq))
+        if self.lrpe is None:
+            return Features(F.silu(q), F.silu(k))
+        return Features(*self.lrpe((F.silu(widened(q)), F.silu(widened(k))), seq))
 
 
 class CosineReweighting(FeatureMap):

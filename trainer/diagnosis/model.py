@@ -91,7 +91,7 @@ class _Small:
         least = {name: size for name, size in _least(settings).items() if name not in self.kept}
         result = {}
         for name, value in {**settings, **_numbers(settings, least)}.items():
-            if type(value) is int and name in ("window", "block"):
+            if type(value) is int and (name == "window" or (name == "block" and name not in least)):
                 result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
             elif type(value) is int and name in least:
                 # By doubling, what divides another value goes on doing so.

@@ -49,8 +49,9 @@ class TransNormerLLM(KernelAttention):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         (q, k, _), v = self.project(x, seq)
-        out = ops.gated_linear_attention(q, k, of_heads(v, self.heads), -self.slopes(x), scale=1.0, seq=seq)
-        return self.output(self.gate(x) * self.norm(out.flatten(-2)))
+        v = of_heads(v, self.heads).to(q.dtype)
+        out = ops.gated_linear_attention(q, k, v, -self.slopes(x), scale=1.0, seq=seq)
+        return self.output(self.gate(x) * self.norm(out.flatten(-2)).to(x.dtype))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.feature_map.size, value_dim=self.value_dim)
