@@ -4,15 +4,21 @@ import math
 
 import pytest
 import torch
-from model_presets import build_model, randomise
+from distributed import run_threads
+from model_presets import build_model, in_pieces, randomise, tokens
 from oracles import assert_agrees, draw, whole, with_gradients
 from torch import nn
 from torch.nn import functional as F
 
+from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.rwkv import RWKVChannelMixing
 from longreach.models.mixers.elementwise.rwkv4 import RWKV4
 from longreach.models.mixers.linear.rwkv5 import RWKV5
 from longreach.models.mixers.linear.rwkv6 import RWKV6
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
 
 WIDTH, LENGTH, HEADS, HEAD_DIM = 32, 45, 4, 8
 PLACE = {"width": WIDTH, "layer": 1, "depth": 3}
@@ -275,9 +281,50 @@ def test_a_whole_rwkv4_is_the_one_in_transformers():
         parts = value.named_parameters() if isinstance(value, nn.Module) else [("", value)]
         state |= {f"{name}.{part}".rstrip("."): x.detach() for part, x in parts}
     ours.load_state_dict(state)
-    tokens = torch.randint(61, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    found, expected = ours(tokens, whole(2, LENGTH)), theirs(tokens).logits
+    inputs = tokens(2, LENGTH)
+    found, expected = ours(inputs, whole(2, LENGTH)), theirs(inputs).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # their sums are float32
+
+
+def small_model(version, **changes):
+    """A pure model of two layers, with its channel mixing."""
+    rwkv = {} if version == 4 else {"rwkv": {"head_dim": HEAD_DIM}}
+    sizes = {"width": WIDTH, "depth": 2, "mixers": rwkv, "feed_forward": {"hidden": 48}}
+    model = build_model(f"rwkv{version}_tiny", **sizes, **changes).double()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("version", [4, 5, 6, 7])
+@torch.no_grad()
+def test_models_decode_what_they_compute_at_once(version):
+    model, inputs = small_model(version), tokens(2, LENGTH)
+    found = in_pieces(model, inputs, [7, 1, 1, LENGTH - 9])
+    torch.testing.assert_close(found, model(inputs, whole(2, LENGTH)), atol=1e-9, rtol=1e-9)
+
+
+ROWS = Documents.from_lengths([[5, 30, 13], [48]], 48)
+
+
+def loss_and_gradients(model, seq):
+    inputs = tokens(2, 48)
+    loss, _ = model(seq.shard(inputs), seq, seq.shard(inputs.roll(-1, dims=1)))
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def on_one_of(rank, world, version):
+    seq = Sequence.shared(ROWS, Layout(48, world, 2), Mesh.create(world), Strategy())
+    return loss_and_gradients(small_model(version, activation_checkpointing="mixing"), seq)
+
+
+@pytest.mark.parametrize("version", [4, 5, 6, 7])
+def test_models_on_ranks_are_those_on_one(version):
+    parts = run_threads(3, on_one_of, version)
+    for found, expected in zip(
+        map(sum, zip(*parts, strict=True)), loss_and_gradients(small_model(version), Sequence.single(ROWS)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
 MATRICES = ("receptance", "key", "value", "output")
