@@ -139,6 +139,18 @@ def test_segments_put_together_are_the_whole_row(rule, decay, steps):
     assert_near(joined, whole[2:-1], 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("rule", "decay", "steps"), [("key first", "token", 1), ("key alone", "channel", 1), ("beta", "channel", 2)]
+)
+def test_strong_decay_neither_overflows_nor_forgets_the_present(rule, decay, steps):
+    documents = Documents.from_lengths([[150, *[1] * 20, 30]])
+    inputs, state, *given = draw(documents, rule, decay, steps)
+    inputs = inputs._replace(log_decay=torch.full_like(inputs.log_decay, -20.0))
+    first = {"erase_first": rule == "key first"}
+    found = run(inputs, state, documents, *given, dtype=torch.float32, **first)
+    assert_near(found, run(inputs, state, documents, *given, backend="reference", **first), 1e-4)
+
+
 def test_token_by_token_is_the_whole():
     inputs, *_ = draw(Documents.whole(2, 11), "beta", "token", 3)
     out, final = call(inputs)

@@ -11,8 +11,8 @@ from .gated_deltanet import GatedDeltaNet
 class GatedDeltaProduct(GatedDeltaNet):
     """Several steps of the delta rule per token (DeltaProduct, Siems et al., 2025, arXiv 2502.10297).
 
-        S_(t,0) = exp(g_t) S_(t-1,n)                  o_t = q_t S_(t,n) / sqrt(key_dim)
-        S_(t,j) = (I - beta_(t,j) k_(t,j)^T k_(t,j)) S_(t,j-1) + beta_(t,j) k_(t,j)^T v_(t,j)       j = 1 … n
+        S_(t,j) = (I - beta_j k_j^T k_j) S_(t,j-1) + beta_j k_j^T v_j        S_(t,0) = exp(g_t) S_(t-1,n)
+        o_t = q_t S_(t,n) / sqrt(key_dim)             after the steps j = 1 … n of token t
         q, k_j, v_j = silu(conv(W x)), then q and k_j at length 1 in each head      beta_j = 2 sigmoid(W_b x)
         g_t = -exp(A_log) softplus(W_a x + dt_bias)
         y = W_o (silu(W_g x) * RMSNorm(o))            the norm is within each head, with one weight for all
