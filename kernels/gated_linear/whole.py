@@ -75,8 +75,8 @@ class KernelAttend(Attend):
         total = sums.q.new_zeros(sums.q.shape[:-1])
         for queries, q, k, v in sums:
             read = torch.einsum("tgrk,gkv->tgrv", q, torch.einsum("sgk,sgv->gkv", k, v))
-            out[queries] = read[..., :-1].flatten(1, 2)
-            total[queries] = read[..., -1]
+            out[queries] += read[..., :-1].flatten(1, 2)
+            total[queries] += read[..., -1]
         total = total.flatten(2, 3)
         seen = total > TINY
         out = torch.where(seen.unsqueeze(-1), out / total.clamp(min=TINY).unsqueeze(-1), 0.0)
@@ -95,14 +95,17 @@ class KernelAttend(Attend):
         dq, dk, dv = (torch.zeros_like(x) for x in (sums.q, sums.k, sums.v))
         for (queries, q, k, v), keys in zip(sums, sums.places_of_keys, strict=True):
             dstate = torch.einsum("tgrk,tgrv->gkv", q, dread[queries])
-            dq[queries] = torch.einsum("tgrv,gkv->tgrk", dread[queries], torch.einsum("sgk,sgv->gkv", k, v))
-            dk[keys] = torch.einsum("sgv,gkv->sgk", v, dstate)
-            dv[keys] = torch.einsum("sgk,gkv->sgv", k, dstate)
+            dq[queries] += torch.einsum("tgrv,gkv->tgrk", dread[queries], torch.einsum("sgk,sgv->gkv", k, v))
+            dk[keys] += torch.einsum("sgv,gkv->sgk", v, dstate)
+            dv[keys] += torch.einsum("sgk,gkv->sgv", k, dstate)
         return {"q": dq.flatten(2, 3)}, (dk, dv[..., :-1])
 
 
 class _Pieces:
-    """The documents of a tile one by one: q `[T, G, H / G, K]`, k `[S, G, K]` and v `[S, G, V + 1]`, beside a 1."""
+    """The pieces of a tile one by one: q `[T, G, H / G, K]`, k `[S, G, K]` and v `[S, G, V + 1]`, beside a 1.
+
+    A document that is held in several spans has one for each two of them, whose results add up.
+    """
 
     def __init__(self, inputs: KernelInputs, received: tuple[Tensor, ...], tile: Tile) -> None:
         exact = torch.promote_types(inputs.q.dtype, torch.float32)

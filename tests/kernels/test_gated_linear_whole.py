@@ -11,6 +11,9 @@ PACKINGS = {
     "one token": Documents.whole(1, 1),
     "whole rows": Documents.whole(2, 23),
     "packed": Documents.from_lengths([[3, 17, 1, 20], [30, 5]], 43),
+    "two spans of a document": Documents.concatenate(
+        [Documents.whole(2, 30).slice(4, 9), Documents.whole(2, 30).slice(20, 30)]
+    ),
     "all padding": Documents.from_lengths([[7], []], 7),
 }
 

@@ -124,7 +124,7 @@ def test_transnormer_llm_is_as_its_code_has_it():
 
 def test_transnormer_attends_within_blocks_in_its_lower_half():
     masks = [getattr(mixer, "mask", None) for mixer in on_meta("transnormer_tiny").mixers]
-    assert masks == [BlockLocal(64)] * 4 + [None] * 4
+    assert masks == [BlockLocal(64)] * 2 + [None] * 2
 
 
 def test_norms_are_chosen_for_all_blocks():
