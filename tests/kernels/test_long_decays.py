@@ -111,7 +111,7 @@ def test_errors_of_16384_tokens_are_those_of_the_plain_recurrence(name):
     """Of outputs and final states; how roundings add up is chance, and may differ by a quarter."""
     make, op = CASES[name]
     inputs = [x.bfloat16() for x in make(Drawn(LENGTH, LONG))]
-    exact = op(*(x.double() for x in inputs), backend="reference")
+    exact = op(*(x.double() for x in inputs), backend="chunked")  # other tests hold it to the reference by 1e-9
     for dtype in (torch.float32, torch.bfloat16):
         found = [op(*(x.to(dtype) for x in inputs), backend=backend) for backend in ("chunked", "reference")]
         chunked, plain = (list(map(relative, results, exact)) for results in found)

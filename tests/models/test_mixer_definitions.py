@@ -218,13 +218,14 @@ def recurrent(q, k, v, log_decay, scale):
 
 def test_gated_linear_attention_is_its_recurrence():
     mixer = GatedLinearAttention(width=WIDTH, heads=4, gate_rank=3, norm_eps=1e-5).double()
-    torch.nn.init.normal_(mixer.decay[1].bias)
+    torch.nn.init.normal_(mixer.decay.up.bias)
     torch.nn.init.normal_(mixer.norm.weight, 1.0, 0.2)
     assert (mixer.key_dim, mixer.value_dim) == (4, 8)
 
     def definition(x):
         q, k, v = (part(x).unflatten(-1, (4, -1)) for part in (mixer.query, mixer.key, mixer.value))
-        gates = F.logsigmoid(x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T + mixer.decay[1].bias) / 16
+        down, up = mixer.decay.down, mixer.decay.up
+        gates = F.logsigmoid(x @ down.weight.T @ up.weight.T + up.bias) / 16
         out = recurrent(q, k, v, gates.unflatten(-1, (4, 4)), scale=0.5)
         normed = F.rms_norm(out, (8,), mixer.norm.weight, 1e-5).flatten(-2)
         return mixer.output(normed * F.silu(mixer.gate(x)))
