@@ -6,7 +6,16 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 
 from .attention import attention, kernel_attention, softmax_attention
 from .convolution import short_conv, token_shift
-from .recurrent import delta_rule, diagonal_scan, diagonal_ssm, gated_linear_attention, recurrent, selective_scan, wkv
+from .recurrent import (
+    delta_rule,
+    diagonal_scan,
+    diagonal_ssm,
+    gated_linear_attention,
+    recurrent,
+    selective_scan,
+    slstm,
+    wkv,
+)
 from .sparse import (
     block_sparse_attention,
     compressed_attention,
@@ -32,6 +41,7 @@ __all__ = [
     "select_blocks",
     "selective_scan",
     "short_conv",
+    "slstm",
     "softmax_attention",
     "token_shift",
     "window_means",

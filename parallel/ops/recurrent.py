@@ -14,9 +14,12 @@ from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
+from ...kernels.serial import Serial
+from ...kernels.slstm import SLSTMInputs, SLSTMRecurrence
 from ...kernels.wkv import WKVInputs, WKVRecurrence
-from ..operation import Setting, check_class, mix
+from ..operation import Operation, Setting, check_class, mix
 from ..sequence import Sequence
+from ..strategies.serial import SerialPassing
 from ..strategies.state_passing import StatePassing
 from ..strategies.ulysses import ulysses
 
@@ -133,6 +136,15 @@ def wkv(
     return recurrent(WKVRecurrence, WKVInputs(k, v, log_decay, bonus), seq=seq, slot=slot)
 
 
+def slstm(gates: Tensor, recurrent_weight: Tensor, *, seq: Sequence, slot: str = "state") -> Tensor:
+    """h_t = sigmoid(o_t) c_t / n_t, its gates reading h_{t−1}, over the whole row: `[B, T, H, K]` in the gates' type.
+
+    gates `[B, T, H, 4, K]`, recurrent_weight `[H, K * 4 * K]`. See `longreach.kernels.slstm`. Ranks that share a row
+    run one after the other, unless they exchange tokens for heads (`ulysses`); see `longreach.kernels.serial`.
+    """
+    return recurrent(SLSTMRecurrence, SLSTMInputs(gates, recurrent_weight), seq=seq, slot=slot)
+
+
 def recurrent(
     op: type[Recurrence[Record]],
     inputs: Record,
@@ -168,5 +180,6 @@ def _decoded(op: Recurrence[Any], inputs: tuple[Tensor | None, ...], seq: Sequen
     return out
 
 
-def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> StatePassing:
-    return StatePassing(op(*settings), rank)
+def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> Operation:
+    made = op(*settings)
+    return SerialPassing(made) if isinstance(made, Serial) else StatePassing(made, rank)

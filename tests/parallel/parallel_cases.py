@@ -271,6 +271,9 @@ CASES = {
     "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
     "wkv": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (("D",), "decay"), (("D",), "normal")), _X),
     "wkv, token decay": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (_X, "decay")), _X),
+    "slstm": Case(
+        _op("slstm"), ((("T", "H", 4, "K"), "normal"), (("H", 4 * SMALL["K"] ** 2), "normal")), ("T", "H", "K")
+    ),
     "conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 4), "normal")), _X, by_heads=False),
     "wide conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 30), "normal")), _X, by_heads=False),
     "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),
