@@ -21,7 +21,8 @@ def sizes_of(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> Sizes:
         for letters in _forms(forms):
             if x is not None and len(letters) == x.dim():
                 for letter, size in zip(letters, x.shape, strict=True):
-                    sizes.setdefault(letter, size)
+                    if not letter.isdigit():
+                        sizes.setdefault(letter, size)
     return sizes
 
 
@@ -71,6 +72,6 @@ def _fits(x: Tensor, letters: tuple[str, ...], sizes: Sizes) -> bool:
         if letter == "G":
             if size == 0 or sizes.get("H", 0) % size:
                 return False
-        elif sizes[letter] != size:
+        elif _size(letter, sizes) != size:
             return False
     return True
