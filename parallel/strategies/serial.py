@@ -7,8 +7,10 @@ a span that begins with documents of its own waits for nobody.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from ...kernels.serial import Serial
 from ..collectives import Work, exchange, finish
 from ..operation import Operation, is_sequence
 from ..sequence import Sequence
+
+logger = logging.getLogger("longreach")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class SerialPassing(Operation):
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
         self.op.check(inputs)
+        _announce(self.op.name, seq.layout.ranks)
         pipeline, outputs, entering = _Pipeline(seq), [], []
         for turn, problem in self._problems(inputs, seq):
             state = pipeline.receive(turn, problem.new_states(), -1)
@@ -62,10 +67,7 @@ class SerialPassing(Operation):
             pipeline.send(turn, dinitial, -1)
             results.append(dinputs)
         pipeline.finish()
-        return tuple(
-            None if x is None else torch.cat(parts[::-1], dim=1) if is_sequence(x) else sum(parts[1:], parts[0])
-            for x, parts in zip(inputs, zip(*results, strict=True), strict=True)
-        )
+        return tuple(_joined(x, parts[::-1]) for x, parts in zip(inputs, zip(*results, strict=True), strict=True))
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         if any(x is not None and x.device.type == "meta" for x in inputs):  # a rehearsal: no `forward` will check
@@ -81,6 +83,25 @@ class SerialPassing(Operation):
         for turn, tensors in enumerate(zip(*parts, strict=True)):
             rows = documents if spans == 1 else documents.derive(Documents.rows, turn * batch, (turn + 1) * batch)
             yield turn, self.op.problem(tensors, rows, backend=seq.backend)
+
+
+def _joined(x: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor | None:
+    """The gradient of an input from those of the spans in order: one after the other, or of a constant their sum."""
+    if x is None:
+        return None
+    return torch.cat(parts, dim=1) if is_sequence(x) else torch.stack(parts).sum(0)
+
+
+@cache
+def _announce(op: str, ranks: int) -> None:
+    """Tells the log once what a user should know of a run's speed."""
+    if ranks > 1:
+        logger.info(
+            "%s is serial: the %d ranks that share a row run it one after the other; "
+            "where ranks exchange tokens for heads (ulysses), they run it at the same time",
+            op,
+            ranks,
+        )
 
 
 class _Pipeline:
