@@ -1,7 +1,8 @@
 """Dims: the shapes of an op's inputs, written as letters.
 
 "B T G K" are four dimensions; `|` stands between the forms that an input may have. Every letter is one size over all
-inputs of a call, but G, the groups of an input, divides H, the heads. "K+1" is one more than K, a number is itself.
+inputs of a call, but G, the groups of an input, divides H, the heads. "K+1" is one more than K, "K+V" the sum of both,
+a number is itself.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def _forms(dims: str) -> tuple[tuple[str, ...], ...]:
 def _size(dim: str, sizes: Sizes) -> int:
     if dim in sizes:
         return sizes[dim]
-    letter, _, more = dim.partition("+")
-    return (int(letter) if letter.isdigit() else sizes[letter]) + int(more or 0)
+    return sum(int(part) if part.isdigit() else sizes[part] for part in dim.split("+"))
 
 
 def _fits(x: Tensor, letters: tuple[str, ...], sizes: Sizes) -> bool:

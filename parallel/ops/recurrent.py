@@ -11,6 +11,7 @@ from ...kernels.delta_rule import DeltaRecurrence, delta_inputs
 from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
 from ...kernels.diagonal_ssm import StateSpaceInputs, StateSpaceRecurrence
 from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
+from ...kernels.mesa import MesaInputs, MesaRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
@@ -143,6 +144,27 @@ def slstm(gates: Tensor, recurrent_weight: Tensor, *, seq: Sequence, slot: str =
     run one after the other, unless they exchange tokens for heads (`ulysses`); see `longreach.kernels.serial`.
     """
     return recurrent(SLSTMRecurrence, SLSTMInputs(gates, recurrent_weight), seq=seq, slot=slot)
+
+
+def mesa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    regulariser: Tensor,
+    *,
+    seq: Sequence,
+    iterations: int = 30,
+    slot: str = "state",
+) -> Tensor:
+    """o_t = q_t (H_t + diag(regulariser))^{-1} S_t with H_t = Σ e^{G_t − G_i} beta_i k_iᵀ k_i, S_t likewise with v_i.
+
+    q, k `[B, T, H, K]`, v `[B, T, H, V]`, `log_decay` and beta `[B, T, H]`, regulariser `[H, K]`. Returns
+    `[B, T, H, V]` in q's type. See `longreach.kernels.mesa`.
+    """
+    inputs = MesaInputs(q, k, v, log_decay, beta, regulariser)
+    return recurrent(MesaRecurrence, inputs, (iterations,), seq=seq, slot=slot)
 
 
 def recurrent(
