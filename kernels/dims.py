@@ -1,7 +1,8 @@
 """Dims: the shapes of an op's inputs, written as letters.
 
 "B T G K" are four dimensions; `|` stands between the forms that an input may have. Every letter is one size over all
-inputs of a call, but G, the groups of an input, divides H, the heads. "K+1" is one more than K, a number is itself.
+inputs of a call, but G, the groups of an input, divides H, the heads. "K+1" is one more than K, "K+V" the sum of both,
+a number is itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def sizes_of(dims: Mapping[str, str], inputs: Sequence[Tensor | None]) -> Sizes:
         for letters in _forms(forms):
             if x is not None and len(letters) == x.dim():
                 for letter, size in zip(letters, x.shape, strict=True):
-                    sizes.setdefault(letter, size)
+                    if not letter.isdigit():
+                        sizes.setdefault(letter, size)
     return sizes
 
 
@@ -60,8 +62,7 @@ def _forms(dims: str) -> tuple[tuple[str, ...], ...]:
 def _size(dim: str, sizes: Sizes) -> int:
     if dim in sizes:
         return sizes[dim]
-    letter, _, more = dim.partition("+")
-    return (int(letter) if letter.isdigit() else sizes[letter]) + int(more or 0)
+    return sum(int(part) if part.isdigit() else sizes[part] for part in dim.split("+"))
 
 
 def _fits(x: Tensor, letters: tuple[str, ...], sizes: Sizes) -> bool:
@@ -71,6 +72,6 @@ def _fits(x: Tensor, letters: tuple[str, ...], sizes: Sizes) -> bool:
         if letter == "G":
             if size == 0 or sizes.get("H", 0) % size:
                 return False
-        elif sizes[letter] != size:
+        elif _size(letter, sizes) != size:
             return False
     return True

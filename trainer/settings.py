@@ -67,6 +67,8 @@ class KernelSettings:
     diagonal_ssm: str = "auto"  # of S4D and H3
     selective_scan: str = "auto"  # of Mamba
     wkv: str = "auto"  # of RWKV-4 and AFT-simple
+    slstm: str = "auto"  # of xLSTM
+    mesa: str = "auto"  # of MesaNet; reference solves exactly
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     swiglu: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel

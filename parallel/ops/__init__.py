@@ -6,7 +6,17 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 
 from .attention import attention, kernel_attention, softmax_attention
 from .convolution import short_conv, token_shift
-from .recurrent import delta_rule, diagonal_scan, diagonal_ssm, gated_linear_attention, recurrent, selective_scan, wkv
+from .recurrent import (
+    delta_rule,
+    diagonal_scan,
+    diagonal_ssm,
+    gated_linear_attention,
+    mesa,
+    recurrent,
+    selective_scan,
+    slstm,
+    wkv,
+)
 from .sparse import (
     block_sparse_attention,
     compressed_attention,
@@ -28,10 +38,12 @@ __all__ = [
     "gather_windows",
     "kernel_attention",
     "local_windows",
+    "mesa",
     "recurrent",
     "select_blocks",
     "selective_scan",
     "short_conv",
+    "slstm",
     "softmax_attention",
     "token_shift",
     "window_means",

@@ -11,12 +11,16 @@ from ...kernels.delta_rule import DeltaRecurrence, delta_inputs
 from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
 from ...kernels.diagonal_ssm import StateSpaceInputs, StateSpaceRecurrence
 from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
+from ...kernels.mesa import MesaInputs, MesaRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
+from ...kernels.serial import Serial
+from ...kernels.slstm import SLSTMInputs, SLSTMRecurrence
 from ...kernels.wkv import WKVInputs, WKVRecurrence
-from ..operation import Setting, check_class, mix
+from ..operation import Operation, Setting, check_class, mix
 from ..sequence import Sequence
+from ..strategies.serial import SerialPassing
 from ..strategies.state_passing import StatePassing
 from ..strategies.ulysses import ulysses
 
@@ -133,6 +137,36 @@ def wkv(
     return recurrent(WKVRecurrence, WKVInputs(k, v, log_decay, bonus), seq=seq, slot=slot)
 
 
+def slstm(gates: Tensor, recurrent_weight: Tensor, *, seq: Sequence, slot: str = "state") -> Tensor:
+    """h_t = sigmoid(o_t) c_t / n_t, its gates reading h_{t−1}, over the whole row: `[B, T, H, K]` in the gates' type.
+
+    gates `[B, T, H, 4, K]`, recurrent_weight `[H, K * 4 * K]`. See `longreach.kernels.slstm`. Ranks that share a row
+    run one after the other, unless they exchange tokens for heads (`ulysses`); see `longreach.kernels.serial`.
+    """
+    return recurrent(SLSTMRecurrence, SLSTMInputs(gates, recurrent_weight), seq=seq, slot=slot)
+
+
+def mesa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    regulariser: Tensor,
+    *,
+    seq: Sequence,
+    iterations: int = 30,
+    slot: str = "state",
+) -> Tensor:
+    """o_t = q_t (H_t + diag(regulariser))^{-1} S_t with H_t = Σ e^{G_t − G_i} beta_i k_iᵀ k_i, S_t likewise with v_i.
+
+    q, k `[B, T, H, K]`, v `[B, T, H, V]`, `log_decay` and beta `[B, T, H]`, regulariser `[H, K]`. Returns
+    `[B, T, H, V]` in q's type. See `longreach.kernels.mesa`.
+    """
+    inputs = MesaInputs(q, k, v, log_decay, beta, regulariser)
+    return recurrent(MesaRecurrence, inputs, (iterations,), seq=seq, slot=slot)
+
+
 def recurrent(
     op: type[Recurrence[Record]],
     inputs: Record,
@@ -168,5 +202,6 @@ def _decoded(op: Recurrence[Any], inputs: tuple[Tensor | None, ...], seq: Sequen
     return out
 
 
-def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> StatePassing:
-    return StatePassing(op(*settings), rank)
+def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> Operation:
+    made = op(*settings)
+    return SerialPassing(made) if isinstance(made, Serial) else StatePassing(made, rank)

@@ -67,6 +67,7 @@ def _draw(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> Tens
         "decay": -0.3 * x.abs(),
         "gate": x.sigmoid(),
         "positive": 0.1 * x.abs(),
+        "ridge": 0.25 + x.abs(),
     }[kind]
 
 
@@ -271,6 +272,14 @@ CASES = {
     "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
     "wkv": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (("D",), "decay"), (("D",), "normal")), _X),
     "wkv, token decay": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (_X, "decay")), _X),
+    "mesa": Case(
+        _op("mesa"),
+        ((_Q, "direction"), (_Q, "direction"), (_V, "normal"), _BY_HEAD, _BETA, (("H", "K"), "ridge")),
+        _OUT,
+    ),
+    "slstm": Case(
+        _op("slstm"), ((("T", "H", 4, "K"), "normal"), (("H", 4 * SMALL["K"] ** 2), "normal")), ("T", "H", "K")
+    ),
     "conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 4), "normal")), _X, by_heads=False),
     "wide conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 30), "normal")), _X, by_heads=False),
     "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),

@@ -69,12 +69,18 @@ class MLSTM(Mixer):
         return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim + 1)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        if name in ("input_gate.weight", "forget_gate.weight"):
-            tensor.zero_()
-        elif name == "input_gate.bias":
-            tensor.fill_(-10.0)
-        elif name == "forget_gate.bias":
-            tensor.copy_(torch.linspace(3.0, 6.0, len(tensor)))
-        else:
-            return False
+        if name != "input_gate.bias":
+            return start_gate(name, tensor)
+        tensor.fill_(-10.0)
         return True
+
+
+def start_gate(name: str, tensor: Tensor) -> bool:
+    """Fills a weight of an mLSTM's gates with 0, biases of forget gates with 3 to 6; False for other parameters."""
+    if name in ("input_gate.weight", "forget_gate.weight"):
+        tensor.zero_()
+    elif name == "forget_gate.bias":
+        tensor.copy_(torch.linspace(3.0, 6.0, len(tensor)))
+    else:
+        return False
+    return True
