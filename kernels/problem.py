@@ -1,4 +1,4 @@
-"""Problem: one call of an op with a state, as its implementations get it."""
+"""Problem: one call of an op with a state, as its implementations get it; and such calls on rows of one device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .dims import shape_of, sizes_of
 from .documents import Documents, Runs, continuing
+from .operation import Tensors
 
 Record = TypeVar("Record", bound=tuple[Any, ...])
 Made = TypeVar("Made")
@@ -153,3 +154,27 @@ def _going_through(documents: Documents) -> Tensor:
 def _ending_in_padding(documents: Documents) -> Tensor:
     runs = documents.columns
     return ~runs.real[runs.stop == documents.length]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A recurrence on rows that one device holds, a `kernels.operation.Operation`; the last input is the state."""
+
+    op: Any  # a Recurrence
+    backend: str
+
+    def forward(self, inputs: Tensors, where: Documents) -> tuple[Tensors, Tensors]:
+        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
+        return problem.implementation.forward(problem, inputs[-1]), ()
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Documents
+    ) -> Tensors:
+        (dout, dfinal), (out, final), initial = gradients, outputs, inputs[-1]
+        dout = torch.zeros_like(out) if dout is None else dout
+        dfinal = None if dfinal is None else self.op.with_units(dfinal, final)
+        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
+        dinputs, dinitial = self.op.backward(problem, dout, dfinal, initial)
+        if initial is None:
+            return *dinputs, None
+        return *dinputs, self.op.with_units(dinitial, torch.zeros_like(dinitial)).to(initial.dtype)

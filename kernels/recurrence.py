@@ -24,8 +24,7 @@ from .dims import named, require_shapes, shape_of, sizes_of
 from .dispatch import BACKENDS, asked, best, resolve
 from .documents import Documents
 from .operation import Tensors, recording
-from .problem import Problem, Record, accumulator
-from .rows import Rows
+from .problem import Problem, Record, Rows, accumulator
 
 PIECE = 1024  # tokens of one product with what reads an entering state, on a CPU
 
