@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from ..masks.pattern import Intervals
 from ..masks.rectangles import rectangles
 
 LIMIT = 512  # queries and keys of a product
-RANGE = 600.0  # how far below the largest key of a product a key counts in full; e^-600 is a number in float64
+RANGE = 900.0  # how many powers of two below the largest key of a product a key counts in full
+LOG2 = math.log(2)
 CAUSAL = Mask()
 
 
@@ -36,9 +38,11 @@ class AttentionFree(Attend):
     """o_t = sum_s exp(k_s + w_ts) v_s / sum_s exp(k_s + w_ts)        w_ts = row_t . column_s
 
     over the tokens s of t's document up to t, for each of D channels: a head of one channel each. All is computed in
-    float64, by products of exp(w) with exp(k) and exp(k) v: no tensor of size T S D is held. A key is taken to be at
-    least the largest of its product minus 600. max_length: of documents, beyond which there are no factors of biases;
-    a longer one is a ValueError, on every rank alike. AFT-full (Zhai et al., 2021, arXiv 2105.14103).
+    float64, by products of exp(w) with exp(k) and exp(k) v: no tensor of size T S D is held. Exponentials of keys are
+    scaled by powers of two alone, which changes no digit: keys that a query does not see move it by nothing. A key is
+    taken to be at least 2^-900 of the largest of its product. max_length: of documents, beyond which no position has
+    factors of biases; a longer one is a ValueError, on every rank alike. AFT-full (Zhai et al., 2021, arXiv
+    2105.14103).
     """
 
     record = AttentionFreeInputs
@@ -87,7 +91,8 @@ class AttentionFree(Attend):
         for part in _products(inputs.row, received, tile):
             total = part.pairs @ part.weights
             there = part.pairs @ (part.weights * part.v) / total
-            lse_there = part.most_of_row + part.most_of_keys + total.log()
+            exponent = (total.view(torch.int64) >> 52) - 1023
+            lse_there = (total * _power(-exponent)).log() + (exponent + part.most_of_keys) * LOG2 + part.most_of_row
             place = part.rows, part.queries
             merged = merge(out[place], lse[place], there.unsqueeze(-1).to(out.dtype), lse_there.to(lse.dtype))
             out[place], lse[place] = merged
@@ -107,7 +112,9 @@ class AttentionFree(Attend):
         drow, dk, dv, dcolumn = (torch.zeros_like(x, dtype=torch.float64) for x in (inputs.row, *received))
         for part in _products(inputs.row, received, tile):
             at_queries, at_keys = (part.rows, part.queries), (part.rows, part.keys)
-            share = (part.most_of_row + part.most_of_keys - gradient.lse[at_queries].double()).exp()
+            lse = gradient.lse[at_queries].double()
+            exponent = (lse / LOG2).floor()
+            share = (part.most_of_row - (lse - exponent * LOG2)).exp() * _power(part.most_of_keys - exponent)
             weighed = share * gradient.dout[at_queries].squeeze(-1).double()
             less = share * delta[at_queries]
             dvalues = part.pairs.mT @ weighed
@@ -123,8 +130,8 @@ class AttentionFree(Attend):
 class _Product(NamedTuple):
     """A rectangle of queries and keys, in float64: t queries, s keys, D channels.
 
-    pairs: exp(w − most_of_row) `[rows, t, s]`, 0 where unseen. weights: exp(k − most_of_keys) `[rows, s, D]`, relative
-    to the keys of their document alone; `most_of_keys` is that of each query's document.
+    pairs: exp(w − most_of_row) `[rows, t, s]`, 0 where unseen. weights: exp(k) 2^(−most) `[rows, s, D]`, the most of
+    the keys of their document alone; `most_of_keys` is that of each query's document.
     """
 
     rows: slice
@@ -151,13 +158,19 @@ def _products(row: Tensor, received: tuple[Tensor, ...], tile: Tile) -> Iterator
         seen = ids[rows, queries].unsqueeze(2) == key_ids[rows, keys].unsqueeze(1)
         seen &= positions[rows, queries].unsqueeze(2) >= key_positions[rows, keys].unsqueeze(1)
         bias = (row_here @ column.mT).masked_fill(~seen, -torch.inf)
-        most_of_row, most = bias.amax(2, keepdim=True), k.amax(1, keepdim=True)
+        exponent = (k / LOG2).floor()
+        most_of_row, most = bias.amax(2, keepdim=True), exponent.amax(1, keepdim=True)
         if at.shape == "packed":
-            most = _most_of_documents(k, key_ids[rows, keys])
-        weights = (k - most).clamp(min=-RANGE).exp()
+            most = _most_of_documents(exponent, key_ids[rows, keys])
+        weights = (k - exponent * LOG2).exp() * _power(exponent - most)
         if at.shape == "packed":  # that of the first key that each query sees
             most = most.gather(1, seen.byte().argmax(2, keepdim=True).expand(-1, -1, k.shape[2]))
         yield _Product(rows, queries, keys, (bias - most_of_row).exp(), weights, v, most_of_row, most, row_here, column)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent exactly, for whole numbers; at least 2^-900, and at most 2^900."""
+    return ((exponent.clamp(-RANGE, RANGE).long() + 1023) << 52).view(torch.float64)
 
 
 def _most_of_documents(k: Tensor, ids: Tensor) -> Tensor:

@@ -68,6 +68,18 @@ def test_keys_far_apart_hide_none_that_is_seen():
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("documents", [Documents.whole(2, 60), Documents.from_lengths([[30, 9, 21], [60]])])
+def test_what_a_query_does_not_see_moves_no_digit(documents):
+    inputs, dout = draw(documents)
+    later = inputs._replace(k=inputs.k.clone(), v=inputs.v.clone())
+    later.k[:, 40:] += 11.7
+    later.v[:, 40:] -= 3.3
+    before, after = (found(each, dout, documents) for each in (inputs, later))
+    assert torch.equal(before[0][:, :39], after[0][:, :39])  # out
+    assert torch.equal(before[1][:, :39], after[1][:, :39])  # lse
+    assert not torch.equal(before[0][:, 40:], after[0][:, 40:])
+
+
 def test_keys_however_large_give_finite_numbers():
     documents = Documents.whole(1, 60)
     inputs, dout = draw(documents, spread=1e4)
