@@ -123,7 +123,7 @@ class Slab:
     def backward(self, dout: Tensor, carry: Tensor) -> tuple[Tensor, ...]:
         """Gradients of k, v, log_decay and bonus, and of the sums that enter, given those of the sums that leave."""
         out = self.read()
-        g = self.load(dout).mul_(self.inverse)
+        g = self.load(dout) * self.inverse  # of one row `load` may copy nothing
         dsums = torch.empty(2, *self.states.shape[1:], dtype=g.dtype, device=g.device)
         reads = self.past * g
         reads = torch.stack([reads, -reads * out])

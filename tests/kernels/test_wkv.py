@@ -290,3 +290,12 @@ def test_bad_input_is_named(message):
     inputs, *_ = draw(Documents.whole(2, 20))
     with pytest.raises(ValueError, match=message):
         WRONG[message](*inputs)
+
+
+def test_backward_leaves_the_gradient_that_it_gets_as_it_is():
+    """Of one row, whose tokens need no other order than they have."""
+    k, v = (torch.randn(1, 40, 3, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    out, dout = wkv(k, v)[0], torch.randn(1, 40, 3, dtype=torch.float64)
+    before = dout.clone()
+    torch.autograd.grad(out, [k, v], dout)
+    assert torch.equal(dout, before)
