@@ -48,7 +48,7 @@ class AFTFull(Mixer):
         self.output = nn.Linear(self.inner, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        positions = seq.positions(x.device).clamp(max=self.max_length - 1)  # the op refuses longer documents
+        positions = seq.positions_within(self.max_length, x.device)
         row, column = (F.embedding(positions, table).unsqueeze(2) for table in (self.row, self.column))
         q = self.query(x)
         k, v = self.key(x).unsqueeze(-1), self.value(x).unsqueeze(-1)  # a head for each channel
