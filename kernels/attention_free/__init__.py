@@ -40,15 +40,11 @@ class AttentionFree(Attend):
     over the tokens s of t's document up to t, for each of D channels: a head of one channel each. All is computed in
     float64, by products of exp(w) with exp(k) and exp(k) v: no tensor of size T S D is held. Exponentials of keys are
     scaled by powers of two alone, which changes no digit: keys that a query does not see move it by nothing. A key is
-    taken to be at least 2^-900 of the largest of its product. max_length: of documents, beyond which no position has
-    factors of biases; a longer one is a ValueError, on every rank alike. AFT-full (Zhai et al., 2021, arXiv
-    2105.14103).
+    taken to be at least 2^-900 of the largest of its product. AFT-full (Zhai et al., 2021, arXiv 2105.14103).
     """
 
     record = AttentionFreeInputs
     travels = ("k", "v", "column")
-
-    max_length: int
 
     def check(self, inputs: AttentionFreeInputs) -> None:
         """Raises ValueError for shapes that do not fit."""
@@ -65,24 +61,13 @@ class AttentionFree(Attend):
             )
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        self._require(queries)
-        self._require(keys)
         return CAUSAL.tile(queries, keys)
 
     def kept(self, length: int) -> Intervals:
         return CAUSAL.kept(length)
 
     def reached(self, parts: Documents, number: int) -> Tensor:
-        self._require(parts)
         return CAUSAL.reached(parts, number)
-
-    def _require(self, documents: Documents) -> None:
-        longest = documents.derive(_longest)
-        if longest > self.max_length:
-            raise ValueError(
-                f"max_length must be at least the {longest} tokens of the longest document; got {self.max_length}. "
-                "Raise it, or shorten the documents (data.sequence_length)"
-            )
 
     def attend(
         self, inputs: AttentionFreeInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
@@ -179,12 +164,6 @@ def _most_of_documents(k: Tensor, ids: Tensor) -> Tensor:
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     place = (begins.cumsum(1) - 1).unsqueeze(2).expand_as(k)
     return torch.full_like(k, -torch.inf).scatter_reduce_(1, place, k, "amax").gather(1, place)
-
-
-def _longest(documents: Documents) -> int:
-    """The length up to the last token of any document."""
-    runs = documents.columns
-    return int(runs.end_position[runs.real].max()) if bool(runs.real.any()) else 0
 
 
 def flops(pairs: int, *, channels: int, rank: int) -> int:

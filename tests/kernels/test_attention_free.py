@@ -28,7 +28,7 @@ def draw(documents, spread=1.0):
 
 def found(inputs, dout, documents):
     leaves = [x.clone().requires_grad_() for x in inputs]
-    op = AttentionFree(400)
+    op = AttentionFree()
     out, lse = run(OnOneDevice(op), AttentionFreeInputs(*leaves), (op.tile(documents, documents), "auto"))
     return out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves[1:], [dout, dout.squeeze(-1).cos()])
 
@@ -96,7 +96,7 @@ WRONG = {
 def test_wrong_shapes_are_named(message):
     inputs, _ = draw(Documents.whole(2, 5))
     with pytest.raises(ValueError, match=message):
-        AttentionFree(400).check(WRONG[message](inputs))
+        AttentionFree().check(WRONG[message](inputs))
 
 
 def test_costs():

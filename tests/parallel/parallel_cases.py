@@ -105,7 +105,7 @@ def own_attention(*inputs: Tensor, seq: Sequence) -> Tensor:
 
 
 def _attention_free(*inputs: Tensor, seq: Sequence) -> Tensor:
-    return ops.attention(AttentionFree, AttentionFreeInputs(*inputs), (2048,), seq=seq)
+    return ops.attention(AttentionFree, AttentionFreeInputs(*inputs), seq=seq)
 
 
 def _erase(q: Tensor, k: Tensor, v: Tensor, a: Tensor, gate: Tensor, decay: Tensor, *, seq: Sequence) -> Tensor:

@@ -53,7 +53,7 @@ class AFTFull(Mixer):
         q = self.query(x)
         k, v = self.key(x).unsqueeze(-1), self.value(x).unsqueeze(-1)  # a head for each channel
         inputs = AttentionFreeInputs(q.unsqueeze(-1), k, v, row, column)
-        out = ops.attention(AttentionFree, inputs, (self.max_length,), seq=seq)
+        out = ops.attention(AttentionFree, inputs, seq=seq)
         return self.output(q.sigmoid() * out.squeeze(-1))
 
     def mixing_flops(self, seq: Sequence) -> int:
