@@ -155,8 +155,9 @@ def _slab(
     *sequences, regulariser = problem.inputs
     parts = (_chunks(x[:, tokens] if x.dim() > 3 else x[:, tokens, :, None], size) for x in sequences)
     q, k, v, log_decay, beta = (x.to(exact) for x in parts)
-    sums, real, last = log_decay.double().cumsum(3), own >= 0, own[:, :, :, -1:]
+    real, last = own >= 0, own[:, :, :, -1:]
     seen = (own == own.mT) & real & own.new_ones(size, size, dtype=torch.bool).tril_()
+    sums = seen.double() @ log_decay.double()  # of each document's own, so that none changes another's rounding
     scores = torch.where(seen, (sums - sums.mT).clamp_(max=0.0).exp(), 0.0).to(exact) * beta.mT
     entering = torch.where((own == before) & real, sums.exp(), 0.0).to(exact)
     leaving = torch.where((own == last) & real, (sums[:, :, :, -1:] - sums).clamp_(max=0.0).exp(), 0.0).to(exact)

@@ -48,6 +48,7 @@ from longreach.parallel.strategies.attention import SharedAttention
 from longreach.parallel.strategies.halo import Halo
 from longreach.parallel.strategies.listed_blocks import ListedAttention
 from longreach.parallel.strategies.replicated import ReplicatedAttention
+from longreach.parallel.strategies.serial import SerialPassing
 from longreach.parallel.strategies.state_passing import StatePassing
 from longreach.parallel.strategies.windows import GatherWindows, LocalWindows, WindowMeans
 from longreach.parallel.strategy import Strategy
@@ -184,11 +185,14 @@ def kept_by(call: Call) -> Kept:
     """Of one sequence, with inputs as they are: bytes of the states in their type, and of tokens in theirs."""
     op, (first, *_) = call.op, (x for x in call.inputs if x is not None)
     of_token = first[0, 0].numel() * first.element_size()
-    if isinstance(op, StatePassing):
+    if isinstance(op, StatePassing | SerialPassing):
         inner, inputs = op.op, op.op.record(*call.inputs)
         state, transition = (letters.removeprefix("B ") for letters in (inner.state, inner.transition_dims(inputs)))
         sizes = shape_text(inner.empty_results(call.inputs)[1].shape[1:])
-        return Kept(f"`{state}` = {sizes}", inner.state_bytes(call.inputs), 0, f"`{state}`, `{transition}`")
+        sent = (
+            f"`{state}`, `{transition}`" if isinstance(op, StatePassing) else f"`{state}` to the next rank, which waits"
+        )
+        return Kept(f"`{state}` = {sizes}", inner.state_bytes(call.inputs), 0, sent)
     if isinstance(op, Halo):
         text = f"{op.width} token{'s' if op.width > 1 else ''} of {first.shape[2]:,}"
         return Kept(text, op.width * of_token, 0, text)
