@@ -25,9 +25,14 @@ class LRPE(nn.Module):
         self.theta = nn.Parameter(torch.empty(groups, dim))
 
     def forward(self, parts: tuple[Tensor, ...], seq: Sequence) -> tuple[Tensor, ...]:
-        wide = torch.promote_types(parts[0].dtype, torch.float32)
-        # In float64 first: at a million tokens a float32 product is off by a thirtieth of a radian.
-        angle = seq.positions(parts[0].device).double()[..., None, None] * self.theta.double()
+        wide, device, theta = torch.promote_types(parts[0].dtype, torch.float32), parts[0].device, self.theta.double()
+        # In float64 first: at a million tokens a float32 product is off by a thirtieth of a radian. Where a row goes on
+        # with a document, the gradient is that of positions counted from the row's start: it is the same, since only
+        # differences of positions count, and its sums over the tokens of a rank stay small.
+        position = seq.positions(device)[..., None, None].double()
+        in_row = seq.shard(torch.arange(seq.layout.length, device=device).unsqueeze(0))[..., None, None]
+        before = (position - in_row).clamp(min=0)
+        angle = (position - before) * theta + before * theta.detach()
         angle = angle.remainder(2 * math.pi).to(wide).unsqueeze(3)
         cos, sin = angle.cos(), angle.sin()
         grouped = [x.unflatten(2, (len(self.theta), -1)) for x in parts]

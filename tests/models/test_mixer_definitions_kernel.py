@@ -1,10 +1,12 @@
 """Kernel attention against its definitions: whole matrices of weights, loops over tokens, and published code."""
 
+import copy
 import math
 from functools import partial
 
 import pytest
 import torch
+from distributed import run_threads
 from model_presets import randomise
 from oracles import assert_agrees, draw, whole, with_gradients
 from torch.nn import functional as F
@@ -25,7 +27,10 @@ from longreach.models.mixers.kernel.transnormer import TransNormer
 from longreach.models.mixers.kernel.transnormer_llm import TransNormerLLM
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import DecodingCache, Sequence
+from longreach.parallel.strategy import Strategy
 
 WIDTH, LENGTH = 32, 21
 SIZES = {"width": WIDTH, "heads": 4, "kv_heads": 2, "key_dim": 6, "value_dim": 10}
@@ -360,6 +365,25 @@ def test_lrpe_starts_as_published():
     theta = mixer.feature_map.lrpe.theta.data
     mixer.feature_map.lrpe.initialise_parameter("theta", theta, torch.Generator())
     torch.testing.assert_close(theta, 10000 ** (-2 / 32 * torch.arange(32)).reshape(4, 8))
+
+
+def test_the_gradient_of_lrpe_is_as_exact_on_ranks_far_into_a_document():
+    mixer = made(TransNormerLLM, layer=0, depth=2)
+    x, documents, layout = draw(1, 24, WIDTH), Documents.whole(1, 24, position=100_000), Layout(24, 2)
+
+    def gradient(rank, world, mixer, seq):
+        mixer.zero_grad()
+        mixer(seq.shard(x).to(mixer.output.weight.dtype), seq).square().sum().backward()
+        return mixer.feature_map.lrpe.theta.grad.double()
+
+    expected = gradient(0, 1, mixer, Sequence.single(documents))
+
+    def on_ranks(rank, world):
+        seq = Sequence.shared(documents, layout, Mesh.create(world), Strategy())
+        return gradient(rank, world, copy.deepcopy(mixer).float(), seq)
+
+    total = sum(run_threads(2, on_ranks))
+    assert (total - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("layer", [0, 5])
