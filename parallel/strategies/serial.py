@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels.documents import Documents, continuing
 from ...kernels.operation import Tensors
-from ...kernels.problem import Problem
+from ...kernels.problem import Problem, accumulator
 from ...kernels.serial import Serial
 from ..collectives import Work, exchange, finish
 from ..operation import Operation, is_sequence
@@ -76,10 +76,16 @@ class SerialPassing(Operation):
         return (out,), (state.new_empty(spans * state.shape[0], *state.shape[1:]) if ranks > 1 else None,)
 
     def _problems(self, inputs: Tensors, seq: Sequence) -> Iterator[tuple[int, Problem[Any]]]:
-        """The call on each of this rank's spans, in the order of the row."""
+        """The call on each of this rank's spans, in the order of the row.
+
+        Constants are in the type of the accumulators, in which the spans' gradients of them are added up.
+        """
         spans, documents = seq.layout.spans if seq.layout.ranks > 1 else 1, seq.spans
         batch = documents.batch // spans
-        parts = [[x] * spans if x is None or not is_sequence(x) else x.chunk(spans, dim=1) for x in inputs]
+        parts = [
+            x.chunk(spans, dim=1) if x is not None and is_sequence(x) else [None if x is None else _wide(x)] * spans
+            for x in inputs
+        ]
         for turn, tensors in enumerate(zip(*parts, strict=True)):
             rows = documents if spans == 1 else documents.derive(Documents.rows, turn * batch, (turn + 1) * batch)
             yield turn, self.op.problem(tensors, rows, backend=seq.backend)
@@ -89,7 +95,11 @@ def _joined(x: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor | None:
     """The gradient of an input from those of the spans in order: one after the other, or of a constant their sum."""
     if x is None:
         return None
-    return torch.cat(parts, dim=1) if is_sequence(x) else torch.stack(parts).sum(0)
+    return torch.cat(parts, dim=1) if is_sequence(x) else torch.stack(parts).sum(0).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulator(x))
 
 
 @cache

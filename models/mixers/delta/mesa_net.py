@@ -29,7 +29,8 @@ class MesaNet(Mixer):
 
     key_dim, value_dim: of a head, by default width / heads. conv_size: taps of the short convolution, or None for none.
     iterations: of conjugate gradients, in forward and in backward. output_gate: whether the norm's output is multiplied
-    by silu(W_g x). R starts as the identity. Raises ValueError for sizes that do not divide.
+    by silu(W_g x). R starts as the identity. Queries, keys and what is read stay in float32 up to the norm. Raises
+    ValueError for sizes that do not divide.
     """
 
     no_weight_decay = ("regulariser",)
@@ -53,12 +54,12 @@ class MesaNet(Mixer):
         self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
         self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
         keys, values = heads * self.key_dim, heads * self.value_dim
-        self.query = nn.Linear(width, keys, bias=False)
-        self.key = nn.Linear(width, keys, bias=False)
+        self.query = WideLinear(width, keys, bias=False)
+        self.key = WideLinear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
         self.conv = None if conv_size is None else ShortConvolution(2 * keys, conv_size, activation="silu")
         self.decay = GateLinear(width, heads)
-        self.beta = nn.Linear(width, heads)
+        self.beta = GateLinear(width, heads)
         self.regulariser = nn.Parameter(torch.empty(heads, self.key_dim))
         self.gate = nn.Linear(width, values, bias=False) if output_gate else None
         self.norm = RMSNorm(self.value_dim, norm_eps)
@@ -71,8 +72,8 @@ class MesaNet(Mixer):
         log_decay, beta = F.logsigmoid(self.decay(x)), torch.sigmoid(self.beta(x))
         added = LEAST + F.softplus(self.regulariser.to(log_decay.dtype))
         out = ops.mesa(l2_norm(q), l2_norm(k), v, log_decay, beta, added, seq=seq, iterations=self.iterations)
-        gate = None if self.gate is None else self.gate(x).unflatten(-1, (self.heads, -1))
-        return self.output(self.norm(out, gate).flatten(-2))
+        gate = None if self.gate is None else self.gate(x).unflatten(-1, (self.heads, -1)).to(out.dtype)
+        return self.output(self.norm(out, gate).flatten(-2).to(x.dtype))
 
     def mixing_flops(self, seq: Sequence) -> int:
         sizes = {"heads": self.heads, "key_dim": self.key_dim, "value_dim": self.value_dim}
@@ -83,3 +84,14 @@ class MesaNet(Mixer):
             return False
         tensor.fill_(1.0 - LEAST).expm1_().log_()  # the inverse of softplus
         return True
+
+
+class WideLinear(nn.Linear):
+    """W x in float32 at least, without rounding: solutions of systems are sensitive to that of queries and keys.
+
+    `[..., in_features]` to `[..., out_features]` in float32, or float64 for float64. The systems take more time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
