@@ -12,6 +12,8 @@ from longreach.kernels.selective_scan import selective_scan
 
 H, K, V = 2, 4, 3
 LENGTH = 16_384
+LAST_PLACES = 4 * torch.finfo(torch.float32).eps
+OFTEN = ("decay of a key channel", "general delta rule", "selective scan")  # the others with -m many
 LONG, SHORT = -3e-4, -20.0  # the mean logarithm of a decay: a state lasts for 3,000 tokens, or for none
 
 
@@ -104,18 +106,27 @@ def relative(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in OFTEN else pytest.mark.many) for name in CASES]
+)
 @torch.no_grad()
 def test_errors_of_16384_tokens_are_those_of_the_plain_recurrence(name):
-    """Of outputs and final states; how roundings add up is chance, and may differ by a quarter."""
+    """Of outputs and final states; how roundings add up is chance, and may differ by a quarter.
+
+    Where both are a few units of float32's last place, as with the triangular systems of the delta rule, that is all
+    that is asked.
+    """
     make, op = CASES[name]
     inputs = [x.bfloat16() for x in make(Drawn(LENGTH, LONG))]
     exact = op(*(x.double() for x in inputs), backend="chunked")  # other tests hold it to the reference by 1e-9
     for dtype in (torch.float32, torch.bfloat16):
         found = [op(*(x.to(dtype) for x in inputs), backend=backend) for backend in ("chunked", "reference")]
         chunked, plain = (list(map(relative, results, exact)) for results in found)
-        assert all(a <= 1.25 * b for a, b in zip(chunked, plain, strict=True)), (dtype, chunked, plain)
+        assert all(a <= max(1.25 * b, LAST_PLACES) for a, b in zip(chunked, plain, strict=True)), (
+            dtype,
+            chunked,
+            plain,
+        )
 
 
 @pytest.mark.parametrize("name", CASES)

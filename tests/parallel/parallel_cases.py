@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,8 @@ from longreach.trainer.diagnosis.truth import plain_ops
 # What the letters of a shape are. Eight heads: what tokens are exchanged for among up to eight ranks.
 SMALL = {"H": 8, "G": 2, "K": 3, "V": 5, "D": 8, "N": 2}  # heads, grouped heads, key and value dims, channels, states
 SCALE = 0.7  # of some cases, which is no default
-Shape = tuple[str | int, ...]  # letters of sizes, and numbers; "T" comes first, or not at all
+Size = str | int | tuple[str | int, ...]  # a letter, a number, or the product of some
+Shape = tuple[Size, ...]  # "T" comes first, or not at all
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class Case:
 
 
 def _shape(shape: Shape, batch: int, length: int, sizes: dict[str, int]) -> tuple[int, ...]:
-    numbers = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape if dim != "T")
+    def number(size: Size) -> int:
+        if isinstance(size, tuple):
+            return math.prod(map(number, size))
+        return sizes[size] if isinstance(size, str) else size
+
+    numbers = tuple(number(size) for size in shape if size != "T")
     return (batch, length, *numbers) if shape[:1] == ("T",) else numbers
 
 
@@ -277,9 +284,7 @@ CASES = {
         ((_Q, "direction"), (_Q, "direction"), (_V, "normal"), _BY_HEAD, _BETA, (("H", "K"), "ridge")),
         _OUT,
     ),
-    "slstm": Case(
-        _op("slstm"), ((("T", "H", 4, "K"), "normal"), (("H", 4 * SMALL["K"] ** 2), "normal")), ("T", "H", "K")
-    ),
+    "slstm": Case(_op("slstm"), ((("T", "H", 4, "K"), "normal"), (("H", (4, "K", "K")), "small")), ("T", "H", "K")),
     "conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 4), "normal")), _X, by_heads=False),
     "wide conv": Case(_op("short_conv"), ((_X, "normal"), (("D", 30), "normal")), _X, by_heads=False),
     "shift": Case(_op("token_shift"), ((_X, "normal"),), _X, by_heads=False),
