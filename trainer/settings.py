@@ -68,6 +68,7 @@ class KernelSettings:
     selective_scan: str = "auto"  # of Mamba
     wkv: str = "auto"  # of RWKV-4 and AFT-simple
     slstm: str = "auto"  # of xLSTM
+    log_linear_attention: str = "auto"  # of log-linear Mamba-2
     mesa: str = "auto"  # of MesaNet; reference solves exactly
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel

@@ -11,6 +11,7 @@ from ...kernels.delta_rule import DeltaRecurrence, delta_inputs
 from ...kernels.diagonal_scan import DiagonalRecurrence, flat_inputs
 from ...kernels.diagonal_ssm import StateSpaceInputs, StateSpaceRecurrence
 from ...kernels.gated_linear import GatedLinearInputs, GatedLinearRecurrence
+from ...kernels.log_linear import LogLinearInputs, LogLinearRecurrence
 from ...kernels.mesa import MesaInputs, MesaRecurrence
 from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
@@ -165,6 +166,26 @@ def mesa(
     """
     inputs = MesaInputs(q, k, v, log_decay, beta, regulariser)
     return recurrent(MesaRecurrence, inputs, (iterations,), seq=seq, slot=slot)
+
+
+def log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    level_weights: Tensor,
+    *,
+    seq: Sequence,
+    scale: float | None = None,
+    slot: str = "state",
+) -> Tensor:
+    """o_t = scale q_t Σ_l w_t^(l) S_t^(l), a decaying state S^(l) for the tokens of each level of a binary tree.
+
+    q, k `[B, T, H or G, K]`, v `[B, T, H, V]`, `log_decay` `[B, T, H]`, `level_weights` w `[B, T, H, L]`. Returns
+    `[B, T, H, V]` in q's type. See `longreach.kernels.log_linear`.
+    """
+    inputs = LogLinearInputs(q, k, v, log_decay, level_weights)
+    return recurrent(LogLinearRecurrence, inputs, (scale,), seq=seq, slot=slot)
 
 
 def recurrent(

@@ -8,6 +8,7 @@ from longreach.kernels.delta_rule import delta_rule
 from longreach.kernels.diagonal_scan import diagonal_scan
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import gated_linear_attention
+from longreach.kernels.log_linear import log_linear_attention
 from longreach.kernels.selective_scan import selective_scan
 
 H, K, V = 2, 4, 3
@@ -70,6 +71,10 @@ CASES = {
         lambda q, k, v, decay, gate, **more: gated_linear_attention(
             q, k, v, decay, log_input=gate, normaliser="at_least_one", **more
         ),
+    ),
+    "levels": (
+        lambda d: (d.heads(K), d.key(), d.heads(V), d.decay(H), d.share(H, 16)),
+        log_linear_attention,
     ),
     "delta rule": (lambda d: (d.heads(K), d.unit_key(), d.heads(V), d.share(H)), delta_rule),
     "delta rule, decay of a head": (

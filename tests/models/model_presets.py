@@ -40,6 +40,7 @@ ODD: dict[str, dict[str, Any]] = {
     "hgrn2": {"key_dim": 6},
     "infllm_v2": {"kv_heads": 1, "block_size": 16, "count": 2, "window_size": 8, "window_stride": 4, "initial": 0},
     "linear_attention": {"kv_heads": 2, "value_dim": 10, "bias": True},
+    "log_linear_mamba2": {"groups": 2, "levels": 5},
     "mamba2": {"groups": 2},
     "mamba3": {"groups": 2, "rank": 2, "rope_fraction": 0.4},
     "moba": {"block_size": 16},

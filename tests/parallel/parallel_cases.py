@@ -279,6 +279,9 @@ CASES = {
     "longhorn": Case(_longhorn, ((_X, "normal"), (_X, "positive"), *_SELECTIVE), _X),
     "wkv": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (("D",), "decay"), (("D",), "normal")), _X),
     "wkv, token decay": Case(_op("wkv"), ((_X, "low"), (_X, "normal"), (_X, "decay")), _X),
+    "log-linear attention": Case(
+        _op("log_linear_attention", scale=SCALE), (*_GROUPED, _BY_HEAD, (("T", "H", 5), "normal")), _OUT
+    ),
     "mesa": Case(
         _op("mesa"),
         ((_Q, "direction"), (_Q, "direction"), (_V, "normal"), _BY_HEAD, _BETA, (("H", "K"), "ridge")),

@@ -73,9 +73,13 @@ class Mamba2(Mixer):
         k, q = (part.unflatten(-1, (self.groups, self.state)) for part in (k, q))
         step = self.steps(x)
         log_decay = -self.A_log.to(step.dtype).exp() * step
-        out = ops.gated_linear_attention(q, k, v * step.to(v.dtype).unsqueeze(-1), log_decay, seq=seq, scale=1.0)
+        out = self.read(x, q, k, v * step.to(v.dtype).unsqueeze(-1), log_decay, seq)
         out = out + self.D.to(v.dtype)[:, None] * v
         return self.output(self.norm(out.flatten(-2), self.gate(x)))
+
+    def read(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, seq: Sequence) -> Tensor:
+        """C_t S_t `[B, T, H, P]`, of C, B `[B, T, G, N]` and delta x `[B, T, H, P]`."""
+        return ops.gated_linear_attention(q, k, v, log_decay, seq=seq, scale=1.0)
 
     def steps(self, x: Tensor) -> Tensor:
         """delta `[B, T, H]`, in float32 at least: sums of it over many tokens are exponents."""

@@ -1,0 +1,74 @@
+"""Log-linear Mamba-2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....kernels.log_linear import flops
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from .mamba2 import Mamba2
+
+
+class LogLinearMamba2(Mamba2):
+    """Mamba-2 with a state for each level of a binary tree over positions (log-linear attention, Guo et al., 2025,
+    arXiv 2506.04761; as in flash-linear-attention).
+
+        level(s, t) = 0 for s = t, else 1 + the highest bit in which s and t differ
+        S_t^(l) = sum_(s: level(s, t) = l) exp(-sum_(s < r <= t) delta_r exp(A_log)) B_s^T (delta_s x_s)
+        w = softplus(scales * W_w u)        y_t = C_t sum_l w_t^(l) S_t^(l) + D x_t        u the input
+
+    All else is as in Mamba-2: delta, B, C and x, which are read from u, and what becomes of y. Level l holds the
+    2^(l-1) tokens before those of lower levels, or none, by the bits of t.
+
+    levels: how many states a head has. They suffice for documents of 2^(levels - 1) tokens; of longer ones the last
+    state holds all that is further back. scales: one a head and level, 1 at the start. Other settings are Mamba-2's.
+    Raises ValueError for sizes that do not divide.
+    """
+
+    no_weight_decay = ("scales",)
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        expansion: float = 2,
+        head_dim: int = 64,
+        state: int = 128,
+        groups: int = 1,
+        levels: int = 15,
+        conv_size: int = 4,
+        step_range: tuple[float, float] = (1e-3, 1e-1),
+        step_floor: float = 1e-4,
+        step_limit: tuple[float, float | None] = (0.0, None),
+        bias: bool = False,
+        conv_bias: bool = True,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(
+            width=width, expansion=expansion, head_dim=head_dim, state=state, groups=groups, conv_size=conv_size,
+            step_range=step_range, step_floor=step_floor, step_limit=step_limit, bias=bias, conv_bias=conv_bias,
+            norm_eps=norm_eps,
+        )  # fmt: skip
+        if levels < 1:
+            raise ValueError(f"levels must be at least 1; got {levels}. 15 are for documents of 16,384 tokens")
+        self.levels = levels
+        self.level_weight = nn.Linear(width, self.heads * levels, bias=bias)
+        self.scales = nn.Parameter(torch.empty(self.heads, levels))
+
+    def read(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, seq: Sequence) -> Tensor:
+        raw = self.level_weight(x).unflatten(-1, (self.heads, self.levels))
+        weights = F.softplus(self.scales.to(raw.dtype) * raw)
+        return ops.log_linear_attention(q, k, v, log_decay, weights, seq=seq, scale=1.0)
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        sizes = {"heads": self.heads, "key_dim": self.state, "value_dim": self.head_dim}
+        return flops(seq.places, **sizes, levels=self.levels)
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        if name != "scales":
+            return super().initialise_parameter(name, tensor, generator)
+        tensor.fill_(1.0)
+        return True
