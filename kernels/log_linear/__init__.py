@@ -73,8 +73,8 @@ class LogLinearRecurrence(Recurrence[LogLinearInputs]):
 
 
 def over_levels(matrix: Tensor, state: Tensor) -> Tensor:
-    """matrix `[B, H, L, L]` times the levels of a state `[B, H, L, K, V]`."""
-    return (matrix @ state.flatten(3)).view_as(state)
+    """A matrix `[B, H, M, L]` times the levels of a state `[B, H, L, K, V]`."""
+    return (matrix @ state.flatten(3)).unflatten(3, state.shape[3:])
 
 
 def log_linear_attention(

@@ -1,7 +1,9 @@
 """Log-linear attention in chunks: scores with the weights of levels within, a state of every level at their starts.
 
 A chunk's states are read by queries times the weights of what each level has merged into at the token, and written by
-keys at the level that they have at the chunk's last token. Backward runs a slab of chunks again and differentiates it.
+keys at the level that they have at the chunk's last token. Between chunks the levels that no token tells apart are one,
+which spares most of them where documents begin with chunks, and empty ones are left out. Backward runs a slab of chunks
+again and differentiates it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from ..problem import Problem
 from . import CHUNK, LogLinearInputs, over_levels
 from .levels import level_between, merge_matrix
 
-SLAB = 256  # tokens whose reads and writes of all levels are held at a time
+SLAB = 512  # tokens whose reads and writes of all levels are held at a time
 
 
 def forward(problem: Problem[LogLinearInputs], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,19 +98,26 @@ def _run(
 
     within = level_between(positions.mT, positions, levels).expand(*decays.shape)
     scores = _of_heads(problem.scale * q @ k.mT, heads) * decays * weights.gather(-1, within)
+    low, high = problem.documents.derive(_levels_read, size, levels)
+    some, every = (torch.arange(*bounds, device=ids.device) for bounds in ((low, high + 1), (0, levels)))
     merged = level_between(positions[:, :, :, :1] - 1, positions, levels)
-    reads = _at_levels(_of_heads(problem.scale * q, heads), _merged_weights(weights, merged) * entering)
-    written_at = level_between(positions, positions[:, :, :, -1:], levels)
-    own_level = (written_at == torch.arange(levels, device=written_at.device)).to(exact)
-    written = _at_levels(_of_heads(k, heads), own_level * leaving).mT @ v  # [B, N, H, L K, V]
-    transitions = merge_matrix(merged[:, :, :, -1, 0], levels, exact) * entering[:, :, :, -1:]
+    reads = _at_levels(_of_heads(problem.scale * q, heads), _merged_weights(weights, merged, some) * entering)
+    transitions = merge_matrix(merged[:, :, :, -1, 0], levels, exact)[..., low : high + 1] * entering[:, :, :, -1:]
+    at = level_between(positions, positions[:, :, :, -1:], levels)
+    k = _of_heads(k, heads)
 
-    states = []
-    for n in range(written.shape[1]):
-        states.append(state)
-        state = over_levels(transitions[:, n], state) + written[:, n].view_as(state)
+    def written(chunks: slice, at: Tensor, into: Tensor) -> Tensor:
+        """What chunks write `[B, n, H, levels, K, V]`, each token at a level `at` among `into`."""
+        keys = _at_levels(k[:, chunks], (at[:, chunks] == into).to(exact) * leaving[:, chunks])
+        return (keys.mT @ v[:, chunks]).unflatten(3, (-1, k.shape[-1]))
+
+    inner = written(slice(-1), at.clamp(min=low), some)
+    states = [torch.cat([state[:, :, : low + 1].sum(2, keepdim=True), state[:, :, low + 1 : high + 1]], dim=2)]
+    for n in range(inner.shape[1]):
+        states.append(over_levels(transitions[:, n, :, low : high + 1], states[n]) + inner[:, n])
+    final = over_levels(transitions[:, -1], states[-1]) + written(slice(-1, None), at, every)[:, 0]
     out = scores @ v + reads @ torch.stack(states, dim=1).flatten(3, 4)
-    return out.transpose(2, 3).flatten(1, 2)[:, : tokens.stop - tokens.start], state
+    return out.transpose(2, 3).flatten(1, 2)[:, : tokens.stop - tokens.start], final
 
 
 def _reads(problem: Problem[LogLinearInputs], tokens: slice) -> Tensor:
@@ -120,7 +129,10 @@ def _reads(problem: Problem[LogLinearInputs], tokens: slice) -> Tensor:
     merged = level_between(positions[:, :1] - 1, positions[:, tokens], levels)[:, None, :, None]
     weights = problem.inputs.level_weights[:, tokens].to(exact).transpose(1, 2)
     q = _of_heads(problem.scale * problem.inputs.q[:, tokens].to(exact).transpose(1, 2), heads)
-    return _at_levels(q, _merged_weights(weights, merged) * _exponential(decay, reached[:, None, :, None], exact))
+    every = torch.arange(levels, device=weights.device)
+    return _at_levels(
+        q, _merged_weights(weights, merged, every) * _exponential(decay, reached[:, None, :, None], exact)
+    )
 
 
 def _sums(problem: Problem[LogLinearInputs]) -> Tensor:
@@ -133,10 +145,9 @@ def _exponential(exponents: Tensor, where: Tensor, dtype: torch.dtype) -> Tensor
     return exponents.masked_fill(~where, -torch.inf).exp().to(dtype)
 
 
-def _merged_weights(weights: Tensor, merged: Tensor) -> Tensor:
-    """For each level of an entering state the weight `[…, L]` of the one it has become, `merged` `[…, 1]` at least."""
-    levels = torch.arange(weights.shape[-1], device=weights.device)
-    return weights.gather(-1, torch.maximum(levels, merged).expand_as(weights))
+def _merged_weights(weights: Tensor, merged: Tensor, entering: Tensor) -> Tensor:
+    """For each level that enters the weight of the one that it has become, given up to where they have merged."""
+    return weights.gather(-1, torch.maximum(entering, merged).expand(*weights.shape[:-1], -1))
 
 
 def _at_levels(x: Tensor, weights: Tensor) -> Tensor:
@@ -168,3 +179,16 @@ def _chunked_documents(documents: Documents, size: int) -> tuple[Tensor, Tensor,
         for x in (ids, positions)
     )
     return ids, positions, before
+
+
+def _levels_read(documents: Documents, size: int, levels: int) -> tuple[int, int]:
+    """The lowest and highest level that tokens read of the states at the starts of chunks.
+
+    No token tells lower ones apart, since they have merged when the chunk begins: all of a document whose chunks begin
+    at multiples of their size.
+    """
+    ids, positions, before = documents.derive(_chunked_documents, size)
+    first = positions[:, :, 0][(ids[:, :, 0] == before) & (before >= 0)]
+    if not len(first):
+        return 0, 0
+    return int(level_between(first - 1, first, levels).min()), int(level_between(0 * first, positions.max(), levels)[0])

@@ -29,10 +29,19 @@ def states(levels: int = 6) -> Tensor:
     return torch.randn(BATCH, HEADS, levels, KEY, VALUE, dtype=torch.float64, generator=generator)
 
 
+def filled(documents: Documents, levels: int) -> Tensor:
+    """1 for the levels that hold tokens where rows begin, `[B, 1, L, 1, 1]`."""
+    before = documents.positions()[:, :1].long() - 1
+    held = level_between(torch.arange(1000).expand(BATCH, -1), before, levels)
+    held = torch.where(torch.arange(1000) <= before, held, levels)
+    return torch.nn.functional.one_hot(held, levels + 1).amax(1)[:, None, :levels, None, None].double()
+
+
 def results(backend: str, inputs: list[Tensor], state: Tensor, documents: Documents) -> list[Tensor]:
-    """Output, final state and the gradient of each input and of the initial state."""
-    leaves = [x.clone().requires_grad_() for x in (*inputs, state)]
-    out, final = log_linear_attention(*leaves[:-1], initial_state=leaves[-1], documents=documents, backend=backend)
+    """Output, final state and the gradient of each input and of the levels of the initial state that hold tokens."""
+    leaves, held = [x.clone().requires_grad_() for x in (*inputs, state)], filled(documents, state.shape[2])
+    initial = held * leaves[-1]
+    out, final = log_linear_attention(*leaves[:-1], initial_state=initial, documents=documents, backend=backend)
     generator = torch.Generator().manual_seed(7)
     douts = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, final)]
     return [out, final, *torch.autograd.grad([out, final], leaves, douts)]
@@ -55,7 +64,7 @@ def test_merges():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 10])
-@pytest.mark.parametrize(("length", "position"), [(1, 0), (1, 3), (63, 0), (64, 37), (150, 0), (300, 21)])
+@pytest.mark.parametrize(("length", "position"), [(1, 0), (1, 3), (63, 0), (64, 37), (150, 0), (300, 21), (600, 64)])
 def test_chunks_are_the_recurrence(length, position, levels):
     documents, inputs = Documents.whole(BATCH, length, position), drawn(length, levels)
     plain = results("reference", inputs, states(levels), documents)
