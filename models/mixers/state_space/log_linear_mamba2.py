@@ -16,12 +16,12 @@ class LogLinearMamba2(Mamba2):
     """Mamba-2 with a state for each level of a binary tree over positions (log-linear attention, Guo et al., 2025,
     arXiv 2506.04761; as in flash-linear-attention).
 
-        level(s, t) = 0 for s = t, else 1 + the highest bit in which s and t differ
+        y_t = C_t sum_l w_t^(l) S_t^(l) + D x_t        w = softplus(scales * W_w u)        u the input
         S_t^(l) = sum_(s: level(s, t) = l) exp(-sum_(s < r <= t) delta_r exp(A_log)) B_s^T (delta_s x_s)
-        w = softplus(scales * W_w u)        y_t = C_t sum_l w_t^(l) S_t^(l) + D x_t        u the input
+        level(s, t) = 0 for s = t, else the place of the highest bit in which s and t differ, 1 for the lowest bit
 
     All else is as in Mamba-2: delta, B, C and x, which are read from u, and what becomes of y. Level l holds the
-    2^(l-1) tokens before those of lower levels, or none, by the bits of t.
+    2^(l-1) tokens before those of lower levels, or none, by the bits of t, a position in the document.
 
     levels: how many states a head has. They suffice for documents of 2^(levels - 1) tokens; of longer ones the last
     state holds all that is further back. scales: one a head and level, 1 at the start. Other settings are Mamba-2's.
