@@ -13,7 +13,7 @@ from ..documents import Documents
 
 
 def level_between(earlier: Tensor, later: Tensor, levels: int) -> Tensor:
-    """int64: 0 for equal positions, else the place from 1 of the highest bit in which they differ; at most `levels` − 1."""
+    """int64: the place of the highest bit in which positions differ, 1 being the lowest, 0 for none; below `levels`."""
     powers = 1 << torch.arange(levels - 1, device=later.device)
     return torch.bucketize((earlier ^ later).long(), powers, right=True)
 
