@@ -13,6 +13,7 @@ from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import chunked
 from longreach.kernels.gated_linear import flops as gated_linear_flops
 from longreach.models.layers.block_diagonal import BlockDiagonalLinear
+from longreach.models.layers.feature_maps import FeatureMap
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
 from longreach.models.part import cast_parameters
@@ -271,7 +272,7 @@ def flops_of_linear_layers(model):
     """What torch counts, by the path of each layer."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(2, LENGTH), Sequence.single(PACKED))
-    kinds = torch.nn.Linear, BlockDiagonalLinear
+    kinds = torch.nn.Linear, BlockDiagonalLinear, FeatureMap
     linear = {f"LanguageModel.{path}": path for path, m in model.named_modules() if isinstance(m, kinds)}
     counts = counter.get_flop_counts()
     return {linear[path]: sum(of.values()) for path, of in counts.items() if path in linear}
