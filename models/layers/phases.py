@@ -26,10 +26,11 @@ def cumulative_phases(angles: Tensor, seq: Sequence, slot: str = "phases") -> Te
 def turned(x: Tensor, phases: Tensor) -> Tensor:
     """Rotates neighbouring channels as one complex number: the first 2 A of x `[…, K]` by phases `[…, A]`.
 
-    Differentiable in both; computed in the type of the phases, returned in x's.
+    Differentiable in both; computed and returned in the type of the phases. A phase's gradient is the small difference
+    of what later queries and keys say of it: these are not to be rounded before their op.
     """
     turning, rest = x.split([2 * phases.shape[-1], x.shape[-1] - 2 * phases.shape[-1]], dim=-1)
     cos, sin = phases.cos(), phases.sin()
     first, second = turning.to(phases.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return torch.cat([pairs.flatten(-2).to(x.dtype), rest], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest.to(phases.dtype)], dim=-1)

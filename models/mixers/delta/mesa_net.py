@@ -10,7 +10,7 @@ from ....kernels.mesa import flops
 from ....kernels.pointwise import l2_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.decay_gate import GateLinear
+from ...layers.decay_gate import GateLinear, WideLinear
 from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
@@ -84,14 +84,3 @@ class MesaNet(Mixer):
             return False
         tensor.fill_(1.0 - LEAST).expm1_().log_()  # the inverse of softplus
         return True
-
-
-class WideLinear(nn.Linear):
-    """W x in float32 at least, without rounding: solutions of systems are sensitive to that of queries and keys.
-
-    `[..., in_features]` to `[..., out_features]` in float32, or float64 for float64. The systems take more time.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))

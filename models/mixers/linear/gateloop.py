@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ....kernels import diagonal_scan, gated_linear
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.decay_gate import GateLinear
+from ...layers.decay_gate import GateLinear, WideLinear
 from ...layers.phases import cumulative_phases, turned
 from ...mixer import Mixer, head_size
 
@@ -35,7 +35,7 @@ class GateLoop(Mixer):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.decay = GateLinear(width, width)  # of which sigmoid is the modulus
-        self.phase = GateLinear(width, width) if rotation else None
+        self.phase = WideLinear(width, width) if rotation else None
         self.gate = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
@@ -50,7 +50,7 @@ class GateLoop(Mixer):
             out = (q * ops.diagonal_scan(k * v, log_decay, seq=seq)).sum(-1)
         else:
             out = ops.gated_linear_attention(q, k, v, log_decay, seq=seq, scale=1.0).flatten(-2)
-        return self.output(out * F.silu(self.gate(x)))
+        return self.output((out * F.silu(self.gate(x))).to(x.dtype))
 
     def mixing_flops(self, seq: Sequence) -> int:
         parts = 1 if self.phase is None else 2

@@ -133,7 +133,7 @@ class Mamba3(Mixer):
         k, v = (part.unsqueeze(2).expand(-1, -1, self.rank, -1, -1).flatten(2, 3) for part in (k, v))
         log_decay = log_decay.repeat(1, 1, self.rank)
         out = ops.gated_linear_attention(q.flatten(2, 3), k, v, log_decay, seq=seq, scale=1.0, slot=slot)
-        return out.unflatten(2, (self.rank, -1))
+        return out.unflatten(2, (self.rank, -1)).to(v.dtype)
 
     def mixing_flops(self, seq: Sequence) -> int:
         heads = self.rank**2 * self.heads
