@@ -37,9 +37,18 @@ def with_gradients(
 
 
 def assert_agrees(
-    mixer: str, oracle: str, actual: Iterable[Tensor], expected: Iterable[Tensor], *, tolerance: float = 1e-9
+    mixer: str,
+    oracle: str,
+    actual: Iterable[Tensor],
+    expected: Iterable[Tensor],
+    *,
+    tolerance: float = 1e-9,
+    of_elements: float | None = None,
 ) -> None:
     """Asserts that each tensor's norm of differences is at most `tolerance` of its norm, and notes the worst.
+
+    No element may be further off either than `of_elements`, by default `tolerance`, of itself and of the tensor's root
+    mean square, or of 1 where that is less.
 
     mixer: its name in conf/mixer. oracle: what it is held against, in a few words that the docs show, such as
     "transformers, Mamba2Mixer", "flash-linear-attention, naive_recurrent_gla" or "plain recurrence of the paper".
@@ -49,6 +58,8 @@ def assert_agrees(
         assert ours.shape == theirs.shape, (number, ours.shape, theirs.shape)
         error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
         assert error <= tolerance, f"tensor {number} of {mixer} against {oracle}: relative error {error:.2e}"
+        size, most = max(1.0, float(theirs.double().square().mean().sqrt())), of_elements or tolerance
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=most * size, rtol=most)
         worst = max(worst, error)
     if NOTES in os.environ:
         with Path(os.environ[NOTES]).open("a") as file:

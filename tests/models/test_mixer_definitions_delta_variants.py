@@ -68,10 +68,11 @@ def finished(mixer, x, out, activation):
     return mixer.output((normed.flatten(-2)) * activation(mixer.gate(x)))
 
 
-def compare(name, oracle, mixer, expected_of, tolerance=FLOAT32):
+def compare(name, oracle, mixer, expected_of, tolerance=FLOAT32, of_elements=None):
     x, parameters = draw(2, LENGTH, WIDTH), list(mixer.parameters())
     ours = with_gradients(lambda x: mixer(x, whole(2, LENGTH)), x, parameters)
-    assert_agrees(name, oracle, ours, with_gradients(expected_of, x, parameters), tolerance=tolerance)
+    expected = with_gradients(expected_of, x, parameters)
+    assert_agrees(name, oracle, ours, expected, tolerance=tolerance, of_elements=of_elements)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
@@ -90,7 +91,10 @@ def test_gated_deltanet2(key_heads, negative):
         out, _ = naive_recurrent_gdn2(unit(q), unit(k), heads(v, VALUES), g, b, w)
         return finished(mixer, x, out, torch.sigmoid)
 
-    compare("gated_deltanet2", "flash-linear-attention, naive_recurrent_gdn2", mixer, expected)
+    oracle = (
+        "flash-linear-attention, naive_recurrent_gdn2"  # in float32: where terms cancel, a few elements are off by more
+    )
+    compare("gated_deltanet2", oracle, mixer, expected, of_elements=4 * FLOAT32)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from ....kernels.log_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...mixer import also_takes
 from .mamba2 import Mamba2
 
 
@@ -30,28 +33,9 @@ class LogLinearMamba2(Mamba2):
 
     no_weight_decay = ("scales",)
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        expansion: float = 2,
-        head_dim: int = 64,
-        state: int = 128,
-        groups: int = 1,
-        levels: int = 15,
-        conv_size: int = 4,
-        step_range: tuple[float, float] = (1e-3, 1e-1),
-        step_floor: float = 1e-4,
-        step_limit: tuple[float, float | None] = (0.0, None),
-        bias: bool = False,
-        conv_bias: bool = True,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__(
-            width=width, expansion=expansion, head_dim=head_dim, state=state, groups=groups, conv_size=conv_size,
-            step_range=step_range, step_floor=step_floor, step_limit=step_limit, bias=bias, conv_bias=conv_bias,
-            norm_eps=norm_eps,
-        )  # fmt: skip
+    @also_takes(Mamba2)
+    def __init__(self, *, width: int, levels: int = 15, bias: bool = False, **mamba: Any) -> None:
+        super().__init__(width=width, bias=bias, **mamba)
         if levels < 1:
             raise ValueError(f"levels must be at least 1; got {levels}. 15 are for documents of 16,384 tokens")
         self.levels = levels
