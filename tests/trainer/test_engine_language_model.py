@@ -25,7 +25,7 @@ LENGTH, VOCABULARY, ROWS, STEPS, CLIP = 24, 31, 4, 3, 0.1
 LENGTHS = [[7, 17], [24], [1, 2, 21], [12, 12]]
 
 
-def make_model(tied=True, checkpointing="none"):
+def make_model(tied=True, checkpointing="none", std=0.3):
     return LanguageModel(
         vocabulary=VOCABULARY,
         width=16,
@@ -39,7 +39,7 @@ def make_model(tied=True, checkpointing="none"):
         feed_forward=partial(SwiGLU, hidden=20),
         tied_embeddings=tied,
         activation_checkpointing=checkpointing,
-        initial_std=0.3,
+        initial_std=std,
     )
 
 
@@ -52,8 +52,8 @@ def batch(step):
     return tokens, targets
 
 
-def train(rank, world, sequence, spans, stage, dtype, tied, checkpointing, folder=None, steps=STEPS, seed=0):
-    engine = make_engine(stage, model=lambda: make_model(tied, checkpointing), dtype=dtype, clip=CLIP, seed=seed)
+def train(rank, world, sequence, spans, stage, dtype, tied, checkpointing, folder=None, steps=STEPS, std=0.3):
+    engine = make_engine(stage, model=lambda: make_model(tied, checkpointing, std), dtype=dtype, clip=CLIP)
     mesh = Mesh.create(sequence)
     layout = Layout(LENGTH, sequence, spans)
     norms, losses = [], []
@@ -74,9 +74,9 @@ def train(rank, world, sequence, spans, stage, dtype, tied, checkpointing, folde
     return losses, norms, full(engine)
 
 
-def reference(tied, seed=0):
-    model = make_model(tied)
-    model.initialise(seed)
+def reference(tied, std=0.3):
+    model = make_model(tied, std=std)
+    model.initialise(0)
     optimizer = torch.optim.AdamW(parameter_groups(model, ADAM.weight_decay), betas=ADAM.betas, eps=ADAM.eps)
     losses, norms = [], []
     for step in range(STEPS):
@@ -122,13 +122,13 @@ def test_two_data_times_two_sequence_ranks(stage):
 
 
 def test_bfloat16_gives_equal_norms_on_every_stage():
-    seed = 2  # initial values are so large that with some of them bfloat16 gives gradients of another size
-    runs = [run_ranks(2, train, 2, 2, stage, "bfloat16", True, "mixing", None, STEPS, seed)[0] for stage in (1, 2, 3)]
-    losses, norms, _ = reference(True, seed)
+    std = 0.05  # with 0.3 roundings change the size of the gradient by up to its own, depending on the seed
+    runs = [run_ranks(2, train, 2, 2, stage, "bfloat16", True, "mixing", None, STEPS, std)[0] for stage in (1, 2, 3)]
+    losses, norms, _ = reference(True, std)
     for got_losses, got_norms, _ in runs:
         torch.testing.assert_close(got_losses, losses, rtol=2e-2, atol=0)
         # Later ones hang on the signs of gradients near zero, which Adam's first steps make large.
-        torch.testing.assert_close(got_norms[0], norms[0], rtol=2e-2, atol=0)
+        torch.testing.assert_close(got_norms[0], norms[0], rtol=5e-3, atol=0)
         torch.testing.assert_close(got_norms, runs[0][1], rtol=1e-5, atol=0)
 
 
