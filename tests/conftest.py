@@ -21,7 +21,10 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The interpreter takes milliseconds for what a GPU does in microseconds: its tests are slow ones."""
+    """The interpreter takes milliseconds for what a GPU does in microseconds: its tests are slow ones.
+
+    So are those that run only when asked for: `-m "not slow"` takes the place of the `-m "not many"` of pyproject.toml.
+    """
     for item in items:
-        if Path(item.path).stem.endswith("_triton"):
+        if Path(item.path).stem.endswith("_triton") or item.get_closest_marker("many"):
             item.add_marker(pytest.mark.slow)

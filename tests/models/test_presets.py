@@ -1,6 +1,7 @@
 """Every size in conf/model builds, is as large as its name states, writes nothing twice, and learns when tiny."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -43,13 +44,18 @@ def leaves(settings, prefix=""):
             yield f"{prefix}{name}", value
 
 
+@cache
+def settings_of_base(family):
+    return dict(leaves(OmegaConf.to_container(compose_model(f"{family}/_base"))))
+
+
 @pytest.mark.parametrize("size", model_sizes().values())
 def test_a_size_states_in_ten_lines_only_what_differs_from_its_family(size):
     path = CONF / "model" / f"{size}.yaml"
     assert len(path.read_text().splitlines()) <= 10
     stated = OmegaConf.to_container(OmegaConf.load(path))
     assert stated.pop("defaults") == [f"/model/{path.parent.name}/_base@_here_"]
-    base = dict(leaves(OmegaConf.to_container(compose_model(f"{path.parent.name}/_base"))))
+    base = settings_of_base(path.parent.name)
     assert not [name for name, value in leaves(stated) if base.get(name, "nothing") == value]
 
 

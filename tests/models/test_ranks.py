@@ -67,12 +67,13 @@ def on_one(first_target):
     ("checkpointing", "world", "spans", "first_target"),
     [
         ("mixing", 2, 2, 0),
-        pytest.param("none", 2, 1, 30, marks=pytest.mark.slow),
-        pytest.param("full", 3, 1, 0, marks=pytest.mark.slow),
-        pytest.param("mixing", 4, 1, 30, marks=pytest.mark.slow),
-        pytest.param("none", 4, 2, 30, marks=pytest.mark.slow),
+        ("none", 2, 1, 30),
+        ("full", 3, 1, 0),
+        ("mixing", 4, 1, 30),
+        ("none", 4, 2, 30),
     ],
 )
+@pytest.mark.slow
 def test_ranks_that_share_rows_give_what_one_gives(checkpointing, world, spans, first_target):
     run = run_ranks if world == 2 else run_threads
     results = run(world, on_one_of, checkpointing, spans, first_target)
