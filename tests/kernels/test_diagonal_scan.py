@@ -1,9 +1,24 @@
 """The diagonal scan against its recurrence and another's code: op, gradients, parts, segments of a row."""
 
+from functools import partial
+
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import Parts
+from recurrence_parts import (
+    CUTS,
+    PACKINGS,
+    ROWS,
+    Parts,
+    assert_near,
+    check_bfloat16,
+    check_no_document_moves_another,
+    check_segments,
+    check_token_by_token,
+    check_where_a_state_enters,
+    nan_in_fresh_memory,
+    run_op,
+)
 
 from longreach.kernels.diagonal_scan import DiagonalRecurrence, chunked, diagonal_scan, flops
 from longreach.kernels.documents import Documents
@@ -11,18 +26,6 @@ from longreach.kernels.recurrence import Summary
 
 DECAYS = ("token", "constant")
 STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
-PACKINGS = {
-    "1 token": Documents.whole(2, 1),
-    "63 tokens": Documents.whole(2, 63),
-    "130 tokens": Documents.whole(1, 130),
-    "continued": Documents.whole(2, 70, position=9),
-    "packed": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [128, 64], [200]], 210),
-    "one-token documents": Documents.from_lengths([[1] * 80, [64, 64]], 140),
-    "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [300], [30, 270]], 300).slice(40, 230),
-    "all padding": Documents.from_lengths([[7], []], 7),
-}
-
-
 WIDTHS = {"lanes": 4096, "few lanes": 40, "one lane, channels in blocks": 3}
 
 
@@ -37,28 +40,7 @@ def draw(documents, decay="token", strength=0.1, channels=(5,)):
     return (x, log_decay), state, dout, dstate
 
 
-def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64):
-    """Output, final state and the gradients of all inputs and of the initial state."""
-    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
-    out, final = diagonal_scan(*leaves[:2], initial_state=leaves[2], documents=documents, backend=backend)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
-
-
-def assert_near(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
-
-
-class nan_in_fresh_memory:
-    """What is allocated without values holds NaN, so that reading it before writing it shows."""
-
-    def __enter__(self):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *_):
-        torch.use_deterministic_algorithms(False)
+run = partial(run_op, diagonal_scan)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
@@ -100,17 +82,8 @@ def test_the_recurrence_passes_gradcheck(decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
-    documents = PACKINGS["packed"]
-    inputs, state, *given = draw(documents, decay)
-    rounded = [x.bfloat16().double() for x in inputs]
-    expected = run(rounded, state, documents, given[0].bfloat16().double(), given[1], backend="reference")
-    leaves = [x.bfloat16().requires_grad_() for x in inputs]
-    out, final = diagonal_scan(*leaves, initial_state=state.float(), documents=documents)
-    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    gradients = torch.autograd.grad([out, final], leaves, [given[0].bfloat16(), given[1].float()])
-    assert [x.dtype for x in gradients] == [torch.bfloat16] * 2
-    for found, right in zip((out, final, *gradients), expected, strict=False):
-        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+    inputs, state, *given = draw(PACKINGS["packed"], decay)
+    check_bfloat16(diagonal_scan, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("strength", [-20.0, -200.0, -torch.inf])
@@ -135,42 +108,18 @@ def test_gradients_of_decays_are_exact_however_strong():
 
 
 def test_no_document_moves_another():
-    documents = Documents.from_lengths([[5, 70, 1, 130, 40]], 256)
-    inputs, _, *given = draw(documents, strength=1e-3)
-    before = run(inputs, None, documents, *given, dtype=torch.float32)
-    moved = documents.runs[0][3]
-    x = inputs[0].clone()
-    x[:, moved.start : moved.stop] += 100.0
-    after = run((x, inputs[1]), None, documents, *given, dtype=torch.float32)
-    outside = torch.ones(256, dtype=torch.bool)
-    outside[moved.start : moved.stop] = False
-    for number in (0, 2, 3):  # out, dx, dlog_decay
-        assert torch.equal(before[number][:, outside], after[number][:, outside])
+    same = 0, 2, 3  # out, dx, dlog_decay
+    check_no_document_moves_another(diagonal_scan, partial(draw, strength=1e-3), [0], same)
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
-    inputs, state, *given = draw(documents)
-    state[0] = torch.nan
-    out, _, *_, dstate = run(inputs, state, documents, *given)
-    assert bool(out.isfinite().all())
-    assert not dstate[0].any()
-    assert dstate[1].all()
-    without = run(inputs, None, documents, *given)[0]
-    assert torch.equal(out[0], without[0])
-    assert not torch.allclose(out[1], without[1])
+    check_where_a_state_enters(diagonal_scan, draw)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
-    (x, log_decay), *_ = draw(Documents.whole(2, 37), decay)
-    out, final = diagonal_scan(x, log_decay)
-    state, steps = None, []
-    for t in range(37):
-        now = log_decay if decay == "constant" else log_decay[:, t : t + 1]
-        step, state = diagonal_scan(x[:, t : t + 1], now, initial_state=state)
-        steps.append(step)
-    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+    inputs, *_ = draw(Documents.whole(2, 37), decay)
+    check_token_by_token(diagonal_scan, inputs)
 
 
 def test_channels_of_any_dims():
@@ -183,8 +132,6 @@ def test_channels_of_any_dims():
 
 
 recurrence = Parts(DiagonalRecurrence())
-ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
-CUTS = {"2": (150, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
@@ -192,40 +139,8 @@ CUTS = {"2": (150, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
     monkeypatch.setattr(chunked, "WIDTH", width)
-    inputs, _, dout, dfinal = draw(ROWS, decay)
-    whole = run(inputs, None, ROWS, dout, dfinal)
-    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
-    segments = [tuple(x if x.dim() == 1 else x[:, a:b] for x in inputs) for a, b in bounds]
-    documents = [ROWS.slice(a, b) for a, b in bounds]
-
-    outs, summaries, states = [], [], [torch.zeros_like(dfinal)]
-    for segment, held in zip(segments, documents, strict=True):
-        out, final = recurrence.forward(segment, None, held)
-        summaries.append(recurrence.summarize(segment, final, held))
-        out = recurrence.correct(out, segment, states[-1], held)
-        alone, final = recurrence.forward(segment, states[-1], held)
-        assert_near([out], [alone], 1e-9)
-        outs.append(out)
-        states.append(recurrence.advance(summaries[-1], states[-1]))
-        assert_near([states[-1]], [final], 1e-9)
-    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
-
-    total = summaries[0]
-    for summary in summaries[1:]:
-        total = recurrence.combine(summary, total)
-    assert_near([recurrence.advance(total, recurrence.zero_state(dfinal))], [whole[1]], 1e-9)
-
-    dstate, parts = dfinal, []
-    for number in reversed(range(len(segments))):
-        a, b = bounds[number]
-        given = segments[number], states[number], documents[number]
-        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, *given)
-        local = recurrence.summarize_backward(dout[:, a:b], *given)
-        dstate = recurrence.retreat(summaries[number], dstate, local)
-        assert_near([dstate], [dinitial], 1e-9)
-        parts.insert(0, gradients)
-    dx, ddecay = zip(*parts, strict=True)
-    assert_near([torch.cat(dx, 1), sum(ddecay) if decay == "constant" else torch.cat(ddecay, 1)], whole[2:], 1e-9)
+    inputs, _, *given = draw(ROWS, decay)
+    check_segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
 
 
 def test_transitions_are_zero_unless_one_document_goes_through():
