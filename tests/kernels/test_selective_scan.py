@@ -1,9 +1,21 @@
 """The selective scan against its recurrence and transformers' Mamba: op, gradients, parts, segments of a row."""
 
+from functools import partial
+
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import Parts
+from recurrence_parts import (
+    Parts,
+    assert_near,
+    check_bfloat16,
+    check_no_document_moves_another,
+    check_segments,
+    check_token_by_token,
+    check_where_a_state_enters,
+    nan_in_fresh_memory,
+    run_op,
+)
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import (
@@ -43,29 +55,11 @@ def draw(documents, decay="exponential", strength=1.0, channels=CHANNELS, size=S
     return (x, delta, a, b, c), state, dout, dstate
 
 
-def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64):
-    """Output, final state and the gradients of all inputs and of the initial state."""
-    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
-    decay = "longhorn" if inputs[2] is None else "exponential"
-    out, final = selective_scan(*leaves[:5], decay=decay, initial_state=leaves[5], documents=documents, backend=backend)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
+def scan(x, delta, a, *rest, **settings):
+    return selective_scan(x, delta, a, *rest, decay="longhorn" if a is None else "exponential", **settings)
 
 
-def assert_near(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
-
-
-class nan_in_fresh_memory:
-    """What is allocated without values holds NaN, so that reading it before writing it shows."""
-
-    def __enter__(self):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *_):
-        torch.use_deterministic_algorithms(False)
+run = partial(run_op, scan)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
@@ -99,18 +93,8 @@ def test_the_recurrence_passes_gradcheck(decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
-    documents = PACKINGS["packed"]
-    inputs, state, *given = draw(documents, decay)
-    rounded = [x if x is None else x.bfloat16().double() for x in inputs]
-    expected = run(rounded, state, documents, given[0].bfloat16().double(), given[1], backend="reference")
-    leaves = [x if x is None else x.bfloat16().requires_grad_() for x in inputs]
-    out, final = selective_scan(*leaves, decay=decay, initial_state=state.float(), documents=documents)
-    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [given[0].bfloat16(), given[1].float()])
-    assert {x.dtype for x in gradients} == {torch.bfloat16}
-    for found, right in zip((out, final, *gradients), expected, strict=False):
-        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+    inputs, state, *given = draw(PACKINGS["packed"], decay)
+    check_bfloat16(scan, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("strength", [20.0, 200.0, torch.inf])
@@ -143,42 +127,19 @@ def test_a_step_that_forgets_everything(decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_no_document_moves_another(decay):
-    documents = Documents.from_lengths([[5, 20, 1, 50, 20]], 96)
-    inputs, _, *given = draw(documents, decay, strength=1e-3)
-    before = run(inputs, None, documents, *given, dtype=torch.float32)
-    moved = documents.runs[0][3]
-    x = inputs[0].clone()
-    x[:, moved.start : moved.stop] += 100.0
-    after = run((x, *inputs[1:]), None, documents, *given, dtype=torch.float32)
-    outside = torch.ones(96, dtype=torch.bool)
-    outside[moved.start : moved.stop] = False
-    for number in (0, 2, 3, -2, -1):  # out, dx, ddelta, db, dc
-        assert torch.equal(before[number][:, outside], after[number][:, outside])
+    same = 0, 2, 3, -2, -1  # out, dx, ddelta, db, dc
+    drawn = partial(draw, decay=decay, strength=1e-3)
+    check_no_document_moves_another(scan, drawn, [0], same, lengths=(5, 20, 1, 50, 20))
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
-    inputs, state, *given = draw(documents)
-    state[0] = torch.nan
-    out, _, *_, dstate = run(inputs, state, documents, *given)
-    assert bool(out.isfinite().all())
-    assert not dstate[0].any()
-    assert dstate[1].all()
-    without = run(inputs, None, documents, *given)[0]
-    assert torch.equal(out[0], without[0])
-    assert not torch.allclose(out[1], without[1])
+    check_where_a_state_enters(scan, draw)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
-    (x, delta, a, b, c), *_ = draw(Documents.whole(2, 21), decay)
-    out, final = selective_scan(x, delta, a, b, c, decay=decay)
-    state, steps = None, []
-    for t in range(21):
-        now = (tensor[:, t : t + 1] for tensor in (b, c))
-        step, state = selective_scan(x[:, t : t + 1], delta[:, t : t + 1], a, *now, decay=decay, initial_state=state)
-        steps.append(step)
-    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+    inputs, *_ = draw(Documents.whole(2, 21), decay)
+    check_token_by_token(scan, inputs)
 
 
 ROWS = Documents.from_lengths([[120], [40, 20, 60], [30, 1, 1, 50, 10], [60, 60]], 120)
@@ -190,41 +151,9 @@ CUTS = {"2": (60, 120), "5": (1, 40, 60, 81, 120), "on borders": (40, 60, 120)}
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
     monkeypatch.setattr(chunked, "WIDTH", width)
-    recurrence = Parts(SelectiveRecurrence(decay))
-    inputs, _, dout, dfinal = draw(ROWS, decay)
-    whole = run(inputs, None, ROWS, dout, dfinal)
-    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
-    segments = [tuple(x if x is None or x.dim() == 2 else x[:, a:b] for x in inputs) for a, b in bounds]
-    documents = [ROWS.slice(a, b) for a, b in bounds]
-
-    outs, summaries, states = [], [], [torch.zeros_like(dfinal)]
-    for segment, held in zip(segments, documents, strict=True):
-        out, final = recurrence.forward(segment, None, held)
-        summaries.append(recurrence.expand(recurrence.summarize(segment, final, held), segment))
-        out = recurrence.correct(out, segment, states[-1], held)
-        alone, final = recurrence.forward(segment, states[-1], held)
-        assert_near([out], [alone], 1e-9)
-        outs.append(out)
-        states.append(recurrence.advance(summaries[-1], states[-1]))
-        assert_near([states[-1]], [final], 1e-9)
-    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
-
-    total = summaries[0]
-    for summary in summaries[1:]:
-        total = recurrence.combine(summary, total)
-    assert_near([recurrence.advance(total, recurrence.zero_state(dfinal))], [whole[1]], 1e-9)
-
-    dstate, parts = dfinal, []
-    for number in reversed(range(len(segments))):
-        a, b = bounds[number]
-        given = segments[number], states[number], documents[number]
-        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, *given)
-        local = recurrence.summarize_backward(dout[:, a:b], *given)
-        dstate = recurrence.retreat(summaries[number], dstate, local)
-        assert_near([dstate], [dinitial], 1e-9)
-        parts.insert(0, gradients)
-    joined = [sum(x) if x[0].dim() == 2 else torch.cat(x, 1) for x in zip(*parts, strict=True) if x[0] is not None]
-    assert_near(joined, whole[2:], 1e-9)
+    inputs, _, *given = draw(ROWS, decay)
+    whole = run(inputs, None, ROWS, *given)
+    check_segments(Parts(SelectiveRecurrence(decay)), inputs, *given, whole, ROWS, cuts)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
