@@ -1,15 +1,29 @@
 """WKV against its recurrence and transformers' loop: op, gradients, parts, segments of a row."""
 
+from functools import partial
+
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import Parts
+from recurrence_parts import (
+    CUTS,
+    ROWS,
+    Parts,
+    assert_near,
+    check_bfloat16,
+    check_no_document_moves_another,
+    check_segments,
+    check_token_by_token,
+    check_where_a_state_enters,
+    nan_in_fresh_memory,
+    run_op,
+)
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import gated_linear_attention
 from longreach.kernels.gated_linear.stable import LOWEST
 from longreach.kernels.recurrence import Summary
-from longreach.kernels.wkv import WKVInputs, WKVRecurrence, chunked, flops, wkv
+from longreach.kernels.wkv import WKVRecurrence, chunked, flops, wkv
 
 DECAYS = ("constant", "token", "none")
 STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
@@ -44,18 +58,7 @@ def draw(documents, decay="constant", strength=0.1, channels=5):
     return (4 * k, v, None if decay == "none" else log_decay, bonus), state, dout, dstate
 
 
-def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64):
-    """Output, final state and the gradients of all inputs and of the initial state."""
-    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
-    out, final = wkv(*leaves[:4], initial_state=leaves[4], documents=documents, backend=backend)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
-
-
-def assert_near(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+run = partial(run_op, wkv)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
@@ -65,12 +68,9 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(slabs, decay, 
     inputs, state, *given = draw(documents, decay, strength)
     expected = run(inputs, state, documents, *given, backend="reference")
     assert all(bool(x.isfinite().all()) for x in expected)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
-    try:
+    with nan_in_fresh_memory():
         assert_near(run(inputs, state, documents, *given), expected, 1e-9)
         assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_is_gated_linear_attention_on_heads_of_one_channel():
@@ -111,18 +111,8 @@ def test_the_recurrence_passes_gradcheck(decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
-    documents = PACKINGS["packed"]
-    inputs, _, *given = draw(documents, decay)
-    rounded = [None if x is None else x.bfloat16().double() for x in inputs]
-    expected = run(rounded, None, documents, given[0].bfloat16().double(), given[1], backend="reference")
-    leaves = [None if x is None else x.bfloat16().requires_grad_() for x in inputs]
-    out, final = wkv(*leaves, documents=documents)
-    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [given[0].bfloat16(), given[1].float()])
-    assert {x.dtype for x in gradients} == {torch.bfloat16}
-    for found, right in zip((out, final, *gradients), expected, strict=True):
-        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+    inputs, _, *given = draw(PACKINGS["packed"], decay)
+    check_bfloat16(wkv, inputs, None, PACKINGS["packed"], *given)
 
 
 def test_keys_of_any_size_neither_overflow_nor_vanish(slabs):
@@ -139,47 +129,21 @@ def test_keys_of_any_size_neither_overflow_nor_vanish(slabs):
 
 
 def test_no_document_moves_another(slabs):
-    documents = Documents.from_lengths([[5, 70, 1, 130, 40]], 256)
-    inputs, _, *given = draw(documents, strength=1e-3)
-    before = run(inputs, None, documents, *given, dtype=torch.float32)
-    moved = documents.runs[0][3]
-    inputs[0][:, moved.start : moved.stop] += 100.0
-    inputs[1][:, moved.start : moved.stop] += 100.0
-    after = run(inputs, None, documents, *given, dtype=torch.float32)
-    outside = torch.ones(256, dtype=torch.bool)
-    outside[moved.start : moved.stop] = False
-    for number in (0, 2, 3):  # out, dk, dv
-        assert torch.equal(before[number][:, outside], after[number][:, outside])
+    same = 0, 2, 3  # out, dk, dv
+    check_no_document_moves_another(wkv, partial(draw, strength=1e-3), [0, 1], same)
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
-    inputs, state, *given = draw(documents)
-    state[0] = torch.nan
-    out, _, *_, dstate = run(inputs, state, documents, *given)
-    assert bool(out.isfinite().all())
-    assert not dstate[0].any()
-    assert dstate[1, :, :2].all()
-    without = run(inputs, None, documents, *given)[0]
-    assert torch.equal(out[0], without[0])
-    assert not torch.allclose(out[1], without[1])
+    check_where_a_state_enters(wkv, draw, variables=slice(2))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
-    (k, v, log_decay, bonus), *_ = draw(Documents.whole(2, 37), decay)
-    out, final = wkv(k, v, log_decay, bonus)
-    state, steps = None, []
-    for t in range(37):
-        now = log_decay[:, t : t + 1] if decay == "token" else log_decay
-        step, state = wkv(k[:, t : t + 1], v[:, t : t + 1], now, bonus, initial_state=state)
-        steps.append(step)
-    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+    inputs, *_ = draw(Documents.whole(2, 37), decay)
+    check_token_by_token(wkv, inputs)
 
 
 recurrence = Parts(WKVRecurrence())
-ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
-CUTS = {"2": (150, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
 
 
 def true(state):
@@ -192,46 +156,10 @@ def true(state):
 )
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, backend):
-    cuts = CUTS[cuts]
     inputs, _, dout, dfinal = draw(ROWS, decay)
     dfinal[..., 2] = 0.0
     whole = run(inputs, None, ROWS, dout, dfinal)
-    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
-    segments = [WKVInputs(*(x if x is None or x.dim() == 1 else x[:, a:b] for x in inputs)) for a, b in bounds]
-    documents = [ROWS.slice(a, b) for a, b in bounds]
-
-    outs, summaries, states = [], [], [recurrence.zero_state(dfinal)]
-    for segment, held in zip(segments, documents, strict=True):
-        out, final = recurrence.forward(segment, None, held, backend)
-        summaries.append(recurrence.summarize(segment, final, held, backend))
-        out = recurrence.correct(out, segment, states[-1], held, backend=backend)
-        alone, final = recurrence.forward(segment, states[-1], held, backend)
-        assert_near([out], [alone], 1e-9)
-        outs.append(out)
-        states.append(recurrence.advance(summaries[-1], states[-1]))
-        assert_near([true(states[-1])], [true(final)], 1e-9)
-    assert_near([torch.cat(outs, 1), true(states[-1])], [whole[0], true(whole[1])], 1e-9)
-
-    total = summaries[0]
-    for summary in summaries[1:]:
-        total = recurrence.combine(summary, total)
-    assert_near([true(recurrence.advance(total, recurrence.zero_state(dfinal)))], [true(whole[1])], 1e-9)
-
-    dstate, parts = recurrence.with_units(dfinal, whole[1]), []
-    for number in reversed(range(len(segments))):
-        a, b = bounds[number]
-        given = segments[number], states[number], documents[number]
-        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, *given, backend)
-        local = recurrence.summarize_backward(dout[:, a:b], *given, backend=backend)
-        dstate = recurrence.retreat(summaries[number], dstate, local)
-        assert_near([dstate], [dinitial], 1e-9)
-        parts.insert(0, gradients)
-    found = []
-    for name, pieces in zip(WKVInputs._fields, zip(*parts, strict=True), strict=True):
-        if pieces[0] is not None:
-            constant = name == "bonus" or (name == "log_decay" and decay == "constant")
-            found.append(sum(pieces) if constant else torch.cat(pieces, 1))
-    assert_near(found, whole[2:], 1e-9)
+    check_segments(recurrence, inputs, dout, dfinal, whole, ROWS, CUTS[cuts], backend=backend, linear=False, true=true)
 
 
 def test_transitions_are_those_of_rows_that_one_document_goes_through():
