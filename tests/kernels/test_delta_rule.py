@@ -1,9 +1,12 @@
 """The delta rule against its recurrence and other people's code: op, gradients, parts, segments of a row."""
 
+from functools import partial
+
 import pytest
+import recurrence_checks as check
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import Parts
+from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 from torch.nn import functional as F
 
 from longreach.kernels.delta_rule import DeltaRecurrence, delta_rule, flops
@@ -12,16 +15,6 @@ from longreach.kernels.recurrence import Summary
 
 RULES = ("beta", "erase")
 DECAYS = ("none", "token", "channel")
-PACKINGS = {
-    "1 token": Documents.whole(2, 1),
-    "63 tokens": Documents.whole(2, 63),
-    "130 tokens": Documents.whole(1, 130),
-    "continued": Documents.whole(2, 70, position=9),
-    "packed": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [128, 64], [200]], 210),
-    "one-token documents": Documents.from_lengths([[1] * 80, [64, 64]], 140),
-    "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [300], [30, 270]], 300).slice(40, 230),
-    "all padding": Documents.from_lengths([[7], []], 7),
-}
 
 
 def draw(documents, rule="beta", decay="none", strength=0.1, heads=4, groups=4, keys=6, values=10):
@@ -58,18 +51,11 @@ def call(inputs, **settings):
     return delta_rule(*tensors, erase=None if a is None else (a, b), **settings)
 
 
-def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64, scale=None):
-    """Output, final state and the gradients of all inputs and of the initial state."""
-    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
-    out, final = call(leaves[:7], initial_state=leaves[7], documents=documents, backend=backend, scale=scale)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
+def apply(*inputs, **settings):
+    return call(inputs, **settings)
 
 
-def assert_near(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+run = partial(run_op, apply)
 
 
 @pytest.mark.parametrize("strength", [0.1, pytest.param(20.0, marks=pytest.mark.slow)])
@@ -84,16 +70,6 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(rule, decay, d
     with nan_in_fresh_memory():
         assert_near(run(inputs, state, documents, *given), expected, 1e-9)
         assert_near(run(inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
-
-
-class nan_in_fresh_memory:
-    """What is allocated without values holds NaN, so that reading it before writing it shows."""
-
-    def __enter__(self):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *_):
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(("rule", "decay"), [("beta", "token"), ("erase", "channel")])
@@ -168,17 +144,8 @@ def test_more_lanes_than_a_slab_holds(rule, decay, sizes):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_bfloat16_is_computed_in_float32(rule, decay):
-    documents = PACKINGS["packed"]
-    inputs, state, *given = draw(documents, rule, decay)
-    rounded = [x if x is None else x.bfloat16().double() for x in inputs]
-    expected = run(rounded, state, documents, given[0].bfloat16().double(), given[1], backend="reference")
-    leaves = [x if x is None else x.bfloat16().requires_grad_() for x in inputs]
-    out, final = call(leaves, initial_state=state.float(), documents=documents)
-    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [given[0].bfloat16(), given[1].float()])
-    for found, right in zip((out, final, *gradients), expected, strict=False):
-        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+    inputs, state, *given = draw(PACKINGS["packed"], rule, decay)
+    check.bfloat16(apply, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
@@ -211,92 +178,32 @@ def test_zero_keys_write_nothing_and_repeated_keys_overwrite(rule):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_no_document_moves_another(rule, decay):
-    documents = Documents.from_lengths([[5, 70, 1, 130, 40]], 256)
-    inputs, _, *given = draw(documents, rule, decay, strength=1e-3)
-    before = run(inputs, None, documents, *given, dtype=torch.float32)
-    run_ = documents.runs[0][3]
-    moved = [x if x is None else x.clone() for x in inputs]
-    for x in (moved[0], moved[2]):
-        x[:, run_.start : run_.stop] += 100.0
-    after = run(moved, None, documents, *given, dtype=torch.float32)
-    outside = torch.ones(256, dtype=torch.bool)
-    outside[run_.start : run_.stop] = False
-    for number in (0, 2, 3, 4):  # out, dq, dk, dv
-        assert torch.equal(before[number][:, outside], after[number][:, outside])
+    drawn, same = partial(draw, rule=rule, decay=decay, strength=1e-3), (0, 2, 3, 4)  # out, dq, dk, dv
+    check.no_document_moves_another(apply, drawn, [0, 2], same)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_state_enters_only_where_a_document_goes_on(rule):
-    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
-    inputs, state, *given = draw(documents, rule, "token")
-    state[0] = torch.nan
-    out, _, *_, dstate = run(inputs, state, documents, *given)
-    assert bool(out.isfinite().all())
-    assert not dstate[0].any()
-    assert dstate[1].all()
-    without = run(inputs, None, documents, *given)[0]
-    assert torch.equal(out[0], without[0])
-    assert not torch.allclose(out[1], without[1])
+    check.where_a_state_enters(apply, partial(draw, rule=rule, decay="token"))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_token_by_token_is_the_whole(rule, decay):
     inputs, *_ = draw(Documents.whole(2, 37), rule, decay)
-    out, final = call(inputs)
-    state, steps = None, []
-    for t in range(37):
-        step, state = call([x if x is None else x[:, t : t + 1] for x in inputs], initial_state=state)
-        steps.append(step)
-    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+    check.token_by_token(apply, inputs)
 
 
 recurrence = Parts(DeltaRecurrence())
-ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
-CUTS = [
-    (1, 100, 150, 182, 300),
-    *(pytest.param(cuts, marks=pytest.mark.slow) for cuts in [(150, 300), (60, 181, 300), (100, 150, 300)]),
-]
+SEGMENTS = [pytest.param(cuts, marks=[] if name == "5" else pytest.mark.slow, id=name) for name, cuts in CUTS.items()]
 
 
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("cuts", SEGMENTS)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_segments_put_together_are_the_whole_row(rule, decay, cuts):
-    inputs, _, dout, dfinal = draw(ROWS, rule, decay)
-    whole = run(inputs, None, ROWS, dout, dfinal)
-    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
-    segments = [tuple(x if x is None else x[:, a:b] for x in inputs) for a, b in bounds]
-    documents = [ROWS.slice(a, b) for a, b in bounds]
-
-    outs, summaries, reads, states = [], [], [], [recurrence.zero_state(dfinal)]
-    for segment, held in zip(segments, documents, strict=True):
-        begun = recurrence.begin(segment, held)
-        summaries.append(begun.summary)
-        reads.append(begun.reads)
-        out, final = recurrence.forward(segment, states[-1], held)
-        outs.append(recurrence.correct(begun.out, segment, states[-1], held, begun.reads))
-        assert_near([outs[-1]], [out], 1e-9)
-        states.append(recurrence.advance(summaries[-1], states[-1]))
-        assert_near([states[-1]], [final], 1e-9)
-    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
-
-    total = summaries[0]
-    for summary in summaries[1:]:
-        total = recurrence.combine(summary, total)
-    assert_near([recurrence.advance(total, torch.zeros_like(dfinal))], [whole[1]], 1e-9)
-
-    dstate, parts = dfinal, []
-    for number in reversed(range(len(segments))):
-        a, b = bounds[number]
-        segment, held = segments[number], documents[number]
-        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, segment, states[number], held)
-        local = recurrence.summarize_backward(dout[:, a:b], segment, states[number], held, reads[number])
-        dstate = recurrence.retreat(summaries[number], dstate, local)
-        assert_near([dstate], [dinitial], 1e-9)
-        parts.insert(0, gradients)
-    joined = [torch.cat(x, 1) for x in zip(*parts, strict=True) if x[0] is not None]
-    assert_near(joined, whole[2:], 1e-9)
+    inputs, _, *given = draw(ROWS, rule, decay)
+    check.segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
 
 
 @pytest.mark.parametrize("rule", RULES)

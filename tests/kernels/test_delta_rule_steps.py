@@ -1,10 +1,11 @@
 """The delta rule that erases under a key of its own, and that takes several steps per token."""
 
-import itertools
+from functools import partial
 
 import pytest
+import recurrence_checks as check
 import torch
-from test_delta_rule import PACKINGS, assert_near, nan_in_fresh_memory, recurrence
+from recurrence_parts import PACKINGS, Parts, assert_near, nan_in_fresh_memory, run_op
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from longreach.kernels.delta_rule import DeltaInputs, DeltaRecurrence, delta_rule
 from longreach.kernels.documents import Documents
 
+recurrence = Parts(DeltaRecurrence())
 FORMS = [
     ("beta", "none", 2), ("beta", "token", 2), ("beta", "token", 3), ("beta", "channel", 3), ("pair", "channel", 2),
     ("key", "none", 1), ("key", "token", 1), ("key alone", "channel", 1), ("key", "token", 2),
@@ -53,14 +55,11 @@ def call(inputs, **settings):
     return delta_rule(*inputs[:5], erase=erase, **settings)
 
 
-def run(inputs, state, documents, dout, dstate, *, backend="auto", dtype=torch.float64, **settings):
-    """Output, final state and the gradients of all inputs and of the initial state."""
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*inputs, state)]
-    settings |= {"initial_state": leaves[-1], "documents": documents, "backend": backend}
-    out, final = call(DeltaInputs(*leaves[:-1]), **settings)
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
+def apply(*inputs, **settings):
+    return call(DeltaInputs(*inputs), **settings)
+
+
+run = partial(run_op, apply)
 
 
 @pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
@@ -116,27 +115,10 @@ def test_a_key_to_erase_under_is_a_case_of_the_general_step(decay):
     ("rule", "decay", "steps"), [("beta", "token", 3), ("key alone", "channel", 1), ("pair", "token", 2)]
 )
 def test_segments_put_together_are_the_whole_row(rule, decay, steps):
-    documents, cuts = Documents.from_lengths([[90], [30, 60], [20, 1, 69]], 90), (0, 31, 52, 90)
+    documents = Documents.from_lengths([[90], [30, 60], [20, 1, 69]], 90)
     inputs, _, dout, dfinal = draw(documents, rule, decay, steps)
-    whole = run(inputs, torch.zeros_like(dfinal), documents, dout, dfinal)
-    pieces = [
-        (DeltaInputs(*(None if x is None else x[:, a:b] for x in inputs)), documents.slice(a, b), dout[:, a:b])
-        for a, b in itertools.pairwise(cuts)
-    ]
-    begun, states, outs = [], [torch.zeros_like(dfinal)], []
-    for piece, held, _ in pieces:
-        begun.append(recurrence.begin(piece, held))
-        outs.append(recurrence.correct(begun[-1].out, piece, states[-1], held, begun[-1].reads))
-        states.append(recurrence.advance(begun[-1].summary, states[-1]))
-    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
-    dstate, parts = dfinal, []
-    for number in (2, 1, 0):
-        piece, held, douts = pieces[number]
-        parts.insert(0, recurrence.backward(douts, dstate, piece, states[number], held)[0])
-        local = recurrence.summarize_backward(douts, piece, states[number], held, begun[number].reads)
-        dstate = recurrence.retreat(begun[number].summary, dstate, local)
-    joined = [torch.cat(x, 1) for x in zip(*parts, strict=True) if x[0] is not None]
-    assert_near(joined, whole[2:-1], 1e-9)
+    *whole, _ = run(inputs, torch.zeros_like(dfinal), documents, dout, dfinal)
+    check.segments(recurrence, inputs, dout, dfinal, whole, documents, (31, 52, 90))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +135,7 @@ def test_strong_decay_neither_overflows_nor_forgets_the_present(rule, decay, ste
 
 def test_token_by_token_is_the_whole():
     inputs, *_ = draw(Documents.whole(2, 11), "beta", "token", 3)
-    out, final = call(inputs)
-    state, steps = None, []
-    for t in range(11):
-        one = DeltaInputs(*(None if x is None else x[:, t : t + 1] for x in inputs))
-        step, state = call(one, initial_state=state)
-        steps.append(step)
-    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+    check.token_by_token(apply, inputs)
 
 
 class LargestStorage(TorchDispatchMode):

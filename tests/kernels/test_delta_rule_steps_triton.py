@@ -4,8 +4,8 @@
 
 import pytest
 import torch
-from test_delta_rule import assert_near, nan_in_fresh_memory, recurrence
-from test_delta_rule_steps import call, draw, run
+from recurrence_parts import assert_near, nan_in_fresh_memory
+from test_delta_rule_steps import call, draw, recurrence, run
 
 from longreach.kernels.delta_rule import DeltaInputs
 from longreach.kernels.documents import Documents

@@ -5,7 +5,8 @@ The interpreter takes some milliseconds a step, so that a case is two chunks of 
 
 import pytest
 import torch
-from test_delta_rule import assert_near, call, draw, nan_in_fresh_memory, recurrence, run
+from recurrence_parts import assert_near, nan_in_fresh_memory
+from test_delta_rule import call, draw, recurrence, run
 
 from longreach.kernels.delta_rule import delta_rule
 from longreach.kernels.delta_rule import triton as kernels

@@ -3,22 +3,10 @@
 from functools import partial
 
 import pytest
+import recurrence_checks as check
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import (
-    CUTS,
-    PACKINGS,
-    ROWS,
-    Parts,
-    assert_near,
-    check_bfloat16,
-    check_no_document_moves_another,
-    check_segments,
-    check_token_by_token,
-    check_where_a_state_enters,
-    nan_in_fresh_memory,
-    run_op,
-)
+from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.diagonal_scan import DiagonalRecurrence, chunked, diagonal_scan, flops
 from longreach.kernels.documents import Documents
@@ -83,7 +71,7 @@ def test_the_recurrence_passes_gradcheck(decay):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
     inputs, state, *given = draw(PACKINGS["packed"], decay)
-    check_bfloat16(diagonal_scan, inputs, state, PACKINGS["packed"], *given)
+    check.bfloat16(diagonal_scan, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("strength", [-20.0, -200.0, -torch.inf])
@@ -109,17 +97,17 @@ def test_gradients_of_decays_are_exact_however_strong():
 
 def test_no_document_moves_another():
     same = 0, 2, 3  # out, dx, dlog_decay
-    check_no_document_moves_another(diagonal_scan, partial(draw, strength=1e-3), [0], same)
+    check.no_document_moves_another(diagonal_scan, partial(draw, strength=1e-3), [0], same)
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    check_where_a_state_enters(diagonal_scan, draw)
+    check.where_a_state_enters(diagonal_scan, draw)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
     inputs, *_ = draw(Documents.whole(2, 37), decay)
-    check_token_by_token(diagonal_scan, inputs)
+    check.token_by_token(diagonal_scan, inputs)
 
 
 def test_channels_of_any_dims():
@@ -140,7 +128,7 @@ recurrence = Parts(DiagonalRecurrence())
 def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
     monkeypatch.setattr(chunked, "WIDTH", width)
     inputs, _, *given = draw(ROWS, decay)
-    check_segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
+    check.segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
 
 
 def test_transitions_are_zero_unless_one_document_goes_through():

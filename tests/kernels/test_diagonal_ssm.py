@@ -3,22 +3,10 @@
 from functools import partial
 
 import pytest
+import recurrence_checks as check
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import (
-    CUTS,
-    PACKINGS,
-    ROWS,
-    Parts,
-    assert_near,
-    check_bfloat16,
-    check_no_document_moves_another,
-    check_segments,
-    check_token_by_token,
-    check_where_a_state_enters,
-    nan_in_fresh_memory,
-    run_op,
-)
+from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.diagonal_ssm import StateSpaceRecurrence, chunked, diagonal_ssm, flops
 from longreach.kernels.documents import Documents
@@ -81,7 +69,7 @@ def test_the_recurrence_passes_gradcheck():
 
 def test_bfloat16_is_computed_in_float32():
     inputs, state, *given = draw(PACKINGS["packed"])
-    check_bfloat16(diagonal_ssm, inputs, state, PACKINGS["packed"], *given)
+    check.bfloat16(diagonal_ssm, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("strength", [-20.0, -200.0, -torch.inf])
@@ -111,16 +99,16 @@ def test_long_angles_are_as_exact_as_their_type():
 
 def test_no_document_moves_another():
     same = 0, 2  # out, dx
-    check_no_document_moves_another(diagonal_ssm, partial(draw, strength=1e-3), [0], same)
+    check.no_document_moves_another(diagonal_ssm, partial(draw, strength=1e-3), [0], same)
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    check_where_a_state_enters(diagonal_ssm, draw)
+    check.where_a_state_enters(diagonal_ssm, draw)
 
 
 def test_token_by_token_is_the_whole():
     inputs, *_ = draw(Documents.whole(2, 37))
-    check_token_by_token(diagonal_ssm, inputs)
+    check.token_by_token(diagonal_ssm, inputs)
 
 
 recurrence = Parts(StateSpaceRecurrence())
@@ -129,7 +117,7 @@ recurrence = Parts(StateSpaceRecurrence())
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_segments_put_together_are_the_whole_row(cuts):
     inputs, _, *given = draw(ROWS)
-    check_segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
+    check.segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
 
 
 def test_no_tensor_holds_the_states_of_all_tokens():

@@ -1,11 +1,13 @@
 """Gated linear attention against its recurrence and other people's code: op, gradients, parts, segments of a row."""
 
 import copy
+from functools import partial
 
 import pytest
+import recurrence_checks as check
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import Parts
+from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.chunks.decay import FLOOR
 from longreach.kernels.documents import Documents
@@ -14,16 +16,6 @@ from longreach.kernels.recurrence import Summary
 
 DECAYS = ("none", "constant", "token", "channel")
 STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
-PACKINGS = {
-    "1 token": Documents.whole(2, 1),
-    "63 tokens": Documents.whole(2, 63),
-    "130 tokens": Documents.whole(1, 130),
-    "continued": Documents.whole(2, 70, position=9),
-    "packed": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [128, 64], [200]], 210),
-    "one-token documents": Documents.from_lengths([[1] * 80, [64, 64]], 140),
-    "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [300], [30, 270]], 300).slice(40, 230),
-    "all padding": Documents.from_lengths([[7], []], 7),
-}
 
 
 def draw(documents, decay, strength=0.1, heads=4, query_groups=4, key_groups=4, keys=6, values=10):
@@ -47,20 +39,7 @@ def draw(documents, decay, strength=0.1, heads=4, query_groups=4, key_groups=4, 
     return (q, k, v, log_decay), state, dout, dstate
 
 
-def run(inputs, state, documents, dout, dstate, backend="auto", dtype=torch.float64, scale=None):
-    """Output, final state and the gradients of all inputs and of the initial state."""
-    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
-    out, final = gated_linear_attention(
-        *leaves[:4], initial_state=leaves[4], documents=documents, backend=backend, scale=scale
-    )
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dstate.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
-
-
-def assert_near(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+run = partial(run_op, gated_linear_attention)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
@@ -98,16 +77,6 @@ def test_a_thousand_tokens(decay):
     inputs, state, *given = draw(documents, decay, heads=2, query_groups=1, key_groups=2)
     expected = run(inputs, state, documents, *given, backend="reference")
     assert_near(run(inputs, state, documents, *given), expected, 1e-9)
-
-
-class nan_in_fresh_memory:
-    """What is allocated without values holds NaN, so that reading it before writing it shows."""
-
-    def __enter__(self):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *_):
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -157,18 +126,8 @@ def test_more_lanes_than_a_slab_holds(decay, sizes):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
-    documents = PACKINGS["packed"]
-    inputs, state, *given = draw(documents, decay)
-    rounded = [x if x is None else x.bfloat16().double() for x in inputs]
-    expected = run(rounded, state, documents, given[0].bfloat16().double(), given[1], backend="reference")
-    leaves = [x if x is None else x.bfloat16().requires_grad_() for x in inputs]
-    out, final = gated_linear_attention(*leaves, initial_state=state.float(), documents=documents)
-    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
-    gradients = torch.autograd.grad(
-        [out, final], [x for x in leaves if x is not None], [given[0].bfloat16(), given[1].float()]
-    )
-    for found, right in zip((out, final, *gradients), expected, strict=False):
-        assert (found.double() - right).norm() <= 1e-2 * right.norm()
+    inputs, state, *given = draw(PACKINGS["packed"], decay)
+    check.bfloat16(gated_linear_attention, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -192,91 +151,28 @@ def test_decays_of_minus_infinity_forget_everything():
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_no_document_moves_another(decay):
-    documents = Documents.from_lengths([[5, 70, 1, 130, 40]], 256)
-    inputs, _, *given = draw(documents, decay, strength=1e-3)
-    before = run(inputs, None, documents, *given, dtype=torch.float32)
-    run_ = documents.runs[0][3]
-    moved = [x if x is None else x.clone() for x in inputs]
-    for x in moved[:3]:
-        x[:, run_.start : run_.stop] += 100.0
-    after = run(moved, None, documents, *given, dtype=torch.float32)
-    outside = torch.ones(256, dtype=torch.bool)
-    outside[run_.start : run_.stop] = False
-    for number in (0, 2, 3, 4):  # out, dq, dk, dv
-        assert torch.equal(before[number][:, outside], after[number][:, outside])
+    drawn, same = partial(draw, decay=decay, strength=1e-3), (0, 2, 3, 4)  # out, dq, dk, dv
+    check.no_document_moves_another(gated_linear_attention, drawn, [0, 1, 2], same)
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    documents = Documents.stack([Documents.whole(1, 20), Documents.whole(1, 20, position=3)])
-    inputs, state, *given = draw(documents, "token")
-    state[0] = torch.nan
-    out, _, *_, dstate = run(inputs, state, documents, *given)
-    assert bool(out.isfinite().all())
-    assert not dstate[0].any()
-    assert dstate[1].all()
-    without = run(inputs, None, documents, *given)[0]
-    assert torch.equal(out[0], without[0])
-    assert not torch.allclose(out[1], without[1])
+    check.where_a_state_enters(gated_linear_attention, partial(draw, decay="token"))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
-    documents = Documents.whole(2, 37)
-    (q, k, v, log_decay), *_ = draw(documents, decay)
-    out, final = gated_linear_attention(q, k, v, log_decay)
-    state, steps = None, []
-    for t in range(37):
-        now = [x if x is None or x.dim() == 1 else x[:, t : t + 1] for x in (q, k, v, log_decay)]
-        step, state = gated_linear_attention(*now, initial_state=state)
-        steps.append(step)
-    assert_near([torch.cat(steps, 1), state], [out, final], 1e-9)
+    inputs, *_ = draw(Documents.whole(2, 37), decay)
+    check.token_by_token(gated_linear_attention, inputs)
 
 
 recurrence = Parts(GatedLinearRecurrence())
-ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
-CUTS = {"2": (150, 300), "3": (60, 181, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts):
-    inputs, _, dout, dfinal = draw(ROWS, decay)
-    whole = run(inputs, None, ROWS, dout, dfinal)
-    bounds = list(zip((0, *cuts[:-1]), cuts, strict=True))
-    segments = [[x if x is None or x.dim() == 1 else x[:, a:b] for x in inputs] for a, b in bounds]
-    documents = [ROWS.slice(a, b) for a, b in bounds]
-
-    outs, summaries, states = [], [], [torch.zeros_like(dfinal)]
-    for segment, held in zip(segments, documents, strict=True):
-        out, final = recurrence.forward(tuple(segment), None, held)
-        summaries.append(recurrence.summarize(tuple(segment), final, held))
-        out = recurrence.correct(out, tuple(segment), states[-1], held)
-        alone, final = recurrence.forward(tuple(segment), states[-1], held)
-        assert_near([out], [alone], 1e-9)
-        outs.append(out)
-        states.append(recurrence.advance(summaries[-1], states[-1]))
-        assert_near([states[-1]], [final], 1e-9)
-    assert_near([torch.cat(outs, 1), states[-1]], whole[:2], 1e-9)
-
-    total = summaries[0]
-    for summary in summaries[1:]:
-        total = recurrence.combine(summary, total)
-    assert_near([recurrence.advance(total, torch.zeros_like(dfinal))], [whole[1]], 1e-9)
-
-    dstate, parts = dfinal, []
-    for number in reversed(range(len(segments))):
-        a, b = bounds[number]
-        given = tuple(segments[number]), documents[number]
-        gradients, dinitial = recurrence.backward(dout[:, a:b], dstate, given[0], states[number], given[1])
-        local = recurrence.summarize_backward(dout[:, a:b], given[0], None, given[1])
-        dstate = recurrence.retreat(summaries[number], dstate, local)
-        assert_near([dstate], [dinitial], 1e-9)
-        parts.insert(0, gradients)
-    joined = [torch.cat(x, 1) for x in list(zip(*parts, strict=True))[:3]]
-    if decay != "none":
-        decays = [gradients[3] for gradients in parts]
-        joined.append(sum(decays) if decay == "constant" else torch.cat(decays, 1))
-    assert_near(joined, whole[2:], 1e-9)
+    inputs, _, *given = draw(ROWS, decay)
+    check.segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])

@@ -1,8 +1,10 @@
 """Variants of gated linear attention: value decays, exclusive reads, normalisers, exponential input gates."""
 
+from functools import partial
+
 import pytest
 import torch
-from recurrence_parts import Parts
+from recurrence_parts import Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence, gated_linear_attention
@@ -78,23 +80,16 @@ def draw(documents, variant, strength=0.1, groups=HEADS, heads=HEADS, keys=KEYS,
     return op, inputs, state, torch.randn_like(v), dfinal
 
 
-def run(op, inputs, state, documents, dout, dfinal, backend="auto", dtype=torch.float64):
-    """Output, final state and all gradients by the public op."""
-    leaves = [x if x is None else x.to(dtype).detach().clone().requires_grad_() for x in (*inputs, state)]
-    tensors = dict(zip(NAMES, leaves, strict=False))
+def attend(op, *inputs, **settings):
+    """The public op."""
+    tensors = dict(zip(NAMES, inputs, strict=True))
     vectors = [tensors.pop(name) for name in "qkv"]
-    out, final = gated_linear_attention(
-        *vectors, **tensors, read=op.read, normaliser=op.normaliser, initial_state=leaves[-1], documents=documents,
-        backend=backend,
-    )  # fmt: skip
-    wanted = [x for x in leaves if x is not None]
-    gradients = torch.autograd.grad([out, final], wanted, [dout.to(out.dtype), dfinal.to(final.dtype)])
-    return out.detach(), final.detach(), *gradients
+    return gated_linear_attention(*vectors, **tensors, read=op.read, normaliser=op.normaliser, **settings)
 
 
-def assert_near(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+def run(op, *given, **settings):
+    """Output, final state and all gradients by the public op."""
+    return run_op(partial(attend, op), *given, **settings)
 
 
 @pytest.mark.parametrize("strength", [pytest.param(0.1, marks=pytest.mark.slow), 20.0])
@@ -104,12 +99,9 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(variant, docum
     op, inputs, state, *given = draw(documents, variant, strength)
     expected = run(op, inputs, state, documents, *given, backend="reference")
     assert all(bool(x.isfinite().all()) for x in expected)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
-    try:
+    with nan_in_fresh_memory():
         assert_near(run(op, inputs, state, documents, *given), expected, 1e-9)
         assert_near(run(op, inputs, state, documents, *given, dtype=torch.float32), expected, 1e-4)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("variant", ["value and scalar decay", "bonus, channel", "sum", "input", "input, bonus"])
@@ -156,7 +148,7 @@ def test_segments_put_together_are_the_whole_row(variant, cuts):
     leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
     raw, _ = op.forward(tuple(inputs), None, ROWS)
     whole = op.finish(raw, torch.float64)
-    out, _ = run_parts(op, leaves, ROWS)
+    out, _ = attend(op, *leaves, documents=ROWS, backend="reference")
     expected = torch.autograd.grad(out, [x for x in leaves if x is not None], dout)
     assert_near([out], [whole], 1e-12)
 
@@ -201,14 +193,6 @@ def test_segments_put_together_are_the_whole_row(variant, cuts):
     assert_near(joined, expected, 1e-9)
 
 
-def run_parts(op, leaves, documents):
-    tensors = dict(zip(NAMES, leaves, strict=True))
-    vectors = [tensors.pop(name) for name in "qkv"]
-    return gated_linear_attention(
-        *vectors, **tensors, read=op.read, normaliser=op.normaliser, documents=documents, backend="reference"
-    )
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_shapes_are_foretold(variant):
     documents = Documents.whole(2, 7, position=3)
@@ -223,7 +207,7 @@ def test_shapes_are_foretold(variant):
 def test_token_by_token_is_the_whole(variant):
     documents = Documents.whole(2, 17)
     op, inputs, *_ = draw(documents, variant)
-    whole, final = run_parts(op, inputs, documents)
+    whole, final = attend(op, *inputs, documents=documents, backend="reference")
     state, steps = None, []
     for t in range(17):
         now = tuple(x if x is None or x.dim() < 3 else x[:, t : t + 1] for x in inputs)

@@ -3,19 +3,10 @@
 from functools import partial
 
 import pytest
+import recurrence_checks as check
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import (
-    Parts,
-    assert_near,
-    check_bfloat16,
-    check_no_document_moves_another,
-    check_segments,
-    check_token_by_token,
-    check_where_a_state_enters,
-    nan_in_fresh_memory,
-    run_op,
-)
+from recurrence_parts import Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import (
@@ -94,7 +85,7 @@ def test_the_recurrence_passes_gradcheck(decay):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
     inputs, state, *given = draw(PACKINGS["packed"], decay)
-    check_bfloat16(scan, inputs, state, PACKINGS["packed"], *given)
+    check.bfloat16(scan, inputs, state, PACKINGS["packed"], *given)
 
 
 @pytest.mark.parametrize("strength", [20.0, 200.0, torch.inf])
@@ -129,17 +120,17 @@ def test_a_step_that_forgets_everything(decay):
 def test_no_document_moves_another(decay):
     same = 0, 2, 3, -2, -1  # out, dx, ddelta, db, dc
     drawn = partial(draw, decay=decay, strength=1e-3)
-    check_no_document_moves_another(scan, drawn, [0], same, lengths=(5, 20, 1, 50, 20))
+    check.no_document_moves_another(scan, drawn, [0], same, lengths=(5, 20, 1, 50, 20))
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    check_where_a_state_enters(scan, draw)
+    check.where_a_state_enters(scan, draw)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
     inputs, *_ = draw(Documents.whole(2, 21), decay)
-    check_token_by_token(scan, inputs)
+    check.token_by_token(scan, inputs)
 
 
 ROWS = Documents.from_lengths([[120], [40, 20, 60], [30, 1, 1, 50, 10], [60, 60]], 120)
@@ -153,7 +144,7 @@ def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch
     monkeypatch.setattr(chunked, "WIDTH", width)
     inputs, _, *given = draw(ROWS, decay)
     whole = run(inputs, None, ROWS, *given)
-    check_segments(Parts(SelectiveRecurrence(decay)), inputs, *given, whole, ROWS, cuts)
+    check.segments(Parts(SelectiveRecurrence(decay)), inputs, *given, whole, ROWS, cuts)
 
 
 @pytest.mark.parametrize("decay", DECAYS)

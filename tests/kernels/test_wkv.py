@@ -3,21 +3,10 @@
 from functools import partial
 
 import pytest
+import recurrence_checks as check
 import torch
 from largest_tensor import LargestTensor
-from recurrence_parts import (
-    CUTS,
-    ROWS,
-    Parts,
-    assert_near,
-    check_bfloat16,
-    check_no_document_moves_another,
-    check_segments,
-    check_token_by_token,
-    check_where_a_state_enters,
-    nan_in_fresh_memory,
-    run_op,
-)
+from recurrence_parts import CUTS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import gated_linear_attention
@@ -112,7 +101,7 @@ def test_the_recurrence_passes_gradcheck(decay):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_bfloat16_is_computed_in_float32(decay):
     inputs, _, *given = draw(PACKINGS["packed"], decay)
-    check_bfloat16(wkv, inputs, None, PACKINGS["packed"], *given)
+    check.bfloat16(wkv, inputs, None, PACKINGS["packed"], *given)
 
 
 def test_keys_of_any_size_neither_overflow_nor_vanish(slabs):
@@ -130,17 +119,17 @@ def test_keys_of_any_size_neither_overflow_nor_vanish(slabs):
 
 def test_no_document_moves_another(slabs):
     same = 0, 2, 3  # out, dk, dv
-    check_no_document_moves_another(wkv, partial(draw, strength=1e-3), [0, 1], same)
+    check.no_document_moves_another(wkv, partial(draw, strength=1e-3), [0, 1], same)
 
 
 def test_a_state_enters_only_where_a_document_goes_on():
-    check_where_a_state_enters(wkv, draw, variables=slice(2))
+    check.where_a_state_enters(wkv, draw, variables=slice(2))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_token_by_token_is_the_whole(decay):
     inputs, *_ = draw(Documents.whole(2, 37), decay)
-    check_token_by_token(wkv, inputs)
+    check.token_by_token(wkv, inputs)
 
 
 recurrence = Parts(WKVRecurrence())
@@ -159,7 +148,7 @@ def test_segments_put_together_are_the_whole_row(decay, cuts, backend):
     inputs, _, dout, dfinal = draw(ROWS, decay)
     dfinal[..., 2] = 0.0
     whole = run(inputs, None, ROWS, dout, dfinal)
-    check_segments(recurrence, inputs, dout, dfinal, whole, ROWS, CUTS[cuts], backend=backend, linear=False, true=true)
+    check.segments(recurrence, inputs, dout, dfinal, whole, ROWS, CUTS[cuts], backend=backend, linear=False, true=true)
 
 
 def test_transitions_are_those_of_rows_that_one_document_goes_through():
