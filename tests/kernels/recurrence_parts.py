@@ -21,6 +21,12 @@ PACKINGS = {
 }
 ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
 CUTS = {"2": (150, 300), "3": (60, 181, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
+# Three rows that end in padding, from their start and from within the first documents.
+PADDED = [
+    Documents.from_lengths([[5, 1, 13], [19], [2, 3]], 22),
+    Documents.from_lengths([[5, 1, 93, 60], [200], [70, 3]], 203),
+]
+THREE_ROWS = [rows.slice(cut, rows.length) for rows in PADDED for cut in (0, 3)]
 
 
 class Parts:
