@@ -21,6 +21,12 @@ PACKINGS = {
 }
 ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
 CUTS = {"2": (150, 300), "3": (60, 181, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
+FEW_TOKENS = {
+    "1 token": Documents.whole(2, 1),
+    "one chunk": Documents.whole(1, 7, position=3),
+    "packed": Documents.from_lengths([[3, 1, 1, 5, 1], [1, 9]], 13),
+    "cut from rows": Documents.from_lengths([[5, 13, 1]], 19).slice(3, 19),
+}
 # Three rows that end in padding, from their start and from within the first documents.
 PADDED = [
     Documents.from_lengths([[5, 1, 13], [19], [2, 3]], 22),
@@ -65,10 +71,11 @@ class nan_in_fresh_memory:
     """What is allocated without values holds NaN, so that reading it before writing it shows."""
 
     def __enter__(self):
+        self.before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def __exit__(self, *_):
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(self.before)
 
 
 def assert_near(found, expected, tolerance):

@@ -5,7 +5,7 @@ The interpreter takes some milliseconds a step of a loop, so that shapes and til
 
 import pytest
 import torch
-from recurrence_parts import Parts
+from recurrence_parts import FEW_TOKENS, Parts, nan_in_fresh_memory
 
 from longreach.kernels.diagonal_scan import DiagonalRecurrence, diagonal_scan
 from longreach.kernels.diagonal_scan import triton as kernels
@@ -14,12 +14,6 @@ from longreach.kernels.documents import Documents
 recurrence = Parts(DiagonalRecurrence())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-PACKINGS = {
-    "1 token": Documents.whole(2, 1),
-    "one chunk": Documents.whole(1, 7, position=3),
-    "packed": Documents.from_lengths([[3, 1, 1, 5, 1], [1, 9]], 13),
-    "cut from rows": Documents.from_lengths([[5, 13, 1]], 19).slice(3, 19),
-}
 
 
 @pytest.fixture
@@ -28,10 +22,8 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "FORWARD", kernels.Tiles(8, 4, 8, 1))
     monkeypatch.setattr(kernels, "BACKWARD", kernels.Tiles(4, 2, 4, 1))
     monkeypatch.setattr(kernels, "CARRY", 4)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    with nan_in_fresh_memory():
+        yield
 
 
 def draw(documents, constant=False, channels=5, dtype=torch.float32, strength=2.0):
@@ -64,7 +56,7 @@ def check(documents, **settings):
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["a token", "constant"])
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("documents", FEW_TOKENS.values(), ids=FEW_TOKENS)
 def test_triton_gives_the_recurrence(documents, constant, small):
     check(documents, constant=constant)
 
@@ -76,11 +68,11 @@ def test_strong_decays_and_padding_alone(small):
 
 @pytest.mark.parametrize("constant", [False, True], ids=["a token", "constant"])
 def test_bfloat16(constant, small, repaired_bf16):
-    check(PACKINGS["packed"], constant=constant, dtype=torch.bfloat16)
+    check(FEW_TOKENS["packed"], constant=constant, dtype=torch.bfloat16)
 
 
 def test_parts_are_those_of_the_chunked_form(small):
-    documents = PACKINGS["cut from rows"]
+    documents = FEW_TOKENS["cut from rows"]
     inputs, state, _, dout = draw(documents)
     for part in (recurrence.correct, recurrence.summarize_backward):
         found, expected = (

@@ -5,7 +5,7 @@ The interpreter takes some milliseconds a step of a loop, so that shapes and til
 
 import pytest
 import torch
-from recurrence_parts import Parts
+from recurrence_parts import Parts, nan_in_fresh_memory
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import SelectiveRecurrence, selective_scan
@@ -27,10 +27,8 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "FORWARD", kernels.Tiles(16, 4, 4, 1))
     monkeypatch.setattr(kernels, "BACKWARD", kernels.Tiles(8, 2, 4, 1))
     monkeypatch.setattr(kernels, "SPAN", 8)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    with nan_in_fresh_memory():
+        yield
 
 
 def draw(documents, decay, channels=3, size=3, dtype=torch.float32, strength=5.0):

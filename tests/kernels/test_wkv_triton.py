@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recurrence_parts import Parts
+from recurrence_parts import FEW_TOKENS, Parts, nan_in_fresh_memory
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.wkv import WKVRecurrence, wkv
@@ -11,12 +11,6 @@ from longreach.kernels.wkv import triton as kernels
 recurrence = Parts(WKVRecurrence())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-PACKINGS = {
-    "1 token": Documents.whole(2, 1),
-    "one slab": Documents.whole(1, 7, position=3),
-    "packed": Documents.from_lengths([[3, 1, 1, 5, 1], [1, 9]], 13),
-    "cut from rows": Documents.from_lengths([[5, 13, 1]], 19).slice(3, 19),
-}
 DECAYS = ("constant", "token", "none")
 
 
@@ -25,10 +19,8 @@ def small(monkeypatch):
     """Tiles of which a few cover the tokens of a test, and memory that is NaN until it is written."""
     monkeypatch.setattr(kernels, "FORWARD", kernels.Tiles(4, 3, 8, 1))
     monkeypatch.setattr(kernels, "BACKWARD", kernels.Tiles(4, 2, 8, 1))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    with nan_in_fresh_memory():
+        yield
 
 
 def draw(documents, decay="constant", channels=5, dtype=torch.float32, strength=2.0):
@@ -69,11 +61,11 @@ def check(documents, **settings):
 @pytest.mark.parametrize(
     "documents",
     [
-        PACKINGS["1 token"],
-        PACKINGS["one slab"],
-        *(pytest.param(PACKINGS[name], marks=pytest.mark.slow) for name in ("packed", "cut from rows")),
+        FEW_TOKENS["1 token"],
+        FEW_TOKENS["one chunk"],
+        *(pytest.param(FEW_TOKENS[name], marks=pytest.mark.slow) for name in ("packed", "cut from rows")),
     ],
-    ids=PACKINGS,
+    ids=FEW_TOKENS,
 )
 def test_triton_gives_the_recurrence(documents, decay, small):
     check(documents, decay=decay)
@@ -87,12 +79,12 @@ def test_strong_decays_and_padding_alone(small):
 
 @pytest.mark.slow
 def test_bfloat16(small, repaired_bf16):
-    check(PACKINGS["packed"], dtype=torch.bfloat16)
+    check(FEW_TOKENS["packed"], dtype=torch.bfloat16)
 
 
 @pytest.mark.slow
 def test_parts_are_those_of_the_chunked_form(small):
-    documents = PACKINGS["cut from rows"]
+    documents = FEW_TOKENS["cut from rows"]
     inputs, state, _, dout = draw(documents)
     outs, dstates = [], []
     for backend in ("triton", "chunked"):
