@@ -50,9 +50,11 @@ def with_sizes(name: str, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dic
     return {**settings, **changed}, changed
 
 
-def layer(name: str) -> Mixer:
-    """The mixer with few heads in a model of one layer, with the values that a run begins with."""
+def layer(name: str, length: int) -> Mixer:
+    """The mixer with few heads in a model of one layer for rows of `length`, with the values that a run begins with."""
     settings, _ = with_sizes(name, SIZES)
+    if "max_length" in settings:
+        settings["max_length"] = max(length, settings["max_length"])
     mixers = {"it": instantiate(settings, _convert_="all")}
     feed_forward = partial(SwiGLU, hidden=8)
     model = LanguageModel(vocabulary=2, width=WIDTH, depth=1, pattern=["it"], mixers=mixers, feed_forward=feed_forward)
@@ -66,7 +68,7 @@ def measure(name: str, length: int) -> dict[str, float]:
     """Seconds and bytes of forward + backward on one row of `length` tokens, which is one document."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    mixer, seq = layer(name), Sequence.single(Documents.whole(1, length))
+    mixer, seq = layer(name, length), Sequence.single(Documents.whole(1, length))
     x = torch.randn(1, length, WIDTH, requires_grad=True)
 
     def run() -> None:
