@@ -1,9 +1,10 @@
 """Ahead-of-time compilation of every Triton kernel, for GPUs that need not be present, and the resources that it uses.
 
-    python -m longreach.kernels.compilation [op …]
+    python -m longreach.kernels.compilation [--brief] [op …]
 
 prints the table, and exits with 1 where a kernel does not fit. Its last numbers are the blocks that a multiprocessor
 holds at once, and their share of the warps that it can hold. It needs no GPU, but TRITON_INTERPRET must not be set.
+With `--brief`, kernels are compiled for sm_90, and for other chips only as they take the most shared memory there.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class Compilation:
     @property
     def name(self) -> str:
         return f"{self.kernel.fn.__name__} {self.variant}".strip()
+
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        """What the compiler is given; compilations for which it is the same differ in their names alone."""
+        given = (frozenset(self.signature.items()), frozenset(self.constants.items()), frozenset(self.divisible))
+        return self.kernel.fn.__name__, *given, self.warps, self.stages
 
 
 class Report(NamedTuple):
@@ -169,20 +176,43 @@ def _rounded_up(number: int, unit: int) -> int:
 
 
 def compilations(op: str) -> list[Compilation]:
-    """The compilations that the `triton.py` of an op's folder, or of `chunks`, lists."""
-    return importlib.import_module(f".{op}.triton", __package__).compilations()
+    """Those that the `triton.py` of an op's folder, or of `chunks`, lists, and of several that are alike the first."""
+    found: dict[tuple[Any, ...], Compilation] = {}
+    for each in importlib.import_module(f".{op}.triton", __package__).compilations():
+        found.setdefault(each.compiled, each)
+    return list(found.values())
 
 
-def table(ops: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
-    """A line of the table, and its faults, for each kernel and chip; the work is spread over the cores."""
+class Line(NamedTuple):
+    """A line of the table, its kernel's faults, and the shared memory that the kernel takes."""
+
+    text: str
+    problems: list[str]
+    shared: int
+
+
+def table(ops: tuple[str, ...], brief: bool = False) -> Iterator[Line]:
+    """The head of the table and a line for each kernel and chip; the work is spread over the cores.
+
+    brief: other chips than sm_90 get one compilation of each kernel, that which takes the most shared memory on sm_90.
+    """
     numbers = f"{'shared':>8} {'regs':>5} {'spills':>6} {'wgmma':>5} {'mma':>4} {'blocks':>6} {'warps':>5}"
-    yield f"{'kernel':58} {'chip':>6} {numbers}  remarks", []
-    tasks = [(op, number, chip) for op in ops for number in range(len(compilations(op))) for chip in SHARED]
+    yield Line(f"{'kernel':58} {'chip':>6} {numbers}  remarks", [], 0)
+    listed = {(op, number): each.kernel.fn.__name__ for op in ops for number, each in enumerate(compilations(op))}
     with multiprocessing.get_context("spawn").Pool() as pool:
-        yield from pool.imap(_line, tasks)
+        if not brief:
+            yield from pool.imap(_line, [(*each, chip) for each in listed for chip in SHARED])
+            return
+        most: dict[tuple[str, str], tuple[int, int]] = {}  # shared memory, and the number of the compilation
+        for (op, number), line in zip(listed, pool.imap(_line, [(*each, 90) for each in listed]), strict=True):
+            yield line
+            kernel = op, listed[op, number]
+            most[kernel] = max(most.get(kernel, (-1, 0)), (line.shared, number))
+        others = [(op, number) for (op, _), (_, number) in most.items()]
+        yield from pool.imap(_line, [(*each, chip) for each in others for chip in SHARED if chip != 90])
 
 
-def _line(task: tuple[str, int, int]) -> tuple[str, list[str]]:
+def _line(task: tuple[str, int, int]) -> Line:
     op, number, capability = task
     compilation = compilations(op)[number]
     used = report(compilation, capability)
@@ -192,19 +222,21 @@ def _line(task: tuple[str, int, int]) -> tuple[str, list[str]]:
     blocks = blocks_per_multiprocessor(capability, compilation.warps, used.registers, used.shared)
     numbers = f"{used.shared:8} {used.registers:5} {used.spills:6} {used.wgmma:5} {used.mma:4}"
     numbers += f" {blocks:6} {blocks * compilation.warps / MOST_WARPS:5.0%}"
-    return f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}".rstrip(), problems
+    text = f"{f'{op}/{compilation.name}':58} sm_{capability:<3} {numbers}  {remarks}"
+    return Line(text.rstrip(), problems, used.shared)
 
 
 def main(arguments: list[str]) -> int:
     """Prints the table for the ops named, or all; 1 where a kernel has a fault."""
+    brief, arguments = "--brief" in arguments, [each for each in arguments if each != "--brief"]
     unknown = [op for op in arguments if op not in OPS]
     if unknown:
         print(f"ops must be among {', '.join(OPS)}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
     failed = 0
-    for line, problems in table(tuple(arguments) or OPS):
-        failed += bool(problems)
-        print(line, flush=True)
+    for line in table(tuple(arguments) or OPS, brief):
+        failed += bool(line.problems)
+        print(line.text, flush=True)
     if failed:
         print(f"{failed} compilations have faults", file=sys.stderr)
     return 1 if failed else 0

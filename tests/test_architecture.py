@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,16 @@ def modules(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> set[str]:
     """Absolute dotted names that a module imports, relative imports resolved into `longreach.…`."""
     package = ("longreach", *path.relative_to(ROOT).parent.parts)
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -33,6 +39,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow  # `make check` runs the linter itself
 def test_imports_go_one_way_and_deepspeed_stays_in_the_engine() -> None:
     """The contracts of [tool.importlinter] in pyproject.toml."""
     linter = Path(sys.executable).with_name("lint-imports")
@@ -86,7 +93,7 @@ def test_no_folder_is_crowded() -> None:
 def private_names(path: Path) -> set[str]:
     """`module._name` for every private name that a module takes from a module of another folder."""
     folder, found, imported = ("longreach", *path.relative_to(ROOT).parent.parts), set(), {}
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = [*folder[: len(folder) - node.level + 1]] if node.level else []
@@ -108,11 +115,13 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@cache
 def is_module(dotted: str) -> bool:
     place = ROOT.joinpath(*dotted.split(".")[1:])
     return dotted.startswith("longreach.") and (place.is_dir() or place.with_suffix(".py").is_file())
 
 
+@cache
 def same_folder(dotted: str, folder: tuple[str, ...]) -> bool:
     """Whether a module lies in the folder, or is the folder's own package."""
     place = ROOT.joinpath(*dotted.split(".")[1:])
@@ -133,7 +142,7 @@ def test_kernels_and_parallel_import_in_no_circle() -> None:
     ways = {}
     for name, path in paths.items():
         package, ways[name] = ("longreach", *path.relative_to(ROOT).parent.parts), set()
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 module = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
                 several = [f"{module}.{alias.name}" for alias in node.names]

@@ -8,6 +8,8 @@ import torch
 from distributed import RankError, run_ranks
 from torch import distributed
 
+pytestmark = pytest.mark.slow  # processes start
+
 
 def total(rank, world, value):
     x = torch.tensor([float(rank + value)])

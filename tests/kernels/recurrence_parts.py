@@ -19,6 +19,7 @@ PACKINGS = {
     "cut from rows": Documents.from_lengths([[5, 1, 1, 64, 100, 29], [300], [30, 270]], 300).slice(40, 230),
     "all padding": Documents.from_lengths([[7], []], 7),
 }
+OFTEN = ("1 token", "cut from rows", "all padding")  # which meet what the others do, but for chunks that documents fill
 ROWS = Documents.from_lengths([[300], [100, 50, 150], [60, 1, 1, 120, 20], [150, 150]], 300)
 CUTS = {"2": (150, 300), "3": (60, 181, 300), "5": (1, 100, 150, 182, 300), "on borders": (100, 150, 300)}
 FEW_TOKENS = {

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import pairwise
 
 from longreach.kernels.compressed import compressed_attention, flops
 from longreach.kernels.documents import Documents
@@ -52,9 +53,7 @@ def draw(documents, windows, heads=4, groups=2, keys=6, values=10, more=0):
     return q, k, v, torch.randn(documents.batch, documents.length, heads, values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("more", [0, 3])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(("packing", "sizes", "more"), pairwise(list(PACKINGS), SIZES, (0, 3)))
 def test_outputs_and_gradients_are_those_of_a_dense_softmax(packing, sizes, more):
     documents = PACKINGS[packing]
     rows = ROWS.get(packing, documents)

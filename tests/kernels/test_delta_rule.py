@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
+from covering import pairwise, slow_but
 from largest_tensor import LargestTensor
-from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
+from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 from torch.nn import functional as F
 
 from longreach.kernels.delta_rule import DeltaRecurrence, delta_rule, flops
@@ -15,6 +16,9 @@ from longreach.kernels.recurrence import Summary
 
 RULES = ("beta", "erase")
 DECAYS = ("none", "token", "channel")
+STRENGTHS = {"none": ("none", 0.0)} | {
+    f"{decay}, {strength}": (decay, strength) for decay in DECAYS[1:] for strength in (0.1, 20.0)
+}
 
 
 def draw(documents, rule="beta", decay="none", strength=0.1, heads=4, groups=4, keys=6, values=10):
@@ -58,14 +62,9 @@ def apply(*inputs, **settings):
 run = partial(run_op, apply)
 
 
-@pytest.mark.parametrize("strength", [0.1, pytest.param(20.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("rule", RULES)
-def test_outputs_states_and_gradients_are_those_of_the_recurrence(rule, decay, documents, strength):
-    if decay == "none" and strength > 1:
-        pytest.skip("no decay has no strength")
-    inputs, state, *given = draw(documents, rule, decay, strength)
+@pytest.mark.parametrize(("rule", "decay", "documents"), pairwise(RULES, STRENGTHS, PACKINGS, often=OFTEN))
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(rule, decay, documents):
+    inputs, state, *given = draw(documents, rule, *decay)
     expected = run(inputs, state, documents, *given, backend="reference")
     with nan_in_fresh_memory():
         assert_near(run(inputs, state, documents, *given), expected, 1e-9)
@@ -195,10 +194,9 @@ def test_token_by_token_is_the_whole(rule, decay):
 
 
 recurrence = Parts(DeltaRecurrence())
-SEGMENTS = [pytest.param(cuts, marks=[] if name == "5" else pytest.mark.slow, id=name) for name, cuts in CUTS.items()]
 
 
-@pytest.mark.parametrize("cuts", SEGMENTS)
+@pytest.mark.parametrize("cuts", slow_but(["5"], CUTS))
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_segments_put_together_are_the_whole_row(rule, decay, cuts):

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
-from recurrence_parts import PACKINGS, Parts, assert_near, nan_in_fresh_memory, run_op
+from covering import pairwise
+from recurrence_parts import OFTEN, PACKINGS, Parts, assert_near, nan_in_fresh_memory, run_op
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,11 +15,7 @@ from longreach.kernels.delta_rule import DeltaInputs, DeltaRecurrence, delta_rul
 from longreach.kernels.documents import Documents
 
 recurrence = Parts(DeltaRecurrence())
-FORMS = [
-    ("beta", "none", 2), ("beta", "token", 2), ("beta", "token", 3), ("beta", "channel", 3), ("pair", "channel", 2),
-    ("key", "none", 1), ("key", "token", 1), ("key alone", "channel", 1), ("key", "token", 2),
-    ("key first", "token", 1), ("key first", "channel", 3),
-]  # fmt: skip
+RULES, DECAYS, STEPS = ("beta", "pair", "key", "key alone", "key first"), ("none", "token", "channel"), (1, 2, 3)
 
 
 def draw(documents, rule, decay, steps, *, strength=0.1, heads=4, groups=2, keys=6, values=10):
@@ -62,8 +59,7 @@ def apply(*inputs, **settings):
 run = partial(run_op, apply)
 
 
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize(("rule", "decay", "steps"), FORMS)
+@pytest.mark.parametrize(("rule", "decay", "steps", "documents"), pairwise(RULES, DECAYS, STEPS, PACKINGS, often=OFTEN))
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(rule, decay, steps, documents):
     inputs, state, *given = draw(documents, rule, decay, steps)
     first = {"erase_first": rule == "key first"}

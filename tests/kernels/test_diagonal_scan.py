@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
+from covering import pairwise, slow_but
 from largest_tensor import LargestTensor
-from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
+from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.diagonal_scan import DiagonalRecurrence, chunked, diagonal_scan, flops
 from longreach.kernels.documents import Documents
@@ -31,9 +32,7 @@ def draw(documents, decay="token", strength=0.1, channels=(5,)):
 run = partial(run_op, diagonal_scan)
 
 
-@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(("decay", "documents", "strength"), pairwise(DECAYS, PACKINGS, STRENGTHS, often=OFTEN))
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documents, strength, monkeypatch):
     inputs, state, *given = draw(documents, decay, strength)
     expected = run(inputs, state, documents, *given, backend="reference")
@@ -123,7 +122,7 @@ recurrence = Parts(DiagonalRecurrence())
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts", slow_but(["5"], CUTS))
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
     monkeypatch.setattr(chunked, "WIDTH", width)

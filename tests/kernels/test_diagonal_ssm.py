@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
+from covering import slow_but
 from largest_tensor import LargestTensor
-from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
+from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.diagonal_ssm import StateSpaceRecurrence, chunked, diagonal_ssm, flops
 from longreach.kernels.documents import Documents
@@ -28,7 +29,7 @@ run = partial(run_op, diagonal_ssm)
 
 
 @pytest.mark.parametrize("strength", [0.1, 20.0])
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("documents", slow_but(OFTEN, PACKINGS))
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(documents, strength, monkeypatch):
     inputs, state, *given = draw(documents, strength)
     expected = run(inputs, state, documents, *given, backend="reference")
@@ -81,6 +82,7 @@ def test_strong_decay_neither_overflows_nor_forgets_the_present(strength):
     assert all(bool(tensor.isfinite().all()) for tensor in found)
 
 
+@pytest.mark.slow
 def test_long_angles_are_as_exact_as_their_type():
     """In float32, after tens of thousands of tokens, errors are those of the recurrence in the same type or less."""
     documents = Documents.whole(1, 4096)
@@ -114,7 +116,7 @@ def test_token_by_token_is_the_whole():
 recurrence = Parts(StateSpaceRecurrence())
 
 
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts", slow_but(["5"], CUTS))
 def test_segments_put_together_are_the_whole_row(cuts):
     inputs, _, *given = draw(ROWS)
     check.segments(recurrence, inputs, *given, run(inputs, None, ROWS, *given), ROWS, cuts)

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
+from covering import pairwise, slow_but
 from largest_tensor import LargestTensor
-from recurrence_parts import CUTS, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
+from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.chunks.decay import FLOOR
 from longreach.kernels.documents import Documents
@@ -15,7 +16,11 @@ from longreach.kernels.gated_linear import GatedLinearRecurrence, flops, gated_l
 from longreach.kernels.recurrence import Summary
 
 DECAYS = ("none", "constant", "token", "channel")
-STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
+STRENGTHS = {"none": ("none", 0.0)} | {
+    f"{decay}, {name}": (decay, strength)
+    for decay in DECAYS[1:]
+    for name, strength in {"mild": 0.1, "-20 a step": 20.0}.items()
+}
 
 
 def draw(documents, decay, strength=0.1, heads=4, query_groups=4, key_groups=4, keys=6, values=10):
@@ -42,12 +47,9 @@ def draw(documents, decay, strength=0.1, heads=4, query_groups=4, key_groups=4, 
 run = partial(run_op, gated_linear_attention)
 
 
-@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documents, strength):
-    drawn = draw(documents, decay, strength)
-    inputs, state, *given = drawn
+@pytest.mark.parametrize(("decay", "documents"), pairwise(STRENGTHS, PACKINGS, often=OFTEN))
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documents):
+    inputs, state, *given = draw(documents, *decay)
     expected = run(inputs, state, documents, *given, backend="reference")
     with nan_in_fresh_memory():
         assert_near(run(inputs, state, documents, *given), expected, 1e-9)
@@ -56,6 +58,7 @@ def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documen
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [1, 6])
+@pytest.mark.slow
 def test_chunks_that_decay_just_above_and_just_below_the_floor(channels, dtype):
     """Queries and keys are scaled by as much as their type holds, or a matrix of decays is made: both are exact."""
     documents = Documents.whole(1, 1024)
@@ -72,6 +75,7 @@ def test_chunks_that_decay_just_above_and_just_below_the_floor(channels, dtype):
 
 
 @pytest.mark.parametrize("decay", ["constant", "channel"])
+@pytest.mark.slow
 def test_a_thousand_tokens(decay):
     documents = Documents.whole(1, 1000)
     inputs, state, *given = draw(documents, decay, heads=2, query_groups=1, key_groups=2)
@@ -168,7 +172,7 @@ def test_token_by_token_is_the_whole(decay):
 recurrence = Parts(GatedLinearRecurrence())
 
 
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts", slow_but(["5"], CUTS))
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts):
     inputs, _, *given = draw(ROWS, decay)
@@ -226,6 +230,7 @@ def test_no_tensor_is_larger_than_an_input():
     assert largest.numel <= v.numel()
 
 
+@pytest.mark.slow
 def test_constant_decay_is_lightning_attention_of_minimax():
     modeling = pytest.importorskip("transformers.models.minimax.modeling_minimax", reason="needs the extra hf")
     config = modeling.MiniMaxConfig(
@@ -245,6 +250,7 @@ def test_constant_decay_is_lightning_attention_of_minimax():
 
 
 @pytest.mark.parametrize("decay", ["none", "token", "channel"])
+@pytest.mark.slow
 def test_flash_linear_attention_agrees(decay):
     pytest.importorskip("fla", reason="flash-linear-attention is not installed; it is an oracle here and nothing else")
     (q, k, v, log_decay), state, *_ = draw(Documents.whole(2, 150, position=1), decay)

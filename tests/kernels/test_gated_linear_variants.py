@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from recurrence_parts import Parts, assert_near, nan_in_fresh_memory, run_op
+from covering import pairwise
+from recurrence_parts import OFTEN, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence, gated_linear_attention
@@ -92,9 +93,9 @@ def run(op, *given, **settings):
     return run_op(partial(attend, op), *given, **settings)
 
 
-@pytest.mark.parametrize("strength", [pytest.param(0.1, marks=pytest.mark.slow), 20.0])
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "documents", "strength"), pairwise(list(VARIANTS), PACKINGS, (0.1, 20.0), often=OFTEN)
+)
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(variant, documents, strength):
     op, inputs, state, *given = draw(documents, variant, strength)
     expected = run(op, inputs, state, documents, *given, backend="reference")

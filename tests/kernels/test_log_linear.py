@@ -65,7 +65,13 @@ def test_merges():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 10])
-@pytest.mark.parametrize(("length", "position"), [(1, 0), (1, 3), (63, 0), (64, 37), (150, 0), (300, 21), (600, 64)])
+@pytest.mark.parametrize(
+    ("length", "position"),
+    [
+        (1, 0), (1, 3), (63, 0), (64, 37), pytest.param(150, 0, marks=pytest.mark.slow),
+        pytest.param(300, 21, marks=pytest.mark.slow), pytest.param(600, 64, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_chunks_are_the_recurrence(length, position, levels):
     documents, inputs = Documents.whole(BATCH, length, position), drawn(length, levels)
     plain = results("reference", inputs, states(levels), documents)

@@ -59,6 +59,7 @@ def test_parts_of_a_row_continue_from_the_state():
     torch.testing.assert_close(final, end)
 
 
+@pytest.mark.slow
 def test_reference_is_differentiable():
     *inputs, state = drawn(3)
     assert torch.autograd.gradcheck(

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
+from covering import pairwise, slow_but
 from largest_tensor import LargestTensor
-from recurrence_parts import Parts, assert_near, nan_in_fresh_memory, run_op
+from recurrence_parts import OFTEN, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.selective_scan import (
@@ -53,9 +54,7 @@ def scan(x, delta, a, *rest, **settings):
 run = partial(run_op, scan)
 
 
-@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(("decay", "documents", "strength"), pairwise(DECAYS, PACKINGS, STRENGTHS, often=OFTEN))
 def test_outputs_states_and_gradients_are_those_of_the_recurrence(decay, documents, strength, monkeypatch):
     inputs, state, *given = draw(documents, decay, strength)
     expected = run(inputs, state, documents, *given, backend="reference")
@@ -138,7 +137,7 @@ CUTS = {"2": (60, 120), "5": (1, 40, 60, 81, 120), "on borders": (40, 60, 120)}
 
 
 @pytest.mark.parametrize("width", [8192, 6])
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cuts", slow_but(["5"], CUTS))
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, width, monkeypatch):
     monkeypatch.setattr(chunked, "WIDTH", width)

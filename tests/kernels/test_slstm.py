@@ -73,6 +73,7 @@ def test_recurrence_is_that_of_the_paper():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_output_and_cells_are_differentiable():
     gates, recurrent, state = drawn(4)
 

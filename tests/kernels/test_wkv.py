@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import recurrence_checks as check
 import torch
+from covering import pairwise
 from largest_tensor import LargestTensor
-from recurrence_parts import CUTS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
+from recurrence_parts import CUTS, OFTEN, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import gated_linear_attention
@@ -15,7 +16,11 @@ from longreach.kernels.recurrence import Summary
 from longreach.kernels.wkv import WKVRecurrence, chunked, flops, wkv
 
 DECAYS = ("constant", "token", "none")
-STRENGTHS = {"mild": 0.1, "-20 a step": 20.0}
+STRENGTHS = {"none": ("none", 0.0)} | {
+    f"{decay}, {name}": (decay, strength)
+    for decay in DECAYS[:2]
+    for name, strength in {"mild": 0.1, "-20 a step": 20.0}.items()
+}
 PACKINGS = {
     "1 token": Documents.whole(2, 1),
     "63 tokens": Documents.whole(2, 63),
@@ -50,11 +55,11 @@ def draw(documents, decay="constant", strength=0.1, channels=5):
 run = partial(run_op, wkv)
 
 
-@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
-@pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_outputs_states_and_gradients_are_those_of_the_recurrence(slabs, decay, documents, strength):
-    inputs, state, *given = draw(documents, decay, strength)
+@pytest.mark.parametrize(
+    ("slabs", "decay", "documents"), pairwise(CUTS_OF_SLABS, STRENGTHS, PACKINGS, often=OFTEN), indirect=["slabs"]
+)
+def test_outputs_states_and_gradients_are_those_of_the_recurrence(slabs, decay, documents):
+    inputs, state, *given = draw(documents, *decay)
     expected = run(inputs, state, documents, *given, backend="reference")
     assert all(bool(x.isfinite().all()) for x in expected)
     with nan_in_fresh_memory():
@@ -141,7 +146,11 @@ def true(state):
 
 
 @pytest.mark.parametrize(
-    ("cuts", "backend"), [*((name, "chunked") for name in CUTS), ("2", "reference")], ids=[*CUTS, "2, reference"]
+    ("cuts", "backend"),
+    [
+        pytest.param(*case, id=", ".join(case), marks=() if case == ("5", "chunked") else pytest.mark.slow)
+        for case in [*((name, "chunked") for name in CUTS), ("2", "reference")]
+    ],
 )
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_put_together_are_the_whole_row(decay, cuts, backend):

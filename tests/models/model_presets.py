@@ -24,7 +24,9 @@ from longreach.parallel.sequence import DecodingCache, Sequence
 configuration.register_sizes()
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
-MODELS = [*configuration.model_sizes(), "quickstart"]
+SIZES = configuration.model_sizes()
+MODELS = [*SIZES, "quickstart"]
+ONE_PER_FAMILY = {size.partition("/")[0]: preset for preset, size in reversed(SIZES.items())}.values()
 WIDTH = 32
 # Settings that tests add to the small sizes: what no preset uses, and blocks longer than the spans that tests change.
 ODD: dict[str, dict[str, Any]] = {
@@ -92,7 +94,21 @@ def few_mixers() -> frozenset[str]:
 
 def few_or_many() -> list[Any]:
     """Every mixer, all but the few behind `many`: for what an op does alike in every mixer, and which takes long."""
-    return [name if name in few_mixers() else pytest.param(name, marks=pytest.mark.many) for name in MIXERS]
+    return _few_or(pytest.mark.many)
+
+
+def family_or_slow(presets: list[str]) -> list[Any]:
+    """These models of conf/model, all but the first of each family marked slow."""
+    return [each if each in ONE_PER_FAMILY else pytest.param(each, marks=pytest.mark.slow) for each in presets]
+
+
+def few_or_slow() -> list[Any]:
+    """Every mixer, all but the few marked slow: for what `make check` would spend most of its time on."""
+    return _few_or(pytest.mark.slow)
+
+
+def _few_or(mark: pytest.MarkDecorator) -> list[Any]:
+    return [name if name in few_mixers() else pytest.param(name, marks=mark) for name in MIXERS]
 
 
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_presets import MIXERS, build_model, few_or_many, in_pieces, randomise, small_hybrid, tokens
+from model_presets import MIXERS, build_model, few_or_many, few_or_slow, in_pieces, randomise, small_hybrid, tokens
 
 from longreach.kernels.documents import Documents
 from longreach.models.decoding import _draw, generate, next_logits
@@ -21,7 +21,7 @@ def compare_hybrid(name, lengths):
     torch.testing.assert_close(in_pieces(model, inputs, lengths), full(model, inputs), atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_or_slow())
 def test_a_decoded_token_costs_no_autograd_function(name, monkeypatch):
     model, inputs, cache = small_hybrid(name), tokens(2, 6), DecodingCache()
     entered = []
@@ -36,11 +36,13 @@ def test_decoding_a_hybrid_gives_the_logits_of_the_full_forward(name):
     compare_hybrid(name, [9, 1, 1, 20, 1, 1, 7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_or_many())
 def test_a_hybrid_decodes_token_by_token(name):
     compare_hybrid(name, [1] * LENGTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["minimax_01_tiny", "sliding_window_tiny", "quickstart"])
 @torch.no_grad()
 def test_presets_decode_to_the_logits_of_the_full_forward(preset):

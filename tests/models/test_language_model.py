@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from model_presets import MIXERS, build_model, mixer_partial, small_hybrid, tokens
+from model_presets import MIXERS, build_model, few_or_slow, mixer_partial, small_hybrid, tokens
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,7 +104,7 @@ def test_no_target_gives_a_zero_that_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_or_slow())
 def test_recomputation_changes_no_gradient(name):
     results = []
     for setting in ("none", "full", "mixing"):
@@ -185,7 +185,7 @@ def test_every_mixer_knows_its_initial_values(name):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 64])
+@pytest.mark.parametrize("ranks", [1, 3, pytest.param(64, marks=pytest.mark.slow)])
 def test_ranks_share_the_drawing_of_initial_values_and_fill_one_parameter_at_a_time(ranks, monkeypatch):
     models, drawn, written = [small_hybrid("mamba2") for _ in range(ranks)], [[] for _ in range(ranks)], []
 
@@ -228,6 +228,7 @@ def test_a_value_that_cannot_be_drawn_is_told_after_the_last_parameter():
     assert entered == [number % 2 for number in range(len(list(model.parameters())))]
 
 
+@pytest.mark.slow
 def test_what_becomes_an_exponent_stays_in_float32():
     expected = {
         "mamba2": {"A_log", "dt_bias"},
@@ -278,7 +279,7 @@ def flops_of_linear_layers(model):
     return {linear[path]: sum(of.values()) for path, of in counts.items() if path in linear}
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_or_slow())
 def test_flops_of_linear_layers_are_those_that_torch_counts(name):
     model, seq = small_hybrid(name), Sequence.single(PACKED)
     counted = flops_of_linear_layers(model)
@@ -289,7 +290,10 @@ def test_flops_of_linear_layers_are_those_that_torch_counts(name):
     assert model.flops(PACKED) - ops == sum(counted.values())
 
 
-@pytest.mark.parametrize(("size", "stride", "kv_heads"), [(6, 3, 4), (8, 4, 2), (7, 7, 1)])
+@pytest.mark.parametrize(
+    ("size", "stride", "kv_heads"),
+    [(7, 7, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(6, 3, 4), (8, 4, 2)])],
+)
 def test_a_layer_that_runs_per_window_costs_what_torch_counts(size, stride, kv_heads):
     settings = {"heads": 4, "kv_heads": kv_heads, "window_size": size, "window_stride": stride, "block_size": stride}
     mixer = partial(NativeSparseAttention, near=5, count=2, initial=0, local=1, **settings)

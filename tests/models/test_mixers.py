@@ -6,7 +6,7 @@ import pkgutil
 import pytest
 import torch
 from distributed import run_threads
-from model_presets import MIXERS, WIDTH, build_mixer, in_pieces, mixer_partial
+from model_presets import MIXERS, WIDTH, build_mixer, few_or_slow, in_pieces, mixer_partial
 
 from longreach.kernels.documents import Documents
 from longreach.models import mixers
@@ -100,7 +100,7 @@ def test_a_packed_document_gives_what_it_gives_alone(name):
         start += length
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_or_slow())
 @pytest.mark.parametrize(
     "lengths", [[1] * LENGTH, [7, 1, 25, 1, 1, 13], [LENGTH - 1, 1]], ids=["steps", "mixed", "last"]
 )
@@ -133,7 +133,7 @@ def on_one_of(rank, world, name, layout):
     return forward_and_gradients(build_mixer(name), seq.shard(draw()), seq)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", few_or_slow())
 def test_four_ranks_give_what_one_gives(name):
     tensors, gradients = forward_and_gradients(build_mixer(name), draw(), packed())
     for spans in (1, 2):

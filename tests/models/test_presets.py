@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from model_presets import CONF, MODELS, build_model, compose_model, tokens
+from model_presets import CONF, MODELS, build_model, compose_model, family_or_slow, tokens
 from omegaconf import OmegaConf
 from published_sizes import published
 
@@ -49,6 +49,7 @@ def settings_of_base(family):
     return dict(leaves(OmegaConf.to_container(compose_model(f"{family}/_base"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", model_sizes().values())
 def test_a_size_states_in_ten_lines_only_what_differs_from_its_family(size):
     path = CONF / "model" / f"{size}.yaml"
@@ -66,7 +67,7 @@ def test_settings_of_mixers_are_written_once():
         assert not [target for target in targets if ".mixers." in target or ".feed_forward." in target], path
 
 
-@pytest.mark.parametrize("preset", [preset for preset in MODELS if preset not in published()])
+@pytest.mark.parametrize("preset", family_or_slow([preset for preset in MODELS if preset not in published()]))
 def test_has_the_size_that_its_name_states(preset):
     if size := re.search(r"_([\d.]+)([mb])$", preset):
         stated = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
@@ -115,6 +116,7 @@ def test_minimax_01_has_its_pattern_and_residuals():
     assert factors[7] == pytest.approx(1 - 8 / 23, abs=1e-4)  # the ninth layer of the whole model
 
 
+@pytest.mark.slow
 def test_transnormer_llm_is_as_its_code_has_it():
     for preset, width, depth, hidden, stated in (
         ("385m", 1024, 24, 2816, 385e6), ("1b", 2048, 16, 5632, 1e9), ("7b", 4096, 30, 11008, 6.8e9),
@@ -133,6 +135,7 @@ def test_transnormer_attends_within_blocks_in_its_lower_half():
     assert masks == [BlockLocal(64)] * 2 + [None] * 2
 
 
+@pytest.mark.slow
 def test_norms_are_chosen_for_all_blocks():
     x, width = torch.randn(1, 3, 192), 192
     for schemes in (Block, OutputNormBlock, PostNormBlock, SandwichBlock, ParallelBlock, MiniMaxBlock):

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 import triton
-from model_presets import MIXERS, MODELS, build_model, few_or_many, mixer_partial, small_hybrid
+from model_presets import MIXERS, MODELS, build_model, few_or_many, few_or_slow, mixer_partial, small_hybrid
 from steps_on_meta import watched_steps
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def layer_of(mixer: str, **changes: str) -> Callable[[], LanguageModel]:
     return partial(small_hybrid, mixer, dtype=torch.bfloat16, depth=1, pattern=[mixer], mixers=mixers, **changes)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", few_or_slow())
 def test_a_mixer_waits_for_nothing(mixer: str) -> None:
     assert not waits(layer_of(mixer))
 

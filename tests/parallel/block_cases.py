@@ -18,8 +18,8 @@ PACKINGS = {
 
 
 def run_where(world, spans, function, *args):
-    """Two ranks with two spans are processes over gloo, others are threads."""
-    (run_ranks if (world, spans) == (2, 2) else run_threads)(world, function, *args)
+    """Two ranks with four spans are processes over gloo, others are threads."""
+    (run_ranks if (world, spans) == (2, 4) else run_threads)(world, function, *args)
 
 
 def agrees(actual, expected, what):

@@ -55,6 +55,7 @@ def frames(rank: int, world: int, name: str) -> list[str]:
     raise AssertionError("the backend's function was not reached")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", OPS)
 def test_few_frames_lie_between_a_mixer_and_the_backend(name: str, world: int) -> None:

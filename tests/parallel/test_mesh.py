@@ -28,6 +28,7 @@ def grid(rank: int, world: int) -> tuple[int, int, int]:
     return mesh.data_rank, mesh.sequence_rank, mesh.data_ranks
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_row_are_neighbours() -> None:
     assert run_ranks(4, grid) == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
 
@@ -51,6 +52,7 @@ def first_calls(rank: int, world: int, sequence: int, ulysses: int) -> list[list
     return joined
 
 
+@pytest.mark.slow
 def test_every_group_has_run_a_collective_before_the_first_exchange() -> None:
     world = [0, 1, 2, 3]
     assert run_ranks(4, first_calls, 1, 1) == [[world]] * 4
@@ -83,5 +85,6 @@ def disagree(rank: int, world: int) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_raised_on_all_with_its_message() -> None:
     assert run_ranks(3, disagree) == ["rank 1 failed"] * 3

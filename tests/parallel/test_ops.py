@@ -1,6 +1,6 @@
 """Every op over ranks against itself on one: outputs and all gradients, float64, packed documents.
 
-Two ranks with two spans are processes over gloo; others are threads, which start at once and need no second core.
+Two ranks with four spans are processes over gloo; others are threads, which start at once and need no second core.
 """
 
 import time
@@ -30,7 +30,7 @@ def compare(
     world: int, spans: int, strategy: str, names: list[str] | None = None, keep: bool = False, run: Any = None
 ) -> None:
     fitting = [name for name in names or CASES if fits(name, world, strategy)]
-    run = run or (run_ranks if (world, spans) == (2, 2) else run_threads)
+    run = run or (run_ranks if (world, spans) == (2, 4) else run_threads)
     run(world, agree, fitting, [PACKED, SPARSE], LENGTH, spans, strategy, 0, keep)
 
 
@@ -132,6 +132,7 @@ def test_a_silent_rank_is_told_with_the_op_that_waited_for_it() -> None:
     assert "in RingAttention of layer 7, on rank 0 of the 2 that share a row" in said
 
 
+@pytest.mark.slow
 def test_recomputation_repeats_no_collective() -> None:
     run_ranks(2, counted, timeout=60)
 

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import run_threads
 from own_recurrence import Rotation, RotationInputs, agree_on_rotation
 
 from longreach.kernels.documents import Documents
@@ -40,7 +40,7 @@ MIXERS = {
     ("strategy", "spans", "keep"), [("default", 2, False), ("default", 1, True), ("ulysses", 2, True)]
 )
 def test_ranks_agree_with_one(strategy, spans, keep):
-    run_ranks(2, agree_on_rotation, PACKINGS, LENGTH, spans, strategy, keep)
+    run_threads(2, agree_on_rotation, PACKINGS, LENGTH, spans, strategy, keep)
 
 
 def test_it_is_differentiable_on_one_device():

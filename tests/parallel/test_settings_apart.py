@@ -109,6 +109,7 @@ def test_on_one_rank(name):
     check(name, lambda: Sequence.single(Documents.from_lengths(LENGTHS, LENGTH)), compiled=False)
 
 
+@pytest.mark.slow
 def test_on_two_ranks():
     run_ranks(2, on_a_rank, list(PAIRS))
 

@@ -151,6 +151,7 @@ def counted(rank, world):
             assert asks == 0
 
 
+@pytest.mark.slow
 def test_wrong_lists_of_one_rank_are_everyones_error():
     run_ranks(2, refused, timeout=60)
 
@@ -172,6 +173,7 @@ def refused(rank, world):
     assert out.shape == (*inputs[2].shape[:2], HEADS, VALUE)
 
 
+@pytest.mark.slow
 def test_query_blocks_are_of_the_tokens_held():
     run_ranks(2, uneven, timeout=60)
 
@@ -190,6 +192,7 @@ def uneven(rank, world):
     agrees(got, seq.shard(expected), "output")
 
 
+@pytest.mark.slow
 def test_recomputation_repeats_no_collective():
     run_ranks(2, recomputed, timeout=60)
 
@@ -237,6 +240,7 @@ def compiled(rank, world):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_half_precision_loses_nothing_on_the_way():
     run_ranks(2, halves, timeout=60)
 

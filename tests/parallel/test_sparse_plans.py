@@ -115,6 +115,7 @@ def watched(rank, world, spans, backend):
     return forward, backward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_layer_reads_its_counts_and_nothing_else(world, backend):

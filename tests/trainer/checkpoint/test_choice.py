@@ -82,6 +82,7 @@ def examine(rank: int, world: int, run: Path) -> tuple[str | None, str]:
     return find(run, mesh=Mesh.create(world))
 
 
+@pytest.mark.slow
 def test_all_ranks_pass_over_what_one_of_them_finds_damaged(tmp_path: Path) -> None:
     own = tmp_path / "run" / "checkpoints"
     store(own, 2)

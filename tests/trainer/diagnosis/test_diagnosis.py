@@ -28,6 +28,7 @@ from longreach.trainer.ranks.settings import ParallelSettings
 
 MODELS = [*model_sizes(), "quickstart"]
 ONE_PER_FAMILY = {size.partition("/")[0]: preset for preset, size in reversed(model_sizes().items())}.values()
+FEW, SLOW = ("llama_tiny", "minimax_01_tiny", "moba_tiny", "kimi_linear_tiny"), pytest.mark.slow
 
 
 def settings_of(*overrides):
@@ -45,7 +46,11 @@ def checked(*overrides, prepare=None):
 
 
 @pytest.mark.parametrize(
-    "preset", [each if each in ONE_PER_FAMILY else pytest.param(each, marks=pytest.mark.slow) for each in MODELS]
+    "preset",
+    [
+        each if each in FEW else pytest.param(each, marks=SLOW if each in ONE_PER_FAMILY else pytest.mark.many)
+        for each in MODELS
+    ],
 )
 def test_a_reduced_model_has_the_kinds_heads_and_groups_of_the_whole(preset):
     model = settings_of(f"model={preset}").model

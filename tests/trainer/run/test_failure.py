@@ -134,6 +134,7 @@ def exchange(rank: int, world: int) -> tuple[list[list[float]], str, str]:
     return gather_numbers([rank, 2.5], mesh).tolist(), from_first_rank(f"from {rank}", mesh), str(error.value)
 
 
+@pytest.mark.slow
 def test_values_and_errors_are_shared() -> None:
     for numbers, chosen, error in run_ranks(3, exchange):
         assert numbers == [[0.0, 2.5], [1.0, 2.5], [2.0, 2.5]]
@@ -163,6 +164,7 @@ def prepare_apart(rank: int, world: int) -> tuple[int, list[str]]:
     return result, errors
 
 
+@pytest.mark.slow
 def test_ranks_that_prepare_at_different_speeds_wait_and_fail_together() -> None:
     first, second = run_ranks(2, prepare_apart)
     assert first == (0, ["ValueError: data.path must be there", "RuntimeError: rank 1 failed: no room"])
@@ -181,6 +183,7 @@ def prepare_beside_a_silent_rank(rank: int, world: int) -> str:
     return failure.message(raised.value, started=False)
 
 
+@pytest.mark.slow
 def test_a_rank_that_gives_no_sign_of_life_is_lost() -> None:
     assert run_ranks(2, prepare_beside_a_silent_rank)[0].startswith("rank 0 has lost another rank")
 

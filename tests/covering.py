@@ -1,0 +1,42 @@
+"""Few cases of a product of settings, chosen so that any two values of two settings meet in one of them."""
+
+import itertools
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def pairwise(*settings: Iterable[Any], often: Collection[str] = ()) -> list[Any]:
+    """A parameter for each case of the product of `settings`, which are values, or values by name.
+
+    Cases that show no new pair of values have the marker `many`. Where `often` is given, the others are slow, but for
+    those that hold a value of one of these names. Raises ValueError for fewer than two settings.
+    """
+    if len(settings) < 2:
+        raise ValueError(f"settings must be two or more; got {len(settings)}")
+    named = [each.items() if isinstance(each, dict) else [(str(value), value) for value in each] for each in settings]
+    cases = list(itertools.product(*(range(len(each)) for each in named)))
+    missing, chosen = set[Any]().union(*map(_pairs, cases)), set()
+    while missing:
+        best = max(cases, key=lambda case: len(missing & _pairs(case)))
+        chosen.add(best)
+        missing -= _pairs(best)
+    parameters = []
+    for case in cases:
+        names, values = zip(*(list(each)[number] for each, number in zip(named, case, strict=True)), strict=True)
+        rarely = pytest.mark.slow if often and not set(often) & set(names) else ()
+        marks = rarely if case in chosen else pytest.mark.many
+        parameters.append(pytest.param(*values, id="-".join(names), marks=marks))
+    return parameters
+
+
+def slow_but(often: Collection[str], cases: dict[str, Any]) -> list[Any]:
+    """A parameter for each of the cases, which are given by name; all but those named in `often` are slow."""
+    rarely = {name: () if name in often else pytest.mark.slow for name in cases}
+    return [pytest.param(case, id=name, marks=rarely[name]) for name, case in cases.items()]
+
+
+def _pairs(case: tuple[int, ...]) -> set[Any]:
+    """The values of any two settings, each by the number of the setting and its own."""
+    return set(itertools.combinations(enumerate(case), 2))
