@@ -1,7 +1,7 @@
 """The doctor's checks: they pass on what is right, and name what is planted."""
 
 import io
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import hydra
 import planted_faults
@@ -15,14 +15,16 @@ from longreach.launch.configuration import model_sizes
 from longreach.launch.train import to_settings
 from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.parallel.sequence import Sequence
 from longreach.trainer.diagnosis import ranks as rank_processes
 from longreach.trainer.diagnosis import training, work
 from longreach.trainer.diagnosis.bench import Bench
-from longreach.trainer.diagnosis.cases import make_cases
+from longreach.trainer.diagnosis.cases import case_of_many, make_cases
 from longreach.trainer.diagnosis.checks import exact, inexact, loop
 from longreach.trainer.diagnosis.diagnose import at_most, diagnose
 from longreach.trainer.diagnosis.model import complete, fill, reduced
 from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, Row
+from longreach.trainer.diagnosis.truth import Call, gradients_of, plain_op
 from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.ranks.settings import ParallelSettings
 
@@ -104,6 +106,34 @@ def test_the_verdict_names_what_tells_most_first():
     assert report.failed
     assert report.verdict() == "FAIL: 2 of 3 checks failed, first to look at: op b: here"
     assert not Report("", [Row("a", PASS), Row("NCCL", NOT_TESTED)]).failed
+
+
+def test_each_rank_may_round_its_part_of_a_sum_that_nearly_cancels():
+    case, bench = case_of_many(2, 61), SimpleNamespace(device=torch.device("cpu"), names=["mamba"])
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((*case.tokens.shape, 24), (24, 4), (24,)))
+    call = Call(0, "mamba", "short_conv", (x, weight), {"bias": bias}, x.shape)
+    owner = case.layout.unshard([torch.full_like(case.layout.shard(case.tokens, rank), rank) for rank in range(2)])
+    dout = torch.randn(x.shape) * 0.1 + 1.0 - 2.0 * owner[..., None]  # the sums of both ranks are large and opposite
+    single = Sequence.single(case.documents)
+
+    def parts(dtype):
+        rounded = call.mapped(lambda x: x.to(dtype))
+        of_ranks = (dout.bfloat16().to(dtype) * (owner == rank)[..., None] for rank in range(2))
+        whole = [gradients_of(plain_op("short_conv", "chunked"), rounded, given, single) for given in of_ranks]
+        dx = whole[0][1] + whole[1][1]
+        return [
+            [case.layout.shard(whole[0][0], rank), case.layout.shard(dx, rank), *whole[rank][2:]] for rank in range(2)
+        ]
+
+    def worst(ours, exact=None):
+        found = inexact.of_call(bench, case, call, dout.bfloat16(), ours, torch.bfloat16, exact)
+        return max(difference.error for difference in found if "bias" in difference.where)
+
+    ours, exact = parts(torch.bfloat16), parts(torch.float64)
+    assert worst(ours) > 2.0
+    assert worst(ours, exact) <= 0.7
+    ours[0][3] *= 1.01  # which is more than rounding
+    assert worst(ours, exact) > 2.0
 
 
 # Half a minute each: every preset on request, with `-m many`.
