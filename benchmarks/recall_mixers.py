@@ -59,10 +59,10 @@ def made(name: str, pattern: str = "convolution|it") -> tuple[LanguageModel, dic
     """The model, and the sizes of the mixer that differ from those of conf/mixer."""
     target = get_class(str(with_sizes(name, {})[0]["_target_"]))
     settings, changed = with_sizes(name, {**small_sizes(target), **SIZES, **HEADS})
+    mixers = {"convolution": partial(GatedShortConvolution), "it": instantiate(settings, _convert_="all")}
     model = LanguageModel(
-        vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, pattern=[pattern], initial_std=0.1,
-        mixers={"convolution": partial(GatedShortConvolution), "it": instantiate(settings, _convert_="all")},
-        tied_embeddings=True, feed_forward=partial(SwiGLU, hidden=128),
+        vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, pattern=[pattern], initial_std=0.1, tied_embeddings=True,
+        mixers={part: mixers[part] for part in pattern.split("|")}, feed_forward=partial(SwiGLU, hidden=128),
     )  # fmt: skip
     model.initialise(0)
     return model, changed
