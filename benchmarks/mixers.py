@@ -3,8 +3,8 @@
     python benchmarks/mixers.py [--mixers retnet mamba2 …] [--lengths 2048 16384] [--write]
 
 Settings are those of conf/mixer with at most 4 heads, in a model of width 256, in float32 on one thread, whose own time
-is taken. Each measurement is a process of its own, so that its peak is its own. `--write` keeps the table in
-benchmarks/results/; with `--mixers` it replaces their rows and leaves the others.
+is taken: of steps on short and long rows in turns, as many tokens of each. A peak is that of a process of its own.
+`--write` keeps the table in benchmarks/results/; with `--mixers` it replaces their rows and leaves the others.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import argparse
 import inspect
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,8 @@ def layer(name: str, length: int) -> Mixer:
     return made
 
 
-def measure(name: str, length: int) -> dict[str, float]:
-    """Seconds and bytes of forward + backward on one row of `length` tokens, which is one document."""
-    torch.set_num_threads(1)
+def step(name: str, length: int) -> Callable[[], None]:
+    """Forward + backward on one row of `length` tokens, which is one document."""
     torch.manual_seed(0)
     mixer, seq = layer(name, length), Sequence.single(Documents.whole(1, length))
     x = torch.randn(1, length, WIDTH, requires_grad=True)
@@ -77,24 +77,38 @@ def measure(name: str, length: int) -> dict[str, float]:
         out = mixer(x, seq, *(x.detach() for _ in mixer.reads))
         (out[0] if mixer.publishes else out).sum().backward()
 
-    run()
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.thread_time()
+    return run
+
+
+def measure(name: str, lengths: list[int]) -> list[float]:
+    """The bytes of a step on a row of one length, or the median seconds of steps on several, timed in turns."""
+    torch.set_num_threads(1)
+    steps = [step(name, length) for length in lengths]
+    for run in steps:
         run()
-        seconds.append(time.thread_time() - start)
-    return {"seconds": min(seconds), "bytes": peak_bytes(run, "cpu")}
+    if len(steps) == 1:
+        return [peak_bytes(steps[0], "cpu")]
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(ROUNDS):
+        for run, length, found in zip(steps, lengths, seconds, strict=True):
+            times, start = max(lengths) // length, time.thread_time()
+            for _ in range(times):
+                run()
+            found.append((time.thread_time() - start) / times)
+    return [statistics.median(found) for found in seconds]
 
 
 def measured(name: str, lengths: list[int]) -> str:
     """The row of a mixer."""
-    cells, of_token = [], []
-    for length in lengths:
-        command = [sys.executable, str(Path(__file__).resolve()), "--measure", name, str(length)]
+
+    def in_a_process(*lengths: int) -> list[float]:
+        command = [sys.executable, str(Path(__file__).resolve()), "--measure", name, *map(str, lengths)]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(ran.stdout.splitlines()[-1])
-        of_token.append(found["seconds"] / length)
-        cells += [f"{1 / of_token[-1]:,.0f}", f"{found['bytes'] / 2**20:,.0f} MiB"]
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    of_token = [seconds / length for seconds, length in zip(in_a_process(*lengths), lengths, strict=True)]
+    peaks = [in_a_process(length)[0] for length in lengths]
+    cells = [f"{1 / each:,.0f} | {peak / 2**20:,.0f} MiB" for each, peak in zip(of_token, peaks, strict=True)]
     return f"| {name} | {' | '.join(cells)} | {of_token[-1] / of_token[0]:.2f} |"
 
 
@@ -110,10 +124,10 @@ def main() -> None:
     parser.add_argument("--mixers", nargs="+", choices=names, default=names)
     parser.add_argument("--lengths", nargs=2, type=int, default=[2048, 16384])
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.measure:
-        print(json.dumps(measure(chosen.measure[0], int(chosen.measure[1]))))
+        print(json.dumps(measure(chosen.measure[0], [int(length) for length in chosen.measure[1:]])))
         return
     short, long = (f"{length:,}" for length in chosen.lengths)
     head = f"| mixer | tokens/s at {short} | peak | tokens/s at {long} | peak | time per token, {long} to {short} |"
