@@ -20,6 +20,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files that take minutes begin first, the longest ahead: none is then left to one core when the other has ended.
+LONGEST = (
+    "test_runs", "test_train", "test_compilation", "test_compiled_blocks", "test_diagnosis", "test_gpu_check",
+    "test_compile", "test_equivalence", "test_rounding",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter takes milliseconds for what a GPU does in microseconds: its tests are slow ones.
 
@@ -28,3 +35,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(item.path).stem.endswith("_triton") or item.get_closest_marker("many"):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 POINTS = 2000  # of a curve at most, about two for each pixel across
 
 
@@ -63,6 +61,8 @@ class LossCurves:
 
     def draw(self, path: Path, title: str = "") -> None:
         """Draws both curves into `path`; a training loss that was high or low for one step only is seen too."""
+        from matplotlib.figure import Figure  # takes long to import, and one rank draws
+
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
         if self.training.points:
