@@ -1,22 +1,29 @@
 """Few cases of a product of settings, chosen so that any two values of two settings meet in one of them."""
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
 
 
-def pairwise(*settings: Iterable[Any], often: Collection[str] = ()) -> list[Any]:
-    """A parameter for each case of the product of `settings`, which are values, or values by name.
+def pairwise(
+    *settings: Iterable[Any], often: Collection[str] = (), where: Callable[..., bool] = lambda *values: True
+) -> list[Any]:
+    """A parameter for each case of the product of `settings`, which are values, or values by name, if it is one.
 
     Cases that show no new pair of values have the marker `many`. Where `often` is given, the others are slow, but for
-    those that hold a value of one of these names. Raises ValueError for fewer than two settings.
+    those that hold a value of one of these names. where: whether some values are a case. Raises ValueError for fewer
+    than two settings.
     """
     if len(settings) < 2:
         raise ValueError(f"settings must be two or more; got {len(settings)}")
-    named = [each.items() if isinstance(each, dict) else [(str(value), value) for value in each] for each in settings]
-    cases = list(itertools.product(*(range(len(each)) for each in named)))
+    named = [list((each if isinstance(each, dict) else {str(x): x for x in each}).items()) for each in settings]
+    cases = [
+        case
+        for case in itertools.product(*(range(len(each)) for each in named))
+        if where(*(each[number][1] for each, number in zip(named, case, strict=True)))
+    ]
     missing, chosen = set[Any]().union(*map(_pairs, cases)), set()
     while missing:
         best = max(cases, key=lambda case: len(missing & _pairs(case)))
@@ -24,7 +31,7 @@ def pairwise(*settings: Iterable[Any], often: Collection[str] = ()) -> list[Any]
         missing -= _pairs(best)
     parameters = []
     for case in cases:
-        names, values = zip(*(list(each)[number] for each, number in zip(named, case, strict=True)), strict=True)
+        names, values = zip(*(each[number] for each, number in zip(named, case, strict=True)), strict=True)
         rarely = pytest.mark.slow if often and not set(often) & set(names) else ()
         marks = rarely if case in chosen else pytest.mark.many
         parameters.append(pytest.param(*values, id="-".join(names), marks=marks))

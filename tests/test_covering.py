@@ -32,6 +32,14 @@ def test_names_of_values_are_those_of_cases_and_what_is_not_run_often_is_slow():
         assert marks(parameter) in ([] if often else ["slow"], ["many"])
 
 
+def test_what_is_no_case_is_left_out():
+    every = pairwise((1, 2, 3), (1, 2, 3), range(2), where=lambda one, other, third: one <= other)
+    assert {parameter.values[:2] for parameter in every} == {(1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 3)}
+    chosen = [parameter.values for parameter in every if not marks(parameter)]
+    assert {case[:2] for case in chosen} == {parameter.values[:2] for parameter in every}
+    assert len({case[1:] for case in chosen}) == 6
+
+
 def test_all_but_those_named_are_slow():
     every = slow_but(["b"], {"a": 1, "b": 2})
     assert [(parameter.id, parameter.values, marks(parameter)) for parameter in every] == [

@@ -108,7 +108,7 @@ def few_or_slow() -> list[Any]:
 
 
 def _few_or(mark: pytest.MarkDecorator) -> list[Any]:
-    return [name if name in few_mixers() else pytest.param(name, marks=mark) for name in MIXERS]
+    return [pytest.param(name, marks=() if name in few_mixers() else mark) for name in MIXERS]
 
 
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:

@@ -1,12 +1,12 @@
 """torch.compile traces every mixer whole, on one rank and on two, and compiles once for all batches.
 
-On two ranks, what is traced differs by the op: some mixers that use all of them show it, and all with `-m many`.
+Gradients are traced too, and ranks share rows, for some mixers that use all ops, and for all with `-m many`.
 """
 
 import pytest
 import torch
 from distributed import run_ranks
-from model_presets import MIXERS, WIDTH, build_mixer, few_or_many
+from model_presets import MIXERS, WIDTH, build_mixer, few_mixers, few_or_many
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from longreach.kernels.documents import Documents
@@ -33,10 +33,10 @@ def results(call, mixer, seq, seed):
     return [out.detach(), x.grad, *(parameter.grad for parameter in mixer.parameters())]
 
 
-def compare(name, sequences):
+def compare(name, sequences, backend="aot_eager"):
     """Compiled against eager on every sequence: how many graphs were compiled."""
     torch._dynamo.reset()
-    mixer, counter = build_mixer(name), CompileCounterWithBackend("aot_eager")
+    mixer, counter = build_mixer(name), CompileCounterWithBackend(backend)
     mixer._forward_hooks.clear()  # the hook that drops what a mixer publishes would be a graph of its own
     compiled = torch.compile(mixer, fullgraph=True, backend=counter)
     for seed, seq in enumerate(sequences):
@@ -46,10 +46,18 @@ def compare(name, sequences):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXERS)
-def test_one_graph_serves_every_batch(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=pytest.mark.many if backend != often else ())
+        for name in MIXERS
+        for often in ["aot_eager" if name in few_mixers() else "eager"]
+        for backend in ("aot_eager", "eager")
+    ],
+)
+def test_one_graph_serves_every_batch(name, backend):
     sequences = [Sequence.single(Documents.from_lengths(lengths, LENGTH)) for lengths in BATCHES]
-    assert compare(name, sequences) == 1
+    assert compare(name, sequences, backend) == 1
 
 
 def on_a_rank(rank, world, name, strategy):

@@ -6,7 +6,7 @@ import pkgutil
 import pytest
 import torch
 from distributed import run_threads
-from model_presets import MIXERS, WIDTH, build_mixer, few_or_slow, in_pieces, mixer_partial
+from model_presets import MIXERS, WIDTH, build_mixer, few_or_many, few_or_slow, in_pieces, mixer_partial
 
 from longreach.kernels.documents import Documents
 from longreach.models import mixers
@@ -100,9 +100,17 @@ def test_a_packed_document_gives_what_it_gives_alone(name):
         start += length
 
 
-@pytest.mark.parametrize("name", few_or_slow())
 @pytest.mark.parametrize(
-    "lengths", [[1] * LENGTH, [7, 1, 25, 1, 1, 13], [LENGTH - 1, 1]], ids=["steps", "mixed", "last"]
+    ("lengths", "name"),
+    [
+        pytest.param(lengths, *each.values, marks=each.marks, id=f"{how}-{each.values[0]}")
+        for how, lengths, names in (
+            ("steps", [1] * LENGTH, few_or_many()),
+            ("mixed", [7, 1, 25, 1, 1, 13], few_or_slow()),
+            ("last", [LENGTH - 1, 1], few_or_many()),
+        )
+        for each in names
+    ],
 )
 @torch.no_grad()
 def test_decoding_in_pieces_gives_the_full_forward(name, lengths):

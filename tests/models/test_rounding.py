@@ -6,7 +6,7 @@ import planted_roundings
 import pytest
 import torch
 from distributed import run_threads
-from model_presets import MIXERS, WIDTH, as_new, build_mixer, small_hybrid, tokens
+from model_presets import MIXERS, WIDTH, as_new, build_mixer, few_mixers, small_hybrid, tokens
 
 from longreach.kernels.documents import Documents
 from longreach.parallel.layout import Layout
@@ -105,26 +105,32 @@ def some(*often):
     return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in MIXERS]
 
 
+def few(*often):
+    """The same for what follows from the ops: mixers that use no other ops than some mixers run with `-m many`."""
+    rarely = {name: pytest.mark.slow if name in few_mixers() else pytest.mark.many for name in MIXERS}
+    return [name if name in often else pytest.param(name, marks=mark) for name, mark in rarely.items()]
+
+
 @pytest.mark.parametrize("name", some("softmax_attention", "gated_deltanet", "mlstm"))
 def test_gradients_in_bfloat16_are_those_of_float64(name):
     found = errors(name)
     assert max(found.values()) < GRADIENTS, found
 
 
-@pytest.mark.parametrize("name", some("infllm_v2", "mlstm", "mamba"))
+@pytest.mark.parametrize("name", few("infllm_v2", "mlstm", "mamba"))
 def test_every_op_adds_up_in_float32_and_rounds_once(name):
     found = roundings(name)
     assert found
     assert max(found.values()) < ROUNDINGS, found
 
 
-@pytest.mark.parametrize("name", some("gated_linear_attention"))
+@pytest.mark.parametrize("name", few("gated_linear_attention"))
 def test_gradients_on_two_ranks_are_those_of_float64(name):
     found = errors(name, 2, 2)
     assert max(found.values()) < GRADIENTS, found
 
 
-@pytest.mark.parametrize("name", some("softmax_attention"))
+@pytest.mark.parametrize("name", few("softmax_attention"))
 def test_every_op_on_two_ranks_adds_up_in_float32_and_rounds_once(name):
     found = roundings(name, 2, 2)
     assert max(found.values()) < ROUNDINGS, found

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 import triton
-from model_presets import MIXERS, MODELS, build_model, few_or_many, few_or_slow, mixer_partial, small_hybrid
+from model_presets import MODELS, build_model, few_or_many, few_or_slow, mixer_partial, small_hybrid
 from steps_on_meta import watched_steps
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def test_a_mixer_waits_for_nothing(mixer: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", few_or_many())
 def test_a_mixer_on_ranks_waits_for_nothing(mixer: str) -> None:
     assert not waits(layer_of(mixer), 2)
 

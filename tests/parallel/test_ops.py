@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from covering import pairwise
 from distributed import run_ranks, run_threads
 from parallel_cases import CASES, STRATEGIES, agree, fits, is_rows, shared
 
@@ -39,31 +40,26 @@ def test_one_rank_runs_the_kernels() -> None:
     agree(0, 1, list(CASES), [PACKED, SPARSE], LENGTH, 2)
 
 
-@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4, 8))])
-@pytest.mark.parametrize("spans", [2, *(pytest.param(spans, marks=pytest.mark.slow) for spans in (1, 4))])
-def test_ranks_agree_with_one(world: int, spans: int) -> None:
-    compare(world, spans, "default")
+@pytest.mark.parametrize("strategy", ["default", "gather", "ulysses"])
+def test_two_ranks_agree_with_one(strategy: str) -> None:
+    compare(2, 2, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "strategy", "spans"),
+    pairwise(
+        (2, 3, 4, 8), list(STRATEGIES), (1, 2, 4), where=lambda world, strategy, spans: fits("softmax", world, strategy)
+    ),
+)
+def test_ranks_agree_with_one(world: int, strategy: str, spans: int) -> None:
+    compare(world, spans, strategy)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["default", "2-D, two by heads"])
 def test_four_processes_agree_with_one(strategy: str) -> None:
     compare(4, 2, strategy, run=run_ranks)
-
-
-QUICK = [(2, "gather"), (2, "ulysses")]
-SLOW = [
-    (world, strategy)
-    for world in (3, 4, 8)
-    for strategy in STRATEGIES
-    if strategy != "default" and fits("softmax", world, strategy)
-]
-
-
-@pytest.mark.parametrize(("world", "strategy"), [*QUICK, *(pytest.param(*at, marks=pytest.mark.slow) for at in SLOW)])
-@pytest.mark.parametrize("spans", [2, *(pytest.param(spans, marks=pytest.mark.slow) for spans in (1, 4))])
-def test_other_strategies_agree_with_one(world: int, strategy: str, spans: int) -> None:
-    compare(world, spans, strategy)
 
 
 def test_recomputation_by_heads_and_by_gathering() -> None:
