@@ -74,6 +74,7 @@ class Recurrence(ABC, Generic[Record]):
         the output and of the state, whose dimension 1, heads or channels, is what Ulysses shares among ranks.
     common: places of the sequences without that dimension.    scale: of the queries, None for K^(-1/2).
     raw: whether outputs are finished outside the op, and so are in the type of the accumulators.
+    keeps_reads: whether `backward` takes `reads` too, those of `run` where no rank shares the rows.
     """
 
     name: ClassVar[str]
@@ -84,6 +85,7 @@ class Recurrence(ABC, Generic[Record]):
     state: str
     scale: float | None = 1.0
     raw: bool = False
+    keeps_reads: ClassVar[bool] = False
 
     # What an op says of itself.
 
@@ -122,6 +124,10 @@ class Recurrence(ABC, Generic[Record]):
         return dstate
 
     # The parts of a run.
+
+    def run(self, problem: Problem[Record], initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The output of rows that no other rank shares, and the reads that are kept for backward."""
+        return problem.implementation.forward(problem, initial_state)[0], None
 
     @abstractmethod
     def begin(self, problem: Problem[Record]) -> Beginning:
@@ -162,8 +168,9 @@ class Recurrence(ABC, Generic[Record]):
         return out.add_(run(problem, state)[0] - run(problem, None)[0])
 
     def backward(
-        self, problem: Problem[Record], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
-    ) -> tuple[Tensors, Tensor]:
+        self, problem: Problem[Record], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None,
+        reads: Tensor | None = None,
+    ) -> tuple[Tensors, Tensor]:  # fmt: skip
         """The gradients of the inputs, in their types (None for None), and of the initial state."""
         if hasattr(problem.implementation, "backward"):
             return problem.implementation.backward(problem, dout, dfinal_state, initial_state)

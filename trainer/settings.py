@@ -69,6 +69,7 @@ class KernelSettings:
     wkv: str = "auto"  # of RWKV-4 and AFT-simple
     slstm: str = "auto"  # of xLSTM
     log_linear_attention: str = "auto"  # of log-linear Mamba-2
+    slot_attention: str = "auto"  # of GSA and ABC
     mesa: str = "auto"  # of MesaNet; reference solves exactly
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel

@@ -159,6 +159,20 @@ def forward(
     return out, final
 
 
+def final_state(sweep: type[Sweep], problem: Problem[Any]) -> Tensor:
+    """The state after each row's last token, from zero, without outputs."""
+    final = problem.new_states()
+    for each in problem.once(sweep.over):
+        states = each.new_states()
+        states.at[0].zero_()
+        for slab in each.grid.slabs():
+            each.load(slab, reads=False)
+            each.advance(slab, states)
+            states.at[0].copy_(states.at[slab.chunks])
+        each.put(final, states.at[0])
+    return final
+
+
 def backward(
     sweep: type[Sweep],
     problem: Problem[Any],

@@ -166,6 +166,11 @@ def forward(
     return sweeps.forward(Sweep, problem, initial_state, out)
 
 
+def final_state(problem: Problem[GatedLinearInputs]) -> Tensor:
+    """The state after each row's last token, from zero."""
+    return sweeps.final_state(Sweep, problem)
+
+
 def backward(
     problem: Problem[GatedLinearInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensors, Tensor]:

@@ -751,6 +751,11 @@ def forward(
     return out, final
 
 
+def final_state(problem: Problem[GatedLinearInputs]) -> Tensor:
+    """The state after each row's last token, from zero."""
+    return problem.once(_Run).states(problem.new_states())[1]
+
+
 def correct(problem: Problem[GatedLinearInputs], out: Tensor, state: Tensor) -> Tensor:
     """Adds scale (q_t ⊙ e^{G_t}) S to the outputs that the entering state reaches."""
     chunks = ceil_div(problem.reach, CHUNK)

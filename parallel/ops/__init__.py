@@ -15,6 +15,7 @@ from .recurrent import (
     mesa,
     recurrent,
     selective_scan,
+    slot_attention,
     slstm,
     wkv,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "select_blocks",
     "selective_scan",
     "short_conv",
+    "slot_attention",
     "slstm",
     "softmax_attention",
     "token_shift",

@@ -17,6 +17,7 @@ from ...kernels.problem import Record
 from ...kernels.recurrence import Recurrence
 from ...kernels.selective_scan import SelectiveInputs, SelectiveRecurrence
 from ...kernels.serial import Serial
+from ...kernels.slot_attention import SlotInputs, SlotRecurrence
 from ...kernels.slstm import SLSTMInputs, SLSTMRecurrence
 from ...kernels.wkv import WKVInputs, WKVRecurrence
 from ..operation import Operation, Setting, check_class, mix
@@ -166,6 +167,26 @@ def mesa(
     """
     inputs = MesaInputs(q, k, v, log_decay, beta, regulariser)
     return recurrent(MesaRecurrence, inputs, (iterations,), seq=seq, slot=slot)
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    entering: Tensor,
+    log_decay: Tensor,
+    *,
+    seq: Sequence,
+    scale: float | None = None,
+    slot: str = "state",
+) -> Tensor:
+    """o_t = softmax(scale q_t K_tᵀ) V_t over M slots: K_t = diag(e^{g_t}) K_{t−1} + s_tᵀ k_t, and V_t likewise of v_t.
+
+    q, k `[B, T, H, K]`, v `[B, T, H, V]`, entering s and `log_decay` g `[B, T, H, M]`. Returns `[B, T, H, V]` in q's
+    type. One gather carries the end states of both. See `longreach.kernels.slot_attention`.
+    """
+    inputs = SlotInputs(q, k, v, entering, log_decay)
+    return recurrent(SlotRecurrence, inputs, (scale,), seq=seq, slot=slot)
 
 
 def log_linear_attention(

@@ -48,7 +48,8 @@ class StatePassing(Operation):
         self.op.check(inputs)
         op, problem = self.op, self._problem(inputs, seq)
         if seq.layout.ranks == 1:
-            return (problem.implementation.forward(problem, None)[0],), (None, None, None)
+            out, reads = op.run(problem, None)
+            return (out,), (None, None, reads)
         out, summary, reads = op.begin(problem)
         initial, transitions = _before(problem, summary, seq)
         empty_out, *_, empty_reads = op.empty_results(inputs)
@@ -67,7 +68,7 @@ class StatePassing(Operation):
         if transitions is not None:
             local = self.op.summarize_backward(problem, dout, initial, reads)
             dfinal = _after(problem, local, transitions, seq)
-        dinputs, _ = self.op.backward(problem, dout, dfinal, initial)
+        dinputs, _ = self.op.backward(problem, dout, dfinal, initial, reads)
         return tuple(
             d if d is None or x is None or not is_sequence(x) else seq.unfold(d)
             for d, x in zip(dinputs, inputs, strict=True)
@@ -78,7 +79,7 @@ class StatePassing(Operation):
             self.op.check(inputs)
         out, state, transition, reads = self.op.empty_results(inputs)
         if ranks == 1:
-            return (out,), (None, None, None)
+            return (out,), (None, None, reads if self.op.keeps_reads else None)
         batch, rest = state.shape[0], transition.shape[1:]
         initial = state.new_empty(spans * batch, *state.shape[1:])
         if reads is not None:

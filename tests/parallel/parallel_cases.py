@@ -282,6 +282,11 @@ CASES = {
     "log-linear attention": Case(
         _op("log_linear_attention", scale=SCALE), (*_GROUPED, _BY_HEAD, (("T", "H", 5), "normal")), _OUT
     ),
+    "slot attention": Case(
+        _op("slot_attention"),
+        (*_LINEAR, *((("T", "H", 5), kind) for kind in ("positive", "decay"))),
+        _OUT,
+    ),
     "mesa": Case(
         _op("mesa"),
         ((_Q, "direction"), (_Q, "direction"), (_V, "normal"), _BY_HEAD, _BETA, (("H", "K"), "ridge")),

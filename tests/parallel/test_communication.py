@@ -13,12 +13,14 @@ from longreach.kernels.diagonal_scan import DiagonalRecurrence
 from longreach.kernels.documents import Documents
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.masks import Mask
+from longreach.kernels.slot_attention import SlotRecurrence
 from longreach.parallel import ops
 from longreach.parallel.collectives import counting
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
+from longreach.parallel.threads import ThreadGroup, this_rank
 
 B, H, G, K, V, D, TAPS = 2, 4, 2, 8, 12, 16, 4
 
@@ -44,6 +46,7 @@ def counts(rank: int, world: int, name: str, length: int, spans: int, strategy: 
         "scalar": ([*heads, -draw(H)], lambda *x: ops.gated_linear_attention(*x, seq=seq)),
         "channel": ([*heads, -draw(H, K)], lambda *x: ops.gated_linear_attention(*x, seq=seq)),
         "delta": ([*heads, draw(H)], lambda *x: ops.delta_rule(*x, seq=seq)),
+        "slots": ([*heads, draw(H, 5), -draw(H, 5)], lambda *x: ops.slot_attention(*x, seq=seq)),
         "scan": ([draw(D), -draw(D)], lambda *x: ops.diagonal_scan(*x, seq=seq)),
         "conv": ([draw(D), torch.rand(D, TAPS)], lambda *x: ops.short_conv(*x, seq=seq)),
         "shift": ([draw(D)], lambda x: ops.token_shift(x, seq=seq)),
@@ -102,6 +105,7 @@ KEYS, VALUES, CHANNELS = torch.empty(B, 1, H, K), torch.empty(B, 1, H, V), torch
         ("scalar", partial(GatedLinearRecurrence().bytes_sent, (KEYS, KEYS, VALUES, KEYS[..., 0]))),
         ("channel", partial(GatedLinearRecurrence().bytes_sent, (KEYS, KEYS, VALUES, KEYS))),
         ("delta", partial(DeltaRecurrence().bytes_sent, (KEYS, KEYS, VALUES))),
+        ("slots", partial(SlotRecurrence().bytes_sent, (KEYS, KEYS, VALUES, KEYS[..., :5], KEYS[..., :5]))),
         ("scan", partial(DiagonalRecurrence().bytes_sent, (CHANNELS, CHANNELS))),
         ("conv", partial(short_conv.bytes_sent, batch=B, channels=D, taps=TAPS, element_bytes=4)),
         ("shift", partial(short_conv.bytes_sent, batch=B, channels=D, taps=2, element_bytes=4)),
@@ -110,6 +114,14 @@ KEYS, VALUES, CHANNELS = torch.empty(B, 1, H, K), torch.empty(B, 1, H, V), torch
 def test_states_and_halos_as_the_ops_say(name, formula) -> None:
     expected = formula(ranks=2, spans=2)
     assert [sum(parts) for parts in counted(name, 2)] == [expected] * 2
+
+
+def test_one_gather_carries_the_keys_and_the_values_of_slots(monkeypatch) -> None:
+    gathers, original = [], ThreadGroup.all_gather
+    noted = lambda self, *tensors: (gathers.append(this_rank().rank), original(self, *tensors))  # noqa: E731
+    monkeypatch.setattr(ThreadGroup, "all_gather", noted)
+    counted("slots", 2)
+    assert sorted(gathers) == [0, 0, 1, 1]  # forward and backward
 
 
 @pytest.mark.parametrize("name", ["scalar", "delta"])

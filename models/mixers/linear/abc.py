@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels import diagonal_scan
+from ....kernels.slot_attention import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
 from ...layers.normalisation import RMSNorm
 from ...layers.rotary import rotary
 from ...mixer import Mixer, head_size
-from .gated_slot_attention import slot_attention, slot_flops
 
 LEAST = -45.0  # what a gate's logit is cut at: exp(-45) of the past beside 1 of a token is less than float64 tells
 
@@ -69,7 +69,7 @@ class ABC(Mixer):
         q, k, v, gate, past = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         if self.rotary is not None:
             q, k = self.rotary(q, seq), self.rotary(k, seq)
-        out = slot_attention(q, k, v, torch.sigmoid(-past), F.logsigmoid(past), seq=seq)
+        out = ops.slot_attention(q, k, v, torch.sigmoid(-past), F.logsigmoid(past), seq=seq)
         return self.output(self.norm(out, gate, "silu").flatten(-2))
 
     def past(self, s: Tensor, seq: Sequence) -> Tensor:
@@ -83,4 +83,4 @@ class ABC(Mixer):
     def mixing_flops(self, seq: Sequence) -> int:
         sums = diagonal_scan.flops(seq.places, channels=self.heads * self.slots)
         sizes = {"heads": self.heads, "key_dim": self.key_dim, "slots": self.slots, "value_dim": self.value_dim}
-        return sums + slot_flops(seq, **sizes)
+        return sums + flops(seq.places, **sizes)

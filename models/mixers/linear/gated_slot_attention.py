@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....kernels.gated_linear import flops
+from ....kernels.slot_attention import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
@@ -59,7 +59,7 @@ class GatedSlotAttention(Mixer):
         q = F.silu(self.query(x)).unflatten(-1, (self.heads, -1))
         k, v = (self.by_head(F.silu(project(x))) for project in (self.key, self.value))
         log_decay = self.by_head(F.logsigmoid(self.forget(x)) / self.gate_normaliser)
-        out = slot_attention(q, k, v, -torch.expm1(log_decay), log_decay, seq=seq, scale=1.0)
+        out = ops.slot_attention(q, k, v, -torch.expm1(log_decay), log_decay, seq=seq, scale=1.0)
         return self.output(self.norm(F.silu(out.flatten(-2))))
 
     def by_head(self, x: Tensor) -> Tensor:
@@ -68,28 +68,5 @@ class GatedSlotAttention(Mixer):
         return split if self.kv_heads == self.heads else split.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
     def mixing_flops(self, seq: Sequence) -> int:
-        return slot_flops(seq, heads=self.heads, key_dim=self.key_dim, slots=self.slots, value_dim=self.value_dim)
-
-
-def slot_attention(
-    q: Tensor, k: Tensor, v: Tensor, entering: Tensor, log_decay: Tensor, *, seq: Sequence, scale: float | None = None
-) -> Tensor:
-    """Softmax over M slots per head, into which each token's key and value enter in parts: `[B, T, H, V]`.
-
-        K_t = K_(t-1) diag(exp(g_t)) + k_t^T s_t        p_t = softmax(scale q_t K_t)
-        V_t = diag(exp(g_t)) V_(t-1) + s_t^T v_t        o_t = p_t V_t
-
-    q, k `[B, T, H, K]`, v `[B, T, H, V]`; entering s and log_decay g, never positive, `[B, T, H, M]`. `scale=None` is
-    K^(-1/2). The two states are those of two calls of gated linear attention; neither depends on q. As in Zhang et al.,
-    2024, arXiv 2409.07146.
-    """
-    entering = entering.to(v.dtype)
-    scores = ops.gated_linear_attention(q, k, entering, value_log_decay=log_decay, seq=seq, scale=scale, slot="keys")
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return ops.gated_linear_attention(weights, entering, v, log_decay, seq=seq, scale=1.0, slot="values")
-
-
-def slot_flops(seq: Sequence, *, heads: int, key_dim: int, slots: int, value_dim: int) -> int:
-    """Forward FLOPs of `slot_attention` on the tokens of `seq`'s rank."""
-    keys = flops(seq.places, heads=heads, key_dim=key_dim, value_dim=slots)
-    return keys + flops(seq.places, heads=heads, key_dim=slots, value_dim=value_dim)
+        sizes = {"heads": self.heads, "key_dim": self.key_dim, "slots": self.slots, "value_dim": self.value_dim}
+        return flops(seq.places, **sizes)
