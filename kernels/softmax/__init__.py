@@ -43,7 +43,8 @@ def softmax_attention(
         s_ij = scale * q_i . k_j;  lse_i = log(sum_j exp(s_ij) + exp(sink_logit));  o_i = sum_j exp(s_ij - lse_i) v_j
         with softcap c:  c tanh(s_ij / c) in place of s_ij;  with levels a of queries and b of keys:  + a_i - b_j
 
-    q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, G dividing H (head h reads group h // (H/G)). `mask` is
+    q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]`, G dividing H (head h reads group h // (H/G)). v may have a
+    divisor of G heads, which neighbouring heads of k share. `mask` is
     causal, `Mask()`, by default. `documents` are those of the queries (default: a row is one document), `key_documents`
     those of the keys (default: `documents`, for S = T). `scale` is K^(-1/2) by default. `levels` `[B, T, G or H]` and
     `key_levels` `[B, S, …]` (default: `levels`, for S = T) are float32, or float64 for float64: with the sums of
@@ -106,7 +107,7 @@ class SoftmaxAttend(Attend):
             raise ValueError(f"softcap must be more than 0; got {self.softcap}. Leave it out for logits without bounds")
 
     def check(self, inputs: Any) -> None:
-        check_inputs(inputs.q, inputs.k, inputs.v, inputs.sink_logits)
+        check_inputs(inputs.q, inputs.k, inputs.v, inputs.sink_logits, shared_values=True)
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         return self.mask.tile(queries, keys)
@@ -145,7 +146,10 @@ class SoftmaxAttend(Attend):
                 gradients = tuple(order.back(x) for order, x in zip(orders, gradients, strict=True))
             total = gradients if total is None else tuple(a + b for a, b in zip(total, gradients, strict=True))
         assert total is not None
-        return {"q": total[0]}, total[1:]
+        dq, dk, dv, *of_levels = total
+        if dv.shape[2] != (held := received[1].shape[2]):
+            dv = dv.unflatten(2, (held, -1)).sum(3)
+        return {"q": dq}, (dk, dv, *of_levels)
 
     def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
         return (out, lse) if inputs.sink_logits is None else apply_sink(out, lse, inputs.sink_logits)
@@ -158,9 +162,14 @@ class SoftmaxAttend(Attend):
         return (inputs.q,)
 
     def _tensors(self, inputs: Any, received: tuple[Tensor, ...], part: Part) -> tuple[Tensor, ...]:
-        """q, k and v in the part's order, and the levels of keys and of queries, if any."""
-        q, *more = (_in_order(x, part.queries) for x in self.of_queries(inputs))
-        return q, *(_in_order(x, part.keys) for x in received), *more
+        """q, k and v in the part's order, and the levels of keys and of queries, if any.
+
+        Values that heads of keys share are repeated here, after they have travelled.
+        """
+        q, *of_queries = (_in_order(x, part.queries) for x in self.of_queries(inputs))
+        k, v, *of_keys = (_in_order(x, part.keys) for x in received)
+        v = v if v.shape[2] == k.shape[2] else v.repeat_interleave(k.shape[2] // v.shape[2], dim=2)
+        return q, k, v, *of_keys, *of_queries
 
     def _logits(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
         """How a backend makes the logits: what it is not told leaves them as they are."""
@@ -218,8 +227,13 @@ class LevelledAttend(SoftmaxAttend):
         return "they add no levels to logits"
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None) -> None:
-    """Raises ValueError unless q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]` and sink_logits `[H]` fit."""
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None, *, shared_values: bool = False
+) -> None:
+    """Raises ValueError unless q `[B, T, H, K]`, k `[B, S, G, K]`, v `[B, S, G, V]` and sink_logits `[H]` fit.
+
+    shared_values: v may have a divisor of G heads.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(
@@ -227,7 +241,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = N
             )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them alike")
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+    heads = k.shape[2] % max(1, v.shape[2]) if shared_values else k.shape[2] != v.shape[2]
+    if k.shape[:2] != v.shape[:2] or heads or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
             "k must be [B, S, G, K] and v [B, S, G, V] for q [B, T, H, K]; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
