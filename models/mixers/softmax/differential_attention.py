@@ -62,8 +62,9 @@ class DifferentialAttention(SoftmaxAttention):
         shared = v.unflatten(2, (-1, 2)).flatten(-2)
         out = super().attend(q, k, shared, seq, **settings)
         first, second = out.unflatten(2, (shared.shape[2], 2, -1)).unbind(3)
-        difference = first - self.factor_of_second().to(out.dtype) * second
-        return (1 - self.lambda_init) * self.norm(difference.flatten(2, 3))
+        factor = self.factor_of_second()  # in float32: where both are alike, little is left of them
+        difference = (first - factor * second.to(torch.promote_types(factor.dtype, second.dtype))).flatten(2, 3)
+        return ((1 - self.lambda_init) * self.norm(difference)).to(q.dtype)
 
     def factor_of_second(self) -> Tensor:
         """lambda, in float32 at least."""
