@@ -68,7 +68,8 @@ class DifferentialAttention(SoftmaxAttention):
 
     def factor_of_second(self) -> Tensor:
         """lambda, in float32 at least."""
-        q1, k1, q2, k2 = (getattr(self, name) for name in LAMBDAS)
+        wide = torch.promote_types(self.lambda_q1.dtype, torch.float32)
+        q1, k1, q2, k2 = (getattr(self, name).to(wide) for name in LAMBDAS)
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
     def mixing_flops(self, seq: Sequence) -> int:
