@@ -28,7 +28,6 @@ MASKS = {
     "every 3rd": Dilated(3),
     "blocks of 11": BlockLocal(11),
 }
-LEVELS = {"per head": 4, "per group": 2}
 SMALL = kernels.Blockings(
     kernels.Blocks(32, 16, 4, 1), kernels.Blocks(32, 16, 4, 1), kernels.Blocks(16, 32, 4, 1)
 )  # fmt: skip
@@ -97,23 +96,24 @@ def test_every_gradient(mask, levels, softcap, backend):
     assert error(found, op_and_gradients(q, k, v, level, sinks, backend=None, **given)) < 1e-12
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_triton(softcap, monkeypatch):
+@pytest.mark.parametrize(("mask", "levels", "softcap"), [(Mask(), 2, None), (Mask(window=9, sink_tokens=3), 1, 1.5)])
+def test_triton(mask, levels, softcap, monkeypatch):
     monkeypatch.setattr(kernels, "blockings", lambda *_: SMALL)
-    for mask, levels in ((Mask(), 4), (Mask(window=9, sink_tokens=3), 2 if softcap is None else 0)):
-        (q, k, v), level, sinks = draw(PACKED, levels, dtype=torch.float32)
-        given = {"mask": mask, "documents": PACKED, "softcap": softcap}
-        found = op_and_gradients(q, k, v, level, sinks, backend="triton", **given)
-        wide = [x if x is None else x.double() for x in (q, k, v, level, sinks)]
-        assert error(found, op_and_gradients(*wide, backend=None, **given)) < 1e-5
+    documents = Documents.from_lengths([[3, 24, 13]], 43)
+    (q, k, v), level, sinks = draw(documents, levels, heads=2, groups=1, dtype=torch.float32)
+    given = {"mask": mask, "documents": documents, "softcap": softcap}
+    found = op_and_gradients(q, k, v, level, sinks, backend="triton", **given)
+    wide = [x.double() for x in (q, k, v, level, sinks)]
+    assert error(found, op_and_gradients(*wide, backend=None, **given)) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_levels_stay_exact_beside_bfloat16(backend, monkeypatch, repaired_bf16):
     """Levels as low as after thousands of tokens, which bfloat16 would round to multiples of 16."""
     monkeypatch.setattr(kernels, "blockings", lambda *_: SMALL)
-    (q, k, v), level, sinks = draw(PACKED, 4, dtype=torch.bfloat16, falls=0.1)
-    given = {"mask": Mask(), "documents": PACKED, "softcap": None, "backend": backend}
+    documents = Documents.whole(1, 40)
+    (q, k, v), level, sinks = draw(documents, 2, heads=2, groups=1, dtype=torch.bfloat16, falls=0.1)
+    given = {"mask": Mask(), "documents": documents, "softcap": None, "backend": backend}
     out, lse, *gradients = op_and_gradients(q, k, v, level - 3000, sinks, **given)
     wide = [x.double() for x in (q, k, v, level - 3000, sinks)]
     expected = op_and_gradients(*wide, **given | {"backend": None})
@@ -125,9 +125,9 @@ def test_levels_stay_exact_beside_bfloat16(backend, monkeypatch, repaired_bf16):
 
 def test_levels_far_apart_neither_overflow_nor_vanish():
     """Between tokens where all is forgotten a query sees itself alone."""
-    documents = Documents.whole(1, 50)
-    (q, k, v), _, _ = draw(documents, 0, dtype=torch.float32)
-    levels = -1e5 * torch.arange(50.0)[None, :, None].expand(1, 50, 4)
+    documents = Documents.whole(1, 40)
+    (q, k, v), _, _ = draw(documents, 0, heads=2, groups=1, dtype=torch.float32)
+    levels = -1e5 * torch.arange(40.0)[None, :, None].expand(1, 40, 2)
     for backend in ("chunked", "reference", "triton"):
         out = softmax_attention(q, k, v, levels=levels, backend=backend)
         torch.testing.assert_close(out, v.repeat_interleave(2, 2))
