@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from longreach.kernels import dispatch
 from longreach.kernels.attend import Gradient, merge
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import BlockLocal, Dilated, Mask
@@ -175,6 +176,15 @@ def test_libraries_are_not_chosen_for_levels_and_caps(monkeypatch):
         softmax_attention(q, k, v, levels=level, backend="library")
     with pytest.raises(ValueError, match="got 'library': they are not used to cap logits"):
         softmax_attention(q, k, v, softcap=30.0, backend="library")
+
+
+def test_a_library_chosen_for_the_run_is_refused_before_any_rank_waits(monkeypatch):
+    monkeypatch.setattr(dispatch, "_choices", {"softmax_attention": "library"})
+    (q, k, v), level, _ = draw(PACKED, 4)
+    with pytest.raises(
+        ValueError, match=r"kernels\.softmax_attention must be one that can run; got 'library': they add"
+    ):
+        LevelledAttend(Mask(), 1.0).check(LevelledInputs(q, k, v, level, level))
 
 
 @pytest.mark.parametrize(
