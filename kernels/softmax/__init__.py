@@ -110,9 +110,7 @@ class SoftmaxAttend(Attend):
         check_inputs(inputs.q, inputs.k, inputs.v, inputs.sink_logits, shared_values=True)
         refusal = self._without_libraries()
         if refusal is not None and asked("softmax_attention", "auto") == "library":  # of every rank, before any waits
-            raise ValueError(
-                f"kernels.softmax_attention must be one that can run; got 'library': {refusal}. Use auto, or triton on CUDA"
-            )
+            raise ValueError(f"kernels.softmax_attention must be one that can run; got 'library': {refusal}. Use auto")
 
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         return self.mask.tile(queries, keys)
