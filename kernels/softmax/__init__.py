@@ -65,11 +65,11 @@ def softmax_attention(
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
     )
-    if levels is None:
-        if key_levels is not None:
-            raise ValueError("key_levels must come with levels of the queries; got key_levels alone. Pass both")
-        op, inputs = SoftmaxAttend(*settings), SoftmaxInputs(q, k, v, sink_logits)
-    else:
+    if levels is None and key_levels is not None:
+        raise ValueError("key_levels must come with levels of the queries; got key_levels alone. Pass both")
+    op: SoftmaxAttend = SoftmaxAttend(*settings)
+    inputs: Any = SoftmaxInputs(q, k, v, sink_logits)
+    if levels is not None:
         op = LevelledAttend(*settings)
         inputs = LevelledInputs(q, k, v, levels, levels if key_levels is None else key_levels, sink_logits)
     op.check(inputs)
@@ -125,8 +125,9 @@ class SoftmaxAttend(Attend):
         merged: tuple[Tensor, Tensor] | None = None
         for part in with_plain_bands(tile, inputs.q.device):
             tensors = self._tensors(inputs, received, part)
-            module = _implementation(backend, *tensors[:3], part.tile, refusal=self._without_libraries())
-            out, lse = module.attend(*tensors[:3], tile=part.tile, **self._logits(tensors))
+            q, k, v = tensors[:3]
+            module = _implementation(backend, q, k, v, part.tile, refusal=self._without_libraries())
+            out, lse = module.attend(q, k, v, tile=part.tile, **self._logits(tensors))
             if part.queries is not None:
                 out, lse = part.queries.back(out), part.queries.back(lse, float("-inf"))
             merged = (out, lse) if merged is None else merge(*merged, out, lse)
@@ -142,8 +143,9 @@ class SoftmaxAttend(Attend):
             tensors = self._tensors(inputs, received, part)
             dlse = None if gradient.dlse is None else _in_order(gradient.dlse, part.queries)
             of_part = Gradient(*(_in_order(x, part.queries) for x in gradient[:3]), dlse)  # type: ignore[arg-type]
-            module = _implementation(backend, *tensors[:3], part.tile, refusal=refusal)
-            gradients = module.attend_backward(of_part, *tensors[:3], tile=part.tile, **self._logits(tensors))
+            q, k, v = tensors[:3]
+            module = _implementation(backend, q, k, v, part.tile, refusal=refusal)
+            gradients = module.attend_backward(of_part, q, k, v, tile=part.tile, **self._logits(tensors))
             if part.queries is not None and part.keys is not None:
                 orders = part.queries, *[part.keys] * len(received)
                 gradients = tuple(order.back(x) for order, x in zip(orders, gradients, strict=True))

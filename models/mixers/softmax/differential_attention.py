@@ -31,6 +31,7 @@ class DifferentialAttention(SoftmaxAttention):
     """
 
     in_float32 = LAMBDAS
+    lambda_q1: nn.Parameter
 
     @also_takes(SoftmaxAttention)
     def __init__(
