@@ -35,4 +35,5 @@ def attend_backward(
     gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `dense_backward`, with the keys that are listed and visible."""
-    return dense_backward(gradient, q, k, v, visible(blocks, tile, k.shape[1]), scale)
+    dq, dk, dv = dense_backward(gradient, q, k, v, visible(blocks, tile, k.shape[1]), scale)
+    return dq, dk, dv

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,20 +15,23 @@ from .rectangle import FlashRectangles, PlainRectangles
 Routine = type[FlashRectangles] | type[PlainRectangles]
 
 
-def routine_for(device: torch.device) -> Routine:
-    """Which routine computes a rectangle on `device`."""
-    return FlashRectangles if device.type == "cpu" else PlainRectangles
+def routine_for(device: torch.device, logits: dict[str, Any]) -> Routine:
+    """Which routine computes a rectangle on `device`, with what the logits need besides a scale."""
+    return FlashRectangles if device.type == "cpu" and not logits else PlainRectangles
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, routine: Routine | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, routine: Routine | None = None, **logits: Any
 ) -> tuple[Tensor, Tensor]:
-    """See `longreach.kernels.softmax.attend`. Rectangles merge into (out, lse) in the order of the tile's cut."""
+    """See `longreach.kernels.softmax.attend`. Rectangles merge into (out, lse) in the order of the tile's cut.
+
+    logits: softcap and levels, as `PlainRectangles` takes them.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
-    routine = routine or routine_for(q.device)
-    inside = routine(q, k, v, scale=scale)
+    routine = routine or routine_for(q.device, logits)
+    inside = routine(q, k, v, scale=scale, **logits)
     rows, written = (0, 0), bytearray()
     for at in rectangles(tile, inside.limit):
         if at.rows != rows:
@@ -44,19 +49,29 @@ def attend(
 
 
 def attend_backward(
-    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float, routine: Routine | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `longreach.kernels.softmax.attend_backward`. Sums in the order of the tile's cut: the same at every run."""
+    gradient: Gradient,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tile: Tile,
+    scale: float,
+    routine: Routine | None = None,
+    **logits: Any,
+) -> tuple[Tensor, ...]:
+    """See `longreach.kernels.softmax.attend_backward`. Sums in the order of the tile's cut: the same at every run.
+
+    The gradient of the levels of keys comes last, where there are levels.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
-    routine = routine or routine_for(q.device)
-    inside = routine(q, k, v, scale=scale, gradient=gradient)
+    keys = (k, v, logits["levels"][1]) if "levels" in logits else (k, v)
+    sums = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, *keys)]
+    routine = routine or routine_for(q.device, logits)
+    inside = routine(q, k, v, scale=scale, gradient=gradient, **logits)
     for at in rectangles(tile, inside.limit):
-        dq_part, dk_part, dv_part = inside.backward(at)
+        parts = inside.backward(at)
         if (at.rows, at.queries, at.keys) == ((0, q.shape[0]), (0, q.shape[1]), (0, k.shape[1])):  # the only rectangle
-            return dq_part.contiguous(), dk_part.contiguous(), dv_part.contiguous()
-        rows = slice(*at.rows)
-        dq[rows, slice(*at.queries)] += dq_part
-        dk[rows, slice(*at.keys)] += dk_part
-        dv[rows, slice(*at.keys)] += dv_part
-    return dq, dk, dv
+            return tuple(part.contiguous() for part in parts)
+        for total, part, span in zip(sums, parts, (at.queries, *[at.keys] * len(keys)), strict=True):
+            total[slice(*at.rows), slice(*span)] += part
+    return tuple(sums)

@@ -106,30 +106,50 @@ class FlashRectangles(_Rectangles):
 
 
 class PlainRectangles(_Rectangles):
-    """By explicit matmuls on any device, over rectangles small enough for all their scores to be in memory."""
+    """By explicit matmuls on any device, over rectangles small enough for all their scores to be in memory.
+
+    They cap logits, and add levels of queries `[B, T, L]` and keys `[B, S, L]`, L being G or H.
+    """
 
     limit = 1024
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, gradient: Gradient | None = None) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        levels: tuple[Tensor, Tensor] | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
         super().__init__(q, k, v, scale=scale)
+        self.softcap = softcap
+        self.levels = None if levels is None else tuple(x.to(self.dtype) for x in levels)
         if gradient is not None:
             delta = gradient.delta(self.dtype).unsqueeze(-1)
             self.gradient = gradient.dout.to(self.dtype), delta, gradient.lse.to(self.dtype).unsqueeze(-1)
 
     def forward(self, at: Rectangle) -> tuple[Tensor, Tensor]:
         q, k, v = self._inputs(at)
-        scores = self._scores(q, k, at)
+        scores, _ = self._scores(q, k, at)
         lse = scores.logsumexp(-1, keepdim=True)
         out = scores.sub_(lse).exp_() @ v
         return self._ungrouped(out, at), self._ungrouped(lse, at).squeeze(-1)
 
-    def backward(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, at: Rectangle) -> tuple[Tensor, ...]:
         q, k, v = self._inputs(at)
         dout, delta, lse = (self._grouped(_take(x, at.rows, at.queries)) for x in self.gradient)
-        p = self._scores(q, k, at).sub_(lse).exp_()
-        ds = (dout @ v.mT).sub_(delta).mul_(p).mul_(self.scale)
-        dk, dv = ds.mT @ q, p.mT @ dout
-        return self._ungrouped(ds @ k, at), dk.transpose(1, 2), dv.transpose(1, 2)
+        scores, slope = self._scores(q, k, at, with_slope=True)
+        p = scores.sub_(lse).exp_()
+        dv = p.mT @ dout
+        ds = (dout @ v.mT).sub_(delta).mul_(p)
+        of_levels = [] if self.levels is None else [self._of_levels(ds, at)]
+        if slope is not None:
+            ds.mul_(slope)
+        ds.mul_(self.scale)
+        return self._ungrouped(ds @ k, at), (ds.mT @ q).transpose(1, 2), dv.transpose(1, 2), *of_levels
 
     def _inputs(self, at: Rectangle) -> tuple[Tensor, Tensor, Tensor]:
         k, v = (_take(x, at.rows, at.keys).transpose(1, 2) for x in (self.k, self.v))
@@ -142,12 +162,29 @@ class PlainRectangles(_Rectangles):
     def _ungrouped(self, x: Tensor, at: Rectangle) -> Tensor:
         return x.unflatten(2, (-1, at.queries[1] - at.queries[0])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _scores(self, q: Tensor, k: Tensor, at: Rectangle) -> Tensor:
-        scores = (q @ k.mT).mul_(self.scale)
+    def _scores(self, q: Tensor, k: Tensor, at: Rectangle, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """`[b, G, R·n, m]`, and on request the derivative of the capped logits by those before, if they are capped."""
+        scores, slope = (q @ k.mT).mul_(self.scale), None
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_()
+            slope = 1 - scores.square() if with_slope else None
+            scores.mul_(self.softcap)
         n, m = at.queries[1] - at.queries[0], at.keys[1] - at.keys[0]
+        by_head = scores.unflatten(2, (-1, n))
+        if self.levels is not None:
+            of_queries, of_keys = (
+                _take(x, at.rows, span).unflatten(2, (self.k.shape[2], -1)).permute(0, 2, 3, 1)
+                for x, span in zip(self.levels, (at.queries, at.keys), strict=True)
+            )
+            by_head.add_(of_queries.unsqueeze(-1) - of_keys.unsqueeze(-2))
         if at.shape == "causal":
-            hidden = torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(1)
-            scores.unflatten(2, (-1, n)).masked_fill_(hidden, float("-inf"))
+            by_head.masked_fill_(torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
         elif at.shape != "full":
-            scores.unflatten(2, (-1, n)).add_(self.bias(at))
-        return scores
+            by_head.add_(self.bias(at))
+        return scores, slope
+
+    def _of_levels(self, ds: Tensor, at: Rectangle) -> Tensor:
+        """The gradient of the levels of keys `[b, m, L]`."""
+        assert self.levels is not None
+        per_head = ds.unflatten(2, (-1, at.queries[1] - at.queries[0])).sum(3).flatten(1, 2)
+        return -per_head.unflatten(1, (self.levels[1].shape[2], -1)).sum(2).transpose(1, 2)

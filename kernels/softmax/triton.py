@@ -22,6 +22,7 @@ from ..compilation import Compilation
 from ..masks import Mask, Pattern, Tile
 from ..masks.block_ranges import key_ranges, query_ranges
 from ..masks.triton import flat_bands, visible
+from .reference import Levels
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
@@ -140,14 +141,48 @@ def _product(a0, a1, b0, b1, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _levels_of(levels, first, count, N: tl.constexpr, LEVELS: tl.constexpr):
+    """Levels of tokens first..first+N of a row of `count`; zeros where there are none."""
+    n = first + tl.arange(0, N)
+    level = tl.zeros([N], tl.float32)
+    if LEVELS:
+        level = tl.load(levels + n, mask=n < count, other=0.0)
+    return level
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 / LN_2)) + 1.0)
+
+
+@triton.jit
+def _logits(product, scale, softcap, q_level, k_level, SOFTCAP: tl.constexpr, LEVELS: tl.constexpr):
+    """(logits, derivative of the cap) in units of log 2; levels are subtracted first, since they are large.
+
+    With a cap, `scale` leads to what tanh takes, and `softcap` is in units of log 2.
+    """
+    s = product * scale
+    slope = 1.0
+    if SOFTCAP:
+        capped = _tanh(s)
+        slope = 1.0 - capped * capped
+        s = capped * softcap
+    if LEVELS:
+        s += (q_level - k_level) / LN_2
+    return s, slope
+
+
+@triton.jit
 def _forward_range(
-    acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids, k_positions, first, last, keys, scale,
-    k_stride, v_stride, MASKED: tl.constexpr, BANDS: tl.constexpr, N: tl.constexpr,
+    acc, m, weight, q0, q1, q_id, q_at, q_level, k_base, v_base, k_ids, k_positions, k_levels, first, last, keys,
+    scale, softcap, k_stride, v_stride, MASKED: tl.constexpr, BANDS: tl.constexpr,
+    SOFTCAP: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over blocks first..last of keys."""
     for block in range(first, last):
         start = block * N
+        k_level = _levels_of(k_levels, start, keys, N, LEVELS)
         if MASKED:
             k_id, k_at = _places(k_ids, k_positions, start, keys, -2, N)
             keep = k_id >= 0
@@ -155,7 +190,8 @@ def _forward_range(
             k1 = k0
             if K1 > 0:
                 k1 = _rows(k_base, start, k_stride, keep, N, K0, K, K1)
-            s = _product(q0, q1, k0, k1, K1 > 0) * scale
+            s = _product(q0, q1, k0, k1, K1 > 0)
+            s, _ = _logits(s, scale, softcap, q_level[:, None], k_level[None, :], SOFTCAP, LEVELS)
             seen = (q_id[:, None] == k_id[None, :]) & visible(q_at[:, None], k_at[None, :], BANDS)
             s = tl.where(seen, s, HIDDEN)
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -167,8 +203,13 @@ def _forward_range(
             if K1 > 0:
                 k1 = _whole_rows(k_base, start, k_stride, N, K0, K, K1)
             s = _product(q0, q1, k0, k1, K1 > 0)
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - m_new[:, None])
+            if SOFTCAP or LEVELS:
+                s, _ = _logits(s, scale, softcap, q_level[:, None], k_level[None, :], SOFTCAP, LEVELS)
+                m_new = tl.maximum(m, tl.max(s, 1))
+                p = tl.exp2(s - m_new[:, None])
+            else:
+                m_new = tl.maximum(m, tl.max(s, 1) * scale)
+                p = tl.exp2(s * scale - m_new[:, None])
             v = _whole_rows(v_base, start, v_stride, N, 0, V, V0)
         fade = tl.exp2(m - m_new)
         weight = weight * fade + tl.sum(p, 1)
@@ -180,10 +221,10 @@ def _forward_range(
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
-    queries, keys, blocks, heads, group, scale,
+    q, k, v, q_levels, k_levels, out, lse, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
+    queries, keys, blocks, heads, group, level_heads, scale, softcap,
     q_row, q_stride, q_head, k_row, k_stride, k_head, v_row, v_stride, v_head,
-    BANDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDS: tl.constexpr, SOFTCAP: tl.constexpr, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one block of queries of one head; `group` heads read one head of keys and values."""
@@ -199,6 +240,9 @@ def _forward(
     q1 = q0
     if K1 > 0:
         q1 = _rows(q_base, first, q_stride, q_id >= 0, M, K0, K, K1)
+    shared = row * level_heads + head * level_heads // heads
+    q_level = _levels_of(q_levels + shared * queries, first, queries, M, LEVELS)
+    level_base = k_levels + shared * keys
     acc = tl.zeros([M, V0], tl.float32)
     m = tl.full([M], HIDDEN, tl.float32)
     weight = tl.zeros([M], tl.float32)
@@ -206,15 +250,15 @@ def _forward(
     whole, masked, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
     for n in range(whole, masked):
         acc, m, weight = _forward_range(
-            acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids, k_positions,
-            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
-            k_stride, v_stride, False, BANDS, N, K, K0, K1, V, V0,
+            acc, m, weight, q0, q1, q_id, q_at, q_level, k_base, v_base, k_ids, k_positions, level_base,
+            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, softcap,
+            k_stride, v_stride, False, BANDS, SOFTCAP, LEVELS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     for n in range(masked, end):
         acc, m, weight = _forward_range(
-            acc, m, weight, q0, q1, q_id, q_at, k_base, v_base, k_ids + row * keys, k_positions + row * keys,
-            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
-            k_stride, v_stride, True, BANDS, N, K, K0, K1, V, V0,
+            acc, m, weight, q0, q1, q_id, q_at, q_level, k_base, v_base, k_ids + row * keys, k_positions + row * keys,
+            level_base, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, softcap,
+            k_stride, v_stride, True, BANDS, SOFTCAP, LEVELS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     seen = m > HIDDEN / 2  # else `weight` counts hidden keys, each as if it were visible
     weight = tl.where(seen, weight, 1.0)
@@ -253,12 +297,14 @@ def _delta(
 
 @triton.jit
 def _dq_range(
-    dq0, dq1, q0, q1, do, level, delta, q_id, q_at, k_base, v_base, k_ids, k_positions, first, last, keys,
-    scale, k_stride, v_stride, MASKED: tl.constexpr, BANDS: tl.constexpr,
+    dq0, dq1, q0, q1, do, level, delta, q_id, q_at, q_level, k_base, v_base, k_ids, k_positions, k_levels, first, last,
+    keys, scale, softcap, k_stride, v_stride, MASKED: tl.constexpr, BANDS: tl.constexpr,
+    SOFTCAP: tl.constexpr, LEVELS: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     for block in range(first, last):
         start = block * N
+        k_level = _levels_of(k_levels, start, keys, N, LEVELS)
         if MASKED:
             k_id, k_at = _places(k_ids, k_positions, start, keys, -2, N)
             keep = k_id >= 0
@@ -267,7 +313,9 @@ def _dq_range(
             if K1 > 0:
                 k1 = _rows(k_base, start, k_stride, keep, N, K0, K, K1)
             v = _rows(v_base, start, v_stride, keep, N, 0, V, V0)
-            p = tl.exp2(_product(q0, q1, k0, k1, K1 > 0) * scale - level[:, None])
+            s = _product(q0, q1, k0, k1, K1 > 0)
+            s, slope = _logits(s, scale, softcap, q_level[:, None], k_level[None, :], SOFTCAP, LEVELS)
+            p = tl.exp2(s - level[:, None])
             seen = (q_id[:, None] == k_id[None, :]) & visible(q_at[:, None], k_at[None, :], BANDS)
             p = tl.where(seen, p, 0.0)
         else:
@@ -276,9 +324,14 @@ def _dq_range(
             if K1 > 0:
                 k1 = _whole_rows(k_base, start, k_stride, N, K0, K, K1)
             v = _whole_rows(v_base, start, v_stride, N, 0, V, V0)
-            p = tl.exp2(_product(q0, q1, k0, k1, K1 > 0) * scale - level[:, None])
+            s = _product(q0, q1, k0, k1, K1 > 0)
+            s, slope = _logits(s, scale, softcap, q_level[:, None], k_level[None, :], SOFTCAP, LEVELS)
+            p = tl.exp2(s - level[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = (p * (dp - delta[:, None])).to(k0.dtype)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds *= slope
+        ds = ds.to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
         if K1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
@@ -287,10 +340,10 @@ def _dq_range(
 
 @triton.jit
 def _dq(
-    dq, dout, q, k, v, lse2, delta, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
-    queries, keys, blocks, heads, group, scale, dq_scale, d_row, d_stride, d_head,
+    dq, dout, q, k, v, q_levels, k_levels, lse2, delta, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
+    queries, keys, blocks, heads, group, level_heads, scale, softcap, dq_scale, d_row, d_stride, d_head,
     q_row, q_stride, q_head, k_row, k_stride, k_head, v_row, v_stride, v_head,
-    BANDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDS: tl.constexpr, SOFTCAP: tl.constexpr, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head."""
@@ -314,19 +367,22 @@ def _dq(
     at = tl.cast(pair, tl.int64) * queries + first + tl.arange(0, M)
     level = tl.load(lse2 + at, mask=keep, other=-HIDDEN)
     shift = tl.load(delta + at, mask=keep, other=0.0)
+    shared = row * level_heads + head * level_heads // heads
+    q_level = _levels_of(q_levels + shared * queries, first, queries, M, LEVELS)
+    level_base = k_levels + shared * keys
     listed = offsets + 2 * (row * blocks + block)
     whole, masked, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
     for n in range(whole, masked):
         dq0, dq1 = _dq_range(
-            dq0, dq1, q0, q1, do, level, shift, q_id, q_at, k_base, v_base, k_ids, k_positions,
-            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
-            k_stride, v_stride, False, BANDS, N, K, K0, K1, V, V0,
+            dq0, dq1, q0, q1, do, level, shift, q_id, q_at, q_level, k_base, v_base, k_ids, k_positions, level_base,
+            tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale, softcap,
+            k_stride, v_stride, False, BANDS, SOFTCAP, LEVELS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     for n in range(masked, end):
         dq0, dq1 = _dq_range(
-            dq0, dq1, q0, q1, do, level, shift, q_id, q_at, k_base, v_base, k_ids + row * keys,
-            k_positions + row * keys, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
-            k_stride, v_stride, True, BANDS, N, K, K0, K1, V, V0,
+            dq0, dq1, q0, q1, do, level, shift, q_id, q_at, q_level, k_base, v_base, k_ids + row * keys,
+            k_positions + row * keys, level_base, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), keys, scale,
+            softcap, k_stride, v_stride, True, BANDS, SOFTCAP, LEVELS, N, K, K0, K1, V, V0,
         )  # fmt: skip
     held = first + tl.arange(0, M) < queries
     to = dq + (row * queries * heads + head) * K
@@ -337,14 +393,16 @@ def _dq(
 
 @triton.jit
 def _dkv_range(
-    dk0, dk1, dv, k0, k1, v, k_id, k_at, q_base, d_base, level_base, delta_base, q_ids, q_positions, first, last,
-    queries, scale, q_stride, d_stride, MASKED: tl.constexpr, BANDS: tl.constexpr, M: tl.constexpr,
+    dk0, dk1, dv, dlevel, k0, k1, v, k_id, k_at, k_level, q_base, d_base, level_base, delta_base, q_ids, q_positions,
+    q_levels, first, last, queries, scale, softcap, q_stride, d_stride, MASKED: tl.constexpr, BANDS: tl.constexpr,
+    SOFTCAP: tl.constexpr, LEVELS: tl.constexpr, M: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
     """Scores transposed, keys by queries: both products that follow then take them as their left side."""
     for block in range(first, last):
         start = block * M
         at = start + tl.arange(0, M)
+        q_level = _levels_of(q_levels, start, queries, M, LEVELS)
         if MASKED:
             q_id, q_at = _places(q_ids, q_positions, start, queries, -1, M)
             keep = q_id >= 0
@@ -355,7 +413,9 @@ def _dkv_range(
             do = _rows(d_base, start, d_stride, keep, M, 0, V, V0)
             level = tl.load(level_base + at, mask=keep, other=-HIDDEN)
             shift = tl.load(delta_base + at, mask=keep, other=0.0)
-            p = tl.exp2(_product(k0, k1, q0, q1, K1 > 0) * scale - level[None, :])
+            s = _product(k0, k1, q0, q1, K1 > 0)
+            s, slope = _logits(s, scale, softcap, q_level[None, :], k_level[:, None], SOFTCAP, LEVELS)
+            p = tl.exp2(s - level[None, :])
             seen = (q_id[None, :] == k_id[:, None]) & visible(q_at[None, :], k_at[:, None], BANDS)
             p = tl.where(seen, p, 0.0)
         else:
@@ -366,25 +426,36 @@ def _dkv_range(
             do = _whole_rows(d_base, start, d_stride, M, 0, V, V0)
             level = tl.load(level_base + at)
             shift = tl.load(delta_base + at)
-            p = tl.exp2(_product(k0, k1, q0, q1, K1 > 0) * scale - level[None, :])
+            s = _product(k0, k1, q0, q1, K1 > 0)
+            s, slope = _logits(s, scale, softcap, q_level[None, :], k_level[:, None], SOFTCAP, LEVELS)
+            p = tl.exp2(s - level[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        ds = (p * (dp - shift[None, :])).to(q0.dtype)
+        ds = p * (dp - shift[None, :])
+        if LEVELS:
+            dlevel -= tl.sum(ds, 1)
+        if SOFTCAP:
+            ds *= slope
+        ds = ds.to(q0.dtype)
         dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
         if K1 > 0:
             dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
-    return dk0, dk1, dv
+    return dk0, dk1, dv, dlevel
 
 
 @triton.jit
 def _dkv(
-    dk, dv, dout, q, k, v, lse2, delta, q_ids, q_positions, k_ids, k_positions, offsets, bounds,
-    queries, keys, blocks, groups, group, scale, dk_scale, d_row, d_stride, d_head,
+    dk, dv, dlevels, dout, q, k, v, q_levels, k_levels, lse2, delta,
+    q_ids, q_positions, k_ids, k_positions, offsets, bounds,
+    queries, keys, blocks, groups, group, level_heads, scale, softcap, dk_scale, d_row, d_stride, d_head,
     q_row, q_stride, q_head, k_row, k_stride, k_head, v_row, v_stride, v_head,
-    BANDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDS: tl.constexpr, SOFTCAP: tl.constexpr, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys of one of `groups` heads, summed over the `group` query heads that read it."""
+    """dk and dv of one block of keys of one of `groups` heads, summed over the `group` query heads that read it.
+
+    dlevels `[B, H, S]` is of each query head.
+    """
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
     row, shared = tl.cast(pair // groups, tl.int64), pair % groups
@@ -408,18 +479,26 @@ def _dkv(
         q_base = q + row * q_row + head * q_head
         d_base = dout + row * d_row + head * d_head
         at = (row * groups * group + head) * queries
+        level_head = row * level_heads + head * level_heads // (groups * group)
+        k_level = _levels_of(k_levels + level_head * keys, first, keys, N, LEVELS)
+        q_base_levels = q_levels + level_head * queries
+        dlevel = tl.zeros([N], tl.float32)
         for n in range(whole, masked):
-            dk0, dk1, dvalue = _dkv_range(
-                dk0, dk1, dvalue, k0, k1, value, k_id, k_at, q_base, d_base, lse2 + at, delta + at,
-                q_ids, q_positions, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), queries, scale,
-                q_stride, d_stride, False, BANDS, M, K, K0, K1, V, V0,
+            dk0, dk1, dvalue, dlevel = _dkv_range(
+                dk0, dk1, dvalue, dlevel, k0, k1, value, k_id, k_at, k_level, q_base, d_base, lse2 + at, delta + at,
+                q_ids, q_positions, q_base_levels, tl.load(bounds + 2 * n), tl.load(bounds + 2 * n + 1), queries,
+                scale, softcap, q_stride, d_stride, False, BANDS, SOFTCAP, LEVELS, M, K, K0, K1, V, V0,
             )  # fmt: skip
         for n in range(masked, end):
-            dk0, dk1, dvalue = _dkv_range(
-                dk0, dk1, dvalue, k0, k1, value, k_id, k_at, q_base, d_base, lse2 + at, delta + at,
-                q_ids + row * queries, q_positions + row * queries, tl.load(bounds + 2 * n),
-                tl.load(bounds + 2 * n + 1), queries, scale, q_stride, d_stride, True, BANDS, M, K, K0, K1, V, V0,
+            dk0, dk1, dvalue, dlevel = _dkv_range(
+                dk0, dk1, dvalue, dlevel, k0, k1, value, k_id, k_at, k_level, q_base, d_base, lse2 + at, delta + at,
+                q_ids + row * queries, q_positions + row * queries, q_base_levels, tl.load(bounds + 2 * n),
+                tl.load(bounds + 2 * n + 1), queries, scale, softcap, q_stride, d_stride, True, BANDS,
+                SOFTCAP, LEVELS, M, K, K0, K1, V, V0,
             )  # fmt: skip
+        if LEVELS:
+            place = first + tl.arange(0, N)
+            tl.store(dlevels + (row * groups * group + head) * keys + place, dlevel, mask=place < keys)
     held = first + tl.arange(0, N) < keys
     to = dk + (row * keys * groups + shared) * K
     _store_rows(to, dk0 * dk_scale, first, groups * K, held, N, 0, K, K0)
@@ -435,7 +514,9 @@ def _ready(x: Tensor) -> Tensor:
 class _Work:
     """What every kernel of a tile takes: tensors with their strides, documents on the device, the mask, the dims."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None, levels: Levels | None
+    ) -> None:
         # The kernels take the maximum before they scale, which is the maximum of the scaled only if scale >= 0.
         self.sign = -1.0 if scale < 0 else 1.0
         self.q, self.k, self.v = _ready(-q if scale < 0 else q), _ready(k), _ready(v)
@@ -443,20 +524,36 @@ class _Work:
         self.batch, self.queries, self.heads, self.key_dim = q.shape
         self.keys, self.groups, self.value_dim = k.shape[1], k.shape[2], v.shape[3]
         self.blocks = blockings(q.dtype, self.key_dim, self.value_dim)
+        self.softcap, self.level_heads = softcap, self.heads if levels is None else levels[0].shape[2]
+        # By head, so that the levels of a block lie together.
+        self.levels = None if levels is None else tuple(x.transpose(1, 2).contiguous() for x in levels)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """q, k, v and the levels, for which other tensors stand where there are none."""
+        return (self.q, self.k, self.v, *(self.levels or (self.q, self.k)))
 
     def places(self) -> tuple[Tensor, ...]:
         device = self.q.device
         queries, keys = self.tile.queries, self.tile.keys
         return queries.ids(device), queries.positions(device), keys.ids(device), keys.positions(device)
 
+    def factors(self) -> tuple[float, float]:
+        """`scale` and `softcap` of `_logits`."""
+        if self.softcap is None:
+            return self.scale * LOG2_E, 1.0
+        return self.scale / self.softcap, self.softcap * LOG2_E
+
     def constants(self, blocks: Blocks) -> dict[str, Any]:
-        return _constants(blocks, self.key_dim, self.value_dim, self.tile.mask)
+        has = self.softcap is not None, self.levels is not None
+        return _constants(blocks, self.key_dim, self.value_dim, self.tile.mask, *has)
 
 
-def _constants(blocks: Blocks, key_dim: int, value_dim: int, mask: Pattern) -> dict[str, Any]:
+def _constants(
+    blocks: Blocks, key_dim: int, value_dim: int, mask: Pattern, softcap: bool = False, levels: bool = False
+) -> dict[str, Any]:
     k0, k1 = split_dim(key_dim)
     return {
-        "BANDS": flat_bands(mask), "M": blocks.queries, "N": blocks.keys,
+        "BANDS": flat_bands(mask), "SOFTCAP": softcap, "LEVELS": levels, "M": blocks.queries, "N": blocks.keys,
         "K": key_dim, "K0": k0, "K1": k1, "V": value_dim, "V0": padded(value_dim),
     }  # fmt: skip
 
@@ -465,17 +562,26 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tile: Tile,
+    scale: float,
+    softcap: float | None = None,
+    levels: Levels | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.softmax.attend`; results are float32."""
     out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    work = _Work(q, k, v, tile, scale)
+    work = _Work(q, k, v, tile, scale, softcap, levels)
     with torch.cuda.device_of(q):
         blocks = work.blocks.forward
         number = triton.cdiv(work.queries, blocks.queries)
         _forward[(number * work.batch * work.heads,)](
-            work.q, work.k, work.v, out, lse, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
-            work.queries, work.keys, number, work.heads, work.heads // work.groups, work.scale * LOG2_E,
+            *work.tensors(), out, lse, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
+            work.queries, work.keys, number, work.heads, work.heads // work.groups, work.level_heads, *work.factors(),
             *_strides(work.q, work.k, work.v), **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
@@ -483,35 +589,51 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float) -> tupl
 
 
 def attend_backward(
-    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `longreach.kernels.softmax.attend_backward`; gradients are float32, dk and dv written once each."""
+    gradient: Gradient,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tile: Tile,
+    scale: float,
+    softcap: float | None = None,
+    levels: Levels | None = None,
+) -> tuple[Tensor, ...]:
+    """See `longreach.kernels.softmax.attend_backward`; gradients are float32, dk and dv written once each.
+
+    The gradient of the levels of keys comes last, where there are levels.
+    """
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    work = _Work(q, k, v, tile, scale)
+    work = _Work(q, k, v, tile, scale, softcap, levels)
+    dlevels = dk if levels is None else dk.new_empty(work.batch, work.heads, work.keys)
     with torch.cuda.device_of(q):
-        delta, lse2 = _levels(work, gradient)
+        delta, lse2 = _of_queries(work, gradient)
         dout = _ready(gradient.dout.to(q.dtype))  # as an operand of tensor cores
-        tensors = (dout, work.q, work.k, work.v)
+        strides = _strides(dout, work.q, work.k, work.v)
         blocks = work.blocks.dq
         number = triton.cdiv(work.queries, blocks.queries)
         _dq[(number * work.batch * work.heads,)](
-            dq, *tensors, lse2, delta, *work.places(), *key_ranges(tile, blocks.queries, blocks.keys, q.device),
-            work.queries, work.keys, number, work.heads, work.heads // work.groups,
-            work.scale * LOG2_E, work.scale * work.sign, *_strides(*tensors), **work.constants(blocks),
+            dq, dout, *work.tensors(), lse2, delta, *work.places(),
+            *key_ranges(tile, blocks.queries, blocks.keys, q.device),
+            work.queries, work.keys, number, work.heads, work.heads // work.groups, work.level_heads,
+            *work.factors(), work.scale * work.sign, *strides, **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         blocks = work.blocks.dkv
         number = triton.cdiv(work.keys, blocks.keys)
         _dkv[(number * work.batch * work.groups,)](
-            dk, dv, *tensors, lse2, delta, *work.places(), *query_ranges(tile, blocks.keys, blocks.queries, q.device),
-            work.queries, work.keys, number, work.groups, work.heads // work.groups,
-            work.scale * LOG2_E, work.scale, *_strides(*tensors), **work.constants(blocks),
+            dk, dv, dlevels, dout, *work.tensors(), lse2, delta, *work.places(),
+            *query_ranges(tile, blocks.keys, blocks.queries, q.device),
+            work.queries, work.keys, number, work.groups, work.heads // work.groups, work.level_heads,
+            *work.factors(), work.scale, *strides, **work.constants(blocks),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
-    return dq, dk, dv
+    if levels is None:
+        return dq, dk, dv
+    return dq, dk, dv, dlevels.unflatten(1, (work.level_heads, -1)).sum(2).transpose(1, 2)
 
 
-def _levels(work: _Work, gradient: Gradient) -> tuple[Tensor, Tensor]:
+def _of_queries(work: _Work, gradient: Gradient) -> tuple[Tensor, Tensor]:
     """What the gradient kernels need of each query: (delta, lse in units of log 2), `[B, H, T]`."""
     dout, out, lse = _ready(gradient.dout), _ready(gradient.out), gradient.lse.contiguous()
     dlse = None if gradient.dlse is None else gradient.dlse.contiguous()
@@ -526,23 +648,32 @@ def _levels(work: _Work, gradient: Gradient) -> tuple[Tensor, Tensor]:
     return delta, lse2
 
 
-_FLOATS = ("out", "lse", "dlse", "delta", "lse2", "dq", "dk", "dv")
+_FLOATS = ("q_levels", "k_levels", "out", "lse", "dlse", "delta", "lse2", "dq", "dk", "dv", "dlevels")
 _INTEGERS = ("q_ids", "q_positions", "k_ids", "k_positions", "offsets", "bounds")
 
 
 def compilations() -> list[Compilation]:
-    """Every kernel at the dims of production models in bfloat16, the widest with a window and sinks too."""
+    """Every kernel at the dims of production models in bfloat16; at 128 with a window and sinks, and with all that can
+    be done to logits, too.
+    """
     result = []
     windowed = Mask(window=4096, sink_tokens=4)
-    for key_dim, value_dim, mask in ((64, 64, Mask()), (128, 128, Mask()), (128, 128, windowed), (192, 128, Mask())):
+    for key_dim, value_dim, mask, capped_with_levels in (
+        (64, 64, Mask(), False),
+        (128, 128, Mask(), False),
+        (128, 128, windowed, False),
+        (128, 128, Mask(), True),
+        (192, 128, Mask(), False),
+    ):
         chosen = blockings(torch.bfloat16, key_dim, value_dim)
         variant = f"{key_dim}/{value_dim}" + (" window" if mask == windowed else "")
+        variant += " softcap levels" if capped_with_levels else ""
         for kernel, blocks, rows in (
             (_forward, chosen.forward, chosen.forward.queries),
             (_dq, chosen.dq, chosen.dq.queries),
             (_dkv, chosen.dkv, chosen.dkv.keys),
         ):
-            constants = _constants(blocks, key_dim, value_dim, mask)
+            constants = _constants(blocks, key_dim, value_dim, mask, capped_with_levels, capped_with_levels)
             result.append(_compilation(kernel, constants, blocks.warps, blocks.stages, rows, variant))
     for value_dim in (64, 128):
         constants = {"HAS_DLSE": False, "M": DELTA_ROWS, "V": value_dim, "V0": value_dim}
@@ -558,7 +689,7 @@ def _compilation(kernel, constants, warps: int, stages: int, rows: int, variant:
             return "*i32"
         if name in ("q", "k", "v", "dout"):
             return "*bf16"
-        return "fp32" if name.endswith("scale") else "i32"
+        return "fp32" if name.endswith("scale") or name == "softcap" else "i32"
 
     signature = {name: kind(name) for name in kernel.arg_names if name not in constants}
     divisible = tuple(

@@ -67,13 +67,15 @@ class HeadNorm(nn.Module):
         y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
     `[B, T, H, V]` to `[B, T, H * V]` in the same dtype; statistics in float32 at least (Wu and He, 2018,
-    arXiv 1803.08494). bias=False leaves it out. With a gate `[B, T, H * V]`, y times its activation, "silu" or
-    "sigmoid".
+    arXiv 1803.08494). bias=False leaves it out. centred=False makes it the RMS norm: nothing is subtracted, and the
+    mean of x^2 stands for the variance. With a gate `[B, T, H * V]`, y times its activation, "silu" or "sigmoid".
     """
 
-    def __init__(self, heads: int, value_dim: int, eps: float = 1e-6, bias: bool = True) -> None:
+    def __init__(
+        self, heads: int, value_dim: int, eps: float = 1e-6, bias: bool = True, *, centred: bool = True
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.centred = eps, centred
         self.weight = nn.Parameter(torch.ones(heads * value_dim))
         self.bias = nn.Parameter(torch.zeros(heads * value_dim)) if bias else None
 
@@ -82,10 +84,12 @@ class HeadNorm(nn.Module):
             weight, bias = (None if p is None else p.view(x.shape[-2:]) for p in (self.weight, self.bias))
             assert weight is not None
             gate = gate.unflatten(-1, x.shape[-2:])
-            return gated_norm(x, gate, weight, bias, eps=self.eps, activation=activation, centred=True).flatten(-2)
+            return gated_norm(x, gate, weight, bias, eps=self.eps, activation=activation, centred=self.centred).flatten(
+                -2
+            )
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = F.layer_norm(wide, x.shape[-1:], eps=self.eps).flatten(-2)
-        scaled = normed * self.weight
+        norm = F.layer_norm if self.centred else F.rms_norm
+        scaled = norm(wide, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
         return (scaled if self.bias is None else scaled + self.bias).to(x.dtype)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:

@@ -11,7 +11,7 @@ from ...kernels.documents import PADDING, Documents, Run
 from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import run
-from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
+from ...kernels.softmax import LevelledAttend, LevelledInputs, SoftmaxAttend, SoftmaxInputs
 from ..decoding_cache import Stretch
 from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
@@ -30,16 +30,23 @@ def softmax_attention(
     seq: Sequence,
     mask: Pattern | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    levels: Tensor | None = None,
     sink_logits: Tensor | None = None,
     slot: str = "attention",
 ) -> Tensor:
     """o = softmax(scale q kᵀ + mask) v over the whole row: `[B, T, H, V]` in q's type.
 
-    q `[B, T, H, K]`; k `[B, T, G, K]` and v `[B, T, G, V]` with G dividing H; `sink_logits` `[H]`. See
-    `longreach.kernels.softmax`.
+    q `[B, T, H, K]`; k `[B, T, G, K]` and v `[B, T, G, V]` with G dividing H; `sink_logits` `[H]`. With `levels`
+    `[B, T, G or H]`, float32 (float64 for float64), the level of the query less that of the key is added to each
+    logit, after `softcap`. See `longreach.kernels.softmax`.
     """
-    settings = (CAUSAL if mask is None else mask).settings, q.shape[-1] ** -0.5 if scale is None else scale
-    return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, seq=seq, slot=slot)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    settings = (CAUSAL if mask is None else mask).settings, scale, softcap
+    if levels is None:
+        return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, seq=seq, slot=slot)
+    inputs = LevelledInputs(q, k, v, levels, levels, sink_logits)
+    return attention(LevelledAttend, inputs, settings, seq=seq, slot=slot)
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence, slot: str = "attention") -> Tensor:

@@ -19,6 +19,7 @@ from longreach.launch import configuration
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixer import Mixer, construct, small_sizes
+from longreach.models.part import cast_parameters
 from longreach.parallel.sequence import DecodingCache, Sequence
 
 configuration.register_sizes()
@@ -112,8 +113,11 @@ def _few_or(mark: pytest.MarkDecorator) -> list[Any]:
 
 
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
-    mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6).to(dtype)
+    """With random parameters; in bfloat16 as the trainer has it, which leaves those in float32 that its layers name."""
+    mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6)
     assert isinstance(mixer, Mixer)
+    mixer.to(torch.promote_types(dtype, torch.float32))
+    cast_parameters(mixer, dtype)
     if mixer.publishes:
         mixer.register_forward_hook(lambda module, arguments, outputs: outputs[0])
     randomise(mixer)

@@ -94,6 +94,14 @@ def _attend(scale: float | None = None, **mask: Any) -> Callable[..., Tensor]:
     return call
 
 
+def _levelled(
+    q: Tensor, k: Tensor, v: Tensor, levels: Tensor, sinks: Tensor | None = None, *, seq: Sequence, **settings: Any
+) -> Tensor:
+    """Levels are exact numbers, whatever the type of queries."""
+    levels = levels.to(torch.promote_types(q.dtype, torch.float32))
+    return ops.softmax_attention(q, k, v, seq=seq, levels=levels, sink_logits=sinks, **settings)
+
+
 def _masked(mask: Pattern) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
         return ops.softmax_attention(q, k, v, seq=seq, mask=mask)
@@ -216,6 +224,13 @@ CASES = {
     "dilated window": Case(_masked(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),
     "near and every 5th": Case(
         _masked(Bands((Band(back=6, ahead=0), Band(ahead=-7, stride=5)))), _ATTENTION, _OUT, keys=True
+    ),
+    "levels": Case(_levelled, (*_ATTENTION, (("T", "H"), "strong"), (("H",), "normal")), _OUT, keys=True),
+    "capped, levels of groups": Case(
+        functools.partial(_levelled, softcap=1.5, mask=Dilated(3)),
+        (*_ATTENTION, (("T", "G"), "strong")),
+        _OUT,
+        keys=True,
     ),
     "kernel attention": Case(_whole, _ATTENTION, _OUT, keys=True),
     "own attention": Case(own_attention, (*_LINEAR, (("T", "H"), "normal"), (("T", "H"), "normal")), _OUT, keys=True),

@@ -43,6 +43,10 @@ def counts(rank: int, world: int, name: str, length: int, spans: int, strategy: 
             kind: ([q, k, v], lambda q, k, v, mask=mask: ops.softmax_attention(q, k, v, seq=seq, mask=mask))
             for kind, mask in masks.items()
         },
+        "levels": (
+            [q, k, draw(1, V), draw(H)],
+            lambda q, k, v, levels: ops.softmax_attention(q, k, v, seq=seq, mask=masks["full"], levels=levels),
+        ),
         "scalar": ([*heads, -draw(H)], lambda *x: ops.gated_linear_attention(*x, seq=seq)),
         "channel": ([*heads, -draw(H, K)], lambda *x: ops.gated_linear_attention(*x, seq=seq)),
         "delta": ([*heads, draw(H)], lambda *x: ops.delta_rule(*x, seq=seq)),
@@ -69,6 +73,11 @@ def counted(
 def test_a_ring_of_which_every_key_is_seen() -> None:
     block = B * 24 * G * (K + V)
     assert counted("full", 4) == [[3 * block * 4, 3 * block * (4 + 4)]] * 4
+
+
+def test_levels_travel_with_keys_and_shared_values_once() -> None:
+    block = B * 24 * (G * K + V + H)
+    assert counted("levels", 4) == [[3 * block * 4, 3 * block * (4 + 4)]] * 4
 
 
 def test_a_causal_ring_passes_on_what_is_behind() -> None:

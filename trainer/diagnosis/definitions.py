@@ -46,12 +46,27 @@ def _joined(x: Tensor, parts: list[tuple[int, int, Tensor]], value: float = 0.0)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, sink: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float | None,
+    sink: Tensor | None,
+    softcap: float | None = None,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of one document: q `[T, H, K]`, k `[S, G, K]`, v `[S, G, V]`, seen `[H or 1, T, S]`; out and lse `[T, H]`."""
+    """Of one document: q `[T, H, K]`, k `[S, G, K]`, v `[S, G, V]`, seen `[H or 1, T, S]`, levels `[T, G or H]`; out
+    and lse `[T, H]`.
+    """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (factor * torch.einsum("thk,shk->hts", q, k)).masked_fill(~seen, -torch.inf)
+    scores = factor * torch.einsum("thk,shk->hts", q, k)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if levels is not None:
+        level = levels.repeat_interleave(q.shape[1] // levels.shape[1], dim=1).T
+        scores = scores + (level[:, :, None] - level[:, None])
+    scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     if sink is not None:
         lse = torch.logaddexp(lse, sink[:, None])
@@ -87,6 +102,8 @@ def softmax_attention(
     lengths: Lengths,
     mask: Any = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    levels: Tensor | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     dtype = q.dtype
@@ -95,7 +112,8 @@ def softmax_attention(
     for row, start, size in documents_of(lengths):
         here = slice(start, start + size)
         seen = _seen(size, mask).to(q.device)
-        parts.append((row, start, _attend(q[row, here], k[row, here], v[row, here], seen, scale, sink_logits)[0]))
+        of_logits = scale, sink_logits, softcap, None if levels is None else levels[row, here]
+        parts.append((row, start, _attend(q[row, here], k[row, here], v[row, here], seen, *of_logits)[0]))
     return _joined(q, parts).to(dtype)
 
 

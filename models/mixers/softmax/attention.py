@@ -76,9 +76,7 @@ class Attention(Mixer):
 
     def project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.conv is not None:
-            q, k, v = self.conv.of_parts((q, k, v), seq)
+        q, k, v = self.before_norms(x, seq)
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
@@ -87,6 +85,11 @@ class Attention(Mixer):
         if self.rotary is not None:
             q, k = self.rotary(q, seq), self.rotary(k, seq)
         return q, k, v
+
+    def before_norms(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, heads * head_dim]`, keys and values `[B, T, kv_heads * head_dim]`, convolved."""
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return (q, k, v) if self.conv is None else self.conv.of_parts((q, k, v), seq)  # type: ignore[return-value]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         """The mixing itself, `[B, T, heads, head_dim]`: here of all keys."""

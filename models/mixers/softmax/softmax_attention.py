@@ -11,6 +11,7 @@ from ....kernels.masks import BlockLocal, Dilated, Mask
 from ....kernels.softmax import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.logit_factor import logit_factor
 from ...mixer import also_takes
 from .attention import Attention
 
@@ -23,13 +24,16 @@ class SoftmaxAttention(Attention):
     block: of how many positions the query's own block has, beyond which it sees nothing: blocks of a document, side by
         side (DiagAttention of TransNormer, arXiv 2210.10340; the chunked attention of Llama 4).
     sink_logits: a learned logit per head in the softmax's denominator.
+    softcap: logits s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
+    log_length, temperature, temperature_length: factors on logits by position, see `LogitFactor`.
     The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
     @also_takes(Attention)
     def __init__(
         self, *, window: int | None = None, sink_tokens: int = 0, dilation: int = 1, block: int | None = None,
-        sink_logits: bool = False, **attention: Any,
+        sink_logits: bool = False, softcap: float | None = None, log_length: int | None = None,
+        temperature: float | None = None, temperature_length: int | None = None, **attention: Any,
     ) -> None:  # fmt: skip
         super().__init__(**attention)
         if block is not None and (window is not None or sink_tokens or dilation != 1):
@@ -42,10 +46,26 @@ class SoftmaxAttention(Attention):
             self.mask = BlockLocal(block)
         else:
             self.mask = Mask(window=window, sink_tokens=sink_tokens) if dilation == 1 else Dilated(dilation, window)
+        if softcap is not None and softcap <= 0:
+            raise ValueError(f"softcap must be more than 0; got {softcap}. Leave it out for logits without bounds")
+        self.softcap, self.factor = softcap, logit_factor(log_length, temperature, temperature_length)
         self.sink_logits = nn.Parameter(torch.zeros(self.heads)) if sink_logits else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        return ops.softmax_attention(q, k, v, seq=seq, mask=self.mask, sink_logits=self.sink_logits)
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: Sequence,
+        *,
+        levels: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        q = q if self.factor is None else self.factor(q, seq)
+        return ops.softmax_attention(
+            q, k, v, seq=seq, mask=self.mask, scale=scale, softcap=self.softcap, levels=levels,
+            sink_logits=self.sink_logits,
+        )  # fmt: skip
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(self.mask), heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
