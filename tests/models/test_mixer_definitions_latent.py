@@ -104,7 +104,7 @@ def test_latent_attention_is_that_of_deepseek_v3_in_transformers(query_rank):
     scaling = {"kind": "yarn", "factor": 4.0, "original_length": 16, "beta_fast": 4.0, "attention_factor": 1.0}
     ours = LatentAttention(
         width=WIDTH, query_rank=query_rank, rope_scaling=scaling, scale=theirs.scaling, bias=query_rank is not None,
-        **OURS,
+        output_bias=query_rank is not None, **OURS,
     )  # fmt: skip
     assert theirs.scaling != (KEY + ROPE) ** -0.5
     call = lambda x: theirs(x, position, None)[0]  # noqa: E731

@@ -24,15 +24,16 @@ class LatentAttention(Mixer):
         q_th = rotate W_q x_t, or rotate W_q RMSNorm(W_b x_t)          the rotation turns the dims of r alone
         o_i = sum_j softmax_j(scale q_i . k_j) v_j        j <= i in i's document
 
-    Between ranks and in the decoding cache a token is c and the rotated r: latent_rank + rope_dim numbers.
+    Between ranks and in the decoding cache a token is c and the rotated r: latent_rank + rope_heads * rope_dim numbers.
 
-    heads: of queries, keys and values; their dims are rope_dim + key_dim and value_dim, key_dim being width / heads and
-    value_dim key_dim by default. latent_rank: of c. query_rank: of the compressed queries, None for W_q alone.
-    rope_dim: of r, the part of the keys that all heads share, 0 for none. rope_base: None leaves r unrotated, as in
-    Kimi Linear. rope_scaling: see `RopeScaling`. latent_norm: whether there is an RMSNorm in c and in the queries.
-    scale: by default (rope_dim + key_dim)^(-1/2); models extended by YaRN multiply it. gate, gate_rank, gate_bias: the
-    output's, see `OutputGate`. sink_logits: a learned logit per head in the softmax's denominator.
-    bias: of W_a and W_b, and of the output.
+    heads: of queries, keys and values. Keys have rope_heads * rope_dim + key_dim dims, key_dim being width / heads by
+    default, and values value_dim, by default key_dim. latent_rank: of c. query_rank: of the compressed queries, None
+    for W_q alone. rope_dim: of r, the part of the keys that all heads share, 0 for none. rope_heads: of how many parts
+    of rope_dim dims, which turn alike, r consists; models made of grouped attention have several. rope_base: None
+    leaves r unrotated, as in Kimi Linear. rope_scaling: see `RopeScaling`. latent_norm: whether there is an RMSNorm in
+    c and in the queries. scale: by default that of the keys' dims; models extended by YaRN multiply it. gate,
+    gate_rank, gate_bias: the output's, see `OutputGate`. sink_logits: a learned logit per head in the softmax's
+    denominator. bias, query_bias, output_bias: of W_a and W_b, of W_q, and of the output.
     Raises ValueError for sizes that do not fit and for settings without effect.
     """
 
@@ -48,6 +49,7 @@ class LatentAttention(Mixer):
         key_dim: int | None = None,
         value_dim: int | None = None,
         rope_dim: int = 64,
+        rope_heads: int = 1,
         rope_base: float | None = 10000.0,
         rope_scaling: dict[str, Any] | None = None,
         latent_norm: bool = True,
@@ -58,46 +60,64 @@ class LatentAttention(Mixer):
         gate_bias: bool = False,
         sink_logits: bool = False,
         bias: bool = False,
+        query_bias: bool = False,
+        output_bias: bool = False,
     ) -> None:
         super().__init__()
         key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
         value_dim = key_dim if value_dim is None else value_dim
-        _check(heads, latent_rank, query_rank, key_dim, value_dim, rope_dim)
-        self.heads, self.key_dim, self.value_dim, self.rope_dim = heads, rope_dim + key_dim, value_dim, rope_dim
+        _check_sizes(
+            {"heads": heads, "latent_rank": latent_rank, "value_dim": value_dim, "query_rank": query_rank,
+             "rope_heads": rope_heads}, {"key_dim": key_dim, "rope_dim": rope_dim},
+        )  # fmt: skip
+        if rope_dim == 0 and (rope_base is not None or rope_heads != 1):
+            raise ValueError(
+                f"rope_base must be null and rope_heads 1 with rope_dim=0; got {rope_base} and {rope_heads}. "
+                "Leave them so, or give rope_dim"
+            )
+        self.heads, self.rope_heads, self.shared_dim = heads, rope_heads, rope_heads * rope_dim
+        self.key_dim, self.value_dim = self.shared_dim + key_dim, value_dim
         self.latent_rank, self.scale = latent_rank, scale
-        if rope_dim == 0 and rope_base is not None:
-            raise ValueError(f"rope_base must be null with rope_dim=0, where no dim turns; got {rope_base}")
         self.rotary = rotary(rope_dim, rope_base, 1.0, rope_scaling)
         self.query_down = self.query_norm = None
         if query_rank is not None:
             self.query_down = nn.Linear(width, query_rank, bias=bias)
             self.query_norm = RMSNorm(query_rank, norm_eps) if latent_norm else None
-        self.query = nn.Linear(width if query_rank is None else query_rank, heads * self.key_dim, bias=False)
-        self.latent = nn.Linear(width, rope_dim + latent_rank, bias=bias)
+        self.query = nn.Linear(width if query_rank is None else query_rank, heads * self.key_dim, bias=query_bias)
+        self.latent = nn.Linear(width, self.shared_dim + latent_rank, bias=bias)
         self.latent_norm = RMSNorm(latent_rank, norm_eps) if latent_norm else None
         self.attend = ExpandedAttention(latent_rank, heads * (key_dim + value_dim), heads if sink_logits else None)
         self.gate = output_gate(gate, width, heads, value_dim, rank=gate_rank, bias=gate_bias)
-        self.output = nn.Linear(heads * value_dim, width, bias=bias)
+        self.output = nn.Linear(heads * value_dim, width, bias=output_bias)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         out = self.attend(self.queries(x, seq), self.rows(x, seq), seq, self.scale)
         return self.output((out if self.gate is None else self.gate(x, out)).flatten(-2))
 
     def queries(self, x: Tensor, seq: Sequence) -> Tensor:
-        """`[B, T, heads, rope_dim + key_dim]`, rotated."""
+        """`[B, T, heads, key_dim]`, rotated."""
         if self.query_down is not None:
             x = self.query_down(x)
             x = x if self.query_norm is None else self.query_norm(x)
-        q = self.query(x).unflatten(-1, (self.heads, -1))
-        return q if self.rotary is None else self.rotary(q, seq)
+        return self.rotate(self.query(x).unflatten(-1, (self.heads, -1)), seq)
 
     def rows(self, x: Tensor, seq: Sequence) -> Tensor:
-        """`[B, T, rope_dim + latent_rank]`: of each token the rotated shared part of its key, and its latent."""
+        """`[B, T, shared_dim + latent_rank]`: of each token the rotated shared part of its key, and its latent."""
         rows = self.latent(x)
         if self.latent_norm is not None:
-            shared, latent = rows.split([self.rope_dim, self.latent_rank], dim=-1)
+            shared, latent = rows.split([self.shared_dim, self.latent_rank], dim=-1)
             rows = torch.cat([shared, self.latent_norm(latent)], dim=-1)
-        return rows if self.rotary is None else self.rotary(rows.unsqueeze(2), seq).squeeze(2)
+        return self.rotate(rows.unsqueeze(2), seq).squeeze(2)
+
+    def rotate(self, x: Tensor, seq: Sequence) -> Tensor:
+        """Turns the first shared_dim dims of `[B, T, H, …]`."""
+        if self.rotary is None:
+            return x
+        if self.rope_heads == 1:
+            return self.rotary(x, seq)
+        shared, rest = x.split([self.shared_dim, x.shape[-1] - self.shared_dim], dim=-1)
+        parts = self.rotary(shared.unflatten(-1, (self.rope_heads, -1)).flatten(2, 3), seq)
+        return torch.cat([parts.view(shared.shape), rest], dim=-1)
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(Mask()), heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)
@@ -120,13 +140,12 @@ class ExpandedAttention(nn.Linear):
         return True
 
 
-def _check(heads: int, latent_rank: int, query_rank: int | None, key_dim: int, value_dim: int, rope_dim: int) -> None:
-    sizes = {"heads": heads, "latent_rank": latent_rank, "value_dim": value_dim, "query_rank": query_rank}
-    for name, size in sizes.items():
+def _check_sizes(positive: dict[str, int | None], others: dict[str, int]) -> None:
+    for name, size in positive.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
-    for name, size in {"key_dim": key_dim, "rope_dim": rope_dim}.items():
+    for name, size in others.items():
         if size < 0:
             raise ValueError(f"{name} must not be negative; got {size}")
-    if key_dim + rope_dim == 0:
-        raise ValueError("key_dim + rope_dim must be at least 1, for keys to have dims; got 0")
+    if not any(others.values()):
+        raise ValueError(f"{' + '.join(others)} must be at least 1, for keys to have dims; got 0")
