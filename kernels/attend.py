@@ -119,16 +119,17 @@ class Attend(ABC):
         """The inputs that travel."""
         return tuple(getattr(inputs, name) for name in self.travels)
 
-    def value_dim(self, inputs: Any) -> int:
-        """V, the last dim of the output."""
-        return inputs.v.shape[-1]
+    def width(self, inputs: Any) -> tuple[int, int]:
+        """Heads and dim of the output: by default those of the queries and of the values."""
+        return inputs.q.shape[-2], inputs.v.shape[-1]
 
     def zeros(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """(out, log-sum-exp) of queries that see no key."""
         exact = torch.promote_types(inputs.q.dtype, torch.float32)
-        shape = inputs.q.shape[:-1]
+        heads, dim = self.width(inputs)
+        shape = *inputs.q.shape[:-2], heads
         return (
-            inputs.q.new_zeros((*shape, self.value_dim(inputs)), dtype=exact),
+            inputs.q.new_zeros((*shape, dim), dtype=exact),
             inputs.q.new_full(shape, float("-inf"), dtype=exact),
         )
 

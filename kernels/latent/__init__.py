@@ -5,7 +5,8 @@ Between ranks and in the decoding cache a token is its row: the latent and the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -96,8 +97,8 @@ class LatentAttend(SoftmaxAttend):
     def check(self, inputs: LatentInputs) -> None:  # type: ignore[override]
         check_inputs(*inputs)
 
-    def value_dim(self, inputs: LatentInputs) -> int:
-        return Dims.of(inputs).value
+    def width(self, inputs: LatentInputs) -> tuple[int, int]:
+        return inputs.q.shape[2], Dims.of(inputs).value
 
     def attend(  # type: ignore[override]
         self, inputs: LatentInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
@@ -137,9 +138,10 @@ class LatentAttend(SoftmaxAttend):
         out, lse = self._softmax.attend(named, (named.k, named.v), tile, chosen)
         return torch.einsum("bthc,hvc->bthv", out, values.to(out.dtype)), lse
 
-    @property
+    @cached_property
     def _softmax(self) -> SoftmaxAttend:
-        return SoftmaxAttend(self.mask, self.scale)
+        """The op on keys and values, with the same settings."""
+        return SoftmaxAttend(**{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 def check_inputs(q: Tensor, latent: Tensor, expansion: Tensor, sink_logits: Tensor | None = None) -> None:
