@@ -43,13 +43,15 @@ class Attend(ABC):
     A subclass is a frozen dataclass of plain settings with `check`, `tile`, `kept` and `attend`; the rest has defaults.
     `name` is that of the public op whose kernels it runs, if any. `record` is the NamedTuple of its inputs; its q is
     `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that are
-    sent to the queries of other ranks, and whose gradients are sent back: keys and values, and factors per key. All
-    methods run without autograd; results are float32 (float64 for float64).
+    sent to the queries of other ranks, and whose gradients are sent back: keys and values, and factors per key; or a
+    latent, of which `attend` makes keys and values where it arrives. `without_heads` names those inputs `[B, S, …]`
+    that all heads read whole. All methods run without autograd; results are float32 (float64 for float64).
     """
 
     name: ClassVar[str | None] = None
     record: ClassVar[type]
     travels: ClassVar[tuple[str, ...]] = ("k", "v")
+    without_heads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, inputs: Any) -> None:
@@ -101,6 +103,10 @@ class Attend(ABC):
         gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse), materialize_grads=True)
         return dict(zip(stay, gradients, strict=False)), tuple(gradients[len(stay) :])
 
+    def decode(self, inputs: Any, received: tuple[Tensor, ...], tile: Any, backend: str) -> tuple[Tensor, Tensor]:
+        """As `attend`, over all keys so far, cached and new: for an op that has a quicker way for few queries."""
+        return self.attend(inputs, received, tile, backend)
+
     def finish(self, out: Tensor, lse: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
         """What is applied to the result of the last merge."""
         return out, lse
@@ -113,12 +119,17 @@ class Attend(ABC):
         """The inputs that travel."""
         return tuple(getattr(inputs, name) for name in self.travels)
 
+    def width(self, inputs: Any) -> tuple[int, int]:
+        """Heads and dim of the output: by default those of the queries and of the values."""
+        return inputs.q.shape[-2], inputs.v.shape[-1]
+
     def zeros(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """(out, log-sum-exp) of queries that see no key."""
         exact = torch.promote_types(inputs.q.dtype, torch.float32)
-        shape = inputs.q.shape[:-1]
+        heads, dim = self.width(inputs)
+        shape = *inputs.q.shape[:-2], heads
         return (
-            inputs.q.new_zeros((*shape, inputs.v.shape[-1]), dtype=exact),
+            inputs.q.new_zeros((*shape, dim), dtype=exact),
             inputs.q.new_full(shape, float("-inf"), dtype=exact),
         )
 
@@ -214,6 +225,14 @@ class OnOneDevice(Attention):
         if tile is None:
             return {}, tuple(torch.zeros_like(x) for x in sent)
         return self.op.attend_backward(gradient, inputs, sent, tile, backend)
+
+
+class Decoding(OnOneDevice):
+    """The same while decoding: new queries, over cached keys and their own."""
+
+    def over_keys(self, inputs: Any, where: Any) -> tuple[Tensor, Tensor] | None:
+        tile, backend = where
+        return None if tile is None else self.op.decode(inputs, self.op.sent(inputs), tile, backend)
 
 
 # Binary digits of float32 that are lost to rounding and not kept by `rest`.

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels.attend import Attend, OnOneDevice
+from ...kernels.attend import Attend, Decoding
 from ...kernels.documents import PADDING, Documents, Run
 from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
+from ...kernels.latent import Dims, LatentAttend, LatentInputs, expand
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import run
 from ...kernels.softmax import LevelledAttend, LevelledInputs, SoftmaxAttend, SoftmaxInputs
@@ -49,6 +50,33 @@ def softmax_attention(
     return attention(LevelledAttend, inputs, settings, seq=seq, slot=slot)
 
 
+def latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    expansion: Tensor,
+    *,
+    seq: Sequence,
+    mask: Pattern | None = None,
+    scale: float | None = None,
+    sink_logits: Tensor | None = None,
+    slot: str = "attention",
+) -> Tensor:
+    """Softmax attention over keys and values that are linear in a latent: `[B, T, H, V]` in q's type.
+
+    q `[B, T, H, R + K]`, latent `[B, T, R + C]`, expansion `[H (K + V), C]`, `sink_logits` `[H]`. What travels and what
+    decoding keeps is the latent. Where tokens are exchanged for heads it goes to every rank whole, unless keys and
+    values of a rank's heads are fewer numbers. See `longreach.kernels.latent`.
+    """
+    mask, scale = CAUSAL if mask is None else mask, q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = LatentInputs(q, latent, expansion, sink_logits)
+    if seq.cache is None and seq.heads is not None and seq.exchange("attention") == "ulysses":
+        heads, key_dim = q.shape[2:]
+        if heads * (key_dim + Dims.of(inputs).value) < latent.shape[2] * seq.heads.ranks:
+            k, v = expand(latent, expansion, heads=heads, key_dim=key_dim)
+            return softmax_attention(q, k, v, seq=seq, mask=mask, scale=scale, sink_logits=sink_logits, slot=slot)
+    return attention(LatentAttend, inputs, (mask.settings, scale), seq=seq, slot=slot)
+
+
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence, slot: str = "attention") -> Tensor:
     """o_i = Σ_j (q_i · k_j) v_j / Σ_j (q_i · k_j) over the whole document: `[B, T, H, V]` in q's type.
 
@@ -79,11 +107,12 @@ def attention(
     if seq.cache is not None:
         made = op(*settings)
         extended, stretches = with_cached(made, inputs, seq, slot)
-        return run(OnOneDevice(made), extended, (tile_of_cached(seq, made, stretches), seq.backend))[0]
+        return run(Decoding(made), extended, (tile_of_cached(seq, made, stretches), seq.backend))[0]
     strategy = seq.exchange("attention")
     build, arguments = gather if strategy == "gather" else ring, (until, op, *settings)
     if strategy == "ulysses" and seq.heads is not None:
-        build, arguments = ulysses, (seq.heads.ranks, (), build, *arguments)
+        without_heads = tuple(op.record._fields.index(name) for name in op.without_heads)  # type: ignore[attr-defined]
+        build, arguments = ulysses, (seq.heads.ranks, without_heads, build, *arguments)
     return mix(build, arguments, inputs, seq, slot)[0]
 
 

@@ -32,7 +32,8 @@ class SharedAttention(Attention, Operation):
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
         named = self.op.record(*inputs)
         self.op.check(named)
-        shape, exact = (*named.q.shape[:-1], named.v.shape[-1]), torch.promote_types(named.q.dtype, torch.float32)
+        shape = *named.q.shape[:-2], *self.op.width(named)
+        exact = torch.promote_types(named.q.dtype, torch.float32)
         saved = None if exact == named.q.dtype else named.q.new_empty(shape, dtype=torch.int8)
         out, lse = named.q.new_empty(shape), named.q.new_empty(shape[:-1], dtype=exact)
         return ((out, lse), (saved,)) if self.returns_lse else ((out,), (saved, lse))

@@ -102,6 +102,13 @@ def _levelled(
     return ops.softmax_attention(q, k, v, seq=seq, levels=levels, sink_logits=sinks, **settings)
 
 
+def _attend_latents(**settings: Any) -> Callable[..., Tensor]:
+    def call(q: Tensor, latent: Tensor, expansion: Tensor, sinks: Tensor | None = None, *, seq: Sequence) -> Tensor:
+        return ops.latent_attention(q, latent, expansion, seq=seq, sink_logits=sinks, **settings)
+
+    return call
+
+
 def _masked(mask: Pattern) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
         return ops.softmax_attention(q, k, v, seq=seq, mask=mask)
@@ -214,11 +221,24 @@ _BY_VALUE = (("T", "H", "V"), "decay")
 _GATE = (("T", "H"), "strong")
 _SELECTIVE = ((("T", "N"), "normal"), (("T", "N"), "normal"))
 
+
+def _latent(rank: int) -> tuple[tuple[Shape, str], ...]:
+    """Queries, latents with two dims of the keys that heads share, and the expansion to a key and a value per head."""
+    return (
+        (("T", "H", 5), "normal"),
+        (("T", 2 + rank), "normal"),
+        ((("H", 8), rank), "small" if rank > 9 else "normal"),
+    )
+
+
 CASES = {
     "softmax": Case(_attend(), _ATTENTION, _OUT, keys=True),
     "window": Case(_attend(window=9, scale=SCALE), _ATTENTION, _OUT, keys=True),
     "short window": Case(_attend(window=1), _ATTENTION, _OUT, keys=True),
     "sinks": Case(_attend(window=5, sink_tokens=3), (*_ATTENTION, (("H",), "normal")), _OUT, keys=True),
+    # A latent of few numbers travels to the ranks of all heads; a wide one is expanded before.
+    "latent": Case(_attend_latents(scale=SCALE), (*_latent(4), (("H",), "normal")), _OUT, keys=True),
+    "wide latent": Case(_attend_latents(mask=Mask(window=9)), _latent(50), _OUT, keys=True),
     "dilated": Case(_masked(Dilated(3)), _ATTENTION, _OUT, keys=True),
     "block-local": Case(_masked(BlockLocal(11)), _ATTENTION, _OUT, keys=True),
     "dilated window": Case(_masked(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),

@@ -7,6 +7,7 @@ import torch
 from distributed import run_threads
 from torch import Tensor
 
+from longreach.kernels import latent as latent_attention
 from longreach.kernels import short_conv
 from longreach.kernels.delta_rule import DeltaRecurrence
 from longreach.kernels.diagonal_scan import DiagonalRecurrence
@@ -103,6 +104,51 @@ def test_attention_by_heads(world: int, groups: int) -> None:
     share = (world - 1) * B * (96 // world) * (H + groups) * (K + V) * 4 // world
     found = counted("causal", world, strategy=Strategy("ulysses"), ulysses=world)
     assert found == [[share, 2 * share]] * world
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "key", "value", "rank", "expanded"),
+    [(128, 64, 128, 128, 512, 40_960), (32, 64, 128, 128, 512, 10_240)],
+    ids=["DeepSeek-V3", "Kimi Linear"],
+)
+def test_a_ring_of_latents(heads: int, shared: int, key: int, value: int, rank: int, expanded: int) -> None:
+    """Of the numbers of a token's keys and values only the latent's, and the same of its gradient."""
+
+    def counts(ranks_rank: int, world: int) -> tuple[int, int]:
+        seq = Sequence.shared(Documents.whole(1, 4), Layout(4, world, 1), Mesh.create(world), Strategy())
+        q, latent = torch.rand(1, 2, heads, shared + key), torch.rand(1, 2, shared + rank)
+        expansion = torch.rand(heads * (key + value), rank)
+        with counting() as forward:
+            out = ops.latent_attention(
+                *(x.requires_grad_() for x in (q, latent, expansion)), seq=seq, mask=Mask(causal=False)
+            )
+        with counting() as backward:
+            out.sum().backward()
+        return sum(forward.values()), sum(backward.values())
+
+    assert shared + rank == 576
+    assert heads * (shared + key + value) == expanded
+    block = latent_attention.bytes_sent(2, latent_dim=rank, shared_dim=shared, ranks=2, element_bytes=4)
+    assert block == 2 * 576 * 4
+    assert run_threads(2, counts) == [(block, 2 * block)] * 2
+
+
+@pytest.mark.parametrize(("heads", "sent"), [(8, 6), (2, 5)])
+def test_latents_by_heads(heads: int, sent: int) -> None:
+    """Every rank gets the whole latent of 6 numbers, or keys and values of 3 + 2 for its heads if these are fewer."""
+
+    def counts(rank: int, world: int) -> int:
+        mesh = Mesh.create(world, world)
+        seq = Sequence.shared(Documents.whole(1, 8), Layout(8, world, 1), mesh, Strategy("ulysses"))
+        q, latent, expansion = torch.rand(1, 4, heads, 3), torch.rand(1, 4, 6), torch.rand(heads * 4, 5)
+        with counting() as forward:
+            ops.latent_attention(q, latent, expansion, seq=seq)
+        return sum(forward.values())
+
+    share = heads // 2
+    padded = lambda count: -(-count // 4) * 16  # noqa: E731  # bytes of so many numbers, each tensor at a multiple of 16
+    there = padded(4 * share * 3) + (padded(4 * 6) if sent == 6 else padded(4 * share * 3) + padded(4 * share * 2))
+    assert run_threads(2, counts) == [there + padded(4 * 2 * share * 2 // 2)] * 2
 
 
 KEYS, VALUES, CHANNELS = torch.empty(B, 1, H, K), torch.empty(B, 1, H, V), torch.empty(B, 1, D)

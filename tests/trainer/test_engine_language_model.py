@@ -12,6 +12,7 @@ from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import CHECKPOINTING, LanguageModel
 from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.latent_attention import LatentAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
@@ -29,12 +30,13 @@ def make_model(tied=True, checkpointing="none", std=0.3):
     return LanguageModel(
         vocabulary=VOCABULARY,
         width=16,
-        depth=3,
-        pattern=["lightning", "gla", "softmax"],
+        depth=4,
+        pattern=["lightning", "gla", "softmax", "latent"],
         mixers={
             "lightning": partial(LightningAttention, heads=2),
             "gla": partial(GatedLinearAttention, heads=2),
             "softmax": partial(SoftmaxAttention, heads=4, kv_heads=2, qk_norm="head"),
+            "latent": partial(LatentAttention, heads=2, latent_rank=6, query_rank=5, rope_dim=4),
         },
         feed_forward=partial(SwiGLU, hidden=20),
         tied_embeddings=tied,

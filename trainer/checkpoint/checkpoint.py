@@ -132,7 +132,7 @@ def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = Non
     """
     parameters, buffers = dict(model.named_parameters()), saved_buffers(model)
     stored = verify(path).named_for(parameters)
-    _check_model(stored, parameters, buffers)
+    _check_model(stored, parameters, buffers, kinds=())
     check_bytes(stored, [*parameters, *buffers])
     for name, parameter in parameters.items():
         with gather([parameter]) if gather else nullcontext():
@@ -288,7 +288,9 @@ def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_model(stored: Stored, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+def _check_model(
+    stored: Stored, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], kinds: tuple[str, ...] = KINDS
+) -> None:
     expected = {name: shape_of(parameter) for name, parameter in parameters.items()}
     expected |= {name: buffer.shape for name, buffer in buffers.items()}
     kept = ("weights", BUFFERS)
@@ -299,7 +301,7 @@ def _check_model(stored: Stored, parameters: dict[str, nn.Parameter], buffers: d
         if name in shapes and shapes[name] != tuple(shape):
             problems.append(f"{name} has shape {list(shapes[name])} instead of {list(shape)}")
     problems = problems or [
-        f"{key} is missing" for name in parameters for kind in KINDS if (key := _key(kind, name)) not in stored.tensors
+        f"{key} is missing" for name in parameters for kind in kinds if (key := _key(kind, name)) not in stored.tensors
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -117,6 +117,25 @@ def softmax_attention(
     return _joined(q, parts).to(dtype)
 
 
+def latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    expansion: Tensor,
+    *,
+    lengths: Lengths,
+    mask: Any = None,
+    scale: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    heads, shared = q.shape[2], latent.shape[2] - expansion.shape[1]
+    weights = expansion.to(latent.dtype).unflatten(0, (heads, -1))
+    key, value = weights[:, : q.shape[3] - shared], weights[:, q.shape[3] - shared :]
+    c, common = latent[..., shared:], latent[..., :shared].unsqueeze(2).expand(-1, -1, heads, -1)
+    k = torch.cat([common, torch.einsum("btc,hkc->bthk", c, key)], dim=-1)
+    v = torch.einsum("btc,hvc->bthv", c, value)
+    return softmax_attention(q, k, v, lengths=lengths, mask=mask, scale=scale, sink_logits=sink_logits)
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,7 @@ from ....kernels.softmax import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.normalisation import RMSNorm
+from ...layers.output_gate import output_gate
 from ...layers.rotary import rotary
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, check_groups, head_size
@@ -33,6 +34,7 @@ class Attention(Mixer):
         "full" over all heads at once (MiniMax-M2).
     conv_size: taps of a short causal convolution over queries, keys and values, before norms and rotation, so that
         one layer can match what came before a token (the Canon-B layers of Allen-Zhu, 2025). None for none.
+    gate, gate_rank, gate_bias: the output's gate, see `OutputGate`: "channel" is that of Qwen3-Next.
     bias, output_bias: of the projections of queries, keys and values, and of the output's.
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
@@ -50,6 +52,9 @@ class Attention(Mixer):
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
         conv_size: int | None = None,
+        gate: str | None = None,
+        gate_rank: int | None = None,
+        gate_bias: bool = False,
         bias: bool = False,
         output_bias: bool = False,
     ) -> None:
@@ -65,6 +70,7 @@ class Attention(Mixer):
         self.query = nn.Linear(width, heads * head_dim, bias=bias)
         self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.gate = output_gate(gate, width, heads, head_dim, rank=gate_rank, bias=gate_bias)
         self.output = nn.Linear(heads * head_dim, width, bias=output_bias)
         self.conv = None if conv_size is None else ShortConvolution((heads + 2 * kv_heads) * head_dim, conv_size)
         if qk_norm is not None:
@@ -72,7 +78,8 @@ class Attention(Mixer):
             self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        return self.output(self.attend(*self.project(x, seq), seq).flatten(-2))
+        out = self.attend(*self.project(x, seq), seq)
+        return self.output((out if self.gate is None else self.gate(x, out)).flatten(-2))
 
     def project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated."""

@@ -12,6 +12,7 @@ from longreach.kernels.recurrence import Summary
 from longreach.kernels.softmax import SoftmaxAttend
 from longreach.models.layers.rotary import Rotary
 from longreach.parallel import mesh
+from longreach.parallel.collectives import Packed
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategies import halo, ring, state_passing, windows
 from longreach.trainer import engine
@@ -79,6 +80,17 @@ def state_of_long_spans() -> None:
         return begun._replace(summary=Summary(begun.summary.transition, 0.9 * begun.summary.state))
 
     original = spoil(GatedLinearRecurrence, "begin", begin)
+
+
+def lost_at_the_last_hop() -> None:
+    """The gradient of the keys that came from farthest is nothing."""
+
+    def start(self, part, step):
+        if part is not None and step == self.ranks - 1:
+            part = Packed.of(tuple(torch.zeros_like(x) for x in part.tensors))
+        original(self, part, step)
+
+    original = spoil(ring._Returns, "start", start)
 
 
 def missing_halo() -> None:

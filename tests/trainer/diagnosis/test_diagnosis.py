@@ -241,6 +241,7 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
         ("halo_of_one_span", ["model=gated_deltanet_hybrid_tiny"], ops, "op short_conv"),
         ("one_ring_for_all_masks", SLIDING, ops, "op softmax_attention"),
         ("a_window_as_long_as_a_span", SLIDING, ops, "op softmax_attention"),
+        ("lost_at_the_last_hop", ["model=mla_tiny"], ops, "op latent_attention"),
         ("bfloat16_partials", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_query_gradients", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_states", ["model=minimax_01_tiny"], bfloat16, "bfloat16: op gated_linear_attention"),

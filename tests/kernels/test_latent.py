@@ -1,0 +1,92 @@
+"""Latent attention: expanded it is softmax attention, absorbed it is the same, and shapes that do not fit are named."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longreach.kernels.documents import Documents
+from longreach.kernels.latent import Dims, LatentAttend, LatentInputs, absorbing_pays, expand, latent_attention
+from longreach.kernels.masks import Mask
+from longreach.kernels.softmax import softmax_attention
+
+H, K, V = 3, 5, 4
+
+
+def drawn(queries: int, keys: int, shared: int, rank: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, queries, H, shared + K), (2, keys, shared + rank), (H * (K + V), rank), (H,)]
+    return [torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize(("shared", "rank"), [(2, 6), (0, 7)])
+def test_it_is_softmax_attention_over_what_the_latents_expand_to(backend: str, shared: int, rank: int) -> None:
+    """Outputs, log-sum-exps and the gradients of both, against autograd through the expansion."""
+    documents = Documents.from_lengths([[19, 40], [63]], 63)
+    inputs = [x.requires_grad_() for x in drawn(63, 63, shared, rank)]
+    q, latent, expansion, sinks = inputs
+    out, lse = latent_attention(
+        q, latent, expansion, documents=documents, scale=0.6, sink_logits=sinks, return_lse=True, backend=backend
+    )
+    k, v = expand(latent, expansion, heads=H, key_dim=shared + K)
+    expected = softmax_attention(
+        q, k, v, documents=documents, scale=0.6, sink_logits=sinks, return_lse=True, backend="reference"
+    )
+    for ours, theirs in zip((out, lse), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    results = (torch.autograd.grad(pair, inputs, (dout, dlse)) for pair in ((out, lse), expected))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (3, None), (2, 4)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_absorbed_form_is_the_expanded_one(queries: int, window: int | None, backend: str) -> None:
+    q, latent, expansion, _ = drawn(queries, 33, 2, 20)
+    inputs, op = LatentInputs(q, latent, expansion), LatentAttend(Mask(window=window), 0.5)
+    assert absorbing_pays(queries, 33, Dims.of(inputs))
+    tile = op.tile(Documents.whole(2, queries, position=33 - queries), Documents.whole(2, 33))
+    for absorbed, expanded in zip(
+        op.decode(inputs, (latent,), tile, backend), op.attend(inputs, (latent,), tile, backend), strict=True
+    ):
+        torch.testing.assert_close(absorbed, expanded, atol=1e-9, rtol=1e-9)
+
+
+def test_many_queries_are_not_absorbed() -> None:
+    deepseek = Dims(shared=64, key=128, value=128, latent=512)
+    assert absorbing_pays(1, 4096, deepseek)
+    assert absorbing_pays(128, 100_000, deepseek)
+    assert not absorbing_pays(256, 100_000, deepseek)
+    assert not absorbing_pays(4096, 4096, deepseek)
+
+
+def test_gradients_of_halves_are_added_up_in_float32() -> None:
+    """Both matrix products of the backward are exact up to their inputs' rounding."""
+    exact = [x.requires_grad_() for x in drawn(40, 40, 2, 6)]
+    halves = [x.detach().bfloat16().requires_grad_() for x in exact]
+    found = []
+    for q, latent, expansion, _ in (exact, halves):
+        out = latent_attention(q, latent, expansion)
+        found.append(torch.autograd.grad(out, (q, latent, expansion), torch.ones_like(out)))
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 15)}, "q must be floating point with 4 dims"),
+        ({"latent": torch.zeros(1, 4, 8)}, "q and latent must be of one dtype and batch"),
+        ({"expansion": torch.zeros(28, 6)}, r"expansion must be \[H \(K \+ V\), C\]"),
+        ({"expansion": torch.zeros(15, 6)}, r"expansion must be \[H \(K \+ V\), C\]"),
+        ({"expansion": torch.zeros(27, 9)}, r"expansion must be \[H \(K \+ V\), C\]"),
+        ({"sink_logits": torch.zeros(4)}, "sink_logits must be one for each of 3 heads"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change: dict[str, Tensor], message: str) -> None:
+    q, latent, expansion, sinks = drawn(4, 4, 2, 6, torch.float32)
+    inputs = LatentInputs(q, latent, expansion, sinks)._replace(**change)
+    with pytest.raises(ValueError, match=message):
+        latent_attention(*inputs[:3], sink_logits=inputs.sink_logits)
