@@ -23,7 +23,7 @@ class Part(nn.Module):
     losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
         the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
     sums: names of tensors that `forward` returns summed over this rank's tokens. After each optimizer step `update`
-        gets their sums over the global batch.
+        gets their sums over the global batch, and `statistics` says what metrics show of them.
     outputs: names of the linear layers that write to the residual stream: their initial values are scaled down with the
         model's depth.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
@@ -86,6 +86,14 @@ class Part(nn.Module):
     def update(self, sums: Mapping[str, Tensor]) -> None:
         """Updates buffers from the sums over the global batch, float64; runs on every rank alike, without gradient."""
         raise NotImplementedError
+
+    def statistics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars by name that metrics show of a step, from what `update` gets; means over the parts of one name."""
+        return {}
+
+    def idle_parameters(self) -> int:
+        """How many of its parameters a token does not use."""
+        return 0
 
     def at_step(self, step: int) -> None:
         """Told before each step of training, counted from 0: for what changes as a run goes on."""

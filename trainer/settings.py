@@ -71,6 +71,7 @@ class KernelSettings:
     log_linear_attention: str = "auto"  # of log-linear Mamba-2
     mesa: str = "auto"  # of MesaNet; reference solves exactly
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
+    grouped_matmul: str = "auto"  # of mixtures of experts; library: torch's own, in bfloat16 on a GPU
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     swiglu: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     cross_entropy: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel, for which the host waits
