@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,9 +187,32 @@ def linear_flops(module: nn.Module, rows: int) -> int:
     return 2 * rows * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
+class Cut(NamedTuple):
+    """Of a weight by expert that ranks share out: its whole shape, and the experts that this rank holds."""
+
+    shape: torch.Size
+    held: range
+
+
 def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
+    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note, a rank of several its experts' part."""
+    if (cut := getattr(parameter, "cut", None)) is not None:
+        return cut.shape
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, by name, in the model's order, with those of experts that this rank alone holds.
+
+    Under `parallel.experts` the latter are attributes of their layers, and not among torch's `parameters()`.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        own = {name: vars(module)[name] for name in getattr(module, "by_expert", ()) if name in vars(module)}
+        for name, parameter in (*module.named_parameters(recurse=False), *own.items()):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

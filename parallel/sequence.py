@@ -121,10 +121,18 @@ class Sequence(Deriving):
         return cls(documents, layout, group=group, strategy=strategy, heads=heads, slots=set(), exchanges=set())
 
     @classmethod
-    def decoding(cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto") -> Sequence:
+    def decoding(
+        cls,
+        cache: DecodingCache,
+        batch: int,
+        length: int,
+        *,
+        backend: str = "auto",
+        experts: Experts | None = None,
+    ) -> Sequence:
         """The next `length` tokens of one document per row, after the `cache.length` tokens that the cache has seen."""
         documents = Documents.whole(batch, length, position=cache.length)
-        return cls(documents, Layout(length), backend=backend, cache=cache)
+        return cls(documents, Layout(length), backend=backend, cache=cache, experts=experts)
 
     def at(self, layer: int, mixer: str = "") -> Sequence:
         """The same sequence as layer `layer` sees it, whose mixer the model's pattern calls `mixer`."""

@@ -135,6 +135,11 @@ def check(settings: Settings, world_size: int) -> None:
     data.check_rows(world_size // parallel.sequence)
     engine_config.configuration(engine.zero_stage, trainer.dtype, trainer.clip, dict(engine.config))
     settings.kernels.check()
+    if trainer.compile and parallel.experts > 1:
+        raise ValueError(
+            f"parallel.experts must be 1 with trainer.compile, whose graphs do not know how many tokens travel; got "
+            f"{parallel.experts}. Leave one of them out"
+        )
     settings.optimizer.check()
     if settings.init_from is not None and not Path(settings.init_from).expanduser().is_dir():
         raise ValueError(

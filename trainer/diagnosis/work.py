@@ -39,7 +39,7 @@ class Worker:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         parallel = topology.parallel
-        self.mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
+        self.mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.experts, parallel.timeout_minutes)
         self.device = torch.device("cuda", self.mesh.rank) if topology.cuda else torch.device("cpu")
         self.models: dict[torch.dtype, LanguageModel] = {}
 
