@@ -52,7 +52,9 @@ def generate(
     device = torch.device(device)
     unknown = torch.ones(model.vocabulary, dtype=torch.bool, device=device)
     unknown[torch.tensor(drawn, device=device)] = False
-    return _tokens(model, prompt_ids, max_new_tokens, temperature, top_p, frozenset(stop), unknown, seed, device, experts)
+    return _tokens(
+        model, prompt_ids, max_new_tokens, temperature, top_p, frozenset(stop), unknown, seed, device, experts
+    )
 
 
 def _tokens(
@@ -81,9 +83,7 @@ def _tokens(
 
 
 @torch.no_grad()
-def next_logits(
-    model: LanguageModel, tokens: Tensor, cache: DecodingCache, experts: Experts | None = None
-) -> Tensor:
+def next_logits(model: LanguageModel, tokens: Tensor, cache: DecodingCache, experts: Experts | None = None) -> Tensor:
     """Logits `[B, Vocab]` after `tokens` int64 `[B, T]`, which follow those that the cache has seen; advances it."""
     seq = Sequence.decoding(cache, tokens.shape[0], tokens.shape[1], experts=experts)
     with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training, and see no cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, spread
 from ...kernels.pointwise import swiglu
-from ...parallel import ops
+from ...parallel.ops.experts import to_experts
 from ...parallel.sequence import Sequence
 from ..part import FeedForward
 from .router import Router, Routing
@@ -126,7 +126,7 @@ class MixtureOfExperts(FeedForward):
         real = seq.reach(x.device).flatten() >= 0
         routing = self.router(rows)
         chosen = torch.where(real.unsqueeze(1), routing.experts, -1)
-        travel = ops.to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile
+        travel = to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile
         shared = self._shared(x, seq)
         out = travel(rows, routing.weights, self.experts).view(x.shape)
         out = out if shared is None else out + shared

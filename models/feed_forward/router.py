@@ -66,10 +66,14 @@ class Router(nn.Module):
         logits = F.linear(x.to(wide), self.weight.to(wide))
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         experts = self._allowed(scores.detach() + self.bias).topk(self.chosen, dim=-1).indices
+        return Routing(experts, self.weigh(scores, experts), logits, scores)
+
+    def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """The weights `[N, k]` of chosen experts, by the scores `[N, E]`."""
         weights = scores.gather(1, experts)
         if self.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts, weights * self.scale, logits, scores)
+        return weights * self.scale
 
     def _allowed(self, ranked: Tensor) -> Tensor:
         """-inf for experts outside the chosen groups."""

@@ -6,7 +6,6 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 
 from .attention import attention, kernel_attention, softmax_attention
 from .convolution import short_conv, token_shift
-from .experts import to_experts
 from .recurrent import (
     delta_rule,
     diagonal_scan,
@@ -48,7 +47,6 @@ __all__ = [
     "short_conv",
     "slstm",
     "softmax_attention",
-    "to_experts",
     "token_shift",
     "window_means",
     "windows_held",

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from distributed import run_threads
 from model_presets import randomise, small_hybrid
 from oracles import draw, whole, with_gradients
 from steps_on_meta import watched_steps
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.experts import MixtureOfExperts
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
 
 WIDTH, LENGTH = 16, 24
 DEEPSEEK = {
@@ -224,11 +228,53 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
         MixtureOfExperts(**{"width": 8, "hidden": 4, **settings})
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "switch"])
-@pytest.mark.parametrize("world", [1, 2])
-def test_waits_for_nothing(kind, world):
+PACKED = Documents.from_lengths([[5, 12], [LENGTH], [3, 3, 18], [LENGTH - 1]], LENGTH)
+
+
+def on_ranks(rank, world, sequence, experts, spans):
+    """Output, load and every gradient of this rank, whose weights are those of its experts."""
+    mesh, made = Mesh.create(sequence, experts=experts), layer(**DEEPSEEK, balance=0.1, z=0.1)
+    held = mesh.experts.held(12)
+    with torch.no_grad():
+        for each in (made.experts.gate, made.experts.up, made.experts.down):
+            each.weight = torch.nn.Parameter(each.weight[held.start : held.stop].clone())
+    rows = 4 // mesh.data_ranks
+    here = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
+    seq = Sequence.shared(PACKED.rows(here.start, here.stop), Layout(LENGTH, sequence, spans), mesh, Strategy())
+    x, dout = (seq.shard(draw(4, LENGTH, WIDTH, seed=seed)[here]).requires_grad_() for seed in (0, 9))
+    out, balance, z, load = made(x, seq)
+    gradients = torch.autograd.grad((out * dout).sum() + balance + z, [x, *made.parameters()])
+    return (mesh.data_rank, mesh.sequence_rank, held), out.detach(), load, gradients
+
+
+@pytest.mark.parametrize(
+    ("world", "sequence", "experts", "spans"),
+    [(2, 1, 2, 1), (2, 2, 2, 2), (4, 2, 4, 1), (4, 4, 2, 2), (3, 3, 3, 1), (4, 1, 2, 1)],
+)
+def test_ranks_that_share_the_experts_give_what_one_device_gives(world, sequence, experts, spans):
+    made, x = layer(**DEEPSEEK, balance=0.1, z=0.1), draw(4, LENGTH, WIDTH).requires_grad_()
+    out, balance, z, load = made(x, Sequence.single(PACKED))
+    leaves = [x, *made.parameters()]
+    dx, *expected = torch.autograd.grad((out * draw(*out.shape, seed=9)).sum() + balance + z, leaves)
+    results, layout = run_threads(world, on_ranks, sequence, experts, spans), Layout(LENGTH, sequence, spans)
+    totals, loads = [torch.zeros_like(each) for each in expected], torch.zeros_like(load)
+    names = [name for name, _ in made.named_parameters()]
+    for (data_rank, sequence_rank, held), got, own_load, (own_dx, *gradients) in results:
+        rows = 4 // (world // sequence)
+        here = slice(data_rank * rows, (data_rank + 1) * rows)
+        close((got, own_dx), [layout.shard(each[here], sequence_rank) for each in (out.detach(), dx)])
+        loads += own_load
+        for name, total, gradient in zip(names, totals, gradients, strict=True):
+            (total[held.start : held.stop] if name.startswith("experts") else total).add_(gradient)
+    close(totals, expected)
+    assert torch.equal(loads, load)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2"])
+@pytest.mark.parametrize(("world", "experts"), [(1, 1), (2, 1), (2, 2)])
+def test_waits_for_nothing(kind, world, experts):
     made = partial(MixtureOfExperts, hidden=16, balance=0.1, z=0.1, **KINDS[kind])
     build = partial(small_hybrid, "softmax_attention", dtype=torch.bfloat16, depth=2, feed_forward=made)
     found = []
-    watched_steps(build, found, world)
+    watched_steps(build, found, world, experts=experts)
     assert not [str(each) for by_rank in found for each in by_rank]

@@ -28,8 +28,8 @@ from ...models.part import named_weights, shape_of
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
-from ..zero.masters import KINDS
 from ..run.failure import remedy
+from ..zero.masters import KINDS
 from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
 from .stored import Stored as Stored
 from .stored import examine as examine
