@@ -116,7 +116,7 @@ def gradient(dout: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _power(groups: int) -> int:
-    return triton.next_power_of_2(groups + 1)
+    return int(triton.next_power_of_2(groups + 1))
 
 
 def _constants(table: dict[int, tuple[int, int, int, int, int]], dtype: torch.dtype) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class MixtureOfExperts(FeedForward):
     for sizes that do not fit.
     """
 
+    shares: Tensor
     outputs = ("experts.down", "shared.down")
     small = MappingProxyType({"experts": 16, "experts_per_token": 2, "hidden": 24, "shared_hidden": 16})
     sums = ("load",)

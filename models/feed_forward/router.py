@@ -38,6 +38,7 @@ class Router(nn.Module):
     do not fit.
     """
 
+    bias: Tensor
     in_float32 = ("weight",)
 
     def __init__(

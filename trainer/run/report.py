@@ -36,6 +36,8 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
     """
     settings, mesh, corpus, step = trainer.settings, trainer.mesh, trainer.corpus, trainer.step
     parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
+    if mesh.experts is not None:
+        parallel += f", experts over {mesh.experts.ranks} ranks"
     lines = [
         f"run           {trainer.directory.path}",
         f"model         {parameters(trainer.shape)}, {settings.trainer.dtype}",
