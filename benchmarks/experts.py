@@ -4,9 +4,9 @@
     python benchmarks/experts.py --load [--steps 150] [--runs runs/experts] [--write]
 
 The first prints times of the processors, in float32, forward and with both gradients; the lowest of several rounds, in
-which the two take turns. The second trains a small model without balancing, with the balancing loss and with the bias, and draws the
-busiest expert's part of all choices by step; `--write` keeps the figure in docs/. Runs that are finished are not run
-again.
+which the two take turns. The second trains a small model without balancing, with the balancing loss and with the bias,
+and draws the busiest expert's part of all choices by step; `--write` keeps the figure in docs/. Runs that are finished
+are not run again.
 """
 
 from __future__ import annotations
