@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -95,8 +95,8 @@ class Result:
     gradients: dict[str, Tensor]
     layers: list[Tensor]  # outputs of the mixers [B, T, D]
     hidden: Tensor  # what the head reads [B, T, D]
-    reports: dict[str, Tensor]  # sums of auxiliary losses and of what layers sum up, by path
-    choices: dict[str, Tensor]  # of experts, by router: [B, T, k]
+    reports: dict[str, Tensor] = field(default_factory=dict)  # sums of auxiliary losses and other sums, by path
+    choices: dict[str, Tensor] = field(default_factory=dict)  # of experts, by router: [B, T, k]
     calls: list[Call] = field(default_factory=list)
 
 
@@ -279,14 +279,14 @@ def run(
     seq: Sequence,
     tokens: Tensor,
     targets: Tensor,
+    factors: Mapping[str, float] | None = None,
     *,
     told: Mapping[str, Tensor] | None = None,
-    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Result:
     """Forward and backward of the tokens of `seq`'s rank.
 
-    Gradients are those of the summed token losses and of the auxiliary ones with their weights, times `scales` by path
-    (default 1). told: the experts that routers choose; see `choices`.
+    factors: what auxiliary losses are multiplied by, by path, before they join the loss; by default their weights.
+    told: the experts that routers choose; see `choices`.
     """
     layers: list[Tensor] = []
     hidden: list[Tensor] = []
@@ -301,7 +301,7 @@ def run(
         with choices(model, seq, told) as chosen:
             loss, count, reports = model(tokens, seq, targets, False, True)
             model.zero_grad(set_to_none=True)
-            with_auxiliary(model, loss, reports, scales).backward()  # which may recompute
+            with_auxiliary(model, loss, reports, factors).backward()  # which may recompute
     finally:
         for hook in hooks:
             hook.remove()
@@ -317,11 +317,11 @@ def with_auxiliary(
     model: LanguageModel,
     loss: Tensor,
     reports: Mapping[str, Tensor],
-    scales: Mapping[str, float] = MappingProxyType({}),
+    factors: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """The sum of the token losses and of the auxiliary ones, with their weights times `scales`."""
-    for path, weight in model.losses.items():
-        loss = loss + weight * scales.get(path, 1.0) * reports[path]
+    """The sum of the token losses, and of the auxiliary ones times `factors`; see `run`."""
+    for path, factor in (model.losses if factors is None else factors).items():
+        loss = loss + factor * reports[path]
     return loss
 
 

@@ -139,14 +139,16 @@ def expected_rows(lengths: list[int], length: int, number: int, vocabulary: int)
 
 
 def _truth(bench: Bench, rows: Iterable[Row]) -> _Truth:
-    model, results, rows = bench.model(torch.float64).cpu(), [], list(rows)
-    documents = [Documents.from_lengths([row.lengths], len(row.tokens)) for row in rows]
-    counts = map(sum, zip(*map(model.loss_counts, documents), strict=True))  # of each auxiliary loss
-    targeted = sum(int((row.targets != NO_TARGET).sum()) for row in rows)
-    scales = {path: targeted / count for path, count in zip(model.losses, counts, strict=True)}
-    for row, of_row in zip(rows, documents, strict=True):
+    model, read = bench.model(torch.float64).cpu(), list(rows)
+    documents = [Documents.from_lengths([row.lengths], len(row.tokens)) for row in read]
+    counts = torch.tensor([model.loss_counts(each) for each in documents]).sum(0).tolist()
+    total = sum(int((row.targets != NO_TARGET).sum()) for row in read)  # by which all are divided in the end
+    weights = zip(model.losses.items(), counts, strict=True)
+    factors = {path: weight * total / count for (path, weight), count in weights if count}
+    results = []
+    for row, each in zip(read, documents, strict=True):
         tokens, targets = (torch.from_numpy(x).unsqueeze(0) for x in (row.tokens, row.targets))
-        results.append(run(model, Sequence.single(of_row), tokens, targets, scales=scales))
+        results.append(run(model, Sequence.single(each), tokens, targets, factors))
     return _Truth(results)
 
 
