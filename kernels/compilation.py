@@ -33,6 +33,7 @@ OPS = (
     "selective_scan",
     "wkv",
     "short_conv",
+    "grouped_matmul",
     "pointwise",
 )
 

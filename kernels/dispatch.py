@@ -23,6 +23,7 @@ BACKENDS = (*IMPLEMENTATIONS, "library")
 LIBRARIES = {
     "gated_linear_attention": ("fla", "flash-linear-attention"),
     "delta_rule": ("fla", "flash-linear-attention"),
+    "grouped_matmul": ("torch", "torch"),
     "rms_norm": ("liger_kernel", "liger-kernel"),
     "swiglu": ("liger_kernel", "liger-kernel"),
     "cross_entropy": ("liger_kernel", "liger-kernel"),

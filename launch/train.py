@@ -76,7 +76,7 @@ def train(settings: Settings, command: list[str]) -> None:
     callbacks = build_callbacks(settings.callbacks)
     parallel = settings.parallel
     device = processes.start(parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
-    mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
+    mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.experts, parallel.timeout_minutes)
     together(mesh, lambda: choose_kernels(vars(settings.kernels), device))
     Trainer(settings, build, mesh, device, command, callbacks).run()
     processes.end()

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from ..parallel.mesh import Experts
 from ..parallel.sequence import DecodingCache, Sequence
 from .language_model import LanguageModel
 
@@ -23,13 +24,15 @@ def generate(
     known: Collection[int] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    experts: Experts | None = None,
 ) -> Iterator[int]:
     """Yields new token ids as they are drawn, at most `max_new_tokens`, ending before the first id of `stop`.
 
     temperature: divides the logits; 0 takes the likeliest token. top_p: draws from the smallest set of tokens that
     has at least this probability (nucleus sampling, Holtzman et al., 2020, arXiv 1904.09751). known: the only ids that
     are drawn, by default all: an embedding can have more rows than its tokenizer has tokens. The draw depends on `seed`
-    alone; it is made on the CPU. Raises ValueError for settings out of range, at the call.
+    alone; it is made on the CPU. experts: the ranks that share out the model's experts, all of which call it alike.
+    Raises ValueError for settings out of range, at the call.
     """
     if not prompt_ids:
         raise ValueError("prompt must have at least one token; got none. Begin with the end-of-text token")
@@ -49,7 +52,9 @@ def generate(
     device = torch.device(device)
     unknown = torch.ones(model.vocabulary, dtype=torch.bool, device=device)
     unknown[torch.tensor(drawn, device=device)] = False
-    return _tokens(model, prompt_ids, max_new_tokens, temperature, top_p, frozenset(stop), unknown, seed, device)
+    return _tokens(
+        model, prompt_ids, max_new_tokens, temperature, top_p, frozenset(stop), unknown, seed, device, experts
+    )
 
 
 def _tokens(
@@ -62,12 +67,13 @@ def _tokens(
     unknown: Tensor,
     seed: int,
     device: torch.device,
+    experts: Experts | None,
 ) -> Iterator[int]:
     generator = torch.Generator("cpu").manual_seed(seed)
     cache = DecodingCache()
     unread = prompt_ids
     for _ in range(max_new_tokens):
-        logits = next_logits(model, torch.tensor([unread], device=device), cache)[0]
+        logits = next_logits(model, torch.tensor([unread], device=device), cache, experts)[0]
         logits = logits.masked_fill(unknown, -math.inf)
         token = _draw(logits, temperature, top_p, generator)
         if token in stop:
@@ -77,9 +83,9 @@ def _tokens(
 
 
 @torch.no_grad()
-def next_logits(model: LanguageModel, tokens: Tensor, cache: DecodingCache) -> Tensor:
+def next_logits(model: LanguageModel, tokens: Tensor, cache: DecodingCache, experts: Experts | None = None) -> Tensor:
     """Logits `[B, Vocab]` after `tokens` int64 `[B, T]`, which follow those that the cache has seen; advances it."""
-    seq = Sequence.decoding(cache, tokens.shape[0], tokens.shape[1])
+    seq = Sequence.decoding(cache, tokens.shape[0], tokens.shape[1], experts=experts)
     with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training, and see no cache
         hidden = model.hidden(tokens, seq)
     cache.advance(tokens.shape[1])

@@ -21,7 +21,7 @@ from ..parallel.sequence import Sequence
 from .block import Block, SideBySide
 from .layers.normalisation import norm_of
 from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
-from .part import Composite, Part, flops_of, shape_of
+from .part import Composite, Part, flops_of, named_weights, shape_of
 from .pattern import expand_pattern, stages
 
 NO_TARGET = -100
@@ -268,9 +268,20 @@ class LanguageModel(nn.Module):
                 with naming(part.label):
                     part.update({name: sums[f"{path}.{name}"] for name in part.sums})
 
-    def parameter_count(self) -> int:
-        """Parameters, shared ones once."""
-        return sum(shape_of(parameter).numel() for parameter in self.parameters())
+    def statistics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What metrics show of the sums over a step, by name: means over the parts that have one of it."""
+        values: dict[str, list[Tensor]] = {}
+        for path, part in self.leaves():
+            if part.sums:
+                own = {name: sums[f"{path}.{name}"] for name in part.sums}
+                for name, value in part.statistics(own).items():
+                    values.setdefault(name, []).append(value)
+        return {name: torch.stack(of).mean() for name, of in values.items()}
+
+    def parameter_count(self, *, active: bool = False) -> int:
+        """Parameters, shared ones once; `active`: those that a token uses, without experts that it does not run."""
+        idle = sum(part.idle_parameters() for _, part in self.leaves()) if active else 0
+        return sum(shape_of(parameter).numel() for _, parameter in named_weights(self)) - idle
 
     def flops(self, documents: Documents) -> int:
         """Forward FLOPs on whole rows, padding included: the sum of what the parts state."""
@@ -293,7 +304,7 @@ class LanguageModel(nn.Module):
         rank holds the whole of a ZeRO-3 model. What a layer raises is raised after the last one, where no other rank
         waits for this one.
         """
-        parameters, failure = list(self.named_parameters()), None
+        parameters, failure = list(named_weights(self)), None
         for first in range(0, len(parameters), ranks):
             turn = parameters[first : first + ranks]  # one for each rank; they draw at the same time
             value = None

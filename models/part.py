@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Part(nn.Module):
     losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
         the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
     sums: names of tensors that `forward` returns summed over this rank's tokens. After each optimizer step `update`
-        gets their sums over the global batch.
+        gets their sums over the global batch, and `statistics` says what metrics show of them.
     outputs: names of the linear layers that write to the residual stream: their initial values are scaled down with the
         model's depth.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
@@ -86,6 +86,14 @@ class Part(nn.Module):
     def update(self, sums: Mapping[str, Tensor]) -> None:
         """Updates buffers from the sums over the global batch, float64; runs on every rank alike, without gradient."""
         raise NotImplementedError
+
+    def statistics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars by name that metrics show of a step, from what `update` gets; means over the parts of one name."""
+        return {}
+
+    def idle_parameters(self) -> int:
+        """How many of its parameters a token does not use."""
+        return 0
 
     def at_step(self, step: int) -> None:
         """Told before each step of training, counted from 0: for what changes as a run goes on."""
@@ -179,9 +187,32 @@ def linear_flops(module: nn.Module, rows: int) -> int:
     return 2 * rows * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
+class Cut(NamedTuple):
+    """Of a weight by expert that ranks share out: its whole shape, and the experts that this rank holds."""
+
+    shape: torch.Size
+    held: range
+
+
 def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note."""
+    """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note, a rank of several its experts' part."""
+    if (cut := getattr(parameter, "cut", None)) is not None:
+        return cut.shape
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, by name, in the model's order, with those of experts that this rank alone holds.
+
+    Under `parallel.experts` the latter are attributes of their layers, and not among torch's `parameters()`.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        own = {name: vars(module)[name] for name in getattr(module, "by_expert", ()) if name in vars(module)}
+        for name, parameter in (*module.named_parameters(recurse=False), *own.items()):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

@@ -117,6 +117,19 @@ def all_to_all(x: Tensor, group: Group) -> Tensor:
     return received
 
 
+def all_to_all_rows(x: Tensor, sends: list[int], receives: list[int], group: Group) -> Tensor:
+    """`[sum of sends, …]`, the first sends[0] rows for rank 0 of the group and so on, to `[sum of receives, …]`."""
+    x = x.contiguous()
+    received = x.new_empty(sum(receives), *x.shape[1:])
+    own = group.rank if isinstance(group, ThreadGroup) else group.rank()
+    sent()["all to all"] += (x.shape[0] - sends[own]) * (_bytes(x) // max(1, x.shape[0]))
+    if isinstance(group, ThreadGroup):
+        group.all_to_all_rows(received, x, sends)
+    else:
+        dist.all_to_all_single(received, x, receives, sends, group=group)
+    return received
+
+
 def sum_over_ranks(x: Tensor, seq: Sequence) -> None:
     """Makes x, in place, the sum of what every rank has."""
     ranks = seq.layout.ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeAlias, cast
 
@@ -28,12 +28,31 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Ranks that share out the experts of each layer: this one is number `rank` of `ranks` neighbours, `group`.
+
+    `replicas` joins this rank with those that hold the same experts; None where there are no others.
+    """
+
+    ranks: int
+    rank: int
+    group: Group
+    replicas: Group | None = None
+
+    def held(self, experts: int) -> range:
+        """Which of so many experts this rank holds."""
+        count = experts // self.ranks
+        return range(self.rank * count, (self.rank + 1) * count)
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Rank r = data_rank * sequence_ranks + sequence_rank: the ranks that share a row are neighbours.
 
     `sequence_group` joins those that share rows, and `heads` those of them that exchange tokens for heads, if any do;
-    both are None on a single process without torch.distributed. Ranks are processes, or threads of one process
-    (`run_as_threads`).
+    both are None on a single process without torch.distributed. `experts` joins this rank with the neighbours among
+    which the experts of each layer are shared out, and `replicas` with those that hold the same experts; both are None
+    where every rank holds all experts. Ranks are processes, or threads of one process (`run_as_threads`).
     """
 
     rank: int = 0
@@ -41,12 +60,14 @@ class Mesh:
     sequence_ranks: int = 1
     sequence_group: Group | None = None
     heads: Heads | None = None
+    experts: Experts | None = None
 
     @classmethod
-    def create(cls, sequence: int = 1, ulysses: int = 1, timeout_minutes: float = 10.0) -> Mesh:
+    def create(cls, sequence: int = 1, ulysses: int = 1, experts: int = 1, timeout_minutes: float = 10.0) -> Mesh:
         """The mesh of all ranks, `sequence` ranks per row; every rank must call it.
 
-        `ulysses` of a row's ranks exchange tokens for heads, where the strategy is Ulysses. A rank that is silent for
+        `ulysses` of a row's ranks exchange tokens for heads, where the strategy is Ulysses. `experts` neighbours, of
+        one row or of several, share out the experts. A rank that is silent for
         `timeout_minutes` in a collective of a group that is made here ends the run; give what the default group got.
         When it returns, every group has run a collective. Raises ValueError, on every rank alike and before any group
         is made, if the ranks do not divide evenly.
@@ -54,6 +75,7 @@ class Mesh:
         rank, world = _place()
         check_sequence_ranks(sequence, world)
         check_ulysses_ranks(ulysses, sequence)
+        check_expert_ranks(experts, world)
         mesh, timeout = cls(rank, world), timedelta(minutes=timeout_minutes)
         if sequence > 1:
             row, heads = _group(sequence, 1, world, rank, timeout), None
@@ -63,6 +85,11 @@ class Mesh:
                 neighbours = _group(ulysses, 1, world, rank, timeout)
                 heads = Heads(ulysses, neighbours, _group(sequence // ulysses, ulysses, world, rank, timeout))
             mesh = cls(rank, world, sequence, row, heads)
+        if experts > 1:
+            group, replicas = _group(experts, 1, world, rank, timeout), None
+            if experts < world:
+                replicas = _group(world // experts, experts, world, rank, timeout)
+            mesh = replace(mesh, experts=Experts(experts, rank % experts, group, replicas))
         if world > 1 and this_rank() is None:
             _connect(mesh.groups)
         return mesh
@@ -71,7 +98,8 @@ class Mesh:
     def groups(self) -> list[dist.ProcessGroup]:
         """Every process group that this rank is in, once, in the same order on every rank; the first joins all."""
         heads = () if self.heads is None else (self.heads.group, self.heads.ring)
-        groups = (cast(dist.ProcessGroup, dist.group.WORLD), self.sequence_group, *heads)
+        experts = () if self.experts is None else (self.experts.group, self.experts.replicas)
+        groups = (cast(dist.ProcessGroup, dist.group.WORLD), self.sequence_group, *heads, *experts)
         return list(dict.fromkeys(group for group in groups if isinstance(group, dist.ProcessGroup)))
 
     @property
@@ -129,6 +157,15 @@ def check_ulysses_ranks(ulysses: int, sequence: int) -> None:
         raise ValueError(
             f"parallel.ulysses must divide parallel.sequence, {sequence}; got {ulysses}. It is how many of a row's "
             "ranks exchange tokens for heads"
+        )
+
+
+def check_expert_ranks(experts: int, world_size: int) -> None:
+    """Raises ValueError unless `experts` divides the number of processes."""
+    if experts < 1 or world_size % experts:
+        raise ValueError(
+            f"parallel.experts must divide the number of processes, {world_size}; got {experts}. It is how many ranks "
+            "share out the experts of each layer"
         )
 
 

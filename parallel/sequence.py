@@ -18,7 +18,7 @@ from ..kernels.operation import Kept
 from ..kernels.pointwise import Rotation, rotations
 from .decoding_cache import DecodingCache
 from .layout import Layout
-from .mesh import Group, Heads, Mesh
+from .mesh import Experts, Group, Heads, Mesh
 from .strategy import Strategy
 
 
@@ -56,6 +56,7 @@ class Sequence(Deriving):
     layout: which spans of a row each rank holds.     rank, group: this rank among those that share the rows.
     layer: the layer that calls.                      strategy: by which exchange each kind of op runs.
     heads: those ranks that exchange tokens for heads, where the strategy is "ulysses".
+    experts: those ranks that share out the experts of mixtures of experts, of these rows and perhaps of others.
     backend: of the kernels ("auto", "reference", …). cache: what decoding carries, owned by the caller.
     handle: a number, as a tensor on the host, by which compiled graphs name the sequence.
     kept: see `Kept`; made by the model for each layer and forward when it recomputes activations.
@@ -79,6 +80,7 @@ class Sequence(Deriving):
     slots: set[str] | None = None
     mixer: str = ""
     exchanges: set[tuple[str, str]] | None = None
+    experts: Experts | None = None
     _derived: _Derived = field(default_factory=lambda: _Derived(), repr=False, compare=False)
     handle: Tensor = field(default_factory=lambda: _new_handle(), repr=False, compare=False)
 
@@ -100,7 +102,8 @@ class Sequence(Deriving):
     @classmethod
     def shared(cls, documents: Documents, layout: Layout, mesh: Mesh, strategy: Strategy) -> Sequence:
         """Rows shared by the sequence ranks of a mesh."""
-        return cls(documents, layout, mesh.sequence_rank, mesh.sequence_group, strategy=strategy, heads=mesh.heads)
+        ranks = {"heads": mesh.heads, "experts": mesh.experts}
+        return cls(documents, layout, mesh.sequence_rank, mesh.sequence_group, strategy=strategy, **ranks)
 
     @classmethod
     def single(cls, documents: Documents, *, backend: str = "auto") -> Sequence:
@@ -118,10 +121,18 @@ class Sequence(Deriving):
         return cls(documents, layout, group=group, strategy=strategy, heads=heads, slots=set(), exchanges=set())
 
     @classmethod
-    def decoding(cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto") -> Sequence:
+    def decoding(
+        cls,
+        cache: DecodingCache,
+        batch: int,
+        length: int,
+        *,
+        backend: str = "auto",
+        experts: Experts | None = None,
+    ) -> Sequence:
         """The next `length` tokens of one document per row, after the `cache.length` tokens that the cache has seen."""
         documents = Documents.whole(batch, length, position=cache.length)
-        return cls(documents, Layout(length), backend=backend, cache=cache)
+        return cls(documents, Layout(length), backend=backend, cache=cache, experts=experts)
 
     def at(self, layer: int, mixer: str = "") -> Sequence:
         """The same sequence as layer `layer` sees it, whose mixer the model's pattern calls `mixer`."""

@@ -179,6 +179,14 @@ class ThreadGroup:
         for part, received in zip(out, self._meet_alike("all_to_all", x), strict=True):
             part.copy_(received[self.rank])
 
+    def all_to_all_rows(self, out: Tensor, x: Tensor, sends: list[int]) -> None:
+        """`out` becomes the rows for this rank of every x in turn; `sends` says how many of x are for each rank."""
+        counts = self._meet("all_to_all_rows", list(sends))
+        parts = [given.split(of)[self.rank] for given, of in zip(self._meet("all_to_all", x), counts, strict=True)]
+        received = torch.cat(parts)
+        _check_alike("all_to_all_rows", out, received)
+        out.copy_(received)
+
     def all_reduce(self, x: Tensor) -> None:
         """x becomes the sum over ranks, added up in their order."""
         total, *parts = self._meet_alike("all_reduce", x)

@@ -6,8 +6,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..models.part import cast_parameters, shape_of
+from ..models.part import cast_parameters, named_weights, shape_of
 from ..parallel.mesh import Mesh
 from .engine_config import configuration
-from .masters import Fragment, Masters
 from .ranks.exchange import together
 from .requirements import at_least
-from .two_types import reduce_in_float32, split_as_made, types_kept
+from .zero.experts import ExpertWeights, count_norm, cut_as_made, hide, whole
+from .zero.masters import Fragment, Masters
+from .zero.two_types import reduce_in_float32, split_as_made, types_kept
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
@@ -57,6 +58,7 @@ class Engine:
     """A model whose optimizer states (stage 1), gradients (2) and parameters (3) are split over all ranks of `mesh`.
 
     model_factory: makes the model; on stage 3 each parameter is split as soon as its layer is made.
+    Where ranks share out the experts (`mesh.experts`), each holds the weights of its own; see `ExpertWeights`.
     dtype: "float32", or "bfloat16" with float32 masters, moments and accumulated gradients. What layers name in
         `in_float32` (see `Part`) stays in float32.
     clip: largest norm of the gradient; 0 does not clip.
@@ -92,13 +94,17 @@ class Engine:
             load(model, self._gather_to_write)
         else:
             self._initialise(model, seed)
-        self._adam = torch.optim.AdamW(
-            parameter_groups(model, optimizer.weight_decay),
-            lr=optimizer.learning_rate,
-            betas=tuple(optimizer.betas),  # type: ignore[arg-type]
-            eps=optimizer.eps,
-            fused=device.type == "cuda",  # the others need temporaries as large as a rank's whole share
-        )
+        adam: dict[str, Any] = {
+            "lr": optimizer.learning_rate,
+            "betas": tuple(optimizer.betas),
+            "eps": optimizer.eps,
+            "fused": device.type == "cuda",  # the others need temporaries as large as a rank's whole share
+        }
+        self._adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), **adam)
+        self._experts: ExpertWeights | None = None
+        if experts := [parameter for _, parameter in named_weights(model) if hasattr(parameter, "cut")]:
+            groups = parameter_groups(model, optimizer.weight_decay, experts)
+            self._experts = ExpertWeights(mesh, groups, **adam)
         two_types = len({parameter.dtype for parameter in model.parameters()}) > 1
         # Stage 1 in bfloat16 prints the machine's memory, asked or not.
         with types_kept(self._deepspeed), redirect_stdout(io.StringIO()):
@@ -113,6 +119,8 @@ class Engine:
             self._adam.register_step_pre_hook(self._before_adam)
         elif hasattr(self._engine.optimizer, "get_grads_for_norm"):
             _sum_norms_in_float64(self._engine.optimizer)
+        if self._experts is not None and self.zero_stage:
+            count_norm(self._engine.optimizer, self._experts)
 
     def __call__(self, *args: Any) -> Any:
         """The model's forward."""
@@ -140,23 +148,48 @@ class Engine:
         """
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
+        if self._experts is not None:
+            self._experts.reduce()
         self._engine.step()
         if self.zero_stage == 0:
             self.stepped = math.isfinite(self._norm)
-            return self._norm
-        self.stepped = self._engine.was_step_applied()
-        norm = self._engine.get_global_grad_norm()
-        return norm if isinstance(norm, Tensor) and norm.device.type != "cpu" else float(norm)
+            norm: Tensor | float = self._norm
+        else:
+            self.stepped = self._engine.was_step_applied()
+            norm = self._engine.get_global_grad_norm()
+        if not isinstance(norm, Tensor) or norm.device.type == "cpu":
+            norm = float(norm)
+        if self._experts is not None:
+            self._experts.step(learning_rate, self._factor(norm)) if self.stepped else self._experts.clear()
+        return norm
+
+    def _factor(self, norm: Tensor | float) -> Tensor | float:
+        """By which a gradient of this norm is clipped."""
+        if not self._clip:
+            return 1.0
+        factor = self._clip / (norm + 1e-6)
+        return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(1.0, factor)
 
     def gather(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         """A context in which every rank holds these parameters whole, to read them."""
-        if self.zero_stage < 3:
-            return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+        return self._gathered(parameters, None)
+
+    def _gathered(self, parameters: list[nn.Parameter], owner: int | None) -> AbstractContextManager:
+        """Within it they are whole; what the rank `owner` then has is kept, where they are split."""
+        ranks, gathering = self.mesh.experts, ExitStack()
+        if ranks is not None and (experts := [each for each in parameters if hasattr(each, "cut")]):
+            gathering.enter_context(whole(experts, ranks, owner))
+        if self.zero_stage == 3 and (others := [each for each in parameters if not hasattr(each, "cut")]):
+            gathering.enter_context(self._deepspeed.zero.GatheredParameters(others, modifier_rank=owner))
+        return gathering
+
+    def replicated(self, parameter: nn.Parameter) -> bool:
+        """Whether each rank holds all of the parameter and of its states."""
+        return self.zero_stage == 0 and not hasattr(parameter, "cut")
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter once, by name, in the model's order."""
-        return self.module.named_parameters()
+        return named_weights(self.module)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Every buffer that checkpoints hold, by name, in the model's order: see `saved_buffers`."""
@@ -164,11 +197,15 @@ class Engine:
 
     def fragment(self, parameter: nn.Parameter, kind: str) -> Fragment:
         """What this rank holds of the float32 "parameter", "exp_avg" or "exp_avg_sq": a view, to read and to write."""
+        if self._experts is not None and parameter in self._experts:
+            return self._experts.fragment(parameter, kind)
         return self._masters.fragment(parameter, kind)
 
     def create_moments(self, steps: int | None = None) -> None:
         """Makes the Adam states ahead of AdamW's first step, and sets the number of steps taken unless None."""
         self._masters.create_moments(steps)
+        if self._experts is not None:
+            self._experts.create_moments(steps)
 
     @property
     def adam_steps(self) -> int:
@@ -183,10 +220,12 @@ class Engine:
                 parameter.copy_(value)
 
     def _make(self, model_factory: Callable[[], nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-        with torch.device(self.device):
+        with torch.device(self.device), cut_as_made(self.mesh.experts):
             if self.zero_stage < 3:
                 model = model_factory().to(self.device)
                 cast_parameters(model, dtype)
+                for module in model.modules():
+                    hide(module)
                 return model
             with split_as_made(self._deepspeed, config, dtype):
                 return model_factory().to(self.device)
@@ -197,8 +236,8 @@ class Engine:
 
         @contextmanager
         def write(parameter: nn.Parameter, owner: int) -> Iterator[None]:
-            if self.zero_stage == 3:
-                with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
+            if self.zero_stage == 3 or hasattr(parameter, "cut"):
+                with self._gathered([parameter], owner):
                     yield
                 return
             yield
@@ -211,21 +250,22 @@ class Engine:
             work.wait()
 
     def _gather_to_write(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
-        if self.zero_stage < 3:
-            return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+        return self._gathered(parameters, 0)
 
     def _before_adam(self, *_: Any) -> None:
         # Stage 0 only: the gradients are reduced by now, and DeepSpeed keeps no norm of them.
         gradients = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
-        self._norm = float(norms(gradients).norm())
+        norm = norms(gradients).norm()
+        if self._experts is not None and self._experts.norm is not None:
+            norm = torch.hypot(norm, self._experts.norm)
+        self._norm = float(norm)
         if not math.isfinite(self._norm):
             self._norm = math.inf
             for group in self._adam.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # which AdamW passes over
         elif self._clip:
-            torch._foreach_mul_(gradients, min(1.0, self._clip / (self._norm + 1e-6)))
+            torch._foreach_mul_(gradients, self._factor(self._norm))
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -258,7 +298,9 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, parameters: Iterable[nn.Parameter] | None = None
+) -> list[dict[str, Any]]:
     """The parameters that decay (matrices and embeddings) and those that do not, each type in groups of its own.
 
     The latter are norms, biases, all of one dim, and what a module names in `no_weight_decay` (see `Mixer`). Float32
@@ -268,7 +310,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
     }
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in model.parameters() if parameters is None else parameters:
         decays = len(shape_of(parameter)) > 1 and id(parameter) not in exempt
         groups.setdefault((parameter.dtype.itemsize, not decays), []).append(parameter)
     return [

@@ -22,6 +22,7 @@ from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather, saved_buffers
 from .rehearsal import rehearse
 from .settings import Settings
+from .zero.experts import check_experts
 
 log = logging.getLogger("longreach")
 STAND_IN = 61  # tokens, where a model is examined before its tokenizer is known
@@ -139,6 +140,7 @@ def check_model(
     if unknown := [name for name in settings.parallel.mixers if name not in built.mixer_names]:
         names = ", ".join(built.mixer_names)
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
+    check_experts(built, settings.parallel.experts)
     built.check_initial_values()
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):

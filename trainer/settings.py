@@ -72,6 +72,7 @@ class KernelSettings:
     slot_attention: str = "auto"  # of GSA and ABC
     mesa: str = "auto"  # of MesaNet; reference solves exactly
     short_conv: str = "auto"  # before mixers, and the previous token of RWKV
+    grouped_matmul: str = "auto"  # of mixtures of experts; library: torch's own, in bfloat16 on a GPU
     rms_norm: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     swiglu: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel
     cross_entropy: str = "auto"  # auto, triton, chunked, or library: Liger-Kernel, for which the host waits
@@ -135,6 +136,11 @@ def check(settings: Settings, world_size: int) -> None:
     data.check_rows(world_size // parallel.sequence)
     engine_config.configuration(engine.zero_stage, trainer.dtype, trainer.clip, dict(engine.config))
     settings.kernels.check()
+    if trainer.compile and parallel.experts > 1:
+        raise ValueError(
+            f"parallel.experts must be 1 with trainer.compile, whose graphs do not know how many tokens travel; got "
+            f"{parallel.experts}. Leave one of them out"
+        )
     settings.optimizer.check()
     if settings.init_from is not None and not Path(settings.init_from).expanduser().is_dir():
         raise ValueError(

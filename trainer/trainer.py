@@ -210,12 +210,15 @@ class Trainer:
             norm = self.engine.step(rate)
             losses = gather(torch.stack([total, total.new_full((), peak_memory_bytes(self.device))]), self.mesh)
             reported.exchange()
+            sums = reported.sums()
+            statistics = model.statistics(sums)
             if self.engine.stepped:  # a step that is skipped changes nothing
-                model.update(reported.sums())
+                model.update(sums)
         self.step += 1
         self.row += self.settings.data.rows_per_step
         self.tokens += int(work.tokens)
-        self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, reported.losses(), work))
+        auxiliary = reported.losses()
+        self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, auxiliary, work, statistics))
         # The first step's time says little of the others'.
         if self.step == self.first + 1 or self.due(self.every) or not self.engine.stepped:
             self._read_records()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..part import shape_of
+from ..part import named_weights, shape_of
 from .tensors import Recipe, Tensors
 
 INDEX = "model.safetensors.index.json"
@@ -120,7 +120,7 @@ def load_tensors(checkpoint: Checkpoint, model: nn.Module, tensors: Tensors, gat
     `gather` is entered with the parameter that is about to be filled, for the same parameters in the same order on
     every rank. Every name, shape and type is checked before the first is entered.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_weights(model))
     _check(checkpoint, parameters, tensors)
     for name, parameter in parameters.items():
         recipe = tensors.read[name]

@@ -26,6 +26,7 @@ from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.parallel.threads import run_as_threads, this_rank
 from longreach.trainer.diagnosis.synchronisation import Synchronisations
+from longreach.trainer.zero.experts import cut_as_made
 
 DEVICE = "meta"
 LENGTH = 256
@@ -43,13 +44,14 @@ def watched_steps(
     world: int = 1,
     strategy: Strategy = Strategy(),
     ulysses: int = 1,
+    experts: int = 1,
 ) -> None:
     """A step (forward, loss, backward) of a bfloat16 model on each of `world` ranks; `found` gets a record by rank."""
 
     def run(rank: int) -> None:
-        with torch.device(DEVICE):
+        mesh = Mesh.create(world, ulysses, experts)
+        with torch.device(DEVICE), cut_as_made(mesh.experts):
             model = build().to(DEVICE, torch.bfloat16)
-        mesh = Mesh.create(world, ulysses)
         layout, recipes = Layout(LENGTH, world, 1 if world == 1 else 2), Recipes()
         used, fresh = (Sequence.shared(documents, layout, mesh, strategy) for documents in BATCHES)
         _step(model, used)

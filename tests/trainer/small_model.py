@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from longreach.models.part import shape_of
 from longreach.parallel.mesh import Mesh
 from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 
@@ -80,14 +81,14 @@ def rate(step):
     return 0.02 / (1 + step)
 
 
-def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0):
+def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0, mesh=None):
     return Engine(
         model,
         settings=EngineSettings(stage, config or {}),
         optimizer=ADAM,
         dtype=dtype,
         clip=clip,
-        mesh=Mesh.create(),
+        mesh=Mesh.create() if mesh is None else mesh,
         device=torch.device("cpu"),
         seed=seed,
     )
@@ -110,10 +111,10 @@ def full(engine, kind="parameter"):
     result = {}
     for name, parameter in engine.named_parameters():
         start, values = engine.fragment(parameter, kind)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = shape_of(parameter)
         whole = torch.zeros(shape.numel(), dtype=torch.int32)
         whole[start : start + len(values)] = values.view(torch.int32)
-        if engine.zero_stage:
+        if not engine.replicated(parameter):
             torch.distributed.all_reduce(whole)
         result[name] = whole.view(torch.float32).view(shape)
     return result

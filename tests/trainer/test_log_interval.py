@@ -43,10 +43,13 @@ class Model:
 
     def at_step(self, step: int) -> None: ...
     def update(self, sums: dict[str, Tensor]) -> None: ...
+    def statistics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
     def flops(self, documents: object) -> int:
         return 100
 
-    def parameter_count(self) -> int:
+    def parameter_count(self, *, active: bool = False) -> int:
         return 1
 
 

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...models.part import shape_of
+from ...models.part import named_weights, shape_of
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
-from ..masters import KINDS
 from ..run.failure import remedy
+from ..zero.masters import KINDS
 from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
 from .stored import Stored as Stored
 from .stored import examine as examine
@@ -130,7 +130,7 @@ def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = Non
 
     gather: entered with each parameter that is set (see Engine). Raises CheckpointError before anything is set.
     """
-    parameters, buffers = dict(model.named_parameters()), saved_buffers(model)
+    parameters, buffers = dict(named_weights(model)), saved_buffers(model)
     stored = verify(path).named_for(parameters)
     _check_model(stored, parameters, buffers, kinds=())
     check_bytes(stored, [*parameters, *buffers])
@@ -232,7 +232,7 @@ def _gather_pieces(
 def _gather_piece(engine: Engine, parameter: nn.Parameter, piece: _Piece, rank: int) -> Tensor:
     start, values = engine.fragment(parameter, piece.kind)
     low, high = max(start, piece.start), min(start + len(values), piece.stop)
-    if engine.zero_stage == 0:
+    if engine.replicated(parameter):
         return values[low:high]
     # As integers: adding zeros to floats would turn -0.0 into 0.0.
     whole = torch.zeros(piece.stop - piece.start, dtype=torch.int32, device=engine.device)

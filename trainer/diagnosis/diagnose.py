@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from ..preparation import check_model, configured_model
 from ..ranks.settings import ParallelSettings, spans_of, ulysses_ranks
 from ..settings import Settings, check
+from ..zero.experts import check_experts
 from .bench import Bench
 from .checks import exact, inexact, loop
 from .model import Build, complete, reduced, shrunk
@@ -19,6 +22,7 @@ from .report import FAIL, NOT_TESTED, Report, Row
 from .work import Topology
 
 MOST_RANKS = 8
+MOST_EXPERT_RANKS = 4
 
 
 def diagnose(
@@ -35,13 +39,14 @@ def diagnose(
     line for each thing begun. prepare: "module:function" that every rank calls first; tests plant faults with it.
     Raises ValueError for a configuration that training refuses.
     """
-    check(settings, settings.parallel.sequence)
+    check(settings, math.lcm(settings.parallel.sequence, settings.parallel.experts))
     configured = configured_model(settings)
     check_model(build, configured, settings, say)
     parallel = at_most(settings.parallel, MOST_RANKS)
     window = max(2, 7 * spans_of(parallel) * 3 // 2)  # of the cases' longest spans: beyond one rank, not over two
     model = complete(configured) if whole else reduced(configured, build, window=window)
-    data_ranks = 2 if parallel.sequence <= 2 else 1
+    parallel = replace(parallel, experts=_expert_ranks(parallel.experts, model, build))
+    data_ranks = max(2 if parallel.sequence <= 2 else 1, parallel.experts // math.gcd(*_sizes(parallel)))
     report = Report(_title(model, parallel, data_ranks), unseen=_unseen(complete(configured), model))
     report.rows += _never_tested(settings, parallel)
     topology = Topology(build, model, parallel)
@@ -148,9 +153,28 @@ def _never_tested(settings: Settings, parallel: ParallelSettings) -> list[Row]:
     if settings.parallel.sequence != parallel.sequence:
         why = f"{parallel.sequence} ran in their place"
         rows.append(Row(f"{settings.parallel.sequence} sequence ranks", NOT_TESTED, where=why))
+    if settings.parallel.experts != parallel.experts:
+        why = f"{parallel.experts} ran in their place"
+        rows.append(Row(f"{settings.parallel.experts} ranks that share out experts", NOT_TESTED, where=why))
     if settings.trainer.compile:
         rows.append(Row("trainer.compile=true", NOT_TESTED, where="the doctor compiles nothing"))
     return rows
+
+
+def _sizes(parallel: ParallelSettings) -> tuple[int, int]:
+    return parallel.sequence, parallel.experts
+
+
+def _expert_ranks(ranks: int, model: dict, build: Build) -> int:
+    """How many ranks share out the experts of the model in place of so many."""
+    with torch.device("meta"):
+        made = build(model)
+    for fewer in range(min(ranks, MOST_EXPERT_RANKS), 1, -1):
+        with suppress(ValueError):
+            check_experts(made, fewer)
+            if ranks % fewer == 0:
+                return fewer
+    return 1
 
 
 def at_most(parallel: ParallelSettings, ranks: int) -> ParallelSettings:

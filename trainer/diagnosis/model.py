@@ -14,6 +14,7 @@ from torch import nn
 
 from ...models.language_model import LanguageModel
 from ...models.mixer import Mixer, small_sizes
+from ...models.part import named_weights
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
@@ -148,7 +149,7 @@ def fill(model: LanguageModel, seed: int = 0) -> None:
     A new model's gates are nearly open or shut and some of its matrices zero: an error behind one would not show.
     """
     LanguageModel.initialise(model, seed)  # whatever stands in for it here
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
         noise = torch.randn(parameter.shape, generator=generator)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.language_model import LanguageModel, Write
+from ...models.part import named_weights
 from ...parallel import mesh as mesh_module
 from ...parallel.mesh import Mesh
 from ..data.packing import Batch, Row, TokenStream
@@ -78,7 +79,7 @@ class _Filled(NamedTuple):
 
         def initialise(seed: int, write: Write, rank: int, ranks: int) -> None:
             with ExitStack() as whole:
-                for parameter in made.parameters():
+                for _, parameter in named_weights(made):
                     whole.enter_context(write(parameter, 0))
                 fill(made)
 
@@ -129,7 +130,8 @@ class _Examined(Trainer):
         for micro_batch in part.micro_batches:
             tokens, wanted = micro_batch.on(self.device)
             model.zero_grad(set_to_none=True)
-            loss, _, reports = model(tokens, micro_batch.seq, wanted, False, True)
+            seq = replace(micro_batch.seq, experts=None)  # the model has them all
+            loss, _, reports = model(tokens, seq, wanted, False, True)
             auxiliary = reported.add(reports)
             ((loss / targets + (0 if auxiliary is None else auxiliary)) * self.mesh.world_size).backward()
             for name, parameter in model.named_parameters():
@@ -149,7 +151,7 @@ def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
     topology = worker.topology
     stream = stream_of(lengths, settings.data.sequence_length, topology.model["vocabulary"])
     settings = replace(settings, model=topology.model)
-    trainer = _Examined(settings, topology.build, worker.mesh, worker.device, stream)
+    trainer = _Examined(settings, topology.build, worker.training, worker.device, stream)
     alone = {}
     if settings.trainer.dtype == "bfloat16":
         alone = trainer.alone(work.filled(topology, torch.bfloat16).to(worker.device), targets)

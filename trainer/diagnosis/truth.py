@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -26,6 +26,7 @@ from ...parallel import ops
 from ...parallel.sequence import Sequence
 from . import definitions
 from .cases import FAR, Case
+from .choices import choices
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
@@ -94,6 +95,8 @@ class Result:
     gradients: dict[str, Tensor]
     layers: list[Tensor]  # outputs of the mixers [B, T, D]
     hidden: Tensor  # what the head reads [B, T, D]
+    reports: dict[str, Tensor] = field(default_factory=dict)  # sums of auxiliary losses and other sums, by path
+    choices: dict[str, Tensor] = field(default_factory=dict)  # of experts, by router: [B, T, k]
     calls: list[Call] = field(default_factory=list)
 
 
@@ -271,8 +274,20 @@ def far_positions(seq: Sequence) -> Iterator[Sequence]:
         yield FarSequence.of_near(seq)
 
 
-def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) -> Result:
-    """Forward and backward of the tokens of `seq`'s rank."""
+def run(
+    model: LanguageModel,
+    seq: Sequence,
+    tokens: Tensor,
+    targets: Tensor,
+    factors: Mapping[str, float] | None = None,
+    *,
+    told: Mapping[str, Tensor] | None = None,
+) -> Result:
+    """Forward and backward of the tokens of `seq`'s rank.
+
+    factors: what auxiliary losses are multiplied by, by path, before they join the loss; by default their weights.
+    told: the experts that routers choose; see `choices`.
+    """
     layers: list[Tensor] = []
     hidden: list[Tensor] = []
 
@@ -283,25 +298,39 @@ def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) ->
     hooks = [mixer.register_forward_hook(note) for mixer in model.mixers]
     hooks.append(model.norm.register_forward_hook(lambda module, arguments, output: hidden.append(output.detach())))
     try:
-        loss, count = model(tokens, seq, targets)
+        with choices(model, seq, told) as chosen:
+            loss, count, reports = model(tokens, seq, targets, False, True)
+            model.zero_grad(set_to_none=True)
+            with_auxiliary(model, loss, reports, factors).backward()  # which may recompute
     finally:
         for hook in hooks:
             hook.remove()
-    model.zero_grad(set_to_none=True)
-    loss.backward()
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
     }
     # Recomputation runs the hooks a second time.
-    return Result(loss.detach(), int(count), gradients, layers[: len(model.mixers)], hidden[0])
+    reported = {path: value.detach() for path, value in reports.items()}
+    return Result(loss.detach(), int(count), gradients, layers[: len(model.mixers)], hidden[0], reported, chosen)
 
 
-def truth_of(model: LanguageModel, case: Case) -> Result:
-    """The case on one process, by definitions alone."""
+def with_auxiliary(
+    model: LanguageModel,
+    loss: Tensor,
+    reports: Mapping[str, Tensor],
+    factors: Mapping[str, float] | None = None,
+) -> Tensor:
+    """The sum of the token losses, and of the auxiliary ones times `factors`; see `run`."""
+    for path, factor in (model.losses if factors is None else factors).items():
+        loss = loss + factor * reports[path]
+    return loss
+
+
+def truth_of(model: LanguageModel, case: Case, told: Mapping[str, Tensor] | None = None) -> Result:
+    """The case on one process, by definitions alone; `told` as in `run`."""
     calls: list[Call] = []
     with plain_ops(calls, model.names):
         seq = Sequence.single(case.documents)
-        result = run(model, FarSequence.of_near(seq) if case.far else seq, case.tokens, case.targets)
+        result = run(model, FarSequence.of_near(seq) if case.far else seq, case.tokens, case.targets, told=told)
     result.calls = calls
     return result
 

@@ -39,7 +39,12 @@ class Worker:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         parallel = topology.parallel
-        self.mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.timeout_minutes)
+        # Data ranks compute different cases, and so have the experts of a case to themselves; they share a step's.
+        sizes, minutes = (parallel.sequence, ulysses_ranks(parallel)), parallel.timeout_minutes
+        self.mesh = Mesh.create(*sizes, timeout_minutes=minutes)
+        self.training = self.mesh
+        if parallel.experts > 1:
+            self.training = Mesh.create(*sizes, parallel.experts, minutes)
         self.device = torch.device("cuda", self.mesh.rank) if topology.cuda else torch.device("cpu")
         self.models: dict[torch.dtype, LanguageModel] = {}
 
@@ -97,18 +102,21 @@ def backends() -> dict[str, str]:
     return dict(_chosen)
 
 
-def run_cases(jobs: list[tuple[Case, str, torch.dtype]]) -> dict[int, Result]:
-    """Each case forward and backward, with a mode of recomputation; in between the sequence serves other tokens."""
+def run_cases(jobs: list[tuple[Case, str, torch.dtype, dict[str, Tensor] | None]]) -> dict[int, Result]:
+    """Each case forward and backward, with a mode of recomputation and, if told, the experts that routers choose.
+
+    In between the sequence serves other tokens.
+    """
     (worker,) = _workers
     results = {}
-    for number, (case, checkpointing, dtype) in worker.mine(jobs):
+    for number, (case, checkpointing, dtype, choices) in worker.mine(jobs):
         model = worker.model(dtype)
         model.activation_checkpointing = checkpointing
         seq = worker.sequence(case.documents, case.layout)
         tokens, targets = (seq.shard(x).to(worker.device) for x in (case.tokens, case.targets))
         with far_positions(seq) if case.far else nullcontext(seq) as told:
             run(model, told, tokens.flip(0), targets)  # a sequence serves more than one forward
-            results[number] = on_host(run(model, told, tokens, targets))
+            results[number] = on_host(run(model, told, tokens, targets, told=choices))
         model.activation_checkpointing = "none"
     return results
 

@@ -33,6 +33,7 @@ def draw_sample(engine: Engine, corpus: Corpus, prompt: str, *, tokens: int, tem
                 known=tokenizer.ids(),
                 seed=seed,
                 device=engine.device,
+                experts=engine.mesh.experts,
             )
             ids = ids + list(drawn)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...parallel.layout import Layout
-from ...parallel.mesh import check_sequence_ranks, check_ulysses_ranks
+from ...parallel.mesh import check_expert_ranks, check_sequence_ranks, check_ulysses_ranks
 from ...parallel.strategy import Strategy
 from ..requirements import at_least, one_of
 
@@ -23,6 +23,7 @@ class ParallelSettings:
     recurrent: str = "state_passing"  # how recurrent layers are shared; or ulysses
     ulysses: int | None = None  # ranks that exchange tokens for heads, the rest of `sequence` a ring; null: all of them
     mixers: dict[str, str] = field(default_factory=dict)  # other strategies for layers, by their name in the pattern
+    experts: int = 1  # neighbouring ranks that share out the experts of each mixture of experts
     timeout_minutes: float = 10.0  # a rank that stays silent in a collective for so long ends the run
 
     def check(self, world_size: int, length: int) -> None:
@@ -48,6 +49,7 @@ class ParallelSettings:
             )
         check_sequence_ranks(self.sequence, world_size)
         check_ulysses_ranks(ulysses_ranks(self), self.sequence)
+        check_expert_ranks(self.experts, world_size)
         at_least("data.sequence_length", length, 2)
         cuts = self.sequence * spans_of(self)
         if length % cuts:

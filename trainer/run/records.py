@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class TakenStep:
     losses: float64 `[ranks, 2]`, each rank's sum of token losses and the most memory in bytes that it has used.
     norm: of the gradient, on the device or, where the optimizer has read it, a float.
     auxiliary: scalars, the auxiliary losses by name.                work: of the whole global batch.
+    statistics: scalars that parts show of what they sum up, by name.
     """
 
     step: int
@@ -31,6 +32,12 @@ class TakenStep:
     norm: Tensor | float
     auxiliary: dict[str, Tensor]
     work: Work
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Auxiliary losses and statistics as metrics call them."""
+        return {f"auxiliary_{name}": x for name, x in self.auxiliary.items()} | self.statistics
 
 
 class Records:
@@ -61,7 +68,7 @@ class Records:
             return []
         steps, self._unread = self._unread, []
         with self.timing():
-            numbers = _read([[step.losses, *_tensors(step.norm), *step.auxiliary.values()] for step in steps])
+            numbers = _read([[step.losses, *_tensors(step.norm), *step.named.values()] for step in steps])
         seconds, self._seconds = self._seconds / len(steps), 0.0
         return [self._line(step, values, seconds) for step, values in zip(steps, numbers, strict=True)]
 
@@ -84,7 +91,7 @@ class Records:
             "padding": work.padding,
             "attention_imbalance": work.imbalance,
         }
-        return line | {f"auxiliary_{name}": float(x) for name, x in zip(taken.auxiliary, scalars, strict=True)}
+        return line | {name: float(x) for name, x in zip(taken.named, scalars, strict=True)}
 
 
 def _tensors(value: Tensor | float) -> list[Tensor]:

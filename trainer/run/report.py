@@ -19,7 +19,14 @@ from .directory import RunDirectory
 from .progress import count
 
 if TYPE_CHECKING:
+    from ...models.language_model import LanguageModel
     from ..trainer import Trainer
+
+
+def parameters(model: LanguageModel) -> str:
+    """How many parameters a model has, and how many of them a token uses, where these are fewer."""
+    total, active = model.parameter_count(), model.parameter_count(active=True)
+    return f"{count(total)} parameters" + (f", {count(active)} active" if active < total else "")
 
 
 def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list[str]:
@@ -29,9 +36,11 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
     """
     settings, mesh, corpus, step = trainer.settings, trainer.mesh, trainer.corpus, trainer.step
     parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
+    if mesh.experts is not None:
+        parallel += f", experts over {mesh.experts.ranks} ranks"
     lines = [
         f"run           {trainer.directory.path}",
-        f"model         {count(trainer.shape.parameter_count())} parameters, {settings.trainer.dtype}",
+        f"model         {parameters(trainer.shape)}, {settings.trainer.dtype}",
         f"data          {settings.data.source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
         f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
         f"{parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}",

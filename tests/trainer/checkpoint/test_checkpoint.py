@@ -14,7 +14,7 @@ from small_model import SmallModel, full, make_engine, train_step
 
 from longreach.trainer.checkpoint import checkpoint
 from longreach.trainer.checkpoint.checkpoint import CheckpointError, assign, latest, load, load_weights, save, verify
-from longreach.trainer.masters import KINDS
+from longreach.trainer.zero.masters import KINDS
 
 pytestmark = pytest.mark.slow  # engines on several ranks: a minute together
 

@@ -10,6 +10,7 @@ from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.pointwise import rope
 from longreach.kernels.recurrence import Summary
 from longreach.kernels.softmax import SoftmaxAttend
+from longreach.models.feed_forward.experts import MixtureOfExperts
 from longreach.models.layers.rotary import Rotary
 from longreach.parallel import mesh
 from longreach.parallel.collectives import Packed
@@ -19,6 +20,7 @@ from longreach.trainer import engine
 from longreach.trainer.data.packing import TokenStream
 from longreach.trainer.data.reading import Reader
 from longreach.trainer.engine import Engine
+from longreach.trainer.zero.experts import ExpertWeights
 
 _spoiled: list[tuple[Any, str, Any]] = []
 
@@ -262,6 +264,25 @@ def norms_decay() -> None:
         return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
 
     spoil(engine, "parameter_groups", groups)
+
+
+def experts_averaged_over_all_ranks() -> None:
+    """The gradient of a rank's experts is averaged with those of other ranks' experts."""
+
+    def reduce(self):
+        for shard in self._shards.values():
+            dist.all_reduce(shard.gradient)
+            shard.gradient /= dist.get_world_size()
+        original(self)
+
+    original = spoil(ExpertWeights, "reduce", reduce)
+
+
+def padding_in_the_balancing_loss() -> None:
+    """Tokens that are padding count in the auxiliary losses of mixtures of experts."""
+    original = spoil(
+        MixtureOfExperts, "_losses", lambda self, routing, real: original(self, routing, torch.ones_like(real))
+    )
 
 
 def a_rank_raises() -> None:

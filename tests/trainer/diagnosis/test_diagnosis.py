@@ -250,6 +250,11 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
         ("groups_of_strangers", ["model=llama_tiny", "parallel.sequence=4"], groups, "groups of ranks = the grid"),
         ("loss_averaged_per_rank", ["model=llama_tiny"], loop.training_steps, "ZeRO-1: a step of the loop"),
         ("nothing_is_clipped", ["model=llama_tiny"], loop.training_steps, "ZeRO-1: a step of the loop"),
+        (
+            "experts_averaged_over_all_ranks", ["model=mixtral_tiny", "parallel.experts=2"], loop.training_steps,
+            "ZeRO-1: a step of the loop",
+        ),
+        ("padding_in_the_balancing_loss", ["model=mixtral_tiny"], whole_model, "auxiliary losses and sums"),
         ("norms_decay", ["model=llama_tiny"], loop.training_steps, "ZeRO-1: parameters after the step"),
         ("targets_of_the_token", ["model=llama_tiny"], loop.training_steps, "rows and targets that the loop reads"),
         (

@@ -88,6 +88,8 @@ def together(parts: list[Result], layout: Layout) -> Result:
         gradients={name: sum_of([part.gradients[name] for part in parts]) for name in parts[0].gradients},
         layers=[layout.unshard(list(outputs)) for outputs in zip(*(part.layers for part in parts), strict=True)],
         hidden=layout.unshard([part.hidden for part in parts]),
+        reports={path: sum_of([part.reports[path] for part in parts]) for path in parts[0].reports},
+        choices={path: layout.unshard([part.choices[path] for part in parts]) for path in parts[0].choices},
     )
 
 

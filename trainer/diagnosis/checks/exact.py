@@ -16,7 +16,7 @@ from ....parallel.sequence import DecodingCache, Sequence
 from .. import definitions, variants, work
 from ..bench import Bench
 from ..cases import NO_TARGET, Case, Change, changes
-from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
+from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of, with_auxiliary
 from . import comparison
 from .comparison import EXACT, Difference
 
@@ -102,7 +102,8 @@ def differences(bench: Bench) -> None:
 
     def loss_at(parameter: Tensor, change: Tensor) -> float:
         parameter += change
-        loss = float(model(case.tokens, seq, case.targets)[0])
+        summed, _, reports = model(case.tokens, seq, case.targets, False, True)
+        loss = float(with_auxiliary(model, summed, reports))
         parameter -= change
         return loss
 
@@ -123,15 +124,20 @@ def differences(bench: Bench) -> None:
 
 
 def model(bench: Bench) -> None:
-    """Loss, outputs of the mixers and gradients of the whole model."""
-    shared = bench.share(work.run_cases, [(case, "none", torch.float64) for case in bench.cases])
-    losses, layers, gradients = [], [], []
+    """Loss, outputs of the mixers, what layers report, and gradients of the whole model."""
+    shared = bench.share(work.run_cases, [(case, "none", torch.float64, None) for case in bench.cases])
+    losses, layers, gradients, reports = [], [], [], []
     for (case, truth), parts in zip(bench.in_pairs(), shared, strict=True):
         got = comparison.together(parts, case.layout)
         losses.append(comparison.of_loss(got, truth, case))
         layers += comparison.of_layers(got, truth, bench.names, case)
         gradients += comparison.of_gradients(got.gradients, truth.gradients, case.name)
+        for path, value in truth.reports.items():
+            error = comparison.relative(got.reports[path], value)
+            reports.append(Difference(error, f"{path}; {case.name}"))
     ran = bench.ran("float64")
+    if reports:
+        bench.add(comparison.row("auxiliary losses and sums", reports, EXACT, ran, 2))
     bench.add(comparison.row("loss and number of targets", losses, EXACT, ran, 5))
     bench.add(comparison.row("output of every mixer", layers, EXACT, ran, 1, first=True))
     bench.add(comparison.row("gradient of every parameter", gradients, EXACT, ran, 4))
@@ -203,7 +209,9 @@ def recomputation(bench: Bench, own: str) -> None:
     """The gradient under each mode of activation checkpointing, the configuration's first."""
     modes = sorted(MODES, key=lambda mode: mode != own)
     chosen = range(min(3, len(bench.cases)))
-    shared = bench.share(work.run_cases, [(bench.cases[n], mode, torch.float64) for mode in modes for n in chosen])
+    shared = bench.share(
+        work.run_cases, [(bench.cases[n], mode, torch.float64, None) for mode in modes for n in chosen]
+    )
     for mode in modes:
         differences = []
         for n in chosen:

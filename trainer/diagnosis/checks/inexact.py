@@ -40,20 +40,21 @@ def rounded(bench: Bench, dtype: torch.dtype) -> None:
     model, exact = bench.model(dtype), work.filled(bench.topology, dtype).double()
     name, cases = str(dtype).removeprefix("torch."), bench.cases[:3]
     far = replace(cases[0], far=True)
-    *near, beyond = bench.share(work.run_cases, [(case, "none", dtype) for case in (*cases, far)])
+    truths = [truth_of(exact, case) for case in (*cases, far)]
+    jobs = [(case, "none", dtype, truth.choices) for case, truth in zip((*cases, far), truths, strict=True)]
+    *near, beyond = bench.share(work.run_cases, jobs)
     differences: list[Difference] = []
     at_start: dict[str, float] = {}
-    for case, parts in zip(cases, near, strict=True):
+    for case, truth, parts in zip(cases, truths, near, strict=False):
         tokens, targets = case.tokens.to(bench.device), case.targets.to(bench.device)
         with plain_ops([], model.names, "auto"):
-            single = work.on_host(run(model, Sequence.single(case.documents), tokens, targets))
-        truth = truth_of(exact, case)
+            single = work.on_host(run(model, Sequence.single(case.documents), tokens, targets, told=truth.choices))
         theirs = comparison.of_norms(single.gradients, truth.gradients)
         differences += _beside(bench, exact, case, truth, parts, theirs, dtype)
         at_start = at_start or theirs
     ran = bench.ran(name)
     bench.add(comparison.row(f"{name}: gradients beside one device's", differences, 1.0, ran, 5, unit=AS_GOOD))
-    differences = _beside(bench, exact, far, truth_of(exact, far), beyond, at_start, dtype)
+    differences = _beside(bench, exact, far, truths[-1], beyond, at_start, dtype)
     bench.add(comparison.row(f"{name}: positions from {FAR:,} on", differences, 1.0, ran, 4, unit=AS_GOOD))
     _rounded_ops(bench, model, dtype)
 
@@ -71,7 +72,7 @@ def _beside(
     ours, floor = comparison.of_norms(comparison.together(parts, case.layout).gradients, truth.gradients), FLOORS[dtype]
     compared = _compared(ours, theirs, floor, case.name)
     if comparison.worst(compared).error > 1.0:
-        noise = _noise(exact, case, truth.gradients, torch.finfo(dtype).eps / 2)
+        noise = _noise(exact, case, truth, torch.finfo(dtype).eps / 2)
         compared = _compared(ours, {p: max(theirs[p], noise[p]) for p in theirs}, floor, case.name)
     return compared
 
@@ -85,18 +86,18 @@ def _compared(ours: dict[str, float], theirs: dict[str, float], floor: float, na
     ]
 
 
-def _noise(exact: LanguageModel, case: Case, truth: dict[str, Tensor], rounding: float) -> dict[str, float]:
+def _noise(exact: LanguageModel, case: Case, truth: Result, rounding: float) -> dict[str, float]:
     """Errors of exact gradients where only the parameters are rounded: the effect of any rounding on a case.
 
     Where a layer normalises something close to 0 that is thousands of roundings, and one device may lose few by chance.
     """
-    noise = dict.fromkeys(truth, 0.0)
+    noise = dict.fromkeys(truth.gradients, 0.0)
     for seed in range(3):
         shaken, generator = copy.deepcopy(exact), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in shaken.parameters():
                 parameter *= 1 + rounding * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        errors = comparison.of_norms(truth_of(shaken, case).gradients, truth)
+        errors = comparison.of_norms(truth_of(shaken, case, truth.choices).gradients, truth.gradients)
         noise = {name: max(noise[name], error) for name, error in errors.items()}
     return noise
 

@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ..models.part import cast_own_parameters
+from ...models.part import cast_own_parameters
+from .experts import hide
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def split_as_made(deepspeed: Any, config: dict[str, Any], dtype: torch.dtype) ->
     class Init(deepspeed.zero.Init):
         def _post_init_method(self, module: nn.Module) -> None:
             cast_own_parameters(module, dtype)
+            hide(module)
             super()._post_init_method(module)
 
     with Init(config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False, tensor_overrides=()):

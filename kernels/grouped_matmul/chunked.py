@@ -1,0 +1,59 @@
+"""Grouped matrix products by torch: on the CPU one matrix product for each group that has rows.
+
+Elsewhere the host does not know the groups and would have to wait for them: there every matrix meets every row, and
+only its own rows are kept. This is for what the Triton kernels do not take, float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """See `reference.product`."""
+    matrices = weight.transpose(1, 2) if transposed else weight
+    if not _host_knows(ends):
+        out = x.new_zeros(x.shape[0], matrices.shape[2])
+        for matrix, inside in zip(matrices, _inside(x, ends), strict=True):
+            out = torch.where(inside, x @ matrix, out)
+        return out
+    out, last = x.new_empty(x.shape[0], matrices.shape[2]), 0
+    for group, start, end in _groups(ends):
+        torch.mm(x[start:end], matrices[group], out=out[start:end])
+        last = end
+    out[last:].zero_()
+    return out
+
+
+def gradient(dout: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """See `reference.gradient`."""
+    if not _host_knows(ends):
+        zero = dout.new_zeros(())
+        return torch.stack([torch.where(inside, dout, zero).T @ x for inside in _inside(x, ends)])
+    dweight = x.new_empty(ends.shape[0], dout.shape[1], x.shape[1])
+    for group, start, end in _groups(ends):
+        torch.mm(dout[start:end].T, x[start:end], out=dweight[group])
+    return dweight
+
+
+def _host_knows(ends: Tensor) -> bool:
+    return ends.device.type == "cpu"
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(group, first row, end) of every group, those without rows too: a product of none is 0."""
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        yield group, start, end
+        start = end
+
+
+def _inside(x: Tensor, ends: Tensor) -> Iterator[Tensor]:
+    """`[M, 1]` for each group: which rows are its own."""
+    rows, start = torch.arange(x.shape[0], device=x.device).unsqueeze(1), 0
+    for end in ends:
+        yield (rows >= start) & (rows < end)
+        start = end

@@ -1,0 +1,180 @@
+"""Mixture of experts: a feed-forward layer of many SwiGLUs, of which each token runs few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, spread
+from ...kernels.pointwise import swiglu
+from ...parallel.ops.experts import to_experts
+from ...parallel.sequence import Sequence
+from ..part import FeedForward
+from .router import Router, Routing
+from .swiglu import SwiGLU
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer of each expert: rows `[M, inputs]`, sorted by expert, to `[M, outputs]`; see `grouped_matmul`.
+
+    The weight `[experts, outputs, inputs]` holds the experts of this rank alone where ranks share them.
+    """
+
+    by_expert = ("weight",)
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+    def forward(self, x: Tensor, ends: Tensor, backend: str) -> Tensor:
+        return grouped_matmul(x, self.weight, ends, backend=backend)
+
+
+class Experts(nn.Module):
+    """SwiGLUs of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
+
+    x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in x's type. No row is dropped
+    or padded, whatever the experts' loads.
+    """
+
+    def __init__(self, experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = ExpertLinear(experts, width, hidden)
+        self.up = ExpertLinear(experts, width, hidden)
+        self.down = ExpertLinear(experts, hidden, width)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, count: int, backend: str) -> Tensor:
+        grouping = Grouping.of(chosen, count)
+        rows = spread(x, grouping)
+        hidden = swiglu(self.gate(rows, grouping.ends, backend), self.up(rows, grouping.ends, backend))
+        return collect(self.down(hidden, grouping.ends, backend), weights, grouping)
+
+
+class MixtureOfExperts(FeedForward):
+    """Mixture of experts (Shazeer et al., 2017, arXiv 1701.06538): a router sends each token to few of many SwiGLUs.
+
+        y = sum over the chosen experts e of weight_e * SwiGLU_e(x)  +  gate * SwiGLU_shared(x)
+
+    experts, experts_per_token, hidden: how many there are, how many a token runs, and the hidden size of each.
+    shared_hidden: the hidden size of what every token runs besides, 0 for nothing (DeepSeekMoE, arXiv 2401.06066);
+        shared_gate multiplies it by sigmoid of a linear function of the token, as in Qwen2-MoE; else gate is 1.
+    score, renormalise, scale, groups, chosen_groups, group_scores: see `Router`.
+    balance: the weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961), a mean over tokens of
+        E * sum_e share_e p_e, where p is the scores, divided by their sum, and share_e expert e's part of all choices,
+        1 where these are even. The shares are those of the last step's whole batch, so that the loss is the same on any
+        ranks and micro-batches. In the first step they are even, and the loss has no gradient.
+    z: the weight of the router z-loss, the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906).
+    bias_rate: after each step, a bias that takes part in the choice alone rises by so much for experts with less than
+        the mean load, and falls for the others (Wang et al., 2024, arXiv 2408.15664); 0 leaves it at 0.
+
+    `[B, T, width]` to the same. Padding goes to no expert and counts nowhere; no token is dropped. Raises ValueError
+    for sizes that do not fit.
+    """
+
+    shares: Tensor
+    outputs = ("experts.down", "shared.down")
+    small = MappingProxyType({"experts": 16, "experts_per_token": 2, "hidden": 24, "shared_hidden": 16})
+    sums = ("load",)
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        experts: int,
+        experts_per_token: int = 2,
+        shared_hidden: int = 0,
+        shared_gate: bool = False,
+        score: str = "softmax",
+        renormalise: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        chosen_groups: int = 1,
+        group_scores: int = 2,
+        balance: float = 0.0,
+        z: float = 0.0,
+        bias_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"feed_forward.hidden must be at least 1; got {hidden}. It is the size of one expert")
+        if shared_hidden < 0 or (shared_gate and not shared_hidden):
+            raise ValueError(
+                f"feed_forward.shared_hidden must be at least {int(shared_gate)} with shared_gate="
+                f"{str(shared_gate).lower()}; got {shared_hidden}"
+            )
+        for name, value in (("balance", balance), ("z", z), ("bias_rate", bias_rate)):
+            if value < 0:
+                raise ValueError(f"feed_forward.{name} must be at least 0; got {value}. 0 leaves it out")
+        self.router = Router(
+            width, experts, experts_per_token, score=score, renormalise=renormalise, scale=scale, groups=groups,
+            chosen_groups=chosen_groups, group_scores=group_scores,
+        )  # fmt: skip
+        self.experts = Experts(experts, width, hidden)
+        self.shared = SwiGLU(width=width, hidden=shared_hidden) if shared_hidden else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
+        self.losses = {name: weight for name, weight in (("balance", balance), ("z", z)) if weight}
+        self.width, self.hidden, self.bias_rate = width, hidden, bias_rate
+        if balance:
+            self.register_buffer("shares", torch.full((experts,), 1 / experts))
+
+    def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, ...]:
+        rows, count = x.flatten(0, 1), self.router.experts
+        real = seq.reach(x.device).flatten() >= 0
+        routing = self.router(rows)
+        chosen = torch.where(real.unsqueeze(1), routing.experts, -1)
+        travel = to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile
+        shared = self._shared(x, seq)
+        out = travel(rows, routing.weights, self.experts).view(x.shape)
+        out = out if shared is None else out + shared
+        return out, *self._losses(routing, real), _load(chosen, count)
+
+    def _shared(self, x: Tensor, seq: Sequence) -> Tensor | None:
+        if self.shared is None:
+            return None
+        out = self.shared(x, seq)
+        return out if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * out
+
+    def _losses(self, routing: Routing, real: Tensor) -> list[Tensor]:
+        """Of each of `losses` the sum over this rank's tokens."""
+        values = []
+        if "balance" in self.losses:
+            likely = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
+            values.append(self.router.experts * (likely @ self.shares.to(likely.dtype)))
+        if "z" in self.losses:
+            values.append(routing.logits.logsumexp(-1).square())
+        return [torch.where(real, value, 0.0).sum() for value in values]
+
+    def update(self, sums: Mapping[str, Tensor]) -> None:
+        load = sums["load"]
+        if self.bias_rate:
+            self.router.bias += (self.bias_rate * torch.sign(load.mean() - load)).to(self.router.bias.dtype)
+        if "balance" in self.losses:
+            self.shares.copy_(load / load.sum())
+
+    def statistics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The busiest and the idlest expert's part of all choices, and their entropy over that of an even load."""
+        load = sums["load"]
+        shares = load / load.sum()
+        entropy = torch.special.entr(shares).sum() / math.log(max(2, len(load)))
+        return {"busiest_expert": shares.max(), "idlest_expert": shares.min(), "expert_entropy": entropy}
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        """Of the router, and of the experts that tokens run: padding runs none."""
+        router = flops(seq.places, inputs=self.width, outputs=self.router.experts)
+        return router + 3 * flops(seq.tokens * self.router.chosen, inputs=self.width, outputs=self.hidden)
+
+    def idle_parameters(self) -> int:
+        """Those of the experts that a token does not run."""
+        return 3 * self.width * self.hidden * (self.router.experts - self.router.chosen)
+
+
+def _load(chosen: Tensor, count: int) -> Tensor:
+    """`[E]`, float32: how many tokens go to each expert."""
+    flat = torch.where(chosen < 0, count, chosen).flatten()
+    ones = torch.ones(flat.shape, device=flat.device)
+    return ones.new_zeros(count + 1).scatter_add_(0, flat, ones)[:count]

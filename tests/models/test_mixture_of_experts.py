@@ -1,0 +1,280 @@
+"""Mixtures of experts: transformers' blocks and a loop over tokens, losses, balancing, padding, and ranks."""
+
+from functools import partial
+
+import pytest
+import torch
+from distributed import run_threads
+from model_presets import randomise, small_hybrid
+from oracles import draw, whole, with_gradients
+from steps_on_meta import watched_steps
+from torch.nn import functional as F
+
+from longreach.kernels.documents import Documents
+from longreach.models.feed_forward.experts import MixtureOfExperts
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
+
+WIDTH, LENGTH = 16, 24
+DEEPSEEK = {
+    "score": "sigmoid", "groups": 4, "chosen_groups": 2, "scale": 2.5, "experts": 12, "experts_per_token": 3,
+    "shared_hidden": 20, "bias_rate": 0.5,
+}  # fmt: skip
+KINDS = {
+    "mixtral": {"experts": 5},
+    "qwen3_moe": {"experts": 7, "experts_per_token": 3, "renormalise": False},
+    "deepseek_v3": DEEPSEEK,
+    "switch": {"experts": 3, "experts_per_token": 1, "renormalise": False},
+    "deepseek_v2": {
+        "groups": 3, "chosen_groups": 2, "group_scores": 1, "experts": 6, "renormalise": False, "scale": 16.0,
+        "shared_hidden": 8, "shared_gate": True,
+    },
+}  # fmt: skip
+
+
+def layer(dtype=torch.float64, **settings):
+    made = MixtureOfExperts(width=WIDTH, hidden=10, **settings).to(dtype)
+    randomise(made)
+    with torch.no_grad():
+        made.router.bias.copy_(0.1 * draw(made.router.experts, seed=3))
+    return made
+
+
+def close(actual, expected, tolerance=1e-9):
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def theirs(kind, made):
+    """transformers' block with the same weights, and its parameters in the order of ours."""
+    modeling = pytest.importorskip(f"transformers.models.{kind}.modeling_{kind}")
+    router = made.router
+    sizes = {
+        "hidden_size": WIDTH, "intermediate_size": 10, "moe_intermediate_size": 10, "num_local_experts": router.experts,
+        "num_experts": router.experts, "num_experts_per_tok": router.chosen, "hidden_act": "silu",
+        "norm_topk_prob": router.renormalise,
+    }  # fmt: skip
+    if kind == "deepseek_v3":
+        sizes |= {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 2}
+        sizes |= {"n_routed_experts": router.experts}
+    names = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}
+    config = getattr(modeling, f"{names[kind]}Config")(**sizes)
+    config._experts_implementation = "eager"
+    block = {"mixtral": "MixtralSparseMoeBlock", "qwen3_moe": "Qwen3MoeSparseMoeBlock", "deepseek_v3": "DeepseekV3MoE"}
+    with torch.no_grad():
+        other = getattr(modeling, block[kind])(config).double()
+        experts = made.experts
+        other.gate.weight.copy_(router.weight)
+        router.bias.mul_(kind == "deepseek_v3")  # the others have none
+        other.experts.gate_up_proj.copy_(torch.cat([experts.gate.weight, experts.up.weight], 1))
+        other.experts.down_proj.copy_(experts.down.weight)
+        if kind == "deepseek_v3":
+            other.gate.e_score_correction_bias = router.bias.clone()
+            for name, own in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
+                getattr(other.shared_experts, name).weight.copy_(getattr(made.shared, own).weight)
+    return other
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_is_the_block_in_transformers(kind, monkeypatch):
+    """In float64, in which their routers compute too here: they say float32."""
+    made = layer(**KINDS[kind])
+    other = theirs(kind, made)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    x = draw(2, LENGTH, WIDTH)
+    ours = [made.router.weight, *(each.weight for each in (made.experts.gate, made.experts.up, made.experts.down))]
+    actual = with_gradients(lambda x: made(x, whole(2, LENGTH))[0], x, ours)
+    names = [other.gate.weight, other.experts.gate_up_proj, other.experts.down_proj]
+    out, dx, drouter, dboth, ddown = with_gradients(other, x, names)
+    close(actual, (out, dx, drouter, *dboth.chunk(2, 1), ddown))
+
+
+def by_token(made, x):
+    """The definition, a token at a time; x `[N, D]`."""
+    router, outputs = made.router, []
+    for token in x:
+        logits = router.weight @ token
+        scores = logits.softmax(0) if router.score == "softmax" else logits.sigmoid()
+        ranked = (scores + router.bias).detach()
+        groups = ranked.view(router.groups, -1)
+        if router.groups > 1:
+            sums = groups.sort(descending=True).values[:, : router.group_scores].sum(1)
+            kept = sums.argsort(descending=True)[: router.chosen_groups].tolist()
+            allowed = torch.tensor([group in kept for group in range(router.groups)])
+            ranked = torch.where(allowed.unsqueeze(1), groups, -torch.inf).flatten()
+        experts = ranked.argsort(descending=True)[: router.chosen].tolist()
+        total = sum(scores[e] for e in experts) if router.renormalise else 1.0
+        out = torch.zeros_like(token)
+        for e in experts:
+            gate, up, down = (each.weight[e] for each in (made.experts.gate, made.experts.up, made.experts.down))
+            out = out + router.scale * scores[e] / total * (down @ (F.silu(gate @ token) * (up @ token)))
+        if made.shared is not None:
+            shared = made.shared
+            part = shared.down.weight @ (F.silu(shared.gate.weight @ token) * (shared.up.weight @ token))
+            gate = 1.0 if made.shared_gate is None else torch.sigmoid(made.shared_gate.weight[0] @ token)
+            out = out + gate * part
+        outputs.append(out)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_a_loop_over_tokens(kind):
+    made, x = layer(**KINDS[kind]), draw(2, LENGTH, WIDTH)
+    parameters = list(made.parameters())
+    actual = with_gradients(lambda x: made(x, whole(2, LENGTH))[0], x, parameters)
+    expected = with_gradients(lambda x: by_token(made, x.flatten(0, 1)).view(x.shape), x, parameters)
+    close(actual, expected)
+
+
+def test_padding_goes_nowhere_and_counts_nowhere():
+    made = layer(**DEEPSEEK, balance=0.1, z=0.1)
+    seq = Sequence.single(Documents.from_lengths([[7, 9]], LENGTH))
+    x = draw(1, LENGTH, WIDTH)
+    out, balance, z, load = made(x, seq)
+    changed = x.clone()
+    changed[:, 16:] = 100 * draw(1, 8, WIDTH, seed=5)
+    again = made(changed, seq)
+    assert torch.equal(out[:, :16], again[0][:, :16])
+    assert [float(value) for value in (balance, z)] == [float(value) for value in again[1:3]]
+    assert torch.equal(load, again[3])
+    assert load.sum() == 16 * 3
+    torch.testing.assert_close(again[0][:, 16:], made.shared(changed, seq)[:, 16:])
+    alone = made(x[:, :16], whole(1, 16))
+    close((out[:, :16], balance, z), (alone[0], *alone[1:3]))
+
+
+def test_the_balancing_loss_is_that_of_transformers_once_the_load_is_known(monkeypatch):
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    made, x, seq = layer(**KINDS["mixtral"], balance=0.1, z=0.1), draw(2, LENGTH, WIDTH), whole(2, LENGTH)
+    made.router.bias.zero_()
+    _, first, z, load = made(x, seq)
+    assert float(first) == pytest.approx(2 * LENGTH)  # even shares: 1 for each token
+    made.update({"load": load.double()})
+    logits = F.linear(x.flatten(0, 1), made.router.weight)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    expected = modeling.load_balancing_loss_func((logits,), 5, 2) / 2  # theirs is k where the load is even
+    balance = made(x, seq)[1] / (2 * LENGTH)
+    close(
+        (balance, *torch.autograd.grad(balance, made.router.weight)),
+        (expected, *torch.autograd.grad(expected, made.router.weight)),
+    )
+    torch.testing.assert_close(z, logits.logsumexp(-1).square().sum())
+
+
+def test_the_bias_follows_the_load_and_takes_part_in_the_choice_alone():
+    made = layer(torch.float32, experts=4, bias_rate=0.25)
+    made.router.bias.zero_()
+    made.update({"load": torch.tensor([10.0, 2.0, 4.0, 0.0], dtype=torch.float64)})
+    assert made.router.bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
+    x = draw(9, WIDTH).float()
+    routing = made.router(x)
+    scores = F.linear(x, made.router.weight).softmax(-1)
+    assert torch.equal(routing.experts, (scores + made.router.bias).topk(2).indices)
+    weights = scores.gather(1, routing.experts)
+    torch.testing.assert_close(routing.weights, weights / weights.sum(1, keepdim=True))
+    assert not made.router.bias.requires_grad
+
+
+def test_the_router_computes_in_float32():
+    made = layer(torch.bfloat16, experts=4)
+    x = draw(9, WIDTH).bfloat16()
+    routing = made.router(x)
+    assert routing.logits.dtype == routing.weights.dtype == torch.float32
+    torch.testing.assert_close(routing.logits, F.linear(x.float(), made.router.weight.float()))
+
+
+def test_statistics_of_the_load():
+    shown = layer(experts=4).statistics({"load": torch.tensor([6.0, 2.0, 0.0, 0.0], dtype=torch.float64)})
+    assert float(shown["busiest_expert"]) == 0.75
+    assert float(shown["idlest_expert"]) == 0.0
+    assert float(shown["expert_entropy"]) == pytest.approx(0.40563906)
+    even = layer(experts=4).statistics({"load": torch.ones(4, dtype=torch.float64)})
+    assert float(even["expert_entropy"]) == pytest.approx(1.0)
+
+
+def test_what_a_token_uses_is_counted():
+    made = partial(MixtureOfExperts, hidden=10, experts=6, shared_hidden=4)
+    model = small_hybrid("softmax_attention", depth=2, feed_forward=made)
+    expert = 3 * model.width * 10
+    assert model.parameter_count() - model.parameter_count(active=True) == 2 * 4 * expert
+    part, seq = model.layers[0].part("feed_forward"), Sequence.single(Documents.from_lengths([[5, 3]], 10))
+    shared, router = 3 * 2 * 10 * model.width * 4, 2 * 10 * model.width * 6
+    assert part.flops(seq) == shared + router + 8 * 2 * 2 * expert
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"experts": 0}, "experts_per_token must be between 1 and the 0 of feed_forward.experts; got 2"),
+        ({"experts": 4, "experts_per_token": 5}, "must be between 1 and the 4"),
+        ({"experts": 4, "score": "relu"}, "feed_forward.score must be one of softmax, sigmoid; got 'relu'"),
+        ({"experts": 4, "experts_per_token": 1}, "renormalise must be false"),
+        ({"experts": 4, "groups": 3}, "groups must divide the 4"),
+        ({"experts": 8, "groups": 4, "chosen_groups": 5}, "chosen_groups must be between 1 and the 4"),
+        ({"experts": 8, "groups": 4, "experts_per_token": 3}, "got 1 groups of 2"),
+        ({"experts": 8, "groups": 4, "group_scores": 3}, "group_scores must be between 1 and the 2"),
+        ({"experts": 8, "hidden": 0}, "hidden must be at least 1; got 0"),
+        ({"experts": 8, "shared_gate": True}, "shared_hidden must be at least 1 with shared_gate=true; got 0"),
+        ({"experts": 8, "balance": -0.1}, "balance must be at least 0; got -0.1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        MixtureOfExperts(**{"width": 8, "hidden": 4, **settings})
+
+
+PACKED = Documents.from_lengths([[5, 12], [LENGTH], [3, 3, 18], [LENGTH - 1]], LENGTH)
+
+
+def on_ranks(rank, world, sequence, experts, spans):
+    """Output, load and every gradient of this rank, whose weights are those of its experts."""
+    mesh, made = Mesh.create(sequence, experts=experts), layer(**DEEPSEEK, balance=0.1, z=0.1)
+    held = mesh.experts.held(12)
+    with torch.no_grad():
+        for each in (made.experts.gate, made.experts.up, made.experts.down):
+            each.weight = torch.nn.Parameter(each.weight[held.start : held.stop].clone())
+    rows = 4 // mesh.data_ranks
+    here = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
+    seq = Sequence.shared(PACKED.rows(here.start, here.stop), Layout(LENGTH, sequence, spans), mesh, Strategy())
+    x, dout = (seq.shard(draw(4, LENGTH, WIDTH, seed=seed)[here]).requires_grad_() for seed in (0, 9))
+    out, balance, z, load = made(x, seq)
+    gradients = torch.autograd.grad((out * dout).sum() + balance + z, [x, *made.parameters()])
+    return (mesh.data_rank, mesh.sequence_rank, held), out.detach(), load, gradients
+
+
+@pytest.mark.parametrize(
+    ("world", "sequence", "experts", "spans"),
+    [(2, 1, 2, 1), (2, 2, 2, 2), (4, 2, 4, 1), (4, 4, 2, 2), (3, 3, 3, 1), (4, 1, 2, 1)],
+)
+def test_ranks_that_share_the_experts_give_what_one_device_gives(world, sequence, experts, spans):
+    made, x = layer(**DEEPSEEK, balance=0.1, z=0.1), draw(4, LENGTH, WIDTH).requires_grad_()
+    out, balance, z, load = made(x, Sequence.single(PACKED))
+    leaves = [x, *made.parameters()]
+    dx, *expected = torch.autograd.grad((out * draw(*out.shape, seed=9)).sum() + balance + z, leaves)
+    results, layout = run_threads(world, on_ranks, sequence, experts, spans), Layout(LENGTH, sequence, spans)
+    totals, loads = [torch.zeros_like(each) for each in expected], torch.zeros_like(load)
+    names = [name for name, _ in made.named_parameters()]
+    for (data_rank, sequence_rank, held), got, own_load, (own_dx, *gradients) in results:
+        rows = 4 // (world // sequence)
+        here = slice(data_rank * rows, (data_rank + 1) * rows)
+        close((got, own_dx), [layout.shard(each[here], sequence_rank) for each in (out.detach(), dx)])
+        loads += own_load
+        for name, total, gradient in zip(names, totals, gradients, strict=True):
+            (total[held.start : held.stop] if name.startswith("experts") else total).add_(gradient)
+    close(totals, expected)
+    assert torch.equal(loads, load)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2"])
+@pytest.mark.parametrize(("world", "experts"), [(1, 1), (2, 1), (2, 2)])
+def test_waits_for_nothing(kind, world, experts):
+    made = partial(MixtureOfExperts, hidden=16, balance=0.1, z=0.1, **KINDS[kind])
+    build = partial(small_hybrid, "softmax_attention", dtype=torch.bfloat16, depth=2, feed_forward=made)
+    found = []
+    watched_steps(build, found, world, experts=experts)
+    assert not [str(each) for by_rank in found for each in by_rank]
