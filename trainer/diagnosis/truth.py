@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -26,6 +26,7 @@ from ...parallel import ops
 from ...parallel.sequence import Sequence
 from . import definitions
 from .cases import FAR, Case
+from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
@@ -87,7 +88,10 @@ class Call:
 
 @dataclass
 class Result:
-    """The results of a model for a case: for whole rows, or for the part of one rank."""
+    """The results of a model for a case: for whole rows, or for the part of one rank.
+
+    reports: the auxiliary losses by path, as sums over tokens. The gradients are of the loss and of these.
+    """
 
     loss: Tensor
     targets: int
@@ -95,6 +99,7 @@ class Result:
     layers: list[Tensor]  # outputs of the mixers [B, T, D]
     hidden: Tensor  # what the head reads [B, T, D]
     calls: list[Call] = field(default_factory=list)
+    reports: dict[str, Tensor] = field(default_factory=dict)
 
 
 def package_of(name: str) -> ModuleType | None:
@@ -200,7 +205,10 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @contextmanager
 def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -> Iterator[None]:
-    """Inside, mixers, whose names in the pattern are `names`, call the ops of one device; every call is recorded."""
+    """Inside, mixers, whose names in the pattern are `names`, call the ops of one device; every call is recorded.
+
+    Modules of multi-token prediction have the mixers of the last layer.
+    """
     originals = {name: getattr(ops, name) for name in ops.__all__}
 
     def noting(name: str, op: Op) -> Op:
@@ -210,7 +218,7 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
             if name == "local_windows":  # see `replayed`
                 shape = torch.Size((shape[0], seq.layout.length // kwargs["stride"], *shape[3:]))
             if name != "gather_windows":
-                noted = Call(seq.layer, names[seq.layer], name, args, kwargs, shape)
+                noted = Call(seq.layer, names[min(seq.layer, len(names) - 1)], name, args, kwargs, shape)
                 calls.append(noted.mapped(lambda x: x.detach().clone()))
             return result
 
@@ -271,8 +279,22 @@ def far_positions(seq: Sequence) -> Iterator[Sequence]:
         yield FarSequence.of_near(seq)
 
 
-def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) -> Result:
-    """Forward and backward of the tokens of `seq`'s rank."""
+def total_of(model: LanguageModel, result: tuple[Any, ...], shares: Mapping[str, float] | None = None) -> Tensor:
+    """The token loss of a forward with reports, and its auxiliary losses times `shares`, by default their weights."""
+    loss, *_, reports = result
+    for path, share in (model.losses if shares is None else shares).items():
+        loss = loss + share * reports[path].to(loss.dtype)
+    return loss
+
+
+def run(
+    model: LanguageModel,
+    seq: Sequence,
+    tokens: Tensor,
+    targets: Tensor,
+    shares: Mapping[str, float] | None = None,
+) -> Result:
+    """Forward and backward of the tokens of `seq`'s rank, auxiliary losses included; see `total_of`."""
     layers: list[Tensor] = []
     hidden: list[Tensor] = []
 
@@ -280,20 +302,29 @@ def run(model: LanguageModel, seq: Sequence, tokens: Tensor, targets: Tensor) ->
         first = output[0] if isinstance(output, tuple) else output
         layers.append(first.detach())
 
-    hooks = [mixer.register_forward_hook(note) for mixer in model.mixers]
+    mixers = first_parts(model)
+    hooks = [mixer.register_forward_hook(note) for mixer in mixers]
     hooks.append(model.norm.register_forward_hook(lambda module, arguments, output: hidden.append(output.detach())))
     try:
-        loss, count = model(tokens, seq, targets)
+        result = model(tokens, seq, targets, False, True)
     finally:
         for hook in hooks:
             hook.remove()
     model.zero_grad(set_to_none=True)
-    loss.backward()
+    total_of(model, result, shares).backward()
+    loss, count, reports = result
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
     }
     # Recomputation runs the hooks a second time.
-    return Result(loss.detach(), int(count), gradients, layers[: len(model.mixers)], hidden[0])
+    return Result(
+        loss.detach(),
+        int(count),
+        gradients,
+        layers[: len(mixers)],
+        hidden[0],
+        reports={path: reports[path].detach() for path in model.losses},
+    )
 
 
 def truth_of(model: LanguageModel, case: Case) -> Result:

@@ -34,6 +34,7 @@ class Attention(Mixer):
     conv_size: taps of a short causal convolution over queries, keys and values, before norms and rotation, so that
         one layer can match what came before a token (the Canon-B layers of Allen-Zhu, 2025). None for none.
     bias, output_bias: of the projections of queries, keys and values, and of the output's.
+    key_multiplier: a constant by which keys are multiplied, as in Falcon-H1 (arXiv 2507.22448).
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
 
@@ -52,6 +53,7 @@ class Attention(Mixer):
         conv_size: int | None = None,
         bias: bool = False,
         output_bias: bool = False,
+        key_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -59,7 +61,11 @@ class Attention(Mixer):
         check_groups(heads, kv_heads)
         if qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(map(str, QK_NORMS))}; got {qk_norm!r}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        if qk_norm is not None and key_multiplier != 1.0:
+            raise ValueError(
+                f"key_multiplier must be 1 with a qk_norm, which undoes it; got {key_multiplier}. Leave one of them out"
+            )
+        self.heads, self.kv_heads, self.head_dim, self.key_multiplier = heads, kv_heads, head_dim, key_multiplier
         self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
         self.qk_norm = qk_norm
         self.query = nn.Linear(width, heads * head_dim, bias=bias)
@@ -77,6 +83,8 @@ class Attention(Mixer):
     def project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated."""
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.key_multiplier != 1.0:
+            k = k * self.key_multiplier
         if self.conv is not None:
             q, k, v = self.conv.of_parts((q, k, v), seq)
         if self.qk_norm == "full":

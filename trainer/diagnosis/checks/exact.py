@@ -16,7 +16,7 @@ from ....parallel.sequence import DecodingCache, Sequence
 from .. import definitions, variants, work
 from ..bench import Bench
 from ..cases import NO_TARGET, Case, Change, changes
-from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
+from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, total_of, truth_of
 from . import comparison
 from .comparison import EXACT, Difference
 
@@ -102,7 +102,7 @@ def differences(bench: Bench) -> None:
 
     def loss_at(parameter: Tensor, change: Tensor) -> float:
         parameter += change
-        loss = float(model(case.tokens, seq, case.targets)[0])
+        loss = float(total_of(model, model(case.tokens, seq, case.targets, False, True)))
         parameter -= change
         return loss
 

@@ -139,12 +139,15 @@ def expected_rows(lengths: list[int], length: int, number: int, vocabulary: int)
 
 
 def _truth(bench: Bench, rows: Iterable[Row]) -> _Truth:
-    model, results = bench.model(torch.float64).cpu(), []
+    model, given = bench.model(torch.float64).cpu(), []
     for row in rows:
         documents = Documents.from_lengths([row.lengths], len(row.tokens))
-        tokens, targets = (torch.from_numpy(x).unsqueeze(0) for x in (row.tokens, row.targets))
-        results.append(run(model, Sequence.single(documents), tokens, targets))
-    return _Truth(results)
+        given.append((documents, *(torch.from_numpy(x).unsqueeze(0) for x in (row.tokens, row.targets))))
+    counts = torch.tensor([model.loss_counts(documents, targets) for documents, _, targets in given]).sum(0).tolist()
+    targeted = sum(int((targets != NO_TARGET).sum()) for *_, targets in given)
+    weights = zip(model.losses.items(), counts, strict=True)
+    shares = {path: weight * targeted / count if count else 0.0 for (path, weight), count in weights}
+    return _Truth([run(model, Sequence.single(documents), *rest, shares) for documents, *rest in given])
 
 
 def _check_rows(bench: Bench, steps: list[Step], rows: list[Row], number: int) -> None:
