@@ -250,8 +250,8 @@ class LanguageModel(nn.Module):
     def composites(self) -> list[tuple[str, Composite]]:
         """(path, block) of the blocks and, after them, of those of multi-token prediction."""
         blocks = [(f"blocks.{number}", block) for number, block in enumerate(self.layers)]
-        modules = enumerate(self.multi_token_prediction)
-        return blocks + [(f"multi_token_prediction.{k}.block", cast(Composite, each.block)) for k, each in modules]
+        modules = enumerate(self.multi_token_prediction.members)
+        return blocks + [(f"multi_token_prediction.{k}.block", each.block) for k, each in modules]
 
     def leaves(self, number: int | None = None) -> Iterator[tuple[str, Part]]:
         """(path, part) of every mixer and feed-forward layer: of all blocks, or of one by its place in `composites`."""
@@ -311,12 +311,9 @@ class LanguageModel(nn.Module):
         for number, (_, block) in enumerate(self.composites):
             with self.naming(number):
                 total += block.flops(seq)
-        modules = self.multi_token_prediction
-        return (
-            total
-            + sum(flops_of(each.projection, seq) for each in modules)
-            + (1 + len(modules)) * flops_of(self.head, seq)
-        )
+        modules = self.multi_token_prediction.members
+        heads = (1 + len(modules)) * flops_of(self.head, seq)
+        return total + heads + sum(flops_of(each.projection, seq) for each in modules)
 
     @torch.no_grad()
     def initialise(self, seed: int, write: Write | None = None, rank: int = 0, ranks: int = 1) -> None:

@@ -36,7 +36,7 @@ class PredictionModule(nn.Module):
         self.block = block
         self.norm = norm_of(norm, width, norm_eps)
 
-    def forward(self, hidden: Tensor, following: Tensor, seq: Sequence) -> tuple[Tensor, ...]:
+    def forward(self, hidden: Tensor, seq: Sequence, following: Tensor) -> tuple[Tensor, ...]:
         x = self.projection(torch.cat([self.hidden_norm(hidden), self.embedding_norm(following)], dim=-1))
         result = self.block(x, seq)
         x, *given = result if self.block.gives else (result,)

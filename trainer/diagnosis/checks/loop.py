@@ -142,12 +142,14 @@ def _truth(bench: Bench, rows: Iterable[Row]) -> _Truth:
     model, given = bench.model(torch.float64).cpu(), []
     for row in rows:
         documents = Documents.from_lengths([row.lengths], len(row.tokens))
-        given.append((documents, *(torch.from_numpy(x).unsqueeze(0) for x in (row.tokens, row.targets))))
+        tokens, targets = (torch.from_numpy(x).unsqueeze(0) for x in (row.tokens, row.targets))
+        given.append((documents, tokens, targets))
     counts = torch.tensor([model.loss_counts(documents, targets) for documents, _, targets in given]).sum(0).tolist()
-    targeted = sum(int((targets != NO_TARGET).sum()) for *_, targets in given)
+    targeted = sum(int((targets != NO_TARGET).sum()) for _, _, targets in given)
     weights = zip(model.losses.items(), counts, strict=True)
     shares = {path: weight * targeted / count if count else 0.0 for (path, weight), count in weights}
-    return _Truth([run(model, Sequence.single(documents), *rest, shares) for documents, *rest in given])
+    results = [run(model, Sequence.single(documents), tokens, targets, shares) for documents, tokens, targets in given]
+    return _Truth(results)
 
 
 def _check_rows(bench: Bench, steps: list[Step], rows: list[Row], number: int) -> None:
