@@ -13,6 +13,7 @@ from longreach.models.block import SandwichBlock
 from longreach.models.decoding import next_logits
 from longreach.models.language_model import LanguageModel
 from longreach.parallel.ahead import ahead
+from longreach.parallel.collectives import counting
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import DecodingCache, Sequence
@@ -128,7 +129,10 @@ def test_ranks_that_share_rows_give_what_one_gives(world, spans, checkpointing):
 
 def shifted(rank, world, spans, most):
     seq = Sequence(PACKED, Layout(LENGTH, world, spans), rank, Mesh.create(world).sequence_group)
-    return [each.numpy() for each in ahead(seq.shard(numbered()), seq, most, -1)]
+    with counting() as sent:
+        found = [each.numpy() for each in ahead(seq.shard(numbered()), seq, most, -1)]
+    assert dict(sent) == {"gather": (world - 1) * spans * 2 * min(most, LENGTH // (world * spans)) * 16}
+    return found
 
 
 def numbered():
