@@ -131,8 +131,8 @@ class SideBySide(Composite):
 
     norms: an RMS norm of each output. scales: a learned vector `[width]` per mixer, which starts at 1 / (number of
     mixers), as in Hymba (arXiv 2411.13676). multipliers, input_multipliers: constants by the mixers' names, as in
-    Falcon-H1 (arXiv 2507.22448). Each is there only where it is asked for. Raises ValueError for a multiplier of no
-    mixer of the model.
+    Falcon-H1 (arXiv 2507.22448). Each is there only where it is asked for. `known`: the names of all mixers of the
+    model. Raises ValueError for a multiplier of none of them.
     """
 
     no_weight_decay: tuple[str, ...] = ()
@@ -146,16 +146,18 @@ class SideBySide(Composite):
         scales: bool = False,
         multipliers: dict[str, float] | None = None,
         input_multipliers: dict[str, float] | None = None,
+        known: tuple[str, ...] = (),
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(parts)
         self.add(parts)
         self.multipliers, self.input_multipliers = dict(multipliers or {}), dict(input_multipliers or {})
         for setting, chosen in (("multipliers", self.multipliers), ("input_multipliers", self.input_multipliers)):
-            if unknown := [name for name in chosen if name not in parts]:
+            mixers = known or tuple(parts)
+            if unknown := [name for name in chosen if name not in mixers]:
                 raise ValueError(
-                    f"model.side_by_side.{setting} must be of mixers that stand side by side ({', '.join(parts)}); got "
-                    f"{', '.join(unknown)}. Use their names in the pattern"
+                    f"model.side_by_side.{setting} must be of mixers by their names in the pattern ("
+                    f"{', '.join(mixers)}); got {', '.join(unknown)}. Rename them"
                 )
         self.norms = nn.ModuleList(RMSNorm(width, norm_eps) for _ in parts) if norms else None
         self.scales = nn.Parameter(torch.empty(len(parts), width)) if scales else None

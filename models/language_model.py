@@ -131,9 +131,8 @@ class LanguageModel(nn.Module):
                 if len(together) == 1:
                     return together[names[0]]
                 beside = side_by_side or SideBySide
-                return check_composite(
-                    construct(beside, "model.side_by_side", parts=together, **context), "side_by_side"
-                )
+                joined = construct(beside, "model.side_by_side", parts=together, known=self.mixer_names, **context)
+                return check_composite(joined, "side_by_side")
 
             joined = [join(names) for names in stages(self.names[layer])]
             several = len(joined) > 1

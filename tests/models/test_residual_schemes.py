@@ -185,13 +185,11 @@ def test_sandwich_norms_are_those_of_gemma_2():
     assert_near([ours.get_submodule(name).weight.grad for name in norms], [n.weight.grad for n in norms.values()], 1e-4)
 
 
-def test_a_multiplier_is_of_a_mixer_that_stands_there():
-    with pytest.raises(ValueError, match=r"side_by_side.multipliers must be of mixers that .* \(a, b\); got c"):
-        SideBySide(
-            parts={"a": Foreign(nn.Identity(), None), "b": Foreign(nn.Identity(), None)},
-            width=8,
-            multipliers={"c": 2.0},
-        )
+def test_a_multiplier_is_of_a_mixer_of_the_model():
+    parts = {name: Foreign(nn.Identity(), None) for name in ("a", "b")}
+    with pytest.raises(ValueError, match=r"side_by_side.multipliers must be of mixers by .* \(a, b\); got c. Rename"):
+        SideBySide(parts=parts, width=8, multipliers={"c": 2.0})
+    assert SideBySide(parts=parts, width=8, multipliers={"c": 2.0}, known=("a", "b", "c")).multipliers == {"c": 2.0}
 
 
 @pytest.mark.parametrize(
