@@ -127,10 +127,12 @@ class MiniMaxBlock(Block):
 class SideBySide(Composite):
     """Mixers that read one input; their outputs are summed.
 
-        y = sum of scale * norm(mixer(x)) over the mixers        norms and scales only where they are asked for
+        y = sum of multiplier * scale * norm(mixer(input_multiplier * x)) over the mixers
 
     norms: an RMS norm of each output. scales: a learned vector `[width]` per mixer, which starts at 1 / (number of
-    mixers), as in Hymba (arXiv 2411.13676).
+    mixers), as in Hymba (arXiv 2411.13676). multipliers, input_multipliers: constants by the mixers' names, as in
+    Falcon-H1 (arXiv 2507.22448). Each is there only where it is asked for. `known`: the names of all mixers of the
+    model. Raises ValueError for a multiplier of none of them.
     """
 
     no_weight_decay: tuple[str, ...] = ()
@@ -142,10 +144,21 @@ class SideBySide(Composite):
         width: int,
         norms: bool = False,
         scales: bool = False,
+        multipliers: dict[str, float] | None = None,
+        input_multipliers: dict[str, float] | None = None,
+        known: tuple[str, ...] = (),
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(parts)
         self.add(parts)
+        self.multipliers, self.input_multipliers = dict(multipliers or {}), dict(input_multipliers or {})
+        for setting, chosen in (("multipliers", self.multipliers), ("input_multipliers", self.input_multipliers)):
+            mixers = known or tuple(parts)
+            if unknown := [name for name in chosen if name not in mixers]:
+                raise ValueError(
+                    f"model.side_by_side.{setting} must be of mixers by their names in the pattern ("
+                    f"{', '.join(mixers)}); got {', '.join(unknown)}. Rename them"
+                )
         self.norms = nn.ModuleList(RMSNorm(width, norm_eps) for _ in parts) if norms else None
         self.scales = nn.Parameter(torch.empty(len(parts), width)) if scales else None
         if scales:
@@ -153,11 +166,12 @@ class SideBySide(Composite):
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         values = dict(zip(self.reads, read, strict=True))
-        outputs = [self.run(name, x, seq, values) for name in self.names]
+        outputs = [self.run(name, _times(x, self.input_multipliers.get(name)), seq, values) for name in self.names]
         if self.norms is not None:
             outputs = [norm(output) for norm, output in zip(self.norms, outputs, strict=True)]
         if self.scales is not None:
             outputs = [scale.to(x.dtype) * output for scale, output in zip(self.scales, outputs, strict=True)]
+        outputs = [_times(output, self.multipliers.get(name)) for name, output in zip(self.names, outputs, strict=True)]
         total = outputs[0]
         for output in outputs[1:]:
             total = total + output
@@ -168,3 +182,7 @@ class SideBySide(Composite):
             return False
         tensor.fill_(1 / len(self.names))
         return True
+
+
+def _times(x: Tensor, multiplier: float | None) -> Tensor:
+    return x if multiplier is None or multiplier == 1.0 else x * multiplier

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,50 +14,21 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import Documents
 from ..kernels.operation import Kept
-from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
 from ..parallel.sequence import Sequence
 from .block import Block, SideBySide
+from .initial_values import initial_value
 from .layers.normalisation import norm_of
 from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
+from .multi_token_prediction import MultiTokenPrediction, PredictionModule
 from .part import Composite, Part, flops_of, named_weights, shape_of
 from .pattern import expand_pattern, stages
+from .vocabulary import NO_TARGET, Embedding, Head
 
-NO_TARGET = -100
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # of torch, whose weights start at 1 as ours do
 CHECKPOINTING = ("none", "full", "mixing")
 
 Partial = Callable[..., nn.Module]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 Write = Callable[[nn.Parameter, int], AbstractContextManager]
-
-
-class Embedding(nn.Embedding):
-    """The input layer: tokens int64 `[B, T]` to `[B, T, D]`."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return embedding(tokens, self.weight)
-
-
-class Head(nn.Linear):
-    """The output layer; given targets it returns their loss, so that the logits of a sequence never exist at once.
-
-    hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
-    losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
-    gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
-    largest logit.
-    """
-
-    def __init__(self, width: int, vocabulary: int) -> None:
-        super().__init__(width, vocabulary, bias=False)
-
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if targets is None:
-            return super().forward(hidden)
-        if correct:
-            return loss_and_correct(hidden, self.weight, targets)
-        return cross_entropy(hidden, self.weight, targets)
 
 
 class LanguageModel(nn.Module):
@@ -71,10 +40,15 @@ class LanguageModel(nn.Module):
     mixers, feed_forward, block, side_by_side: partials (`_partial_: true` in YAML), called with those of `width`,
         `depth`, `layer`, `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare. `mixers` may hold
         feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
-        `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`.
+        `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`. A
+        `block` may declare `before` and `last` too: how many parts the residual stream has passed before it, and
+        whether it ends with it.
     norm: of blocks and before the head: "rms", "unweighted_rms", "layer", or "unbiased_layer".
     embedding_norm: whether the embedding is normed too, as in RWKV.
-    tied_embeddings: the head's weight is the embedding's.
+    tied_embeddings: the head's weight is the embedding's. embedding_multiplier, logit_multiplier: constants by which
+        embeddings and logits are multiplied.
+    multi_token_prediction: how many modules learn to predict tokens further ahead, each with a block like the last;
+        multi_token_prediction_weight: of their loss, by default 0.3. See `MultiTokenPrediction`.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
         keeps what the mixing ops computed, so that no collective is repeated.
     initial_std: of the normal distribution of weights; see `initialise`. embedding_std: of the embedding's, where it is
@@ -98,6 +72,10 @@ class LanguageModel(nn.Module):
         norm_eps: float = 1e-6,
         embedding_norm: bool = False,
         tied_embeddings: bool = False,
+        embedding_multiplier: float = 1.0,
+        logit_multiplier: float = 1.0,
+        multi_token_prediction: int = 0,
+        multi_token_prediction_weight: float | None = None,
         activation_checkpointing: str = "none",
         initial_std: float = 0.02,
         embedding_std: float | None = None,
@@ -106,6 +84,11 @@ class LanguageModel(nn.Module):
         for name, value in (("vocabulary", vocabulary), ("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"model.{name} must be at least 1; got {value}")
+        if multi_token_prediction < 0:
+            raise ValueError(f"model.multi_token_prediction must not be negative; got {multi_token_prediction}")
+        for name, value in (("embedding_multiplier", embedding_multiplier), ("logit_multiplier", logit_multiplier)):
+            if value <= 0:
+                raise ValueError(f"model.{name} must be positive; got {value}. 1 leaves it out")
         if activation_checkpointing not in CHECKPOINTING:
             known = ", ".join(CHECKPOINTING)
             raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
@@ -122,9 +105,14 @@ class LanguageModel(nn.Module):
             )
         self.initial_std, self.embedding_std = initial_std, embedding_std
         occurrences: Counter[str] = Counter()
+        passed = 0  # parts of the blocks so far
 
-        def build(layer: int) -> nn.Module:
+        def build(layer: int, ahead: int = 0) -> Composite:
+            """The block of a layer, or one like it for a module of multi-token prediction, counted from 1."""
+            nonlocal passed
             context = {"width": width, "depth": depth, "layer": layer, "norm_eps": norm_eps}
+            where = f"multi-token prediction {ahead}" if ahead else f"layer {layer}"
+            place = {"before": 0 if ahead else passed, "last": layer == depth - 1}
 
             def make(partial: Partial, setting: str) -> Part:
                 made = construct(partial, setting, occurrence=occurrences[setting], **context)
@@ -135,7 +123,7 @@ class LanguageModel(nn.Module):
                         f"{setting}.causal must be true in a language model; got false. It would see the tokens that "
                         "it predicts"
                     )
-                part.setting, part.label = setting, f"{setting} ({name_of(type(part))}), layer {layer}"
+                part.setting, part.label = setting, f"{setting} ({name_of(type(part))}), {where}"
                 return part
 
             def join(names: list[str]) -> Part:
@@ -143,25 +131,33 @@ class LanguageModel(nn.Module):
                 if len(together) == 1:
                     return together[names[0]]
                 beside = side_by_side or SideBySide
-                return check_composite(
-                    construct(beside, "model.side_by_side", parts=together, **context), "side_by_side"
-                )
+                joined = construct(beside, "model.side_by_side", parts=together, known=self.mixer_names, **context)
+                return check_composite(joined, "side_by_side")
 
             joined = [join(names) for names in stages(self.names[layer])]
             several = len(joined) > 1
             parts = {f"mixer_{number}" if several else "mixer": part for number, part in enumerate(joined, 1)}
             if feed_forward is not None:
                 parts["feed_forward"] = make(feed_forward, "model.feed_forward")
+            passed += len(parts)
             return check_composite(
-                construct(block or Block, "model.block", parts=parts, norm=norm, **context), "model.block"
+                construct(block or Block, "model.block", parts=parts, norm=norm, **place, **context), "model.block"
             )
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
+        self.multi_token_prediction = MultiTokenPrediction(
+            (
+                PredictionModule(width=width, block=build(depth - 1, ahead + 1), norm=norm, norm_eps=norm_eps)
+                for ahead in range(multi_token_prediction)
+            ),
+            multi_token_prediction_weight,
+        )
         check_reads(self)
         self.embedding = Embedding(vocabulary, width)
         self.embedding_norm = norm_of(norm, width, norm_eps) if embedding_norm else None
         self.norm = norm_of(norm, width, norm_eps)
-        self.head = Head(width, vocabulary)
+        self.embedding_multiplier = embedding_multiplier
+        self.head = Head(width, vocabulary, logit_multiplier)
         if tied_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -185,6 +181,8 @@ class LanguageModel(nn.Module):
             return self.head(hidden)
         results: tuple[Tensor | dict[str, Tensor], ...]
         count = (targets != NO_TARGET).sum()
+        if reports and len(self.multi_token_prediction):
+            reported |= self._ahead(hidden, tokens, targets, seq)
         if correct:
             loss, right = self.head(hidden, targets, True)
             results = loss, count, right
@@ -196,23 +194,41 @@ class LanguageModel(nn.Module):
         """`[B, T, D]`: what the head reads."""
         return self._run(tokens, seq)[0]
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`[B, T, D]`: what the first block reads."""
+        x = self.embedding(tokens)
+        x = x if self.embedding_multiplier == 1.0 else x * self.embedding_multiplier
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _ahead(self, hidden: Tensor, tokens: Tensor, targets: Tensor, seq: Sequence) -> dict[str, Tensor]:
+        """By path, what the modules of multi-token prediction report."""
+        modules = self.multi_token_prediction
+
+        def call(k: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return self._call(modules[k], self.depth + k, inputs, seq)
+
+        reported = modules.predict(hidden, tokens, targets, seq, self.embed, self.head, call)
+        return {f"multi_token_prediction.{path}": value for path, value in reported.items()}
+
+    def _call(self, module: nn.Module, number: int, inputs: tuple[Tensor, ...], seq: Sequence) -> Any:
+        """What a block, or the module around it, gives of the inputs: recomputed in backward where that is set."""
+        at_layer = seq.at(number, self.names[min(number, self.depth - 1)])
+        recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
+        if recompute and self.activation_checkpointing == "mixing":
+            at_layer = replace(at_layer, kept=Kept())
+        first, *others = inputs
+        with self.naming(number):
+            if recompute:
+                return checkpoint(module, first, at_layer, *others, use_reentrant=False, preserve_rng_state=False)
+            return module(first, at_layer, *others)
+
     def _run(self, tokens: Tensor, seq: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head reads, and by path what the parts report."""
-        x = self.embedding(tokens)
-        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        x = self.embed(tokens)
         published: dict[str, Tensor] = {}  # for later layers
         reported: dict[str, Tensor] = {}
-        recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            at_layer = seq.at(layer, self.names[layer])
-            read = [published[name] for name in block.reads]
-            if recompute and self.activation_checkpointing == "mixing":
-                at_layer = replace(at_layer, kept=Kept())
-            with self.naming(layer):
-                if recompute:
-                    result = checkpoint(block, x, at_layer, *read, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    result = block(x, at_layer, *read)
+            result = self._call(block, layer, (x, *(published[name] for name in block.reads)), seq)
             x, *rest = cast(tuple[Tensor, ...], result if block.gives else (result,))
             published.update(zip(block.publishes, rest, strict=False))
             names = [f"blocks.{layer}.{name}" for name in (*block.losses, *block.sums)]
@@ -229,15 +245,25 @@ class LanguageModel(nn.Module):
         """The first part of each layer: its mixer, or its mixers side by side."""
         return [block.part(block.names[0]) for block in self.layers]
 
-    def leaves(self, layer: int | None = None) -> Iterator[tuple[str, Part]]:
-        """(path, part) of every mixer and feed-forward layer, of one layer or of all."""
-        for number in range(self.depth) if layer is None else (layer,):
-            yield from self.layers[number].leaves(f"blocks.{number}")
+    @property
+    def composites(self) -> list[tuple[str, Composite]]:
+        """(path, block) of the blocks and, after them, of those of multi-token prediction."""
+        blocks = [(f"blocks.{number}", block) for number, block in enumerate(self.layers)]
+        modules = enumerate(self.multi_token_prediction.members)
+        return blocks + [(f"multi_token_prediction.{k}.block", each.block) for k, each in modules]
 
-    def naming(self, layer: int) -> AbstractContextManager[None]:
-        """Errors within say which part of this layer they are of: see `mixer.naming`."""
-        owners = ((part.label, part) for _, part in self.leaves(layer))  # read where there is an error
-        return naming(f"model.block ({name_of(type(self.blocks[layer]))}), layer {layer}", owners)
+    def leaves(self, number: int | None = None) -> Iterator[tuple[str, Part]]:
+        """(path, part) of every mixer and feed-forward layer: of all blocks, or of one by its place in `composites`."""
+        composites = self.composites
+        for path, block in composites if number is None else (composites[number],):
+            yield from block.leaves(path)
+
+    def naming(self, number: int) -> AbstractContextManager[None]:
+        """Errors within say which part of this block they are of: see `mixer.naming`."""
+        block, ahead = self.composites[number][1], number - self.depth
+        where = f"layer {number}" if ahead < 0 else f"multi-token prediction {ahead + 1}"
+        owners = ((part.label, part) for _, part in self.leaves(number))  # read where there is an error
+        return naming(f"model.block ({name_of(type(block))}), {where}", owners)
 
     def at_step(self, step: int) -> None:
         """Tells every part at which step of training the model is, counted from 0: see `Part.at_step`."""
@@ -248,17 +274,23 @@ class LanguageModel(nn.Module):
     @property
     def losses(self) -> dict[str, float]:
         """The weight of each auxiliary loss, by its path: see `Part.losses`."""
-        return {f"{path}.{name}": weight for path, part in self.leaves() for name, weight in part.losses.items()}
+        ahead = self.multi_token_prediction.losses
+        of_parts = {f"{path}.{name}": weight for path, part in self.leaves() for name, weight in part.losses.items()}
+        return of_parts | {f"multi_token_prediction.{name}": weight for name, weight in ahead.items()}
 
     @property
     def sums(self) -> list[str]:
         """The paths of the sums that parts are told after each step: see `Part.sums`."""
         return [f"{path}.{name}" for path, part in self.leaves() for name in part.sums]
 
-    def loss_counts(self, documents: Documents) -> list[float]:
-        """What each of `losses` is divided by, for whole rows."""
+    def loss_counts(self, documents: Documents, targets: Tensor | None = None) -> list[float]:
+        """What each of `losses` is divided by, for whole rows.
+
+        targets: int64 `[B, N]` on the host, −100 for none; by default every token has one.
+        """
         seq = Sequence.single(documents)
-        return [part.loss_count(name, seq) for _, part in self.leaves() for name in part.losses]
+        of_parts = [part.loss_count(name, seq) for _, part in self.leaves() for name in part.losses]
+        return of_parts + self.multi_token_prediction.counts(targets, seq)
 
     @torch.no_grad()
     def update(self, sums: Mapping[str, Tensor]) -> None:
@@ -286,10 +318,12 @@ class LanguageModel(nn.Module):
     def flops(self, documents: Documents) -> int:
         """Forward FLOPs on whole rows, padding included: the sum of what the parts state."""
         seq, total = Sequence.single(documents), 0
-        for layer, block in enumerate(self.layers):
-            with self.naming(layer):
+        for number, (_, block) in enumerate(self.composites):
+            with self.naming(number):
                 total += block.flops(seq)
-        return total + flops_of(self.head, seq)
+        modules = self.multi_token_prediction.members
+        heads = (1 + len(modules)) * flops_of(self.head, seq)
+        return total + heads + sum(flops_of(each.projection, seq) for each in modules)
 
     @torch.no_grad()
     def initialise(self, seed: int, write: Write | None = None, rank: int = 0, ranks: int = 1) -> None:
@@ -328,41 +362,7 @@ class LanguageModel(nn.Module):
                 self._initial_value(name, parameter.shape, seed=0)
 
     def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-        value = torch.empty(shape, dtype=torch.float32, device="cpu")
-        path = name.split(".")
-        for cut in range(1, len(path)):  # from the outermost module inwards: a mixer knows more than its layers
-            module = self.get_submodule(".".join(path[:cut]))
-            own = getattr(module, "initialise_parameter", None)
-            if own is None:
-                if isinstance(module, NORMS) and path[cut:] == ["weight"]:
-                    return value.fill_(1.0)
-                continue
-            with self.naming(int(path[1])) if path[0] == "blocks" else nullcontext():
-                done = own(".".join(path[cut:]), value, generator)
-            if not isinstance(done, bool):
-                raise ValueError(
-                    f"{name} must be answered for with True or False; got {done!r} from initialise_parameter of "
-                    f"{name_of(type(module))}. Return True where it has filled the tensor, and False elsewhere"
-                )
-            if done:
-                return value
-        if path[-1] == "bias":
-            return value.zero_()
-        owners = [(cut, self.get_submodule(".".join(path[:cut]))) for cut in range(1, len(path))]
-        parts = [(cut, owner) for cut, owner in owners if isinstance(owner, Part)]
-        if value.dim() < 2:
-            settings = [part.setting for _, part in parts if part.setting]
-            raise ValueError(
-                f"{name}{f' of {settings[-1]}' if settings else ''} must get its initial value from "
-                "initialise_parameter of its mixer or layer; it is not a matrix, and has no other. Fill the tensor "
-                f"there and return True, as {RECIPE} shows"
-            )
-        writes_residual = any(".".join(path[cut:-1]) in part.outputs for cut, part in parts)
-        scale = 1 / math.sqrt(2 * self.depth) if writes_residual else 1.0
-        std = self.initial_std if self.embedding_std is None or path[0] != "embedding" else self.embedding_std
-        return value.normal_(0.0, std * scale, generator=generator)
+        return initial_value(self, name, shape, seed, self.initial_std, self.embedding_std)
 
 
 def check_reads(model: LanguageModel) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.derived import Deriving, Key
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, per_token
 from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
 from ..kernels.pointwise import Rotation, rotations
@@ -232,6 +232,10 @@ class Sequence(Deriving):
             return _reach(self.handle, self.documents.batch, self.layout.local_length, torch.device(device))
         return self.local.on(device, _tokens_before)
 
+    def tokens_after(self, device: torch.device | str = "cpu") -> Tensor:
+        """int32 `[B, T]`: how many tokens of its document the row has after each of this rank's; −1 for padding."""
+        return self.on(device, _tokens_after)
+
     def rotations(self, rotation: Rotation, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin) of the angles of this rank's tokens, `[B, T, R/2]`, as `kernels.pointwise.rotate` takes them.
 
@@ -307,6 +311,12 @@ def _pairs(seq: Sequence, mask: Pattern) -> int:
 def _tokens_before(documents: Documents) -> Tensor:
     """int32 `[B, T]`: how many tokens of its document are before each token; −1 for padding."""
     return documents.positions().masked_fill(documents.ids() < 0, -1)
+
+
+def _tokens_after(seq: Sequence) -> Tensor:
+    local, whole = seq.local, seq.documents
+    ends = whole.columns.end_position[whole.lines(local.columns).clamp(min=0)]
+    return (per_token(local, ends.int()) - local.positions() - 1).masked_fill(local.ids() < 0, -1)
 
 
 def _longest(seq: Sequence) -> int:

@@ -25,7 +25,7 @@ def compile_blocks(model: LanguageModel, zero_stage: int, backend: str | Callabl
     # All blocks share one limit. Each kind of block takes a graph for training and one for evaluation, and what its
     # layers set by depth may take more.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * model.depth)
-    for block in model.layers:
+    for _, block in model.composites:
         if reason is None:
             block.compile(backend=backend)
             continue

@@ -1,6 +1,8 @@
 """Token-local math: embeddings, norms, rotary positions, gated activations, and the loss."""
 
 from .cross_entropy import cross_entropy, loss_and_correct
+from .depth_attention import depth_attention
+from .doubly_stochastic import doubly_stochastic
 from .embedding import embedding
 from .gated_norm import gated_norm
 from .rms_norm import l2_norm, rms_norm
@@ -11,6 +13,8 @@ __all__ = [
     "RopeScaling",
     "Rotation",
     "cross_entropy",
+    "depth_attention",
+    "doubly_stochastic",
     "embedding",
     "gated_norm",
     "l2_norm",

@@ -48,7 +48,7 @@ def cross_entropy(
 
 @torch.no_grad()
 def loss_and_correct(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, logit_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """What evaluation counts: (`cross_entropy` of the same, without gradient; targets that have the largest logit).
 
@@ -63,7 +63,7 @@ def loss_and_correct(
     def count(part: slice, logits: Tensor) -> None:
         correct.add_((logits.argmax(-1) == ids[part]).sum())
 
-    lse, picked = _scan(rows, weight, ids, None, chunk, 1.0, count)
+    lse, picked = _scan(rows, weight, ids, None, chunk, logit_scale, count)
     return _sum(lse, picked, ids), correct
 
 

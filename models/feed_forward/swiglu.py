@@ -14,20 +14,32 @@ from ..part import FeedForward
 class SwiGLU(FeedForward):
     """Gated feed-forward layer (Shazeer, 2020, arXiv 2002.05202).
 
-        y = W_down (silu(W_gate x) * W_up x)
+        y = down_multiplier * W_down (silu(gate_multiplier * W_gate x) * W_up x)
 
-    `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
+    `[B, T, width]` to the same. The multipliers are constants, those of Falcon-H1 (arXiv 2507.22448). Raises ValueError
+    if `hidden` is not positive.
     """
 
     small = MappingProxyType({"hidden": 48})
 
-    def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        bias: bool = False,
+        gate_multiplier: float = 1.0,
+        down_multiplier: float = 1.0,
+    ) -> None:
         super().__init__()
         if hidden < 1:
             raise ValueError(f"feed_forward.hidden must be at least 1; got {hidden}. About 8/3 of the width is usual")
         self.gate = nn.Linear(width, hidden, bias=bias)
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
+        self.gate_multiplier, self.down_multiplier = gate_multiplier, down_multiplier
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        gate = self.gate(x) if self.gate_multiplier == 1.0 else self.gate(x) * self.gate_multiplier
+        out = self.down(swiglu(gate, self.up(x)))
+        return out if self.down_multiplier == 1.0 else out * self.down_multiplier

@@ -239,6 +239,8 @@ def _made(state: Iterable[tuple[str, Tensor]], tensors: Tensors) -> Iterator[tup
             users.setdefault(source, []).append(theirs)
     waiting: dict[str, dict[str, Tensor]] = {theirs: {} for theirs in tensors.write}
     for name, tensor in state:
+        if name.startswith(tensors.left_out):
+            continue
         if name not in users:
             raise ValueError(f"the model's parameters must be those of its settings; got {name}")
         for theirs in users.pop(name):

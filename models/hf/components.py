@@ -139,6 +139,7 @@ MODEL = Component(
         "initial_std": Unread("initializer_range"),
         "embedding_std": Unread(),
         **dict.fromkeys(("activation_checkpointing", "pattern", "mixers", "feed_forward", "block"), Unread()),
+        **dict.fromkeys(("multi_token_prediction", "multi_token_prediction_weight"), Unread()),
     },
     {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
 )

@@ -17,6 +17,8 @@ from .fields import Absent, Only, Rule
 from .layers import LayerRule, NoWindows
 from .tensors import Tensors
 
+LEFT_OUT = ("multi_token_prediction.",)  # what training alone uses
+
 RULES: tuple[Rule, ...] = (
     Only("hidden_act", ("silu", "swish")),
     Only("attention_dropout", (0.0, 0)),
@@ -104,12 +106,14 @@ class Family:
         names, duplicates = {}, {}
         first_names: dict[nn.Parameter, str] = {}
         for ours, parameter in module.named_parameters(remove_duplicate=False):
+            if ours.startswith(LEFT_OUT):
+                continue
             theirs = self._their_name(ours, layers)
             if parameter in first_names:
                 duplicates[theirs] = first_names[parameter]
             else:
                 names[ours] = first_names[parameter] = theirs
-        return Tensors.renamed(names, duplicates=duplicates, ignored=self.ignored)
+        return Tensors.renamed(names, duplicates=duplicates, ignored=self.ignored, left_out=LEFT_OUT)
 
     def _their_name(self, ours: str, mixers: list[Component]) -> str:
         """transformers' name of our parameter; `mixers` are those of the layers."""

@@ -26,13 +26,15 @@ class Tensors:
     """`read` makes each of our parameters from their tensors, `write` each of their tensors from our parameters.
 
     `duplicates` names tensors that a checkpoint may hold a second time (tied heads) and of which they must then be
-    equal copies; names that end in one of `ignored` hold nothing that was learned.
+    equal copies; names that end in one of `ignored` hold nothing that was learned. Of our parameters, those whose names
+    begin with one of `left_out` are not written.
     """
 
     read: Mapping[str, Recipe]
     write: Mapping[str, Recipe]
     duplicates: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def renamed(cls, names: Mapping[str, str], **more: Any) -> Tensors:

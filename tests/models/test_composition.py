@@ -16,6 +16,8 @@ from longreach.models.decoding import next_logits
 from longreach.models.language_model import LanguageModel
 from longreach.models.part import FeedForward
 from longreach.models.pattern import expand_pattern, stages
+from longreach.models.streams.attention_residuals import AttentionResidualBlock
+from longreach.models.streams.hyper_connections import HyperConnectionBlock, ManifoldHyperConnectionBlock
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
@@ -46,8 +48,28 @@ COMPOSITIONS = {
         "pattern": ["rwkv7+softmax_attention"], "side_by_side": partial(SideBySide, norms=True, scales=True),
         "feed_forward": partial(ShiftedMLP),
     },
+    "multiplied": {
+        "pattern": ["mamba2+softmax_attention"],
+        "side_by_side": partial(SideBySide, input_multipliers={"mamba2": 1.3}, multipliers={"softmax_attention": 0.6}),
+        "embedding_multiplier": 1.5, "logit_multiplier": 0.3,
+    },
     "parallel": {
         "pattern": ["softmax_attention", "rwkv7"], "block": ParallelBlock, "feed_forward": partial(ShiftedMLP),
+    },
+    "hyper-connections": {
+        "pattern": ["mamba2|softmax_attention", "softmax_attention"], "block": partial(HyperConnectionBlock, streams=3),
+    },
+    "manifold": {
+        "pattern": ["softmax_attention", "rwkv7"],
+        "block": partial(ManifoldHyperConnectionBlock, streams=3, iterations=4), "feed_forward": partial(ShiftedMLP),
+    },
+    "attention residuals": {
+        "pattern": ["mamba2|softmax_attention", "softmax_attention", "rwkv7"], "depth": 3,
+        "block": AttentionResidualBlock,
+    },
+    "attention residuals of 2": {
+        "pattern": ["mamba2|softmax_attention", "softmax_attention"],
+        "block": partial(AttentionResidualBlock, block_size=2), "depth": 4,
     },
     "sandwich": {"pattern": ["lightning_attention+gated_linear_attention"], "block": SandwichBlock},
 }  # fmt: skip

@@ -232,6 +232,15 @@ def test_round_trip_keeps_every_bit_and_setting(reference, tmp_path):
             assert getattr(again, key, None) == getattr(reference.config, key, None), key
 
 
+@pytest.mark.parametrize("reference", ["qwen3"], indirect=True)
+def test_modules_of_multi_token_prediction_are_left_out(reference, tmp_path):
+    settings = hf.read_settings(saved(reference, tmp_path / "theirs"))
+    model = instantiate(settings | {"multi_token_prediction": 1}, _convert_="all")
+    model.initialise(seed=1)
+    path = write(model, settings | {"multi_token_prediction": 1}, tmp_path / "ours")
+    torch.testing.assert_close(logits(load(path), tokens()), logits(model, tokens()), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("reference", ["mistral", "qwen2_mixed_windows"], indirect=True)
 def test_packed_documents_have_the_logits_that_each_has_alone(reference, tmp_path):
     ours = load(saved(reference, tmp_path))

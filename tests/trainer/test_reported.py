@@ -1,4 +1,7 @@
-"""Auxiliary losses and buffers in training: the same on any ranks and ZeRO stage, and kept in checkpoints."""
+"""Auxiliary losses and buffers in training: the same on any ranks and ZeRO stage, and kept in checkpoints.
+
+The model has modules of multi-token prediction, which share its embedding and head and report losses too.
+"""
 
 from functools import partial
 
@@ -20,6 +23,7 @@ from longreach.trainer.ranks.exchange import gather_numbers
 from longreach.trainer.reported import Reported
 
 LENGTH, VOCABULARY, ROWS, STEPS = 24, 31, 4, 3
+NAMES = ("z", "balance", "multi_token_prediction_1", "multi_token_prediction_2")
 LENGTHS = [[7, 12], [24], [1, 2, 20], [12, 12]]  # rows 0 and 2 end in padding
 
 
@@ -33,6 +37,8 @@ def make_model(checkpointing="none"):
         feed_forward=partial(Routed, hidden=10),
         activation_checkpointing=checkpointing,
         initial_std=0.3,
+        tied_embeddings=True,
+        multi_token_prediction=2,
     )
 
 
@@ -51,7 +57,8 @@ def step_of(engine, step, layout, mesh):
     documents = {row: Documents.from_lengths(LENGTHS[row : row + 1], LENGTH) for row in rows}
     model = make_model()
     counts = [
-        model.loss_counts(each) if mesh.sequence_rank == 0 else [0] * len(model.losses) for each in documents.values()
+        model.loss_counts(each, targets[row : row + 1]) if mesh.sequence_rank == 0 else [0] * len(model.losses)
+        for row, each in documents.items()
     ]
     totals = gather_numbers(torch.tensor(counts).sum(0).tolist(), mesh).sum(0).tolist()
     reported = Reported(model.losses, totals, mesh)
@@ -83,23 +90,19 @@ def reference():
     model.initialise(0)
     optimizer = torch.optim.AdamW(parameter_groups(model, ADAM.weight_decay), betas=ADAM.betas, eps=ADAM.eps)
     documents, losses = Documents.from_lengths(LENGTHS, LENGTH), []
-    count = sum(map(sum, LENGTHS))
     for step in range(STEPS):
         tokens, targets = batch(step)
         loss, targeted, reports = model(tokens, Sequence.single(documents), targets, False, True)
-        auxiliary = {path: reports[path] / count for path in model.losses}
+        counts = dict(zip(model.losses, model.loss_counts(documents, targets), strict=True))
+        auxiliary = {path: reports[path] / counts[path] for path in model.losses}
         (loss / targeted + sum(model.losses[path] * value for path, value in auxiliary.items())).backward()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.step()
         optimizer.zero_grad()
         model.update({path: reports[path].detach().double() for path in model.sums})
-        losses.append(
-            {
-                name: sum(value.item() for path, value in auxiliary.items() if path.endswith(name)) / 2
-                for name in ("z", "balance")
-            }
-        )
+        by_name = {name: [v.item() for path, v in auxiliary.items() if path.endswith(f".{name}")] for name in NAMES}
+        losses.append({name: sum(values) / len(values) for name, values in by_name.items()})
     return losses, {name: p.detach() for name, p in model.named_parameters()}, saved_buffers(model)
 
 

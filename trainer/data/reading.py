@@ -94,7 +94,7 @@ class Reader:
                 flops = self.model.flops(rows.documents)
                 work += work_of(rows.documents, targets, made.seq.attention_layout, flops)
                 if counts:
-                    of_rows = self.model.loss_counts(rows.documents)
+                    of_rows = self.model.loss_counts(rows.documents, rows.targets)
                     counts = [a + b for a, b in zip(counts, of_rows, strict=True)]
         return StepPart(micro_batches, work, counts)
 

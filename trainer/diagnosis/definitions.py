@@ -326,9 +326,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (wide * wide.sigmoid() * factor).to(gate.dtype)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, logit_scale: float = 1.0
+) -> Tensor:
     """The sum of the token losses, over targets that are not −100, whatever the chunks."""
     hidden, weight = _exact(hidden, weight)
     chosen = targets >= 0
-    logs = (hidden[chosen] @ weight.T).log_softmax(-1)
+    logs = (logit_scale * (hidden[chosen] @ weight.T)).log_softmax(-1)
     return -logs.gather(-1, targets[chosen].unsqueeze(-1)).sum()

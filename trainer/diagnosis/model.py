@@ -14,7 +14,7 @@ from torch import nn
 
 from ...models.language_model import LanguageModel
 from ...models.mixer import Mixer, small_sizes
-from ...models.part import named_weights
+from ...models.part import Part, named_weights
 
 Build = Callable[[dict[str, Any]], LanguageModel]
 VOCABULARY = 61
@@ -159,8 +159,17 @@ def fill(model: LanguageModel, seed: int = 0) -> None:
 
 
 def layer_names(model: LanguageModel) -> list[str]:
-    """What messages call each layer."""
-    return [
-        f"layer {layer} ({name}, {type(mixer).__name__})"
-        for layer, (name, mixer) in enumerate(zip(model.names, model.mixers, strict=True))
+    """What messages call each layer, and each module of multi-token prediction after them."""
+    names = [*model.names, *[model.names[-1]] * len(model.multi_token_prediction)]
+    where = [
+        f"layer {n}" if n < model.depth else f"multi-token prediction {n - model.depth + 1}" for n in range(len(names))
     ]
+    return [
+        f"{place} ({name}, {type(mixer).__name__})"
+        for place, name, mixer in zip(where, names, first_parts(model), strict=True)
+    ]
+
+
+def first_parts(model: LanguageModel) -> list[Part]:
+    """The mixer of each block, or its mixers side by side; those of multi-token prediction come last."""
+    return [block.part(block.names[0]) for _, block in model.composites]

@@ -27,6 +27,7 @@ from ...parallel.sequence import Sequence
 from . import definitions
 from .cases import FAR, Case
 from .choices import choices
+from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
@@ -88,7 +89,10 @@ class Call:
 
 @dataclass
 class Result:
-    """The results of a model for a case: for whole rows, or for the part of one rank."""
+    """The results of a model for a case: for whole rows, or for the part of one rank.
+
+    reports: the auxiliary losses by path, as sums over tokens. The gradients are of the loss and of these.
+    """
 
     loss: Tensor
     targets: int
@@ -203,7 +207,10 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @contextmanager
 def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -> Iterator[None]:
-    """Inside, mixers, whose names in the pattern are `names`, call the ops of one device; every call is recorded."""
+    """Inside, mixers, whose names in the pattern are `names`, call the ops of one device; every call is recorded.
+
+    Modules of multi-token prediction have the mixers of the last layer.
+    """
     originals = {name: getattr(ops, name) for name in ops.__all__}
 
     def noting(name: str, op: Op) -> Op:
@@ -213,7 +220,7 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
             if name == "local_windows":  # see `replayed`
                 shape = torch.Size((shape[0], seq.layout.length // kwargs["stride"], *shape[3:]))
             if name != "gather_windows":
-                noted = Call(seq.layer, names[seq.layer], name, args, kwargs, shape)
+                noted = Call(seq.layer, names[min(seq.layer, len(names) - 1)], name, args, kwargs, shape)
                 calls.append(noted.mapped(lambda x: x.detach().clone()))
             return result
 
@@ -295,7 +302,8 @@ def run(
         first = output[0] if isinstance(output, tuple) else output
         layers.append(first.detach())
 
-    hooks = [mixer.register_forward_hook(note) for mixer in model.mixers]
+    mixers = first_parts(model)
+    hooks = [mixer.register_forward_hook(note) for mixer in mixers]
     hooks.append(model.norm.register_forward_hook(lambda module, arguments, output: hidden.append(output.detach())))
     try:
         with choices(model, seq, told) as chosen:
@@ -310,7 +318,7 @@ def run(
     }
     # Recomputation runs the hooks a second time.
     reported = {path: value.detach() for path, value in reports.items()}
-    return Result(loss.detach(), int(count), gradients, layers[: len(model.mixers)], hidden[0], reported, chosen)
+    return Result(loss.detach(), int(count), gradients, layers[: len(mixers)], hidden[0], reported, chosen)
 
 
 def with_auxiliary(

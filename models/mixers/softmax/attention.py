@@ -36,6 +36,7 @@ class Attention(Mixer):
         one layer can match what came before a token (the Canon-B layers of Allen-Zhu, 2025). None for none.
     gate, gate_rank, gate_bias: the output's gate, see `OutputGate`: "channel" is that of Qwen3-Next.
     bias, output_bias: of the projections of queries, keys and values, and of the output's.
+    key_multiplier: a constant by which keys are multiplied, as in Falcon-H1 (arXiv 2507.22448).
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
 
@@ -57,6 +58,7 @@ class Attention(Mixer):
         gate_bias: bool = False,
         bias: bool = False,
         output_bias: bool = False,
+        key_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -64,7 +66,11 @@ class Attention(Mixer):
         check_groups(heads, kv_heads)
         if qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(map(str, QK_NORMS))}; got {qk_norm!r}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        if qk_norm is not None and key_multiplier != 1.0:
+            raise ValueError(
+                f"key_multiplier must be 1 with a qk_norm, which undoes it; got {key_multiplier}. Leave one of them out"
+            )
+        self.heads, self.kv_heads, self.head_dim, self.key_multiplier = heads, kv_heads, head_dim, key_multiplier
         self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
         self.qk_norm = qk_norm
         self.query = nn.Linear(width, heads * head_dim, bias=bias)
@@ -96,6 +102,8 @@ class Attention(Mixer):
     def before_norms(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, heads * head_dim]`, keys and values `[B, T, kv_heads * head_dim]`, convolved."""
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.key_multiplier != 1.0:
+            k = k * self.key_multiplier
         return (q, k, v) if self.conv is None else self.conv.of_parts((q, k, v), seq)  # type: ignore[return-value]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:

@@ -99,10 +99,14 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
 
 
 def of_loss(got: Result, expected: Result, case: Case) -> Difference:
-    """Sum of the token losses and number of targets."""
+    """Sum of the token losses, sums of auxiliary ones, and number of targets."""
     if got.targets != expected.targets:
         return Difference(math.inf, f"{got.targets} targets in place of {expected.targets}; {case.name}")
-    return Difference(relative(got.loss, expected.loss), f"loss; {case.name}")
+    of_reports = [
+        Difference(relative(got.reports[path], value), f"auxiliary loss {path}; {case.name}")
+        for path, value in expected.reports.items()
+    ]
+    return worst([Difference(relative(got.loss, expected.loss), f"loss; {case.name}"), *of_reports])
 
 
 def of_layers(got: Result, expected: Result, names: list[str], case: Case) -> list[Difference]:

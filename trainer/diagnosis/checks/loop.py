@@ -139,16 +139,16 @@ def expected_rows(lengths: list[int], length: int, number: int, vocabulary: int)
 
 
 def _truth(bench: Bench, rows: Iterable[Row]) -> _Truth:
-    model, read = bench.model(torch.float64).cpu(), list(rows)
-    documents = [Documents.from_lengths([row.lengths], len(row.tokens)) for row in read]
-    counts = torch.tensor([model.loss_counts(each) for each in documents]).sum(0).tolist()
-    total = sum(int((row.targets != NO_TARGET).sum()) for row in read)  # by which all are divided in the end
-    weights = zip(model.losses.items(), counts, strict=True)
-    factors = {path: weight * total / count for (path, weight), count in weights if count}
-    results = []
-    for row, each in zip(read, documents, strict=True):
+    model, given = bench.model(torch.float64).cpu(), []
+    for row in rows:
+        documents = Documents.from_lengths([row.lengths], len(row.tokens))
         tokens, targets = (torch.from_numpy(x).unsqueeze(0) for x in (row.tokens, row.targets))
-        results.append(run(model, Sequence.single(each), tokens, targets, factors))
+        given.append((documents, tokens, targets))
+    counts = torch.tensor([model.loss_counts(documents, targets) for documents, _, targets in given]).sum(0).tolist()
+    total = sum(int((targets != NO_TARGET).sum()) for *_, targets in given)  # by which all are divided in the end
+    weights = zip(model.losses.items(), counts, strict=True)
+    factors = {path: weight * total / count if count else 0.0 for (path, weight), count in weights}
+    results = [run(model, Sequence.single(documents), tokens, targets, factors) for documents, tokens, targets in given]
     return _Truth(results)
 
 

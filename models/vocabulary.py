@@ -1,0 +1,40 @@
+"""The layers between tokens and hidden states: the embedding, and the head that gives logits or their loss."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
+
+NO_TARGET = -100
+
+
+class Embedding(nn.Embedding):
+    """The input layer: tokens int64 `[B, T]` to `[B, T, D]`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight)
+
+
+class Head(nn.Linear):
+    """The output layer; given targets it returns their loss, so that the logits of a sequence never exist at once.
+
+    hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
+    losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
+    gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
+    largest logit. Logits are multiplied by the constant `multiplier`.
+    """
+
+    def __init__(self, width: int, vocabulary: int, multiplier: float = 1.0) -> None:
+        super().__init__(width, vocabulary, bias=False)
+        self.multiplier = multiplier
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if targets is None:
+            logits = super().forward(hidden)
+            return logits if self.multiplier == 1.0 else logits * self.multiplier
+        if correct:
+            return loss_and_correct(hidden, self.weight, targets, logit_scale=self.multiplier)
+        return cross_entropy(hidden, self.weight, targets, logit_scale=self.multiplier)
