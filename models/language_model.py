@@ -18,7 +18,7 @@ from ..parallel.sequence import Sequence
 from .block import Block, SideBySide
 from .initial_values import initial_value
 from .layers.normalisation import norm_of
-from .mixer import RECIPE, check_composite, check_part, construct, name_of, naming
+from .mixer import check_composite, check_part, construct, name_of, naming
 from .multi_token_prediction import MultiTokenPrediction, PredictionModule
 from .part import Composite, Part, flops_of, named_weights, shape_of
 from .pattern import expand_pattern, stages
