@@ -65,8 +65,7 @@ def run_threads(world: int, function: Callable[..., Any], *args: Any, timeout: f
 class _Pool:
     def __init__(self, world: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="longreach-ranks-"))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_preload())
+        context = forkserver()
         self.processes, self.connections = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -126,12 +125,14 @@ class _Pool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _preload() -> list[str]:
-    """What the forkserver imports, once, so that no rank has to: it takes seconds."""
+def forkserver() -> Any:
+    """The context of multiprocessing whose processes begin with everything imported that takes seconds."""
     modules = ["torch", "torch.distributed", "longreach.launch.configuration", "longreach.models.language_model"]
     if "longreach.trainer.engine" in sys.modules:
-        modules += ["torch._inductor.compile_fx", "longreach.trainer.trainer"]
-    return modules
+        modules += ["torch._inductor.compile_fx", "longreach.launch.train", "matplotlib.figure"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
 
 
 _pools: dict[int, _Pool] = {}

@@ -104,7 +104,16 @@ def options(group: str) -> list[str]:
 )
 @pytest.mark.slow
 def test_every_choice_of_a_group_composes(group: str) -> None:
-    chosen = [name for name in options(group) if not name.startswith("_")]
+    compose_each(group, [name for name in options(group) if name not in model_sizes() or name.endswith("_tiny")])
+
+
+@pytest.mark.many
+def test_every_size_of_a_model_composes() -> None:
+    compose_each("model", options("model"))
+
+
+def compose_each(group: str, names: list[str]) -> None:
+    chosen = [name for name in names if not name.startswith("_")]
     assert chosen
     group, _, family = group.partition("/")
     for name in chosen:

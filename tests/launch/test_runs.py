@@ -1,6 +1,6 @@
 """What befalls runs: killed and started again, started twice, their folder gone, their disk full, their rate too high.
 
-By the real command line, mostly on two ranks: none hangs, all end, and the reason is shown once.
+On two ranks, by the real command line, where ranks have to agree: none hangs, all end, and the reason is shown once.
 """
 
 import json
@@ -15,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Command
 
+Process = subprocess.Popen[str] | Command
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-ALONE = [sys.executable, "-m", "longreach.launch.train"]
+ALONE = ["longreach.launch.train"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 TWO += ["longreach.launch.train", "parallel.sequence=2"]
 SETTINGS = (
@@ -52,18 +54,20 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
 @pytest.fixture
 def start(texts: tuple[str, ...], tmp_path: Path):
     """Starts a training command in `tmp_path`; what still runs at the end of the test is killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Process] = []
 
-    def begin(program: list[str], *overrides: str) -> subprocess.Popen[str]:
+    def begin(program: list[str], *overrides: str) -> Process:
         chosen = {word.partition("=")[0]: word for word in (*SETTINGS, *texts, *overrides)}
         return launch([*program, *chosen.values()])
 
-    def launch(command: list[str]) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            command, env=ENVIRONMENT, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )  # fmt: skip
-        started.append(process)
-        return process
+    def launch(command: list[str]) -> Process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started.append(
+            subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, text=True, **pipes)
+            if command[0] == sys.executable
+            else Command(*command, folder=tmp_path, environment=ENVIRONMENT)
+        )
+        return started[-1]
 
     begin.launch = launch  # type: ignore[attr-defined]
     yield begin
@@ -71,13 +75,28 @@ def start(texts: tuple[str, ...], tmp_path: Path):
         kill(process)
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+@pytest.fixture(scope="module")
+def four_steps(texts: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, which saved after the second and the fourth."""
+    folder = tmp_path_factory.mktemp("four")
+    settings = (*SETTINGS, *texts, "run.dir=run", "trainer.steps=4")
+    finish(Command(*ALONE, *settings, folder=folder, environment=ENVIRONMENT))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(four_steps: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, as `run` of the test's own."""
+    return Path(shutil.copytree(four_steps, tmp_path / "run"))
+
+
+def finish(process: Process, status: int = 0) -> str:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == status, said[-3000:]
     return said
 
 
-def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> None:
+def wait_for(process: Process, there: Callable[[], object]) -> None:
     deadline = time.monotonic() + 120
     while not there():
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -85,14 +104,13 @@ def wait_for(process: subprocess.Popen[str], there: Callable[[], object]) -> Non
         time.sleep(0.01)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Process) -> None:
     """Launcher and ranks at once, as a node that fails."""
     ranks = children(process.pid)
     process.kill()
     for rank in ranks:
         os.kill(rank, signal.SIGKILL)
-    assert process.stdout is not None
-    if not process.stdout.closed:
+    if isinstance(process, Command) or (process.stdout and not process.stdout.closed):
         process.communicate()
 
 
@@ -116,13 +134,15 @@ def printed(said: str) -> list[str]:
     """The command that a run printed to go on with."""
     (line,) = [line for line in said.splitlines() if line.startswith("to resume ")]
     words = shlex.split(line.removeprefix("to resume"))
-    return [sys.executable, *words[1:]]
+    assert words[:2] == ["python", "-m"]
+    return words[2:]
 
 
-def test_a_checkpoint_with_old_paths_of_classes_is_resumed_generated_from_and_exported(start, tmp_path: Path) -> None:
-    finish(start(ALONE, "run.dir=run", "trainer.steps=2"))
-    checkpoint = tmp_path / "run/checkpoints/step-00000002"
-    for file in (tmp_path / "run/config.yaml", checkpoint / "config.yaml", checkpoint / "index.json"):
+def test_a_checkpoint_with_old_paths_of_classes_is_resumed_generated_from_and_exported(
+    start, run: Path, tmp_path: Path
+) -> None:
+    checkpoint = run / "checkpoints/step-00000004"
+    for file in (run / "config.yaml", checkpoint / "config.yaml", checkpoint / "index.json"):
         now = file.read_text()
         before = now.replace(".mixers.softmax.softmax_attention.", ".mixers.softmax_attention.")
         before = before.replace(".feed_forward.swiglu.", ".feed_forward.")
@@ -131,25 +151,25 @@ def test_a_checkpoint_with_old_paths_of_classes_is_resumed_generated_from_and_ex
     model = "model.mixers.softmax._target_=longreach.models.mixers.softmax_attention.SoftmaxAttention"
     finish(start(ALONE, "run.dir=other", "trainer.steps=1", f"init_from={checkpoint}"))
     assert saved(tmp_path / "other")
-    generate = [sys.executable, "-m", "longreach.launch.generate", "max_new_tokens=4", "prompt=a"]
+    generate = ["longreach.launch.generate", "max_new_tokens=4", "prompt=a"]
     assert finish(start.launch([*generate, f"checkpoint={checkpoint}"])).startswith("a")
-    export = [sys.executable, "-m", "longreach.launch.export", f"checkpoint={checkpoint}", "path=exported"]
+    export = ["longreach.launch.export", f"checkpoint={checkpoint}", "path=exported"]
     finish(start.launch(export))
-    assert "resum" in finish(start(ALONE, "run.dir=run", "trainer.steps=4", model))
-    assert saved(tmp_path / "run")[-1] == "step-00000004"
-    assert ".mixers.softmax.softmax_attention." in (tmp_path / "run/config.yaml").read_text()
+    assert "resum" in finish(start(ALONE, "run.dir=run", "trainer.steps=6", model))
+    assert saved(run)[-1] == "step-00000006"
+    assert ".mixers.softmax.softmax_attention." in (run / "config.yaml").read_text()
 
 
-def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoints(start, tmp_path: Path) -> None:
-    finish(start(ALONE, "run.dir=first", "trainer.steps=4"))
-    command = (*TWO, "run.dir=second", "checkpoint.resume=first/checkpoints/step-00000004", "trainer.steps=3000")
-    process = start(list(command))
+def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoints(start, run: Path, tmp_path: Path) -> None:
+    run.rename(tmp_path / "first")
+    settings = ("run.dir=second", "checkpoint.resume=first/checkpoints/step-00000004", "trainer.steps=3000")
+    process = start(ALONE, *settings)
     wait_for(process, lambda: len(saved(tmp_path / "second")) == 2)
     kill(process)
     assert (tmp_path / "second/lock.json").exists()
     newest = saved(tmp_path / "second")[-1]
     shutil.rmtree(tmp_path / "first")
-    process = start(list(command))
+    process = start(TWO, *settings)
     wait_for(process, lambda: saved(tmp_path / "second")[-1] > newest)
     os.kill(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
@@ -160,9 +180,8 @@ def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoints(start, tmp_
     assert not (tmp_path / "second/lock.json").exists()
 
 
-def test_a_run_passes_over_a_damaged_checkpoint(start, tmp_path: Path) -> None:
-    finish(start(ALONE, "run.dir=run", "trainer.steps=4"))
-    weights = next((tmp_path / "run/checkpoints/step-00000004").glob("weights-*"))
+def test_a_run_passes_over_a_damaged_checkpoint(start, run: Path) -> None:
+    weights = next((run / "checkpoints/step-00000004").glob("weights-*"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -173,7 +192,7 @@ def test_a_run_passes_over_a_damaged_checkpoint(start, tmp_path: Path) -> None:
 
 
 def test_a_run_is_refused_where_another_goes_on(start, tmp_path: Path) -> None:
-    first = start(TWO, "run.dir=run", ENDLESS)
+    first = start(ALONE, "run.dir=run", ENDLESS)
     wait_for(first, lambda: saved(tmp_path / "run"))
     said = finish(start(TWO, "run.dir=run", ENDLESS), status=1)
     assert said.count("error: run.dir must be of one run at a time; got run, in which process") == 1
@@ -197,7 +216,7 @@ def test_runs_that_are_started_together_have_folders_of_their_own(start, tmp_pat
 @pytest.mark.parametrize("fate", ["removed", "emptied", "a file", "moved"])
 def test_a_folder_that_vanishes_ends_the_run_and_does_not_come_back(start, tmp_path: Path, fate: str) -> None:
     run = tmp_path / "run"
-    process = start(TWO, "run.dir=run", ENDLESS, "logger.wandb.mode=offline")
+    process = start(TWO if fate == "removed" else ALONE, "run.dir=run", ENDLESS, "logger.wandb.mode=offline")
     wait_for(process, lambda: saved(run))
     if fate == "emptied":
         for path in run.iterdir():
