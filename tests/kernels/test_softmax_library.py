@@ -274,7 +274,7 @@ def test_every_choice_is_told_once_with_its_reason(providers, caplog, monkeypatc
         for _ in range(2):
             softmax._implementation("library", *draw(PACKED)[:3], few)
             softmax._implementation("auto", *[on_cuda] * 3, many)
-            softmax._implementation("auto", *[on_cuda] * 3, few, has_dlse=True)
+            softmax._implementation("auto", *[on_cuda] * 3, few, refusal=softmax.NO_DLSE)
             softmax._implementation("auto", *draw(PACKED)[:3], few)
     assert [record.getMessage() for record in caplog.records] == [
         "softmax_attention on cpu: stand-in, for causal attention",
