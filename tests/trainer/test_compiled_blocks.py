@@ -30,16 +30,20 @@ LENGTHS = [[[7, 17]], [[24]], [[1, 2, 20]]]
 GRAPHS = 5
 
 
-def make_model(checkpointing="none", routed=False, depth=6):
+def make_model(checkpointing="none", routed=False, pattern=("lightning", "softmax+mamba"), depth=6):
     return LanguageModel(
         vocabulary=VOCABULARY,
         width=16,
         depth=depth,
-        pattern=["lightning", "softmax+mamba"],
+        pattern=list(pattern),
         mixers={
-            "lightning": partial(LightningAttention, heads=2),
-            "softmax": partial(SoftmaxAttention, heads=2, qk_norm="head"),
-            "mamba": partial(Mamba, state=4),
+            name: mixer
+            for name, mixer in {
+                "lightning": partial(LightningAttention, heads=2),
+                "softmax": partial(SoftmaxAttention, heads=2, qk_norm="head"),
+                "mamba": partial(Mamba, state=4),
+            }.items()
+            if any(name in each for each in pattern)
         },
         feed_forward=partial(Routed, hidden=8) if routed else partial(SwiGLU, hidden=20),
         activation_checkpointing=checkpointing,
@@ -55,7 +59,8 @@ def train(rank, world, stage, checkpointing, routed, compiled):
     """Three steps with evaluation and decoding between; what was said, how many graphs were made, and the weights."""
     torch._dynamo.reset()
     # DeepSpeed's hooks of stage 3 break every layer's graphs anew, which takes long.
-    engine = make_engine(stage, model=lambda: make_model(checkpointing, routed, 2 if stage == 3 else 6))
+    few = {"pattern": ["lightning", "softmax"], "depth": 2} if stage == 3 else {}
+    engine = make_engine(stage, model=lambda: make_model(checkpointing, routed, **few))
     mesh, layout, counter = Mesh.create(world), Layout(LENGTH, world, 2), CompileCounterWithBackend("aot_eager")
     note = compile_blocks(engine.module, stage, counter) if compiled else None
     losses = []
@@ -63,7 +68,7 @@ def train(rank, world, stage, checkpointing, routed, compiled):
         documents = Documents.from_lengths(lengths, LENGTH)
         seq = Sequence(documents, layout, mesh.sequence_rank, mesh.sequence_group)
         tokens, targets = seq.shard(tokens_of(step)), seq.shard(tokens_of(step + 9))
-        model = make_model(routed=routed)
+        model = make_model(routed=routed, **few)
         reported = Reported(model.losses, model.loss_counts(documents), mesh)
         loss, _, reports = engine(tokens, seq, targets, False, True)
         engine.backward(loss, LENGTH, reported.add(reports))
