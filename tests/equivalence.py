@@ -74,10 +74,11 @@ SHAPES = [(1, 1, "contiguous")] + [
 EVERY = [Topology(*shape, zero) for shape in SHAPES for zero in range(4)]
 
 
-def train(topology: Topology, folder: Path) -> list[dict[str, float]]:
-    """The training lines of metrics.jsonl of one run under a topology."""
+def train(topology: Topology, folder: Path, *changes: str) -> list[dict[str, float]]:
+    """The training lines of metrics.jsonl of one run under a topology, with other settings than SETTINGS."""
     run_dir = folder / "-".join(map(str, (topology.processes, topology.sequence, topology.layout, topology.zero)))
-    overrides = [*SETTINGS, *topology.overrides, f"run.dir={run_dir}"]
+    given = [*SETTINGS, *topology.overrides, f"run.dir={run_dir}", *changes]
+    overrides = list({setting.partition("=")[0]: setting for setting in given}.values())
     run_ranks(topology.processes, train_on_rank, overrides, timeout=300)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
