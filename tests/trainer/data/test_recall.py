@@ -7,10 +7,10 @@ import json
 import math
 import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -247,8 +247,7 @@ SETTINGS = (
 
 def train(*overrides: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    program = [sys.executable, "-m", "longreach.launch.train", *SETTINGS, *overrides]
-    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+    return commands.run("longreach.launch.train", *SETTINGS, *overrides, folder=Path.cwd(), environment=environment)
 
 
 @pytest.mark.slow
