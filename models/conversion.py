@@ -5,18 +5,23 @@ What the algebra allows is exact; the rest is the nearest by least squares, and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.masks import Mask
 from .mixers.softmax.attention import Attention
 from .mixers.softmax.latent_attention import LatentAttention
 from .mixers.softmax.softmax_attention import SoftmaxAttention
 
 Weights = Mapping[str, Tensor]
+CARRIED = ("rope_scaling", "gate", "gate_rank", "gate_bias", "sink_logits")  # settings that stay as they are
+LINEAR = (
+    "width", "heads", "kv_heads", "head_dim", "rope_base", "rope_fraction", "norm_eps", "bias", "output_bias",
+    "key_multiplier",
+)  # fmt: skip
 
 
 class Converted(NamedTuple):
@@ -39,8 +44,11 @@ def grouped(mixer: Attention, settings: Mapping[str, Any], weights: Weights, kv_
         raise ValueError(
             f"kv_heads must be a smaller divisor of the {mixer.kv_heads} key/value heads that there are; got {kv_heads}"
         )
+    rows = mixer.kv_heads * mixer.head_dim
+    if any(len(weights[f"{part}.weight"]) != rows for part in ("key", "value")):
+        raise ValueError(f"mixers must have a key and a value per head; got {type(mixer).__name__}. Name others")
     if mixer.conv is not None or mixer.qk_norm == "full":
-        raise ValueError("form must be left out where keys pass a convolution or a norm over all heads; got grouped")
+        raise ValueError("mixers must have no conv_size and no qk_norm=full, which mix heads. Name others in mixers")
     made, errors = dict(weights), {}
     for part in ("key", "value"):
         heads = _projection(weights, part).unflatten(0, (kv_heads, -1, mixer.head_dim))
@@ -65,14 +73,14 @@ def latent(
     rope_heads: keeps fewer rotated heads. For each frequency the heads are turned to their principal axes, which
     changes no score; those of largest weights stay, and the others lose their rotation. latent_rank: the latent is the
     nearest of this rank by least squares, keys and values being given equal weight.
-    Raises ValueError for numbers out of range, and for attention whose keys are more than a projection and a rotation
-    or whose mask is not causal.
+    Raises ValueError for numbers out of range, and for attention that has settings which latent attention has not.
     """
-    _check_linear(mixer)
+    _check_linear(mixer, settings)
     heads, groups, dim = mixer.heads, mixer.kv_heads, mixer.head_dim
     rotated = 0 if mixer.rotary is None else mixer.rotary.rotation.dims
     kept = _kept_heads(groups if rotated else 0, rope_heads)
     q, k, v = (_projection(weights, part).unflatten(0, (-1, dim)) for part in ("query", "key", "value"))
+    k = k * mixer.key_multiplier
     axes = _axes(k[:, :rotated], turn=kept < groups)  # [frequency, head, axis]
     of_head = axes[:, torch.arange(heads) // (heads // groups)]  # [frequency, query head, axis]
     by_frequency = (2, rotated // 2)
@@ -107,22 +115,21 @@ def latent(
 
 def _settings(mixer: Attention, settings: Mapping[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
     target = f"{LatentAttention.__module__}.{LatentAttention.__qualname__}"
-    carried = ("rope_scaling", "gate", "gate_rank", "gate_bias", "sink_logits")
-    also = {name: settings[name] for name in carried if settings.get(name)}
+    also = {name: settings[name] for name in CARRIED if settings.get(name)}
     return {"_target_": target, "_partial_": True, "heads": mixer.heads, **changed, **also}
 
 
-def _check_linear(mixer: Attention) -> None:
+def _check_linear(mixer: Attention, settings: Mapping[str, Any]) -> None:
     """Raises ValueError unless the mixer is causal attention whose keys and values are linear but for a rotation."""
-    mask = getattr(mixer, "mask", None)
-    for problem, there in {
-        "mixers must be softmax_attention": type(mixer) is not SoftmaxAttention,
-        "mixers must see all keys before a query, without window, dilation and block": mask != Mask(),
-        "mixers must have no qk_norm, which is not linear": mixer.qk_norm is not None,
-        "mixers must have no conv_size": mixer.conv is not None,
-    }.items():
-        if there:
-            raise ValueError(f"{problem}; got {type(mixer).__name__} for form=latent. Name others in mixers")
+    if type(mixer) is not SoftmaxAttention:
+        raise ValueError(f"mixers must be SoftmaxAttention for form=latent; got {type(mixer).__name__}. Name others")
+    for name, parameter in inspect.signature(SoftmaxAttention).parameters.items():
+        value = settings.get(name, parameter.default)
+        if name not in LINEAR + CARRIED and value != parameter.default:
+            raise ValueError(
+                f"{name} must be {parameter.default} for form=latent, which has no such setting; got {value!r}. Name "
+                "other layers in mixers"
+            )
 
 
 def _kept_heads(groups: int, rope_heads: int | None) -> int:

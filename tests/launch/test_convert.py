@@ -98,7 +98,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(saved, tmp_path):
         ({"kv_heads": 1}, "kv_heads must be left out with form=latent"),
         ({"form": "grouped", "kv_heads": 1, "latent_rank": 4}, "latent_rank must be left out with form=grouped"),
         ({"mixers": ["other"]}, "mixers must be names of near, far; got other"),
-        ({}, "model.mixers.near: mixers must see all keys before a query"),
+        ({}, "model.mixers.near: window must be None for form=latent"),
         ({"form": "grouped", "kv_heads": 3}, "model.mixers.near: kv_heads must be a smaller divisor of the 4"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -43,7 +43,7 @@ def rebuilt(converted: Converted) -> torch.nn.Module:
     [
         ({}, (8, 3, 3 * 8)),
         ({"rope_base": None}, (0, 1, 2 * 3 * 8)),
-        ({"kv_heads": 1, "bias": True, "output_bias": True}, (8, 1, 8)),
+        ({"kv_heads": 1, "bias": True, "output_bias": True, "key_multiplier": 0.5}, (8, 1, 8)),
         ({"rope_fraction": 0.5, "gate": "channel", "gate_rank": 3, "sink_logits": True}, (4, 3, 3 * (4 + 8))),
         ({"rope_scaling": YARN, "gate": "head", "bias": True}, (8, 3, 3 * 8)),
     ],
@@ -120,9 +120,10 @@ def test_heads_are_pooled_to_their_mean(kind: type[Attention]) -> None:
 @pytest.mark.parametrize(
     ("change", "asked", "message"),
     [
-        ({"qk_norm": "head"}, {}, "mixers must have no qk_norm"),
-        ({"window": 4}, {}, "mixers must see all keys before a query"),
-        ({"conv_size": 4}, {}, "mixers must have no conv_size"),
+        ({"qk_norm": "head"}, {}, "qk_norm must be None for form=latent.*got 'head'"),
+        ({"window": 4}, {}, "window must be None for form=latent.*got 4"),
+        ({"conv_size": 4}, {}, "conv_size must be None for form=latent"),
+        ({"softcap": 30.0}, {}, "softcap must be None for form=latent"),
         ({}, {"rope_heads": 4}, "rope_heads must be 1 … 3, the rotated key heads"),
         ({"rope_base": None}, {"rope_heads": 1}, "rope_heads must be left out"),
         ({}, {"latent_rank": 25}, "latent_rank must be 1 … 24"),
@@ -139,7 +140,7 @@ def test_heads_that_cannot_be_pooled_are_named() -> None:
     for change, left, message in (
         ({}, 2, "kv_heads must be a smaller divisor of the 3"),
         ({}, 3, "kv_heads must be a smaller divisor of the 3"),
-        ({"qk_norm": "full"}, 1, "form must be left out where keys pass"),
+        ({"qk_norm": "full"}, 1, "mixers must have no conv_size and no qk_norm=full"),
     ):
         mixer = made({**BASE, **change})
         with pytest.raises(ValueError, match=message):
