@@ -108,7 +108,7 @@ class ConcatenatedAttend(AdditiveAttend):
 
     def scores_backward(self, ds: Tensor, q: Tensor, k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums = _sums((q * weight).sum(-1), (k * weight).sum(-1))
-        dsum = ds * torch.where(sums > 0, 1.0, SLOPE)
+        dsum = torch.where(sums > 0, ds, SLOPE * ds)
         of_queries, of_keys = (dsum.sum(dim).transpose(1, 2).unsqueeze(-1) for dim in (3, 2))
         dweight = (of_queries * q).sum((0, 1)) + (of_keys * k).sum((0, 1))
         return of_queries * weight, of_keys * weight, dweight

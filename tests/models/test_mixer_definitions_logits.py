@@ -76,7 +76,8 @@ def fox(mixer, attend):
         if mixer.output_norm is not None:
             weight = mixer.output_norm.weight.view(mixer.heads, -1)
             out = F.rms_norm(out, out.shape[-1:], eps=mixer.output_norm.eps) * weight
-        return mixer.output(out.flatten(-2) if mixer.gate is None else out.flatten(-2) * torch.sigmoid(mixer.gate(x)))
+        gate = 1.0 if mixer.gate is None else torch.sigmoid(mixer.gate.project(x))
+        return mixer.output(out.flatten(-2) * gate)
 
     return other
 

@@ -29,6 +29,10 @@ class CosineAttention(SoftmaxAttention):
     @also_takes(SoftmaxAttention)
     def __init__(self, **attention: Any) -> None:
         super().__init__(**attention)
+        if self.key_multiplier != 1.0:
+            raise ValueError(
+                f"key_multiplier must be 1, since cosines undo it; got {self.key_multiplier}. Leave it out"
+            )
         self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(10.0)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, **settings: Any) -> Tensor:

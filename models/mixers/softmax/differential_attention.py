@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ....kernels.softmax import flops
 from ....parallel.sequence import Sequence
 from ...layers.normalisation import RMSNorm
+from ...layers.output_gate import output_gate
 from ...mixer import also_takes, head_size
 from .softmax_attention import SoftmaxAttention
 
@@ -43,6 +44,9 @@ class DifferentialAttention(SoftmaxAttention):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         norm_eps: float = 1e-5,
+        gate: str | None = None,
+        gate_rank: int | None = None,
+        gate_bias: bool = False,
         **attention: Any,
     ) -> None:
         super().__init__(
@@ -53,6 +57,7 @@ class DifferentialAttention(SoftmaxAttention):
             norm_eps=norm_eps,
             **attention,
         )
+        self.gate = output_gate(gate, width, heads, 2 * self.head_dim, rank=gate_rank, bias=gate_bias)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         for name in LAMBDAS:
             self.register_parameter(name, nn.Parameter(torch.empty(self.head_dim)))

@@ -31,7 +31,7 @@ class ForgettingAttention(SoftmaxAttention):
         q_t = RMSNorm(W_q x_t)                              each head by itself
         y = W_o (sigmoid(W_g x) * RMSNorm(o))               each head by itself
 
-    kv_shift: a and b. qk_norm: as in `Attention`. output_norm: of o. gate: "channel" for W_g, or None for none.
+    kv_shift: a and b. qk_norm and gate: as in `Attention`; "channel" is W_g. output_norm: of o.
     Positions are None by default: gates tell near from far. The other settings are
     those of `SoftmaxAttention`. Raises ValueError as that does.
     """
@@ -50,22 +50,21 @@ class ForgettingAttention(SoftmaxAttention):
         gate: str | None = "channel",
         **attention: Any,
     ) -> None:
-        super().__init__(width=width, heads=heads, rope_base=rope_base, qk_norm=qk_norm, norm_eps=norm_eps, **attention)
-        if gate not in (None, "channel"):
-            raise ValueError(f"gate must be null or channel; got {gate!r}")
+        attention |= {"rope_base": rope_base, "qk_norm": qk_norm, "norm_eps": norm_eps, "gate": gate}
+        super().__init__(width=width, heads=heads, **attention)
         self.forget = GateLinear(width, heads)
         self.shift = nn.Linear(width, 2 * self.kv_heads, bias=False) if kv_shift else None
-        self.gate = None if gate is None else nn.Linear(width, heads * self.head_dim, bias=False)
         self.output_norm = HeadNorm(heads, self.head_dim, norm_eps, bias=False, centred=False) if output_norm else None
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         log_forget = F.logsigmoid(self.forget(x))
         levels = ops.diagonal_scan(log_forget, log_forget.new_zeros(self.heads), seq=seq, slot="levels")
         out = self.attend(*self.project(x, seq), seq, levels=levels)
-        gate = None if self.gate is None else self.gate(x)
         if self.output_norm is not None:
-            return self.output(self.output_norm(out, gate, "sigmoid"))
-        return self.output(out.flatten(-2) if gate is None else out.flatten(-2) * torch.sigmoid(gate))
+            if self.gate is not None and not self.gate.per_head:  # norm and gate are one function
+                return self.output(self.output_norm(out, self.gate.project(x), "sigmoid"))
+            out = self.output_norm(out).view_as(out)
+        return self.output((out if self.gate is None else self.gate(x, out)).flatten(-2))
 
     def before_norms(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().before_norms(x, seq)
