@@ -35,7 +35,7 @@ BALANCING = {
 COMMON = (
     "model=mixtral_tiny", "model.depth=2", "model.width=128", "model.mixers.softmax.heads=4", "model.feed_forward.z=0",
     "data.tokenizer=bytes", "data.sequence_length=512", "data.rows_per_step=8", "data.rows_per_micro_batch=8",
-    "optimizer.learning_rate=2e-3", "evaluation.every=0", "evaluation.sample_every=0", "checkpoint.every=0",
+    "optimizer.learning_rate=2e-3", "evaluation.every=0", "evaluation.sample_tokens=0", "checkpoint.every=0",
     "logger.wandb.mode=disabled",
 )  # fmt: skip
 

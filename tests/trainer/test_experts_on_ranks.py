@@ -123,7 +123,14 @@ def check(results):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "sequence", "experts", "stages"),
-    [(2, 1, 2, (0, 1, 2, 3)), (2, 2, 2, (0, 1, 2, 3)), (4, 2, 4, (1, 3)), (4, 2, 2, (0, 1, 2, 3)), (4, 1, 2, (2,))],
+    [
+        (2, 2, 2, (0, 1, 2, 3)),
+        (4, 2, 2, (1, 3)),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.many)
+            for sizes in [(2, 1, 2, (0, 1, 2, 3)), (4, 2, 4, (0, 1, 2, 3)), (4, 2, 2, (0, 2)), (4, 1, 2, (0, 1, 2, 3))]
+        ),
+    ],
 )
 def test_equal_one_device(world, sequence, experts, stages):
     check(run_ranks(world, train, sequence, experts, stages, "float32", "mixing" if sequence == 2 else "full"))
@@ -176,7 +183,7 @@ def step_on_nan(rank, world, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.many), 3])
 def test_a_gradient_that_is_not_finite_steps_nothing(stage):
     for norm, stepped, unchanged, later in run_ranks(2, step_on_nan, stage):
         assert norm == float("inf")

@@ -272,7 +272,7 @@ def experts_averaged_over_all_ranks() -> None:
     def reduce(self):
         for shard in self._shards.values():
             dist.all_reduce(shard.gradient)
-            shard.gradient /= dist.get_world_size()
+            shard.gradient.div_(dist.get_world_size())
         original(self)
 
     original = spoil(ExpertWeights, "reduce", reduce)
