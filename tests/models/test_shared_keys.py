@@ -13,6 +13,7 @@ from longreach.models.decoding import next_logits
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.elementwise.gated_memory_unit import GatedMemoryUnit
 from longreach.models.mixers.softmax.cross_attention import CrossAttention
+from longreach.models.mixers.softmax.differential_attention import DifferentialAttention
 from longreach.models.mixers.softmax.key_values import KeyValues
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.block_sparse_attention import MoBA
@@ -60,7 +61,7 @@ MODELS = {
         "mixers": {
             "mamba": partial(Mamba, expansion=1, state=4, step_rank=3, publish=True),
             "window": partial(ATTENTION, kv_heads=1, window=7),
-            "full": partial(ATTENTION, kv_heads=2, share=8),
+            "full": partial(DifferentialAttention, heads=2, kv_heads=1, share=8),
             "memory": partial(GatedMemoryUnit, memory_of="mamba", expansion=1),
         },
         "feed_forward": feed_forward(),
