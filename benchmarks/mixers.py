@@ -40,6 +40,16 @@ WIDTH, SIZES = 256, {"heads": 4, "kv_heads": 2, "key_heads": 2}
 ROUNDS = 3
 
 
+def standing_alone() -> list[str]:
+    """The mixers of conf/mixer that read nothing that another part would have to publish, by name."""
+    found = []
+    for path in sorted(CONF.glob("*.yaml")):
+        settings = OmegaConf.load(path)
+        reads = "keys_of" in settings or "memory_of" in settings
+        found += [] if reads or not issubclass(get_class(settings["_target_"]), Mixer) else [path.stem]
+    return found
+
+
 def with_sizes(name: str, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
     """The settings of a mixer of conf/mixer, none of `sizes` larger than it says there, and those that this changed."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))  # type: ignore[assignment]
@@ -119,7 +129,7 @@ def rows_kept() -> dict[str, str]:
 
 
 def main() -> None:
-    names = sorted(path.stem for path in CONF.glob("*.yaml"))
+    names = standing_alone()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixers", nargs="+", choices=names, default=names)
     parser.add_argument("--lengths", nargs=2, type=int, default=[2048, 16384])

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import get_class, instantiate
-from mixers import CONF, HERE, with_sizes
+from mixers import HERE, standing_alone, with_sizes
 from torch import Tensor
 
 from kernels import machine
@@ -149,7 +149,7 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    names = sorted(path.stem for path in CONF.glob("*.yaml"))
+    names = standing_alone()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixers", nargs="+", choices=names, default=names)
     parser.add_argument("--steps", type=int, default=800)

@@ -87,7 +87,7 @@ def next_logits(model: LanguageModel, tokens: Tensor, cache: DecodingCache, expe
     """Logits `[B, Vocab]` after `tokens` int64 `[B, T]`, which follow those that the cache has seen; advances it."""
     seq = Sequence.decoding(cache, tokens.shape[0], tokens.shape[1], experts=experts)
     with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training, and see no cache
-        hidden = model.hidden(tokens, seq)
+        hidden = model.hidden(tokens, seq, last=True)
     cache.advance(tokens.shape[1])
     return model.head(hidden[:, -1])
 

@@ -22,6 +22,7 @@ from .mixer import check_composite, check_part, construct, name_of, naming
 from .multi_token_prediction import MultiTokenPrediction, PredictionModule
 from .part import Composite, Part, flops_of, named_weights, shape_of
 from .pattern import expand_pattern, stages
+from .published import check_reads, read_later, stateless_from
 from .vocabulary import NO_TARGET, Embedding, Head
 
 CHECKPOINTING = ("none", "full", "mixing")
@@ -38,8 +39,8 @@ class LanguageModel(nn.Module):
     pattern: names of `mixers`, with `name*n` for repetition, `a+b` for mixers side by side and `a|b` for mixers in
         sequence; tiled to `depth`. See `longreach.models.pattern`.
     mixers, feed_forward, block, side_by_side: partials (`_partial_: true` in YAML), called with those of `width`,
-        `depth`, `layer`, `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare. `mixers` may hold
-        feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
+        `depth`, `layer`, `name`, `occurrence` (see `Mixer`) and `norm_eps` that their signatures declare. `mixers` may
+        hold feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
         `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`. A
         `block` may declare `before` and `last` too: how many parts the residual stream has passed before it, and
         whether it ends with it.
@@ -115,7 +116,8 @@ class LanguageModel(nn.Module):
             place = {"before": 0 if ahead else passed, "last": layer == depth - 1}
 
             def make(partial: Partial, setting: str) -> Part:
-                made = construct(partial, setting, occurrence=occurrences[setting], **context)
+                name = setting.rpartition(".")[2]
+                made = construct(partial, setting, name=name, occurrence=occurrences[setting], **context)
                 occurrences[setting] += 1
                 part = check_part(made, setting)
                 if not part.causal:
@@ -152,7 +154,8 @@ class LanguageModel(nn.Module):
             ),
             multi_token_prediction_weight,
         )
-        check_reads(self)
+        check_reads(self.leaves())
+        self._read_later, self._tail = read_later(self.layers), stateless_from(self.layers)
         self.embedding = Embedding(vocabulary, width)
         self.embedding_norm = norm_of(norm, width, norm_eps) if embedding_norm else None
         self.norm = norm_of(norm, width, norm_eps)
@@ -190,9 +193,13 @@ class LanguageModel(nn.Module):
             results = self.head(hidden, targets), count
         return (*results, reported) if reports else results
 
-    def hidden(self, tokens: Tensor, seq: Sequence) -> Tensor:
-        """`[B, T, D]`: what the head reads."""
-        return self._run(tokens, seq)[0]
+    def hidden(self, tokens: Tensor, seq: Sequence, last: bool = False) -> Tensor:
+        """`[B, T, D]`: what the head reads; with `last`, when decoding, `[B, 1, D]` of the last token.
+
+        Then the layers at the end of the model that are stateless (see `Part`) run on that token alone, as in the
+        prefill of a decoder-decoder (Sun et al., 2024, arXiv 2405.05254).
+        """
+        return self._run(tokens, seq, last)[0]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`[B, T, D]`: what the first block reads."""
@@ -222,18 +229,23 @@ class LanguageModel(nn.Module):
                 return checkpoint(module, first, at_layer, *others, use_reentrant=False, preserve_rng_state=False)
             return module(first, at_layer, *others)
 
-    def _run(self, tokens: Tensor, seq: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run(self, tokens: Tensor, seq: Sequence, last: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head reads, and by path what the parts report."""
         x = self.embed(tokens)
         published: dict[str, Tensor] = {}  # for later layers
         reported: dict[str, Tensor] = {}
         for layer, block in enumerate(self.layers):
+            if last and layer == self._tail and x.shape[1] > 1:
+                seq, x = seq.last_token, x[:, -1:]
+                published = {name: tensor[:, -1:] for name, tensor in published.items()}
             result = self._call(block, layer, (x, *(published[name] for name in block.reads)), seq)
             x, *rest = cast(tuple[Tensor, ...], result if block.gives else (result,))
             published.update(zip(block.publishes, rest, strict=False))
+            published = {name: tensor for name, tensor in published.items() if name in self._read_later[layer]}
             names = [f"blocks.{layer}.{name}" for name in (*block.losses, *block.sums)]
             reported.update(zip(names, rest[len(block.publishes) :], strict=True))
-        return self.norm(x), reported
+            del result, rest  # or what has had its last reader would live on for another layer
+        return self.norm(x[:, -1:] if last else x), reported
 
     @property
     def layers(self) -> list[Composite]:
@@ -363,17 +375,3 @@ class LanguageModel(nn.Module):
 
     def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         return initial_value(self, name, shape, seed, self.initial_std, self.embedding_std)
-
-
-def check_reads(model: LanguageModel) -> None:
-    """Raises ValueError for a part that reads what no earlier one publishes."""
-    published: set[str] = set()
-    for path, part in model.leaves():
-        missing = [name for name in part.reads if name not in published]
-        if missing:
-            raise ValueError(
-                f"model.pattern must publish what layer {path.split('.')[1]} reads before it; got no "
-                f"{', '.join(missing)} from the layers before {type(part).__name__}. Put a layer that publishes it "
-                "first"
-            )
-        published.update(part.publishes)

@@ -25,7 +25,7 @@ class Mixer(Part):
     """Projections and gates around an op of `parallel.ops`.
 
     Subclasses take plain keyword arguments: `width` always, and if they declare them `layer` (index in the whole model,
-    from 0), `depth` and `occurrence` (how many earlier mixers of the model have the same name in the pattern). They
+    from 0), `depth`, `name` (in the pattern) and `occurrence` (how many earlier mixers of the model have it). They
     import token mixing from `parallel.ops` alone, so that they never see a rank, and end in a linear layer called
     `output`. What a mixer may state besides is listed in `Part`.
     """

@@ -19,7 +19,7 @@ class Part(nn.Module):
     reports returns a tuple: the output, then the tensors of `publishes`, of `losses` and of `sums`, in this order.
 
     publishes, reads: names of tensors that the part gives to later parts and layers, and of those it takes from earlier
-        ones.
+        ones. widths: the size of the last dim of some of these by name, which publisher and reader have to agree on.
     losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
         the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
     sums: names of tensors that `forward` returns summed over this rank's tokens. After each optimizer step `update`
@@ -32,6 +32,9 @@ class Part(nn.Module):
         `trainer.dtype=bfloat16`: logarithms of decay rates, biases of decay gates, and what else becomes an exponent
         that is summed over many tokens. Any layer can name such parameters.
     causal: whether outputs depend on no later token; a language model refuses a part that says False.
+    stateless: whether decoding keeps nothing of earlier tokens for the part: the output of a token then depends on its
+        own input, on its own entries of what the part reads, and on keys that an earlier part keeps. Layers at the end
+        of a model that are stateless throughout run on the last token of a prompt alone.
     small: sizes with which a few dozen tokens exercise all of the part. Tests and the doctor replace larger sizes by
         these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
     setting, label: what messages call the part; set by the model.
@@ -39,12 +42,14 @@ class Part(nn.Module):
 
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    widths: Mapping[str, int] = MappingProxyType({})
     losses: Mapping[str, float] = MappingProxyType({})
     sums: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     in_float32: tuple[str, ...] = ()
     causal: bool = True
+    stateless: bool = False
     small: Mapping[str, int] = MappingProxyType({})
     setting: str = ""
     label: str = ""
@@ -127,6 +132,7 @@ class Composite(Part):
             reads += [name for name in part.reads if name not in published]
             published.update(part.publishes)
         self.reads = tuple(dict.fromkeys(reads))
+        self.stateless = all(part.stateless for part in parts.values())
         self.losses = {f"{name}.{loss}": weight for name, part in parts.items() for loss, weight in part.losses.items()}
         self.sums = tuple(f"{name}.{each}" for name, part in parts.items() for each in part.sums)
 

@@ -24,7 +24,7 @@ class CachedRows:
     """Rows `[B, n, …]` of the positions of one document that later tokens can see: appended to, without copying all.
 
     Several tensors, such as the keys and values of a layer, share the positions. Rows that are no longer kept stay
-    where they are until the memory is full.
+    where they are until the memory is full. Where several layers read the same rows, each says what it `needs`.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,7 @@ class CachedRows:
         self.used = 0  # rows of the tensors
         self.length = 0  # positions so far
         self.stretches: tuple[Stretch, ...] = ()  # those kept, in order
+        self.needed: list[tuple[int, int]] = []  # by the layers that have read them since the last rows were appended
 
     @property
     def bytes(self) -> int:
@@ -46,6 +47,9 @@ class CachedRows:
     @torch.no_grad()
     def append(self, parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Stretch, ...]]:
         """The tensors with the rows `parts` of the next positions at their end, as views, and what all rows are."""
+        if self.needed:
+            self.keep(tuple(self.needed))
+            self.needed = []
         new = parts[0].shape[1]
         if not self.tensors or self.used + new > self.tensors[0].shape[1]:
             self._make_room(parts)
@@ -58,6 +62,10 @@ class CachedRows:
             self.stretches = (*self.stretches, Stretch(self.used, new, self.length))
         self.used += new
         self.length += new
+        return self.view()
+
+    def view(self) -> tuple[tuple[Tensor, ...], tuple[Stretch, ...]]:
+        """The tensors from the first row that is kept on, as views, and what their rows are."""
         begin = self.stretches[0].start
         rows, at = [], 0
         for part in self.stretches:
@@ -67,9 +75,13 @@ class CachedRows:
             at = start + part.length
         return tuple(x[:, begin : self.used] for x in self.tensors), tuple(rows)
 
+    def needs(self, intervals: Intervals) -> None:
+        """Keeps these positions for one of several readers; the next `append` gives up what none of them needs."""
+        self.needed += intervals
+
     def keep(self, intervals: Intervals) -> None:
-        """Gives up all positions outside these."""
-        kept = []
+        """Gives up all positions outside these, which may overlap and come in any order."""
+        kept, intervals = [], _disjoint(intervals)
         for start, length, position in self.stretches:
             for low, high in intervals:
                 low, high = max(low, position), min(high, position + length)
@@ -91,23 +103,37 @@ class CachedRows:
         self.stretches = tuple(moved)
 
 
+def _disjoint(intervals: Intervals) -> list[tuple[int, int]]:
+    """The same positions as intervals in order, none of which touch."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(intervals):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], high)
+        else:
+            joined.append((low, high))
+    return joined
+
+
 class DecodingCache:
     """What decoding keeps of the tokens so far, for each (layer, slot); owned by the caller.
 
     states: tensors of a fixed size, which every call replaces.     rows: what grows with the tokens.
-    `length` counts the tokens that every layer has seen; call `advance` after the whole model has run on new ones.
+    published: rows that later layers read too, by the name under which the last layer before them gave them out; all
+    parts share it. `length` counts the tokens that every layer has seen; call `advance` after the whole model has run
+    on new ones.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.states: dict[tuple[int, str], Tensor] = {}
         self.rows: dict[tuple[int, str], CachedRows] = {}
+        self.published: dict[str, CachedRows] = {}
         self._parts: dict[str, DecodingCache] = {}
 
     def of(self, part: str) -> DecodingCache:
         """The cache of one part of a layer, which has slots of its own."""
         cache = self._parts.setdefault(part, DecodingCache())
-        cache.length = self.length
+        cache.length, cache.published = self.length, self.published
         return cache
 
     def rows_of(self, layer: int, slot: str) -> CachedRows:

@@ -134,6 +134,13 @@ class Sequence(Deriving):
         documents = Documents.whole(batch, length, position=cache.length)
         return cls(documents, Layout(length), backend=backend, cache=cache, experts=experts)
 
+    @property
+    def last_token(self) -> Sequence:
+        """Of a sequence that decodes: the same for the last of its tokens alone."""
+        assert self.cache is not None
+        documents = Documents.whole(self.documents.batch, 1, position=self.cache.length + self.layout.length - 1)
+        return Sequence(documents, Layout(1), backend=self.backend, cache=self.cache)
+
     def at(self, layer: int, mixer: str = "") -> Sequence:
         """The same sequence as layer `layer` sees it, whose mixer the model's pattern calls `mixer`."""
         slots = None if self.slots is None else set[str]()

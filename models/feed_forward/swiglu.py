@@ -20,6 +20,7 @@ class SwiGLU(FeedForward):
     if `hidden` is not positive.
     """
 
+    stateless = True
     small = MappingProxyType({"hidden": 48})
 
     def __init__(

@@ -4,7 +4,7 @@ Each has the signature of its kernel plus `seq`, and a `slot` that names its sta
 layer need two slots. With a decoding `seq` the same call continues from the cache that `seq` carries and updates it.
 """
 
-from .attention import attention, kernel_attention, latent_attention, softmax_attention
+from .attention import attention, keep_keys, kernel_attention, latent_attention, softmax_attention
 from .convolution import short_conv, token_shift
 from .recurrent import (
     delta_rule,
@@ -38,6 +38,7 @@ __all__ = [
     "diagonal_ssm",
     "gated_linear_attention",
     "gather_windows",
+    "keep_keys",
     "kernel_attention",
     "latent_attention",
     "local_windows",

@@ -35,19 +35,32 @@ def softmax_attention(
     levels: Tensor | None = None,
     sink_logits: Tensor | None = None,
     slot: str = "attention",
+    keys_as: str | None = None,
+    keys_of: str | None = None,
 ) -> Tensor:
     """o = softmax(scale q kᵀ + mask) v over the whole row: `[B, T, H, V]` in q's type.
 
     q `[B, T, H, K]`; k `[B, T, G, K]` and v `[B, T, G, V]` with G dividing H; `sink_logits` `[H]`. With `levels`
     `[B, T, G or H]`, float32 (float64 for float64), the level of the query less that of the key is added to each
-    logit, after `softcap`. See `longreach.kernels.softmax`.
+    logit, after `softcap`. `keys_as` and `keys_of` are those of `attention`. See `longreach.kernels.softmax`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     settings = (CAUSAL if mask is None else mask).settings, scale, softcap
+    where: dict[str, Any] = {"seq": seq, "slot": slot, "keys_as": keys_as, "keys_of": keys_of}
     if levels is None:
-        return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, seq=seq, slot=slot)
-    inputs = LevelledInputs(q, k, v, levels, levels, sink_logits)
-    return attention(LevelledAttend, inputs, settings, seq=seq, slot=slot)
+        return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, **where)
+    return attention(LevelledAttend, LevelledInputs(q, k, v, levels, levels, sink_logits), settings, **where)
+
+
+def keep_keys(k: Tensor, v: Tensor, *, seq: Sequence, keys_as: str, slot: str = "attention") -> tuple[Tensor, Tensor]:
+    """The keys `[B, T, G, K]` and values `[B, T, G, V]` themselves, of a layer that does not attend to them.
+
+    When decoding, they are kept for later layers, which read them by `softmax_attention(…, keys_of=keys_as)`.
+    """
+    if seq.cache is not None:
+        rows = seq.cache.published[keys_as] = seq.cache.rows_of(seq.layer, slot)
+        rows.append((k, v))
+    return k, v
 
 
 def latent_attention(
@@ -95,18 +108,23 @@ def attention(
     seq: Sequence,
     slot: str = "attention",
     until: int | None = None,
+    keys_as: str | None = None,
+    keys_of: str | None = None,
 ) -> Tensor:
     """The op `op(*settings)` on a record of its inputs, over the keys of the whole row: `[B, T, H, V]` in q's type.
 
     Every op over keys, your own too, runs through this: under each strategy, packed, recomputed, or continued from the
     decoding cache. `settings` are plain values, by which a compiled graph is keyed; `slot` names the op's state within
-    the layer. Tokens from position `until` of their document on take no part: their outputs are 0. See
-    `longreach.kernels.attend`.
+    the layer. Tokens from position `until` of their document on take no part: their outputs are 0.
+
+    Layers that attend to the same keys each get them as inputs. What decoding keeps of them is kept once: by the layer
+    that made them, `keys_as` a name, and read by the others as `keys_of` that name. The last layer before a reader that
+    uses the name is meant. See `longreach.kernels.attend`.
     """
     check_class("attention", op)
     if seq.cache is not None:
         made = op(*settings)
-        extended, stretches = with_cached(made, inputs, seq, slot)
+        extended, stretches = with_cached(made, inputs, seq, slot, keys_as, keys_of)
         return run(Decoding(made), extended, (tile_of_cached(seq, made, stretches), seq.backend))[0]
     strategy = seq.exchange("attention")
     build, arguments = gather if strategy == "gather" else ring, (until, op, *settings)
@@ -116,15 +134,23 @@ def attention(
     return mix(build, arguments, inputs, seq, slot)[0]
 
 
-def with_cached(op: Attend, inputs: Any, seq: Sequence, slot: str) -> tuple[Any, tuple[Stretch, ...]]:
+def with_cached(
+    op: Attend, inputs: Any, seq: Sequence, slot: str, keys_as: str | None = None, keys_of: str | None = None
+) -> tuple[Any, tuple[Stretch, ...]]:
     """The inputs with the cached keys before the new ones, and where in the document these keys are.
 
-    The cache keeps those that a later query can still see.
+    The cache keeps those that a later query, of any layer that reads them, can still see.
     """
     assert seq.cache is not None
-    rows = seq.cache.rows_of(seq.layer, slot)
-    sent, stretches = rows.append(op.sent(inputs))
-    rows.keep(op.kept(rows.length))
+    if keys_of is None:
+        rows = seq.cache.rows_of(seq.layer, slot)
+        sent, stretches = rows.append(op.sent(inputs))
+    else:
+        rows = seq.cache.published[keys_of]
+        sent, stretches = rows.view()
+    if keys_as is not None:
+        seq.cache.published[keys_as] = rows
+    (rows.keep if keys_as is None and keys_of is None else rows.needs)(op.kept(rows.length))
     return inputs._replace(**dict(zip(op.travels, sent, strict=True))), stretches
 
 

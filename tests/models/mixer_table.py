@@ -27,7 +27,7 @@ from unittest.mock import patch
 import torch
 from hydra.utils import instantiate
 from mixer_ticks import TICKS
-from model_presets import CONF, MIXERS
+from model_presets import CONF, MIXERS, SOURCES, source_of
 from omegaconf import OmegaConf
 from oracles import NOTES
 from torch import Tensor
@@ -39,6 +39,7 @@ from longreach.models.hf import families
 from longreach.models.hf.components import Node
 from longreach.models.hf.config import ConfigWriter
 from longreach.models.mixer import Mixer, construct
+from longreach.models.part import Part
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.operation import Operation
@@ -82,6 +83,16 @@ class Described:
             made = construct(part, self.name, width=WIDTH, layer=1, depth=4, norm_eps=1e-6).to(torch.bfloat16)
         assert isinstance(made, Mixer)
         return made
+
+    @property
+    def source(self) -> Part | None:
+        """The part that publishes what the mixer reads, with the settings of its YAML."""
+        if self.name not in SOURCES:
+            return None
+        source, more = SOURCES[self.name]
+        part = instantiate({**Described(source).settings, **more}, _convert_="all")
+        with torch.device("meta"):
+            return source_of(self.name, self.made, part, WIDTH).to(torch.bfloat16)
 
     @property
     def family(self) -> str:
@@ -136,39 +147,53 @@ class Described:
 
 
 class Call(NamedTuple):
-    """An operation that a mixer runs on ranks, and its inputs."""
+    """An operation that a mixer runs on ranks, and its inputs; None for keys that are kept for other layers.
 
-    op: Operation
+    of_others: whether the keys are those that another layer keeps.
+    """
+
+    op: Operation | None
     inputs: tuple[Tensor | None, ...]
+    of_others: bool = False
 
 
 @torch.no_grad()
-def calls_of(mixer: Mixer, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16) -> tuple[list[str], list[Call]]:
-    """The functions of `parallel.ops` that the mixer calls, by name, and the operations that these run on two ranks."""
+def calls_of(
+    mixer: Mixer, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16, source: Part | None = None
+) -> tuple[list[str], list[Call]]:
+    """The functions of `parallel.ops` that the mixer calls, by name, and the operations that these run on two ranks.
+
+    source: the part that publishes what the mixer reads; by default that is the input itself.
+    """
     names: dict[str, None] = {}
     calls: list[Call] = []
+    of_others = [False]
     run = operation.run
 
     def noted(name: str, function: Any) -> Any:
         @wraps(function)
         def noting(*inputs: Any, **more: Any) -> Any:
             names[name] = None
+            of_others[0] = more.get("keys_of") is not None
+            if name == "keep_keys":
+                calls.append(Call(None, inputs))
             return function(*inputs, **more)
 
         return noting
 
     def rehearsed(op: Any, inputs: Any, where: Any, **more: Any) -> Any:
         if isinstance(getattr(op, "op", None), Operation):
-            calls.append(Call(op.op, tuple(inputs)))
+            calls.append(Call(op.op, tuple(inputs), of_others[0]))
         return run(op, inputs, where, **more)
 
     seq = Sequence.rehearsal(Documents.whole(1, LENGTH), Layout(LENGTH, 2), Strategy())
     x = torch.empty(1, LENGTH // 2, width, device="meta", dtype=dtype)
+    read = [x for _ in mixer.reads] if source is None else source(x, seq)[1:]
     with ExitStack() as stack:
         stack.enter_context(patch.object(operation, "run", rehearsed))
         for name in ops.__all__:
             stack.enter_context(patch.object(ops, name, noted(name, getattr(ops, name))))
-        mixer(x, seq, *(x for _ in mixer.reads))
+        mixer(x, seq, *read)
     return list(names), calls
 
 
@@ -185,6 +210,8 @@ def kept_by(call: Call) -> Kept:
     """Of one sequence, with inputs as they are: bytes of the states in their type, and of tokens in theirs."""
     op, (first, *_) = call.op, (x for x in call.inputs if x is not None)
     of_token = first[0, 0].numel() * first.element_size()
+    if op is None:
+        return Kept(f"keys and values {shape_text(first.shape[2:])} a token", 0, 2 * of_token)
     if isinstance(op, StatePassing | SerialPassing):
         inner, inputs = op.op, op.op.record(*call.inputs)
         state, transition = (letters.removeprefix("B ") for letters in (inner.state, inner.transition_dims(inputs)))
@@ -206,7 +233,7 @@ def kept_by(call: Call) -> Kept:
             f"{name} {shape_text(x.shape[2:])}" for name, x in zip(op.op.travels, travelling, strict=True)
         )
         sent = f"{'listed ' if isinstance(op, ListedAttention) else ''}{names}"
-        if op.until is not None:  # of keys that another op keeps
+        if op.until is not None or call.of_others:  # of keys that another op keeps
             return Kept(sent=f"{sent} a token")
         if tokens >= FAR:
             return Kept(f"{names} a token", 0, size, f"{sent} a token")
@@ -282,7 +309,7 @@ def measured() -> dict[str, Any]:
 def row(name: str, found: dict[str, Any]) -> str:
     """The row of a mixer, given what was measured of it."""
     mixer = Described(name)
-    called, calls = calls_of(mixer.made)
+    called, calls = calls_of(mixer.made, source=mixer.source)
     kept = [kept_by(call) for call in calls]
     states, sent = (dict.fromkeys(filter(None, texts)) for texts in ([x.state for x in kept], [x.sent for x in kept]))
     errors = [f"{oracle}: {error:.0e}" for oracle, error in found.get("errors", {}).items()]

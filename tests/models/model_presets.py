@@ -19,12 +19,18 @@ from longreach.launch import configuration
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixer import Mixer, construct, small_sizes
-from longreach.models.part import cast_parameters
+from longreach.models.part import FeedForward, Part, cast_parameters
 from longreach.parallel.sequence import DecodingCache, Sequence
 
 configuration.register_sizes()
 CONF = Path(__file__).resolve().parents[2] / "conf"
-MIXERS = sorted(path.stem for path in (CONF / "mixer").glob("*.yaml"))
+# What makes a mixer's memory or keys, by the mixer: tests run it before.
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cross_attention": ("hidden_states", {}),
+    "cross_decoder_attention": ("key_values", {}),
+    "gated_memory_unit": ("mamba", {"publish": True}),
+}
+MIXERS = sorted({path.stem for path in (CONF / "mixer").glob("*.yaml")}.difference(["hidden_states", "key_values"]))
 SIZES = configuration.model_sizes()
 MODELS = [*SIZES, "quickstart"]
 ONE_PER_FAMILY = {size.partition("/")[0]: preset for preset, size in reversed(SIZES.items())}.values()
@@ -36,6 +42,7 @@ ODD: dict[str, dict[str, Any]] = {
     "diag_attention": {"kv_heads": 1, "block": 16},
     "dilated_attention": {"kv_heads": 1, "window": 17, "dilation": 3},
     "fast_weights": {"kv_heads": 1, "key_dim": 6},
+    "gated_memory_unit": {"memory_of": "memory"},
     "gated_short_convolution": {"conv_size": 5},
     "gated_slot_attention": {"kv_heads": 2, "value_dim": 10},
     "h3": {"head_dim": 2},
@@ -75,7 +82,7 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
-def mixer_partial(name: str) -> partial[nn.Module]:
+def mixer_partial(name: str, **more: Any) -> partial[nn.Module]:
     """The mixer of conf/mixer with this name, with small sizes."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "mixer" / f"{name}.yaml"))  # type: ignore[assignment]
     mixer = get_class(settings["_target_"])
@@ -83,14 +90,21 @@ def mixer_partial(name: str) -> partial[nn.Module]:
         value = settings.get(size, inspect.signature(mixer).parameters[size].default)
         if type(value) is int:
             settings[size] = min(value, small)
-    return instantiate({**settings, **ODD.get(name, {})}, _convert_="all")
+    return instantiate({**settings, **ODD.get(name, {}), **more}, _convert_="all")
+
+
+def source_partial(name: str) -> partial[nn.Module]:
+    """What makes the memory or the keys that this mixer reads, with small sizes."""
+    source, more = SOURCES[name]
+    return mixer_partial(source, **more)
 
 
 @cache
 def ops_of(name: str) -> frozenset[tuple[str, str | None]]:
     """The ops that the code of this mixer and of its layers calls, each alone and with each setting that it gets."""
     mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6)
-    modules = {each.__module__ for module in mixer.modules() for each in type(module).__mro__}
+    parts = [mixer, *([source_of(name, mixer)] if name in SOURCES else [])]
+    modules = {each.__module__ for part in parts for module in part.modules() for each in type(module).__mro__}
     return frozenset[Any]().union(*(_calls_of_ops(each) for each in modules if each.startswith("longreach.models.")))
 
 
@@ -130,10 +144,51 @@ def _few_or(mark: pytest.MarkDecorator) -> list[Any]:
     return [pytest.param(name, marks=() if name in few_mixers() else mark) for name in MIXERS]
 
 
+def source_of(name: str, mixer: nn.Module, partial: Callable[..., nn.Module] | None = None, width: int = WIDTH) -> Part:
+    """The part that publishes what this mixer reads, called as the mixer wants it to be."""
+    called = read_by(mixer)
+    made = construct(partial or source_partial(name), called, name=called, width=width, layer=0, depth=4)
+    assert isinstance(made, Part)
+    return made
+
+
+def read_by(mixer: nn.Module) -> str:
+    """The mixer, by its name in the pattern, whose publication this one reads."""
+    assert isinstance(mixer, Mixer)
+    return mixer.reads[0].rpartition(".")[0]
+
+
+class Fed(Mixer):
+    """A mixer after the part whose publication it reads, of one input, as one mixer; their outputs are summed."""
+
+    def __init__(self, source: Part, mixer: Mixer) -> None:
+        super().__init__()
+        self.source, self.mixer = source, mixer
+        self.mask = getattr(mixer, "mask", None)
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        out, *read = self.source(x, seq)
+        return out + self.mixer(x, seq, *read)
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        return self.source.mixing_flops(seq) + self.mixer.mixing_flops(seq)
+
+
+def sources(name: str) -> tuple[str, dict[str, Any]]:
+    """The item of a pattern that runs this mixer, after what it reads, and the mixers that it names."""
+    mixers = {name: mixer_partial(name)}
+    if name not in SOURCES:
+        return name, mixers
+    called = read_by(construct(mixers[name], name, width=WIDTH, layer=1, depth=4, norm_eps=1e-6))
+    return f"{called}|{name}", {called: source_partial(name), **mixers}
+
+
 def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
     """With random parameters; in bfloat16 as the trainer has it, which leaves those in float32 that its layers name."""
     mixer = construct(mixer_partial(name), f"mixer {name}", width=WIDTH, layer=1, depth=4, norm_eps=1e-6)
     assert isinstance(mixer, Mixer)
+    if name in SOURCES:
+        mixer = Fed(source_of(name, mixer), mixer)
     mixer.to(torch.promote_types(dtype, torch.float32))
     cast_parameters(mixer, dtype)
     if mixer.publishes:
@@ -147,11 +202,13 @@ def as_new(mixer: str | Mixer) -> Mixer:
 
     So gates are open and states last: what `randomise` gives forgets within a few tokens.
     """
-    partial = mixer_partial(mixer) if isinstance(mixer, str) else lambda: mixer
-    settings = {"vocabulary": 3, "width": WIDTH, "depth": 1, "pattern": ["it"], "mixers": {"it": partial}}
+    item, mixers = sources(mixer) if isinstance(mixer, str) else ("it", {"it": lambda: mixer})
+    settings = {"vocabulary": 3, "width": WIDTH, "depth": 1, "pattern": [item], "mixers": mixers}
     model = LanguageModel(**settings, feed_forward=feed_forward(8), initial_std=WIDTH**-0.5)
     model.initialise(0)
-    generator, made = torch.Generator().manual_seed(3), model.mixers[0]
+    parts = [part for _, part in model.leaves() if not isinstance(part, FeedForward)]
+    generator, made = torch.Generator().manual_seed(3), Fed(*parts) if len(parts) > 1 else parts[0]
+    assert isinstance(made, Mixer)
     with torch.no_grad():
         for parameter in made.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -176,12 +233,13 @@ def build_model(preset: str = "quickstart", *, vocabulary: int = 61, **changes: 
 def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> LanguageModel:
     """Two layers of the mixer `name`, each followed by one of softmax attention."""
     softmax = mixer_partial("softmax_attention")
+    item, mixers = sources(name)
     settings: dict[str, Any] = {
         "vocabulary": 61,
         "width": WIDTH,
         "depth": 4,
-        "pattern": [name, "softmax"],
-        "mixers": {name: mixer_partial(name), "softmax": softmax},
+        "pattern": [item, "softmax"],
+        "mixers": {**mixers, "softmax": softmax},
         "feed_forward": feed_forward(),
         **changes,
     }

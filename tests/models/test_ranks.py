@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from distributed import run_ranks, run_threads
-from model_presets import MIXERS, WIDTH, feed_forward, mixer_partial, randomise, tokens
+from model_presets import MIXERS, WIDTH, feed_forward, randomise, sources, tokens
 
 from longreach.kernels.documents import Documents
 from longreach.models.language_model import LanguageModel
@@ -27,8 +27,8 @@ def hybrid(checkpointing):
         vocabulary=61,
         width=WIDTH,
         depth=len(MIXERS),
-        pattern=list(MIXERS),
-        mixers={name: mixer_partial(name) for name in MIXERS},
+        pattern=[sources(name)[0] for name in MIXERS],
+        mixers={each: partial for name in MIXERS for each, partial in sources(name)[1].items()},
         feed_forward=feed_forward(),
         activation_checkpointing=checkpointing,
     ).double()

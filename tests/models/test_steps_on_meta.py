@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 import triton
-from model_presets import MODELS, build_model, few_or_many, few_or_slow, mixer_partial, small_hybrid
+from model_presets import MODELS, build_model, few_or_many, few_or_slow, small_hybrid, sources
 from steps_on_meta import watched_steps
 from torch import Tensor
 
@@ -38,8 +38,8 @@ def test_a_preset_waits_for_nothing(preset: str) -> None:
 
 
 def layer_of(mixer: str, **changes: str) -> Callable[[], LanguageModel]:
-    mixers = {mixer: mixer_partial(mixer)}
-    return partial(small_hybrid, mixer, dtype=torch.bfloat16, depth=1, pattern=[mixer], mixers=mixers, **changes)
+    item, mixers = sources(mixer)
+    return partial(small_hybrid, mixer, dtype=torch.bfloat16, depth=1, pattern=[item], mixers=mixers, **changes)
 
 
 @pytest.mark.parametrize("mixer", few_or_slow())

@@ -30,6 +30,7 @@ from .choices import choices
 from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
+OF_THE_CACHE = ("keys_as", "keys_of")  # settings that say where decoding keeps keys, and nothing else
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
 SUMMARIES = {"compressed_attention": ("k", "v"), "select_blocks": ("summaries",)}  # of windows, known to every rank
 POINTWISE = ("cross_entropy", "rms_norm", "rope", "swiglu")
@@ -215,6 +216,9 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
 
     def noting(name: str, op: Op) -> Op:
         def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+            if name == "keep_keys":
+                return op(*args, seq=seq, **kwargs)
+            kwargs = {setting: value for setting, value in kwargs.items() if setting not in OF_THE_CACHE}
             result = op(*args, seq=seq, **kwargs)
             shape = _first(result).shape
             if name == "local_windows":  # see `replayed`

@@ -37,14 +37,23 @@ class Attention(Mixer):
     gate, gate_rank, gate_bias: the output's gate, see `OutputGate`: "channel" is that of Qwen3-Next.
     bias, output_bias: of the projections of queries, keys and values, and of the output's.
     key_multiplier: a constant by which keys are multiplied, as in Falcon-H1 (arXiv 2507.22448).
+    share: of how many layers of this mixer one after the other, whatever layers are between, the first makes keys and
+        values for all (cross-layer attention, Brandon et al., 2024, arXiv 2405.12981). None for each its own. With 1,
+        too, each makes its own, but publishes them for layers with `keys_of`.
+    keys_of: the mixer, by its name in the pattern, whose keys and values are read: those of the last layer of it before
+        this one. It is a `KeyValues`, or attention with `share` and heads as large. None for own ones.
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
+
+    shares_keys = False  # whether `attend` can read keys that another layer keeps; it needs the forward of this class
 
     def __init__(
         self,
         *,
         width: int,
         heads: int,
+        name: str = "",
+        occurrence: int = 0,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_base: float | None = 10000.0,
@@ -59,8 +68,15 @@ class Attention(Mixer):
         bias: bool = False,
         output_bias: bool = False,
         key_multiplier: float = 1.0,
+        share: int | None = None,
+        keys_of: str | None = None,
     ) -> None:
         super().__init__()
+        self._check_sharing(share, keys_of, kv_heads)
+        self.keys_of = name if share is not None and occurrence % share else keys_of
+        self.keys_as = name if share is not None and self.keys_of is None else None
+        self.reads, self.publishes = key_names(self.keys_of), key_names(self.keys_as)
+        self.stateless = self.keys_of is not None and conv_size is None
         kv_heads = heads if kv_heads is None else kv_heads
         head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
         check_groups(heads, kv_heads)
@@ -71,25 +87,46 @@ class Attention(Mixer):
                 f"key_multiplier must be 1 with a qk_norm, which undoes it; got {key_multiplier}. Leave one of them out"
             )
         self.heads, self.kv_heads, self.head_dim, self.key_multiplier = heads, kv_heads, head_dim, key_multiplier
+        self.widths = dict.fromkeys((*self.reads, *self.publishes), head_dim)
         self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
         self.qk_norm = qk_norm
         self.query = nn.Linear(width, heads * head_dim, bias=bias)
-        self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.value = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        if self.keys_of is None:
+            self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
+            self.value = nn.Linear(width, kv_heads * head_dim, bias=bias)
         self.gate = output_gate(gate, width, heads, head_dim, rank=gate_rank, bias=gate_bias)
         self.output = nn.Linear(heads * head_dim, width, bias=output_bias)
-        self.conv = None if conv_size is None else ShortConvolution((heads + 2 * kv_heads) * head_dim, conv_size)
+        channels = heads * head_dim + (2 * kv_heads * head_dim if self.keys_of is None else 0)
+        self.conv = None if conv_size is None else ShortConvolution(channels, conv_size)
         if qk_norm is not None:
             self.query_norm = RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps)
+        if qk_norm is not None and self.keys_of is None:
             self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps)
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        out = self.attend(*self.project(x, seq), seq)
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        q, k, v = self.project(x, seq) if self.keys_of is None else (self.project_queries(x, seq), *read)
+        out = self.gated(x, self.attend(q, k, v, seq))
+        return out if self.keys_as is None else (out, k, v)
+
+    def gated(self, x: Tensor, out: Tensor) -> Tensor:
+        """`[B, T, width]` of what `attend` gives."""
         return self.output((out if self.gate is None else self.gate(x, out)).flatten(-2))
 
-    def project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated."""
-        q, k, v = self.before_norms(x, seq)
+    def project_queries(self, x: Tensor, seq: Sequence) -> Tensor:
+        """Queries `[B, T, heads, head_dim]`, normed and rotated: what a layer that reads keys projects."""
+        q = self.query(x)
+        q = q if self.conv is None else self.conv(q, seq)
+        q = self.query_norm(q) if self.qk_norm == "full" else q
+        q = q.unflatten(-1, (-1, self.head_dim))
+        q = self.query_norm(q) if self.qk_norm == "head" else q
+        return q if self.rotary is None else self.rotary(q, seq)
+
+    def project(self, x: Tensor, seq: Sequence, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated.
+
+        Keys and values are those of `memory` `[B, T, width]`, by default of x.
+        """
+        q, k, v = self.before_norms(x, seq) if memory is None else self.before_norms(x, seq, memory)
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
@@ -99,16 +136,38 @@ class Attention(Mixer):
             q, k = self.rotary(q, seq), self.rotary(k, seq)
         return q, k, v
 
-    def before_norms(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+    def before_norms(self, x: Tensor, seq: Sequence, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, heads * head_dim]`, keys and values `[B, T, kv_heads * head_dim]`, convolved."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        memory = x if memory is None else memory
+        q, k, v = self.query(x), self.key(memory), self.value(memory)
         if self.key_multiplier != 1.0:
             k = k * self.key_multiplier
         return (q, k, v) if self.conv is None else self.conv.of_parts((q, k, v), seq)  # type: ignore[return-value]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         """The mixing itself, `[B, T, heads, head_dim]`: here of all keys."""
-        return ops.softmax_attention(q, k, v, seq=seq)
+        return ops.softmax_attention(q, k, v, seq=seq, keys_as=self.keys_as, keys_of=self.keys_of)
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(Mask()), heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
+
+    def _check_sharing(self, share: int | None, keys_of: str | None, kv_heads: int | None) -> None:
+        """Raises ValueError for settings of shared keys that have no effect, or that this attention does not do."""
+        shares = self.shares_keys and type(self).forward is Attention.forward
+        if not shares and (share is not None or keys_of is not None):
+            raise ValueError(
+                f"share and keys_of must be null for {type(self).__name__}, which makes its own keys; got "
+                f"share={share}, keys_of={keys_of}. SoftmaxAttention can share them"
+            )
+        if share is not None and share < 1:
+            raise ValueError(f"share must be at least 1; got {share}. Use null for layers with keys of their own")
+        if keys_of is not None and (share is not None or kv_heads is not None):
+            raise ValueError(
+                f"keys_of must come without share and kv_heads, which are those of {keys_of!r} then; got "
+                f"share={share}, kv_heads={kv_heads}. Set them to null"
+            )
+
+
+def key_names(mixer: str | None) -> tuple[str, ...]:
+    """The names under which a mixer publishes keys and values; none for None."""
+    return () if mixer is None else (f"{mixer}.keys", f"{mixer}.values")

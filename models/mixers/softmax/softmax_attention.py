@@ -29,6 +29,8 @@ class SoftmaxAttention(Attention):
     The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
+    shares_keys = True
+
     @also_takes(Attention)
     def __init__(
         self, *, window: int | None = None, sink_tokens: int = 0, dilation: int = 1, block: int | None = None,
@@ -64,7 +66,7 @@ class SoftmaxAttention(Attention):
         q = q if self.factor is None else self.factor(q, seq)
         return ops.softmax_attention(
             q, k, v, seq=seq, mask=self.mask, scale=scale, softcap=self.softcap, levels=levels,
-            sink_logits=self.sink_logits,
+            sink_logits=self.sink_logits, keys_as=self.keys_as, keys_of=self.keys_of,
         )  # fmt: skip
 
     def mixing_flops(self, seq: Sequence) -> int:

@@ -23,6 +23,7 @@ class SelectiveScan(Mixer):
 
     expansion: channels of x over the width. state: N, the states of a channel. step_rank: of low (default: width / 16,
     rounded up). conv_size: taps of the convolution. bias, conv_bias: of W_x, W_z and W_o, and of the convolution.
+    publish: whether y is published, as the memory of gated memory units in later layers (SambaY, arXiv 2507.06607).
     A subclass has the layer `step`, of low, and says the scan. Raises ValueError for sizes below 1.
     """
 
@@ -39,13 +40,17 @@ class SelectiveScan(Mixer):
         conv_size: int = 4,
         bias: bool = False,
         conv_bias: bool = True,
+        publish: bool = False,
+        name: str = "",
     ) -> None:
         super().__init__()
+        self.publishes = (f"{name}.memory",) if publish else ()
         inner, rank = int(expansion * width), -(-width // 16) if step_rank is None else step_rank
         for name, value in (("expansion * width", inner), ("state", state), ("step_rank", rank)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.inner, self.sizes = inner, (rank, state, state)
+        self.widths = dict.fromkeys(self.publishes, inner)
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.gate = nn.Linear(width, inner, bias=bias)  # z
         self.conv = ShortConvolution(inner, conv_size, bias=conv_bias, activation="silu")
@@ -53,12 +58,14 @@ class SelectiveScan(Mixer):
         self.D = nn.Parameter(torch.empty(inner))
         self.output = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor | tuple[Tensor, ...]:
         gate = self.gate(x)
         x = self.conv(self.value(x), seq)
         low, b, c = self.selection(x).split(self.sizes, dim=-1)
         out = self.scan(x, low, b, c, seq)
-        return self.output(swiglu(gate, torch.addcmul(out, self.D.to(x.dtype), x)))
+        memory = torch.addcmul(out, self.D.to(x.dtype), x)
+        result = self.output(swiglu(gate, memory))
+        return (result, memory) if self.publishes else result
 
     @abstractmethod
     def scan(self, x: Tensor, low: Tensor, b: Tensor, c: Tensor, seq: Sequence) -> Tensor:

@@ -1,0 +1,49 @@
+"""What layers of a model publish for later ones: who reads it, and what need not run for every token of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .part import Composite, Part
+
+
+def check_reads(parts: Iterable[tuple[str, Part]]) -> None:
+    """Raises ValueError for a part that reads what no earlier one publishes, or in another width.
+
+    parts: (path, part) of all of a model, in order.
+    """
+    published: dict[str, Part] = {}
+    for path, part in parts:
+        missing = [name for name in part.reads if name not in published]
+        if missing:
+            raise ValueError(
+                f"model.pattern must publish what layer {path.split('.')[1]} reads before it; got no "
+                f"{', '.join(missing)} from the layers before {type(part).__name__}. Put a layer that publishes it "
+                "first"
+            )
+        for name in part.reads:
+            given, wanted = published[name].widths.get(name), part.widths.get(name)
+            if given is not None and wanted is not None and given != wanted:
+                raise ValueError(
+                    f"{part.setting} must read {name} as wide as {published[name].setting} publishes it, {given}; got "
+                    f"{wanted}. Change the size of heads or of the memory in one of them"
+                )
+        published.update(dict.fromkeys(part.publishes, part))
+
+
+def read_later(blocks: list[Composite]) -> list[frozenset[str]]:
+    """After each block, the names of what has been published and is still to be read."""
+    later: list[frozenset[str]] = []
+    names: frozenset[str] = frozenset()
+    for block in reversed(blocks):
+        later.append(names)
+        names = names.difference(block.publishes).union(block.reads)
+    return later[::-1]
+
+
+def stateless_from(blocks: list[Composite]) -> int:
+    """The first of the blocks at the end that are stateless; the number of blocks where the last one is not."""
+    first = len(blocks)
+    while first and blocks[first - 1].stateless:
+        first -= 1
+    return first
