@@ -89,14 +89,17 @@ class Attention(Mixer):
 
     def project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, heads, head_dim]`, keys and values `[B, T, kv_heads, head_dim]`, normed and rotated."""
+        q, k, v = self.unrotated(x, seq)
+        return *self.rotated(q, k, seq), v
+
+    def unrotated(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """What `project` rotates."""
         q, k, v = self.before_norms(x, seq)
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.query_norm(q), self.key_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q, seq), self.rotary(k, seq)
         return q, k, v
 
     def before_norms(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,6 +108,10 @@ class Attention(Mixer):
         if self.key_multiplier != 1.0:
             k = k * self.key_multiplier
         return (q, k, v) if self.conv is None else self.conv.of_parts((q, k, v), seq)  # type: ignore[return-value]
+
+    def rotated(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """Both at their tokens' positions."""
+        return (q, k) if self.rotary is None else (self.rotary(q, seq), self.rotary(k, seq))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         """The mixing itself, `[B, T, heads, head_dim]`: here of all keys."""
