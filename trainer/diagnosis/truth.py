@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from ...parallel import ops
 from ...parallel.sequence import Sequence
 from . import definitions, selections
 from .cases import FAR, Case
-from .choices import choices
+from .choices import choices, noted_lists
 from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -337,24 +337,6 @@ def with_auxiliary(
     for path, factor in (model.losses if factors is None else factors).items():
         loss = loss + factor * reports[path]
     return loss
-
-
-@contextmanager
-def noted_lists() -> Iterator[list[Tensor]]:
-    """Inside, what `select_blocks` returns is recorded."""
-    original: Op = ops.select_blocks
-    lists: list[Tensor] = []
-
-    @wraps(original)
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        lists.append(original(*args, **kwargs))
-        return lists[-1]
-
-    try:
-        ops.select_blocks = noting  # type: ignore[assignment]
-        yield lists
-    finally:
-        ops.select_blocks = original  # type: ignore[assignment]
 
 
 def truth_of(

@@ -21,10 +21,10 @@ from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.diagnosis import ranks as rank_processes
-from longreach.trainer.diagnosis import ties, training, work
+from longreach.trainer.diagnosis import training, work
 from longreach.trainer.diagnosis.bench import Bench
 from longreach.trainer.diagnosis.cases import case_of_many, make_cases
-from longreach.trainer.diagnosis.checks import exact, inexact, loop
+from longreach.trainer.diagnosis.checks import exact, inexact, loop, ties
 from longreach.trainer.diagnosis.diagnose import at_most, diagnose
 from longreach.trainer.diagnosis.model import complete, fill, reduced
 from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, Row

@@ -13,11 +13,11 @@ from ....kernels.documents import Documents
 from ....kernels.pointwise import rope_frequencies
 from ....models.decoding import next_logits
 from ....parallel.sequence import DecodingCache, Sequence
-from .. import definitions, ties, variants, work
+from .. import definitions, variants, work
 from ..bench import Bench
 from ..cases import NO_TARGET, Case, Change, changes
 from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
-from . import comparison
+from . import comparison, ties
 from .comparison import EXACT, Difference
 
 STEP = 2e-6  # of parameters, along a direction of length 1

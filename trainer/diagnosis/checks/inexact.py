@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ....models.language_model import LanguageModel
 from ....parallel.sequence import Sequence
-from .. import ties, variants, work
+from .. import variants, work
 from ..bench import Bench
 from ..cases import FAR, Case, case_of_many
 from ..truth import Call, Result, gradients_of, plain_op, plain_ops, run, truth_of
-from . import comparison
+from . import comparison, ties
 from .comparison import Difference
 
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose

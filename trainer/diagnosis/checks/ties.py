@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...parallel import ops
-from ...parallel.sequence import Sequence
-from . import selections
-from .bench import Bench
-from .cases import Case
-from .checks.comparison import EXACT, relative
-from .truth import Call, Result, plain, truth_of
+from ....parallel import ops
+from ....parallel.sequence import Sequence
+from .. import selections
+from ..bench import Bench
+from ..cases import Case
+from ..truth import Call, Result, plain, truth_of
+from .comparison import EXACT, relative
 
 NOWHERE = -1e30  # for what may not be listed, and for no block: no score is as low
 
