@@ -42,16 +42,17 @@ class Attend(ABC):
 
     A subclass is a frozen dataclass of plain settings with `check`, `tile`, `kept` and `attend`; the rest has defaults.
     `name` is that of the public op whose kernels it runs, if any. `record` is the NamedTuple of its inputs; its q is
-    `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that are
-    sent to the queries of other ranks, and whose gradients are sent back: keys and values, and factors per key; or a
-    latent, of which `attend` makes keys and values where it arrives. `without_heads` names those inputs `[B, S, …]`
-    that all heads read whole. All methods run without autograd; results are float32 (float64 for float64).
+    `[B, T, H, K]`. `travels` names the inputs `[B, S, …]` that are sent to the queries of other ranks, and whose
+    gradients are sent back, unless they are `constant`: keys and values, and factors per key; or a latent, of which
+    `attend` makes keys and values where it arrives. `without_heads` names those inputs `[B, S, …]` that all heads read
+    whole. All methods run without autograd; results are float32 (float64 for float64).
     """
 
     name: ClassVar[str | None] = None
     record: ClassVar[type]
     travels: ClassVar[tuple[str, ...]] = ("k", "v")
     without_heads: ClassVar[tuple[str, ...]] = ()
+    constant: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, inputs: Any) -> None:

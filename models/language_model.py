@@ -291,6 +291,15 @@ class LanguageModel(nn.Module):
         return of_parts | {f"multi_token_prediction.{name}": weight for name, weight in ahead.items()}
 
     @property
+    def detached(self) -> dict[str, str]:
+        """For each loss that trains one layer alone, how the paths of that layer's parameters begin: see `Part`."""
+        return {
+            f"{path}.{name}": f"{path}.{layer}."
+            for path, part in self.leaves()
+            for name, layer in part.detached.items()
+        }
+
+    @property
     def sums(self) -> list[str]:
         """The paths of the sums that parts are told after each step: see `Part.sums`."""
         return [f"{path}.{name}" for path, part in self.leaves() for name in part.sums]
@@ -357,7 +366,7 @@ class LanguageModel(nn.Module):
             if rank < len(turn):
                 name, parameter = turn[rank]
                 try:
-                    value = self._initial_value(name, shape_of(parameter), seed)
+                    value = self.initial_value(name, shape_of(parameter), seed)
                 except Exception as error:
                     failure = failure or error
             for owner, (_, parameter) in enumerate(turn):
@@ -371,7 +380,8 @@ class LanguageModel(nn.Module):
         """Raises ValueError for a parameter that gets no initial value: a vector of which no layer knows the value."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                self._initial_value(name, parameter.shape, seed=0)
+                self.initial_value(name, parameter.shape, seed=0)
 
-    def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+    def initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The value, float32 on the host, with which the parameter of this name begins; see `initialise`."""
         return initial_value(self, name, shape, seed, self.initial_std, self.embedding_std)

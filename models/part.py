@@ -22,6 +22,8 @@ class Part(nn.Module):
         ones. widths: the size of the last dim of some of these by name, which publisher and reader have to agree on.
     losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
         the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
+    detached: of a loss whose gradient reaches only parameters of one layer inside, since all else is a constant to it,
+        the layer's name. The doctor checks that.
     sums: names of tensors that `forward` returns summed over this rank's tokens. After each optimizer step `update`
         gets their sums over the global batch, and `statistics` says what metrics show of them.
     outputs: names of the linear layers that write to the residual stream: their initial values are scaled down with the
@@ -44,6 +46,7 @@ class Part(nn.Module):
     reads: tuple[str, ...] = ()
     widths: Mapping[str, int] = MappingProxyType({})
     losses: Mapping[str, float] = MappingProxyType({})
+    detached: Mapping[str, str] = MappingProxyType({})
     sums: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()

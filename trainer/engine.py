@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # of matrices and embeddings
+    only: list[str] = field(default_factory=list)  # layers or parameters that train, by their names; empty: all do
 
     def check(self) -> None:
         """Raises ValueError for what cannot be; the schedule checks the learning rate."""
@@ -94,16 +95,19 @@ class Engine:
             load(model, self._gather_to_write)
         else:
             self._initialise(model, seed)
+        frozen = frozen_parameters(model, optimizer.only)
+        for parameter in frozen:
+            parameter.register_hook(torch.zeros_like)  # AdamW makes no step of 0, and the norm counts none
         adam: dict[str, Any] = {
             "lr": optimizer.learning_rate,
             "betas": tuple(optimizer.betas),
             "eps": optimizer.eps,
             "fused": device.type == "cuda",  # the others need temporaries as large as a rank's whole share
         }
-        self._adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), **adam)
+        self._adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay, frozen=frozen), **adam)
         self._experts: ExpertWeights | None = None
         if experts := [parameter for _, parameter in named_weights(model) if hasattr(parameter, "cut")]:
-            groups = parameter_groups(model, optimizer.weight_decay, experts)
+            groups = parameter_groups(model, optimizer.weight_decay, experts, frozen)
             self._experts = ExpertWeights(mesh, groups, **adam)
         two_types = len({parameter.dtype for parameter in model.parameters()}) > 1
         # Stage 1 in bfloat16 prints the machine's memory, asked or not.
@@ -298,17 +302,36 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
 
 
+def frozen_parameters(model: nn.Module, only: list[str]) -> list[nn.Parameter]:
+    """The parameters that do not train: those without any of the names `only`, which are parts of their paths.
+
+    None for an empty list. Raises ValueError for a name that no parameter has.
+    """
+    paths = {name: name.split(".") for name, _ in named_weights(model)}
+    if missing := [name for name in only if not any(name in path for path in paths.values())]:
+        layers = sorted({part for path in paths.values() for part in path[2:-1] if not part.isdigit()})
+        raise ValueError(
+            f"optimizer.only must name layers or parameters of the model; got {', '.join(missing)}. "
+            f"Its layers: {', '.join(layers)}"
+        )
+    trained = [bool(not only or set(only) & set(path)) for path in paths.values()]
+    return [parameter for (_, parameter), trains in zip(named_weights(model), trained, strict=True) if not trains]
+
+
 def parameter_groups(
-    model: nn.Module, weight_decay: float, parameters: Iterable[nn.Parameter] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    parameters: Iterable[nn.Parameter] | None = None,
+    frozen: Sequence[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """The parameters that decay (matrices and embeddings) and those that do not, each type in groups of its own.
 
-    The latter are norms, biases, all of one dim, and what a module names in `no_weight_decay` (see `Mixer`). Float32
-    ones come last where there are two types: DeepSpeed takes the first for that of the model.
+    The latter are norms, biases, all of one dim, what a module names in `no_weight_decay` (see `Mixer`), and those that
+    do not train. Float32 ones come last where there are two types: DeepSpeed takes the first for that of the model.
     """
     exempt = {
         id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
-    }
+    } | set(map(id, frozen))
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters() if parameters is None else parameters:
         decays = len(shape_of(parameter)) > 1 and id(parameter) not in exempt

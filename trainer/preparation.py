@@ -19,7 +19,7 @@ from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
-from .engine import Engine, Gather, saved_buffers
+from .engine import Engine, Gather, frozen_parameters, saved_buffers
 from .rehearsal import rehearse
 from .settings import Settings
 from .zero.experts import check_experts
@@ -142,6 +142,7 @@ def check_model(
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
     check_experts(built, settings.parallel.experts)
     built.check_initial_values()
+    frozen_parameters(built, settings.optimizer.only)
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):
         note(line)
@@ -160,7 +161,7 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
     def from_checkpoint(model: nn.Module, gather: Gather) -> None:
         origin = str(settings.init_from)
         if checkpoint.is_one(origin):
-            checkpoint.load_weights(origin, model, gather)
+            checkpoint.load_weights(origin, model, gather, trainer.seed)
         else:
             hf.load(origin, model, gather)
 

@@ -59,8 +59,10 @@ class KernelSettings:
     """
 
     softmax_attention: str = "auto"  # auto, triton, chunked (torch), reference, or library: flash-attn, cuDNN, torch's
-    block_sparse_attention: str = "auto"  # of NSA, MoBA and InfLLM-v2
+    block_sparse_attention: str = "auto"  # of NSA, MoBA, InfLLM-v2 and what an indexer or a gate selects
     select_blocks: str = "auto"  # the choice of those blocks
+    index_divergence: str = "auto"  # the loss of indexers; no Triton
+    gate_divergence: str = "auto"  # the loss of SeerAttention's gate; no Triton
     gated_linear_attention: str = "auto"  # library: flash-linear-attention, where no ranks share a row
     delta_rule: str = "auto"  # library: flash-linear-attention, where no ranks share a row
     diagonal_scan: str = "auto"  # of mixers whose state is a vector

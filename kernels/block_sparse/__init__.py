@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attend import Gradient, ListedAttend, OnOneDevice, check_documents
 from ..blocks import BlockLayout, BlockTile
-from ..dispatch import resolve
+from ..dispatch import asked, resolve
 from ..documents import Documents
 from ..gathered import GatheredTile
 from ..masks import Mask, Pattern
@@ -178,7 +178,9 @@ def check_blocks(blocks: Tensor, tile: BlockTile, *, heads: int, kv_heads: int) 
         raise ValueError("blocks must name a block at most once per list; got one twice. Leave −1 in its place")
 
 
-def _implementation(backend: str, q: Tensor) -> ModuleType:
+def _implementation(backend: str, q: Tensor, tile: BlockTile) -> ModuleType:
+    if tile.layout.block_size < chunked.GATHERED and asked("block_sparse_attention", backend) == "auto":
+        backend = "chunked"  # the kernels would pad a block of one token to sixteen
     chosen = resolve("block_sparse_attention", backend, q.device, q.dtype)
     if chosen == "triton":
         from . import triton as kernels
@@ -197,7 +199,7 @@ def attend(
     give attention over the whole blocks. Queries that see no key have out 0 and lse −inf, the neutral element of
     `merge`. No gradient flows through the results.
     """
-    return _implementation(backend, q).attend(q, k, v, blocks, tile=tile, scale=scale)
+    return _implementation(backend, q, tile).attend(q, k, v, blocks, tile=tile, scale=scale)
 
 
 @torch.no_grad()
@@ -216,7 +218,7 @@ def attend_backward(
 
     p_ij = exp(s_ij - lse_i);  ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)
     """
-    return _implementation(backend, q).attend_backward(gradient, q, k, v, blocks, tile=tile, scale=scale)
+    return _implementation(backend, q, tile).attend_backward(gradient, q, k, v, blocks, tile=tile, scale=scale)
 
 
 def count_visits(blocks: Tensor, tile: BlockTile, *, kv_heads: int) -> int:

@@ -1,6 +1,7 @@
 """Block-sparse attention by blocks: each block meets all the queries that list it in a few matrix products.
 
-A few queries, as in decoding, rather gather the keys that they list, and meet them in one product.
+A few queries, as in decoding, rather gather the keys that they list, and meet them in one product; so do all queries,
+some at a time, where blocks are single tokens or little more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ SCORES = 1 << 17  # of one product: they stay in cache between the passes over t
 KEYS = 512
 COPIED = 32  # queries from which on it pays to copy all keys head by head
 FEW = 2  # queries up to which each gathers its own keys
+GATHERED = 4  # tokens of a block below which all do
+NUMBERS = 1 << 22  # of the keys and values gathered at a time
 
 
 class _Problem:
@@ -71,7 +74,7 @@ class _Problem:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float) -> tuple[Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend`. Blocks merge into (out, lse) in the order of their ids."""
-    if q.shape[1] <= FEW and k.shape[1]:
+    if k.shape[1] and (q.shape[1] <= FEW or tile.layout.block_size < GATHERED):
         return _attend_gathered(q, k, v, blocks, tile, scale)
     inside = _Problem(q, k, v, blocks, tile, scale)
     out, lse = inside.zeros(inside.value_dim), inside.zeros(1).fill_(float("-inf"))
@@ -90,16 +93,63 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, 
 def _attend_gathered(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Every query against the keys of its own list, `[B, T, J, N]` of them, some of which are hidden."""
-    keys, visible = listed_keys(blocks, tile, k.shape[1])
-    dtype, lists = torch.promote_types(q.dtype, torch.float32), blocks.shape[2]
-    row = torch.arange(k.shape[0], device=k.device).view(-1, 1, 1, 1)
-    group = torch.arange(lists, device=k.device).view(-1, 1) // (lists // k.shape[2])
-    q = q.to(dtype).unflatten(2, (lists, -1))  # [B, T, J, R, K]
-    scores = (q @ k[row, keys, group].to(dtype).mT).mul_(scale).masked_fill_(~visible.unsqueeze(3), float("-inf"))
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = scores.sub_(lse.clamp(min=-1e30)).exp_()  # of a query that sees no key, exp(−inf) = 0
-    return (weights @ v[row, keys, group].to(dtype)).flatten(2, 3), lse.squeeze(-1).flatten(2, 3)
+    """Every query against the keys of its own list, some of which are hidden."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+    lse = q.new_empty(*q.shape[:3], 1, dtype=dtype)
+    for at, own, visible in _gathered(k, v, blocks, tile):
+        k_here, v_here = (x[own].to(dtype) for x in (k, v))  # [B, C, J, N, K]
+        scores = _gathered_scores(q[:, at].to(dtype), k_here, visible, scale)
+        lse_here = scores.logsumexp(-1, keepdim=True)
+        weights = scores.sub_(lse_here.clamp(min=-1e30)).exp_()  # of a query that sees no key, exp(−inf) = 0
+        out[:, at], lse[:, at] = (weights @ v_here).flatten(2, 3), lse_here.flatten(2, 3)
+    return out, lse.squeeze(-1)
+
+
+def _gathered(
+    k: Tensor, v: Tensor, blocks: Tensor, tile: BlockTile
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """Some queries at a time: (which, the index of their keys, `[B, C, J, N]`, and which of these are visible)."""
+    lists, device = blocks.shape[2], k.device
+    each = len(blocks) * lists * blocks.shape[3] * tile.layout.block_size * (k.shape[3] + v.shape[3])
+    step = max(1, NUMBERS // max(each, 1))
+    row = torch.arange(k.shape[0], device=device).view(-1, 1, 1, 1)
+    group = torch.arange(lists, device=device).view(-1, 1) // (lists // k.shape[2])
+    for low in range(0, tile.queries.length, step):
+        high = min(low + step, tile.queries.length)
+        keys, visible = listed_keys(blocks, tile, k.shape[1], low, high)
+        yield slice(low, high), (row, keys, group), visible
+
+
+def _gathered_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """`[B, C, J, R, N]` of q `[B, C, H, K]` and k `[B, C, J, N, K]`; −inf where it is not visible."""
+    scores = q.unflatten(2, (k.shape[2], -1)) @ k.mT
+    return scores.mul_(scale).masked_fill_(~visible.unsqueeze(3), float("-inf"))
+
+
+def _backward_gathered(
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, tile: BlockTile, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_attend_gathered`; gradients of keys are added up in the order of queries."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    dout, delta, lse = gradient.dout.to(dtype), gradient.delta(dtype), gradient.lse.to(dtype)
+    lists = blocks.shape[2]
+    for at, own, visible in _gathered(k, v, blocks, tile):
+        k_here, v_here = (x[own].to(dtype) for x in (k, v))
+        q_here, dout_here = (x[:, at].to(dtype).unflatten(2, (lists, -1)) for x in (q, dout))  # [B, C, J, R, K]
+        delta_here, lse_here = (x[:, at].unflatten(2, (lists, -1)).unsqueeze(-1) for x in (delta, lse))
+        scores = _gathered_scores(q[:, at].to(dtype), k_here, visible, scale)
+        p = scores.sub_(lse_here.clamp(min=-1e30)).exp_()
+        ds = (dout_here @ v_here.mT).sub_(delta_here).mul_(p).mul_(scale)
+        dq[:, at] = (ds @ k_here).flatten(2, 3)
+        for total, part in ((dk, ds.mT @ q_here), (dv, p.mT @ dout_here)):
+            if total.device.type == "cpu":
+                rows = (own[0] * k.shape[1] + own[1]) * k.shape[2] + own[2]
+                total.view(-1, total.shape[3]).index_add_(0, rows.flatten(), part.flatten(0, 3))
+            else:  # sorts; `index_add_` there adds in any order
+                total.index_put_(own, part, accumulate=True)
+    return dq, dk, dv
 
 
 def _merge(
@@ -128,6 +178,8 @@ def attend_backward(
     gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, tile: BlockTile, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longreach.kernels.block_sparse.attend_backward`. A block's dk and dv are summed in the order of queries."""
+    if k.shape[1] and tile.layout.block_size < GATHERED:
+        return _backward_gathered(gradient, q, k, v, blocks, tile, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     inside = _Problem(q, k, v, blocks, tile, scale)
     dout, delta, lse = (inside.rows(x) for x in (gradient.dout.to(dtype), gradient.delta(dtype), gradient.lse))

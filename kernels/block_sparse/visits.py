@@ -72,12 +72,16 @@ def visits_of(blocks: Tensor, tile: BlockTile, groups: int) -> Visits:
     return Visits(torch.cat(rows).index_select(0, order), _groups(key, table, groups))
 
 
-def listed_keys(blocks: Tensor, tile: BlockTile, number: int) -> tuple[Tensor, Tensor]:
+def listed_keys(
+    blocks: Tensor, tile: BlockTile, number: int, first_query: int = 0, last_query: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Of `number` keys those that lists `[B, L, J, M]` name: int64 `[B, T, J, N]`, and bool, which of them are visible.
 
     N is the same for all lists. A list that names fewer keys has any others in their places, which are not visible.
+    With first_query and last_query, of these T queries alone.
     """
-    ids, device = by_token(blocks, tile).long(), blocks.device
+    queries = slice(first_query, last_query)
+    ids, device = by_token(blocks, tile)[:, queries].long(), blocks.device
     table = tile.pieces(device)
     count, size = table.shape[2], tile.layout.block_size
     listed = (ids >= 0) & (ids < count)
@@ -85,11 +89,13 @@ def listed_keys(blocks: Tensor, tile: BlockTile, number: int) -> tuple[Tensor, T
     pieces = table[:, row, ids.clamp(0, max(count - 1, 0))].movedim(0, -2)  # [B, T, J, M, parts, 4]
     start, length, first, owner = (column.unsqueeze(-1) for column in pieces.long().unbind(-1))
     place = torch.arange(size, device=device)
-    position, document = (x(device).view(*ids.shape[:2], *[1] * 4) for x in (tile.queries.positions, tile.queries.ids))
+    position, document = (
+        x(device)[:, queries].reshape(*ids.shape[:2], *[1] * 4) for x in (tile.queries.positions, tile.queries.ids)
+    )
     visible = (place < length) & (owner == document) & listed[..., None, None]
     offset = (first + place).flatten(3)
     seen = tile.mask.visible(position.view(*ids.shape[:2], 1, 1).long(), offset).squeeze(-2)
-    return (start + place).clamp(max=number - 1).flatten(3), visible.flatten(3) & seen
+    return (start + place).clamp(0, number - 1).flatten(3), visible.flatten(3) & seen
 
 
 def _groups(key: Tensor, table: Tensor, groups: int) -> list[Group]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve
+from ..dispatch import IMPLEMENTATIONS, resolve
 from ..documents import Documents
 from ..windows import WindowLayout, seen_windows
 from . import chunked, reference
@@ -25,12 +25,13 @@ def select_blocks(
     row_documents: Documents | None = None,
     scale: float | None = None,
     lse: Tensor | None = None,
+    weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The blocks that each query lists: int32 `[B, T, J, n]`, ascending, then −1; J = G if `rule.pooled`, else H.
 
         s_ti = scale * q_t . summary_i  over the windows i of t's document that end at or before t
-        p_ti = softmax_i(s_ti), or s_ti;   P_ti = sum over the group's heads of p_ti, if pooled
+        p_ti = softmax_i(s_ti), s_ti or w_t relu(s_ti);   P_ti = sum over the group's heads of p_ti, if pooled
         score_tb = sum_i overlap(i, b) P_ti / stride, or max_i P_ti over the windows that touch block b
 
     A list has the forced blocks (`rule.initial` first ones, `rule.local` latest up to the query's own) and, up to
@@ -40,12 +41,13 @@ def select_blocks(
     read. `documents` are those of the queries (default: a row is one document), `row_documents` those of the whole
     rows, by which windows and blocks are numbered (default: `documents`): a rank's queries can choose among the blocks
     of the whole row. `scale` is K^(-1/2) by default. `lse` `[B, T, H]` is the log-sum-exp of the scores, if compressed
-    attention has computed it. Scores are float32 (float64 for float64). No tensor of size T·N exists, and no gradient
-    flows. Raises ValueError for shapes that do not fit and for a backend that cannot run.
+    attention has computed it; `weights` `[B, T, H]` come with the score "relu", for which there is no Triton kernel.
+    Scores are float32 (float64 for float64). No tensor of size T·N exists, and no gradient flows. Raises ValueError for
+    shapes that do not fit and for a backend that cannot run.
     """
     documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
     choices = Choices.of(documents, documents if row_documents is None else row_documents, rule)
-    return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, backend=backend)
+    return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, weights=weights, backend=backend)
 
 
 @torch.no_grad()
@@ -57,22 +59,26 @@ def choose(
     choices: Choices,
     scale: float | None = None,
     lse: Tensor | None = None,
+    weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`select_blocks` for `Choices`, which what is called several times for the same tokens makes once."""
-    _check(q, summaries, choices, rule, lse)
+    _check(q, summaries, choices, rule, lse, weights)
     summaries = summaries[:, : choices.windows.count]
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = resolve("select_blocks", backend, q.device, q.dtype)
+    offered = ("chunked", "reference") if rule.score == "relu" else IMPLEMENTATIONS
+    chosen = resolve("select_blocks", backend, q.device, q.dtype, offered)
     if chosen == "triton":
         from . import triton as kernels
 
         return kernels.select(q, summaries, rule=rule, choices=choices, scale=factor, lse=lse)
     implementation = reference if chosen == "reference" else chunked
-    return implementation.select(q, summaries, rule=rule, choices=choices, scale=factor, lse=lse)
+    return implementation.select(q, summaries, rule=rule, choices=choices, scale=factor, lse=lse, weights=weights)
 
 
-def _check(q: Tensor, summaries: Tensor, choices: Choices, rule: Rule, lse: Tensor | None) -> None:
+def _check(
+    q: Tensor, summaries: Tensor, choices: Choices, rule: Rule, lse: Tensor | None, weights: Tensor | None
+) -> None:
     documents, windows = choices.queries, choices.windows
     if q.dim() != 4 or summaries.dim() != 4 or q.shape[0] != summaries.shape[0] or q.shape[3] != summaries.shape[3]:
         raise ValueError(
@@ -96,6 +102,11 @@ def _check(q: Tensor, summaries: Tensor, choices: Choices, rule: Rule, lse: Tens
         raise ValueError(
             f"lse must be [B, T, H] = {tuple(q.shape[:3])} and come with score='softmax'; "
             f"got {tuple(lse.shape)} and {rule.score!r}"
+        )
+    if (weights is None) == (rule.score == "relu") or (weights is not None and weights.shape != q.shape[:3]):
+        raise ValueError(
+            f"weights must be [B, T, H] = {tuple(q.shape[:3])} with score='relu', and None with another; "
+            f"got {None if weights is None else tuple(weights.shape)} and {rule.score!r}"
         )
 
 

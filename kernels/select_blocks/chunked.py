@@ -17,7 +17,8 @@ BLOCKS = 512  # blocks whose scores are computed at a time
 class _Queries(NamedTuple):
     """Queries of one document against its windows: `q` `[G, R·C, K]`, C tokens at positions from `position` on.
 
-    `seen` `[C]` is the last window that each of them sees, −1 or less for none.
+    `seen` `[C]` is the last window that each of them sees, −1 or less for none, and `seen_first` that of the first, on
+    the host. lse, weights: `[G, R·C, 1]`.
     """
 
     q: Tensor
@@ -26,7 +27,9 @@ class _Queries(NamedTuple):
     tokens: int
     scale: float
     seen: Tensor
+    seen_first: int
     lse: Tensor | None
+    weights: Tensor | None
 
 
 def select(
@@ -37,6 +40,7 @@ def select(
     choices: Choices,
     scale: float,
     lse: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """See `longreach.kernels.select_blocks`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -57,12 +61,16 @@ def select(
                 position, at = run.position + offset, slice(run.start + offset, run.start + offset + tokens)
                 seen_summaries = by_group[:, first : first + windows.number(position + tokens)]
                 grouped = q[row, at].to(dtype).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-                normaliser = None
-                if lse is not None:
-                    normaliser = lse[row, at].to(dtype).T.reshape(groups, -1, 1)
+                normaliser, factor = (
+                    None if x is None else x[row, at].to(dtype).T.reshape(groups, -1, 1) for x in (lse, weights)
+                )
                 positions = torch.arange(position, position + tokens, device=q.device)
                 seen = torch.div(positions + 1 - windows.size, windows.stride, rounding_mode="floor")
-                chosen = _choose(_Queries(grouped, seen_summaries, position, tokens, scale, seen, normaliser), rule)
+                seen_first = (position + 1 - windows.size) // windows.stride
+                queries = _Queries(
+                    grouped, seen_summaries, position, tokens, scale, seen, seen_first, normaliser, factor
+                )
+                chosen = _choose(queries, rule)
                 in_row = chosen + layout.first[row][run.document]
                 lists[row, at] = torch.where(chosen < 0, chosen, in_row).transpose(0, 1).int()
     return lists
@@ -104,7 +112,9 @@ def _normaliser(queries: _Queries, rule: Rule) -> Tensor:
 def _window_scores(queries: _Queries, low: int, high: int, unseen: float) -> Tensor:
     """scale q · summary for windows low..high, `[G, R·C, high − low]`."""
     scores = (queries.q @ queries.summaries[:, low:high].mT).mul_(queries.scale)
-    if high - 1 > int(queries.seen[0]):
+    if queries.weights is not None:
+        scores = scores.relu_().mul_(queries.weights)
+    if high - 1 > queries.seen_first:
         hidden = torch.arange(low, high, device=scores.device) > queries.seen.unsqueeze(1)
         scores.unflatten(1, (-1, queries.tokens)).masked_fill_(hidden, unseen)
     return scores
@@ -131,7 +141,9 @@ def _block_scores(queries: _Queries, rule: Rule, low: int, high: int) -> Tensor:
     fill = 0.0 if rule.aggregate == "sum" else float("-inf")
     scores = torch.nn.functional.pad(scores, (begin - first, last - max(end, begin)), value=fill)
     total: Tensor | None = None
-    for at, weight in enumerate(rule.weights):
+    if not lead and rule.aggregate == "max":
+        total = scores.unflatten(-1, (-1, per)).amax(-1)
+    for at, weight in enumerate(rule.weights if total is None else ()):
         part = scores[..., at : at + (high - low - 1) * per + 1 : per]
         if rule.aggregate == "max":
             total = part if total is None else torch.maximum(total, part)

@@ -20,6 +20,7 @@ def window_scores(
     windows: WindowLayout,
     scale: float,
     lse_BTH: Tensor | None,
+    weights_BTH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of list heads `[B, J, T, N]`, 0 where not seen, and what is seen `[B, 1, T, N]`."""
     dtype, device = torch.promote_types(q_BTHK.dtype, torch.float32), q_BTHK.device
@@ -37,6 +38,8 @@ def window_scores(
         if lse_BTH is not None:
             lse_BHT1 = lse_BTH.to(dtype).transpose(1, 2).unsqueeze(-1)
         s_BHTN = (s_BHTN - lse_BHT1).exp()
+    if weights_BTH is not None:
+        s_BHTN = s_BHTN.relu() * weights_BTH.to(dtype).transpose(1, 2).unsqueeze(-1)
     s_BHTN = s_BHTN.masked_fill(~seen_B1TN, 0.0)
     if rule.pooled:
         s_BHTN = s_BHTN.unflatten(1, (-1, repeats)).sum(2)
@@ -79,10 +82,11 @@ def select(
     choices: Choices,
     scale: float,
     lse: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """See `longreach.kernels.select_blocks`."""
     documents, windows, layout = choices.queries, choices.windows, choices.layout
-    scores_BJTN, seen_B1TN = window_scores(q, summaries, rule, documents, windows, scale, lse)
+    scores_BJTN, seen_B1TN = window_scores(q, summaries, rule, documents, windows, scale, lse, weights)
     scores_BJTM = block_scores(scores_BJTN, seen_B1TN, rule, windows, layout)
     own = layout.ids(documents).to(q.device)
     batch, _, length, _ = scores_BJTM.shape

@@ -14,16 +14,18 @@ class Rule(Plain):
     block_size: tokens of a block (l').         count: blocks per list (n), the forced ones among them.
     window, stride: tokens of a summarised window (l) and from one to the next (d); both divide evenly into blocks of
         d. By default the blocks themselves.
-    score: "softmax" normalises a head's scores over all windows that it sees; "dot" leaves them as they are.
+    score: "softmax" normalises a head's scores over all windows that it sees; "dot" leaves them as they are; "relu"
+        multiplies what is positive of them by a weight per query and head.
     aggregate: "sum" weights the windows that touch a block by their overlap with it in units of the stride,
         "max" takes the greatest.
     pooled: the heads of a group add up their scores and share a list; else every query head has its own.
-    initial, local: the first blocks of a document, and the latest (the one the query is in among them), which are
-        always listed.
+    initial, local: the first blocks of a document, and the latest (the one the query is in first), which are always
+        listed.
 
     NSA (Yuan et al., 2025, arXiv 2502.11089): Rule(64, 16, window=32, stride=16, initial=1, local=2), whose weights are
     1, 2, 2, 2, 1. InfLLM-v2 (MiniCPM team, 2025, arXiv 2506.07900): the same with aggregate="max". MoBA (Lu et al.,
-    2025, arXiv 2502.13189): Rule(512, 3, score="dot", pooled=False), the query's own block among the three.
+    2025, arXiv 2502.13189): Rule(512, 3, score="dot", pooled=False), the query's own block among the three. The indexer
+    of DeepSeek-V3.2 (DeepSeek-AI, 2025, arXiv 2512.02556) chooses tokens: Rule(1, 2048, score="relu", local=0).
     """
 
     block_size: int
@@ -37,18 +39,19 @@ class Rule(Plain):
     local: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "count", "local"):
+        for name in ("block_size", "count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.initial < 0:
-            raise ValueError(f"initial must not be negative; got {self.initial}")
+        for name in ("initial", "local"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.initial + self.local > self.count:
             raise ValueError(
                 f"count must have room for the forced blocks, {self.initial} initial and {self.local} local; "
                 f"got {self.count}"
             )
-        if self.score not in ("softmax", "dot"):
-            raise ValueError(f"score must be 'softmax' or 'dot'; got {self.score!r}")
+        if self.score not in ("softmax", "dot", "relu"):
+            raise ValueError(f"score must be 'softmax', 'dot' or 'relu'; got {self.score!r}")
         if self.aggregate not in ("sum", "max"):
             raise ValueError(f"aggregate must be 'sum' or 'max'; got {self.aggregate!r}")
         if (self.window is None) != (self.stride is None):

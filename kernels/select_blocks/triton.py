@@ -23,6 +23,7 @@ from .choices import Choices
 from .rule import Rule
 
 ROWS = 64  # queries × heads that a program takes
+UNROLLED = tl.constexpr(32)  # windows that start in a block up to which the loop over them is unrolled
 
 # Windows, or blocks, at once, warps and stages by the padded key dim.
 CONFIGURATIONS = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)}
@@ -73,6 +74,21 @@ def _normaliser(
 
 
 @triton.jit
+def _pooled(
+    q_here, lse_here, summaries, at, held, inside, kd, scale, seen,
+    QUERIES: tl.constexpr, HP: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The scores of rows for the windows in rows `at` of the summaries, summed over heads: [QUERIES, WIDTH]."""
+    k_t = tl.load(summaries + at[None, :] * K + kd[:, None], mask=held[None, :] & (kd[:, None] < K), other=0.0)
+    x = tl.dot(q_here, k_t, input_precision=PRECISION) * scale
+    if SOFTMAX:
+        x = tl.exp2(x * 1.4426950408889634 - lse_here[:, None])
+    x = tl.where(held[None, :] & seen & inside[:, None], x, 0.0)
+    return tl.sum(tl.reshape(x, [QUERIES, HP, WIDTH]), 1)
+
+
+@triton.jit
 def _choose(
     q, summaries, tiles, lse2, lists, scale, T, N,
     H: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, QUERIES: tl.constexpr, K: tl.constexpr,
@@ -105,26 +121,33 @@ def _choose(
         score = tl.zeros([QUERIES, WIDTH], tl.float32)
         if GREATEST:
             score = tl.full([QUERIES, WIDTH], float("-inf"), tl.float32)
-        for shift in tl.static_range(0, LEAD + PER):
-            window = block * PER + (shift - LEAD)
-            held = (window >= 0) & (window < windows)
-            at = (first + window) * G + g
-            k_t = tl.load(summaries + at[None, :] * K + kd[:, None], mask=held[None, :] & (kd[:, None] < K), other=0.0)
-            x = tl.dot(q_here, k_t, input_precision=PRECISION) * scale
-            if SOFTMAX:
-                x = tl.exp2(x * 1.4426950408889634 - lse_here[:, None])
-            seen = held[None, :] & (window[None, :] <= seen_by_row[:, None]) & inside[:, None]
-            x = tl.where(seen, x, 0.0)
-            pooled = tl.sum(tl.reshape(x, [QUERIES, HP, WIDTH]), 1)
-            if GREATEST:
+        if GREATEST and PER > UNROLLED:  # of windows of one token
+            for shift in range(LEAD + PER):
+                window = block * PER + (shift - LEAD)
+                held = (window >= 0) & (window < windows)
+                pooled = _pooled(
+                    q_here, lse_here, summaries, (first + window) * G + g, held, inside, kd, scale,
+                    window[None, :] <= seen_by_row[:, None], QUERIES, HP, WIDTH, K, SOFTMAX, PRECISION,
+                )  # fmt: skip
                 shown = held[None, :] & (window[None, :] <= seen_by_query[:, None])
                 score = tl.maximum(score, tl.where(shown, pooled, float("-inf")))
-            else:
-                # Its overlap with the block, in strides: from the later start to the earlier end.
-                score += pooled * (
-                    (shift - LEAD + SPAN // STEP if shift - LEAD + SPAN // STEP < PER else PER)
-                    - (shift - LEAD if shift > LEAD else 0)
-                )
+        else:
+            for shift in tl.static_range(0, LEAD + PER):
+                window = block * PER + (shift - LEAD)
+                held = (window >= 0) & (window < windows)
+                pooled = _pooled(
+                    q_here, lse_here, summaries, (first + window) * G + g, held, inside, kd, scale,
+                    window[None, :] <= seen_by_row[:, None], QUERIES, HP, WIDTH, K, SOFTMAX, PRECISION,
+                )  # fmt: skip
+                if GREATEST:
+                    shown = held[None, :] & (window[None, :] <= seen_by_query[:, None])
+                    score = tl.maximum(score, tl.where(shown, pooled, float("-inf")))
+                else:
+                    # Its overlap with the block, in strides: from the later start to the earlier end.
+                    score += pooled * (
+                        (shift - LEAD + SPAN // STEP if shift - LEAD + SPAN // STEP < PER else PER)
+                        - (shift - LEAD if shift > LEAD else 0)
+                    )
         earliest = tl.maximum(block * PER - LEAD, 0)
         eligible = earliest[None, :] <= seen_by_query[:, None]
         forced = (block[None, :] < INITIAL) | (block[None, :] > own[:, None] - LOCAL)
@@ -188,7 +211,7 @@ def select(
     scale: float,
     lse: Tensor | None,
 ) -> Tensor:
-    """See `longreach.kernels.select_blocks`."""
+    """See `longreach.kernels.select_blocks`; no rule with weights."""
     batch, length, heads, key_dim = q.shape
     groups, number = summaries.shape[2], summaries.shape[1]
     constants = _constants(rule=rule, heads=heads, groups=groups, key_dim=key_dim, exact=q.dtype == torch.float32)
@@ -219,6 +242,7 @@ def compilations() -> list[Compilation]:
         "NSA": overlap,
         "InfLLM-v2": replace(overlap, aggregate="max"),
         "MoBA": Rule(4096, 12, score="dot", pooled=False),
+        "tokens of blocks": Rule(128, 16, window=1, stride=1, score="dot", aggregate="max", pooled=False),
     }
     result = []
     for name, rule in rules.items():

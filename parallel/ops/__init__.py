@@ -6,6 +6,7 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 
 from .attention import attention, keep_keys, kernel_attention, latent_attention, softmax_attention
 from .convolution import short_conv, token_shift
+from .index import gate_divergence, index_divergence
 from .recurrent import (
     delta_rule,
     diagonal_scan,
@@ -36,8 +37,10 @@ __all__ = [
     "delta_rule",
     "diagonal_scan",
     "diagonal_ssm",
+    "gate_divergence",
     "gated_linear_attention",
     "gather_windows",
+    "index_divergence",
     "keep_keys",
     "kernel_attention",
     "latent_attention",

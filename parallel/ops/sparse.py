@@ -121,19 +121,21 @@ def select_blocks(
     rule: Rule,
     scale: float | None = None,
     lse: Tensor | None = None,
+    weights: Tensor | None = None,
     slot: str = "selection",
 ) -> Tensor:
     """The blocks of the row that each of this rank's queries lists: int32 `[B, T, G or H, rule.count]`, no gradient.
 
     q `[B, T, H, K]`; `summaries` `[B, …, G, K]` of the windows of the whole row, as `window_means` and `gather_windows`
-    return them; `lse` `[B, T, H]`. See `longreach.kernels.select_blocks`.
+    return them; `lse` and `weights` `[B, T, H]`. See `longreach.kernels.select_blocks`.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    q, summaries, lse = q.detach(), summaries.detach(), None if lse is None else lse.detach()
+    q, summaries = q.detach(), summaries.detach()
+    lse, weights = (None if x is None else x.detach() for x in (lse, weights))
     if seq.cache is None:
-        return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse), seq, slot)[0]
+        return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse, weights), seq, slot)[0]
     choices = seq.derive(_choices, rule)
-    return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, backend=seq.backend)
+    return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, weights=weights, backend=seq.backend)
 
 
 def _decoded_row(seq: Sequence, before: int) -> Documents:
@@ -153,7 +155,8 @@ class BlockSelection(Operation):
     """The blocks of the whole row that each of this rank's queries lists: `[B, T, J, count]`, no gradient.
 
     No rank sends anything, since each has the summaries of all windows. It is an `Operation` so that compiled graphs
-    hold no document and a recomputation takes the first lists; its inputs are (q, summaries, lse or None).
+    hold no document and a recomputation takes the first lists; its inputs are (q, summaries, lse, weights), the last
+    two None where there are none.
     """
 
     scale: float
@@ -167,11 +170,11 @@ class BlockSelection(Operation):
         return "select_blocks"
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
-        q, summaries, lse = inputs
+        q, summaries, lse, weights = inputs
         assert q is not None
         assert summaries is not None
-        choices = seq.derive(_choices, self.rule)
-        lists = choose(q, summaries, rule=self.rule, choices=choices, scale=self.scale, lse=lse, backend=seq.backend)
+        choices, more = seq.derive(_choices, self.rule), {"lse": lse, "weights": weights}
+        lists = choose(q, summaries, rule=self.rule, choices=choices, scale=self.scale, backend=seq.backend, **more)
         return (lists,), ()
 
     def backward(
@@ -180,7 +183,7 @@ class BlockSelection(Operation):
         return (None,) * len(inputs)
 
     def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        q, summaries, _ = inputs
+        q, summaries, *_ = inputs
         assert q is not None
         assert summaries is not None
         heads = summaries.shape[2] if self.rule.pooled else q.shape[2]

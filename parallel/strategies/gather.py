@@ -41,6 +41,8 @@ class GatherAttention(SharedAttention):
             stay, gradients = self.op.attend_backward(gradient, inputs, keys, tile, seq.backend)
         if seq.layout.ranks == 1:
             return stay, gradients
+        if self.op.constant:
+            return stay, tuple(torch.zeros_like(x, dtype=gradient.exact) for x in self.op.sent(inputs))
         parts = [Packed.of(tuple(seq.layout.shard(x, rank) for x in gradients)) for rank in range(seq.layout.ranks)]
         total = Packed.like(parts[0].tensors)
         for number, flat in enumerate(total.flats):

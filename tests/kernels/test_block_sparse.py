@@ -101,6 +101,17 @@ def test_lists_of_groups_heads_and_blocks_of_queries(heads, groups, list_heads, 
     assert_all_close(gradients(*got, tensors), gradients(*want, tensors))
 
 
+@pytest.mark.parametrize(("block_size", "list_heads", "numbers"), [(1, 2, 500), (3, 6, 1 << 20)])
+def test_blocks_of_a_token_or_little_more(monkeypatch, block_size, list_heads, numbers):
+    monkeypatch.setattr(chunked, "NUMBERS", numbers)
+    tile = whole_tile(PACKINGS["packed"], block_size=block_size)
+    tensors = inputs(tile.queries, heads=6, groups=2)
+    lists = random_lists(tile, list_heads, 7)
+    got, want = run(tensors, lists, tile, "chunked"), dense_attention(*tensors, lists, tile, 5**-0.5)
+    assert_all_close(got, want)
+    assert_all_close(gradients(*got, tensors), gradients(*want, tensors))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.slow
 def test_gradcheck(backend):

@@ -30,6 +30,8 @@ RULES = {
     "MoBA, own block only": replace(MOBA, count=1),
     "MoBA, more than there are": replace(MOBA, count=40),
     "windows longer than blocks": Rule(4, 5, window=8, stride=4, initial=2),
+    "tokens of blocks": Rule(8, 4, window=1, stride=1, score="dot", aggregate="max", pooled=False),
+    "tokens, weighted": Rule(1, 6, score="relu", local=0),
     "a head's own, by softmax": Rule(6, 4, window=6, stride=2, pooled=False),
 }
 PACKINGS = {
@@ -49,6 +51,11 @@ def inputs(documents, rule, *, heads=4, groups=2, key_dim=5, dtype=torch.float64
         for n, h in ((documents.length, heads), (count, groups))
     )
     return [(x.round() if whole_numbers else x).to(dtype) for x in drawn]
+
+
+def weights(q, rule):
+    """Of each query and head, where the rule has them."""
+    return {"weights": q.sum(-1)} if rule.score == "relu" else {}
 
 
 def by_overlap(q, summaries, rule, documents, scale):
@@ -138,7 +145,9 @@ def test_tiles_choose_as_the_definition_does(monkeypatch, rule, packing, dtype):
     monkeypatch.setattr(chunked, "BLOCKS", 3)
     rule, documents = RULES[rule], PACKINGS[packing]
     q, summaries = inputs(documents, rule, dtype=dtype, whole_numbers=rule.score == "dot")
-    got, want = (select_blocks(q, summaries, rule=rule, documents=documents, backend=b) for b in BACKENDS)
+    got, want = (
+        select_blocks(q, summaries, rule=rule, documents=documents, **weights(q, rule), backend=b) for b in BACKENDS
+    )
     assert got.dtype == torch.int32
     assert torch.equal(got, want)
 
@@ -148,11 +157,12 @@ def test_a_rank_chooses_among_the_blocks_of_the_whole_row(rule):
     rule, documents = RULES[rule], Documents.from_lengths([[3, 37, 1, 20], [50, 5]], 72)
     layout = Layout(72, 3, 2)
     q, summaries = inputs(documents, rule)
-    whole = select_blocks(q, summaries, rule=rule, documents=documents)
+    whole = select_blocks(q, summaries, rule=rule, documents=documents, **weights(q, rule))
     for rank in range(3):
+        q_here = layout.shard(q, rank)
         here = select_blocks(
-            layout.shard(q, rank), summaries, rule=rule, documents=layout.documents(documents, rank),
-            row_documents=documents,
+            q_here, summaries, rule=rule, documents=layout.documents(documents, rank), row_documents=documents,
+            **weights(q_here, rule),
         )  # fmt: skip
         assert torch.equal(here, layout.shard(whole, rank))
 
@@ -184,6 +194,22 @@ def test_compression_attention_gives_the_normaliser():
             select_blocks(q, summaries, rule=NSA, documents=documents, lse=x, backend=backend) for x in (lse, None)
         )
         assert torch.equal(given, found)
+
+
+def test_weighted_scores_are_those_of_the_lightning_indexer():
+    rule, documents = RULES["tokens, weighted"], Documents.whole(1, 40)
+    q, k = inputs(documents, rule, heads=3, groups=1)
+    w = weights(q, rule)["weights"]
+    got = select_blocks(q, k, rule=rule, weights=w)
+    for t in range(40):
+        scores = sum(w[0, t, h] * (5**-0.5 * k[0, : t + 1, 0] @ q[0, t, h]).relu() for h in range(3)).tolist()
+        best = sorted(range(t + 1), key=lambda s: (-scores[s], s))[:6]
+        assert [x for x in got[0, t, 0].tolist() if x >= 0] == sorted(best)
+    for given in ({}, {"weights": w[..., :1]}):
+        with pytest.raises(ValueError, match=r"weights must be \[B, T, H\]"):
+            select_blocks(q, k, rule=rule, **given)
+    with pytest.raises(ValueError, match="triton"):
+        select_blocks(q, k, rule=rule, weights=w, backend="triton")
 
 
 def test_overlap_of_the_paper():

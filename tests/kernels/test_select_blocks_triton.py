@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.select_blocks import Rule, WindowLayout, select_blocks
@@ -18,6 +19,7 @@ NSA = Rule(4, 3, window=4, stride=2, initial=1)
 def _small(monkeypatch):
     """Tiles of few rows and blocks, and memory that is NaN until it is written."""
     monkeypatch.setattr(kernels, "ROWS", 16)
+    monkeypatch.setattr(kernels, "UNROLLED", tl.constexpr(4))
     if DEVICE == "cpu":
         monkeypatch.setitem(kernels.CONFIGURATIONS, 64, (4, 4, 2))
     before = torch.are_deterministic_algorithms_enabled()
@@ -41,6 +43,7 @@ def draw(documents, rule, heads, groups, key_dim=5, dtype=torch.float32):
         (replace(NSA, aggregate="max"), 2),
         (Rule(4, 5, window=8, stride=4), 4),
         (Rule(4, 2, score="dot", pooled=False), 4),
+        (Rule(6, 2, window=1, stride=1, score="dot", aggregate="max", pooled=False), 2),
     ],
 )
 def test_chooses_as_the_definition_does(rule, heads):

@@ -39,6 +39,7 @@ WIDTH = 32
 ODD: dict[str, dict[str, Any]] = {
     "aft_full": {"max_length": 4096},
     "cosformer": {"kv_heads": 2, "max_length": 300_000},
+    "deepseek_sparse_attention": {"kv_heads": 2, "index_rope_fraction": 0.5},
     "diag_attention": {"kv_heads": 1, "block": 16},
     "dilated_attention": {"kv_heads": 1, "window": 17, "dilation": 3},
     "fast_weights": {"kv_heads": 1, "key_dim": 6},
@@ -63,11 +64,13 @@ ODD: dict[str, dict[str, Any]] = {
     "log_linear_mamba2": {"groups": 2, "levels": 5},
     "mamba2": {"groups": 2},
     "mamba3": {"groups": 2, "rank": 2, "rope_fraction": 0.4},
+    "minimax_sparse_attention": {"block_size": 5},
     "moba": {"block_size": 16},
     "native_sparse_attention": {"value_dim": 10, "block_size": 8, "qk_norm": True, "conv_size": 3},
     "performer": {"kv_heads": 2},
     "polaformer": {"kv_heads": 2},
     "rfa": {"kv_heads": 2},
+    "seer_attention": {"block_size": 6},
     "sliding_window_attention": {
         "kv_heads": 1,
         "window": 16,
@@ -191,10 +194,33 @@ def build_mixer(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
         mixer = Fed(source_of(name, mixer), mixer)
     mixer.to(torch.promote_types(dtype, torch.float32))
     cast_parameters(mixer, dtype)
-    if mixer.publishes:
-        mixer.register_forward_hook(lambda module, arguments, outputs: outputs[0])
+    give_output_alone(mixer)
     randomise(mixer)
     return mixer
+
+
+def give_output_alone(mixer: Mixer) -> None:
+    """From now on the mixer returns its output without what it publishes or reports; a backward of the output is one of
+    its losses too."""
+
+    def output(module: Mixer, arguments: Any, outputs: tuple[Tensor, ...]) -> Tensor:
+        first = 1 + len(module.publishes)
+        return _WithLosses.apply(outputs[0], *outputs[first : first + len(module.losses)])
+
+    if mixer.gives:
+        mixer.register_forward_hook(output)
+
+
+class _WithLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *losses: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.losses = [torch.ones_like(loss) for loss in losses]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        return dout, *ctx.losses
 
 
 def as_new(mixer: str | Mixer) -> Mixer:
@@ -213,8 +239,7 @@ def as_new(mixer: str | Mixer) -> Mixer:
         for parameter in made.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter += 0.1 * noise * (1 if parameter.dim() < 2 else parameter.shape[1] ** -0.5)
-    if made.publishes:
-        made.register_forward_hook(lambda module, arguments, outputs: outputs[0])
+    give_output_alone(made)
     return made
 
 
@@ -246,6 +271,12 @@ def small_hybrid(name: str, *, dtype: torch.dtype = torch.float64, **changes: An
     model = LanguageModel(**settings).to(dtype)
     randomise(model)
     return model
+
+
+def total_loss(model: LanguageModel, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """The loss with the auxiliary ones, by their weights but without their counts, and the number of targets."""
+    loss, count, reports = model(*inputs, False, True)
+    return loss + sum(weight * reports[path] for path, weight in model.losses.items()), count
 
 
 def feed_forward(hidden: int = SwiGLU.small["hidden"]) -> Callable[..., nn.Module]:

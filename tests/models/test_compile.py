@@ -28,8 +28,9 @@ def results(call, mixer, seq, seed):
     x = seq.shard(draw(seed)).clone().requires_grad_()
     mixer.zero_grad()
     out = call(x, seq)
-    out = out[0] if mixer.publishes else out
-    (out * seq.shard(draw(seed + 1))).sum().backward()
+    out, *more = out if mixer.gives else (out,)
+    losses = more[len(mixer.publishes) :][: len(mixer.losses)]
+    sum(losses, (out * seq.shard(draw(seed + 1))).sum()).backward()
     return [out.detach(), x.grad, *(parameter.grad for parameter in mixer.parameters())]
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from model_presets import MIXERS, build_model, few_or_slow, mixer_partial, small_hybrid, tokens
+from model_presets import MIXERS, build_model, few_or_slow, mixer_partial, small_hybrid, tokens, total_loss
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +14,7 @@ from longreach.kernels.gated_linear import chunked
 from longreach.kernels.gated_linear import flops as gated_linear_flops
 from longreach.models.layers.block_diagonal import BlockDiagonalLinear
 from longreach.models.layers.feature_maps import FeatureMap
+from longreach.models.layers.selectors.block_gate import GroupedLinear
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
 from longreach.models.part import cast_parameters
@@ -109,7 +110,7 @@ def test_recomputation_changes_no_gradient(name):
     results = []
     for setting in ("none", "full", "mixing"):
         model = small_hybrid(name, activation_checkpointing=setting)
-        loss, _ = model(tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
+        loss, _ = total_loss(model, tokens(2, LENGTH), Sequence.single(PACKED), packed_targets())
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for recomputed in results[1:]:
@@ -195,7 +196,7 @@ def test_ranks_share_the_drawing_of_initial_values_and_fill_one_parameter_at_a_t
 
         def draw(name, shape, seed):
             drawn[rank].append(name)
-            return type(model)._initial_value(model, name, shape, seed)
+            return type(model).initial_value(model, name, shape, seed)
 
         @contextmanager
         def write(parameter, owner):
@@ -206,7 +207,7 @@ def test_ranks_share_the_drawing_of_initial_values_and_fill_one_parameter_at_a_t
             if owner == rank:
                 written.append((names[id(parameter)], owner, parameter.detach()))
 
-        monkeypatch.setattr(model, "_initial_value", draw)
+        monkeypatch.setattr(model, "initial_value", draw)
         model.initialise(0, write, rank, ranks)
         return list(names.values())
 
@@ -273,7 +274,7 @@ def flops_of_linear_layers(model):
     """What torch counts, by the path of each layer."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(2, LENGTH), Sequence.single(PACKED))
-    kinds = torch.nn.Linear, BlockDiagonalLinear, FeatureMap
+    kinds = torch.nn.Linear, BlockDiagonalLinear, FeatureMap, GroupedLinear
     linear = {f"LanguageModel.{path}": path for path, m in model.named_modules() if isinstance(m, kinds)}
     counts = counter.get_flop_counts()
     return {linear[path]: sum(of.values()) for path, of in counts.items() if path in linear}

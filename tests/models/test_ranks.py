@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from distributed import run_ranks, run_threads
-from model_presets import MIXERS, WIDTH, feed_forward, randomise, sources, tokens
+from model_presets import MIXERS, WIDTH, feed_forward, randomise, sources, tokens, total_loss
 
 from longreach.kernels.documents import Documents
 from longreach.models.language_model import LanguageModel
@@ -44,7 +44,7 @@ def batch(first_target):
 
 def loss_and_gradients(model, seq, first_target):
     inputs, targets = batch(first_target)
-    loss, count = model(seq.shard(inputs), seq, seq.shard(targets))
+    loss, count = total_loss(model, seq.shard(inputs), seq, seq.shard(targets))
     loss.backward()
     return loss.detach(), count, [parameter.grad for parameter in model.parameters()]
 

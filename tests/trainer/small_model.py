@@ -81,11 +81,11 @@ def rate(step):
     return 0.02 / (1 + step)
 
 
-def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0, mesh=None):
+def make_engine(stage, *, model=SmallModel, dtype="float32", clip=0.0, config=None, seed=0, mesh=None, optimizer=ADAM):
     return Engine(
         model,
         settings=EngineSettings(stage, config or {}),
-        optimizer=ADAM,
+        optimizer=optimizer,
         dtype=dtype,
         clip=clip,
         mesh=Mesh.create() if mesh is None else mesh,

@@ -2,13 +2,14 @@
 
 import contextlib
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from distributed import RankError, run_ranks
 from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
-from longreach.trainer.engine import parameter_groups
+from longreach.trainer.engine import frozen_parameters, parameter_groups
 from longreach.trainer.ranks import processes
 
 pytestmark = pytest.mark.slow  # engines on several ranks
@@ -268,3 +269,27 @@ def test_weight_decay_leaves_out_what_has_one_dim_and_what_a_module_names():
     Part.no_weight_decay = ("rate",)
     with pytest.raises(AttributeError, match="rate"):
         parameter_groups(model, 0.1)
+
+
+def train_only(rank, world, stage, only, dtype):
+    engine = make_engine(stage, dtype=dtype, optimizer=replace(ADAM, only=only))
+    before = {name: value.clone() for name, value in full(engine).items()}
+    norms = [float(train_step(engine, step, rank, world, 1)) for step in range(2)]
+    return before, full(engine), norms
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (3, "float32")])
+def test_of_only_some_layers_the_others_stay_to_the_bit_and_count_for_no_norm(stage, dtype):
+    for before, after, norms in run_ranks(2, train_only, stage, ["down", "gain"], dtype):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {name for name in before if {"down", "gain"} & set(name.split("."))}
+    (_, _, every), *_ = run_ranks(2, train_only, stage, [], dtype)
+    assert 0 < norms[0] < 0.9 * every[0]
+
+
+def test_layers_to_train_are_named_as_the_model_names_them():
+    model = SmallModel()
+    assert frozen_parameters(model, []) == []
+    assert len(frozen_parameters(model, ["gain"])) == len(list(model.parameters())) - 2
+    with pytest.raises(ValueError, match=r"optimizer.only must name layers or parameters of the model; got indexer"):
+        frozen_parameters(model, ["gain", "indexer"])

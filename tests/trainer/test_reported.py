@@ -3,6 +3,7 @@
 The model has a module of multi-token prediction, which shares its embedding and head and reports a loss too.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,12 +13,16 @@ from routed import Routed
 from small_model import ADAM, full, make_engine, rate
 
 from longreach.kernels.documents import Documents
+from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.models.mixers.sparse.indexed_attention import MiniMaxSparseAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
-from longreach.trainer.checkpoint.checkpoint import load, load_weights, save
+from longreach.parallel.strategy import Strategy
+from longreach.trainer.checkpoint.checkpoint import CheckpointError, load, load_weights, save
 from longreach.trainer.engine import parameter_groups, saved_buffers
 from longreach.trainer.ranks.exchange import gather_numbers
 from longreach.trainer.reported import Reported
@@ -191,3 +196,70 @@ def test_a_buffer_that_a_checkpoint_cannot_hold_is_refused():
     module.register_buffer("steps", torch.zeros((), dtype=torch.int64))
     with pytest.raises(ValueError, match="buffers must be float32 to be in checkpoints; got steps in int64"):
         saved_buffers(module)
+
+
+def sparse_model(mixer, **more):
+    sizes = {"heads": 2, "kv_heads": 1, "conv_size": 2, **more}
+    return LanguageModel(
+        vocabulary=VOCABULARY, width=16, depth=2, pattern=["it"], mixers={"it": partial(mixer, **sizes)},
+        feed_forward=partial(SwiGLU, hidden=10), initial_std=0.3,
+    )  # fmt: skip
+
+
+def save_dense(rank, world, path):
+    engine = make_engine(0, model=lambda: sparse_model(SoftmaxAttention), dtype="float32")
+    save(engine, path, {"step": 0}, keep=1)
+    return full(engine)
+
+
+@pytest.mark.slow
+def test_an_indexer_joins_the_weights_of_full_attention(tmp_path):
+    (dense,) = run_ranks(1, save_dense, tmp_path)
+    (path,) = tmp_path.iterdir()
+    model = sparse_model(MiniMaxSparseAttention, block_size=4, count=2, index_dim=4)
+    with pytest.raises(CheckpointError, match=r"indexer.\S+ is missing"):
+        load_weights(path, model)
+    load_weights(path, model, seed=5)
+    fresh = sparse_model(MiniMaxSparseAttention, block_size=4, count=2, index_dim=4)
+    fresh.initialise(5)
+    for name, parameter in model.named_parameters():
+        expected = dict(fresh.named_parameters())[name] if "indexer" in name else dense[name]
+        assert torch.equal(parameter, expected), name
+    with pytest.raises(CheckpointError, match=r"output.bias is missing"):
+        load_weights(path, sparse_model(partial(SoftmaxAttention, output_bias=True)), seed=5)
+
+
+def step_of_indexer(rank, world, sequence, stage):
+    """Each parameter's move in one step in which the indexer alone trains, and the step's losses."""
+    documents = Documents.from_lengths(LENGTHS, LENGTH)
+    engine = make_engine(
+        stage, model=lambda: sparse_model(MiniMaxSparseAttention, block_size=4, count=2, index_dim=4, dense_steps=1),
+        optimizer=replace(ADAM, only=["indexer"]),
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in full(engine).items()}
+    mesh, layout, model = Mesh.create(sequence), Layout(LENGTH, sequence, 2), engine.module
+    model.at_step(0)
+    tokens, targets = batch(0)
+    counts = gather_numbers(model.loss_counts(documents) if mesh.rank == 0 else [0, 0], mesh).sum(0).tolist()
+    reported = Reported(model.losses, counts, mesh)
+    seq = Sequence.shared(documents, layout, mesh, Strategy())
+    loss, _, reports = engine(seq.shard(tokens), seq, seq.shard(targets), False, True)
+    engine.backward(loss, int((targets != -100).sum()), reported.add(reports))
+    engine.step(0.01)
+    reported.exchange()
+    after = full(engine)
+    moved = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+    return moved, {name: float(value) for name, value in reported.losses().items()}
+
+
+@pytest.mark.slow
+def test_a_warm_up_trains_the_indexer_alone_alike_on_any_ranks_and_stage():
+    ((expected, losses),) = run_ranks(1, step_of_indexer, 1, 0)
+    assert expected
+    assert all(".indexer." in name for name in expected)
+    assert losses["index"] > 0.01
+    for moved, found in run_ranks(2, step_of_indexer, 2, 3):
+        assert found["index"] == pytest.approx(losses["index"], rel=1e-5)
+        assert moved.keys() == expected.keys()
+        for name, move in expected.items():
+            torch.testing.assert_close(moved[name], move, atol=1e-4, rtol=1e-3)

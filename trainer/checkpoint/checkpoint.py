@@ -125,18 +125,27 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
 
 
 @torch.no_grad()
-def load_weights(path: str | Path, model: nn.Module, gather: Gather | None = None) -> dict[str, Any]:
+def load_weights(
+    path: str | Path, model: nn.Module, gather: Gather | None = None, seed: int | None = None
+) -> dict[str, Any]:
     """Sets parameters and buffers of a model without an engine, one at a time; returns the state that was saved.
 
-    gather: entered with each parameter that is set (see Engine). Raises CheckpointError before anything is set.
+    gather: entered with each parameter that is set (see Engine). seed: given one, layers that a loss of their own
+    trains (`detached` of `LanguageModel`) may be missing in the checkpoint, and get initial values: so an indexer joins
+    a model of full attention. Raises CheckpointError before anything is set.
     """
     parameters, buffers = dict(named_weights(model)), saved_buffers(model)
     stored = verify(path).named_for(parameters)
-    _check_model(stored, parameters, buffers, kinds=())
-    check_bytes(stored, [*parameters, *buffers])
+    joining = () if seed is None else tuple(getattr(model, "detached", {}).values())
+    fresh = {name for name in parameters if name not in stored.tensors and name.startswith(joining)}
+    _check_model(stored, {name: p for name, p in parameters.items() if name not in fresh}, buffers, kinds=())
+    check_bytes(stored, [*(name for name in parameters if name not in fresh), *buffers])
     for name, parameter in parameters.items():
         with gather([parameter]) if gather else nullcontext():
-            parameter.copy_(stored.map(name))
+            if name in fresh:
+                parameter.copy_(model.initial_value(name, shape_of(parameter), seed))  # type: ignore[operator]
+            else:
+                parameter.copy_(stored.map(name))
     _load_buffers(stored, buffers)
     return stored.state
 

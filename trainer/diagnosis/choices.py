@@ -1,15 +1,18 @@
-"""Choices: the experts that routers choose, noted, or told so that rounding alone changes none of them."""
+"""Choices: the experts that routers choose, noted, or told so that rounding alone changes none of them; and the blocks
+that selectors list."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
 
 from ...models.feed_forward.router import Router, Routing
 from ...models.language_model import LanguageModel
+from ...parallel import ops
 from ...parallel.sequence import Sequence
 
 
@@ -41,3 +44,21 @@ def choices(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def noted_lists() -> Iterator[list[Tensor]]:
+    """Inside, what `select_blocks` returns is recorded."""
+    original: Any = ops.select_blocks
+    lists: list[Tensor] = []
+
+    @wraps(original)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        lists.append(original(*args, **kwargs))
+        return lists[-1]
+
+    try:
+        ops.select_blocks = noting  # type: ignore[assignment]
+        yield lists
+    finally:
+        ops.select_blocks = original  # type: ignore[assignment]

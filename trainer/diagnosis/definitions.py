@@ -30,7 +30,7 @@ def documents_of(lengths: Lengths) -> Iterator[tuple[int, int, int]]:
             start += size
 
 
-def _joined(x: Tensor, parts: list[tuple[int, int, Tensor]], value: float = 0.0) -> Tensor:
+def joined(x: Tensor, parts: list[tuple[int, int, Tensor]], value: float = 0.0) -> Tensor:
     """Parts (row, first token, values) in the places of `[B, T]`, `value` elsewhere."""
     rest = parts[0][2].shape[1:]
     rows = []
@@ -90,7 +90,7 @@ def _seen(size: int, mask: Any) -> Tensor:
     return seen if mask.window is None else seen & ((i - j < mask.window) | (j < mask.sink_tokens))
 
 
-def _exact(*tensors: Tensor) -> list[Tensor]:
+def exactly(*tensors: Tensor) -> list[Tensor]:
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
@@ -107,14 +107,14 @@ def softmax_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     dtype = q.dtype
-    q, k, v = _exact(q, k, v)
+    q, k, v = exactly(q, k, v)
     parts = []
     for row, start, size in documents_of(lengths):
         here = slice(start, start + size)
         seen = _seen(size, mask).to(q.device)
         of_logits = scale, sink_logits, softcap, None if levels is None else levels[row, here]
         parts.append((row, start, _attend(q[row, here], k[row, here], v[row, here], seen, *of_logits)[0]))
-    return _joined(q, parts).to(dtype)
+    return joined(q, parts).to(dtype)
 
 
 def latent_attention(
@@ -150,9 +150,9 @@ def block_sparse_attention(
     dense_length: int = 0,
 ) -> Tensor:
     dtype = q.dtype
-    q, k, v = _exact(q, k, v)
+    q, k, v = exactly(q, k, v)
     parts = []
-    for row, start, size, first in _numbered(lengths, lambda n: -(-n // block_size)):
+    for row, start, size, first in numbered(lengths, lambda n: -(-n // block_size)):
         here, places = slice(start, start + size), torch.arange(size, device=q.device)
         listed = blocks[row, (places + start) // query_block]  # [T, J, M]
         of_key = first + places // block_size
@@ -160,95 +160,29 @@ def block_sparse_attention(
         chosen = chosen | (places < dense_length)[None, :, None]
         chosen = chosen.repeat_interleave(q.shape[2] // chosen.shape[0], dim=0) & _seen(size, mask).to(q.device)
         parts.append((row, start, _attend(q[row, here], k[row, here], v[row, here], chosen, scale, None)[0]))
-    return _joined(q, parts).to(dtype)
+    return joined(q, parts).to(dtype)
 
 
 def compressed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lengths: Lengths, size: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
-    q, k, v = _exact(q, k, v)
+    q, k, v = exactly(q, k, v)
     outs, sums = [], []
-    for row, start, length, first in _numbered(lengths, lambda n: _windows(n, size, stride)):
-        count = _windows(length, size, stride)
+    for row, start, length, first in numbered(lengths, lambda n: windows_of(n, size, stride)):
+        count = windows_of(length, size, stride)
         windows = slice(first, first + count)
         last = torch.arange(count, device=q.device) * stride + size - 1
         seen = last[None] <= torch.arange(length, device=q.device)[:, None]
         out, lse = _attend(q[row, start : start + length], k[row, windows], v[row, windows], seen, scale, None)
         outs.append((row, start, out))
         sums.append((row, start, lse))
-    return _joined(q, outs).to(dtype), _joined(q, sums, -torch.inf).detach()
-
-
-def select_blocks(
-    q: Tensor,
-    summaries: Tensor,
-    *,
-    lengths: Lengths,
-    rule: Any,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-) -> Tensor:
-    q, summaries = _exact(q.detach(), summaries.detach())
-    if not any(lengths):
-        heads = summaries.shape[2] if rule.pooled else q.shape[2]
-        return torch.full((*q.shape[:2], heads, rule.count), -1, dtype=torch.int32, device=q.device)
-    size, stride, block = rule.span, rule.step, rule.block_size
-    parts, firsts = [], [first for *_, first in _numbered(lengths, lambda n: _windows(n, size, stride))]
-    numbered = _numbered(lengths, lambda n: -(-n // block))
-    for (row, start, length, first), window in zip(numbered, firsts, strict=True):
-        count, here = _windows(length, size, stride), slice(start, start + length)
-        known = None if lse is None else lse[row, here]
-        keys = summaries[row, window : window + count]
-        scores = _block_scores(q[row, here], keys, rule, scale, known)  # [J, T, blocks]
-        parts.append((row, start, _listed(scores, rule, first).transpose(0, 1)))
-    return _joined(q, parts, -1).int()
-
-
-def _block_scores(q: Tensor, keys: Tensor, rule: Any, scale: float | None, lse: Tensor | None) -> Tensor:
-    """The score of each block of one document, −inf for a block that no window in the query's view touches."""
-    length, count, group = len(q), len(keys), q.shape[1] // keys.shape[1]
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    time = torch.arange(length, device=q.device)
-    begins = torch.arange(count, device=q.device) * rule.step
-    seen = begins[None] + rule.span - 1 <= time[:, None]  # [T, windows]
-    scores = factor * torch.einsum("thk,nhk->htn", q, keys.repeat_interleave(group, dim=1))
-    if rule.score == "softmax":
-        hidden = scores.masked_fill(~seen, -torch.inf)
-        total = hidden.logsumexp(-1) if lse is None else lse.transpose(0, 1)
-        scores = (hidden - total.masked_fill(total.isneginf(), 0.0).unsqueeze(-1)).exp()
-    scores = scores.masked_fill(~seen, 0.0)
-    if rule.pooled:
-        scores = scores.unflatten(0, (-1, group)).sum(1)
-    columns = []
-    for b in range(-(-length // rule.block_size)):
-        low, high = b * rule.block_size, (b + 1) * rule.block_size
-        shared = ((begins + rule.span).clamp(max=high) - begins.clamp(min=low)).clamp(min=0)
-        touching = seen & (shared > 0)
-        if rule.aggregate == "sum":
-            best = (scores * (shared // rule.step)).sum(-1)
-        else:
-            best = scores.masked_fill(~touching, -torch.inf).amax(-1) if count else scores.new_zeros(scores.shape[:2])
-        columns.append(best.masked_fill(~touching.any(-1), -torch.inf))
-    return torch.stack(columns, dim=-1)
-
-
-def _listed(scores: Tensor, rule: Any, first: int) -> Tensor:
-    """Ids of the chosen blocks, ascending, then −1: `[J, T, count]`."""
-    heads, length, blocks = scores.shape
-    number = torch.arange(blocks, device=scores.device)
-    own = (torch.arange(length, device=scores.device) // rule.block_size)[:, None]
-    forced = (number < rule.initial) | (number > own - rule.local)
-    scores = scores.masked_fill(forced, torch.inf).masked_fill(number > own, -torch.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True)
-    ids = torch.where(order.values > -torch.inf, order.indices, blocks)[..., : rule.count].sort(-1).values
-    ids = torch.cat([ids, ids.new_full((heads, length, max(0, rule.count - ids.shape[-1])), blocks)], dim=-1)
-    return torch.where(ids < blocks, ids + first, -1)
+    return joined(q, outs).to(dtype), joined(q, sums, -torch.inf).detach()
 
 
 def window_means(x: Tensor, *, lengths: Lengths, size: int, stride: int | None = None) -> Tensor:
     stride = size if stride is None else stride
-    (exact,) = _exact(x)
+    (exact,) = exactly(x)
     return gather_windows(local_windows(exact, lengths=lengths, size=size, stride=stride).mean(2), length=x.shape[1],
                           size=size, stride=stride).to(x.dtype)  # fmt: skip
 
@@ -257,7 +191,7 @@ def local_windows(x: Tensor, *, lengths: Lengths, size: int, stride: int) -> Ten
     """`[B, windows, size, …]`: all of the row's in their order, zero where a row has fewer than another."""
     rows: list[list[Tensor]] = [[] for _ in lengths]
     for row, start, length in documents_of(lengths):
-        for i in range(_windows(length, size, stride)):
+        for i in range(windows_of(length, size, stride)):
             rows[row].append(x[row, start + i * stride : start + i * stride + size])
     most = max(map(len, rows))
     empty = x.new_zeros(size, *x.shape[2:])
@@ -268,7 +202,7 @@ def local_windows(x: Tensor, *, lengths: Lengths, size: int, stride: int) -> Ten
 def gather_windows(x: Tensor, *, length: int, size: int, stride: int, lengths: Lengths | None = None) -> Tensor:
     """The summaries of `local_windows`, zero past the last window of each row, `[B, length // stride, …]`."""
     if lengths is not None:
-        counts = [sum(_windows(n, size, stride) for n in row) for row in lengths]
+        counts = [sum(windows_of(n, size, stride) for n in row) for row in lengths]
         exists = torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]
         x = torch.where(exists.view(*exists.shape, *[1] * (x.dim() - 2)), x, 0.0)
     return F.pad(x, (*[0] * (2 * x.dim() - 4), 0, length // stride - x.shape[1]))
@@ -277,26 +211,26 @@ def gather_windows(x: Tensor, *, length: int, size: int, stride: int, lengths: L
 def short_conv(
     x: Tensor, weight: Tensor, *, lengths: Lengths, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    taps, (rows, kernel) = weight.shape[1], _exact(x, weight)
+    taps, (rows, kernel) = weight.shape[1], exactly(x, weight)
     parts = []
     for row, start, length in documents_of(lengths):
         padded = F.pad(rows[row, start : start + length], (0, 0, taps - 1, 0))
         out = sum((padded[i : i + length] * kernel[:, i] for i in range(taps)), rows.new_zeros(()))
         out = out if bias is None else out + bias.to(out.dtype)
         parts.append((row, start, F.silu(out) if activation == "silu" else out))
-    return _joined(rows, parts).to(x.dtype)
+    return joined(rows, parts).to(x.dtype)
 
 
 def token_shift(x: Tensor, *, lengths: Lengths) -> Tensor:
-    return _joined(x, [(r, s, F.pad(x[r, s : s + n], (0, 0, 1, 0))[:n]) for r, s, n in documents_of(lengths)])
+    return joined(x, [(r, s, F.pad(x[r, s : s + n], (0, 0, 1, 0))[:n]) for r, s, n in documents_of(lengths)])
 
 
-def _windows(length: int, size: int, stride: int) -> int:
+def windows_of(length: int, size: int, stride: int) -> int:
     """Complete windows of a document."""
     return max(0, (length - size) // stride + 1)
 
 
-def _numbered(lengths: Lengths, count: Any) -> Iterator[tuple[int, int, int, int]]:
+def numbered(lengths: Lengths, count: Any) -> Iterator[tuple[int, int, int, int]]:
     """(row, first token, length, number in the row of the first of its `count(length)` items) of every document."""
     row_before, number = -1, 0
     for row, start, size in documents_of(lengths):
@@ -316,13 +250,13 @@ def rope(x: Tensor, positions: Tensor, *, inverse_frequencies: Tensor, attention
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
-    (wide,) = _exact(x)
+    (wide,) = exactly(x)
     normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
     return (normed if weight is None else normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    wide, factor = _exact(gate, up)
+    wide, factor = exactly(gate, up)
     return (wide * wide.sigmoid() * factor).to(gate.dtype)
 
 
@@ -330,7 +264,7 @@ def cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, logit_scale: float = 1.0
 ) -> Tensor:
     """The sum of the token losses, over targets that are not −100, whatever the chunks."""
-    hidden, weight = _exact(hidden, weight)
+    hidden, weight = exactly(hidden, weight)
     chosen = targets >= 0
     logs = (logit_scale * (hidden[chosen] @ weight.T)).log_softmax(-1)
     return -logs.gather(-1, targets[chosen].unsqueeze(-1)).sum()

@@ -65,6 +65,7 @@ def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> No
             "one process": lambda: exact.one_process(bench),
             "functions of a token": lambda: exact.pointwise_functions(bench),
             "differences of losses": lambda: exact.differences(bench),
+            "detached losses": lambda: exact.detached(bench),
             "every op in float64": lambda: exact.operations(bench),
             "the model in float64": lambda: exact.model(bench),
             "leaks": lambda: exact.leaks(bench),

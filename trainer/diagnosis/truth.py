@@ -24,15 +24,17 @@ from ...kernels.documents import Documents
 from ...models.language_model import LanguageModel
 from ...parallel import ops
 from ...parallel.sequence import Sequence
-from . import definitions
+from . import definitions, selections
 from .cases import FAR, Case
-from .choices import choices
+from .choices import choices, noted_lists
 from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 OF_THE_CACHE = ("keys_as", "keys_of")  # settings that say where decoding keeps keys, and nothing else
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
-SUMMARIES = {"compressed_attention": ("k", "v"), "select_blocks": ("summaries",)}  # of windows, known to every rank
+SUMMARIES = {  # of windows, known to every rank
+    "compressed_attention": ("k", "v"), "select_blocks": ("summaries",), "gate_divergence": ("gate_k",),
+}  # fmt: skip
 POINTWISE = ("cross_entropy", "rms_norm", "rope", "swiglu")
 OF_THE_ROW = ("window_means", "local_windows")  # their replayed output is of the whole row, on every rank
 
@@ -102,6 +104,7 @@ class Result:
     hidden: Tensor  # what the head reads [B, T, D]
     reports: dict[str, Tensor] = field(default_factory=dict)  # sums of auxiliary losses and other sums, by path
     choices: dict[str, Tensor] = field(default_factory=dict)  # of experts, by router: [B, T, k]
+    lists: list[Tensor] = field(default_factory=list)  # what the mixers selected, int32 [B, T, …], in their order
     calls: list[Call] = field(default_factory=list)
 
 
@@ -117,8 +120,8 @@ def package_of(name: str) -> ModuleType | None:
 
 def plain(name: str, backend: str = "reference") -> Op:
     """The op on one device without ranks: as it is defined, or by another backend of its kernel."""
-    if backend == "reference" and hasattr(definitions, name):
-        return _defined(name)
+    if backend == "reference" and (function := _definition(name)) is not None:
+        return _defined(name, function)
     if name == "attention":
         return _attention(backend)
     if name == "recurrent":
@@ -158,9 +161,11 @@ def _recurrent(backend: str) -> Op:
     return op
 
 
-def _defined(name: str) -> Op:
-    function = getattr(definitions, name)
+def _definition(name: str) -> Op | None:
+    return getattr(definitions, name, getattr(selections, name, None))
 
+
+def _defined(name: str, function: Op) -> Op:
     def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         if name == "gather_windows":
             kwargs["length"] = seq.layout.length
@@ -311,7 +316,8 @@ def run(
     hooks.append(model.norm.register_forward_hook(lambda module, arguments, output: hidden.append(output.detach())))
     try:
         with choices(model, seq, told) as chosen:
-            loss, count, reports = model(tokens, seq, targets, False, True)
+            with noted_lists() as lists:
+                loss, count, reports = model(tokens, seq, targets, False, True)
             model.zero_grad(set_to_none=True)
             with_auxiliary(model, loss, reports, factors).backward()  # which may recompute
     finally:
@@ -322,7 +328,7 @@ def run(
     }
     # Recomputation runs the hooks a second time.
     reported = {path: value.detach() for path, value in reports.items()}
-    return Result(loss.detach(), int(count), gradients, layers[: len(mixers)], hidden[0], reported, chosen)
+    return Result(loss.detach(), int(count), gradients, layers[: len(mixers)], hidden[0], reported, chosen, lists)
 
 
 def with_auxiliary(
@@ -337,10 +343,22 @@ def with_auxiliary(
     return loss
 
 
-def truth_of(model: LanguageModel, case: Case, told: Mapping[str, Tensor] | None = None) -> Result:
-    """The case on one process, by definitions alone; `told` as in `run`."""
+def truth_of(
+    model: LanguageModel,
+    case: Case,
+    told: Mapping[str, Tensor] | None = None,
+    *,
+    lists: list[Tensor] | None = None,
+) -> Result:
+    """The case on one process, by definitions alone; `told` as in `run`, `lists` what mixers select."""
     calls: list[Call] = []
-    with plain_ops(calls, model.names):
+    with ExitStack() as stack:
+        stack.enter_context(plain_ops(calls, model.names))
+        if lists is not None:
+            given = iter(lists)
+            recorded = ops.select_blocks
+            stack.callback(setattr, ops, "select_blocks", recorded)
+            ops.select_blocks = lambda *args, **kwargs: (recorded(*args, **kwargs), next(given))[1]
         seq = Sequence.single(case.documents)
         result = run(model, FarSequence.of_near(seq) if case.far else seq, case.tokens, case.targets, told=told)
     result.calls = calls

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ...parallel.layout import Layout
 from .cases import Case
-from .truth import Call
+from .truth import SUMMARIES, Call
 
 CHUNKS = 2 * 64 + 3  # tokens of a span: over two chunks of every recurrence
 TAPS = 2 * 256 + 3  # of a span of short convolutions: over two of their slabs
 PAIRS = 512  # the most tokens of a row whose every pair of tokens the truth holds
 WINDOWED = ("window_means", "local_windows", "compressed_attention")
-PAIRED = ("softmax_attention", "block_sparse_attention", "select_blocks", "compressed_attention")
+PAIRED = (
+    "softmax_attention", "block_sparse_attention", "select_blocks", "compressed_attention", "index_divergence",
+    "gate_divergence",
+)  # fmt: skip
 
 
 def distinct(calls: list[Call]) -> list[Call]:
@@ -76,7 +79,7 @@ def _on(call: Call, case: Case, variant: str) -> Call:
     """The call on the rows of `case`, with tokens drawn from those that it has, each a little different."""
     n, split = case.layout.length, iter(call.per_token(call.tensors()[0].shape[1]))
     generator = torch.Generator().manual_seed(n)
-    windows = n // _stride(call) if call.op in ("compressed_attention", "select_blocks") else 0
+    windows = n // _stride(call) if call.op in SUMMARIES else 0
 
     def drawn(x: Tensor) -> Tensor:
         rows = next(split)
@@ -103,6 +106,8 @@ def _on(call: Call, case: Case, variant: str) -> Call:
 def _stride(call: Call) -> int:
     if call.op == "select_blocks":
         return call.kwargs["rule"].step
+    if call.op == "gate_divergence":
+        return call.kwargs["block_size"]
     return call.kwargs.get("stride") or call.kwargs.get("size") or 1
 
 

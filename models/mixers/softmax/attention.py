@@ -126,14 +126,17 @@ class Attention(Mixer):
 
         Keys and values are those of `memory` `[B, T, width]`, by default of x.
         """
+        q, k, v = self.unrotated(x, seq, memory)
+        return *self.rotated(q, k, seq), v
+
+    def unrotated(self, x: Tensor, seq: Sequence, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `project` rotates."""
         q, k, v = self.before_norms(x, seq) if memory is None else self.before_norms(x, seq, memory)
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.query_norm(q), self.key_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q, seq), self.rotary(k, seq)
         return q, k, v
 
     def before_norms(self, x: Tensor, seq: Sequence, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +146,10 @@ class Attention(Mixer):
         if self.key_multiplier != 1.0:
             k = k * self.key_multiplier
         return (q, k, v) if self.conv is None else self.conv.of_parts((q, k, v), seq)  # type: ignore[return-value]
+
+    def rotated(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """Both at their tokens' positions."""
+        return (q, k) if self.rotary is None else (self.rotary(q, seq), self.rotary(k, seq))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         """The mixing itself, `[B, T, heads, head_dim]`: here of all keys."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ....kernels.select_blocks import Rule
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.selector import Selector
+from ...layers.selectors.selector import Selector
 from ...mixer import also_takes
 from ..softmax.attention import Attention
 

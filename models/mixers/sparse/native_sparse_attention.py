@@ -15,7 +15,7 @@ from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.normalisation import RMSNorm
 from ...layers.rotary import rotary
-from ...layers.selector import Selector
+from ...layers.selectors.selector import Selector
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, check_groups, head_size
 from .compression import Compression

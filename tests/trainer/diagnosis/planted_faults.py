@@ -9,6 +9,7 @@ import torch.distributed as dist
 from longreach.kernels.gated_linear import GatedLinearRecurrence
 from longreach.kernels.pointwise import rope
 from longreach.kernels.recurrence import Summary
+from longreach.kernels.select_blocks import chunked
 from longreach.kernels.softmax import SoftmaxAttend
 from longreach.models.feed_forward.experts import MixtureOfExperts
 from longreach.models.layers.rotary import Rotary
@@ -143,6 +144,15 @@ def one_plan_for_all_windows() -> None:
         return first_of(kept, seq, lambda: original(self, seq))
 
     original = spoil(windows.WindowMeans, "make_plan", make_plan)
+
+
+def rounded_scores() -> None:
+    """Scores by which blocks are selected are off by less than rounding: of equal ones the last is the highest."""
+
+    def block_scores(queries, rule, low, high):
+        return original(queries, rule, low, high) + 1e-15 * torch.arange(low, high)
+
+    original = spoil(chunked, "_block_scores", block_scores)
 
 
 def bfloat16_partials() -> None:

@@ -1,6 +1,7 @@
 """The doctor's checks: they pass on what is right, and name what is planted."""
 
 import io
+from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 
 import hydra
@@ -10,17 +11,20 @@ import torch
 from rich.console import Console
 
 from longreach.kernels import pointwise
+from longreach.kernels.select_blocks import Rule
 from longreach.launch.build import build
 from longreach.launch.configuration import model_sizes
 from longreach.launch.train import to_settings
+from longreach.models.layers.selectors.indexer import Indexer
 from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.diagnosis import ranks as rank_processes
 from longreach.trainer.diagnosis import training, work
 from longreach.trainer.diagnosis.bench import Bench
 from longreach.trainer.diagnosis.cases import case_of_many, make_cases
-from longreach.trainer.diagnosis.checks import exact, inexact, loop
+from longreach.trainer.diagnosis.checks import exact, inexact, loop, ties
 from longreach.trainer.diagnosis.diagnose import at_most, diagnose
 from longreach.trainer.diagnosis.model import complete, fill, reduced
 from longreach.trainer.diagnosis.report import FAIL, NOT_TESTED, PASS, Report, Row
@@ -302,6 +306,59 @@ def test_a_detach_in_a_mixer_differs_from_the_loss(monkeypatch):
     exact.differences(bench)
     (row,) = bench.report.failures
     assert row.where.startswith("blocks.1.mixer.query.weight") or row.where.startswith("blocks.0.mixer.query.weight")
+
+
+def test_an_indexers_loss_that_reaches_attention_is_named(monkeypatch):
+    original = Indexer.project
+
+    def leaking(self, x, seq):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "detach", lambda tensor: tensor)
+            return original(self, x, seq)
+
+    bench, _ = bench_of(lambda topology, data: Bench(topology, data, Report(""), None), "model=minimax_sparse_tiny")
+    exact.detached(bench)
+    assert not bench.report.failed
+    monkeypatch.setattr(Indexer, "project", leaking)
+    exact.detached(bench)
+    (row,) = bench.report.failures
+    assert row.check == "a detached loss reaches its layer alone"
+    assert row.where.startswith("loss blocks.")
+    assert ".mixer.index reaches " in row.where
+
+
+def test_lists_are_compared_by_the_scores_of_what_they_name():
+    k = torch.tensor([3.0, 1.0, 1.0 + 1e-15, 2.0]).double().view(1, 4, 1, 1)
+    rule = Rule(1, 3, score="dot", local=0)
+    call = Call(0, "", "select_blocks", (torch.ones_like(k), k), {"rule": rule}, torch.Size((1, 4, 1, 3)))
+    case = make_cases(1, 1, 61)[0]
+    case = replace(case, lengths=[[4]], layout=Layout(4))
+
+    def lists(*last):
+        return torch.tensor([[0, -1, -1], [0, 1, -1], [0, 1, 2], last], dtype=torch.int32).view(1, 4, 1, 3)
+
+    assert ties.difference(call, case, lists(0, 1, 3), lists(0, 2, 3)) < 1e-12
+    assert ties.difference(call, case, lists(0, 1, 2), lists(0, 2, 3)) > 0.1
+    for wrong in ((0, 3, 3), (0, 3, 4), (0, 3, -1)):
+        assert ties.difference(call, case, lists(*wrong), lists(0, 2, 3)) > 0.1
+
+
+@pytest.mark.slow
+def test_scores_that_differ_by_rounding_alone_raise_no_alarm(four_ranks, monkeypatch):
+    make = lambda topology, data: Pooled(topology, data, four_ranks)  # noqa: E731
+    one_head = "model.mixers.sparse.index_heads=1"  # whose score is 0 for every other token
+    bench, _ = bench_of(make, "model=deepseek_sparse_tiny", one_head, "parallel.sequence=2")
+    bench.cases = bench.cases[:3]
+    exact.one_process(bench)
+    four_ranks.run(planted_faults.plant, "rounded_scores", timeout=60)
+    try:
+        exact.model(bench)
+        assert not bench.report.failed
+        monkeypatch.setattr(ties, "settled", lambda bench, case, truth, got: truth)
+        exact.model(bench)
+    finally:
+        four_ranks.run(planted_faults.heal, timeout=60)
+    assert bench.report.failed  # so the ranks did select otherwise
 
 
 def test_a_wrong_backward_of_a_function_is_named(monkeypatch):

@@ -90,6 +90,7 @@ def together(parts: list[Result], layout: Layout) -> Result:
         hidden=layout.unshard([part.hidden for part in parts]),
         reports={path: sum_of([part.reports[path] for part in parts]) for path in parts[0].reports},
         choices={path: layout.unshard([part.choices[path] for part in parts]) for path in parts[0].choices},
+        lists=[layout.unshard(list(each)) for each in zip(*(part.lists for part in parts), strict=True)],
     )
 
 

@@ -16,8 +16,8 @@ from ....parallel.sequence import DecodingCache, Sequence
 from .. import definitions, variants, work
 from ..bench import Bench
 from ..cases import NO_TARGET, Case, Change, changes
-from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of, with_auxiliary
-from . import comparison
+from ..truth import Call, alone, gradients_of, plain_op, plain_ops, run, truth_of
+from . import comparison, ties
 from .comparison import EXACT, Difference
 
 STEP = 2e-6  # of parameters, along a direction of length 1
@@ -35,6 +35,7 @@ def one_process(bench: Bench) -> None:
         error = comparison.relative(truth.hidden[case.inside], alone(model, case)[case.inside])
         packed.append(Difference(error, f"hidden states; {case.name}"))
         own = run(model, Sequence.single(case.documents), case.tokens, case.targets)
+        truth = ties.settled(bench, case, truth, own)
         single += comparison.of_layers(own, truth, bench.names, case)
         single.append(comparison.of_loss(own, truth, case))
         single += comparison.of_gradients(own.gradients, truth.gradients, case.name)
@@ -100,12 +101,13 @@ def differences(bench: Bench) -> None:
     model, case, truth = bench.model(torch.float64), bench.cases[0], bench.truths[0]
     seq = Sequence.single(case.documents)
 
-    def loss_at(parameter: Tensor, change: Tensor) -> float:
+    def loss_at(name: str, parameter: Tensor, change: Tensor) -> float:
         parameter += change
-        summed, _, reports = model(case.tokens, seq, case.targets, False, True)
-        loss = float(with_auxiliary(model, summed, reports))
+        with torch.enable_grad():  # without it auxiliary losses need not be there
+            loss, _, reports = model(case.tokens, seq, case.targets, False, True)
         parameter -= change
-        return loss
+        own = [path for path in model.losses if name.startswith(model.detached.get(path, ""))]
+        return float(loss) + sum(model.losses[path] * float(reports[path]) for path in own)
 
     differences, generator = [], torch.Generator().manual_seed(0)
     floor = 1e-4 * max(float(g.norm()) for g in truth.gradients.values())
@@ -113,7 +115,7 @@ def differences(bench: Bench) -> None:
         for name, parameter in model.named_parameters():
             direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             step = direction * (STEP / direction.norm())
-            slope = (loss_at(parameter, step) - loss_at(parameter, -step)) / 2
+            slope = (loss_at(name, parameter, step) - loss_at(name, parameter, -step)) / 2
             gradient = truth.gradients[name]
             # Both are of the size of the gradient's norm over the root of its numbers, and small only by chance.
             scale = max(float(gradient.norm()), floor) * STEP / math.sqrt(parameter.numel())
@@ -123,12 +125,30 @@ def differences(bench: Bench) -> None:
     bench.add(comparison.row("gradient = difference of losses", differences, SLOPE, "chunked, float64", 2, unit=unit))
 
 
+def detached(bench: Bench) -> None:
+    """A loss that is to train one layer alone has no gradient elsewhere."""
+    model, case = bench.model(torch.float64), bench.cases[0]
+    if not model.detached:
+        return
+    _, _, reports = model(case.tokens, Sequence.single(case.documents), case.targets, False, True)
+    differences = []
+    for path, layer in model.detached.items():
+        named = [(name, p) for name, p in model.named_parameters() if not name.startswith(layer)]
+        gradients = torch.autograd.grad(reports[path], [p for _, p in named], retain_graph=True, allow_unused=True)
+        for (name, _), gradient in zip(named, gradients, strict=True):
+            error = 0.0 if gradient is None else float(gradient.abs().max())
+            differences.append(Difference(error, f"loss {path} reaches {name}" if error else f"loss {path}"))
+    row = "a detached loss reaches its layer alone"
+    bench.add(comparison.row(row, differences, 0.0, "chunked, float64", 2, unit="of gradient"))
+
+
 def model(bench: Bench) -> None:
     """Loss, outputs of the mixers, what layers report, and gradients of the whole model."""
     shared = bench.share(work.run_cases, [(case, "none", torch.float64, None) for case in bench.cases])
     losses, layers, gradients, reports = [], [], [], []
     for (case, truth), parts in zip(bench.in_pairs(), shared, strict=True):
         got = comparison.together(parts, case.layout)
+        truth = ties.settled(bench, case, truth, got)
         losses.append(comparison.of_loss(got, truth, case))
         layers += comparison.of_layers(got, truth, bench.names, case)
         gradients += comparison.of_gradients(got.gradients, truth.gradients, case.name)
@@ -169,7 +189,11 @@ def _of_call(bench: Bench, call: Call, case: Case, got: list[Tensor], expected: 
     place = f"{bench.names[call.layer]}; {call.variant}{case.name}"
     inside = slice(None) if call.of_the_row else case.inside
     floor = 1e-4 * max((float(g.abs().max()) for g in expected[1:]), default=0.0)
-    differences = [Difference(comparison.relative(got[0][inside], expected[0][inside]), f"output in {place}")]
+    if call.op == "select_blocks":  # of equal scores either may be listed
+        error = ties.difference(call, case, got[0], expected[0])
+    else:
+        error = comparison.relative(got[0][inside], expected[0][inside])
+    differences = [Difference(error, f"output in {place}")]
     for name, a, b in zip(call.names(), got[1:], expected[1:], strict=True):
         differences.append(Difference(comparison.relative(a, b, floor), f"gradient of {name} in {place}"))
     return differences
@@ -191,6 +215,8 @@ def leaks(bench: Bench) -> None:
             moved[~case.inside] = 0.0
             for row, place, stop in change.places:
                 still = int((moved[row, place:stop][:2] == 0).sum())
+                if still:  # not every token is selected
+                    still -= int((_moved_in_truth(bench, case, change)[row, place:stop][:2] == 0).sum())
                 unmoved.append(Difference(float(still), f"token {place} of row {row}; {case.name}"))
                 moved[row, place:stop] = 0.0
             row, token = divmod(int(moved.flatten().argmax()), case.layout.length)
@@ -199,6 +225,15 @@ def leaks(bench: Bench) -> None:
     ran = bench.ran("float64")
     bench.add(comparison.row("no leak between documents or from the future", leaked, 0.0, ran, 3))
     bench.add(comparison.row("a token moves itself and the next", unmoved, 0.0, ran, 6, unit="tokens that stay"))
+
+
+@torch.no_grad()
+def _moved_in_truth(bench: Bench, case: Case, change: Change) -> Tensor:
+    """`[B, N]`: how far the hidden states move by definitions."""
+    model, seq = bench.model(torch.float64), Sequence.single(case.documents)
+    with plain_ops([], model.names):
+        base, other = (model.hidden(tokens, seq) for tokens in (case.tokens, change.tokens))
+    return (other - base).abs().amax(-1)
 
 
 def _tokens(change: Change) -> str:
@@ -217,6 +252,7 @@ def recomputation(bench: Bench, own: str) -> None:
         for n in chosen:
             case, truth = bench.cases[n], bench.truths[n]
             got = comparison.together(shared.pop(0), case.layout)
+            truth = ties.settled(bench, case, truth, got)
             differences += comparison.of_gradients(got.gradients, truth.gradients, case.name)
         bench.add(comparison.row(f"activation_checkpointing={mode}", differences, EXACT, bench.ran("float64"), 5))
 

@@ -15,7 +15,7 @@ from .. import variants, work
 from ..bench import Bench
 from ..cases import FAR, Case, case_of_many
 from ..truth import Call, Result, gradients_of, plain_op, plain_ops, run, truth_of
-from . import comparison
+from . import comparison, ties
 from .comparison import Difference
 
 SHARPER = 4.0  # factor on an op's first tensor: a softmax that is nearly flat forgives what its parts lose
@@ -145,6 +145,10 @@ def of_call(
         float32 = call.mapped(lambda x: x.float() if x.is_floating_point() else x)
         own = gradients_of(plain_op(call.op), float32, dout.float(), single)
     truth = gradients_of(plain_op(call.op), call.mapped(exactly), dout.double(), single)
+    if call.op == "select_blocks":  # of equal scores either may be listed
+        mine, theirs, scores = (ties.finite_scores(call.mapped(exactly), case, x[0]) for x in (got, own, truth))
+        error = comparison.rms(mine, scores) / (ADDED * comparison.rms(theirs, scores) + FLOORS[dtype])
+        return [Difference(error, f"output in {bench.names[call.layer]}; {case.name}")]
     added = [False, *(not split for split in call.per_token(case.layout.length))]
     differences = []
     for index, name in enumerate(["output", *call.names()]):

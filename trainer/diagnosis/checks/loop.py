@@ -108,7 +108,7 @@ def _of_a_step(settings: Settings, bench: Bench, length: int) -> Settings:
         model={},
         data=data,
         parallel=bench.topology.parallel,
-        optimizer=replace(settings.optimizer, learning_rate=RATE),
+        optimizer=replace(settings.optimizer, learning_rate=RATE, only=[]),
         schedule=replace(settings.schedule, warmup_steps=1),
         trainer=replace(settings.trainer, compile=False, steps=max(settings.trainer.steps, 1000)),
         init_from=None,
