@@ -171,7 +171,7 @@ def test_the_gate_per_channel_is_that_of_qwen3_next_in_transformers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_dim": 0}, "rope_base must be null with rope_dim=0"),
+        ({"rope_dim": 0}, "rope_base must be null and rope_heads 1 with rope_dim=0"),
         ({"rope_dim": 7}, "rope_fraction must leave an even number"),
         ({"latent_rank": 0}, "latent_rank must be at least 1; got 0"),
         ({"query_rank": -1}, "query_rank must be at least 1; got -1"),
