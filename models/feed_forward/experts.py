@@ -37,8 +37,8 @@ class ExpertLinear(nn.Module):
 class Experts(nn.Module):
     """SwiGLUs of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
 
-    x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in the type of the weights. No row is
-    dropped or padded, whatever the experts' loads.
+    x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in the type of the weights. No
+    row is dropped or padded, whatever the experts' loads.
     """
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
