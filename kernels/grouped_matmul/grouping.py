@@ -58,9 +58,10 @@ def spread(x: Tensor, grouping: Grouping) -> Tensor:
 def collect(y: Tensor, weights: Tensor, grouping: Grouping) -> Tensor:
     """The sums of what stands at the places of each row, `[M, D]` to `[R, D]`; y and weights get their gradients.
 
-        out_r = sum_c weights_rc y_(places_rc)        y's type, summed in that of the weights
+        out_r = sum_c weights_rc y_(places_rc)
 
-    weights `[R, k]`, float32 or float64. y must be 0 at places of no group.
+    weights `[R, k]`, float32 or float64, and so is out: what is added to other such sums is rounded after that. y must
+    be 0 at places of no group.
     """
     return _Collect.call(y, weights, grouping.order, grouping.places)
 
@@ -83,7 +84,7 @@ class _Collect(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, order, places)
-        return (_at(y, places) * weights.unsqueeze(2)).sum(1).to(y.dtype)
+        return (_at(y, places) * weights.unsqueeze(2)).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -37,8 +37,8 @@ class ExpertLinear(nn.Module):
 class Experts(nn.Module):
     """SwiGLUs of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
 
-    x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in x's type. No row is dropped
-    or padded, whatever the experts' loads.
+    x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in the type of the weights. No
+    row is dropped or padded, whatever the experts' loads.
     """
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
@@ -129,7 +129,7 @@ class MixtureOfExperts(FeedForward):
         chosen = torch.where(real.unsqueeze(1), routing.experts, -1)
         travel = to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile
         shared = self._shared(x, seq)
-        out = travel(rows, routing.weights, self.experts).view(x.shape)
+        out = travel(rows, routing.weights, self.experts).to(x.dtype).view(x.shape)
         out = out if shared is None else out + shared
         return out, *self._losses(routing, real), _load(chosen, count)
 
