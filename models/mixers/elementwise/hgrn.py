@@ -9,7 +9,7 @@ from ....kernels.diagonal_scan import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
-from ...layers.lower_bounds import LowerBounds, bounded
+from ...layers.layer_decays import LowerBounds, bounded
 from ...layers.normalisation import RMSNorm
 from ...mixer import Mixer
 

@@ -10,8 +10,8 @@ from ....kernels.gated_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.feature_maps import Silu
+from ...layers.layer_decays import Slopes
 from ...layers.normalisation import RMSNorm
-from ...layers.slopes import Slopes
 from ...mixer import also_takes
 from .kernel_attention import KernelAttention, of_heads
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from ....kernels.gated_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
+from ...layers.layer_decays import Slopes
 from ...layers.normalisation import RMSNorm
 from ...layers.short_convolution import ShortConvolution
-from ...layers.slopes import Slopes
 from ...mixer import Mixer, head_size
 
 
