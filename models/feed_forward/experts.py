@@ -76,6 +76,7 @@ class MixtureOfExperts(FeedForward):
     """
 
     shares: Tensor
+    stateless = True
     outputs = ("experts.down", "shared.down")
     small = MappingProxyType({"experts": 16, "experts_per_token": 2, "hidden": 24, "shared_hidden": 16})
     sums = ("load",)
