@@ -39,7 +39,8 @@ def long_jobs(calls: list[Call], ranks: int) -> list[tuple[Case, Call]]:
         span = TAPS if call.op == "short_conv" else min(CHUNKS, PAIRS // ranks) if call.op in PAIRED else CHUNKS
         layout = Layout(ranks * span, ranks)
         n = layout.length
-        lengths = [[n], [n // 3, 1, span + 2, n - n // 3 - span - 3 - n // 7]]
+        middle = span + 2 if ranks > 1 else n // 3
+        lengths = [[n], [n // 3, 1, middle, n - n // 3 - 1 - middle - n // 7]]
         empty = torch.zeros(2, n, dtype=torch.int64)
         case = Case(f"long documents; 1 span(s) of {span}", layout, lengths, empty, empty)
         jobs.append((case, _on(call, case, "")))
