@@ -270,7 +270,7 @@ def bfloat16_reduction() -> None:
 def norms_decay() -> None:
     """Weight decay shrinks norms too."""
 
-    def groups(model, weight_decay):
+    def groups(model, weight_decay, *_, **__):
         return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
 
     spoil(engine, "parameter_groups", groups)
