@@ -25,6 +25,7 @@ from ...parallel.sequence import Sequence
 PRODUCTION = {"H": 16, "G": 4, "K": 128, "V": 128, "D": 2048, "N": 16, "F": 5632, "W": 32768}
 FEW = {"H": 8, "G": 2, "K": 8, "V": 8, "D": 16, "N": 2, "F": 24, "W": 61}  # on a CPU
 DISCONTINUOUS = ("blocks of", "short window")  # cases whose result jumps where rounding moves a score, or is a constant
+OF_TESTS = ("latent", "wide latent")  # cases whose sizes are those of the tests alone
 OF_LIBRARIES = ("constant decay", "scalar decay", "channel decay", "gated delta", "channel delta")
 NORMS = ("RMS norm", "RMS norm of heads")
 OF_LIGER = {
@@ -75,7 +76,9 @@ def trials() -> list[Trial]:
     """Everything that is tried, the least certain first."""
     cases = of_the_tests("parallel_cases")
     shared = {
-        name: case for name, case in cases.CASES.items() if not any(name.startswith(part) for part in DISCONTINUOUS)
+        name: case
+        for name, case in cases.CASES.items()
+        if name not in OF_TESTS and not any(name.startswith(part) for part in DISCONTINUOUS)
     }
     found = list(_sparse(cases))
     for name, case in shared.items():
@@ -117,6 +120,11 @@ def _attention(cases: Any) -> Iterator[Trial]:
         ("softmax, dims of 256, own kernels", Mask(), (("K", 256), ("V", 256))),
     ):
         yield Trial(name, cases.Case(masked(mask), attention.inputs, attention.result), own, sizes)
+    # DeepSeek-V3's heads: 64 rotated dims of 192 are shared, and 512 numbers expand to the others and to the values.
+    inputs = (("T", "H", 192), "normal"), (("T", 576), "normal"), ((("H", 256), 512), "small")
+    for backend in ("auto", own):
+        name = "latent attention" if backend == "auto" else "latent attention, own kernels"
+        yield Trial(name, cases.Case(ops.latent_attention, inputs, ("T", "H", 128)), backend)
 
 
 def _pointwise(cases: Any) -> Iterator[Trial]:

@@ -51,21 +51,21 @@ class ForgettingAttention(Mixer):
 
 def queries_gradient_added_up_rounded(patch):
     """dq of a ring is in the queries' type, to which 64 keys at a time are added."""
-    original = softmax.attend_backward
+    original = softmax.SoftmaxAttend.attend_backward
 
-    def attend_backward(gradient, q, k, v, *, tile, **settings):
-        exact = gradient.exact
-        dq, dk, dv = (torch.zeros_like(x) for x in (q, k.to(exact), v.to(exact)))
+    def attend_backward(self, gradient, inputs, received, tile, backend):
+        k, v = received
+        dq, dk, dv = torch.zeros_like(inputs.q), *(torch.zeros_like(x, dtype=gradient.exact) for x in (k, v))
         for start in range(0, k.shape[1], 64):
             keys = slice(start, start + 64)
             part = tile.mask.tile(tile.queries, tile.keys.slice(start, min(start + 64, k.shape[1])))
             if part is not None:
-                found = original(gradient, q, k[:, keys], v[:, keys], tile=part, **settings)
-                dq += found[0].to(q.dtype)
-                dk[:, keys], dv[:, keys] = found[1:]
-        return dq.to(exact), dk, dv
+                stay, found = original(self, gradient, inputs, (k[:, keys], v[:, keys]), part, backend)
+                dq += stay["q"].to(dq.dtype)
+                dk[:, keys], dv[:, keys] = found
+        return {"q": dq.to(gradient.exact)}, (dk, dv)
 
-    patch.setattr(softmax, "attend_backward", attend_backward)
+    patch.setattr(softmax.SoftmaxAttend, "attend_backward", attend_backward)
 
 
 def blocks_gradient_added_up_rounded(patch):

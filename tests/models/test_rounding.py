@@ -14,6 +14,7 @@ from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.trainer.diagnosis.checks.comparison import of_norms
+from longreach.trainer.diagnosis.checks.inexact import ROUNDED_INSIDE
 from longreach.trainer.diagnosis.checks.precision import noted_ops, of_ops, plain_rotations
 
 LENGTH = 2048
@@ -24,8 +25,16 @@ FAR = Documents.whole(1, LENGTH, position=100_000)
 GRADIENTS = 0.03
 # Parameters that change next to nothing: what all input gates have in common cancels wherever an output is divided by
 # what it sums, so that this gradient is hundreds of times smaller than the parts that it is the sum of.
-CANCELS = {"mlstm_block": {"input_gate.bias"}}
+# What scores keys by ReLUs learns from the difference of two distributions: rounding its projections alone, in an
+# otherwise exact model, makes 10 %.
+CANCELS = {
+    "mlstm_block": {"input_gate.bias"},
+    "deepseek_sparse_attention": {
+        "indexer.query.weight", "indexer.key.weight", "indexer.key_norm.weight", "indexer.key_norm.bias",
+    },
+}  # fmt: skip
 ROUNDINGS = 1.25  # of an op, which rounds once; a gradient may be the sum of two parts that do
+INSIDE = 2.0  # of one that also rounds what it computes on the way, see ROUNDED_INSIDE
 
 
 def one_of(rank, world, spans, documents, strategy=None):
@@ -100,6 +109,10 @@ def roundings(name, world=1, spans=1, strategy=None, fault=None):
     return {place: max(part[place] for part in parts) for place in parts[0]}
 
 
+def allowed(place):
+    return INSIDE if place.split(":")[0] in ROUNDED_INSIDE else ROUNDINGS
+
+
 def some(*often):
     """Every mixer, those not named here with the slow tests."""
     return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in MIXERS]
@@ -121,7 +134,7 @@ def test_gradients_in_bfloat16_are_those_of_float64(name):
 def test_every_op_adds_up_in_float32_and_rounds_once(name):
     found = roundings(name)
     assert found
-    assert max(found.values()) < ROUNDINGS, found
+    assert all(error < allowed(place) for place, error in found.items()), found
 
 
 @pytest.mark.parametrize("name", few("gated_linear_attention"))
@@ -133,7 +146,7 @@ def test_gradients_on_two_ranks_are_those_of_float64(name):
 @pytest.mark.parametrize("name", few("softmax_attention"))
 def test_every_op_on_two_ranks_adds_up_in_float32_and_rounds_once(name):
     found = roundings(name, 2, 2)
-    assert max(found.values()) < ROUNDINGS, found
+    assert all(error < allowed(place) for place, error in found.items()), found
 
 
 @pytest.mark.slow
