@@ -91,10 +91,11 @@ def _chosen(model: LanguageModel, names: list[str], form: str | None) -> dict[st
     if unknown := [name for name in names if name not in model.mixer_names]:
         raise ValueError(f"mixers must be names of {', '.join(model.mixer_names)}; got {unknown[0]}. Name others")
     parts = [(path, part) for path, part in model.leaves() if part.setting.startswith("model.mixers.")]
-    if names:
-        chosen = {path: part for path, part in parts if part.setting.rpartition(".")[2] in names}
-    else:
-        chosen = {path: part for path, part in parts if isinstance(part, Attention)}
+    chosen = {
+        path: part
+        for path, part in parts
+        if (part.setting.rpartition(".")[2] in names if names else isinstance(part, Attention))
+    }
     if wrong := [part for part in chosen.values() if not isinstance(part, Attention)]:
         raise ValueError(
             f"mixers must be softmax attention for form={form}; got {type(wrong[0]).__name__}. Name others in mixers"

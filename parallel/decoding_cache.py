@@ -48,7 +48,7 @@ class CachedRows:
     def append(self, parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Stretch, ...]]:
         """The tensors with the rows `parts` of the next positions at their end, as views, and what all rows are."""
         if self.needed:
-            self.keep(tuple(self.needed))
+            self.keep(list(self.needed))
             self.needed = []
         new = parts[0].shape[1]
         if not self.tensors or self.used + new > self.tensors[0].shape[1]:

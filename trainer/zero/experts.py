@@ -38,7 +38,7 @@ def cut_as_made(ranks: Experts | None) -> Iterator[None]:
         made.cut = Cut(parameter.shape, held)  # type: ignore[attr-defined]
         return made
 
-    handle = register_module_parameter_registration_hook(cut)
+    handle = register_module_parameter_registration_hook(cut)  # type: ignore[arg-type]  # torch takes what it returns
     try:
         yield
     finally:

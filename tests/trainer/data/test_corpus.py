@@ -21,6 +21,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from longreach.parallel.mesh import Mesh
 from longreach.trainer.data import sources
 from longreach.trainer.data.corpus import Corpus, open_corpus
 from longreach.trainer.data.packing import NO_TARGET
@@ -160,7 +161,7 @@ class TestCorpus:
     ) -> None:
         corpus = opened(tmp_path, path=str(write_texts(tmp_path / "texts")), sequence_length=8)
         monkeypatch.setattr(sample, "generate", lambda *_, **__: [])
-        engine: Any = SimpleNamespace(module=torch.nn.Identity(), device="cpu")
+        engine: Any = SimpleNamespace(module=torch.nn.Identity(), device="cpu", mesh=Mesh.create())
         text = sample.draw_sample(engine, corpus, "", tokens=4, temperature=0.0, seed=0)
         held = corpus.tokenizer.decode_documents([corpus.cache[int(i)] for i in corpus.validation.members])
         assert len(text) > 8  # more than a row

@@ -8,6 +8,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from longreach.launch.build import build
+from longreach.parallel.mesh import Mesh
 from longreach.trainer.data.tokenizers import Tokenizer, byte_tokenizer
 from longreach.trainer.evaluation import sample
 
@@ -42,7 +43,7 @@ def test_a_sample_begins_with_bos_and_holds_only_tokens_that_there_are(monkeypat
         return drawn
 
     monkeypatch.setattr(sample, "generate", seen)
-    engine: Any = SimpleNamespace(module=model, device=torch.device("cpu"))
+    engine: Any = SimpleNamespace(module=model, device=torch.device("cpu"), mesh=Mesh.create())
     corpus: Any = SimpleNamespace(tokenizer=tokenizer)
     text = sample.draw_sample(engine, corpus, "Ab", tokens=60, temperature=50.0, seed=1)
     assert read == [[257, 65, 98]]
