@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,14 @@ def _attention(cases: Any) -> Iterator[Trial]:
         ("softmax, dims of 256, own kernels", Mask(), (("K", 256), ("V", 256))),
     ):
         yield Trial(name, cases.Case(masked(mask), attention.inputs, attention.result), own, sizes)
-    # DeepSeek-V3's heads: 64 rotated dims of 192 are shared, and 512 numbers expand to the others and to the values.
+    yield latent(cases)
+    yield replace(latent(cases), name="latent attention, own kernels", backend=own)
+
+
+def latent(cases: Any) -> Trial:
+    """DeepSeek-V3's heads: 64 rotated dims of 192 are shared, and 512 numbers expand to the others and the values."""
     inputs = (("T", "H", 192), "normal"), (("T", 576), "normal"), ((("H", 256), 512), "small")
-    for backend in ("auto", own):
-        name = "latent attention" if backend == "auto" else "latent attention, own kernels"
-        yield Trial(name, cases.Case(ops.latent_attention, inputs, ("T", "H", 128)), backend)
+    return Trial("latent attention", cases.Case(ops.latent_attention, inputs, ("T", "H", 128)))
 
 
 def _pointwise(cases: Any) -> Iterator[Trial]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.documents import Documents
 from ...parallel.sequence import Sequence
-from .cases import DISCONTINUOUS, Trial, of_the_tests
+from .cases import DISCONTINUOUS, OF_TESTS, Trial, latent, of_the_tests
 from .ops import error, run
 from .step import Here, Step
 
@@ -23,8 +23,10 @@ def steps(here: Here) -> list[Step]:
     from ...parallel import threads  # noqa: F401 (where it is missing, that is said instead)
 
     tests = of_the_tests("parallel_cases")
-    found = []
+    found = [Step("latent attention", partial(_share, latent(tests), "default", torch.bfloat16))]
     for name in tests.CASES:
+        if name in OF_TESTS:
+            continue
         jumps = any(name.startswith(part) for part in DISCONTINUOUS)
         dtype = torch.float64 if jumps else torch.bfloat16
         found.append(Step(name, partial(_share, Trial(name, tests.CASES[name]), "default", dtype)))
