@@ -3,13 +3,15 @@
     python benchmarks/mixers.py [--mixers retnet mamba2 …] [--lengths 2048 16384] [--write]
 
 Settings are those of conf/mixer with at most 4 heads, in a model of width 256, in float32 on one thread, whose own time
-is taken: of steps on short and long rows in turns, as many tokens of each. A peak is that of a process of its own.
+is taken: of steps on short and long rows in turns, as many tokens of each, while glibc keeps freed memory. A peak is
+that of a process of its own.
 `--write` keeps the table in benchmarks/results/; with `--mixers` it replaces their rows and leaves the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import inspect
 import json
 import re
@@ -90,9 +92,19 @@ def step(name: str, length: int) -> Callable[[], None]:
     return run
 
 
+def keep_memory() -> None:
+    """From now on glibc keeps what is freed: giving large tensors back costs page faults for each of the next ones."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        if not libc.mallopt(option, value):
+            raise OSError("mallopt must be that of glibc; it refused an option. Run this on Linux")
+
+
 def measure(name: str, lengths: list[int]) -> list[float]:
     """The bytes of a step on a row of one length, or the median seconds of steps on several, timed in turns."""
     torch.set_num_threads(1)
+    if len(lengths) > 1:
+        keep_memory()
     steps = [step(name, length) for length in lengths]
     for run in steps:
         run()
