@@ -139,7 +139,7 @@ class Sequence(Deriving):
         """Of a sequence that decodes: the same for the last of its tokens alone."""
         assert self.cache is not None
         documents = Documents.whole(self.documents.batch, 1, position=self.cache.length + self.layout.length - 1)
-        return Sequence(documents, Layout(1), backend=self.backend, cache=self.cache)
+        return replace(self, documents=documents, layout=Layout(1), _derived=_Derived(), handle=_new_handle())
 
     def at(self, layer: int, mixer: str = "") -> Sequence:
         """The same sequence as layer `layer` sees it, whose mixer the model's pattern calls `mixer`."""

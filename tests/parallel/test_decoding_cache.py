@@ -1,10 +1,15 @@
 """What decoding keeps: rows that are appended to in place, and given up where no later token sees them."""
 
+from dataclasses import fields
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from longreach.kernels.masks import Band, Bands, BlockLocal, Dilated, Mask
 from longreach.parallel.decoding_cache import CachedRows, DecodingCache
+from longreach.parallel.mesh import Experts
+from longreach.parallel.sequence import Sequence
 
 MASKS = {
     "causal": Mask(),
@@ -63,3 +68,14 @@ def test_a_cache_counts_the_memory_of_its_parts():
     cache.states[0, "state"] = torch.zeros(3, dtype=torch.float64)
     cache.of("mixer").rows_of(1, "attention").append((torch.zeros(1, 2, 5),))
     assert cache.bytes == 3 * 8 + (2 + 1 + 1) * 5 * 4
+
+
+def test_the_last_token_of_a_prompt_has_all_that_the_prompt_has_but_the_other_tokens():
+    cache, ranks = DecodingCache(), Experts(2, 1, dist.ProcessGroup(1, 2))
+    cache.length = 3
+    prompt = Sequence.decoding(cache, 2, 5, backend="reference", experts=ranks).at(4)
+    last = prompt.last_token
+    assert last.reach().tolist() == [[7], [7]]
+    changed = {field.name for field in fields(Sequence) if field.compare}
+    changed = {name for name in changed if getattr(last, name) is not getattr(prompt, name)}
+    assert changed == {"documents", "layout"}
