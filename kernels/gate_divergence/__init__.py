@@ -130,20 +130,22 @@ class GateDivergence(Attend):
     def width(self, inputs: GateInputs) -> tuple[int, int]:
         return inputs.k.shape[2], 1
 
+    def whole(self, inputs: GateInputs, backend: str) -> bool:
+        """Whether scores are computed in as few parts as can be: the reference."""
+        return resolve(OP, backend, inputs.q.device, inputs.q.dtype, ("chunked", "reference")) == "reference"
+
     def attend(
         self, inputs: GateInputs, received: tuple[Tensor, ...], tile: GateTile, backend: str
     ) -> tuple[Tensor, Tensor]:
-        resolve(OP, backend, inputs.q.device, inputs.q.dtype, ("chunked", "reference"))  # the latter in one part
-        out = chunked.divergence(inputs, received[0], tile, self.scale, self.gate_scale, whole=backend == "reference")
+        whole = self.whole(inputs, backend)
+        out = chunked.divergence(inputs, received[0], tile, self.scale, self.gate_scale, whole=whole)
         return out.unsqueeze(-1), torch.zeros_like(out)
 
     def attend_backward(
         self, gradient: Gradient, inputs: GateInputs, received: tuple[Tensor, ...], tile: GateTile, backend: str
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        dq, dk = chunked.backward(
-            gradient.dout.squeeze(-1), inputs, received[0], tile, self.scale, self.gate_scale,
-            whole=backend == "reference",
-        )  # fmt: skip
+        dout, whole = gradient.dout.squeeze(-1), self.whole(inputs, backend)
+        dq, dk = chunked.backward(dout, inputs, received[0], tile, self.scale, self.gate_scale, whole=whole)
         return {"gate_q": dq, "gate_k": dk}, (torch.zeros_like(received[0], dtype=gradient.exact),)
 
 

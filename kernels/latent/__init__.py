@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attend import Gradient, OnOneDevice, check_documents
+from ..dispatch import asked
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
 from ..operation import run
@@ -134,7 +135,7 @@ class LatentAttend(SoftmaxAttend):
         rows = rows.unsqueeze(2)
         named = SoftmaxInputs(torch.cat([inputs.q[..., : dims.shared], own], dim=-1), rows, rows[..., dims.shared :])
         # One key for all heads is two matrix products, wider than other kernels take.
-        chosen = "reference" if backend == "reference" else "chunked"
+        chosen = "reference" if asked("softmax_attention", backend) == "reference" else "chunked"
         out, lse = self._softmax.attend(named, (named.k, named.v), tile, chosen)
         return torch.einsum("bthc,hvc->bthv", out, values.to(out.dtype)), lse
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longreach.kernels import dispatch
 from longreach.kernels.blocks import BlockLayout
 from longreach.kernels.documents import Documents
 from longreach.kernels.gate_divergence import chunked, gate_divergence
@@ -88,6 +89,15 @@ def test_is_its_definition(monkeypatch, backend, listed):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-9)
     assert not gradients[0].any()
     assert not gradients[1].any()
+
+
+def test_a_reference_that_is_chosen_for_the_process_computes_all_in_one_part(monkeypatch):
+    """Forward and backward alike."""
+    parts, made = [], chunked._dense
+    monkeypatch.setattr(chunked, "_dense", lambda *args: parts.append(args[-1]) or made(*args))
+    monkeypatch.setitem(dispatch._choices, "gate_divergence", "reference")
+    with_gradients(lambda *x: gate_divergence(*x, block_size=SIZE, documents=PACKED), drawn())
+    assert parts == [True, True]
 
 
 @pytest.mark.parametrize(

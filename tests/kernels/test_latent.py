@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from longreach.kernels import dispatch
 from longreach.kernels.documents import Documents
 from longreach.kernels.latent import Dims, LatentAttend, LatentInputs, absorbing_pays, expand, latent_attention
 from longreach.kernels.masks import Mask
-from longreach.kernels.softmax import softmax_attention
+from longreach.kernels.softmax import reference, softmax_attention
 
 H, K, V = 3, 5, 4
 
@@ -51,6 +52,22 @@ def test_the_absorbed_form_is_the_expanded_one(queries: int, window: int | None,
         op.decode(inputs, (latent,), tile, backend), op.attend(inputs, (latent,), tile, backend), strict=True
     ):
         torch.testing.assert_close(absorbed, expanded, atol=1e-9, rtol=1e-9)
+
+
+def test_a_reference_that_is_chosen_for_the_process_runs_the_absorbed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, latent, expansion, _ = drawn(1, 33, 2, 20)
+    inputs, op = LatentInputs(q, latent, expansion), LatentAttend(Mask(), 0.5)
+    tile = op.tile(Documents.whole(2, 1, position=32), Documents.whole(2, 33))
+    ran: list[str] = []
+    original = reference.attend
+    monkeypatch.setattr(
+        reference, "attend", lambda *args, **kwargs: ran.append("reference") or original(*args, **kwargs)
+    )
+    op.decode(inputs, (latent,), tile, "auto")
+    assert not ran
+    monkeypatch.setitem(dispatch._choices, "softmax_attention", "reference")
+    op.decode(inputs, (latent,), tile, "auto")
+    assert ran
 
 
 def test_many_queries_are_not_absorbed() -> None:
