@@ -74,7 +74,8 @@ class Recurrence(ABC, Generic[Record]):
         the output and of the state, whose dimension 1, heads or channels, is what Ulysses shares among ranks.
     common: places of the sequences without that dimension.    scale: of the queries, None for K^(-1/2).
     raw: whether outputs are finished outside the op, and so are in the type of the accumulators.
-    keeps_reads: whether `backward` takes `reads` too, those of `run` where no rank shares the rows.
+    keeps_reads: whether `backward` takes `reads` after the other arguments, those of `run` where no rank shares the
+        rows.
     """
 
     name: ClassVar[str]
@@ -168,10 +169,12 @@ class Recurrence(ABC, Generic[Record]):
         return out.add_(run(problem, state)[0] - run(problem, None)[0])
 
     def backward(
-        self, problem: Problem[Record], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None,
-        reads: Tensor | None = None,
-    ) -> tuple[Tensors, Tensor]:  # fmt: skip
-        """The gradients of the inputs, in their types (None for None), and of the initial state."""
+        self, problem: Problem[Record], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensors, Tensor]:
+        """The gradients of the inputs, in their types (None for None), and of the initial state.
+
+        That of an op that `keeps_reads` also takes `reads`, which are None where no forward has kept any.
+        """
         if hasattr(problem.implementation, "backward"):
             return problem.implementation.backward(problem, dout, dfinal_state, initial_state)
         return self._differentiate(problem, dout, dfinal_state, initial_state)

@@ -68,7 +68,8 @@ class StatePassing(Operation):
         if transitions is not None:
             local = self.op.summarize_backward(problem, dout, initial, reads)
             dfinal = _after(problem, local, transitions, seq)
-        dinputs, _ = self.op.backward(problem, dout, dfinal, initial, reads)
+        kept = (reads,) if self.op.keeps_reads else ()
+        dinputs, _ = self.op.backward(problem, dout, dfinal, initial, *kept)
         return tuple(
             d if d is None or x is None or not is_sequence(x) else seq.unfold(d)
             for d, x in zip(dinputs, inputs, strict=True)
