@@ -262,14 +262,22 @@ def restored(rounded: Tensor, rest: Tensor | None) -> Tensor:
     return (rounded.float().view(torch.int32) + (rest.int() << DROPPED[rounded.dtype])).view(torch.float32)
 
 
-def check_documents(documents: Documents, key_documents: Documents, q: Tensor, k: Tensor) -> None:
-    """Raises ValueError unless these are the documents of queries `[B, T, …]` and of keys `[B, S, …]`."""
+def documents_of(
+    q: Tensor, k: Tensor, documents: Documents | None, key_documents: Documents | None = None
+) -> tuple[Documents, Documents]:
+    """The documents of queries `[B, T, …]` and of keys `[B, S, …]`: by default rows are whole, and keys have the first.
+
+    Raises ValueError for documents of other tokens.
+    """
+    documents = Documents.whole(*q.shape[:2]) if documents is None else documents
+    key_documents = documents if key_documents is None else key_documents
     for name, described, x in (("documents", documents, q), ("key_documents", key_documents, k)):
         if (described.batch, described.length) != tuple(x.shape[:2]):
             raise ValueError(
                 f"{name} must describe {x.shape[0]} rows of {x.shape[1]} tokens; got {described.batch} of "
                 f"{described.length}. Pass documents for the queries, and key_documents where keys are other tokens"
             )
+    return documents, key_documents
 
 
 def merge_weight(lse_a: Tensor, lse_b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Gradient, ListedAttend, OnOneDevice, check_documents
+from ..attend import Gradient, ListedAttend, OnOneDevice, documents_of
 from ..blocks import BlockLayout, BlockTile
 from ..dispatch import asked, resolve
 from ..documents import Documents
@@ -63,12 +63,8 @@ def block_sparse_attention(
     """
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     op = BlockSparseAttend(block_size, query_block, Mask() if mask is None else mask, factor)
-    if documents is None:
-        documents = Documents.whole(q.shape[0], q.shape[1])
-    if key_documents is None:
-        key_documents = documents
     check_inputs(q, k, v)
-    check_documents(documents, key_documents, q, k)
+    documents, key_documents = documents_of(q, k, documents, key_documents)
     tile = BlockTile(op.layout(key_documents), documents, key_documents, op.mask, query_block)
     check_blocks(blocks, tile, heads=q.shape[2], kv_heads=k.shape[2])
     if dense_length:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, OnOneDevice, check_documents
+from ..attend import Attend, Gradient, OnOneDevice, documents_of
 from ..block_sparse import check_blocks
 from ..blocks import BlockLayout, BlockTile
 from ..derived import Deriving
@@ -51,8 +51,7 @@ def gate_divergence(
 
     The distillation of SeerAttention (Gao et al., 2024, arXiv 2410.13276; 2025, arXiv 2506.08889).
     """
-    documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
-    check_documents(documents, documents, q, k)
+    documents, _ = documents_of(q, k, documents)
     inputs, settings = prepared(q, k, gate_q, gate_k, blocks, block_size, scale, gate_scale)
     op = GateDivergence(*settings)
     op.check(inputs)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, OnOneDevice, check_documents
+from ..attend import Attend, Gradient, OnOneDevice, documents_of
 from ..documents import Documents
 from ..masks import Mask, Tile
 from ..masks.pattern import Intervals
@@ -34,8 +34,7 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | 
     """
     op, inputs = KernelAttend(), KernelInputs(q, k, v)
     op.check(inputs)
-    documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
-    check_documents(documents, documents, q, k)
+    documents, _ = documents_of(q, k, documents)
     return run(OnOneDevice(op), inputs, (op.tile(documents, documents), "auto"))[0]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Gradient, ListedAttend, OnOneDevice, check_documents
+from ..attend import Gradient, ListedAttend, OnOneDevice, documents_of
 from ..block_sparse import check_blocks
 from ..blocks import BlockLayout, BlockTile
 from ..dispatch import resolve
@@ -53,8 +53,7 @@ def index_divergence(
 
     The loss of the lightning indexer (DeepSeek-AI, 2025, "DeepSeek-V3.2", arXiv 2512.02556).
     """
-    documents = Documents.whole(q.shape[0], q.shape[1]) if documents is None else documents
-    check_documents(documents, documents, q, k)
+    documents, _ = documents_of(q, k, documents)
     inputs, settings = prepared(q, k, index_q, index_k, weights, blocks, block_size, scale, index_scale)
     lse_op, op = IndexLse(*settings), IndexDivergence(*settings)
     op.check(inputs)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Gradient, OnOneDevice, check_documents
+from ..attend import Gradient, OnOneDevice, documents_of
 from ..dispatch import asked
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
@@ -50,11 +50,7 @@ def latent_attention(
     op = LatentAttend(Mask() if mask is None else mask, q.shape[-1] ** -0.5 if scale is None else float(scale))
     inputs = LatentInputs(q, latent, expansion, sink_logits)
     op.check(inputs)
-    if documents is None:
-        documents = Documents.whole(q.shape[0], q.shape[1])
-    if key_documents is None:
-        key_documents = documents
-    check_documents(documents, key_documents, q, latent)
+    documents, key_documents = documents_of(q, latent, documents, key_documents)
     out, lse = run(OnOneDevice(op), inputs, (op.tile(documents, key_documents), backend))
     return (out, lse) if return_lse else out
 

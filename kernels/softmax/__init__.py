@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, OnOneDevice, check_documents, merge
+from ..attend import Attend, Gradient, OnOneDevice, documents_of, merge
 from ..dispatch import asked, best, resolve
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
@@ -73,11 +73,7 @@ def softmax_attention(
         op = LevelledAttend(*settings)
         inputs = LevelledInputs(q, k, v, levels, levels if key_levels is None else key_levels, sink_logits)
     op.check(inputs)
-    if documents is None:
-        documents = Documents.whole(q.shape[0], q.shape[1])
-    if key_documents is None:
-        key_documents = documents
-    check_documents(documents, key_documents, q, k)
+    documents, key_documents = documents_of(q, k, documents, key_documents)
     out, lse = run(OnOneDevice(op), inputs, (op.tile(documents, key_documents), backend))
     return (out, lse) if return_lse else out
 

@@ -54,18 +54,18 @@ def test_the_absorbed_form_is_the_expanded_one(queries: int, window: int | None,
         torch.testing.assert_close(absorbed, expanded, atol=1e-9, rtol=1e-9)
 
 
-def test_a_reference_that_is_chosen_for_the_process_runs_the_absorbed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_that_is_chosen_for_the_process_runs_the_absorbed_form(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     q, latent, expansion, _ = drawn(1, 33, 2, 20)
     inputs, op = LatentInputs(q, latent, expansion), LatentAttend(Mask(), 0.5)
     tile = op.tile(Documents.whole(2, 1, position=32), Documents.whole(2, 33))
-    ran: list[str] = []
-    original = reference.attend
-    monkeypatch.setattr(
-        reference, "attend", lambda *args, **kwargs: ran.append("reference") or original(*args, **kwargs)
-    )
+    ran, attend = [], reference.attend
+    monkeypatch.setattr(reference, "attend", lambda *args, **kwargs: ran.append(args) or attend(*args, **kwargs))
     op.decode(inputs, (latent,), tile, "auto")
     assert not ran
-    monkeypatch.setitem(dispatch._choices, "softmax_attention", "reference")
+    request.addfinalizer(lambda: dispatch.choose({}, "cpu"))
+    dispatch.choose({"softmax_attention": "reference"}, "cpu")
     op.decode(inputs, (latent,), tile, "auto")
     assert ran
 
