@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import BlockLayout
 from .documents import Documents
-from .masks.pattern import Intervals
+from .masks.pattern import Intervals, Pattern, Tile
 from .operation import Tensors, recording
 
 
@@ -133,6 +133,21 @@ class Attend(ABC):
             inputs.q.new_zeros((*shape, dim), dtype=exact),
             inputs.q.new_full(shape, float("-inf"), dtype=exact),
         )
+
+
+class MaskedAttend(Attend):
+    """An `Attend` whose queries see the keys that `mask` shows: an attribute of the class, or one of its settings."""
+
+    mask: Pattern
+
+    def tile(self, queries: Documents, keys: Documents) -> Tile | None:
+        return self.mask.tile(queries, keys)
+
+    def reached(self, parts: Documents, number: int) -> Tensor:
+        return self.mask.reached(parts, number)
+
+    def kept(self, length: int) -> Intervals:
+        return self.mask.kept(length)
 
 
 class ListedAttend(Attend):

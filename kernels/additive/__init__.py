@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attend import Attend, Gradient
-from ..documents import Documents
+from ..attend import Gradient, MaskedAttend
 from ..masks import Mask, Tile
-from ..masks.pattern import Intervals
 from ..softmax import check_inputs
 
-CAUSAL = Mask()
 SLOPE = 0.2
 
 
@@ -29,14 +26,14 @@ class AdditiveInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdditiveAttend(Attend):
+class AdditiveAttend(MaskedAttend):
     """o_i = sum_j softmax_j(s_ij) v_j        s_ij = sum_c w_c tanh(q_ic + k_jc)        j <= i in i's document
 
     As it is defined, in float32 (float64 for float64): every logit of a tile is held at once, and of one channel what
     leads to it. There is no faster form, since tanh does not factor. Bahdanau et al., 2015, arXiv 1409.0473.
     """
 
-    record = AdditiveInputs
+    record, mask = AdditiveInputs, Mask()
 
     def check(self, inputs: AdditiveInputs) -> None:
         """Raises ValueError for shapes that do not fit."""
@@ -45,15 +42,6 @@ class AdditiveAttend(Attend):
             raise ValueError(
                 f"weight must be one per head and channel, {list(inputs.q.shape[2:])}; got {list(inputs.weight.shape)}"
             )
-
-    def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        return CAUSAL.tile(queries, keys)
-
-    def kept(self, length: int) -> Intervals:
-        return CAUSAL.kept(length)
-
-    def reached(self, parts: Documents, number: int) -> Tensor:
-        return CAUSAL.reached(parts, number)
 
     def attend(
         self, inputs: AdditiveInputs, received: tuple[Tensor, ...], tile: Tile, backend: str

@@ -10,16 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, merge
-from ..documents import Documents
+from ..attend import Gradient, MaskedAttend, merge
 from ..masks import Mask, Tile
-from ..masks.pattern import Intervals
 from ..masks.rectangles import rectangles
 
 LIMIT = 512  # queries and keys of a product
 RANGE = 900.0  # how many powers of two below the largest key of a product a key counts in full
 LOG2 = math.log(2)
-CAUSAL = Mask()
 
 
 class AttentionFreeInputs(NamedTuple):
@@ -34,7 +31,7 @@ class AttentionFreeInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttentionFree(Attend):
+class AttentionFree(MaskedAttend):
     """o_t = sum_s exp(k_s + w_ts) v_s / sum_s exp(k_s + w_ts)        w_ts = row_t . column_s
 
     over the tokens s of t's document up to t, for each of D channels: a head of one channel each. All is computed in
@@ -43,7 +40,7 @@ class AttentionFree(Attend):
     taken to be at least 2^-900 of the largest of its product. AFT-full (Zhai et al., 2021, arXiv 2105.14103).
     """
 
-    record = AttentionFreeInputs
+    record, mask = AttentionFreeInputs, Mask()
     travels = ("k", "v", "column")
 
     def check(self, inputs: AttentionFreeInputs) -> None:
@@ -59,15 +56,6 @@ class AttentionFree(Attend):
                 f"row and column must be [B, T, 1, R] and [B, S, 1, R]; got {list(row.shape)} and "
                 f"{list(column.shape)}. Pass one factor per token"
             )
-
-    def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        return CAUSAL.tile(queries, keys)
-
-    def kept(self, length: int) -> Intervals:
-        return CAUSAL.kept(length)
-
-    def reached(self, parts: Documents, number: int) -> Tensor:
-        return CAUSAL.reached(parts, number)
 
     def attend(
         self, inputs: AttentionFreeInputs, received: tuple[Tensor, ...], tile: Tile, backend: str

@@ -10,15 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, OnOneDevice, documents_of
+from ..attend import Gradient, MaskedAttend, OnOneDevice, documents_of
 from ..documents import Documents
 from ..masks import Mask, Tile
 from ..masks.pattern import Intervals
 from ..operation import run
 from ..softmax import check_inputs
 from .normalise import TINY
-
-WHOLE = Mask(causal=False)
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:
@@ -47,19 +45,13 @@ class KernelInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KernelAttend(Attend):
+class KernelAttend(MaskedAttend):
     """The op as `longreach.kernels.attend` describes it; its log-sum-exp is the logarithm of the sum of weights."""
 
-    record = KernelInputs
+    record, mask = KernelInputs, Mask(causal=False)
 
     def check(self, inputs: KernelInputs) -> None:
         check_inputs(*inputs)
-
-    def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        return WHOLE.tile(queries, keys)
-
-    def reached(self, parts: Documents, number: int) -> Tensor:
-        return WHOLE.reached(parts, number)
 
     def kept(self, length: int) -> Intervals:
         raise ValueError(

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, OnOneDevice, documents_of, merge
+from ..attend import Gradient, MaskedAttend, OnOneDevice, documents_of, merge
 from ..dispatch import asked, best, resolve
 from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
-from ..masks.pattern import Intervals
 from ..masks.plain_bands import Order, Part, with_plain_bands
 from ..operation import run
 from ..plain import made_of
@@ -88,7 +87,7 @@ class SoftmaxInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SoftmaxAttend(Attend):
+class SoftmaxAttend(MaskedAttend):
     """The op as `longreach.kernels.attend` describes it. `mask` is a pattern or the `settings` of one."""
 
     name, record = "softmax_attention", SoftmaxInputs
@@ -107,15 +106,6 @@ class SoftmaxAttend(Attend):
         refusal = self._without_libraries()
         if refusal is not None and asked("softmax_attention", "auto") == "library":  # of every rank, before any waits
             raise ValueError(f"kernels.softmax_attention must be one that can run; got 'library': {refusal}. Use auto")
-
-    def tile(self, queries: Documents, keys: Documents) -> Tile | None:
-        return self.mask.tile(queries, keys)
-
-    def reached(self, parts: Documents, number: int) -> Tensor:
-        return self.mask.reached(parts, number)
-
-    def kept(self, length: int) -> Intervals:
-        return self.mask.kept(length)
 
     def attend(self, inputs: Any, received: tuple[Tensor, ...], tile: Tile, backend: str) -> tuple[Tensor, Tensor]:
         merged: tuple[Tensor, Tensor] | None = None
