@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attend import Gradient, merge_weight
 from ..blocks import BlockTile
-from .visits import Group, Visits, listed_keys, visits_of
+from .visits import Group, Visits, add_to_listed, listed_keys, visits_of
 
 SCORES = 1 << 17  # of one product: they stay in cache between the passes over them
 KEYS = 512
@@ -144,11 +144,7 @@ def _backward_gathered(
         ds = (dout_here @ v_here.mT).sub_(delta_here).mul_(p).mul_(scale)
         dq[:, at] = (ds @ k_here).flatten(2, 3)
         for total, part in ((dk, ds.mT @ q_here), (dv, p.mT @ dout_here)):
-            if total.device.type == "cpu":
-                rows = (own[0] * k.shape[1] + own[1]) * k.shape[2] + own[2]
-                total.view(-1, total.shape[3]).index_add_(0, rows.flatten(), part.flatten(0, 3))
-            else:  # sorts; `index_add_` there adds in any order
-                total.index_put_(own, part, accumulate=True)
+            add_to_listed(total, own, part)
     return dq, dk, dv
 
 

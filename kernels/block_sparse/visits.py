@@ -98,6 +98,20 @@ def listed_keys(
     return (start + place).clamp(0, number - 1).flatten(3), visible.flatten(3) & seen
 
 
+def add_to_listed(total: Tensor, index: tuple[Tensor, ...], parts: Tensor) -> None:
+    """Adds `parts` `[…, D]` to the rows of `total` `[B, S, …, D]` at `index`, tensors that broadcast together.
+
+    One for each dim of total but the last, as rows may be listed more than once. The same bits at every run.
+    """
+    if total.device.type != "cpu":
+        total.index_put_(index, parts, accumulate=True)  # sorts; `index_add_` there adds in any order
+        return
+    row = index[0]
+    for size, place in zip(total.shape[1:-1], index[1:], strict=True):
+        row = row * size + place
+    total.view(-1, total.shape[-1]).index_add_(0, row.flatten(), parts.flatten(0, -2))
+
+
 def _groups(key: Tensor, table: Tensor, groups: int) -> list[Group]:
     parts, _, count, _ = table.shape
     distinct, lengths = torch.unique_consecutive(key, return_counts=True)

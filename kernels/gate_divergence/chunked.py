@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_sparse.visits import listed_keys
+from ..block_sparse.visits import add_to_listed, listed_keys
 from ..blocks import BlockLayout, BlockTile
 from ..documents import Documents, expanded
 
@@ -63,7 +63,7 @@ def backward(
     dout: Tensor, inputs: GateInputs, k: Tensor, tile: GateTile, scale: float, gate_scale: float, *, whole: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate_q and gate_k: the scores of attention are computed again."""
-    dq, dk = torch.zeros_like(inputs.gate_q), torch.zeros_like(inputs.gate_k)
+    dq, dk = torch.zeros_like(inputs.gate_q), inputs.gate_k.new_zeros(inputs.gate_k.shape)
     for part in _parts(inputs, k, tile, scale, whole):
         gradient = (part.logs(inputs, gate_scale).exp() - part.target) * dout[part.place].unsqueeze(-1) * gate_scale
         gate_q = inputs.gate_q[part.place]
@@ -73,8 +73,7 @@ def backward(
             continue
         dq[part.place] = torch.einsum("bcgn,bcgnd->bcgd", gradient, part.gate_k)
         row, group = _rows_and_groups(gradient)
-        index = row.expand_as(part.blocks), part.blocks, group.expand_as(part.blocks)
-        dk.index_put_(index, gradient.unsqueeze(-1) * gate_q.unsqueeze(3), accumulate=True)  # in one order
+        add_to_listed(dk, (row, part.blocks, group), gradient.unsqueeze(-1) * gate_q.unsqueeze(3))
     return dq, dk
 
 

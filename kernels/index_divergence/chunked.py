@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_sparse.visits import listed_keys
+from ..block_sparse.visits import add_to_listed, listed_keys
 from ..blocks import BlockTile
 from ..gathered import GatheredTile
 from ..masks import Tile
@@ -167,7 +167,8 @@ def backward(
     dout: Tensor, inputs: IndexInputs, received: tuple[Tensor, ...], tile: Any, scale: float, index_scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `reference`."""
-    dq, dk = torch.zeros_like(inputs.index_q), torch.zeros_like(received[1], dtype=inputs.q.dtype)
+    batch, number, _, dim = received[1].shape
+    dq, dk = torch.zeros_like(inputs.index_q), inputs.q.new_zeros(batch, number, dim)
     dweights = None if inputs.weights is None else torch.zeros_like(inputs.weights)
     for part, index_k, keys in _cuts(inputs, received, tile, scale, index_scale):
         dproducts, more = part.backward(dout, inputs)
@@ -177,20 +178,10 @@ def backward(
         index_q = inputs.index_q[part.place]
         if not isinstance(keys, Tensor):
             dq[part.place] += torch.einsum("bcis,bsd->bcid", dproducts, index_k)
-            dk[keys] += torch.einsum("bcis,bcid->bsd", dproducts, index_q).unsqueeze(2)
+            dk[keys] += torch.einsum("bcis,bcid->bsd", dproducts, index_q)
             continue
         dproducts, index_q = dproducts.unflatten(2, (inputs.lists, -1)), index_q.unflatten(2, (inputs.lists, -1))
         dq[part.place] += torch.einsum("bcjin,bcjnd->bcjid", dproducts, index_k).flatten(2, 3)
-        _add(dk, keys, torch.einsum("bcjin,bcjid->bcjnd", dproducts, index_q))
-    return dq, dweights, dk
-
-
-def _add(total: Tensor, keys: Tensor, parts: Tensor) -> None:
-    """Adds parts `[B, C, J, N, D]` to the rows `[B, S, 1, D]` of their keys; the same bits at every run."""
-    batch, length = total.shape[:2]
-    rows = total.view(batch * length, -1)
-    index = (keys + torch.arange(batch, device=keys.device).view(-1, 1, 1, 1) * length).flatten()
-    if total.device.type == "cpu":
-        rows.index_add_(0, index, parts.flatten(0, 3))
-    else:  # sorts; `index_add_` there adds in any order
-        rows.index_put_((index,), parts.flatten(0, 3), accumulate=True)
+        row = torch.arange(len(dk), device=keys.device).view(-1, 1, 1, 1)
+        add_to_listed(dk, (row, keys), torch.einsum("bcjin,bcjid->bcjnd", dproducts, index_q))
+    return dq, dweights, dk.unsqueeze(2)

@@ -90,6 +90,17 @@ def test_is_its_definition(monkeypatch, backend, kind, listed):
     assert not gradients[1].any()
 
 
+def test_keys_may_lie_in_memory_in_any_order(monkeypatch):
+    monkeypatch.setattr(chunked, "GATHER_FROM", 0)
+    tensors, listed = drawn("a list per group"), lists(PACKED, 4, 3, 2)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    found, expected = (
+        with_gradients(lambda *x: index_divergence(*x, None, listed, documents=PACKED, block_size=4), each)
+        for each in (turned, tensors)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
 def test_is_zero_where_index_and_attention_are_alike():
     q, k, *_ = drawn("one list")
     q, k = q[:, :, :1], k[:, :, :1]
