@@ -277,6 +277,12 @@ def restored(rounded: Tensor, rest: Tensor | None) -> Tensor:
     return (rounded.float().view(torch.int32) + (rest.int() << DROPPED[rounded.dtype])).view(torch.float32)
 
 
+def check_keys(q: Tensor, k: Tensor) -> None:
+    """Raises ValueError unless queries are `[B, T, H, K]` and keys `[B, S, G, K]`, G dividing H."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k must be [B, S, G, K] for q [B, T, H, K]; got {tuple(k.shape)} and {tuple(q.shape)}")
+
+
 def documents_of(
     q: Tensor, k: Tensor, documents: Documents | None, key_documents: Documents | None = None
 ) -> tuple[Documents, Documents]:

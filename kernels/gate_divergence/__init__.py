@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Attend, Gradient, OnOneDevice, documents_of
+from ..attend import Attend, Gradient, OnOneDevice, check_keys, documents_of
 from ..block_sparse import check_blocks
 from ..blocks import BlockLayout, BlockTile
 from ..derived import Deriving
@@ -151,8 +151,7 @@ class GateDivergence(Attend):
 def check_inputs(inputs: GateInputs) -> None:
     """Raises ValueError for shapes that do not fit."""
     q, k, gate_q, gate_k, blocks = inputs
-    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k must be [B, T, G, K] for q [B, T, H, K]; got {tuple(k.shape)} and {tuple(q.shape)}")
+    check_keys(q, k)
     expected = (*q.shape[:2], k.shape[2])
     if gate_q.dim() != 4 or tuple(gate_q.shape[:3]) != expected:
         raise ValueError(f"gate_q must be [B, T, G, D] for [B, T, G] = {expected}; got {tuple(gate_q.shape)}")

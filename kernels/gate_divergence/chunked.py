@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..block_sparse.visits import add_to_listed, listed_keys
 from ..blocks import BlockLayout, BlockTile
-from ..documents import Documents, expanded
+from ..documents import Documents, Run, expanded
 
 if TYPE_CHECKING:
     from . import GateInputs, GateTile
@@ -83,12 +83,12 @@ def _parts(inputs: GateInputs, k: Tensor, tile: GateTile, scale: float, whole: b
 
 def _dense(inputs: GateInputs, k: Tensor, tile: GateTile, scale: float, whole: bool) -> Iterator[_Part]:
     size, dtype, heads = tile.block_size, inputs.q.dtype, inputs.q.shape[2]
-    keys_of = {(run.row, run.document): run for run in _runs(tile.keys)}
-    for run in _runs(tile.queries):
-        keys, rows = keys_of[run.row, run.document], slice(run.row, run.row + 1)
-        first = tile.windows.first[run.row].get(run.document, 0)
+    keys_of = {(row, run.document): run for row, run in _runs(tile.keys)}
+    for row, run in _runs(tile.queries):
+        keys, rows = keys_of[row, run.document], slice(row, row + 1)
+        first = tile.windows.first[row].get(run.document, 0)
         width = max(size, KEYS // size * size) if not whole else keys.length + size - keys.length % size
-        step = run.length if whole else min(256, max(16, SCORES // (heads * (width + run.end // size))))
+        step = run.length if whole else min(256, max(16, SCORES // (heads * (width + run.end_position // size))))
         for low in range(0, run.length, step):
             high = min(low + step, run.length)
             place = rows, slice(run.start + low, run.start + high)
@@ -114,27 +114,16 @@ def _dense(inputs: GateInputs, k: Tensor, tile: GateTile, scale: float, whole: b
             yield _Part(place, m, seen[None, :, None], inputs.gate_k[blocks], blocks)
 
 
-class _Run(NamedTuple):
-    row: int
-    document: int
-    start: int
-    length: int
-    position: int
-
-    @property
-    def end(self) -> int:
-        return self.position + self.length
-
-
-def _runs(documents: Documents) -> list[_Run]:
-    """Runs of tokens, of all rows."""
-    columns = documents.columns
-    return [_Run(*line) for line in documents.table[columns.real].tolist()]
+def _runs(documents: Documents) -> list[tuple[int, Run]]:
+    """Runs of tokens, of all rows, each with its row."""
+    return [(row, run) for row, runs in enumerate(documents.runs) for run in runs if not run.is_padding]
 
 
 def _listed(inputs: GateInputs, k: Tensor, tile: GateTile, scale: float, whole: bool) -> Iterator[_Part]:
     assert inputs.blocks is not None
     size, dtype, (batch, length, groups, number) = tile.block_size, inputs.q.dtype, inputs.blocks.shape
+    if not inputs.gate_k.shape[1]:
+        return
     block_tile = tile.derive(_block_tile)
     step = length if whole else max(1, 8 * SCORES // max(1, batch * groups * number * size * k.shape[3]))
     windows = tile.on(k.device, _windows_of_blocks)
@@ -152,8 +141,6 @@ def _listed(inputs: GateInputs, k: Tensor, tile: GateTile, scale: float, whole: 
         blocks = windows[row.expand_as(ids), ids]
         complete = seen.unflatten(-1, (number, size)).all(-1) & (blocks >= 0)
         blocks = blocks.clamp(min=0)
-        if not inputs.gate_k.shape[1]:
-            continue
         yield _Part(place, m, complete, inputs.gate_k[row.expand_as(ids), blocks, group.expand_as(ids)], blocks)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attend import Gradient, ListedAttend, OnOneDevice, documents_of
+from ..attend import Gradient, ListedAttend, OnOneDevice, check_keys, documents_of
 from ..block_sparse import check_blocks
 from ..blocks import BlockLayout, BlockTile
 from ..dispatch import resolve
@@ -207,8 +207,7 @@ class IndexDivergence(_OverIndex):
 def check_inputs(inputs: IndexInputs) -> None:
     """Raises ValueError for shapes that do not fit."""
     q, k, index_q, index_k, weights, *_ = inputs
-    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k must be [B, T, G, K] for q [B, T, H, K]; got {tuple(k.shape)} and {tuple(q.shape)}")
+    check_keys(q, k)
     if index_q.dim() != 4 or index_q.shape[:2] != q.shape[:2]:
         raise ValueError(f"index_q must be [B, T, I, D] for q {tuple(q.shape)}; got {tuple(index_q.shape)}")
     if tuple(index_k.shape) != (*k.shape[:2], 1, index_q.shape[3]):
