@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,33 +13,16 @@ from ..masks import Tile
 Levels = tuple[Tensor, Tensor]  # of queries `[B, T, L]` and of keys `[B, S, L]`, L being G or H
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    tile: Tile,
-    scale: float,
-    softcap: float | None = None,
-    levels: Levels | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `dense_attend`, with what the tile's mask shows."""
-    return dense_attend(q, k, v, _visible(q, tile), scale, softcap, levels)
+def attend(q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, **logits: Any) -> tuple[Tensor, Tensor]:
+    """See `dense_attend`, with what the tile's mask shows; logits: scale, softcap and levels."""
+    return dense_attend(q, k, v, _visible(q, tile), **logits)
 
 
 def attend_backward(
-    gradient: Gradient,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    tile: Tile,
-    scale: float,
-    softcap: float | None = None,
-    levels: Levels | None = None,
+    gradient: Gradient, q: Tensor, k: Tensor, v: Tensor, *, tile: Tile, **logits: Any
 ) -> tuple[Tensor, ...]:
-    """See `dense_backward`, with what the tile's mask shows."""
-    return dense_backward(gradient, q, k, v, _visible(q, tile), scale, softcap, levels)
+    """See `dense_backward`, with what the tile's mask shows; logits: scale, softcap and levels."""
+    return dense_backward(gradient, q, k, v, _visible(q, tile), **logits)
 
 
 def _visible(q: Tensor, tile: Tile) -> Tensor:
