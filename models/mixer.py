@@ -238,8 +238,9 @@ def check_groups(heads: int, kv_heads: int) -> None:
         raise ValueError(f"kv_heads must divide heads={heads}; got {kv_heads}")
 
 
-def head_size(setting: str, width: int, heads: int) -> int:
-    """The width of one head, or a ValueError that names the setting."""
+def head_size(setting: str, width: int, heads: int, own: str | None = None) -> int:
+    """The width of one head, or a ValueError that names the setting. own: the setting of a head's size, if any."""
     if heads < 1 or width % heads:
-        raise ValueError(f"{setting} must divide width={width}; got {heads}. Change it, or give the head's size itself")
+        instead = f", or give {own}" if own else ""
+        raise ValueError(f"{setting} must divide width={width}; got {heads}. Change it{instead}")
     return width // heads

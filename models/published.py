@@ -47,3 +47,20 @@ def stateless_from(blocks: list[Composite]) -> int:
     while first and blocks[first - 1].stateless:
         first -= 1
     return first
+
+
+def check_unread(parts: Iterable[tuple[str, Part]]) -> None:
+    """Raises ValueError for a part that publishes under its own name in the pattern what no part reads.
+
+    Names of another form are not settings': a model's only layer of RWKV-7 publishes first values too.
+    """
+    parts = list(parts)
+    read = {name for _, part in parts for name in part.reads}
+    for _, part in parts:
+        mixer = part.setting.rpartition(".")[2]
+        unread = [name for name in part.publishes if name.startswith(f"{mixer}.") and name not in read]
+        if unread:
+            raise ValueError(
+                f"{part.setting} must be read by a later layer; got a pattern in which none reads {', '.join(unread)}. "
+                f"Name {mixer} in keys_of or memory_of of a later mixer, or leave out share, publish or the mixer"
+            )

@@ -13,6 +13,7 @@ from torch import nn
 from ..models import hf
 from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
+from ..models.published import check_unread
 from ..parallel.mesh import Mesh
 from .checkpoint import checkpoint
 from .compilation import compile_blocks
@@ -132,8 +133,8 @@ def check_model(
     """Tries the model without memory, and before its data are read: what does not fit shows here.
 
     model: may be without vocabulary. note: gets a line for what the writer of a mixer should know. Raises ValueError
-    for the name of a mixer in `parallel.mixers` that the model has not, for a parameter without an initial value, and
-    what `rehearse` raises.
+    for the name of a mixer in `parallel.mixers` that the model has not, for a parameter without an initial value, for
+    keys or a memory that no layer reads, and what `rehearse` raises.
     """
     model = model | {"vocabulary": model.get("vocabulary") or STAND_IN}
     built = on_meta(build, model)
@@ -142,6 +143,7 @@ def check_model(
         raise ValueError(f"parallel.mixers must name mixers of the model's pattern, {names}; got {', '.join(unknown)}")
     check_experts(built, settings.parallel.experts)
     built.check_initial_values()
+    check_unread(built.leaves())
     frozen_parameters(built, settings.optimizer.only)
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):

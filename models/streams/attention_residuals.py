@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...kernels.pointwise import depth_attention
 from ...parallel.sequence import Sequence
 from ..block import Block
-from ..part import Part
+from ..mixer import also_takes
 
 
 class DepthAttention(nn.Module):
@@ -44,26 +44,19 @@ class AttentionResidualBlock(Block):
     All of it is done token by token. Raises ValueError for a `block_size` that is not positive.
     """
 
+    @also_takes(Block)
     def __init__(
-        self,
-        *,
-        parts: Mapping[str, Part],
-        width: int,
-        before: int,
-        last: bool,
-        block_size: int = 1,
-        norm_eps: float = 1e-6,
-        norm: str = "rms",
+        self, *, width: int, before: int, last: bool, block_size: int = 1, norm_eps: float = 1e-6, **block: Any
     ) -> None:
-        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
+        super().__init__(width=width, norm_eps=norm_eps, **block)
         if block_size < 1:
             raise ValueError(f"model.block.block_size must be at least 1; got {block_size}. It counts parts of blocks")
         self.before, self.width, self.block_size = before, width, block_size
-        for number, name in enumerate(parts, before):
+        for number, name in enumerate(self.names, before):
             if number:  # the first part has the embedding alone to read
                 self.add_module(f"{name}_depth", DepthAttention(width, norm_eps))
         self.final_depth = DepthAttention(width, norm_eps) if last else None
-        own = range(before, before + len(parts))
+        own = range(before, before + len(self.names))
         self.finished = [_source(number) for number in range(0, before, block_size)]
         self.reads = (*self.reads, *self.finished)
         if not last:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ...kernels.pointwise import doubly_stochastic
 from ...parallel.sequence import Sequence
 from ..block import Block
 from ..layers.normalisation import norm_of
-from ..part import Part
+from ..mixer import also_takes
 
 EPS = 1e-6  # of the reads and of Sinkhorn's sums, as in DeepSeek-V4
 START = 0.01  # of what makes connections depend on the token
@@ -136,22 +136,16 @@ class HyperConnectionBlock(Block):
     them up. Everything is done token by token. Raises ValueError for less than 2 streams.
     """
 
+    @also_takes(Block)
     def __init__(
-        self,
-        *,
-        parts: Mapping[str, Part],
-        width: int,
-        before: int,
-        last: bool,
-        streams: int = 4,
-        norm_eps: float = 1e-6,
-        norm: str = "rms",
-    ) -> None:
-        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
+        self, *, width: int, before: int, last: bool, streams: int = 4, norm_eps: float = 1e-6, norm: str = "rms",
+        **block: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(width=width, norm_eps=norm_eps, norm=norm, **block)
         if streams < 2:
             raise ValueError(f"model.block.streams must be at least 2; got {streams}. Leave model.block out for one")
         self.streams, self.width, self.first, self.last = streams, width, before == 0, last
-        for number, name in enumerate(parts, before):
+        for number, name in enumerate(self.names, before):
             self.add_module(f"{name}_connection", self.connection(number, norm, norm_eps))
 
     def connection(self, number: int, norm: str, norm_eps: float) -> nn.Module:
@@ -188,25 +182,13 @@ class ManifoldHyperConnectionBlock(HyperConnectionBlock):
     iterations: of Sinkhorn's normalisation. Raises ValueError for less than 2 streams or 1 iteration.
     """
 
-    def __init__(
-        self,
-        *,
-        parts: Mapping[str, Part],
-        width: int,
-        before: int,
-        last: bool,
-        streams: int = 4,
-        iterations: int = 20,
-        norm_eps: float = 1e-6,
-        norm: str = "rms",
-    ) -> None:
+    @also_takes(HyperConnectionBlock)
+    def __init__(self, *, last: bool, iterations: int = 20, norm_eps: float = 1e-6, **block: Any) -> None:
         if iterations < 1:
             raise ValueError(f"model.block.iterations must be at least 1; got {iterations}. 20 are usual")
         self.iterations = iterations
-        super().__init__(
-            parts=parts, width=width, before=before, last=last, streams=streams, norm_eps=norm_eps, norm=norm
-        )
-        self.final = LearnedReadout(width, streams, norm_eps) if last else None
+        super().__init__(last=last, norm_eps=norm_eps, **block)
+        self.final = LearnedReadout(self.width, self.streams, norm_eps) if last else None
 
     def connection(self, number: int, norm: str, norm_eps: float) -> nn.Module:
         return ManifoldConnection(self.width, self.streams, self.iterations, norm_eps)

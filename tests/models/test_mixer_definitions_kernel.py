@@ -420,7 +420,7 @@ def test_attention_to_whole_documents_has_no_next_token():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: LinearAttention(width=32, heads=5), "heads must divide width=32; got 5"),
+        (lambda: LinearAttention(width=32, heads=5), "heads must divide width=32; got 5. Change it, or give key_dim"),
         (lambda: LinearAttention(width=32, heads=4, kv_heads=3), "kv_heads must divide heads=4; got 3"),
         (lambda: CosFormer(width=32, heads=4, max_length=0), "max_length must be at least 1; got 0"),
         (lambda: FastWeights(width=32, heads=4, nu=16), "nu must be at least 1 and below twice the key_dim=8; got 16"),

@@ -126,5 +126,5 @@ def test_wrong_settings_are_named():
         SLSTM(width=WIDTH, heads=5, layer=0, depth=1)
     with pytest.raises(ValueError, match="conv_size must be at least 1; got 0"):
         SLSTM(width=WIDTH, heads=3, layer=0, depth=1, conv_size=0)
-    with pytest.raises(ValueError, match="block must divide width=48; got 5"):
+    with pytest.raises(ValueError, match=r"block must divide width=48; got 5\. Change it$"):
         MLSTMBlock(width=WIDTH, heads=3, block=5)

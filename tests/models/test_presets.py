@@ -21,6 +21,9 @@ from longreach.parallel.sequence import Sequence
 
 FAMILIES = ("llama", "minimax_01", "sliding_window")
 SPARSE = ("nsa", "moba", "infllm_v2", "nsa_gated_deltanet", "moba_lightning")  # tiny and 1B
+# In the comments of YAMLs: with neither, of what a token uses.
+STATED = re.compile(r"([\d.]+) (m|b)illion(?: parameters)?( besides|(?: with(?: a vocabulary of)? ([\d,]*\d)))?\b")
+UNITS = {"m": 1e6, "b": 1e9}
 SMALL = [preset for preset in MODELS if preset.endswith("_tiny")] + ["quickstart"]
 
 
@@ -68,15 +71,25 @@ def test_settings_of_mixers_are_written_once():
 
 
 @pytest.mark.parametrize("preset", family_or_slow([preset for preset in MODELS if preset not in published()]))
-def test_has_the_size_that_its_name_states(preset):
-    if size := re.search(r"_([\d.]+)([mb])$", preset):
-        stated = float(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
-        vocabulary = 32_768 if stated < 4e9 else 131_072
-        assert on_meta(preset, vocabulary).parameter_count() == pytest.approx(stated, rel=0.15)
-        return
+def test_has_the_size_that_its_name_and_its_comment_state(preset):
     model = on_meta(preset)
     vocabulary = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}
-    assert 1e6 < model.parameter_count() - sum(vocabulary.values()) < 4e6
+    besides, of_a_token = model.parameter_count() - sum(vocabulary.values()), sum(vocabulary.values()) // 4096
+    if size := re.search(r"_([\d.]+)([mb])$", preset):
+        stated = float(size[1]) * UNITS[size[2]]
+        here = besides + of_a_token * (32_768 if stated < 4e9 else 131_072)
+        assert here == pytest.approx(stated, rel=0.15)
+    else:
+        assert 1e6 < besides < 4e6
+    if preset not in model_sizes():
+        return
+    lines = (CONF / "model" / f"{model_sizes()[preset]}.yaml").read_text().splitlines()
+    counts = STATED.findall(" ".join(line for line in lines if line.startswith("#")))
+    assert counts
+    for number, unit, what, size in counts:
+        idle = 0 if what else model.parameter_count() - model.parameter_count(active=True)
+        here = besides - idle + of_a_token * int(size.replace(",", "") or 0)
+        assert f"{here / UNITS[unit]:.{len(number.partition('.')[2])}f}" == number, here
 
 
 @pytest.mark.slow

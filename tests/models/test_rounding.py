@@ -23,16 +23,16 @@ FAR = Documents.whole(1, LENGTH, position=100_000)
 # Relative norm. Activations that are rounded, a dozen times on the way, make 0.4 to 2 %; what adds up rounded numbers
 # makes more with every token.
 GRADIENTS = 0.03
-# Parameters that change next to nothing: what all input gates have in common cancels wherever an output is divided by
-# what it sums, so that this gradient is hundreds of times smaller than the parts that it is the sum of.
+# Gradients that are the little that is left of large parts, by mixer and parameter, with bounds of their own: what all
+# input gates have in common cancels wherever an output is divided by what it sums, and leaves hundredths of its parts.
 # What scores keys by ReLUs learns from the difference of two distributions: rounding its projections alone, in an
 # otherwise exact model, makes 10 %.
 CANCELS = {
-    "mlstm_block": {"input_gate.bias"},
+    "mlstm_block": {"input_gate.bias": 0.7},
     "deepseek_sparse_attention": {
-        "indexer.query.weight", "indexer.key.weight", "indexer.key_norm.weight", "indexer.key_norm.bias",
+        f"indexer.{name}": 0.15 for name in ("query.weight", "key.weight", "key_norm.weight", "key_norm.bias")
     },
-}  # fmt: skip
+}
 ROUNDINGS = 1.25  # of an op, which rounds once; a gradient may be the sum of two parts that do
 INSIDE = 2.0  # of one that also rounds what it computes on the way, see ROUNDED_INSIDE
 
@@ -89,8 +89,7 @@ def errors(name, world=1, spans=1, documents=DOCUMENTS, fault=None):
     with plain_rotations(documents):
         exact, dx, _ = gradients_of_rank(0, 1, name, 1, documents, torch.float64, lists)
     got = {label: sum(part[0][label] for part in parts) for label in exact}
-    found = of_norms({**got, "input": layout.unshard([part[1] for part in parts])}, {**exact, "input": dx})
-    return {label: error for label, error in found.items() if label not in CANCELS.get(name, ())}
+    return of_norms({**got, "input": layout.unshard([part[1] for part in parts])}, {**exact, "input": dx})
 
 
 def roundings_of_rank(rank, world, noted, name, spans, strategy):
@@ -107,6 +106,13 @@ def roundings(name, world=1, spans=1, strategy=None, fault=None):
     with planted(fault), noted_ops() as noted:
         parts = run_threads(world, roundings_of_rank, noted, name, spans, strategy)
     return {place: max(part[place] for part in parts) for place in parts[0]}
+
+
+def assert_small(name, found):
+    """Each gradient is off by no more than gradients of its kind are."""
+    bounds = CANCELS.get(name, {})
+    assert bounds.keys() <= found.keys()
+    assert all(error < bounds.get(label, GRADIENTS) for label, error in found.items()), found
 
 
 def allowed(place):
@@ -126,8 +132,7 @@ def few(*often):
 
 @pytest.mark.parametrize("name", some("softmax_attention", "gated_deltanet", "mlstm"))
 def test_gradients_in_bfloat16_are_those_of_float64(name):
-    found = errors(name)
-    assert max(found.values()) < GRADIENTS, found
+    assert_small(name, errors(name))
 
 
 @pytest.mark.parametrize("name", few("infllm_v2", "mlstm", "mamba"))
@@ -139,8 +144,7 @@ def test_every_op_adds_up_in_float32_and_rounds_once(name):
 
 @pytest.mark.parametrize("name", few("gated_linear_attention"))
 def test_gradients_on_two_ranks_are_those_of_float64(name):
-    found = errors(name, 2, 2)
-    assert max(found.values()) < GRADIENTS, found
+    assert_small(name, errors(name, 2, 2))
 
 
 @pytest.mark.parametrize("name", few("softmax_attention"))
@@ -159,8 +163,7 @@ def test_other_strategies_round_once_too(name, strategy):
 
 @pytest.mark.parametrize("name", ["softmax_attention", "retnet"])
 def test_a_hundred_thousand_tokens_on_rotations_are_as_exact(name):
-    found = errors(name, documents=FAR)
-    assert max(found.values()) < GRADIENTS, found
+    assert_small(name, errors(name, documents=FAR))
 
 
 def test_every_parameter_of_a_model_has_the_gradient_of_float64():

@@ -8,7 +8,10 @@ import pytest
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
+from longreach.models.mixers.delta.rwkv7 import RWKV7
+from longreach.models.mixers.elementwise.gated_memory_unit import GatedMemoryUnit
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.key_values import KeyValues
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.block_sparse_attention import MoBA
 from longreach.models.mixers.state_space.mamba import Mamba
@@ -23,6 +26,12 @@ PARTS = {
     "one_linear_head": partial(LightningAttention, heads=1),
     "delta": partial(GatedDeltaNet, heads=4, key_dim=8, value_dim=8),
     "mamba": partial(Mamba, **Mamba.small),
+    "published": partial(Mamba, **Mamba.small, publish=True),
+    "memory": partial(GatedMemoryUnit, memory_of="published"),
+    "shared": partial(SoftmaxAttention, heads=4, share=2),
+    "keys": partial(KeyValues, kv_heads=2, head_dim=8),
+    "cross": partial(SoftmaxAttention, heads=4, keys_of="keys"),
+    "rwkv7": partial(RWKV7, head_dim=8, **RWKV7.small),
     "moba": partial(MoBA, heads=4, block_size=4, top_k=2),
     "dense_first": partial(MoBA, heads=4, block_size=4, top_k=2, dense_steps=5),
 }
@@ -131,3 +140,25 @@ def test_strategies_of_the_models_mixers_are_accepted(parts: tuple[str, ...], pa
 def test_strategies_of_other_mixers_are_refused(parts: tuple[str, ...], parallel: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(*parts, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    ("part", "unread"),
+    [
+        ("shared", "shared.keys, shared.values"),
+        ("keys", "keys.keys, keys.values"),
+        ("published", "published.memory"),
+    ],
+)
+def test_keys_and_memories_that_no_layer_reads_are_refused(part: str, unread: str) -> None:
+    with pytest.raises(ValueError, match=rf"mixers\.{part} must be read by a later layer; .* none reads {unread}\."):
+        check("softmax", part)
+
+
+@pytest.mark.parametrize("parts", [("shared", "softmax", "shared"), ("keys", "cross"), ("published", "memory")])
+def test_those_that_a_layer_reads_are_accepted(parts: tuple[str, ...]) -> None:
+    check(*parts)
+
+
+def test_what_a_model_of_one_layer_publishes_by_itself_is_accepted() -> None:
+    check("rwkv7")

@@ -59,8 +59,8 @@ class DeltaRule(Mixer):
             raise ValueError(f"steps must be at least 1; got {steps}")
         self.heads, self.key_heads, self.steps = heads, key_heads, steps
         self.negative_eigenvalues = negative_eigenvalues
-        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         keys, values = key_heads * self.key_dim, heads * self.value_dim
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, steps * keys, bias=False)

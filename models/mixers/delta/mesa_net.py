@@ -51,8 +51,8 @@ class MesaNet(Mixer):
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1; got {iterations}. 30 is usual")
         self.heads, self.iterations = heads, iterations
-        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         keys, values = heads * self.key_dim, heads * self.value_dim
         self.query = WideLinear(width, keys, bias=False)
         self.key = WideLinear(width, keys, bias=False)

@@ -38,8 +38,8 @@ class KernelAttention(Mixer):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
-        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         check_groups(heads, self.kv_heads)
         self.query = nn.Linear(width, heads * self.key_dim, bias=bias)
         self.key = nn.Linear(width, self.kv_heads * self.key_dim, bias=bias)

@@ -46,8 +46,8 @@ class ABC(Mixer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.key_dim = head_size("2 * heads", width, 2 * heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("2 * heads", width, 2 * heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         slots = self.key_dim if slots is None else slots
         if slots < 1:
             raise ValueError(f"slots must be at least 1; got {slots}. Use null for key_dim")

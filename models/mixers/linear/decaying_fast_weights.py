@@ -28,8 +28,8 @@ class DecayingFastWeights(Mixer):
     def __init__(self, *, width: int, heads: int, key_dim: int | None = None, value_dim: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         keys, values = heads * self.key_dim, heads * self.value_dim
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)

@@ -40,8 +40,8 @@ class GatedLinearAttention(Mixer):
         if gate_rank < 1 or gate_normaliser <= 0:
             raise ValueError(f"gate_rank and gate_normaliser must be positive; got {gate_rank} and {gate_normaliser}")
         self.heads, self.gate_normaliser = heads, gate_normaliser
-        self.key_dim = head_size("2 * heads", width, 2 * heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("2 * heads", width, 2 * heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         keys, values = heads * self.key_dim, heads * self.value_dim
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)

@@ -38,7 +38,7 @@ class GatedRetention(Mixer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
+        head_dim = head_size("heads", width, heads, "head_dim") if head_dim is None else head_dim
         if gate_normaliser <= 0:
             raise ValueError(f"gate_normaliser must be positive; got {gate_normaliser}")
         if head_dim < 4 or rope_base <= 0:

@@ -46,8 +46,8 @@ class GatedSlotAttention(Mixer):
         if slots < 1 or gate_normaliser <= 0:
             raise ValueError(f"slots and gate_normaliser must be positive; got {slots} and {gate_normaliser}")
         self.heads, self.kv_heads, self.slots, self.gate_normaliser = heads, kv_heads, slots, gate_normaliser
-        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         self.query = nn.Linear(width, heads * self.key_dim, bias=False)
         self.key = nn.Linear(width, kv_heads * self.key_dim, bias=False)
         self.value = nn.Linear(width, kv_heads * self.value_dim, bias=False)

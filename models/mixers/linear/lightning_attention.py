@@ -41,7 +41,7 @@ class LightningAttention(Mixer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
+        head_dim = head_size("heads", width, heads, "head_dim") if head_dim is None else head_dim
         self.heads, self.head_dim = heads, head_dim
         self.slopes = Slopes(slope_rule, heads, layer, depth)
         inner = heads * head_dim

@@ -42,8 +42,8 @@ class MLSTM(Mixer):
         if gate_cap is not None and gate_cap <= 0:
             raise ValueError(f"gate_cap must be positive; got {gate_cap}. Use null for no cap")
         self.heads, self.gate_cap = heads, gate_cap
-        self.key_dim = head_size("2 * heads", width, 2 * heads) if key_dim is None else key_dim
-        self.value_dim = head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("2 * heads", width, 2 * heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         keys, values = heads * self.key_dim, heads * self.value_dim
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)

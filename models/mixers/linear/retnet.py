@@ -36,8 +36,8 @@ class RetNet(Mixer):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
-        self.value_dim = 2 * head_size("heads", width, heads) if value_dim is None else value_dim
+        self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
+        self.value_dim = 2 * head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
         keys, values = heads * self.key_dim, heads * self.value_dim
         self.rotary = Rotary(self.key_dim, rope_base)
         self.query = nn.Linear(width, keys, bias=False)

@@ -78,7 +78,7 @@ class Attention(Mixer):
         self.reads, self.publishes = key_names(self.keys_of), key_names(self.keys_as)
         self.stateless = self.keys_of is not None and conv_size is None
         kv_heads = heads if kv_heads is None else kv_heads
-        head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
+        head_dim = head_size("heads", width, heads, "head_dim") if head_dim is None else head_dim
         check_groups(heads, kv_heads)
         if qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(map(str, QK_NORMS))}; got {qk_norm!r}")

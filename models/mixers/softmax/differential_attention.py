@@ -53,7 +53,7 @@ class DifferentialAttention(SoftmaxAttention):
             width=width,
             heads=2 * heads,
             kv_heads=None if kv_heads is None else 2 * kv_heads,
-            head_dim=head_size("2 * heads", width, 2 * heads) if head_dim is None else head_dim,
+            head_dim=head_size("2 * heads", width, 2 * heads, "head_dim") if head_dim is None else head_dim,
             norm_eps=norm_eps,
             **attention,
         )

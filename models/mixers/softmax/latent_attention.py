@@ -64,7 +64,7 @@ class LatentAttention(Mixer):
         output_bias: bool = False,
     ) -> None:
         super().__init__()
-        key_dim = head_size("heads", width, heads) if key_dim is None else key_dim
+        key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
         value_dim = key_dim if value_dim is None else value_dim
         _check_sizes(
             {"heads": heads, "latent_rank": latent_rank, "value_dim": value_dim, "query_rank": query_rank,

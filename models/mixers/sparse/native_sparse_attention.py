@@ -82,7 +82,7 @@ class NativeSparseAttention(Mixer):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        head_dim = head_size("heads", width, heads) if head_dim is None else head_dim
+        head_dim = head_size("heads", width, heads, "head_dim") if head_dim is None else head_dim
         value_dim = head_dim if value_dim is None else value_dim
         check_groups(heads, kv_heads)
         if compression not in COMPRESSIONS:

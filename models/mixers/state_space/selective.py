@@ -46,9 +46,9 @@ class SelectiveScan(Mixer):
         super().__init__()
         self.publishes = (f"{name}.memory",) if publish else ()
         inner, rank = int(expansion * width), -(-width // 16) if step_rank is None else step_rank
-        for name, value in (("expansion * width", inner), ("state", state), ("step_rank", rank)):
+        for setting, value in (("expansion * width", inner), ("state", state), ("step_rank", rank)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+                raise ValueError(f"{setting} must be at least 1; got {value}")
         self.inner, self.sizes = inner, (rank, state, state)
         self.widths = dict.fromkeys(self.publishes, inner)
         self.value = nn.Linear(width, inner, bias=bias)  # x
