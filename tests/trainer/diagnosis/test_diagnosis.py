@@ -289,6 +289,26 @@ def test_each_kind_of_fault_is_named(four_ranks, fault, overrides, stage, culpri
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "parameter"),
+    [("bfloat16_sums_of_experts", "experts"), pytest.param("bfloat16_reduction", "norm", marks=pytest.mark.many)],
+)
+def test_sums_in_bfloat16_are_as_strict_where_ranks_share_out_experts(four_ranks, fault, parameter):
+    make = lambda topology, data: Pooled(topology, data, four_ranks)  # noqa: E731
+    bench, settings = bench_of(make, "model=mixtral_tiny", "parallel.sequence=2", "parallel.experts=2", BFLOAT16)
+    loop.training_steps(bench, settings)
+    assert not bench.report.failed, bench.report.verdict()
+    four_ranks.run(planted_faults.plant, fault, timeout=60)
+    try:
+        loop.training_steps(bench, settings)
+    finally:
+        four_ranks.run(planted_faults.heal, timeout=60)
+    (row,) = bench.report.failures
+    assert row.check == "ZeRO-1, bfloat16: sum over micro-batches"
+    assert parameter in row.where
+
+
+@pytest.mark.slow
 def test_what_is_kept_without_its_setting_meets_another_layer(four_ranks):
     make = lambda topology, data: Pooled(topology, data, four_ranks)  # noqa: E731
     bench, settings = bench_of(make, "model=moba_tiny", "parallel.sequence=2", change=two_block_sizes)
