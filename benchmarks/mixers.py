@@ -153,6 +153,8 @@ def main() -> None:
         return
     short, long = (f"{length:,}" for length in chosen.lengths)
     head = f"| mixer | tokens/s at {short} | peak | tokens/s at {long} | peak | time per token, {long} to {short} |"
+    if chosen.write and chosen.mixers != names and RESULTS.exists() and head not in RESULTS.read_text():
+        parser.error(f"--lengths must be those of {RESULTS.name} for --write with --mixers; got {short} and {long}")
     lines = [head, "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
     rows = {}

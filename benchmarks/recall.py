@@ -3,9 +3,10 @@
     python benchmarks/recall.py [--runs runs/recall] [--models full nsa …] [--write]
 
 Two layers each, of width 64 and with short convolutions, without rotary positions. Models learn the task in rows of 256
-tokens with 16 pairs, and go on in rows of 2,048 with 64 pairs and queries anywhere, where a query attends to 8 blocks
-of 32 keys that MoBA, NSA or an indexer selects, or to a window of the 256 last ones. MoBA and the indexers go on from
-what full attention learned. An indexer is warmed up first: it alone trains, in rows of 256 tokens under full attention.
+tokens with 16 pairs, and go on in rows of 2,048 with 64 pairs and queries anywhere, where a query attends to 256 keys
+that MoBA, NSA or an indexer selects, in blocks or one by one, or to a window of the 256 last ones. MoBA and the
+indexers go on from what full attention learned. An indexer is warmed up first: it alone trains, in rows of 256 tokens
+under full attention.
 Runs that are finished in the folder are not run again. `--write` keeps table and curves in docs/.
 """
 

@@ -59,8 +59,7 @@ def convert(settings: ConvertSettings) -> Path:
     stored = verify(source).named_for(dict(model.named_parameters()))
     check_bytes(stored, [name for name, _ in model.named_parameters()])
     after, out = copy.deepcopy(before), Path(home(settings.path or "", "path"))
-    for name in {part.setting: part for part in chosen.values()}:
-        path, part = next((path, part) for path, part in chosen.items() if part.setting == name)
+    for name, (path, part) in {part.setting: (path, part) for path, part in chosen.items()}.items():
         after["mixers"][name.rpartition(".")[2]] = _converted(stored, path, part, before, settings).settings
     made = _on_meta(after)
     rewrite(stored, out, made, after, _weights(stored, made, chosen, before, settings))

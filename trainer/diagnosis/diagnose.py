@@ -39,14 +39,14 @@ def diagnose(
     line for each thing begun. prepare: "module:function" that every rank calls first; tests plant faults with it.
     Raises ValueError for a configuration that training refuses.
     """
-    check(settings, math.lcm(settings.parallel.sequence, settings.parallel.experts))
+    check(settings, _sharing(settings.parallel))
     configured = configured_model(settings)
     check_model(build, configured, settings, say)
     parallel = at_most(settings.parallel, MOST_RANKS)
     window = max(2, 7 * spans_of(parallel) * 3 // 2)  # of the cases' longest spans: beyond one rank, not over two
     model = complete(configured) if whole else reduced(configured, build, window=window)
     parallel = replace(parallel, experts=_expert_ranks(parallel.experts, model, build))
-    data_ranks = max(2 if parallel.sequence <= 2 else 1, parallel.experts // math.gcd(*_sizes(parallel)))
+    data_ranks = max(2 if parallel.sequence <= 2 else 1, _sharing(parallel) // parallel.sequence)
     report = Report(_title(model, parallel, data_ranks), unseen=_unseen(complete(configured), model))
     report.rows += _never_tested(settings, parallel)
     topology = Topology(build, model, parallel)
@@ -88,12 +88,12 @@ def _on_cuda(
     prepare: str | None,
 ) -> None:
     """The production backends, with one GPU per rank: nothing in float64, which they do not take."""
-    available, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, topology.parallel.sequence
+    available, needed = torch.cuda.device_count() if torch.cuda.is_available() else 0, _sharing(topology.parallel)
     if available < needed:
         why = f"{needed} CUDA device(s) are needed; this machine has {available}"
         report.rows += [Row(what, NOT_TESTED, where=why) for what in ("NCCL", "Triton kernels", "flash-attn")]
         return
-    data_ranks = min(data_ranks, available // needed)
+    data_ranks = min(data_ranks, available // needed * needed // topology.parallel.sequence)
     bench = Bench(replace(topology, cuda=True), data_ranks, report, prepare)
     dtype = settings.trainer.dtype
     _attempt(
@@ -162,8 +162,9 @@ def _never_tested(settings: Settings, parallel: ParallelSettings) -> list[Row]:
     return rows
 
 
-def _sizes(parallel: ParallelSettings) -> tuple[int, int]:
-    return parallel.sequence, parallel.experts
+def _sharing(parallel: ParallelSettings) -> int:
+    """The fewest ranks that share rows and experts as these settings say; any number of ranks is a multiple of it."""
+    return math.lcm(parallel.sequence, parallel.experts)
 
 
 def _expert_ranks(ranks: int, model: dict, build: Build) -> int:

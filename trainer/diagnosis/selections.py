@@ -135,27 +135,42 @@ def index_divergence(
     index_scale: float | None = None,
 ) -> Tensor:
     q, k, index_q, index_k = exactly(q.detach(), k.detach(), index_q, index_k)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    index_factor = index_q.shape[-1] ** -0.5 if index_scale is None else index_scale
+    factor = index_q.shape[-1] ** -0.5 if index_scale is None else index_scale
     parts = []
     for row, start, size, first in numbered(lengths, lambda n: -(-n // (block_size or 1))):
-        here, places = slice(start, start + size), torch.arange(size, device=q.device)
-        products = index_factor * torch.einsum("tid,sd->its", index_q[row, here], index_k[row, here, 0])
+        here = slice(start, start + size)
+        logits = factor * torch.einsum("tid,sd->its", index_q[row, here], index_k[row, here, 0])
         if weights is not None:
-            positive = products.clamp(min=0.0) * weights[row, here].to(products.dtype).T.unsqueeze(-1)
-            products = positive.sum(0, keepdim=True)
-        seen = (places <= places[:, None]).expand(products.shape)
-        if blocks is not None and block_size is not None:
-            of_key = first + places // block_size
-            seen = seen & (blocks[row, here].unsqueeze(-1) == of_key).any(2).transpose(0, 1)
-        each = q.shape[2] // len(products)
-        keys = k[row, here].repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-        scores = factor * torch.einsum("thk,shk->hts", q[row, here], keys)
-        scores = scores.masked_fill(~seen.repeat_interleave(each, dim=0), -torch.inf).softmax(-1)
-        target = scores.nan_to_num(0.0).unflatten(0, (-1, each)).mean(1)
-        logs = products.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0)
-        parts.append((row, start, (torch.xlogy(target, target) - target * logs).sum(-1).T))
+            positive = logits.clamp(min=0.0) * weights[row, here].to(logits.dtype).T.unsqueeze(-1)
+            logits = positive.sum(0, keepdim=True)
+        listed = None if block_size is None or blocks is None else blocks[row, here]
+        seen = _seen(size, listed, first, block_size or 1, q.device).expand(logits.shape)
+        target = _weights(q[row, here], k[row, here], seen, scale).mean(1)
+        parts.append((row, start, _divergence(target, logits, seen)))
     return joined(q, parts)
+
+
+def _seen(size: int, listed: Tensor | None, first: int, block_size: int, device: torch.device) -> Tensor:
+    """`[J or 1, T, S]`: which keys of a document a query sees, those of listed blocks `[T, J, M]` if any are given."""
+    places = torch.arange(size, device=device)
+    seen = (places <= places[:, None]).unsqueeze(0)
+    if listed is None:
+        return seen
+    return seen & (listed.unsqueeze(-1) == first + places // block_size).any(2).transpose(0, 1)
+
+
+def _weights(q: Tensor, k: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+    """`[J, heads, T, S]`: attention's weights of one document, whose heads share J views `[J, T, S]` of the keys."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = factor * torch.einsum("thk,shk->hts", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+    scores = scores.unflatten(0, (len(seen), -1)).masked_fill(~seen.unsqueeze(1), -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0)
+
+
+def _divergence(target: Tensor, logits: Tensor, seen: Tensor) -> Tensor:
+    """`[T, J]`: KL(target || softmax(logits)) over what is seen; all are `[J, T, S]`."""
+    logs = logits.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0)
+    return (torch.xlogy(target, target) - target * logs).sum(-1).T
 
 
 def gate_divergence(
@@ -171,26 +186,19 @@ def gate_divergence(
     gate_scale: float | None = None,
 ) -> Tensor:
     q, k, gate_q, gate_k = exactly(q.detach(), k.detach(), gate_q, gate_k)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    gate_factor = gate_q.shape[-1] ** -0.5 if gate_scale is None else gate_scale
-    groups, parts = k.shape[2], []
+    factor = gate_q.shape[-1] ** -0.5 if gate_scale is None else gate_scale
+    parts = []
     windows = [first for *_, first in numbered(lengths, lambda n: n // block_size)]
     of_blocks = numbered(lengths, lambda n: -(-n // block_size))
     for (row, start, size, first), window in zip(of_blocks, windows, strict=True):
-        here, places, count = slice(start, start + size), torch.arange(size, device=q.device), size // block_size
-        keys = k[row, here].repeat_interleave(q.shape[2] // groups, dim=1)
-        seen = (places <= places[:, None]).expand(groups, -1, -1)
-        if blocks is not None:
-            seen = seen & (blocks[row, here].unsqueeze(-1) == first + places // block_size).any(2).transpose(0, 1)
-        scores = factor * torch.einsum("thk,shk->hts", q[row, here], keys)
-        shown = seen.repeat_interleave(q.shape[2] // groups, dim=0)
-        weights = scores.masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num(0.0)
-        pooled = weights.unflatten(0, (groups, -1)).amax(1)[..., : count * block_size]
+        here, count = slice(start, start + size), size // block_size
+        listed = None if blocks is None else blocks[row, here]
+        seen = _seen(size, listed, first, block_size, q.device).expand(k.shape[2], -1, -1)
+        pooled = _weights(q[row, here], k[row, here], seen, scale).amax(1)[..., : count * block_size]
         pooled = pooled.unflatten(-1, (count, block_size)).amax(-1)  # [G, T, blocks]
         whole = seen[..., : count * block_size].unflatten(-1, (count, block_size)).all(-1)
         target = pooled.masked_fill(~whole, 0.0)
         target = (target / target.sum(-1, keepdim=True)).nan_to_num(0.0)
-        logits = gate_factor * torch.einsum("tgd,bgd->gtb", gate_q[row, here], gate_k[row, window : window + count])
-        logs = logits.masked_fill(~whole, -torch.inf).log_softmax(-1).masked_fill(~whole, 0.0)
-        parts.append((row, start, (torch.xlogy(target, target) - target * logs).sum(-1).T))
+        logits = factor * torch.einsum("tgd,bgd->gtb", gate_q[row, here], gate_k[row, window : window + count])
+        parts.append((row, start, _divergence(target, logits, whole)))
     return joined(q, parts)

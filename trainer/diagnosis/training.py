@@ -24,6 +24,7 @@ from ..reported import Reported
 from ..schedule import Schedule
 from ..settings import Settings
 from ..trainer import Trainer
+from ..zero.experts import cut_as_made
 from . import work
 from .model import Build, fill
 
@@ -60,6 +61,7 @@ class Step:
     next_rows: list[Row]
     state: dict[str, dict[str, tuple[int, Tensor]]]  # of KINDS, by parameter
     alone: dict[str, Tensor] = field(default_factory=dict)  # sum of its micro-batches' gradients without an engine
+    unshared: dict[str, Tensor] = field(default_factory=dict)  # the same with all experts here, if ranks share them out
 
 
 class _Silent:
@@ -119,25 +121,40 @@ class _Examined(Trainer):
         return part.start, part.values.float().cpu().clone()
 
     def alone(self, model: LanguageModel, targets: int) -> dict[str, Tensor]:
-        """The sum of the micro-batches' gradients in float32, computed as the step does but by the model itself."""
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-        parameters = dict(self.engine.named_parameters())
-        with torch.no_grad(), self.engine.gather(list(parameters.values())):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(parameters[name])
+        """The sum of the micro-batches' gradients in float32, computed as the step does but by the model itself.
+
+        The model has this rank's experts, as the engine's does, or all of them. It gets the engine's parameters.
+        """
+        weights, parameters = dict(model.named_parameters()), dict(self.engine.named_parameters())
+        total = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        shared = any(hasattr(weight, "cut") for weight in weights.values())
+        read = [parameters[name] for name, weight in weights.items() if not hasattr(weight, "cut")]
+        with torch.no_grad(), self.engine.gather(read):
+            for name, weight in weights.items():
+                weight.copy_(parameters[name])
         part = self._meet(self.reader.steps([self.step], self.row))
         reported = Reported(model.losses, part.loss_counts, self.mesh)
         for micro_batch in part.micro_batches:
             tokens, wanted = micro_batch.on(self.device)
             model.zero_grad(set_to_none=True)
-            seq = replace(micro_batch.seq, experts=None)  # the model has them all
+            seq = micro_batch.seq if shared else replace(micro_batch.seq, experts=None)
             loss, _, reports = model(tokens, seq, wanted, False, True)
             auxiliary = reported.add(reports)
             ((loss / targets + (0 if auxiliary is None else auxiliary)) * self.mesh.world_size).backward()
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    total[name] += parameter.grad.float()
-        return {name: gradient.cpu() for name, gradient in total.items()}
+            for name, weight in weights.items():
+                if weight.grad is not None:
+                    total[name] += weight.grad.float()
+        return {name: _of_all_experts(weight, total[name]).cpu() for name, weight in weights.items()}
+
+
+def _of_all_experts(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the whole weight: zero for experts that this rank does not hold."""
+    cut = getattr(weight, "cut", None)
+    if cut is None:
+        return gradient
+    whole = gradient.new_zeros(cut.shape)
+    whole[cut.held.start : cut.held.stop] = gradient
+    return whole
 
 
 def _rows(part: Batch) -> list[Row]:
@@ -152,11 +169,15 @@ def train_step(settings: Settings, lengths: list[int], targets: int) -> Step:
     stream = stream_of(lengths, settings.data.sequence_length, topology.model["vocabulary"])
     settings = replace(settings, model=topology.model)
     trainer = _Examined(settings, topology.build, worker.training, worker.device, stream)
-    alone = {}
+    alone, unshared, experts = {}, {}, worker.training.experts
     if settings.trainer.dtype == "bfloat16":
-        alone = trainer.alone(work.filled(topology, torch.bfloat16).to(worker.device), targets)
+        with cut_as_made(experts):
+            model = work.typed(topology.build(topology.model), torch.bfloat16)
+        alone = trainer.alone(model.to(worker.device), targets)
+        if experts is not None:
+            unshared = trainer.alone(work.filled(topology, torch.bfloat16).to(worker.device), targets)
     step = trainer.examine()
-    return replace(step, alone=alone)
+    return replace(step, alone=alone, unshared=unshared)
 
 
 class Place(NamedTuple):

@@ -77,6 +77,11 @@ def filled(topology: Topology, dtype: torch.dtype) -> LanguageModel:
     """The model with initial values that are the same in every process, in the types that the engine gives it."""
     model = topology.build(topology.model)
     fill(model)
+    return typed(model, dtype)
+
+
+def typed(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """The model in the types that the engine gives it."""
     model.to(torch.promote_types(dtype, torch.float32))  # buffers are not rounded
     cast_parameters(model, dtype)
     return model

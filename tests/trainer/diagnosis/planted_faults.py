@@ -267,6 +267,17 @@ def bfloat16_reduction() -> None:
     _configured(("bfloat16",), communication_data_type="bf16")
 
 
+def bfloat16_sums_of_experts() -> None:
+    """Gradients of experts that ranks share out are rounded to the type of the weights before replicas add them up."""
+
+    def reduce(self):
+        for shard in self._shards.values():
+            shard.gradient.copy_(shard.gradient.to(shard.parameter.dtype))
+        original(self)
+
+    original = spoil(ExpertWeights, "reduce", reduce)
+
+
 def norms_decay() -> None:
     """Weight decay shrinks norms too."""
 

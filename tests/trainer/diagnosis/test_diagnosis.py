@@ -21,6 +21,7 @@ from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.layout import Layout
 from longreach.parallel.sequence import Sequence
+from longreach.trainer.diagnosis import diagnose as diagnosis
 from longreach.trainer.diagnosis import ranks as rank_processes
 from longreach.trainer.diagnosis import training, work
 from longreach.trainer.diagnosis.bench import Bench
@@ -103,6 +104,23 @@ def test_cases_have_borders_at_edges_and_inside_spans_and_uneven_targets(ranks, 
 def test_a_large_topology_keeps_its_shape_on_eight_ranks():
     assert at_most(ParallelSettings(sequence=64), 8).sequence == 8
     assert at_most(ParallelSettings(sequence=6), 8).sequence == 6
+
+
+@pytest.mark.parametrize(
+    ("devices", "sequence", "experts", "data_ranks"), [(1, 1, 2, None), (2, 2, 3, None), (3, 1, 2, 2), (7, 2, 3, 3)]
+)
+def test_devices_are_used_by_so_many_ranks_as_share_rows_and_experts(
+    monkeypatch, devices, sequence, experts, data_ranks
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    made, report = [], Report("")
+    monkeypatch.setattr(diagnosis, "Bench", lambda topology, count, *rest: made.append(count))
+    monkeypatch.setattr(diagnosis, "_attempt", lambda *rest: None)
+    topology = Topology(build, {}, ParallelSettings(sequence=sequence, experts=experts))
+    diagnosis._on_cuda(topology, 6, report, settings_of("model=mixtral_tiny"), print, None)
+    assert made == ([] if data_ranks is None else [data_ranks])
+    assert [row.verdict for row in report.rows] == ([NOT_TESTED] * 3 if data_ranks is None else [])
 
 
 def test_the_verdict_names_what_tells_most_first():
@@ -286,6 +304,26 @@ def test_each_kind_of_fault_is_named(four_ranks, fault, overrides, stage, culpri
     finally:
         four_ranks.run(planted_faults.heal, timeout=60)
     assert [row.check for row in bench.report.culprits][:1] == [culprit]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "parameter"),
+    [("bfloat16_sums_of_experts", "experts"), pytest.param("bfloat16_reduction", "norm", marks=pytest.mark.many)],
+)
+def test_sums_in_bfloat16_are_as_strict_where_ranks_share_out_experts(four_ranks, fault, parameter):
+    make = lambda topology, data: Pooled(topology, data, four_ranks)  # noqa: E731
+    bench, settings = bench_of(make, "model=mixtral_tiny", "parallel.sequence=2", "parallel.experts=2", BFLOAT16)
+    loop.training_steps(bench, settings)
+    assert not bench.report.failed, bench.report.verdict()
+    four_ranks.run(planted_faults.plant, fault, timeout=60)
+    try:
+        loop.training_steps(bench, settings)
+    finally:
+        four_ranks.run(planted_faults.heal, timeout=60)
+    (row,) = bench.report.failures
+    assert row.check == "ZeRO-1, bfloat16: sum over micro-batches"
+    assert parameter in row.where
 
 
 @pytest.mark.slow

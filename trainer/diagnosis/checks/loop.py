@@ -28,7 +28,7 @@ RATE = 1e-2  # large enough for float32 to tell what a step changes
 FLOAT32 = 1e-3  # of gradients in float32; they are off by 1e-6, and by 1e-4 where a layer normalises what is near 0
 ALIKE = 4.0  # where one device's are off by more, how often that much the trainer's may be
 SUM = 1e-4  # of gradients in bfloat16 that are added up in float32; one rounded sum is off by 2e-3
-SHARED_EXPERTS = 2e-2  # the same where ranks share out experts: these add tokens of all such ranks before they round
+SHARED_EXPERTS = 2e-2  # between ranks that share out experts and ranks that have all: they round other partial sums
 DATA_RANKS = 3  # of the world that the groups are worked out for
 
 
@@ -240,7 +240,7 @@ def _assembled(steps: list[Step], shapes: dict[str, torch.Size], kind: str) -> d
 
 def _check_sum(bench: Bench, stage: int, steps: list[Step], truth: _Truth, settings: Settings, *, clip: float) -> None:
     """In bfloat16: the gradient is the sum, in float32, of those of the single micro-batches."""
-    summed = {name: comparison.sum_of([step.alone[name] for step in steps]) / len(steps) for name in truth.gradients}
+    summed = _summed([step.alone for step in steps])
     norm = _norm(summed)
     scale = min(1.0, clip / norm)
     shapes = {name: g.shape for name, g in truth.gradients.items()}
@@ -248,9 +248,18 @@ def _check_sum(bench: Bench, stage: int, steps: list[Step], truth: _Truth, setti
     errors = comparison.of_norms(got, {name: g.double() * scale for name, g in summed.items()})
     differences = [Difference(error, f"gradient of {name}") for name, error in errors.items()]
     differences += [Difference(abs(step.norm - norm) / norm, "gradient norm") for step in steps]
-    ran = f"trainer, DeepSpeed, {bench.ran('bfloat16')}"
+    ran, unit = f"trainer, DeepSpeed, {bench.ran('bfloat16')}", "of the gradient's norm"
     row = f"ZeRO-{stage}, bfloat16: sum over micro-batches"
-    limit = SUM if settings.parallel.experts == 1 else SHARED_EXPERTS
-    bench.add(comparison.row(row, differences, limit, ran, 5, unit="of the gradient's norm"))
+    bench.add(comparison.row(row, differences, SUM, ran, 5, unit=unit))
+    if settings.parallel.experts > 1:
+        errors = comparison.of_norms(summed, _summed([step.unshared for step in steps]))
+        differences = [Difference(error, f"gradient of {name}") for name, error in errors.items()]
+        row = "bfloat16: experts that ranks share out = all on every rank"
+        bench.add(comparison.row(row, differences, SHARED_EXPERTS, ran, 5, unit=unit))
     losses = [Difference(abs(step.loss - truth.loss) / truth.loss, "loss") for step in steps]
     bench.add(comparison.row(f"ZeRO-{stage}, bfloat16: loss", losses, 5e-2, ran, 5))
+
+
+def _summed(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The ranks' gradients of one step."""
+    return {name: comparison.sum_of([each[name] for each in gradients]) / len(gradients) for name in gradients[0]}
