@@ -19,6 +19,8 @@ from longreach.kernels import gated_linear as gated
 from longreach.kernels import selective_scan as selective
 from longreach.kernels import short_conv as conv
 from longreach.kernels import softmax as attention
+from longreach.kernels.grouped_matmul import flops as grouped_flops
+from longreach.kernels.grouped_matmul import grouped_matmul
 from longreach.kernels.pointwise import cross_entropy, rms_norm, swiglu
 
 HEADS, DIM = (16, 128) if torch.cuda.is_available() else (8, 64)  # what fills the device
@@ -298,6 +300,23 @@ def loss_case(length: int, device: str) -> Case:
     return Case(differentiated(lambda x, w: cross_entropy(x, w, targets), [hidden, weight]), flops, peers)
 
 
+def experts_case(length: int, device: str) -> Case:
+    """Eight experts of uneven loads."""
+    inputs, outputs, groups = HEADS * DIM, 4 * HEADS * DIM, 8
+    x, weight = draw(length, inputs, device=device), draw(groups, outputs, inputs, device=device)
+    ends = (torch.linspace(0, 1, groups + 1, device=device)[1:].square() * length).int()
+
+    def torch_product(x: Tensor, weight: Tensor) -> Tensor:
+        return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+    peers = {"torch grouped_mm": differentiated(torch_product, [x, weight])}
+    return Case(
+        differentiated(lambda x, weight: grouped_matmul(x, weight, ends), [x, weight]),
+        grouped_flops(length, inputs=inputs, outputs=outputs),
+        peers,
+    )
+
+
 CASES: dict[str, Callable[[int, str], Case]] = {
     "softmax": softmax_case,
     "gated_linear constant": gated_case("constant"),
@@ -312,5 +331,6 @@ CASES: dict[str, Callable[[int, str], Case]] = {
     "rms_norm": norm_case,
     "swiglu": swiglu_case,
     "cross_entropy": loss_case,
+    "grouped_matmul": experts_case,
 }
 LINEAR = [name for name in CASES if name != "softmax"]

@@ -104,7 +104,7 @@ def check(options: Options, started: float) -> Report:
             now = time.monotonic()
             seconds = limit(part, options.parts[number + 1 :], end - now)
             print(f"{now - started:5.0f} s  == {part.title} (within {seconds:.0f} s)", flush=True)
-            workers = 1 if device == "cpu" else max(1, min(part.workers, (os.cpu_count() or 1) // 2))
+            workers = 1 if device == "cpu" else max(1, min(part.workers, (os.cpu_count() or 1) - 2))
             Overseer(part, mine, now + seconds, Path(folder), workers, told).run()
             if part.name == "machine" and mine.tables:
                 facts.update({str(row["what"]): str(row["value"]) for row in mine.tables[0].rows})

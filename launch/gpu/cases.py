@@ -17,13 +17,14 @@ from ... import __path__ as package
 from ...kernels.blocks import BlockLayout, BlockTile
 from ...kernels.dispatch import choose
 from ...kernels.documents import Documents
+from ...kernels.grouped_matmul import grouped_matmul
 from ...kernels.masks import Dilated, Mask, Pattern
 from ...kernels.pointwise import cross_entropy, embedding, rms_norm, rope, rope_frequencies, swiglu
 from ...parallel import ops
 from ...parallel.sequence import Sequence
 
-PRODUCTION = {"H": 16, "G": 4, "K": 128, "V": 128, "D": 2048, "N": 16, "F": 5632, "W": 32768}
-FEW = {"H": 8, "G": 2, "K": 8, "V": 8, "D": 16, "N": 2, "F": 24, "W": 61}  # on a CPU
+PRODUCTION = {"H": 16, "G": 4, "K": 128, "V": 128, "D": 2048, "N": 16, "F": 5632, "W": 32768, "E": 8}
+FEW = {"H": 8, "G": 2, "K": 8, "V": 8, "D": 16, "N": 2, "F": 24, "W": 61, "E": 3}  # on a CPU
 DISCONTINUOUS = ("blocks of", "short window")  # cases whose result jumps where rounding moves a score, or is a constant
 OF_TESTS = ("latent", "wide latent")  # cases whose sizes are those of the tests alone
 OF_LIBRARIES = ("constant decay", "scalar decay", "channel decay", "gated delta", "channel delta")
@@ -139,6 +140,7 @@ def _pointwise(cases: Any) -> Iterator[Trial]:
         ("rotary positions", _rope, ((heads, "normal"),), heads),
         ("cross entropy", _cross_entropy, ((x, "normal"), (("W", "D"), "small")), ()),
         ("embedding", _embedding, ((("W", "D"), "normal"),), x),
+        ("products of experts", _experts, ((x, "normal"), (("E", "F", "D"), "small")), ("T", "F")),
     ):
         yield Trial(name, cases.Case(call, inputs, result))
         if name in OF_LIGER and importlib.util.find_spec("liger_kernel") is not None:
@@ -210,6 +212,15 @@ def _tokens(seq: Sequence, weight: Tensor) -> Tensor:
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, *, seq: Sequence) -> Tensor:
     return cross_entropy(hidden, weight, _tokens(seq, weight))
+
+
+def _experts(x: Tensor, weight: Tensor, *, seq: Sequence) -> Tensor:
+    """Groups of any size, the last empty, and rows of no group after them."""
+    rows, groups = x.flatten(0, 1), weight.shape[0]
+    generator = torch.Generator().manual_seed(1)
+    ends = torch.randint(rows.shape[0], (groups - 1,), generator=generator).sort().values
+    ends = torch.cat([ends, ends[-1:]]).to(x.device, torch.int32)
+    return grouped_matmul(rows, weight, ends, backend=seq.backend).view(*x.shape[:2], -1)
 
 
 def _embedding(weight: Tensor, *, seq: Sequence) -> Tensor:

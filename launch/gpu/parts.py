@@ -14,7 +14,7 @@ class Part:
 
     seconds: its share of `BUDGET_SECONDS`. module: as seen from this package; its `steps(here)` lists what it does.
     workers: processes that share its steps on a GPU. Where kernels are timed it is one; elsewhere most of the time goes
-    into compiling kernels on the host, and several do it side by side.
+    into compiling kernels on the host, and as many do it side by side as there are cores, but two.
     """
 
     name: str
@@ -26,12 +26,12 @@ class Part:
 
 PARTS = (
     Part("machine", "Machine and versions", 15, ".machine"),
-    Part("ops", "Every op against float64", 120, ".ops", workers=8),
+    Part("ops", "Every op against float64", 120, ".ops", workers=14),
     Part("sync", "A step that never waits for the host", 40, ".waiting"),
-    Part("ranks", "Ranks as threads of one process", 55, ".ranks", workers=4),
+    Part("ranks", "Ranks as threads of one process", 55, ".ranks", workers=8),
     Part("kernels", "Time of each op beside its alternatives", 100, ".timing"),
     Part("training", "Training in rows of 131,072 tokens", 165, ".training"),
-    Part("tests", "Tests that need a GPU", 45, ".marked", workers=4),
+    Part("tests", "Tests that need a GPU", 45, ".marked", workers=12),
 )
 
 

@@ -195,6 +195,16 @@ def test_dense_steps_are_softmax_attention_and_end(name):
     assert outputs[1][1] != outputs[2][1]
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_the_output_has_a_gate_where_it_is_asked_for(name):
+    mixer, plain, heads = built(name, gate="channel"), built(name), []
+    plain.load_state_dict(mixer.state_dict(), strict=False)
+    plain.output.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
+    plain(X, whole(BATCH, LENGTH))
+    expected = plain.output(torch.sigmoid(mixer.gate.project(X)) * heads[0])
+    torch.testing.assert_close(mixer(X, whole(BATCH, LENGTH))[0], expected, rtol=0, atol=1e-12)
+
+
 def test_a_warmed_indexer_finds_what_attention_wants():
     mixer, seq = built("deepseek_sparse_attention"), Sequence.single(Documents.whole(BATCH, LENGTH))
     mixer.dense = True

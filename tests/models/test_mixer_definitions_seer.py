@@ -94,6 +94,7 @@ def test_dense_steps_are_softmax_attention_with_its_weights():
         ({"gate_dim": 0}, "gate_dim must be at least 1"),
         ({"gate_loss": -1.0}, "gate_loss must not be negative"),
         ({"dense_steps": -1}, "dense_steps must not be negative"),
+        ({"gate": "head"}, "gate must be null for SeerAttention"),
         ({"count": 2, "local": 3}, "count must have room for the forced blocks"),
     ],
 )

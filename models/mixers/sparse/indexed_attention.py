@@ -56,7 +56,7 @@ class IndexedAttention(Attention):
         else:
             lists = lists.expand(-1, -1, self.kv_heads, -1).contiguous()
             out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=self.indexer.rule.block_size)
-        return self.output(out.flatten(-2)), loss
+        return self.gated(x, out), loss
 
     def mixing_flops(self, seq: Sequence) -> int:
         heads, dim = self.heads, self.head_dim

@@ -53,6 +53,11 @@ class SeerAttention(Attention):
         for name, value in (("dense_steps", dense_steps), ("gate_loss", gate_loss)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative; got {value}")
+        if attention.get("gate") is not None:
+            raise ValueError(
+                f"gate must be null for SeerAttention, whose own gate is of blocks; got {attention['gate']!r}. Leave "
+                "out the output's gate"
+            )
         rule = Rule(block_size, count, score="dot", pooled=False, initial=initial, local=local)
         super().__init__(**attention)
         self.losses = {"gate": gate_loss}
