@@ -58,10 +58,11 @@ class _RmsNorm(Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = wide * inverse
+        factor: Tensor | float = offset
         if weight is not None:
-            y.mul_(weight.to(wide.dtype) + offset if offset else weight)
-        elif offset != 1.0:
-            y.mul_(offset)
+            factor = weight.to(wide.dtype) + offset if offset else weight
+        # Torch 2.11 compiled loses the gradients of an output that was written over.
+        y = y * factor if torch.compiler.is_compiling() else y.mul_(factor)
         ctx.save_for_backward(x, weight, inverse)
         return y.to(x.dtype)
 

@@ -34,7 +34,8 @@ class _SwiGLU(Function):
         ctx.kernels = by_kernels("swiglu", gate)
         if ctx.kernels is not None:
             return ctx.kernels.gated(gate, up)
-        return F.silu(gate).mul_(up)
+        # Torch 2.11 compiled loses the gradients of an output that was written over.
+        return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
