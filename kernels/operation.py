@@ -104,6 +104,15 @@ class Function(torch.autograd.Function):
         return partial(cls.forward, _NoBackward())
 
 
+def own(y: Tensor) -> Tensor:
+    """y as the output of a forward, where it may be the result of an operation that returns what it was given.
+
+    Those are operations in place, and conversions to the type at hand. Compiled by torch 2.11 such outputs lose their
+    gradients without a word; the copy is then part of the compiler's kernels.
+    """
+    return y.clone() if torch.compiler.is_compiling() else y
+
+
 class Run(Function):
     """The one through which ops run: see `run`."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import by_kernels, by_library
-from ..operation import Function
+from ..operation import Function, own
 from . import library
 
 
@@ -58,13 +58,12 @@ class _RmsNorm(Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = wide * inverse
-        factor: Tensor | float = offset
         if weight is not None:
-            factor = weight.to(wide.dtype) + offset if offset else weight
-        # Torch 2.11 compiled loses the gradients of an output that was written over.
-        y = y * factor if torch.compiler.is_compiling() else y.mul_(factor)
+            y.mul_(weight.to(wide.dtype) + offset if offset else weight)
+        elif offset != 1.0:
+            y.mul_(offset)
         ctx.save_for_backward(x, weight, inverse)
-        return y.to(x.dtype)
+        return own(y.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import by_kernels, by_library
-from ..operation import Function
+from ..operation import Function, own
 from . import library
 
 
@@ -34,8 +34,7 @@ class _SwiGLU(Function):
         ctx.kernels = by_kernels("swiglu", gate)
         if ctx.kernels is not None:
             return ctx.kernels.gated(gate, up)
-        # Torch 2.11 compiled loses the gradients of an output that was written over.
-        return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
+        return own(F.silu(gate).mul_(up))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
