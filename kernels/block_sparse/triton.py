@@ -36,7 +36,7 @@ LEAST_SEGMENT = 1024  # rows that one program sums into a block's gradient befor
 SHARED_ROWS = 8  # rows per list from which on programs go by queries
 
 # Keys of a tile, warps and stages by the larger of the padded dims.
-BY_QUERY = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)}
+BY_QUERY = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 4, 2)}
 BY_QUERY_BACKWARD = {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 1)}
 BY_BLOCK = {64: (64, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2)}
 KEY_GRADIENTS = {64: (64, 4, 2), 128: (64, 8, 2), 256: (64, 8, 1)}

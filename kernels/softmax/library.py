@@ -26,6 +26,7 @@ from . import reference
 
 logger = logging.getLogger("longreach")
 
+SHORTEST = 64  # spans that cuDNN is given: it refuses those of one token, with an error that breaks its next call too
 MAX_CALLS = 8  # with more of them a tile spends its time on merging
 
 
@@ -163,7 +164,9 @@ def _on_hopper(call: Call, device: torch.device) -> bool:
 
 def _for_cudnn(call: Call, device: torch.device) -> bool:
     # Its backward is not deterministic, and torch refuses it then.
-    return device.type == "cuda" and call.is_dense and not torch.are_deterministic_algorithms_enabled()
+    if device.type != "cuda" or not call.is_dense or torch.are_deterministic_algorithms_enabled():
+        return False
+    return min(map(min, call.lengths)) >= SHORTEST
 
 
 PROVIDERS = [

@@ -19,7 +19,7 @@ from ...kernels.dispatch import choose
 from ...kernels.documents import Documents
 from ...kernels.grouped_matmul import grouped_matmul
 from ...kernels.masks import Dilated, Mask, Pattern
-from ...kernels.pointwise import cross_entropy, embedding, rms_norm, rope, rope_frequencies, swiglu
+from ...kernels.pointwise import cross_entropy, embedding, gated_norm, rms_norm, rope, rope_frequencies, swiglu
 from ...parallel import ops
 from ...parallel.sequence import Sequence
 
@@ -81,13 +81,14 @@ def trials() -> list[Trial]:
         for name, case in cases.CASES.items()
         if name not in OF_TESTS and not any(name.startswith(part) for part in DISCONTINUOUS)
     }
-    found = list(_sparse(cases))
+    found = []
+    if importlib.util.find_spec("fla") is not None:  # they take longest
+        found += [Trial(f"{name}, flash-linear-attention", shared[name], "library") for name in OF_LIBRARIES]
+    found += _sparse(cases)
     for name, case in shared.items():
         if case.keys and name != "own attention":
             found.append(Trial(f"{name}, own kernels", case, "triton"))
     found += [Trial(name, case) for name, case in shared.items()]
-    if importlib.util.find_spec("fla") is not None:
-        found += [Trial(f"{name}, flash-linear-attention", shared[name], "library") for name in OF_LIBRARIES]
     found += _attention(cases)
     found += _pointwise(cases)
     return found
@@ -136,6 +137,7 @@ def _pointwise(cases: Any) -> Iterator[Trial]:
     for name, call, inputs, result in (
         ("RMS norm", _norm, ((x, "normal"), (("D",), "normal")), x),
         ("RMS norm of heads", _norm, ((heads, "normal"), (("K",), "normal")), heads),
+        ("gated norm", _gated_norm, ((heads, "normal"), (heads, "normal"), (("K",), "normal")), heads),
         ("SwiGLU", _swiglu, ((("T", "F"), "normal"), (("T", "F"), "normal")), ("T", "F")),
         ("rotary positions", _rope, ((heads, "normal"),), heads),
         ("cross entropy", _cross_entropy, ((x, "normal"), (("W", "D"), "small")), ()),
@@ -193,6 +195,10 @@ def compressed(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor, *, seq: Sequence) -> Tensor:
     return rms_norm(x, weight)
+
+
+def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, seq: Sequence) -> Tensor:
+    return gated_norm(x, gate, weight)
 
 
 def _swiglu(gate: Tensor, up: Tensor, *, seq: Sequence) -> Tensor:

@@ -17,7 +17,7 @@ from .cases import Trial, trials
 from .step import Here, Step
 
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # those of the tests: errors relative to the norm
-TUNING_SECONDS = 40.0  # for a trial of a library, which tunes its kernels
+TUNING_SECONDS = 70.0  # for a trial of a library, which tunes its kernels
 QUICK_SECONDS = 40.0  # for a trial in float32: exact products of large tiles compile for minutes
 RULES = {
     "NSA": Rule(64, 16, window=32, stride=16, initial=1, local=2),

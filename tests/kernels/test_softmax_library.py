@@ -143,6 +143,15 @@ def test_plain_rows_take_one_call():
     assert not Call(-1, 0, (Span(0, (0, 3), (0, 5)),)).is_dense
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 200])
+def test_cudnn_is_given_no_short_spans(length):
+    device = torch.device("cuda")
+    for mask in (Mask(), Mask(causal=False)):
+        (call,) = plan(mask.tile(Documents.whole(2, length), Documents.whole(2, length)))
+        assert library._for_cudnn(call, device) == (length >= library.SHORTEST)
+        assert not library._for_cudnn(call, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("spans", [1, 2])
 def test_calls_merge_to_the_tile(mask, spans, providers):
