@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 def plan(tile: Tile) -> tuple[Call, ...]:
     """The calls that cover every visible pair of a tile once."""
-    spans = torch.cat([_spans(band, tile.pieces) for band in tile.mask.bands])
+    spans = torch.cat([_expressible(_spans(band, tile.pieces)) for band in tile.mask.bands])
     if not len(spans):
         return ()
     limits = torch.unique(spans[:, :2], dim=0, return_inverse=True)[1]
@@ -86,3 +86,27 @@ def _spans(band: Band, pieces: Pieces) -> Tensor:
     runs = [(x.row << 32) + x.start for x in (queries, keys)]
     columns = [left, right, queries.row, a + to_query, b + to_query, c + to_key, d + to_key, *runs]
     return torch.stack(columns, dim=1)[inside & (a < b) & (c < d)]
+
+
+def _expressible(spans: Tensor) -> Tensor:
+    """The same pairs without right limits of as many keys as there are or more, which flash attention reads as none.
+
+    Where there are more queries than keys they limit the first queries. Those come apart, with the keys that they see,
+    and end with a query that sees all of these; the others have no right limit.
+    """
+    left, right, row, a, b, c, d, *runs = spans.unbind(1)
+    beyond = right >= d - c
+    if not beyond.any():
+        return spans
+    cut = torch.where(beyond, b - 1 - right, b)  # the first query that the limit leaves every key
+    moved = torch.where(left == UNLIMITED, UNLIMITED, left + (d - 1 - c) - (cut - a) - (d - c) + (b - a))
+    early = [_limit(moved, d - 1 - c), torch.zeros_like(right), row, a, cut, c, d - 1, *runs]
+    start = torch.where(left == UNLIMITED, c, torch.maximum(c, d - (b - cut) - left))
+    late = [_limit(left, d - start), torch.full_like(right, UNLIMITED), row, cut, b, start, d, *runs]
+    apart = [torch.stack(part, dim=1)[beyond] for part in (early, late)]
+    return torch.cat([spans[~beyond], *apart])
+
+
+def _limit(left: Tensor, keys: Tensor) -> Tensor:
+    """The left limit, or none where the last query sees all of so many keys."""
+    return torch.where(left >= keys - 1, UNLIMITED, left)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -148,10 +149,24 @@ def _torch_forward(at: Problem) -> tuple[Tensor, Tensor]:
 
 def _torch_backward(at: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
     state = torch.zeros(2, dtype=torch.uint64, device=at.q.device)  # for dropout, which is not used
-    return torch.ops.aten._flash_attention_backward(
-        dout, at.q, at.k, at.v, out, lse.T.contiguous(), *at.offsets, *at.longest(), 0.0, at.call.kind == "causal",
-        state, state[:1], scale=at.scale, **_torch_limits(at.call),
-    )  # fmt: skip
+    with _insisting():
+        return torch.ops.aten._flash_attention_backward(
+            dout, at.q, at.k, at.v, out, lse.T.contiguous(), *at.offsets, *at.longest(), 0.0, at.call.kind == "causal",
+            state, state[:1], scale=at.scale, **_torch_limits(at.call),
+        )  # fmt: skip
+
+
+@contextmanager
+def _insisting() -> Iterator[None]:
+    """Deterministic algorithms are demanded where they are on: asked for with warnings alone, torch takes others."""
+    if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _on_cuda(call: Call, device: torch.device) -> bool:

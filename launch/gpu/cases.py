@@ -145,6 +145,8 @@ def _pointwise(cases: Any) -> Iterator[Trial]:
         ("products of experts", _experts, ((x, "normal"), (("E", "F", "D"), "small")), ("T", "F")),
     ):
         yield Trial(name, cases.Case(call, inputs, result))
+        if name == "products of experts":
+            yield Trial(f"{name}, by torch", cases.Case(call, inputs, result), "library")
         if name in OF_LIGER and importlib.util.find_spec("liger_kernel") is not None:
             by_library = cases.Case(_by_library(OF_LIGER[name], call), inputs, result)
             yield Trial(f"{name}, Liger-Kernel", by_library, "library")

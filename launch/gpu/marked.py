@@ -37,7 +37,7 @@ def _test(root: Path, path: Path, here: Here) -> None:
     if "from hypothesis" in text and importlib.util.find_spec("hypothesis") is None:
         here.skip(name, "it needs hypothesis, which is not installed")
         return
-    command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-v", "--tb=short", f"--maxfail={ENOUGH}"]
+    command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-vv", "--tb=short", f"--maxfail={ENOUGH}"]
     process = subprocess.Popen(
         [*command, "-p", "no:cacheprovider"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

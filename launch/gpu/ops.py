@@ -17,6 +17,9 @@ from .cases import Trial, trials
 from .step import Here, Step
 
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # those of the tests: errors relative to the norm
+WORSE = (
+    2.0  # where those are exceeded: as many times the error of the form in torch, in the same type, are rounding too
+)
 TUNING_SECONDS = 70.0  # for a trial of a library, which tunes its kernels
 QUICK_SECONDS = 40.0  # for a trial in float32: exact products of large tiles compile for minutes
 RULES = {
@@ -77,19 +80,24 @@ def _try(trial: Trial, dtype: torch.dtype, here: Here) -> None:
     names = ["out", *(f"gradient {n}" for n in range(len(inputs)))]
     errors = {name: error(a, b) for name, a, b in zip(names, found, expected, strict=True)}
     worst = max(list(errors)[1:], key=lambda name: errors[name])
-    right = all(value <= TOLERANCES[dtype] for value in errors.values())
+    allowed = dict.fromkeys(errors, TOLERANCES[dtype])
+    if any(value > TOLERANCES[dtype] for value in errors.values()):
+        in_torch = run(trial, inputs, dout, Sequence.single(documents, backend="chunked"))
+        for name, a, b in zip(names, in_torch, expected, strict=True):
+            allowed[name] = max(allowed[name], WORSE * error(a, b))
+    right = all(value <= allowed[name] for name, value in errors.items())
     here.row(
         "Errors relative to the norm, at most "
         + " and ".join(f"{most:g} in {str(kind).removeprefix('torch.')}" for kind, most in TOLERANCES.items())
-        + "; seconds of the first call, with compilation",
+        + f", or {WORSE:g} times those of the form in torch; seconds of the first call, with compilation",
         op=trial.name,
         type=str(dtype).removeprefix("torch."),
         out=errors["out"],
         **{"worst gradient": errors[worst], "of input": int(worst.split()[1]), "seconds": seconds, "right": right},
     )
     if not right:
-        details = [*shapes, *(f"{name}: error {value:.3g}" for name, value in errors.items())]
-        here.fail(f"off by more than {TOLERANCES[dtype]:g} of the norm", details)
+        each = (f"{name}: error {value:.3g}, allowed {allowed[name]:.3g}" for name, value in errors.items())
+        here.fail("off by more than rounding", [*shapes, *each])
     _met(here)
 
 

@@ -27,12 +27,15 @@ PACKED = Documents.from_lengths([[3, 24, 1, 13], [30]], 43)
 
 
 def band(call, n, m):
-    """bool `[n, m]`: what a span of n queries and m keys shows under the call's limits."""
+    """bool `[n, m]`: what a span of n queries and m keys shows under the call's limits.
+
+    As flash attention has them: a limit of as many keys as there are is none, whatever the number of queries.
+    """
     i, j = torch.arange(n)[:, None] + m - n, torch.arange(m)[None, :]
     seen = torch.ones(n, m, dtype=torch.bool)
-    if call.left >= 0:
+    if 0 <= call.left < m:
         seen &= j >= i - call.left
-    return seen & (j <= i + call.right) if call.right >= 0 else seen
+    return seen & (j <= i + call.right) if 0 <= call.right < m else seen
 
 
 def by_span(at):
@@ -141,6 +144,19 @@ def test_plain_rows_take_one_call():
     (call,) = plan(Mask().tile(late, early))
     assert (call.kind, call.is_dense) == ("full", True)
     assert not Call(-1, 0, (Span(0, (0, 3), (0, 5)),)).is_dense
+
+
+def test_what_is_asked_for_with_warnings_is_demanded_of_flash_attention():
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        for enabled, warn_only, inside in ((True, True, False), (True, False, False), (False, True, True)):
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            with library._insisting():
+                assert torch.is_deterministic_algorithms_warn_only_enabled() == inside
+                assert torch.are_deterministic_algorithms_enabled() == enabled
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 200])

@@ -205,7 +205,7 @@ def sparse_layer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, seq: Sequence, r
         q, k, v, lists, seq=seq, block_size=rule.block_size, scale=SCALE,
         dense_length=5 if rule.aggregate == "max" else 0,
     )  # fmt: skip
-    weights = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype).cos().view(1, -1, 1, 1)
+    weights = torch.arange(1.0, summaries.shape[1] + 1, dtype=q.dtype, device=q.device).cos().view(1, -1, 1, 1)
     return out + 0.1 * (summaries * weights).sum((1, 2, 3), keepdim=True)
 
 

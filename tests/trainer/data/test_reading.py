@@ -90,7 +90,7 @@ def test_what_steps_derive_is_there_before_later_steps_ask() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gets_rows_from_pinned_memory_without_waiting() -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     with Ahead(prepared(reader(device=device).steps(range(3), 0)), device) as parts:
         for part in parts:
             for each in part.micro_batches:
