@@ -50,4 +50,5 @@ def off(here: Here) -> None:
 
 
 def never_ends(here: Here) -> None:
+    here.note("it never ends")
     time.sleep(600)

@@ -159,9 +159,15 @@ def test_a_step_fails_alone_and_what_it_said_stays(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(overseer, "START_SECONDS", 1.0)
     part, report, told = Part("planted", "Planted", 60, "planted_steps"), PartReport("planted", "Planted"), []
-    deadline = time.monotonic() + 60
-    Overseer(part, report, deadline, tmp_path, 1, told.append).run()
-    assert time.monotonic() < deadline + 5
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if "it never ends" in report.notes:  # the last step: the part's time need not be longer
+            running.deadline = min(running.deadline, time.monotonic() + 1)
+
+    running = Overseer(part, report, time.monotonic() + 60, tmp_path, 1, tell)
+    running.run()
+    assert time.monotonic() < running.deadline + 5
     assert [row["op"] for row in report.tables[0].rows] == ["a|b", "before the end"]
     by_step = {failure.step: failure for failure in report.failures}
     assert list(by_step) == ["wrong", "dies", "loses_the_device", "off"]
@@ -171,7 +177,7 @@ def test_a_step_fails_alone_and_what_it_said_stays(tmp_path: Path, monkeypatch: 
     assert "SIGSEGV" in by_step["dies"].error
     assert "the last words" in by_step["dies"].traceback
     assert by_step["off"].details == ["q [1, 2]: error 3"]
-    assert report.notes == ["it hangs"]
+    assert report.notes == ["it hangs", "it never ends"]
     skipped = dict(report.skipped)
     assert re.fullmatch(r"ended after 1 s: that is its own limit", skipped["hangs"])
     assert "no_such_package, which is not installed" in skipped["lacks"]
@@ -182,7 +188,7 @@ def test_a_step_fails_alone_and_what_it_said_stays(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_it_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "longreach.launch.gpu_check", "budget=170", f"out={tmp_path}"]
+    command = [sys.executable, "-m", "longreach.launch.gpu_check", "budget=100", f"out={tmp_path}"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     (path,) = tmp_path.glob("*.json")
     read = json.loads(path.read_text())
