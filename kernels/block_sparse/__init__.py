@@ -119,7 +119,11 @@ class BlockSparseAttend(ListedAttend):
 
     def check_lists(self, inputs: BlockSparseInputs, layout: BlockLayout, queries: Documents) -> None:
         tile = BlockTile(layout, queries, queries, self.mask, self.query_block)
-        check_blocks(inputs.blocks, tile, heads=inputs.q.shape[2], kv_heads=inputs.k.shape[2])
+        check_blocks(inputs.blocks, tile, heads=inputs.q.shape[2], kv_heads=self.kv_heads(inputs))
+
+    def kv_heads(self, inputs: BlockSparseInputs) -> int:
+        """Heads of the keys."""
+        return inputs.k.shape[2]
 
     def layout(self, rows: Documents) -> BlockLayout:
         return rows.derive(BlockLayout, self.block_size)

@@ -18,6 +18,7 @@ from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
 from ..operation import run
 from ..softmax import SoftmaxAttend, SoftmaxInputs
+from .listed import listed_latent_attention as listed_latent_attention
 
 
 def latent_attention(
@@ -125,11 +126,9 @@ class LatentAttend(SoftmaxAttend):
         (rows,), dims = received, Dims.of(inputs)
         if not absorbing_pays(inputs.q.shape[1], rows.shape[1], dims):
             return self.attend(inputs, received, tile, backend)
-        weights = inputs.expansion.to(inputs.q.dtype).unflatten(0, (inputs.q.shape[2], -1))  # [H, K + V, C]
-        keys, values = weights.split([dims.key, dims.value], dim=1)
-        own = torch.einsum("bthk,hkc->bthc", inputs.q[..., dims.shared :], keys)
+        q, values = absorbed(inputs.q, inputs.expansion, row_dim=rows.shape[2])
         rows = rows.unsqueeze(2)
-        named = SoftmaxInputs(torch.cat([inputs.q[..., : dims.shared], own], dim=-1), rows, rows[..., dims.shared :])
+        named = SoftmaxInputs(q, rows, rows[..., dims.shared :])
         # One key for all heads is two matrix products, wider than other kernels take.
         chosen = "reference" if asked("softmax_attention", backend) == "reference" else "chunked"
         out, lse = self._softmax.attend(named, (named.k, named.v), tile, chosen)
@@ -172,6 +171,19 @@ def expand(latent: Tensor, expansion: Tensor, *, heads: int, key_dim: int) -> tu
         return own, v
     common = latent[..., None, :shared].expand(*own.shape[:3], shared)
     return torch.cat([common, own], dim=-1), v
+
+
+def absorbed(q: Tensor, expansion: Tensor, *, row_dim: int) -> tuple[Tensor, Tensor]:
+    """Queries `[B, T, H, R + C]` of rows `[B, S, R + C]` themselves, and W^V `[H, V, C]`, which expands what they read.
+
+    q `[B, T, H, R + K]`, expansion `[H (K + V), C]`, `row_dim` R + C. Differentiable.
+    """
+    heads, shared = q.shape[2], row_dim - expansion.shape[1]
+    weights = expansion.to(q.dtype).unflatten(0, (heads, -1))  # [H, K + V, C]
+    key_dim = q.shape[3] - shared
+    keys, values = weights.split([key_dim, weights.shape[1] - key_dim], dim=1)
+    own = torch.einsum("bthk,hkc->bthc", q[..., shared:], keys)
+    return torch.cat([q[..., :shared], own], dim=-1), values
 
 
 def _expanded(inputs: LatentInputs, latent: Tensor) -> SoftmaxInputs:

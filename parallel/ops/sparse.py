@@ -14,6 +14,7 @@ from ...kernels.block_sparse import block_sparse_attention as local_block_sparse
 from ...kernels.compressed import CompressedAttend
 from ...kernels.compressed.folding import Folding
 from ...kernels.documents import Documents
+from ...kernels.latent.listed import ListedLatentAttend, ListedLatentInputs
 from ...kernels.masks import Pattern
 from ...kernels.operation import Tensors, run
 from ...kernels.plain import made_of
@@ -85,6 +86,31 @@ def block_sparse_attention(
         q, extended.k, extended.v, blocks, block_size=block_size, query_block=query_block, mask=mask,
         documents=seq.local, key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
     )  # fmt: skip
+
+
+def listed_latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    blocks: Tensor,
+    *,
+    seq: Sequence,
+    latent_rank: int,
+    block_size: int,
+    scale: float,
+    slot: str = "listed_latent",
+) -> Tensor:
+    """Softmax attention of absorbed queries to the rows in listed blocks of the whole row: `[B, T, H, C]`, q's type.
+
+    q `[B, T, H, R + C]`, latent `[B, T, R + C]`, whose last C = `latent_rank` dims are the values; `blocks`
+    `[B, T, 1 or H, M]` as those of `block_sparse_attention`. A row that another rank lists is sent to it once, and
+    decoding keeps the rows. See `longreach.kernels.latent.listed`.
+    """
+    inputs, settings = ListedLatentInputs(q, latent, blocks), (block_size, 1, CAUSAL.settings, scale, latent_rank)
+    if seq.cache is None:
+        return mix(by_blocks, (ListedLatentAttend, *settings), inputs, seq, slot)[0]
+    op = ListedLatentAttend(*settings)
+    extended, stretches = with_cached(op, inputs, seq, slot)
+    return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
 
 
 def compressed_attention(

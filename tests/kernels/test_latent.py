@@ -5,8 +5,18 @@ import torch
 from torch import Tensor
 
 from longreach.kernels import dispatch
+from longreach.kernels.block_sparse import block_sparse_attention
+from longreach.kernels.blocks import BlockLayout
 from longreach.kernels.documents import Documents
-from longreach.kernels.latent import Dims, LatentAttend, LatentInputs, absorbing_pays, expand, latent_attention
+from longreach.kernels.latent import (
+    Dims,
+    LatentAttend,
+    LatentInputs,
+    absorbing_pays,
+    expand,
+    latent_attention,
+    listed_latent_attention,
+)
 from longreach.kernels.masks import Mask
 from longreach.kernels.softmax import reference, softmax_attention
 
@@ -107,3 +117,40 @@ def test_shapes_that_do_not_fit_are_named(change: dict[str, Tensor], message: st
     inputs = LatentInputs(q, latent, expansion, sinks)._replace(**change)
     with pytest.raises(ValueError, match=message):
         latent_attention(*inputs[:3], sink_logits=inputs.sink_logits)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("block_size", "backend"), [(1, "auto"), (5, "auto"), (5, "reference")])
+def test_listed_rows_are_one_key_and_its_last_dims_the_value(heads: int, block_size: int, backend: str) -> None:
+    documents = Documents.from_lengths([[20, 11], [3, 25]], 31)
+    q, latent = normal(2, 31, 4, 9), normal(2, 31, 9, seed=1)
+    choice = torch.rand(2, 31, heads, 40, generator=torch.Generator().manual_seed(2)).argsort(-1)[..., :7].int()
+    counts = torch.tensor(BlockLayout(documents, block_size).counts).view(2, 1, 1, 1)
+    blocks = choice.masked_fill(choice >= counts, -1)
+    settings = {"block_size": block_size, "scale": 0.3, "documents": documents}
+
+    def of(call):
+        leaves = [x.clone().requires_grad_() for x in (q, latent)]
+        out = call(*leaves)
+        return out, *torch.autograd.grad(out, leaves, normal(*out.shape, seed=3))
+
+    ours = of(lambda q, rows: listed_latent_attention(q, rows, blocks, latent_rank=6, backend=backend, **settings))
+    theirs = of(
+        lambda q, rows: block_sparse_attention(
+            q, rows.unsqueeze(2), rows[..., None, 3:], blocks, backend="reference", **settings
+        )
+    )
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_latent_that_does_not_fit_its_rank_is_named() -> None:
+    q, latent, blocks = normal(1, 3, 2, 5), normal(1, 3, 5), torch.zeros(1, 3, 1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"latent must be \[B, S, R \+ C\] with C = 6"):
+        listed_latent_attention(q, latent, blocks, latent_rank=6, block_size=1, scale=1.0)
+    with pytest.raises(ValueError, match="blocks must have lists for 1 or 2 heads; got 3"):
+        listed_latent_attention(q, latent, blocks.expand(-1, -1, 3, -1), latent_rank=4, block_size=1, scale=1.0)

@@ -29,8 +29,11 @@ GRADIENTS = 0.03
 # otherwise exact model, makes 10 %.
 CANCELS = {
     "mlstm_block": {"input_gate.bias": 0.7},
-    "deepseek_sparse_attention": {
-        f"indexer.{name}": 0.15 for name in ("query.weight", "key.weight", "key_norm.weight", "key_norm.bias")
+    **{
+        f"{mixer}_attention": {
+            f"indexer.{name}": 0.15 for name in ("query.weight", "key.weight", "key_norm.weight", "key_norm.bias")
+        }
+        for mixer in ("deepseek_sparse", "sparse_latent")
     },
 }
 ROUNDINGS = 1.25  # of an op, which rounds once; a gradient may be the sum of two parts that do

@@ -109,6 +109,13 @@ def _attend_latents(**settings: Any) -> Callable[..., Tensor]:
     return call
 
 
+def _listed_latents(q: Tensor, latent: Tensor, *, seq: Sequence) -> Tensor:
+    """Attention to the rows of seven tokens, those that the first head finds best."""
+    rows = ops.window_means(latent.unsqueeze(2).detach(), seq=seq, size=1)
+    lists = ops.select_blocks(q[:, :, :1], rows, seq=seq, rule=Rule(1, 7, score="dot", local=0))
+    return ops.listed_latent_attention(q, latent, lists, seq=seq, latent_rank=5, block_size=1, scale=SCALE)
+
+
 def _masked(mask: Pattern) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, *, seq: Sequence) -> Tensor:
         return ops.softmax_attention(q, k, v, seq=seq, mask=mask)
@@ -239,6 +246,7 @@ CASES = {
     # A latent of few numbers travels to the ranks of all heads; a wide one is expanded before.
     "latent": Case(_attend_latents(scale=SCALE), (*_latent(4), (("H",), "normal")), _OUT, keys=True),
     "wide latent": Case(_attend_latents(mask=Mask(window=9)), _latent(50), _OUT, keys=True),
+    "blocks of latents": Case(_listed_latents, ((("T", "H", 7), "normal"), (("T", 7), "normal")), _OUT, by_heads=False),
     "dilated": Case(_masked(Dilated(3)), _ATTENTION, _OUT, keys=True),
     "block-local": Case(_masked(BlockLocal(11)), _ATTENTION, _OUT, keys=True),
     "dilated window": Case(_masked(Dilated(4, window=23)), _ATTENTION, _OUT, keys=True),

@@ -34,6 +34,11 @@ class Bench:
         self.truths: list[Result] = []
         self.ranks: Ranks | None = None
 
+    @property
+    def longest(self) -> int:
+        """The number of the case with the longest document: the losses of indexers are 0 where few blocks are seen."""
+        return max(range(len(self.cases)), key=lambda number: max(map(max, self.cases[number].lengths)))
+
     def model(self, dtype: torch.dtype) -> Any:
         """The model with the same initial values as on the ranks."""
         return work.filled(self.topology, dtype).to(self.device)

@@ -163,6 +163,13 @@ def block_sparse_attention(
     return joined(q, parts).to(dtype)
 
 
+def listed_latent_attention(
+    q: Tensor, latent: Tensor, blocks: Tensor, *, lengths: Lengths, latent_rank: int, block_size: int, scale: float
+) -> Tensor:
+    k, v = latent.unsqueeze(2), latent[..., latent.shape[2] - latent_rank :].unsqueeze(2)
+    return block_sparse_attention(q, k, v, blocks, lengths=lengths, block_size=block_size, scale=scale)
+
+
 def compressed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lengths: Lengths, size: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ CHUNKS = 2 * 64 + 3  # tokens of a span: over two chunks of every recurrence
 TAPS = 2 * 256 + 3  # of a span of short convolutions: over two of their slabs
 PAIRS = 512  # the most tokens of a row whose every pair of tokens the truth holds
 WINDOWED = ("window_means", "local_windows", "compressed_attention")
+LISTED = ("block_sparse_attention", "listed_latent_attention")
 PAIRED = (
-    "softmax_attention", "block_sparse_attention", "select_blocks", "compressed_attention", "index_divergence",
+    "softmax_attention", *LISTED, "select_blocks", "compressed_attention", "index_divergence",
     "gate_divergence",
 )  # fmt: skip
 
@@ -71,7 +72,7 @@ def _resized(call: Call, size: int, case: Case) -> Call | None:
     if call.op == "select_blocks":
         rule = replace(kwargs["rule"], block_size=size, window=None, stride=None)
         return _on(replace(call, kwargs={**kwargs, "rule": rule, "lse": None}), case, f"blocks {what}")
-    if call.op == "block_sparse_attention":
+    if call.op in LISTED:
         return _on(replace(call, kwargs={**kwargs, "block_size": size}), case, f"blocks {what}")
     return None
 

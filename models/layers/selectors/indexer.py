@@ -37,6 +37,7 @@ class Indexer(Selector):
 
     query_norm, key_norm: of each head's queries and of the keys, before rotation: "rms", "layer" or None.
     conv_size: taps of a short convolution over queries and keys, before the norms; None for none.
+    query_width: dims of what queries are made of, where that is not the tokens of `width` dims.
     The rope settings are those of `Attention`.
     """
 
@@ -55,6 +56,7 @@ class Indexer(Selector):
         rope_fraction: float,
         rope_scaling: dict[str, Any] | None,
         conv_size: int | None,
+        query_width: int | None = None,
     ) -> None:
         for name, value in (("index_heads", heads), ("index_dim", dim)):
             if value < 1:
@@ -62,16 +64,19 @@ class Indexer(Selector):
         super().__init__(rule)
         self.heads, self.dim = heads, dim
         self.rotary = rotary(dim, rope_base, rope_fraction, rope_scaling)
-        self.query = nn.Linear(width, heads * dim, bias=False)
+        self.query = nn.Linear(width if query_width is None else query_width, heads * dim, bias=False)
         self.key = nn.Linear(width, dim, bias=False)
         self.conv = None if conv_size is None else ShortConvolution((heads + 1) * dim, conv_size)
         self.weight = nn.Linear(width, heads, bias=False) if weighted else None
         self.query_norm, self.key_norm = _norm(query_norm, dim, norm_eps), _norm(key_norm, dim, norm_eps)
 
-    def project(self, x: Tensor, seq: Sequence) -> Index:
-        """Of the tokens `[B, T, width]`, which get no gradient."""
+    def project(self, x: Tensor, seq: Sequence, queries_of: Tensor | None = None) -> Index:
+        """Of the tokens `[B, T, width]`, and queries of `queries_of` `[B, T, query_width]`, by default of x.
+
+        Neither gets a gradient.
+        """
         x = x.detach()
-        q, k = self.query(x), self.key(x)
+        q, k = self.query(x if queries_of is None else queries_of.detach()), self.key(x)
         if self.conv is not None:
             q, k = self.conv.of_parts((q, k), seq, "index conv")
         q, k = q.unflatten(-1, (self.heads, self.dim)), k.unsqueeze(-2)
@@ -85,13 +90,18 @@ class Indexer(Selector):
         """Lists int32 `[B, T, heads or 1, count]`."""
         return self(index.q, self.summarise(index.k, seq), seq, weights=index.weights)
 
-    def loss(self, q: Tensor, k: Tensor, index: Index, lists: Tensor | None, seq: Sequence) -> Tensor:
+    def loss(
+        self, q: Tensor, k: Tensor, index: Index, lists: Tensor | None, seq: Sequence, scale: float | None = None
+    ) -> Tensor:
         """The divergence of the index from attention of q `[B, T, H, K]` to k `[B, T, G, K]`: its mean over lists,
-        summed over this rank's tokens. Over the keys listed, or all for None. 0 where nothing trains."""
+        summed over this rank's tokens. Over the keys listed, or all for None. 0 where nothing trains.
+
+        scale: that of attention, by default K^(-1/2).
+        """
         if seq.cache is not None or not torch.is_grad_enabled():
             return q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
         size = None if lists is None else self.rule.block_size
-        return ops.index_divergence(q, k, *index, lists, seq=seq, block_size=size).mean(-1).sum()
+        return ops.index_divergence(q, k, *index, lists, seq=seq, block_size=size, scale=scale).mean(-1).sum()
 
     def loss_flops(self, seq: Sequence, *, heads: int, key_dim: int, dense: bool) -> int:
         """Forward FLOPs of the loss."""

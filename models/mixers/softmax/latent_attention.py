@@ -91,15 +91,22 @@ class LatentAttention(Mixer):
         self.output = nn.Linear(heads * value_dim, width, bias=output_bias)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        out = self.attend(self.queries(x, seq), self.rows(x, seq), seq, self.scale)
+        return self.gated(x, self.attend(self.queries(self.compressed(x), seq), self.rows(x, seq), seq, self.scale))
+
+    def gated(self, x: Tensor, out: Tensor) -> Tensor:
+        """`[B, T, width]` of what attention gives, `[B, T, heads, value_dim]`."""
         return self.output((out if self.gate is None else self.gate(x, out)).flatten(-2))
 
-    def queries(self, x: Tensor, seq: Sequence) -> Tensor:
+    def compressed(self, x: Tensor) -> Tensor:
+        """What queries are made of: `[B, T, query_rank]`, or x itself without a query_rank."""
+        if self.query_down is None:
+            return x
+        x = self.query_down(x)
+        return x if self.query_norm is None else self.query_norm(x)
+
+    def queries(self, compressed: Tensor, seq: Sequence) -> Tensor:
         """`[B, T, heads, key_dim]`, rotated."""
-        if self.query_down is not None:
-            x = self.query_down(x)
-            x = x if self.query_norm is None else self.query_norm(x)
-        return self.rotate(self.query(x).unflatten(-1, (self.heads, -1)), seq)
+        return self.rotate(self.query(compressed).unflatten(-1, (self.heads, -1)), seq)
 
     def rows(self, x: Tensor, seq: Sequence) -> Tensor:
         """`[B, T, shared_dim + latent_rank]`: of each token the rotated shared part of its key, and its latent."""

@@ -10,16 +10,17 @@ from torch import Tensor
 from ....kernels.select_blocks import Rule
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.selectors.indexer import Indexer
-from ...mixer import also_takes
+from ...layers.selectors.indexer import Index, Indexer
+from ...mixer import Mixer, also_takes
 from ..softmax.attention import Attention
 
 
-class IndexedAttention(Attention):
-    """Softmax attention to the blocks that an indexer selects; see `Attention` for its settings.
+class Indexed(Mixer):
+    """What softmax attention to an indexer's choice adds to the attention of another base class, which stands after it.
 
     The loss "index" is the divergence of the indexer's distribution over keys from that of attention, which is averaged
-    over the heads that share a list. Its gradient reaches the indexer alone, and no other loss does.
+    over the heads that share a list. Its gradient reaches the indexer alone, and no other loss does. The indexer and
+    `listed_dims`, of a head's key and value where keys are listed, are set by the subclass.
 
     index_loss: its weight. dense_steps: the first steps of a run, in which attention sees all keys, and the indexer
     learns from all of them; later both have what is listed. For the warm-up of the papers, in which nothing else
@@ -27,6 +28,7 @@ class IndexedAttention(Attention):
     """
 
     detached = MappingProxyType({"index": "indexer"})
+    heads: int
 
     def __init__(self, *, dense_steps: int, index_loss: float, **attention: Any) -> None:
         if dense_steps < 0:
@@ -37,6 +39,7 @@ class IndexedAttention(Attention):
         self.losses = {"index": index_loss}
         self.dense_steps, self.dense = dense_steps, False
         self.indexer: Indexer
+        self.listed_dims: tuple[int, int]
 
     @property
     def selector(self) -> Indexer:
@@ -46,10 +49,31 @@ class IndexedAttention(Attention):
     def at_step(self, step: int) -> None:
         self.dense = step < self.dense_steps
 
+    def lists(self, index: Index, seq: Sequence) -> Tensor | None:
+        """What each query lists; None while attention is dense."""
+        return None if self.dense else self.indexer.select(index, seq)
+
+    def mixing_flops(self, seq: Sequence) -> int:
+        key_dim, value_dim = self.listed_dims
+        loss = self.indexer.loss_flops(seq, heads=self.heads, key_dim=key_dim, dense=self.dense)
+        if self.dense:
+            return super().mixing_flops(seq) + loss
+        scores = self.indexer.selection_flops(seq, heads=self.indexer.heads, key_dim=self.indexer.dim)
+        listed = self.indexer.attention_flops(seq, heads=self.heads, key_dim=key_dim, value_dim=value_dim)
+        return scores + listed + loss
+
+
+class IndexedAttention(Indexed, Attention):
+    """Softmax attention to the blocks that an indexer selects; see `Attention` and `Indexed` for the settings."""
+
+    def __init__(self, *, dense_steps: int, index_loss: float, **attention: Any) -> None:
+        super().__init__(dense_steps=dense_steps, index_loss=index_loss, **attention)
+        self.listed_dims = self.head_dim, self.head_dim
+
     def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         q, k, v = self.project(x, seq)
         index = self.indexer.project(x, seq)
-        lists = None if self.dense else self.indexer.select(index, seq)
+        lists = self.lists(index, seq)
         loss = self.indexer.loss(q, k, index, lists, seq)
         if lists is None:
             out = ops.softmax_attention(q, k, v, seq=seq)
@@ -57,14 +81,6 @@ class IndexedAttention(Attention):
             lists = lists.expand(-1, -1, self.kv_heads, -1).contiguous()
             out = ops.block_sparse_attention(q, k, v, lists, seq=seq, block_size=self.indexer.rule.block_size)
         return self.gated(x, out), loss
-
-    def mixing_flops(self, seq: Sequence) -> int:
-        heads, dim = self.heads, self.head_dim
-        loss = self.indexer.loss_flops(seq, heads=heads, key_dim=dim, dense=self.dense)
-        if self.dense:
-            return super().mixing_flops(seq) + loss
-        scores = self.indexer.selection_flops(seq, heads=self.indexer.heads, key_dim=self.indexer.dim)
-        return scores + self.indexer.attention_flops(seq, heads=heads, key_dim=dim, value_dim=dim) + loss
 
 
 class MiniMaxSparseAttention(IndexedAttention):
@@ -77,7 +93,7 @@ class MiniMaxSparseAttention(IndexedAttention):
 
     block_size, count: tokens of a block, blocks a query. local: the latest blocks, the own first, that are always read.
     index_dim: of the indexer's heads.
-    index_loss, dense_steps: see `IndexedAttention`. The other settings are those of `Attention`. Raises ValueError as
+    index_loss, dense_steps: see `Indexed`. The other settings are those of `Attention`. Raises ValueError as
     that does.
     """
 
@@ -116,7 +132,7 @@ class DeepSeekSparseAttention(IndexedAttention):
     All heads read the same tokens. The indexer's keys have a layer norm.
 
     top_k: tokens a query. index_heads, index_dim: of the indexer. index_rope_fraction: the part of its dims that turns.
-    index_loss, dense_steps: see `IndexedAttention`. The other settings are those of `Attention`. Raises ValueError as
+    index_loss, dense_steps: see `Indexed`. The other settings are those of `Attention`. Raises ValueError as
     that does.
     """
 

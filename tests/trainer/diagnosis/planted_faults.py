@@ -96,6 +96,15 @@ def lost_at_the_last_hop() -> None:
     original = spoil(ring._Returns, "start", start)
 
 
+def expansion_of_own_rows() -> None:
+    """The gradient of an expansion's weights is that of the rank's own rows, without those that came round the ring."""
+
+    def add_up(total, part):
+        original(total, {name: x for name, x in part.items() if name != "expansion" or name not in total})
+
+    original = spoil(ring.RingAttention, "add_up", staticmethod(add_up))
+
+
 def missing_halo() -> None:
     """A convolution sees zeros before each span."""
     original = spoil(halo, "_halo_forward", lambda x, seq, width: torch.zeros_like(original(x, seq, width)))

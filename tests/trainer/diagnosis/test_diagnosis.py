@@ -16,6 +16,7 @@ from longreach.kernels.select_blocks import Rule
 from longreach.launch.build import build
 from longreach.launch.configuration import model_sizes
 from longreach.launch.train import to_settings
+from longreach.models.layers.selectors.block_gate import BlockGate
 from longreach.models.layers.selectors.indexer import Indexer
 from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
@@ -265,7 +266,8 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
         ("halo_of_one_span", ["model=gated_deltanet_hybrid_tiny"], ops, "op short_conv"),
         ("one_ring_for_all_masks", SLIDING, ops, "op softmax_attention"),
         ("a_window_as_long_as_a_span", SLIDING, ops, "op softmax_attention"),
-        ("lost_at_the_last_hop", ["model=mla_tiny"], ops, "op latent_attention"),
+        ("lost_at_the_last_hop", ["model=mla_tiny"], ops, "op latent_attention: gradient of latent"),
+        ("expansion_of_own_rows", ["model=mla_tiny"], ops, "op latent_attention: gradient of expansion"),
         ("bfloat16_partials", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_query_gradients", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_states", ["model=minimax_01_tiny"], bfloat16, "bfloat16: op gated_linear_attention"),
@@ -303,7 +305,8 @@ def test_each_kind_of_fault_is_named(four_ranks, fault, overrides, stage, culpri
         stage(bench, settings)
     finally:
         four_ranks.run(planted_faults.heal, timeout=60)
-    assert [row.check for row in bench.report.culprits][:1] == [culprit]
+    (first, *_) = bench.report.culprits
+    assert f"{first.check}: {first.where}: ".startswith(culprit)
 
 
 @pytest.mark.slow
@@ -348,23 +351,26 @@ def test_a_detach_in_a_mixer_differs_from_the_loss(monkeypatch):
     assert row.where.startswith("blocks.1.mixer.query.weight") or row.where.startswith("blocks.0.mixer.query.weight")
 
 
-def test_an_indexers_loss_that_reaches_attention_is_named(monkeypatch):
-    original = Indexer.project
+@pytest.mark.parametrize(
+    ("layer", "preset", "path"), [(Indexer, "minimax_sparse_tiny", "index"), (BlockGate, "seer_tiny", "gate")]
+)
+def test_an_indexers_loss_that_reaches_attention_is_named(monkeypatch, layer, preset, path):
+    original = layer.project
 
-    def leaking(self, x, seq):
+    def leaking(self, *given):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "detach", lambda tensor: tensor)
-            return original(self, x, seq)
+            return original(self, *given)
 
-    bench, _ = bench_of(lambda topology, data: Bench(topology, data, Report(""), None), "model=minimax_sparse_tiny")
+    bench, _ = bench_of(lambda topology, data: Bench(topology, data, Report(""), None), f"model={preset}")
     exact.detached(bench)
     assert not bench.report.failed
-    monkeypatch.setattr(Indexer, "project", leaking)
+    monkeypatch.setattr(layer, "project", leaking)
     exact.detached(bench)
     (row,) = bench.report.failures
     assert row.check == "a detached loss reaches its layer alone"
     assert row.where.startswith("loss blocks.")
-    assert ".mixer.index reaches " in row.where
+    assert f".mixer.{path} reaches " in row.where
 
 
 def test_lists_are_compared_by_the_scores_of_what_they_name():

@@ -99,7 +99,7 @@ def differences(bench: Bench) -> None:
     Truth and ranks run the same mixers: a gradient that one of these gets wrong, a detach too many for instance, agrees
     everywhere but with the loss itself.
     """
-    model, case, truth = bench.model(torch.float64), bench.cases[0], bench.truths[0]
+    model, case, truth = bench.model(torch.float64), bench.cases[bench.longest], bench.truths[bench.longest]
     seq = Sequence.single(case.documents)
 
     def loss_at(name: str, parameter: Tensor, change: Tensor) -> float:
@@ -128,7 +128,7 @@ def differences(bench: Bench) -> None:
 
 def detached(bench: Bench) -> None:
     """A loss that is to train one layer alone has no gradient elsewhere."""
-    model, case = bench.model(torch.float64), bench.cases[0]
+    model, case = bench.model(torch.float64), bench.cases[bench.longest]
     if not model.detached:
         return
     _, _, reports = model(case.tokens, Sequence.single(case.documents), case.targets, False, True)
