@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,11 +117,11 @@ class BlockSparseAttend(ListedAttend):
     def check(self, inputs: BlockSparseInputs) -> None:
         check_inputs(inputs.q, inputs.k, inputs.v)
 
-    def check_lists(self, inputs: BlockSparseInputs, layout: BlockLayout, queries: Documents) -> None:
+    def check_lists(self, inputs: Any, layout: BlockLayout, queries: Documents) -> None:
         tile = BlockTile(layout, queries, queries, self.mask, self.query_block)
         check_blocks(inputs.blocks, tile, heads=inputs.q.shape[2], kv_heads=self.kv_heads(inputs))
 
-    def kv_heads(self, inputs: BlockSparseInputs) -> int:
+    def kv_heads(self, inputs: Any) -> int:
         """Heads of the keys."""
         return inputs.k.shape[2]
 

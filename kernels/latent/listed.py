@@ -76,7 +76,7 @@ class ListedLatentAttend(BlockSparseAttend):
             )
         check_inputs(q, *self._keys(latent))
 
-    def kv_heads(self, inputs: ListedLatentInputs) -> int:  # type: ignore[override]
+    def kv_heads(self, inputs: ListedLatentInputs) -> int:
         return 1
 
     def width(self, inputs: ListedLatentInputs) -> tuple[int, int]:

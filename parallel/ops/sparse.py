@@ -105,10 +105,11 @@ def listed_latent_attention(
     `[B, T, 1 or H, M]` as those of `block_sparse_attention`. A row that another rank lists is sent to it once, and
     decoding keeps the rows. See `longreach.kernels.latent.listed`.
     """
-    inputs, settings = ListedLatentInputs(q, latent, blocks), (block_size, 1, CAUSAL.settings, scale, latent_rank)
+    inputs = ListedLatentInputs(q, latent, blocks)
     if seq.cache is None:
+        settings = block_size, 1, CAUSAL.settings, scale, latent_rank
         return mix(by_blocks, (ListedLatentAttend, *settings), inputs, seq, slot)[0]
-    op = ListedLatentAttend(*settings)
+    op = ListedLatentAttend(block_size, 1, CAUSAL, scale, latent_rank)
     extended, stretches = with_cached(op, inputs, seq, slot)
     return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
 

@@ -4,16 +4,21 @@ from functools import partial
 
 import pytest
 import torch
+from distributed import run_threads
 from latent_oracles import HEADS, KEY, LENGTH, OURS, RANK, ROPE, SIZES, WIDTH, angles, as_ours, exact, model_as_ours
 from model_presets import feed_forward, randomise
 from oracles import assert_agrees, draw, whole, with_gradients
 from torch.nn import functional as F
 
+from longreach.kernels.documents import Documents
 from longreach.kernels.latent import expand
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.softmax.latent_attention import LatentAttention
 from longreach.models.mixers.sparse.sparse_latent_attention import SparseLatentAttention
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import DecodingCache, Sequence
+from longreach.parallel.strategy import Strategy
 
 INDEX = {"top_k": 7, "index_heads": 8, "index_dim": 16}
 THEIRS = {"index_topk": 7, "index_n_heads": 8, "index_head_dim": 16, "q_lora_rank": 10}
@@ -142,6 +147,42 @@ def test_dense_steps_and_full_lists_are_latent_attention():
     mixer.at_step(3)
     assert not torch.allclose(mixer(x, seq)[0], expected[0])
     assert mixer.mixing_flops(seq) not in flops
+
+
+PACKED = Documents.from_lengths([[31, 17], [5, 1, 36]], 48)
+
+
+def trained(mixer, x, seq):
+    """Output and gradient of the input, of this rank's tokens; the loss and the gradients of parameters, for a sum."""
+    leaf = seq.shard(x).clone().requires_grad_()
+    out, loss = mixer(leaf, seq)
+    weighed = (out * seq.shard(x.roll(1, 0))).sum() + loss
+    gradients = torch.autograd.grad(weighed, [leaf, *mixer.parameters()], materialize_grads=True)
+    return [out.detach(), gradients[0]], [loss.detach(), *gradients[1:]]
+
+
+@pytest.mark.parametrize(
+    ("dense", "world", "strategy"),
+    [(True, 2, "ring"), (True, 3, "gather"), (True, 4, "ulysses"), *((False, world, "ring") for world in (2, 3, 4))],
+)
+def test_ranks_give_what_one_gives(dense, world, strategy):
+    """In both stages, of packed documents that cross ranks."""
+    mixers = [built(dense_steps=1) for _ in range(world)]
+    for each in mixers:
+        each.at_step(0 if dense else 1)
+    x, layout = draw(2, 48, WIDTH), Layout(48, world, 2)
+
+    def run(rank, world):
+        mesh = Mesh.create(world, world if strategy == "ulysses" else 1)
+        return trained(mixers[rank], x, Sequence.shared(PACKED, layout, mesh, Strategy(strategy)))
+
+    parts, sums = zip(*run_threads(world, run), strict=True)
+    expected, expected_sums = trained(mixers[0], x, Sequence.single(PACKED))
+    found = [layout.unshard([each[index] for each in parts]) for index in range(2)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(zip(*sums, strict=True), expected_sums, strict=True):
+        torch.testing.assert_close(sum(ours), theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_decoding_keeps_rows_and_keys_of_the_indexer_alone():
