@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attend import Gradient, merge_weight
 from ..blocks import BlockTile
+from ..dispatch import at_a_time
 from .visits import Group, Visits, add_to_listed, listed_keys, visits_of
 
 SCORES = 1 << 17  # of one product: they stay in cache between the passes over them
@@ -20,7 +21,7 @@ KEYS = 512
 COPIED = 32  # queries from which on it pays to copy all keys head by head
 FEW = 2  # queries up to which each gathers its own keys
 GATHERED = 4  # tokens of a block below which all do
-NUMBERS = 1 << 22  # of the keys and values gathered at a time
+NUMBERS = 1 << 22  # of the keys and values gathered at a time on a CPU, see `at_a_time`
 
 
 class _Problem:
@@ -98,7 +99,7 @@ def _attend_gathered(
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
     lse = q.new_empty(*q.shape[:3], 1, dtype=dtype)
     for at, own, visible in _gathered(k, v, blocks, tile):
-        k_here, v_here = (x[own].to(dtype) for x in (k, v))  # [B, C, J, N, K]
+        k_here, v_here = _listed(k, v, own, dtype)
         scores = _gathered_scores(q[:, at].to(dtype), k_here, visible, scale)
         lse_here = scores.logsumexp(-1, keepdim=True)
         weights = scores.sub_(lse_here.clamp(min=-1e30)).exp_()  # of a query that sees no key, exp(−inf) = 0
@@ -112,13 +113,22 @@ def _gathered(
     """Some queries at a time: (which, the index of their keys, `[B, C, J, N]`, and which of these are visible)."""
     lists, device = blocks.shape[2], k.device
     each = len(blocks) * lists * blocks.shape[3] * tile.layout.block_size * (k.shape[3] + v.shape[3])
-    step = max(1, NUMBERS // max(each, 1))
+    step = max(1, at_a_time(NUMBERS, device) // max(each, 1))
     row = torch.arange(k.shape[0], device=device).view(-1, 1, 1, 1)
     group = torch.arange(lists, device=device).view(-1, 1) // (lists // k.shape[2])
     for low in range(0, tile.queries.length, step):
         high = min(low + step, tile.queries.length)
         keys, visible = listed_keys(blocks, tile, k.shape[1], low, high)
         yield slice(low, high), (row, keys, group), visible
+
+
+def _listed(k: Tensor, v: Tensor, own: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The keys `[B, C, J, N, K]` and values at the index `own`. Values that are the last dims of keys, as those of
+    latents are, are not gathered again."""
+    keys = k[own].to(dtype)
+    if v.shape[3] <= k.shape[3] and v.is_set_to(k[..., k.shape[3] - v.shape[3] :]):
+        return keys, keys[..., k.shape[3] - v.shape[3] :]
+    return keys, v[own].to(dtype)
 
 
 def _gathered_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -136,7 +146,7 @@ def _backward_gathered(
     dout, delta, lse = gradient.dout.to(dtype), gradient.delta(dtype), gradient.lse.to(dtype)
     lists = blocks.shape[2]
     for at, own, visible in _gathered(k, v, blocks, tile):
-        k_here, v_here = (x[own].to(dtype) for x in (k, v))
+        k_here, v_here = _listed(k, v, own, dtype)
         q_here, dout_here = (x[:, at].to(dtype).unflatten(2, (lists, -1)) for x in (q, dout))  # [B, C, J, R, K]
         delta_here, lse_here = (x[:, at].unflatten(2, (lists, -1)).unsqueeze(-1) for x in (delta, lse))
         scores = _gathered_scores(q[:, at].to(dtype), k_here, visible, scale)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..block_sparse.visits import add_to_listed, listed_keys
 from ..blocks import BlockTile
+from ..dispatch import at_a_time
 from ..gathered import GatheredTile
 from ..masks import Tile
 from .parts import Part
@@ -17,10 +18,9 @@ from .parts import Part
 if TYPE_CHECKING:
     from . import IndexInputs
 
-SCORES = 1 << 20  # of a part
+SCORES = 1 << 20  # of a part on a CPU, see `at_a_time`
 KEYS = 2048  # at a time
 QUERIES = 256
-GATHER_FROM = 16  # keys for each that a query lists: of fewer it is faster to compute all scores than to gather them
 
 
 class _Cut(NamedTuple):
@@ -37,15 +37,24 @@ def _cuts(
     cuts = _dense
     if inputs.blocks is not None:
         listed = inputs.blocks.shape[3] * tile.layout.block_size
-        cuts = _listed if received[0].shape[1] > GATHER_FROM * listed else _masked
+        number, groups = received[0].shape[1:3]
+        cuts = _listed if number > listed * gather_from(inputs.q.shape[2] // groups) else _masked
     return cuts(inputs, received, tile, scale, index_scale)
+
+
+def gather_from(sharing: int) -> float:
+    """How many keys there have to be for each that a query lists, for gathering to be faster than computing all scores.
+
+    As timed on a CPU: gathered keys are read once for all `sharing` heads that share them.
+    """
+    return 2 + 40 / (1 + sharing)
 
 
 def _dense(
     inputs: IndexInputs, received: tuple[Tensor, ...], tile: Tile, scale: float, index_scale: float
 ) -> Iterator[_Cut]:
     dtype, (k, index_k), heads = inputs.q.dtype, received, inputs.q.shape[2]
-    step = min(QUERIES, max(16, SCORES // (heads * KEYS)))
+    step = min(QUERIES, max(16, at_a_time(SCORES, k.device) // (heads * KEYS)))
     queries, keys = (torch.stack(runs, dim=1).tolist() for runs in tile.pieces)
     for (row, _, start, length, position), (_, _, key_start, key_length, key_position) in zip(
         queries, keys, strict=True
@@ -77,7 +86,7 @@ def _masked(
         return
     of_keys, documents, positions = _keys(tile, k)
     count = tile.layout.count
-    step = min(QUERIES, max(1, SCORES // (batch * inputs.q.shape[2] * k.shape[1])))
+    step = min(QUERIES, max(1, at_a_time(SCORES, k.device) // (batch * inputs.q.shape[2] * k.shape[1])))
     index_keys, everywhere = index_k.squeeze(2).to(dtype), (slice(None), slice(None))
     keys, document, position = k.to(dtype), tile.queries.ids(k.device), tile.queries.positions(k.device)
     for low in range(0, length, step):
@@ -123,7 +132,7 @@ def _listed(
     dtype, (k, index_k), (batch, length) = inputs.q.dtype, received, inputs.q.shape[:2]
     lists, groups, number = inputs.lists, k.shape[2], inputs.blocks.shape[3] * tile.layout.block_size
     dims = groups * k.shape[3] + lists * index_k.shape[3]
-    step = min(QUERIES, max(1, 8 * SCORES // (batch * number * max(dims, 1))))
+    step = min(QUERIES, max(1, 8 * at_a_time(SCORES, k.device) // (batch * number * max(dims, 1))))
     row = torch.arange(batch, device=k.device).view(-1, 1, 1, 1)
     group = torch.arange(groups, device=k.device).view(lists, -1, 1)
     if not k.shape[1]:

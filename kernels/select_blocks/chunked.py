@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import at_a_time
 from .choices import Choices
 from .rule import Rule
 
-SCORES = 1 << 20  # window scores at a time
-BLOCKS = 512  # blocks whose scores are computed at a time
+SCORES = 1 << 20  # window scores at a time on a CPU, see `at_a_time`
+BLOCKS = 512  # blocks whose scores are computed at a time, or more:
+LISTS = 2  # times as many as a list holds, since the best so far are sorted again each time
 
 
 class _Queries(NamedTuple):
@@ -47,6 +49,7 @@ def select(
     windows, layout = choices.windows, choices.layout
     batch, length, heads, _ = q.shape
     groups = summaries.shape[2]
+    at_once = max(BLOCKS, LISTS * rule.count)
     lists = q.new_full((batch, length, groups if rule.pooled else heads, rule.count), -1, dtype=torch.int32)
     for row, runs in enumerate(choices.queries.runs):
         by_group = summaries[row].to(dtype).transpose(0, 1).contiguous()
@@ -54,8 +57,8 @@ def select(
             if run.is_padding:
                 continue
             first = windows.first[row][run.document]
-            most = max(1, min(windows.number(run.end_position), BLOCKS * rule.windows_per_block))
-            step = min(512, max(16, SCORES // (heads * most)))
+            most = max(1, min(windows.number(run.end_position), at_once * rule.windows_per_block))
+            step = min(512, max(16, at_a_time(SCORES, q.device) // (heads * most)))
             for offset in range(0, run.length, step):
                 tokens = min(step, run.length - offset)
                 position, at = run.position + offset, slice(run.start + offset, run.start + offset + tokens)
@@ -70,22 +73,22 @@ def select(
                 queries = _Queries(
                     grouped, seen_summaries, position, tokens, scale, seen, seen_first, normaliser, factor
                 )
-                chosen = _choose(queries, rule)
+                chosen = _choose(queries, rule, at_once)
                 in_row = chosen + layout.first[row][run.document]
                 lists[row, at] = torch.where(chosen < 0, chosen, in_row).transpose(0, 1).int()
     return lists
 
 
-def _choose(queries: _Queries, rule: Rule) -> Tensor:
-    """Blocks of the document `[J, C, count]`, ascending, then −1."""
+def _choose(queries: _Queries, rule: Rule, at_once: int) -> Tensor:
+    """Blocks of the document `[J, C, count]`, ascending, then −1; of so many at once the scores are computed."""
     if rule.score == "softmax" and queries.lse is None:
         queries = queries._replace(lse=_normaliser(queries, rule))
     heads = queries.q.shape[0] * (1 if rule.pooled else queries.q.shape[1] // queries.tokens)
     best = queries.q.new_empty(heads, queries.tokens, 0)
     ids = best.long()
     last = (queries.position + queries.tokens - 1) // rule.block_size
-    for low in range(0, last + 1, BLOCKS):
-        high = min(low + BLOCKS, last + 1)
+    for low in range(0, last + 1, at_once):
+        high = min(low + at_once, last + 1)
         scores = _block_scores(queries, rule, low, high)
         names = torch.arange(low, high, device=scores.device).expand(scores.shape)
         # Earlier blocks stand first, and those kept are in order of their ids where scores are equal.

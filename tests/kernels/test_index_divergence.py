@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 
 from longreach.kernels.blocks import BlockLayout
 from longreach.kernels.documents import Documents
@@ -69,7 +70,7 @@ def with_gradients(function, tensors):
 def test_is_its_definition(monkeypatch, backend, kind, listed):
     if backend == "gathered":
         backend = "chunked"
-        monkeypatch.setattr(chunked, "GATHER_FROM", 0)
+        monkeypatch.setattr(chunked, "gather_from", lambda sharing: 0)
     monkeypatch.setattr(chunked, "QUERIES", 7)
     monkeypatch.setattr(chunked, "KEYS", 10)
     tensors, more = drawn(kind), {}
@@ -91,7 +92,7 @@ def test_is_its_definition(monkeypatch, backend, kind, listed):
 
 
 def test_keys_may_lie_in_memory_in_any_order(monkeypatch):
-    monkeypatch.setattr(chunked, "GATHER_FROM", 0)
+    monkeypatch.setattr(chunked, "gather_from", lambda sharing: 0)
     tensors, listed = drawn("a list per group"), lists(PACKED, 4, 3, 2)
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
     found, expected = (
@@ -140,3 +141,18 @@ def test_wrong_shapes_are_named(change, message):
     tensors |= change(tensors)
     with pytest.raises(ValueError, match=message):
         index_divergence(*tensors.values())
+
+
+@pytest.mark.parametrize("listed", [None, 16, 200, 300])
+def test_nothing_of_the_size_of_all_pairs_is_held_away_from_a_cpu(monkeypatch, listed):
+    """Where 32 times as many scores are computed at a time."""
+    monkeypatch.setattr(chunked, "SCORES", 1 << 16)
+    length, heads, shapes = 1024, 16, [(16, 24), (1, 24), (8, 8), (1, 8), (8,)]
+    tensors = [torch.empty(1, length, *shape, device="meta", requires_grad=True) for shape in shapes]
+    more = {}
+    if listed is not None:
+        blocks = torch.empty(1, length, 1, listed, dtype=torch.int32, device="meta")
+        more = {"blocks": blocks, "block_size": 1}
+    with LargestTensor() as largest:
+        index_divergence(*tensors, **more, backend="chunked").sum().backward()
+    assert largest.numel <= 32 * chunked.SCORES < length * length * heads / 4

@@ -143,6 +143,7 @@ def test_greatest_of_the_windows_that_touch_a_block():
 def test_tiles_choose_as_the_definition_does(monkeypatch, rule, packing, dtype):
     monkeypatch.setattr(chunked, "SCORES", 64)
     monkeypatch.setattr(chunked, "BLOCKS", 3)
+    monkeypatch.setattr(chunked, "LISTS", 0)
     rule, documents = RULES[rule], PACKINGS[packing]
     q, summaries = inputs(documents, rule, dtype=dtype, whole_numbers=rule.score == "dot")
     got, want = (

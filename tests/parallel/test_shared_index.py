@@ -64,7 +64,7 @@ def on_ranks(rank, world, spans, packing, weighted, size):
     ],
 )
 def test_ranks_give_what_one_device_gives(monkeypatch, world, spans, packing, weighted, size, gather_from):
-    monkeypatch.setattr(chunked, "GATHER_FROM", gather_from)
+    monkeypatch.setattr(chunked, "gather_from", lambda sharing: gather_from)
     documents = PACKINGS[packing]
     lists = None if size is None else lists_of(documents, size, 1 if weighted else GROUPS)
     expected, wanted = differentiated(
