@@ -88,7 +88,7 @@ def settings(texts: Path, run: Path, **changes: Any) -> Settings:
         trainer=TrainerSettings(steps=8),
         parallel=ParallelSettings(),
         engine=EngineSettings(zero_stage=1),
-        evaluation=EvaluationSettings(every=4, rows=3, prompt="def ", sample_tokens=8),
+        evaluation=EvaluationSettings(every=4, at_start=True, rows=3, prompt="def ", sample_tokens=8),
         checkpoint=CheckpointSettings(every=2, keep=2),
         logger=LoggerSettings(wandb=WandbSettings(mode="disabled")),
         run=RunSettings(dir=str(run)),
@@ -146,8 +146,10 @@ def test_a_run_learns_and_leaves_what_it_should(uninterrupted: Path) -> None:
         assert all(line[key] > 0 for line in training)
     assert all(line["attention_imbalance"] >= 1 and line["padding"] == 0 for line in training)
     validation = [line for line in records if "validation_loss" in line]
-    assert [line["step"] for line in validation] == [4, 8]
-    assert validation[1]["validation_loss"] < validation[0]["validation_loss"]
+    assert [line["step"] for line in validation] == [0, 4, 8]
+    losses = [line["validation_loss"] for line in validation]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] == pytest.approx(math.log(257), rel=0.05)
     assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
         "step-00000006",
         "step-00000008",

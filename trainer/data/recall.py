@@ -23,12 +23,13 @@ SPLITS = {"train": 0, "validation": 1}
 class RecallTask:
     """Problems of `length` tokens below `vocabulary`; number n of a split is drawn from (seed, split, n) alone.
 
-    A problem begins with its pairs k_1 v_1 … k_P v_P; the keys are distinct ones of 1 .. V/2 − 1, the values distinct
-    ones of V/2 .. V − 1. The M = ⌊(length − 2P) / 2⌋ places of two tokens behind them hold `queries` keys that come
-    again, each before its value. Query places are drawn one after another without repetition, place i = 1 .. M with a
-    probability in proportion to i^(power − 1): the power law of the paper, anywhere alike for power 1. Keys are asked
-    for in an order of their own, and none a second time before all were asked for. A queried key's only successor is
-    its value: that is its target, and there are no other targets. The rest is filler: token 0 ("blank"), or "random"
+    The first S tokens hold the pairs: k_1 v_1 … k_P v_P, S = 2P; or, with `spread`, S = `spread` tokens of filler in
+    which pairs stand at places of two tokens, anywhere alike. The keys are distinct ones of 1 .. V/2 − 1, the values
+    distinct ones of V/2 .. V − 1. The M = ⌊(length − S) / 2⌋ places of two tokens behind them hold `queries` keys that
+    come again, each before its value. Query places are drawn one after another without repetition, place i = 1 .. M
+    with a probability in proportion to i^(power − 1): the power law of the paper, anywhere alike for power 1. Keys are
+    asked for in an order of their own, and none a second time before all were asked for. A queried key's only successor
+    is its value: that is its target, and there are no other targets. The rest is filler: token 0 ("blank"), or "random"
     ones of 1 .. V − 1 that are no key of the problem.
     """
 
@@ -39,6 +40,12 @@ class RecallTask:
     power: float = 0.01
     filler: str = "blank"
     seed: int = 0
+    spread: int | None = None
+
+    @property
+    def before_queries(self) -> int:
+        """S: tokens from the beginning that hold the pairs."""
+        return 2 * self.pairs if self.spread is None else self.spread
 
     @property
     def values(self) -> int:
@@ -50,18 +57,22 @@ class RecallTask:
         key = np.array([self.seed, SPLITS[split]], np.uint64)
         # Raw bits: numpy promises that these stay the same, not that what it makes of them does.
         draw = np.random.Philox(key=key, counter=np.array([0, number, 0, 0], np.uint64)).random_raw
-        half, start = self.vocabulary // 2, 2 * self.pairs
+        half, start = self.vocabulary // 2, self.before_queries
         keys = 1 + _permutation(draw(half - 1))
         keys, others = keys[: self.pairs], keys[self.pairs :]
         values = half + _permutation(draw(self.values))[: self.pairs]
         places = self._places(draw((self.length - start) // 2))
         rounds = -(-self.queries // self.pairs)
         asked = np.concatenate([_permutation(draw(self.pairs)) for _ in range(rounds)])[: self.queries]
+        if self.spread is None:
+            at, filled = np.arange(self.pairs), start
+        else:
+            at, filled = _permutation(draw(start // 2))[: self.pairs], 0
         tokens = np.full(self.length, BLANK, np.int64)
         if self.filler == "random":
             pool = np.concatenate([others, np.arange(half, self.vocabulary)])
-            tokens[start:] = pool[draw(self.length - start) % np.uint64(len(pool))]
-        tokens[:start:2], tokens[1:start:2] = keys, values
+            tokens[filled:] = pool[draw(self.length - filled) % np.uint64(len(pool))]
+        tokens[2 * at], tokens[2 * at + 1] = keys, values
         at = start + 2 * places
         tokens[at], tokens[at + 1] = keys[asked], values[asked]
         targets = np.full(self.length, NO_TARGET, np.int64)
@@ -135,9 +146,10 @@ class RecallCorpus:
     @property
     def summary(self) -> str:
         task, drawn = self.task, self.train.documents
+        spread = "" if task.spread is None else f" spread over {task.spread}"
         return (
             f"{'endless' if drawn is None else drawn} training problems, {self.validation.documents} held out, of "
-            f"{task.pairs} pairs and {task.queries} queries in {task.length} tokens"
+            f"{task.pairs} pairs{spread} and {task.queries} queries in {task.length} tokens"
         )
 
 
@@ -153,9 +165,11 @@ def open_recall(settings: DataSettings) -> RecallCorpus:
         power=chosen.power,
         filler=chosen.filler,
         seed=chosen.seed,
+        spread=chosen.spread,
     )
     _check(task, settings)
-    made_of = {"format": FORMAT, **asdict(task), "documents": settings.max_documents}
+    given = {name: value for name, value in asdict(task).items() if value is not None}
+    made_of = {"format": FORMAT, **given, "documents": settings.max_documents}
     fingerprint = hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def stream(split: str, documents: int | None, endless: bool) -> RecallStream:
@@ -186,12 +200,19 @@ def _check(task: RecallTask, settings: DataSettings) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}. Raise it")
-    needed = 2 * (task.pairs + task.queries)
+    if task.spread is not None and task.spread < 2 * task.pairs:
+        raise ValueError(
+            f"data.recall.spread must be at least {2 * task.pairs}, two tokens for each of {task.pairs} pairs; got "
+            f"{task.spread}. Raise it, or leave it out for pairs one after another"
+        )
+    needed = task.before_queries + 2 * task.queries
     if task.length < needed:
         length = "data.sequence_length" if chosen.length is None else "data.recall.length"
+        spread = f"data.recall.spread={task.spread}"
+        pairs = f"two tokens for each of {task.pairs} pairs" if task.spread is None else spread
         raise ValueError(
-            f"{length} must be at least {needed}, two tokens for each of {task.pairs} pairs and {task.queries} "
-            f"queries; got {task.length}. Raise it, or lower data.recall.pairs and data.recall.queries"
+            f"{length} must be at least {needed}, {pairs} and two for each of {task.queries} queries; got "
+            f"{task.length}. Raise it, or lower data.recall.pairs, queries or spread"
         )
     if settings.sequence_length % task.length:
         raise ValueError(

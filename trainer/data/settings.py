@@ -13,9 +13,10 @@ class RecallSettings:
 
     length: int | None = None  # tokens of a problem; null: data.sequence_length
     pairs: int = 16  # keys, each with its value, at the beginning of a problem
+    spread: int | None = None  # tokens at the beginning among which pairs stand anywhere; null: one after another
     queries: int | None = None  # keys that come again, each before its value; null: every key once
     power: float = 0.01  # how likely a query is at place i behind the pairs: as i^(power - 1); 1: anywhere alike
-    filler: str = "blank"  # what stands between the queries: one token; or random ones
+    filler: str = "blank"  # what stands between pairs and queries: one token; or random ones
     seed: int = 0  # of the problems, which trainer.seed does not change
     validation_documents: int = 1024  # held-out problems, drawn apart from those of training
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ...models.language_model import LanguageModel
 from ..callback import Callback
 from ..data.corpus import Corpus
 from ..ranks.settings import strategy_of
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
 
 
 class Validation(Callback):
-    """Logs the loss on held-out rows every `evaluation.every` steps, and after the last step also the comparisons with
-    counting models and with a shorter context.
+    """Logs the loss on held-out rows every `evaluation.every` steps, with `evaluation.at_start` before the first one
+    too, and after the last step also the comparisons with counting models and with a shorter context.
     """
+
+    def start(self, trainer: Trainer) -> None:
+        if trainer.settings.evaluation.at_start and trainer.step == 0:
+            cast(LanguageModel, trainer.engine.module).at_step(0)
+            trainer.outputs.validation(_validated(trainer))
 
     def after_step(self, trainer: Trainer) -> None:
         chosen = trainer.settings.evaluation
         if not trainer.due(chosen.every):
             return
-        loss = _whole(trainer, chosen.rows)
-        record = {"step": trainer.step, "validation_loss": loss.mean, **_measures(trainer, loss)}
+        record = _validated(trainer)
         if trainer.done and chosen.context is not None:
             record |= _truncated(trainer, chosen.context)
         trainer.outputs.validation(record)
@@ -38,6 +43,12 @@ class Validation(Callback):
             else:
                 lines = report.recall_comparison(record, corpus.chance if chosen.baselines else None)
             trainer.outputs.say("\n".join(lines))
+
+
+def _validated(trainer: Trainer) -> dict[str, Any]:
+    """The record of a validation."""
+    loss = _whole(trainer, trainer.settings.evaluation.rows)
+    return {"step": trainer.step, "validation_loss": loss.mean, **_measures(trainer, loss)}
 
 
 def _whole(trainer: Trainer, most: int | None) -> Loss:

@@ -12,6 +12,7 @@ class EvaluationSettings:
     """Validation on held-out documents, and a sample of text."""
 
     every: int = 100  # steps; 0 = never
+    at_start: bool = False  # validate before the first step too, as step 0: what `init_from` begins with
     rows: int | None = 16  # held-out rows; null = all of them
     context: int | None = None  # at the end, also score held-out tokens from their last so many tokens alone
     context_rows: int = 8  # held-out rows that this is done on; costs `context` times as much as with whole rows

@@ -47,14 +47,16 @@ def opened(sequence_length: int = 64, vocabulary: int | None = 40, **chosen: obj
 @st.composite
 def tasks(draw: st.DrawFn) -> RecallTask:
     pairs, queries = draw(st.integers(1, 9)), draw(st.integers(1, 20))
+    spread = draw(st.none() | st.integers(2 * pairs, 2 * pairs + 20))
     return RecallTask(
-        length=2 * (pairs + queries) + draw(st.integers(0, 30)),
+        length=(2 * pairs if spread is None else spread) + 2 * queries + draw(st.integers(0, 30)),
         pairs=pairs,
         queries=queries,
         vocabulary=2 * (pairs + 1) + draw(st.integers(0, 30)),
         power=draw(st.sampled_from([0.01, 0.5, 1.0])),
         filler=draw(st.sampled_from(["blank", "random"])),
         seed=draw(st.integers(0, 2**64 - 1)),
+        spread=spread,
     )
 
 
@@ -62,9 +64,16 @@ def tasks(draw: st.DrawFn) -> RecallTask:
 @given(task=tasks(), number=st.integers(0, 2**63), split=st.sampled_from(["train", "validation"]))
 def test_every_target_is_the_value_that_the_key_had(task: RecallTask, number: int, split: str) -> None:
     tokens, targets = (x.tolist() for x in task.problem(split, number))
-    half, start = task.vocabulary // 2, 2 * task.pairs
+    half, start = task.vocabulary // 2, 2 * task.pairs if task.spread is None else task.spread
     assert len(tokens) == len(targets) == task.length
-    value_of = {tokens[i]: tokens[i + 1] for i in range(0, start, 2)}
+    blank = dataclasses.replace(task, filler="blank").problem(split, number)[0].tolist()  # whose filler shows the pairs
+    pairs_at = [i for i in range(0, start - 1, 2) if blank[i]]
+    assert len(pairs_at) == task.pairs
+    value_of = {tokens[i]: tokens[i + 1] for i in pairs_at}
+    if task.spread is None:
+        assert pairs_at == list(range(0, start, 2))
+    else:
+        assert sum(token in value_of for token in tokens[:start]) == task.pairs
     assert len(value_of) == len(set(value_of.values())) == task.pairs
     assert all(1 <= key < half <= value < task.vocabulary for key, value in value_of.items())
     asked = []
@@ -74,7 +83,7 @@ def test_every_target_is_the_value_that_the_key_had(task: RecallTask, number: in
         if queried:
             assert tokens[place + 1] == target
             asked.append(token)
-        elif task.filler == "blank" and place >= start and targets[place - 1] == NO_TARGET:
+        elif task.filler == "blank" and targets[place - 1] == NO_TARGET and not {place, place - 1} & set(pairs_at):
             assert token == 0
         elif task.filler == "random":
             assert token != 0
@@ -98,6 +107,18 @@ def test_query_places_follow_the_power_law(power: float) -> None:
     assert ((found - expected) ** 2 / expected).sum() < 43.8
 
 
+def test_spread_pairs_stand_anywhere_alike() -> None:
+    task = RecallTask(length=50, pairs=2, queries=1, vocabulary=6, spread=41)
+    found = np.zeros(20)
+    for number in range(1000):
+        tokens, targets = task.problem("train", number)
+        assert not tokens[40]  # the last of an odd number is filler
+        found += tokens[:40:2] > 0
+        assert np.flatnonzero(targets != NO_TARGET)[0] > 40
+    # 43.8 is the 99.9th percentile of chi squared with 19 degrees of freedom; two of 20 places vary a little less.
+    assert ((found - 100) ** 2 / 100).sum() < 43.8
+
+
 def test_problems_depend_on_seed_split_and_number_alone() -> None:
     task, again = opened().task, opened(sequence_length=128, length=64).task
     assert task == again
@@ -111,6 +132,8 @@ def test_problems_depend_on_seed_split_and_number_alone() -> None:
     # Pinned: a resumed run must find its problems after an update of numpy.
     small = RecallTask(length=14, pairs=2, queries=2, vocabulary=12, filler="random")
     assert small.problem("train", 7)[0].tolist() == [1, 7, 2, 11, 2, 11, 7, 8, 5, 9, 1, 7, 7, 3]
+    spread = dataclasses.replace(small, spread=8)
+    assert spread.problem("train", 7)[0].tolist() == [7, 8, 2, 11, 1, 7, 7, 3, 2, 11, 1, 7, 3, 11]
 
 
 def test_rows_hold_whole_problems_and_do_not_depend_on_the_ranks() -> None:
@@ -141,8 +164,9 @@ def test_a_set_number_of_problems_begins_again() -> None:
 
 def test_resuming_needs_the_same_problems() -> None:
     train = opened().train
+    assert train.fingerprint == "4050107fd0cd3ac8ebedce8bdd671a92"  # of runs made before data.recall.spread came
     assert train.resume(train.state(5)) == 5
-    for other in (opened(seed=1), opened(pairs=5), opened(vocabulary=42), opened(filler="random")):
+    for other in (opened(seed=1), opened(pairs=5), opened(vocabulary=42), opened(filler="random"), opened(spread=8)):
         with pytest.raises(ValueError, match="fingerprint"):
             other.train.resume(train.state(5))
     with pytest.raises(ValueError, match="sequence_length"):
@@ -156,6 +180,8 @@ def test_resuming_needs_the_same_problems() -> None:
         ({"recall": RecallSettings(length=16, pairs=4, queries=5)}, r"data\.recall\.length must be at least 18"),
         ({"recall": RecallSettings(length=48, pairs=4)}, r"data\.recall\.length must divide .*=64.* got 48"),
         ({"recall": RecallSettings(pairs=0)}, r"data\.recall\.pairs must be at least 1"),
+        ({"recall": RecallSettings(pairs=4, spread=7)}, r"data\.recall\.spread must be at least 8, .* got 7"),
+        ({"recall": RecallSettings(pairs=4, spread=57)}, r"data\.sequence_length must be at least 65, .*spread=57"),
         ({"recall": RecallSettings(queries=0)}, r"data\.recall\.queries must be at least 1"),
         ({"recall": RecallSettings(validation_documents=0)}, r"validation_documents must be at least 1"),
         ({"recall": RecallSettings(power=0.0)}, r"data\.recall\.power must lie in \(0, 1\]; got 0\.0"),
