@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -80,6 +80,21 @@ def recording() -> Iterator[None]:
         yield
 
 
+def own_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of an autograd function; where torch compiles its outputs are copies, which the compiler may fuse."""
+
+    @wraps(forward)
+    def with_own_outputs(ctx: Any, *arguments: Any) -> Any:
+        outputs = forward(ctx, *arguments)
+        if not torch.compiler.is_compiling():
+            return outputs
+        if isinstance(outputs, Tensor):
+            return outputs.clone()
+        return tuple(x.clone() if isinstance(x, Tensor) else x for x in outputs)
+
+    return with_own_outputs
+
+
 class _NoBackward:
     """The context of a forward that no backward follows."""
 
@@ -88,8 +103,18 @@ class _NoBackward:
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
+# Compiled by torch 2.11, and not by 2.13, an output that is the result of an operation in place, or of a conversion to
+# the type at hand, loses its gradients without a word.
+LOSES_GRADIENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+
+
 class Function(torch.autograd.Function):
     """Base of this package's autograd functions, which run through `call`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if LOSES_GRADIENTS and "forward" in cls.__dict__:
+            cls.forward = staticmethod(own_outputs(cls.forward))  # type: ignore[method-assign]
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:
@@ -102,15 +127,6 @@ class Function(torch.autograd.Function):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return cls.apply
         return partial(cls.forward, _NoBackward())
-
-
-def own(y: Tensor) -> Tensor:
-    """y as the output of a forward, where it may be the result of an operation that returns what it was given.
-
-    Those are operations in place, and conversions to the type at hand. Compiled by torch 2.11 such outputs lose their
-    gradients without a word; the copy is then part of the compiler's kernels.
-    """
-    return y.clone() if torch.compiler.is_compiling() else y
 
 
 class Run(Function):

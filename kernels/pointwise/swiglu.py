@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import by_kernels, by_library
-from ..operation import Function, own
+from ..operation import Function
 from . import library
 
 
@@ -34,7 +34,7 @@ class _SwiGLU(Function):
         ctx.kernels = by_kernels("swiglu", gate)
         if ctx.kernels is not None:
             return ctx.kernels.gated(gate, up)
-        return own(F.silu(gate).mul_(up))
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
