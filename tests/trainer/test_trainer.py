@@ -211,7 +211,7 @@ def steps_told(rank: int, world: int, chosen: Settings) -> list[list[int]]:
 
 
 def test_mixers_are_told_every_step(texts: Path, tmp_path: Path) -> None:
-    chosen = settings(texts, tmp_path / "run")
+    chosen = settings(texts, tmp_path / "run", evaluation__at_start=False)
     (told,) = run_ranks(1, steps_told, chosen)
     layers = chosen.model["depth"]
     # The rehearsal before the run, that which counts its work, and the model.
