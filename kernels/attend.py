@@ -62,6 +62,10 @@ class Attend(ABC):
     def tile(self, queries: Documents, keys: Documents) -> Any:
         """What `attend` needs to know about these queries and keys; None where no query sees any key."""
 
+    def tile_in(self, rows: Documents, queries: Documents, keys: Documents) -> Any:
+        """`tile`, for an op that has to know the documents of the whole rows."""
+        return self.tile(queries, keys)
+
     def reached(self, parts: Documents, number: int) -> Tensor:
         """bool `[P, P]`, on the host: whether a query of part i sees a key of part j, of `number` parts of the same
         rows one after the other along the batch."""

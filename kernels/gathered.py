@@ -53,3 +53,27 @@ class GatheredTile(BlockTile):
         places = torch.where(kept, kept.cumsum(1) - 1, length)
         keys = torch.arange(self.keys.length, device=ids.device).expand_as(ids)
         return ids.new_full((len(ids), length + 1), self.keys.length).scatter_(1, places, keys)[:, :length]
+
+
+class JoinedTile(BlockTile):
+    """A tile whose keys are those of other tiles of the same queries, one after the other.
+
+    tiles: each with the place of its first key.
+    """
+
+    tiles: tuple[tuple[int, BlockTile], ...]
+
+    def __init__(self, tiles: tuple[tuple[int, BlockTile], ...]) -> None:
+        first = tiles[0][1]
+        super().__init__(first.layout, first.queries, first.keys, first.mask, first.query_block)
+        object.__setattr__(self, "tiles", tiles)
+
+    def pieces(self, device: torch.device | str = "cpu") -> Tensor:
+        tables = []
+        for place, tile in self.tiles:
+            start, *rest = tile.pieces(device).split([1, 3], dim=-1)
+            tables.append(torch.cat([start + place, *rest], dim=-1))
+        return torch.cat(tables)
+
+    def placed(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("kernels that need places attend to each tile by itself")

@@ -9,9 +9,9 @@ from ...kernels import gate_divergence as gate
 from ...kernels.index_divergence import IndexDivergence, IndexLse, prepared, with_lse
 from ..operation import mix
 from ..sequence import Sequence
-from ..strategies.gather import gather
-from ..strategies.listed_blocks import by_blocks
-from ..strategies.ring import ring
+from ..strategies.listed_blocks import by_blocks, by_blocks_at_once
+from ..strategies.ring import ring, ring_of_blocks, ring_with_lse
+from .attention import CAUSAL
 
 
 def index_divergence(
@@ -62,11 +62,21 @@ def gate_divergence(
 
     q `[B, T, H, K]`, k `[B, T, G, K]`, gate_q `[B, T, G, D]`; gate_k `[B, N // block_size, G, D]` of the blocks of the
     whole row, as `gather_windows` returns them; blocks int32 `[B, T, G, M]`, lists of this rank's queries by the ids of
-    the whole row, or None for all. Every rank gathers the keys of all, since a block's greatest weight is that of all
-    its tokens. The result is float32 (float64 for float64), and no gradient reaches q and k. Raises ValueError when it
-    decodes. See `longreach.kernels.gate_divergence`.
+    the whole row, or None for all. Of the keys, complete blocks travel round the ranks, each from the rank on which it
+    ends, or those alone that are listed. The result is float32 (float64 for float64), and no gradient reaches q and k.
+    Raises ValueError when it decodes. See `longreach.kernels.gate_divergence`.
     """
     if seq.cache is not None:
         raise ValueError(f"gate_divergence must be called in training; got a cache of {seq.cache.length} tokens")
-    inputs, settings = gate.prepared(q, k, gate_q, gate_k, blocks, block_size, scale, gate_scale)
-    return mix(gather, (None, gate.GateDivergence, *settings), inputs, seq, slot)[0].squeeze(-1)
+    gate.check_gates(q, k, gate_q, gate_k, blocks)
+    settings = block_size, *gate.scales(q, gate_q, scale, gate_scale)
+    if blocks is not None:
+        inputs = gate.ListedGateInputs(*gate.prepared(q, k, gate_q, gate_k), blocks)
+        return gate.divergence_of(mix(by_blocks_at_once, (gate.ListedGateDivergence, *settings), inputs, seq, slot)[0])
+    with torch.no_grad():
+        lse_inputs = gate.LseInputs(q, k.to(q.dtype))
+        lse = mix(ring_with_lse, (gate.GateLse, CAUSAL.settings, settings[1]), lse_inputs, seq, f"{slot} lse")[1]
+    inputs = gate.GateInputs(*gate.prepared(q, k, gate_q, gate_k), lse)
+    cut = seq.layout.span_length if seq.layout.ranks > 1 else seq.layout.length
+    op = gate.GateDivergence, *settings, cut
+    return gate.divergence_of(mix(ring_of_blocks, op, inputs, seq, slot)[0])

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels.attend import Gradient, ListedAttend, merge
 from ...kernels.blocks import BlockLayout
 from ...kernels.documents import Documents
-from ...kernels.gathered import left_out_before
+from ...kernels.gathered import JoinedTile, left_out_before
 from ...kernels.operation import Tensors
 from ..collectives import Gathering, agree, exchange, finish
 from ..operation import present
@@ -351,3 +351,37 @@ class ListedAttention(SharedAttention):
 def by_blocks(build: Callable[..., ListedAttend], *settings: Any) -> ListedAttention:
     """The op `build(*settings)` over listed blocks; plain values, as `mix` wants them."""
     return ListedAttention(build(*settings))
+
+
+class ListedAtOnce(ListedAttention):
+    """The same for an op whose keys must all be there at once, and are constant: a block that straddles ranks too."""
+
+    def over_keys(self, inputs: Any, where: _Asked) -> tuple[Tensor, Tensor] | None:
+        keys, tile = self._all(inputs, where)
+        return None if tile is None else self.op.attend(inputs, keys, tile, where.seq.backend)
+
+    def over_keys_backward(
+        self, gradient: Gradient, inputs: Any, where: _Asked
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        keys, tile = self._all(inputs, where)
+        constant = tuple(torch.zeros_like(x, dtype=gradient.exact) for x in self.op.sent(inputs))
+        if tile is None:
+            return {}, constant
+        return self.op.attend_backward(gradient, inputs, keys, tile, where.seq.backend)[0], constant
+
+    def _all(self, inputs: Any, where: _Asked) -> tuple[tuple[Tensor, ...], Any]:
+        """This rank's keys, then those that it receives, and their tile."""
+        (seq, plan), own = where, self.op.sent(inputs)
+        tile = seq.derive(_own_tile, self.op)
+        received = None if plan is None else self._keys(own, plan, seq).wait()
+        if plan is None or received is None:
+            return own, tile
+        tiles = (0, tile), (own[0].shape[1], self._received_tile(seq, plan))
+        some = tuple((place, each) for place, each in tiles if each is not None)
+        keys = tuple(torch.cat(pair, dim=1) for pair in zip(own, received, strict=True))
+        return keys, JoinedTile(some) if some else None
+
+
+def by_blocks_at_once(build: Callable[..., ListedAttend], *settings: Any) -> ListedAtOnce:
+    """The op `build(*settings)` over listed blocks that come at once."""
+    return ListedAtOnce(build(*settings))

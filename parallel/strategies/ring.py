@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ...kernels.attend import Attend, Gradient, merge
 from ..collectives import Packed, Work, exchange, finish
 from ..sequence import Sequence
 from .attention import SharedAttention
+from .windows import LocalWindows
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class RingPlan:
         )
         owners = [(seq.rank - s) % ranks for s in range(ranks)]
         tiles = tuple(
-            op.tile(seq.local, seq.documents_of(owner)) if reached[seq.rank][owner] else None for owner in owners
+            op.tile_in(seq.documents, seq.local, seq.documents_of(owner)) if reached[seq.rank][owner] else None
+            for owner in owners
         )
         return cls(tiles, tuple(max(distances, default=0) for distances in seen_by), seen_by)
 
@@ -90,12 +92,13 @@ class _Travel:
 class _Returns:
     """Gradients of blocks on their way to the owners: those of one block travel while the next is worked on.
 
-    An owner adds them to `total` in the order of distance: the result is the same at every run.
+    An owner adds them to `total` in the order of distance: the result is the same at every run. Nothing returns of what
+    is `constant`.
     """
 
-    def __init__(self, total: Packed, seq: Sequence, plan: RingPlan) -> None:
+    def __init__(self, total: Packed, seq: Sequence, plan: RingPlan, *, constant: bool) -> None:
         self.total, self.seq, self.ranks = total, seq, seq.layout.ranks
-        self.returns = plan.seen_by[seq.rank]
+        self.returns = frozenset[int]() if constant else plan.seen_by[seq.rank]
         self.part: Packed | None = None  # kept while its memory is being sent
         self.back: Packed | None = None
         self.works: list[Work] = []
@@ -130,7 +133,7 @@ class RingAttention(SharedAttention):
     def over_keys(self, inputs: Any, where: Sequence) -> tuple[Tensor, Tensor] | None:
         seq = self.rows(where)
         plan = RingPlan.of(self.op, seq)
-        travel = _Travel(self.op.sent(inputs), seq, plan)
+        travel = _Travel(self.sent(inputs, seq), seq, plan)
         result: tuple[Tensor, Tensor] | None = None
         for step, tile in enumerate(plan.tiles):
             travel.start(step)
@@ -145,11 +148,11 @@ class RingAttention(SharedAttention):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         seq = self.rows(where)
         plan = RingPlan.of(self.op, seq)
-        own = self.op.sent(inputs)
+        own = self.sent(inputs, seq)
         travel = _Travel(own, seq, plan)
         stay: dict[str, Tensor] = {}
         total = Packed.of(tuple(torch.zeros_like(x, dtype=gradient.exact) for x in own))
-        returns = _Returns(total, seq, plan)
+        returns = _Returns(total, seq, plan, constant=self.op.constant)
         for step, tile in enumerate(plan.tiles):
             travel.start(step)
             part: Packed | None = None
@@ -157,14 +160,50 @@ class RingAttention(SharedAttention):
                 block = travel.block(step)
                 stay_parts, gradients = self.op.attend_backward(gradient, inputs, block, tile, seq.backend)
                 self.add_up(stay, stay_parts)
-                part = Packed.of(tuple(x.to(gradient.exact) for x in gradients))  # as their owners expect them
+                if not self.op.constant:
+                    part = Packed.of(tuple(x.to(gradient.exact) for x in gradients))  # as their owners expect them
             returns.finish()
             returns.start(part, step)
             travel.finish()
         returns.finish()
         return stay, total.tensors
 
+    def sent(self, inputs: Any, seq: Sequence) -> tuple[Tensor, ...]:
+        """What this rank sends round."""
+        return self.op.sent(inputs)
+
+
+class RingWithLse(RingAttention):
+    """The log-sum-exp, float32 (float64), is its second output."""
+
+    returns_lse: ClassVar[bool] = True
+    outputs: ClassVar[int] = 2
+
+
+class RingOfBlocks(RingAttention):
+    """Complete blocks of constant keys travel, `[B, W, op.block_size, …]` from the rank on which they end."""
+
+    def sent(self, inputs: Any, seq: Sequence) -> tuple[Tensor, ...]:
+        blocks = LocalWindows(self.op.block_size, self.op.block_size)  # type: ignore[attr-defined]
+        return tuple(blocks.apply(x, seq) for x in self.op.sent(inputs))
+
+    def over_keys_backward(
+        self, gradient: Gradient, inputs: Any, where: Sequence
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        stay, _ = super().over_keys_backward(gradient, inputs, where)
+        return stay, tuple(torch.zeros_like(x, dtype=gradient.exact) for x in self.op.sent(inputs))
+
 
 def ring(until: int | None, build: Callable[..., Attend], *settings: Any) -> RingAttention:
     """The op `build(*settings)` by a ring; plain values, as `mix` wants them."""
     return RingAttention(build(*settings), until)
+
+
+def ring_of_blocks(build: Callable[..., Attend], *settings: Any) -> RingOfBlocks:
+    """The same for an op over complete blocks."""
+    return RingOfBlocks(build(*settings))
+
+
+def ring_with_lse(build: Callable[..., Attend], *settings: Any) -> RingWithLse:
+    """The same, with the log-sum-exp."""
+    return RingWithLse(build(*settings))

@@ -4,13 +4,17 @@ import pytest
 import torch
 from block_cases import GROUPS, HEADS, KEY, LENGTH, PACKINGS, agrees, differentiated, sequence
 from distributed import run_threads
+from largest_tensor import LargestTensor
 
 from longreach.kernels.blocks import BlockLayout
+from longreach.kernels.documents import Documents
+from longreach.kernels.gate_divergence import chunked as gate_chunked
 from longreach.kernels.gate_divergence import gate_divergence as gates_on_one_device
 from longreach.kernels.index_divergence import chunked
 from longreach.kernels.index_divergence import index_divergence as on_one_device
 from longreach.parallel.collectives import counting
 from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.ops import gate_divergence, index_divergence
 from longreach.parallel.sequence import DecodingCache, Sequence
 
@@ -127,3 +131,44 @@ def test_gates_on_ranks_give_what_one_device_gives(world, spans, packing, size, 
     agrees(layout.unshard([out for out, _ in results]), expected, "divergence")
     agrees(layout.unshard([gradients[2] for _, gradients in results]), wanted[2], "gradient of gate_q")
     agrees(torch.stack([gradients[3] for _, gradients in results]).sum(0), wanted[3], "gradient of gate_k")
+
+
+def test_attention_that_puts_all_weight_on_the_last_tokens_leaves_gates_finite():
+    q, k, gate_q, gate_k = drawn_gates(5)
+    results = (gates_on_one_device(300 * q, k, gate_q, gate_k, block_size=5, documents=PACKINGS[p]) for p in PACKINGS)
+    assert all(out.isfinite().all() for out in results)
+
+
+HELD = {"batch": 1, "groups": 2, "key": 256, "size": 4, "ranks": 4}
+
+
+def held_by(rank, world, length, listed):
+    """The largest tensor of a loss and its gradients, and what is sent for them."""
+    documents = Documents.whole(1, length)
+    seq = Sequence(documents, Layout(length, world, 2), rank, Mesh.create(world).sequence_group)
+    own = length // world
+    q, k = (torch.randn(1, own, HELD["groups"], HELD["key"]) for _ in range(2))
+    gate_q, gate_k = (torch.randn(1, n, HELD["groups"], 2).requires_grad_() for n in (own, length // HELD["size"]))
+    ids = BlockLayout(documents, HELD["size"]).ids(documents)
+    lists = seq.shard(ids[..., None, None].repeat(1, 1, HELD["groups"], 1)) if listed else None
+    with LargestTensor() as largest, counting() as sent:
+        gate_divergence(q, k, gate_q, gate_k, lists, seq=seq, block_size=HELD["size"]).sum().backward()
+    return largest.numel, dict(sent)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_rank_holds_the_keys_of_a_row_or_every_score_for_a_gates_loss(monkeypatch, listed):
+    """What a rank holds at once grows with its part of the row, and not with the square of it."""
+    monkeypatch.setattr(gate_chunked, "SCORES", 1 << 11)
+    monkeypatch.setattr(gate_chunked, "KEYS", 64)
+    own, bytes_of_keys = HELD["groups"] * HELD["key"], 4
+    for length in (128, 512):
+        results = run_threads(HELD["ranks"], held_by, length, listed)
+        tokens = length // HELD["ranks"]
+        assert max(most for most, _ in results) < 1.5 * tokens * own
+        for _, sent in results:
+            if listed:  # the block that each span begins and ends in has all its tokens there
+                assert sum(sent.values()) < tokens * own * bytes_of_keys
+            else:  # keys for the log-sum-exp, and blocks of them, forward and backward
+                hops = 3 * (HELD["ranks"] - 1)
+                assert 0.5 * hops < sent["exchange"] / (tokens * own * bytes_of_keys) <= hops + 0.2

@@ -88,7 +88,7 @@ class BlockGate(Selector):
     def loss_flops(self, seq: Sequence, *, heads: int, key_dim: int, dense: bool) -> int:
         """Forward FLOPs of the loss."""
         pairs = seq.pairs(Mask()) if dense else self.listed_pairs(seq)
-        return gate_divergence.flops(pairs, heads=heads, key_dim=key_dim)
+        return gate_divergence.flops(pairs, heads=heads, key_dim=key_dim, listed=not dense)
 
 
 class GroupedLinear(nn.Module):

@@ -13,6 +13,7 @@ from ....kernels.documents import Documents
 from ....kernels.pointwise import rope_frequencies
 from ....models.decoding import next_logits
 from ....models.feed_forward.router import Router
+from ....models.layers.selectors.selector import Selector
 from ....parallel.sequence import DecodingCache, Sequence
 from .. import definitions, variants, work
 from ..bench import Bench
@@ -228,9 +229,9 @@ def leaks(bench: Bench) -> None:
             where = f"token {token} of row {row} moves with {_tokens(change)}; {case.name}"
             leaked.append(Difference(float(moved.max() / base.abs().max()), where if moved.any() else case.name))
     ran = bench.ran("float64")
-    # How many rows an expert has depends on all tokens, and by it the order in which a library's product adds up.
-    routed = any(isinstance(module, Router) for module in bench.model(torch.float64).modules())
-    limit = EXACT if routed else 0.0
+    # How many rows an expert has, or queries a block, depends on all tokens: by it a library's product adds up.
+    chosen = any(isinstance(module, (Router, Selector)) for module in bench.model(torch.float64).modules())
+    limit = EXACT if chosen else 0.0
     bench.add(comparison.row("no leak between documents or from the future", leaked, limit, ran, 3))
     bench.add(comparison.row("a token moves itself and the next", unmoved, 0.0, ran, 6, unit="tokens that stay"))
 
