@@ -20,6 +20,7 @@ from ..trainer.checkpoint.choice import locate, read_config
 from ..trainer.checkpoint.origin import read_origin
 from ..trainer.checkpoint.tensor_files import checksum
 from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
+from ..trainer.engine import saved_buffers
 from ..trainer.settings import home
 from . import configuration
 from .build import build
@@ -102,8 +103,8 @@ def export(settings: ExportSettings) -> Path:
 
 
 def _weights(stored: checkpoint.Stored, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter, after its bytes were compared with their checksum."""
-    for name, parameter in model.named_parameters():
+    """Each parameter and saved buffer, after its bytes were compared with their checksum."""
+    for name, parameter in (*model.named_parameters(), *saved_buffers(model).items()):
         file, place, expected = stored.tensors.get(name, (None, None, None))
         if file is None or place is None or place.shape != tuple(parameter.shape):
             raise ValueError(f"checkpoint must hold the model of its config.yaml; got {stored.path} without its {name}")

@@ -44,7 +44,8 @@ class LanguageModel(nn.Module):
         `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`. A
         `block` may declare `before` and `last` too: how many parts the residual stream has passed before it, and
         whether it ends with it.
-    norm: of blocks and before the head: "rms", "unweighted_rms", "layer", or "unbiased_layer".
+    norm: of blocks and before the head: "rms", "zero_centred_rms" (Gemma's, to whose weights 1 is added),
+        "unweighted_rms", "layer", or "unbiased_layer".
     embedding_norm: whether the embedding is normed too, as in RWKV.
     tied_embeddings: the head's weight is the embedding's. embedding_multiplier, logit_multiplier: constants by which
         embeddings and logits are multiplied.

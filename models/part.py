@@ -203,7 +203,7 @@ class Cut(NamedTuple):
     held: range
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
+def shape_of(parameter: Tensor) -> torch.Size:
     """The whole parameter's shape; ZeRO-3 leaves an empty tensor and a note, a rank of several its experts' part."""
     if (cut := getattr(parameter, "cut", None)) is not None:
         return cut.shape

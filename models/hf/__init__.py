@@ -87,7 +87,7 @@ def write(
 ) -> None:
     """Writes a model as the folder `path`: safetensors, config.json, and copies of `files` (those of the tokenizer).
 
-    state: (name, tensor) of each parameter, shared ones once, taken one at a time; at most one shard is held.
+    state: (name, tensor) of each parameter and buffer, shared ones once, taken one at a time; at most a shard is held.
     settings: those that the model was built from. max_positions: the sequence length that it was trained at.
     family: the model type to write. By default it is that of `origin`, if it expresses the settings, or else the one
         that does and to which the others yield.
@@ -103,7 +103,7 @@ def write(
     described["max_position_embeddings"] = max_positions
     if taken := sorted(set(described) & set(config or {})):
         raise ValueError(f"config must not hold what the settings say; got {', '.join(taken)}. Leave these out")
-    said = {**_kept(origin or {}, described), **(config or {})}
+    said = {**_kept(_current(origin or {}), described), **(config or {})}
     with new_folder(Path(path)) as folder:
         kept = save_tensors(state, chosen.tensors(settings), folder, dtype=dtype, shard_bytes=shard_bytes)
         write_json(folder / CONFIG, {**said, "torch_dtype": str(kept).split(".")[-1]})
@@ -137,9 +137,12 @@ def max_positions(
 
 
 def read_configs(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and generation_config.json of the folder `path`; the latter is empty where there is none."""
+    """config.json, its keys named as the family's table names them, and generation_config.json of the folder `path`.
+
+    The latter is empty where there is none.
+    """
     generation = Path(path) / GENERATION
-    return _read_config(path), read_json(generation) if generation.is_file() else {}
+    return _current(_read_config(path)), read_json(generation) if generation.is_file() else {}
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:
@@ -165,6 +168,12 @@ def known_families() -> dict[str, Family]:
     """Every family, by model type."""
     modules = (import_module(f"{families.__name__}.{module.name}") for module in iter_modules(families.__path__))
     return {module.FAMILY.model_type: module.FAMILY for module in modules}
+
+
+def _current(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with its keys as the family's table names them."""
+    family = known_families().get(str(config.get("model_type")))
+    return dict(config if family is None else family.current(config))
 
 
 def _family(config: Mapping[str, Any]) -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..part import named_weights, shape_of
+from ..part import Cut, named_weights, shape_of
 from .tensors import Recipe, Tensors
 
 INDEX = "model.safetensors.index.json"
@@ -120,18 +121,36 @@ def load_tensors(checkpoint: Checkpoint, model: nn.Module, tensors: Tensors, gat
     `gather` is entered with the parameter that is about to be filled, for the same parameters in the same order on
     every rank. Every name, shape and type is checked before the first is entered.
     """
-    parameters = dict(named_weights(model))
+    parameters: dict[str, Tensor] = dict(named_weights(model))
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in tensors.buffers}
     _check(checkpoint, parameters, tensors)
     for name, parameter in parameters.items():
         recipe = tensors.read[name]
-        value = recipe.make(*(checkpoint.read(source) for source in recipe.sources))
-        with torch.no_grad(), gather([parameter]) if gather else nullcontext():
-            if parameter.shape != value.shape:
-                raise ValueError(f"{name} must have shape {tuple(parameter.shape)}; got {tuple(value.shape)}")
-            parameter.copy_(value)
+        values = _entries(recipe, checkpoint, parameter) if recipe.stacked else [_value(recipe, checkpoint, parameter)]
+        whole = gather([parameter]) if gather and isinstance(parameter, nn.Parameter) else nullcontext()
+        with torch.no_grad(), whole:
+            places = parameter if recipe.stacked else [parameter]
+            for place, value in zip(places, values, strict=True):
+                if place.shape != value.shape:
+                    raise ValueError(f"{name} must have entries {tuple(place.shape)}; got {tuple(value.shape)}")
+                place.copy_(value)
 
 
-def _check(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> None:
+def _value(recipe: Recipe, checkpoint: Checkpoint, parameter: Tensor) -> Tensor:
+    """A parameter's value; of one by expert, that of the experts that this rank holds."""
+    value = recipe.make(*(checkpoint.read(source) for source in recipe.sources))
+    cut: Cut | None = getattr(parameter, "cut", None)
+    return value if cut is None else value[cut.held.start : cut.held.stop]
+
+
+def _entries(recipe: Recipe, checkpoint: Checkpoint, parameter: Tensor) -> Iterator[Tensor]:
+    """The entries of a parameter's first dim, one at a time: of one by expert, those that this rank holds."""
+    cut: Cut | None = getattr(parameter, "cut", None)
+    for entry in range(len(recipe.sources)) if cut is None else cut.held:
+        yield recipe.make(checkpoint.read(recipe.sources[entry]))
+
+
+def _check(checkpoint: Checkpoint, parameters: Mapping[str, Tensor], tensors: Tensors) -> None:
     headers, problems = checkpoint.headers, []
     if unlike := set(parameters) ^ set(tensors.read):
         raise ValueError(
@@ -141,7 +160,8 @@ def _check(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], tenso
     needed = {source for recipe in tensors.read.values() for source in recipe.sources}
     if missing := needed - set(headers):
         problems.append(f"missing: {_listed(missing)}")
-    surplus = {name for name in set(headers) - needed - set(tensors.duplicates) if not name.endswith(tensors.ignored)}
+    unused = set(headers) - needed - set(tensors.duplicates)
+    surplus = {name for name in unused if not any(re.search(pattern, name) for pattern in tensors.ignored)}
     if surplus:
         problems.append(f"unexpected: {_listed(surplus)}")
     for name in sorted(needed & set(headers)):
@@ -157,16 +177,16 @@ def _check(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], tenso
         raise ValueError(f"{checkpoint.path} must hold the tensors of its config.json; got " + "; ".join(problems))
 
 
-def _wrong_shape(name: str, recipe: Recipe, parameter: nn.Parameter, headers: Mapping[str, Header]) -> list[str]:
+def _wrong_shape(name: str, recipe: Recipe, parameter: Tensor, headers: Mapping[str, Header]) -> list[str]:
     expected = tuple(shape_of(parameter))
     sources = [torch.empty(headers[source].shape, device="meta") for source in recipe.sources]
     try:
-        got = tuple(recipe.make(*sources).shape)
+        got = tuple(recipe.whole(*sources).shape)
     except (RuntimeError, ValueError, IndexError):
         got = None
     if got == expected:
         return []
-    shapes = ", ".join(f"{source} {list(headers[source].shape)}" for source in recipe.sources)
+    shapes = _listed(f"{source} {list(headers[source].shape)}" for source in recipe.sources)
     return [f"{shapes} for {name} {list(expected)}"]
 
 
@@ -201,7 +221,8 @@ def save_tensors(
     size = total = count = parameters = 0
     kept: torch.dtype | None = None
     for name, tensor in _made(state, tensors):
-        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        exact = tensors.buffers.issuperset(tensors.write[name].sources)  # those of routers, which keep their type
+        tensor = tensor.detach().to(device="cpu", dtype=tensor.dtype if exact else dtype or tensor.dtype).contiguous()
         kept = kept or tensor.dtype
         if shard and size + tensor.nbytes > shard_bytes:
             save_file(shard, folder / _part(count), metadata={"format": "pt"})
@@ -241,6 +262,9 @@ def _made(state: Iterable[tuple[str, Tensor]], tensors: Tensors) -> Iterator[tup
     for name, tensor in state:
         if name.startswith(tensors.left_out):
             continue
+        if name in tensors.fixed:
+            _check_fixed(name, tensor, tensors.fixed[name])
+            continue
         if name not in users:
             raise ValueError(f"the model's parameters must be those of its settings; got {name}")
         for theirs in users.pop(name):
@@ -252,6 +276,14 @@ def _made(state: Iterable[tuple[str, Tensor]], tensors: Tensors) -> Iterator[tup
                 yield theirs, recipe.make(*(held[source] for source in recipe.sources))
     if waiting:
         raise ValueError(f"the model's parameters must be those of its settings; missing: {_listed(set(users))}")
+
+
+def _check_fixed(name: str, tensor: Tensor, value: float | None) -> None:
+    if value is not None and bool((tensor != value).any()):
+        raise ValueError(
+            f"{name} must be {value:g}, since models of this family have no such tensor; got other values. Choose a "
+            "family that has it, or train with feed_forward.bias_rate=0"
+        )
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -1,26 +1,29 @@
 """Components: the parts of a model as the table of a family declares them.
 
-A component is one of our classes with a field per setting and the names of its tensors. `MODEL`, `BLOCK`, `ATTENTION`
-and `GATED_MLP` hold what most families of transformers share. A family states how it differs from them:
-`ATTENTION.but(bias=Fixed(True))`.
+A component is one of our classes with a field per setting and the places of its tensors. `MODEL`, `BLOCK`,
+`ATTENTION`, `GATED_MLP` and `MIXTURE` hold what most families of transformers share. A family states how it differs
+from them: `ATTENTION.but(bias=Fixed(True))`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from dataclasses import field as attribute
 from functools import partial
 from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
 from ..block import Block
+from ..feed_forward.experts import MixtureOfExperts
 from ..feed_forward.swiglu import SwiGLU
 from ..language_model import LanguageModel
 from ..mixers.softmax.softmax_attention import SoftmaxAttention
 from .config import ConfigReader, ConfigWriter
-from .fields import Field, Fixed, Flag, Integer, Number, Quotient, Unread
+from .fields import Coefficient, Field, Fixed, Flag, Integer, Number, Quotient, Unread
 from .rope import RopeBase, RopeScale
+from .tensors import Weight
 
 Settings = dict[str, Any]
 
@@ -76,19 +79,35 @@ class Component:
     """A part of the models of a family.
 
     target: our class. fields: one per setting that the family expresses; any other setting must keep its default.
-    names: transformers' names by ours, of parameters or of modules with parameters: `{"query": "self_attn.q_proj"}`.
+    names: where transformers keeps our parameters, or modules with parameters, by our names of them:
+        `{"query": "self_attn.q_proj"}`, or a `Weight` where they differ by more than the name.
     resolve: turns the arguments of `target` into those that count: None becomes what it stands for, and settings
         without effect are left out.
+    fixed: our buffers that its checkpoints do not hold, and the value that they must have there (None for any).
     """
 
     target: Callable[..., Any]
     fields: Mapping[str, Field]
-    names: Mapping[str, str]
+    names: Mapping[str, str | Weight]
     resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _unchanged
+    fixed: Mapping[str, float | None] = attribute(default_factory=dict)
 
-    def but(self, *, names: Mapping[str, str] | None = None, **fields: Field) -> Component:
-        """This component with some fields and names replaced or added."""
-        return replace(self, fields={**self.fields, **fields}, names={**self.names, **(names or {})})
+    def but(
+        self,
+        *,
+        target: Callable[..., Any] | None = None,
+        names: Mapping[str, str | Weight] | None = None,
+        resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        **fields: Field,
+    ) -> Component:
+        """This component with another class or rule, and some fields and names replaced or added."""
+        return replace(
+            self,
+            target=target or self.target,
+            fields={**self.fields, **fields},
+            names={**self.names, **(names or {})},
+            resolve=resolve or self.resolve,
+        )
 
     def read(self, reader: ConfigReader) -> Settings:
         """The settings of this part, as a partial."""
@@ -108,12 +127,14 @@ class Component:
             if name not in self.fields and (name not in node.defaults or value != node.defaults[name]):
                 writer.refuse(f"{setting}.{name}", value)
 
-    def their_name(self, name: str) -> str:
-        """transformers' name of the parameter `name` of this part, without the prefix of its layer."""
-        if name in self.names:
-            return self.names[name]
+    def place(self, name: str) -> Weight | None:
+        """Where the parameter or buffer `name` of this part is kept, without its layer's prefix; None if nowhere."""
         module, _, parameter = name.rpartition(".")
-        return f"{self.names[module]}.{parameter}"
+        found = self.names.get(name)
+        if found is None and (found := self.names.get(module)) is not None:
+            whole = found if isinstance(found, Weight) else Weight(found)
+            return replace(whole, name=f"{whole.name}.{parameter}")
+        return Weight(found) if isinstance(found, str) else found
 
 
 def _resolve_attention(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -125,7 +146,14 @@ def _resolve_attention(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     }
     if resolved["qk_norm"] is None:
         del resolved["norm_eps"]
+    if resolved["scale"] is not None and resolved["scale"] == resolved["head_dim"] ** -0.5:
+        resolved["scale"] = None
     return resolved
+
+
+def _resolve_experts(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    grouped = arguments["groups"] != 1
+    return {name: value for name, value in arguments.items() if name != "group_scores" or grouped}
 
 
 MODEL = Component(
@@ -173,4 +201,24 @@ GATED_MLP = Component(
     SwiGLU,
     {"hidden": Integer("intermediate_size"), "bias": Fixed(False)},
     {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+)
+MIXTURE = Component(
+    MixtureOfExperts,
+    {
+        "hidden": Integer("intermediate_size"),
+        "experts": Integer("num_experts"),
+        "experts_per_token": Integer("num_experts_per_tok"),
+        "shared_hidden": Fixed(0),
+        "renormalise": Fixed(True),
+        "balance": Coefficient("router_aux_loss_coef", 0.001),
+        **dict.fromkeys(("z", "bias_rate"), Unread()),
+    },
+    {
+        "router.weight": "mlp.gate.weight",
+        "experts.gate.weight": "mlp.experts.{}.gate_proj.weight",
+        "experts.up.weight": "mlp.experts.{}.up_proj.weight",
+        "experts.down.weight": "mlp.experts.{}.down_proj.weight",
+    },
+    _resolve_experts,
+    fixed={"router.bias": 0.0, "shares": None},
 )

@@ -23,6 +23,8 @@ IGNORED = frozenset(
         "pad_token_id",
         "initializer_range",
         "pretraining_tp",
+        "output_router_logits",
+        "keys_to_ignore_at_inference",
         "max_position_embeddings",
         "_name_or_path",
         "_attn_implementation",
@@ -87,6 +89,15 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             self.problem(f"{key} must be a positive number; got {value!r}")
             return 1.0
+        return float(value)
+
+    def coefficient(self, key: str, default: float) -> float:
+        """A number that is not negative; `default` where the key is absent or null."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            self.problem(f"{key} must be a number that is not negative; got {value!r}")
+            return default
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:

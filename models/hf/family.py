@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..language_model import expand_pattern
+from ..pattern import expand_pattern, stages
 from .components import BLOCK, GATED_MLP, MODEL, Component, Node, Settings, built, path_of
 from .config import ConfigReader, ConfigWriter
 from .fields import Absent, Only, Rule
-from .layers import LayerRule, NoWindows
-from .tensors import Tensors
+from .layers import DENSE, Every, LayerRule, NoWindows
+from .tensors import Placed, Tensors
 
 LEFT_OUT = ("multi_token_prediction.",)  # what training alone uses
+FEED_FORWARD = "feed_forward"
 
 RULES: tuple[Rule, ...] = (
     Only("hidden_act", ("silu", "swish")),
@@ -27,42 +28,76 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+class Layer(NamedTuple):
+    """The settings' names of the parts of one layer; a feed-forward layer that all have is `feed_forward`."""
+
+    mixer: str
+    feed_forward: str | None
+
+
+def _as_it_is(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config
+
+
+def renamed(**names: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """A `current` of families of which some keys have had other names: the table's by the other ones."""
+
+    def current(config: Mapping[str, Any]) -> Mapping[str, Any]:
+        known = {key: value for key, value in config.items() if key not in names}
+        return {names[key]: value for key, value in config.items() if key in names} | known
+
+    return current
+
+
 @dataclass(frozen=True)
 class Family:
     """The models of one `model_type`; each file of `families/` declares one as `FAMILY`.
 
     architecture: transformers' class of the model.
     mixers, layers: the mixers by name, and the rule that says which of them each layer has.
-    feed_forward, block, model: the other components. rules: for keys of config.json that belong to no setting.
+    feed_forwards, feed_forward_layers: the same of the feed-forward layers; none where blocks are a mixer alone.
+    block, model: the other components. rules: for keys of config.json that belong to no setting.
     yields_to: model types to write instead, where they express a model too.
     prefix: the beginning of the names of a layer's tensors.
-    ignored: endings of the names of tensors that hold nothing learned.
+    ignored: regular expressions of the names of tensors that hold nothing learned, or nothing that is read.
+    predicts: whether checkpoints hold layers after the last one, which predict further tokens and are not read.
+    current: turns a config.json as the hub or older versions have it into the form that the table reads.
     """
 
     model_type: str
     architecture: str
     mixers: Mapping[str, Component]
     layers: LayerRule = field(default_factory=NoWindows)
-    feed_forward: Component = GATED_MLP
+    feed_forwards: Mapping[str, Component] = field(default_factory=lambda: {DENSE: GATED_MLP})
+    feed_forward_layers: LayerRule = field(default_factory=lambda: Every(DENSE))
     block: Component = BLOCK
     model: Component = MODEL
     rules: tuple[Rule, ...] = RULES
     yields_to: tuple[str, ...] = ()
     prefix: str = "model.layers.{layer}."
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    predicts: bool = False
+    current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
 
     def settings(self, config: Mapping[str, Any]) -> Settings:
         """The settings of the `LanguageModel` that a config.json describes, nested dicts as in `conf/model`.
 
         Raises one ValueError that names every key whose value is not supported.
         """
-        reader = ConfigReader(config)
+        reader = ConfigReader(self.current(config))
         result = self.model.read(reader)
         del result["_partial_"]
-        layers = self.layers.read(reader, result["depth"])
-        result["pattern"] = _run_lengths(layers)
-        result["mixers"] = {name: self.mixers[name].read(reader) for name in dict.fromkeys(layers)}
-        result["feed_forward"] = self.feed_forward.read(reader)
+        mixers = self.layers.read(reader, result["depth"])
+        result["mixers"] = {name: self.mixers[name].read(reader) for name in dict.fromkeys(mixers)}
+        following: list[str] = []
+        if self.feed_forwards:
+            following = self.feed_forward_layers.read(reader, result["depth"])
+        read = {name: self.feed_forwards[name].read(reader) for name in dict.fromkeys(following)}
+        if len(read) > 1:  # the pattern says which layer has which
+            mixers = [f"{mixer}|{feed_forward}" for mixer, feed_forward in zip(mixers, following, strict=True)]
+            result["mixers"] |= read
+        result["feed_forward"] = next(iter(read.values())) if len(read) == 1 else None
+        result["pattern"] = _run_lengths(mixers)
         if self.block.target is not BLOCK.target:  # the model's default
             result["block"] = self.block.read(reader)
         for rule in self.rules:
@@ -79,70 +114,127 @@ class Family:
             return writer  # it may have no parts by these names
         block = model.arguments["block"] or {"_target_": path_of(BLOCK.target)}
         self.block.write(writer, "model.block", _part(model, block))
-        mixers = {name: _part(model, settings) for name, settings in model.arguments["mixers"].items()}
-        kinds = {name: self._kind(mixer) for name, mixer in mixers.items()}
-        for name, mixer in mixers.items():
-            self.mixers[kinds[name]].write(writer, f"model.mixers.{name}", mixer)
-        if model.arguments["feed_forward"] is None:
-            writer.refuse("model.feed_forward", None)
-        else:
-            self.feed_forward.write(writer, "model.feed_forward", _part(model, model.arguments["feed_forward"]))
-        layers = _mixer_names(model)
-        if joined := sorted(set(layers) - set(kinds)):  # several mixers in one layer
+        layers, joined = _layers(model)
+        if joined:
             writer.refuse("model.pattern", joined)
-        else:
-            self.layers.write(writer, [kinds[name] for name in layers])
+        kinds = self._kinds(model, layers)
+        for name, (components, kind) in kinds.items():
+            setting = "model.feed_forward" if name == FEED_FORWARD else f"model.mixers.{name}"
+            if kind is None:
+                writer.refuse(setting, _parts(model)[name].target.__qualname__)
+            else:
+                components[kind].write(writer, setting, _parts(model)[name])
+        following = [layer.feed_forward for layer in layers]
+        if self.feed_forwards and None in following:
+            writer.refuse("model.feed_forward", None)
+        elif not joined and all(kind for _, kind in kinds.values()):
+            self.layers.write(writer, [kinds[layer.mixer][1] or "" for layer in layers])
+            if self.feed_forwards:
+                self.feed_forward_layers.write(writer, [kinds[name][1] or "" for name in following if name])
         for rule in self.rules:
             rule.write(writer)
         return writer
 
     def tensors(self, settings: Settings) -> Tensors:
-        """The names of the tensors on both sides, for settings that this family expresses."""
+        """The places of the tensors on both sides, for settings that this family expresses."""
         with torch.device("meta"):
             module: nn.Module = built(settings)
         model = Node.of(settings)
-        kinds = {name: self._kind(_part(model, mixer)) for name, mixer in model.arguments["mixers"].items()}
-        layers = [self.mixers[kinds[name]] for name in _mixer_names(model)]
-        names, duplicates = {}, {}
-        first_names: dict[nn.Parameter, str] = {}
-        for ours, parameter in module.named_parameters(remove_duplicate=False):
+        layers, _ = _layers(model)
+        kinds = {name: components[kind] for name, (components, kind) in self._kinds(model, layers).items() if kind}
+        placed: list[Placed] = []
+        duplicates: dict[str, str] = {}
+        fixed: dict[str, float | None] = {}
+        first_names: dict[torch.Tensor, str] = {}
+        buffers = {name for name, _ in module.named_buffers()}
+        for ours, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
             if ours.startswith(LEFT_OUT):
                 continue
-            theirs = self._their_name(ours, layers)
-            if parameter in first_names:
-                duplicates[theirs] = first_names[parameter]
+            component, path, name, prefix = self._owner(ours, layers, kinds)
+            if (weight := component.place(name)) is None:
+                assert ours in buffers, f"{self.model_type} must say where {ours} is kept"
+                fixed[ours] = component.fixed[name]
+                continue
+            whole = replace(weight, name=prefix + weight.name)
+            if tensor in first_names:
+                duplicates[whole.name] = first_names[tensor]
             else:
-                names[ours] = first_names[parameter] = theirs
-        return Tensors.renamed(names, duplicates=duplicates, ignored=self.ignored, left_out=LEFT_OUT)
+                first_names[tensor] = whole.name
+                placed.append(Placed(ours, tensor.shape[0], module.get_submodule(path), whole))
+        ignored = self.ignored + (self._ahead(model.arguments["depth"]) if self.predicts else ())
+        return Tensors.of(
+            placed,
+            duplicates=duplicates,
+            ignored=ignored,
+            left_out=LEFT_OUT,
+            buffers=frozenset(buffers - set(fixed)),
+            fixed=fixed,
+        )
 
-    def _their_name(self, ours: str, mixers: list[Component]) -> str:
-        """transformers' name of our parameter; `mixers` are those of the layers."""
+    def _owner(self, ours: str, layers: list[Layer], kinds: Mapping[str, Component]) -> tuple[Component, str, str, str]:
+        """Of our parameter: the component, the path of its part, its name there, and the prefix of the layer."""
         if not ours.startswith("blocks."):
-            return self.model.their_name(ours)
-        _, layer, part, rest = ours.split(".", 3)
-        parts = {"mixer": mixers[int(layer)], "feed_forward": self.feed_forward}
-        name = parts[part].their_name(rest) if part in parts else self.block.their_name(f"{part}.{rest}")
-        return self.prefix.format(layer=layer) + name
+            return self.model, "", ours, ""
+        _, number, part, rest = ours.split(".", 3)
+        prefix = self.prefix.format(layer=number)
+        # Parts in sequence are called by their numbers.
+        called = part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
+        owner = layers[int(number)]._asdict().get(called)
+        if owner is None:
+            return self.block, f"blocks.{number}", f"{called}.{rest}", prefix
+        return kinds[owner], f"blocks.{number}.{part}", rest, prefix
 
-    def _kind(self, node: Node) -> str:
-        """The name in `self.mixers` of the component that expresses this mixer, or lacks least."""
+    def _ahead(self, depth: int) -> tuple[str, ...]:
+        """Regular expressions of the names of layers after the last."""
+        return tuple("^" + self.prefix.format(layer=layer).replace(".", r"\.") for layer in range(depth, depth + 8))
 
-        def distance(name: str) -> tuple[bool, int]:
-            writer = ConfigWriter()
-            self.mixers[name].write(writer, "", node)
-            return self.mixers[name].target is not node.target, len(writer.problems)
+    def _kinds(self, model: Node, layers: list[Layer]) -> dict[str, tuple[Mapping[str, Component], str | None]]:
+        """For each part by its name in the settings: the components that it may be, and which of them it is."""
+        parts, kinds = _parts(model), {}
+        for layer in layers:
+            for name, components in ((layer.mixer, self.mixers), (layer.feed_forward, self.feed_forwards)):
+                if name is not None and name not in kinds:
+                    kinds[name] = components, _kind(parts[name], components)
+        return kinds
 
-        return min(self.mixers, key=distance)
+
+def _kind(node: Node, components: Mapping[str, Component]) -> str | None:
+    """The name of the component that expresses this part, or lacks least; None if there are no components."""
+
+    def distance(name: str) -> tuple[bool, int]:
+        writer = ConfigWriter()
+        components[name].write(writer, "", node)
+        return components[name].target is not node.target, len(writer.problems)
+
+    return min(components, key=distance) if components else None
+
+
+def _parts(model: Node) -> dict[str, Node]:
+    """The mixers and the feed-forward layer, with the arguments that they have from the model."""
+    parts = {name: _part(model, settings) for name, settings in model.arguments["mixers"].items()}
+    if model.arguments["feed_forward"] is not None:
+        parts[FEED_FORWARD] = _part(model, model.arguments["feed_forward"])
+    return parts
 
 
 def _part(model: Node, settings: Settings) -> Node:
     """A part of the model, with the arguments that it has from the model."""
-    return Node.of(settings, width=model.arguments["width"], norm_eps=model.arguments["norm_eps"])
+    inherited = {name: model.arguments[name] for name in ("width", "depth", "norm_eps")}
+    return Node.of(settings, **inherited)
 
 
-def _mixer_names(model: Node) -> list[str]:
-    """For each layer, the name of its mixer in the settings."""
-    return expand_pattern(model.arguments["pattern"], model.arguments["depth"], list(model.arguments["mixers"]))
+def _layers(model: Node) -> tuple[list[Layer], list[str]]:
+    """The parts of each layer, and what no family has: mixers side by side, or more than two parts in sequence."""
+    arguments = model.arguments
+    items = expand_pattern(arguments["pattern"], arguments["depth"], list(arguments["mixers"]))
+    last = None if arguments["feed_forward"] is None else FEED_FORWARD
+    layers, joined = [], set()
+    for item in items:
+        first, *others = stages(item)
+        if len(first) > 1 or len(others) + (last is not None) > 1 or any(len(each) > 1 for each in others):
+            joined.add(item)
+        layers.append(Layer(first[0], others[0][0] if others else last))
+    return layers, sorted(joined)
 
 
 def _run_lengths(layers: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +85,75 @@ class Number(Key):
 
 
 @dataclass(frozen=True)
+class Coefficient(Key):
+    """A number that is not negative; `default` where the key is absent or null."""
+
+    default: float
+
+    def read(self, reader: ConfigReader) -> float:
+        return reader.coefficient(self.key, self.default)
+
+
+@dataclass(frozen=True)
+class OptionalInteger(Key):
+    """A positive integer, or None where the key is null. absent: the value where there is no such key."""
+
+    absent: int | None = None
+
+    def read(self, reader: ConfigReader) -> int | None:
+        return None if reader.get(self.key, self.absent) is None else reader.integer(self.key, self.absent)
+
+
+@dataclass(frozen=True)
+class Product(Key):
+    """The product of two keys, of which `size` is another field's; `default` where `key` is absent or null."""
+
+    size: str
+    default: int = 1
+
+    def read(self, reader: ConfigReader) -> int:
+        return reader.integer(self.key, self.default) * reader.integer(self.size)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        size = writer.config.get(self.size) or 1
+        if value < size or value % size:
+            writer.refuse(setting, value, f", which must be a multiple of {self.size}={size}")
+        else:
+            writer.put(self.key, value // size, setting)
+
+
+@dataclass(frozen=True)
+class Root(Field):
+    """The square root of a key that another field writes."""
+
+    key: str
+
+    def read(self, reader: ConfigReader) -> float:
+        return math.sqrt(reader.integer(self.key))
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if not math.isclose(value, math.sqrt(writer.config[self.key]), rel_tol=1e-9):
+            writer.refuse(setting, value, f", which must be the square root of {self.key}")
+
+
+@dataclass(frozen=True)
+class InverseRoot(Key):
+    """One over the square root of an integer; `default` where the key is absent or null."""
+
+    default: int
+
+    def read(self, reader: ConfigReader) -> float:
+        return reader.integer(self.key, self.default) ** -0.5
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        square = round(value**-2)
+        if square < 1 or not math.isclose(square**-0.5, value, rel_tol=1e-9):
+            writer.refuse(setting, value, f", which must be 1 / sqrt({self.key}) of an integer")
+        else:
+            writer.put(self.key, square, setting)
+
+
+@dataclass(frozen=True)
 class Flag(Key):
     """True or false; `default` where the key is absent or null."""
 
@@ -120,6 +190,19 @@ class Unread(Field):
             writer.put(self.key, value, setting)
 
 
+@dataclass(frozen=True)
+class Chosen(Field):
+    """A setting of training that config.json does not know: `value` in a model that is read."""
+
+    value: Any
+
+    def read(self, reader: ConfigReader) -> Any:
+        return self.value
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        pass
+
+
 class Rule:
     """What holds for a key of config.json that belongs to no setting."""
 
@@ -153,3 +236,20 @@ class Absent(Rule):
 
     def read(self, reader: ConfigReader) -> None:
         reader.absent(self.key, self.why)
+
+    def write(self, writer: ConfigWriter) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Known(Rule):
+    """Keys that say nothing more about the function that the weights compute; they are not written."""
+
+    keys: tuple[str, ...]
+
+    def read(self, reader: ConfigReader) -> None:
+        for key in self.keys:
+            reader.get(key)
+
+    def write(self, writer: ConfigWriter) -> None:
+        pass

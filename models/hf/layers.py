@@ -1,18 +1,20 @@
-"""Layer rules: how config.json says which of the mixers of a family each layer has."""
+"""Layer rules: how config.json says which of the parts of a family each layer has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .config import ConfigReader, ConfigWriter
 
-FULL, WINDOW = "full", "window"  # names of mixers, in `Family.mixers` and in the pattern of a model
+# Names of mixers and feed-forward layers, in the tables of a family and in the pattern of a model.
+FULL, WINDOW, LINEAR = "full", "window", "linear"
+DENSE, EXPERTS = "dense", "experts"
 _LAYER_TYPES = {"full_attention": FULL, "sliding_attention": WINDOW}  # by transformers' names
 
 
 class LayerRule:
-    """`read` returns the name of the mixer of each layer; `write` is its inverse."""
+    """`read` returns the name of the part of each layer; `write` is its inverse."""
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
         raise NotImplementedError
@@ -21,11 +23,24 @@ class LayerRule:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Every(LayerRule):
+    """All layers have the part of this name."""
+
+    name: str
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        return [self.name] * depth
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        pass
+
+
 class NoWindows(LayerRule):
     """No layer has a window."""
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
-        return _layer_types(reader, depth, "full_attention") or [FULL] * depth
+        return _layer_types(reader, depth, {"full_attention": FULL}) or [FULL] * depth
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
         pass
@@ -33,15 +48,24 @@ class NoWindows(LayerRule):
 
 @dataclass(frozen=True)
 class OneWindow(LayerRule):
-    """All layers have the window `sliding_window`, or none where it is null. absent: the window without the key."""
+    """All layers have the window `sliding_window`, or none where it is null. absent: the window without the key.
+
+    switch: a key that must be true for there to be windows.
+    """
 
     absent: int | None = None
+    switch: str | None = None
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
-        kind = "full_attention" if reader.get("sliding_window", self.absent) is None else "sliding_attention"
-        return _layer_types(reader, depth, kind) or [_LAYER_TYPES[kind]] * depth
+        used = self.switch is None or reader.flag(self.switch)
+        window = reader.get("sliding_window", self.absent) if used else None
+        kind = "full_attention" if window is None else "sliding_attention"
+        name = _LAYER_TYPES[kind]
+        return _layer_types(reader, depth, {kind: name}) or [name] * depth
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        if self.switch is not None:
+            writer.config[self.switch] = WINDOW in layers
         if WINDOW not in layers:
             writer.config["sliding_window"] = None
         elif FULL in layers:
@@ -66,7 +90,7 @@ class SwitchedWindows(LayerRule):
         if not isinstance(first, int):
             reader.problem(f"max_window_layers must be an integer; got {first!r}")
             first = self.first
-        layers = _layer_types(reader, depth, *_LAYER_TYPES)
+        layers = _layer_types(reader, depth, _LAYER_TYPES)
         if layers is None:
             return [WINDOW if used and window is not None and layer >= first else FULL for layer in range(depth)]
         if WINDOW in layers and not used:
@@ -85,12 +109,84 @@ class SwitchedWindows(LayerRule):
         writer.config["layer_types"] = [theirs[name] for name in layers]
 
 
-def _layer_types(reader: ConfigReader, depth: int, *known: str) -> list[str] | None:
-    """The mixers by the key `layer_types`, which may hold `known` values; None without the key."""
-    kinds = reader.get("layer_types")
-    if kinds is None:
+@dataclass(frozen=True)
+class LayerTypes(LayerRule):
+    """A key that names the part of each layer. kinds: our names by theirs.
+
+    default: the layers without the key, of the reader and the depth; None where there must be the key.
+    """
+
+    default: Callable[[ConfigReader, int], list[str]] | None = None
+    kinds: Mapping[str, str] = field(default_factory=lambda: _LAYER_TYPES)
+    key: str = "layer_types"
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        layers = _layer_types(reader, depth, self.kinds, self.key)
+        if layers is None and self.default is None:
+            reader.problem(f"{self.key} must name one of {', '.join(self.kinds)} for each layer; got none")
+        other = next(iter(self.kinds.values()))
+        return layers or (self.default(reader, depth) if self.default else [other] * depth)
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        theirs = {ours: kind for kind, ours in self.kinds.items()}
+        writer.config[self.key] = [theirs[name] for name in layers]
+
+
+def every_nth_full(key: str, n: int) -> Callable[[ConfigReader, int], list[str]]:
+    """Windows in all layers but every n-th, where `key` may give another n: a default of `LayerTypes`."""
+
+    def layers(reader: ConfigReader, depth: int) -> list[str]:
+        step = reader.integer(key, n)
+        return [FULL if (layer + 1) % step == 0 else WINDOW for layer in range(depth)]
+
+    return layers
+
+
+@dataclass(frozen=True)
+class ExpertsFrom(LayerRule):
+    """Experts in the layers from `key` on; `absent` without it."""
+
+    key: str
+    absent: int
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        first = reader.get(self.key)
+        first = self.absent if first is None else first
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            reader.problem(f"{self.key} must be an integer that is not negative; got {first!r}")
+            first = self.absent
+        return [DENSE if layer < first else EXPERTS for layer in range(depth)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        first = layers.index(EXPERTS) if EXPERTS in layers else len(layers)
+        writer.config[self.key] = first
+        if DENSE in layers[first:]:
+            writer.problems.append("a dense feed-forward layer after experts, which must be in all later layers")
+
+
+class ExpertsBut(LayerRule):
+    """Experts in every layer whose number, from 1, `decoder_sparse_step` divides, but not in `mlp_only_layers`."""
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        step, dense = reader.integer("decoder_sparse_step", 1), reader.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+            reader.problem(f"mlp_only_layers must be a list of layers; got {dense!r}")
+            dense = []
+        return [DENSE if (layer + 1) % step or layer in dense else EXPERTS for layer in range(depth)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        writer.config["decoder_sparse_step"] = 1
+        writer.config["mlp_only_layers"] = [layer for layer, name in enumerate(layers) if name == DENSE]
+
+
+def _layer_types(
+    reader: ConfigReader, depth: int, kinds: Mapping[str, str], key: str = "layer_types"
+) -> list[str] | None:
+    """Our names by the key, whose values must be among `kinds`; None without the key."""
+    named = reader.get(key)
+    if named is None:
         return None
-    if not isinstance(kinds, list) or len(kinds) != depth or not set(kinds) <= set(known):
-        reader.problem(f"layer_types must name one of {', '.join(known)} for each of {depth} layers; got {kinds!r}")
-        return [FULL] * depth
-    return [_LAYER_TYPES[kind] for kind in kinds]
+    if not isinstance(named, list) or len(named) != depth or not all(kind in kinds for kind in named):
+        reader.problem(f"{key} must name one of {', '.join(kinds)} for each of {depth} layers; got {named!r}")
+        return [next(iter(kinds.values()))] * depth
+    return [kinds[kind] for kind in named]

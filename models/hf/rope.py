@@ -32,37 +32,50 @@ _SCALING_KEYS = {
 
 @dataclass(frozen=True)
 class RopeBase(Field):
-    """`rope_theta`; None, which stands for no rotation, is not expressed."""
+    """`rope_theta`; None, which stands for no rotation, is not expressed.
+
+    key: of the base, where layers of this kind have another one. layer_type: that of the layers, where each has its own
+    settings in `rope_parameters`.
+    """
 
     default: float = 10000.0
+    key: str = "rope_theta"
+    layer_type: str | None = None
 
     def read(self, reader: ConfigReader) -> float:
-        return _read(reader, self.default)[0]
+        return _read(reader, self.default, self.key, self.layer_type)[0]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         if value is None:
             writer.refuse(setting, value)
         else:
-            writer.put("rope_theta", float(value), setting)
+            writer.put(self.key, float(value), setting)
 
 
+@dataclass(frozen=True)
 class RopeScale(Field):
-    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too."""
+    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. layer_type: as of `RopeBase`."""
+
+    layer_type: str | None = None
 
     def read(self, reader: ConfigReader) -> dict[str, Any] | None:
-        return _read(reader)[1]
+        return _read(reader, layer_type=self.layer_type)[1]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         writer.put("rope_scaling", None if value is None else _written(value), setting)
 
 
-def _read(reader: ConfigReader, default: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
+def _read(
+    reader: ConfigReader, default: float = 10000.0, key: str = "rope_theta", layer_type: str | None = None
+) -> tuple[float, dict[str, Any] | None]:
     """(base, settings of `RopeScaling`)."""
-    scaling = reader.get("rope_scaling")
+    scaling = reader.get("rope_scaling") if key == "rope_theta" else None
     parameters = reader.get("rope_parameters")
     name = "rope_scaling" if scaling else "rope_parameters"
     rope = dict(scaling or parameters or {})
-    base = reader.number("rope_theta", default)
+    if layer_type is not None and isinstance(rope.get(layer_type), Mapping):
+        name, rope = f"{name}.{layer_type}", dict(rope[layer_type])
+    base = reader.number(key, default)
     reader.only("partial_rotary_factor", 1.0)
     if any(isinstance(value, Mapping) for value in rope.values()):
         reader.problem(f"{name} must be one for all layers; got one a layer type: {sorted(rope)}")

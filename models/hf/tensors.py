@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+EACH = "{}"  # in the name of a tensor: it is one of those that a parameter is made of
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -14,11 +18,37 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """Where transformers keeps one of our parameters, or the parameters of one of our modules.
+
+    name: theirs. With `{}` in it there is a tensor for each entry of the parameter's first dim, such as its experts;
+        with `parts` there is one for each of these, in equal parts of that dim.
+    rows: of our module, the rows of their tensor that are ours, int64, in our order. Several parameters may have
+        rows of one tensor: together they have each once.
+    read, write: from the shape of their tensor to that of ours, before rows are taken, and back.
+    """
+
+    name: str
+    parts: tuple[str, ...] = ()
+    rows: Callable[[Any], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] = _same
+    write: Callable[[Tensor], Tensor] = _same
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A tensor of one side, made from tensors of the other: `make(*sources)`; by default its only source itself."""
+    """A tensor of one side, made from tensors of the other: `make(*sources)`; by default its only source itself.
+
+    stacked: each source makes one entry of the first dim by `make(source)`, so that they can be read one by one.
+    """
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor] = _same
+    stacked: bool = False
+
+    def whole(self, *sources: Tensor) -> Tensor:
+        """The tensor, of all sources at once."""
+        return torch.stack([self.make(source) for source in sources]) if self.stacked else self.make(*sources)
 
 
 @dataclass(frozen=True)
@@ -26,8 +56,9 @@ class Tensors:
     """`read` makes each of our parameters from their tensors, `write` each of their tensors from our parameters.
 
     `duplicates` names tensors that a checkpoint may hold a second time (tied heads) and of which they must then be
-    equal copies; names that end in one of `ignored` hold nothing that was learned. Of our parameters, those whose names
-    begin with one of `left_out` are not written.
+    equal copies; names that match one of `ignored`, regular expressions, are not read. Of our parameters, those whose
+    names begin with one of `left_out` are not written. `buffers` are those of our names that are of buffers; `fixed`
+    has the buffers that their checkpoints do not hold, and the value that they must have (None for any).
     """
 
     read: Mapping[str, Recipe]
@@ -35,9 +66,96 @@ class Tensors:
     duplicates: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
+    fixed: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod
-    def renamed(cls, names: Mapping[str, str], **more: Any) -> Tensors:
-        """Tensors that differ by their names alone: ours to theirs."""
-        read = {ours: Recipe((theirs,)) for ours, theirs in names.items()}
-        return cls(read, {theirs: Recipe((ours,)) for ours, theirs in names.items()}, **more)
+    def of(cls, placed: Iterable[Placed], **more: Any) -> Tensors:
+        """The tensors of our parameters, each with its place in theirs."""
+        read: dict[str, Recipe] = {}
+        write: dict[str, Recipe] = {}
+        shared: dict[str, list[Placed]] = {}
+        for each in placed:
+            if each.weight.rows is not None:
+                shared.setdefault(each.weight.name, []).append(each)
+            else:
+                read[each.ours], written = each.alone()
+                write |= written
+        for theirs, parts in shared.items():
+            rows = [part.weight.rows(part.module) for part in parts if part.weight.rows is not None]
+            order = torch.cat(rows)
+            for part, own in zip(parts, rows, strict=True):
+                read[part.ours] = Recipe((theirs,), partial(_taken, part.weight.read, own, len(order)))
+            sources = tuple(part.ours for part in parts)
+            write[theirs] = Recipe(sources, partial(_joined, parts[0].weight.write, order))
+        return cls(read, write, **more)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Our parameter of this name and size of its first dim, of `module`, with its whole name on their side."""
+
+    ours: str
+    size: int
+    module: nn.Module
+    weight: Weight
+
+    def alone(self) -> tuple[Recipe, dict[str, Recipe]]:
+        """How it is read, and how their tensors of it are written."""
+        weight = self.weight
+        if weight.parts:
+            names = [weight.name.replace(EACH, part) for part in weight.parts]
+            read = Recipe(tuple(names), partial(_concatenated, weight.read))
+            return read, {
+                name: Recipe((self.ours,), partial(_part, weight.write, number, len(names)))
+                for number, name in enumerate(names)
+            }
+        if EACH in weight.name:
+            names = [weight.name.replace(EACH, str(entry)) for entry in range(self.size)]
+            return Recipe(tuple(names), weight.read, stacked=True), {
+                name: Recipe((self.ours,), partial(_entry, weight.write, entry)) for entry, name in enumerate(names)
+            }
+        return Recipe((weight.name,), weight.read), {weight.name: Recipe((self.ours,), weight.write)}
+
+
+def _taken(read: Callable[[Tensor], Tensor], rows: Tensor, count: int, tensor: Tensor) -> Tensor:
+    tensor = read(tensor)
+    if tensor.shape[0] != count:
+        raise ValueError(f"a tensor must have {count} rows; got {tensor.shape[0]}")
+    return tensor[rows.to(tensor.device)]
+
+
+def _joined(write: Callable[[Tensor], Tensor], order: Tensor, *parts: Tensor) -> Tensor:
+    joined = parts[0].new_empty((len(order), *parts[0].shape[1:]))
+    for rows, part in zip(order.split([len(part) for part in parts]), parts, strict=True):
+        joined[rows.to(part.device)] = part
+    return write(joined)
+
+
+def _concatenated(read: Callable[[Tensor], Tensor], *parts: Tensor) -> Tensor:
+    return torch.cat([read(part) for part in parts])
+
+
+def _part(write: Callable[[Tensor], Tensor], number: int, count: int, tensor: Tensor) -> Tensor:
+    return write(tensor.unflatten(0, (count, -1))[number])
+
+
+def _entry(write: Callable[[Tensor], Tensor], entry: int, tensor: Tensor) -> Tensor:
+    return write(tensor[entry])
+
+
+# Rows of their tensors.
+
+
+def halves(heads: int, dim: int, first: int = 0, stride: int | None = None) -> Tensor:
+    """Rows of heads whose rotary pairs are neighbours, such that the two of a pair stand `dim / 2` apart, as here.
+
+    Each head has `stride` rows (default `dim`), of which `dim` from `first` on are taken.
+    """
+    pairs = torch.arange(dim).view(-1, 2).t().flatten()
+    return (torch.arange(heads)[:, None] * (stride or dim) + first + pairs).flatten()
+
+
+def spans(*sizes: int) -> list[Tensor]:
+    """The rows of parts that stand one after the other."""
+    return list(torch.arange(sum(sizes)).split(list(sizes)))

@@ -99,6 +99,7 @@ class HeadNorm(nn.Module):
 
 NORMS = {
     "rms": RMSNorm,
+    "zero_centred_rms": partial(RMSNorm, offset=1.0),
     "unweighted_rms": partial(RMSNorm, weighted=False),
     "layer": LayerNorm,
     "unbiased_layer": partial(LayerNorm, bias=False),

@@ -9,6 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import (
+    ORIGINAL,
+    SMALL,
+    InFloat64,
+    config_of,
+    family_of,
+    load,
+    logits,
+    random_model,
+    saved,
+    their_logits,
+    tokens,
+    write,
+)
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
@@ -19,18 +33,6 @@ from longreach.models.language_model import expand_pattern
 from longreach.parallel.sequence import Sequence
 
 FOUR = ("llama", "mistral", "qwen2", "qwen3")
-ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4 * ORIGINAL,
-    "rms_norm_eps": 1e-5,
-    "attention_dropout": 0.0,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -95,79 +97,13 @@ CASES = {
 }
 
 
-for name in hf.known_families():
-    CASES.setdefault(name, (name, {}))  # a new family is tried without a line here
-
-
-def config_of(case):
-    transformers = pytest.importorskip("transformers")
-    family, more = CASES[case]
-    kind = transformers.CONFIG_MAPPING[family]
-    return kind(**{**SMALL, **json.loads(json.dumps(more))}, attn_implementation="sdpa")
-
-
 @pytest.fixture
 def reference(request):
-    """A small transformers model whose every parameter, norms and biases too, is far from its neutral value."""
-    config = config_of(request.param)
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.3 if parameter.dim() > 1 else 0.5))
-    return model
+    return random_model(config_of(*CASES[request.param]))
 
 
 every_case = pytest.mark.parametrize("reference", CASES, indirect=True)
 some_cases = pytest.mark.parametrize("reference", ["llama_llama3", "qwen3_tied_yarn"], indirect=True)
-
-
-def load(path, dtype=torch.float32):
-    model = instantiate(hf.read_settings(path), _convert_="all").to(dtype)
-    hf.load(path, model)
-    return model.eval()
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens, Sequence.single(Documents.whole(*tokens.shape)))
-
-
-def their_logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits
-
-
-def tokens():
-    return torch.randint(SMALL["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(5))
-
-
-def make_exact(model):
-    """transformers computes norms and rotations in float32 whatever the type: in float64 the oracle does not."""
-    model.double()
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-
-            def norm(x, m=module):
-                return m.weight * x / (x.square().mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
-
-            module.forward = norm
-    rotary = model.model.rotary_emb
-
-    def rotate(x, position_ids):
-        angles = position_ids[..., None].double() * rotary.inv_freq.double()
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
-
-    rotary.forward = rotate
-
-
-def saved(model, path, **more):
-    model.save_pretrained(path, **more)
-    return path
 
 
 @every_case
@@ -181,19 +117,9 @@ def test_logits_are_those_of_transformers(reference, tmp_path):
 @every_case
 def test_logits_are_those_of_transformers_in_float64(reference, tmp_path):
     ours = load(saved(reference, tmp_path), torch.float64)
-    make_exact(reference)
-    torch.testing.assert_close(logits(ours, tokens()), their_logits(reference, tokens()), atol=1e-9, rtol=1e-9)
-
-
-def write(model, settings, path, **more):
-    hf.write(model.named_parameters(), settings, path, max_positions=4 * ORIGINAL, **more)
-    return path
-
-
-def family_of(model):
-    """The argument `family`, which families that yield to another one need: a Mistral without windows is a Llama."""
-    name = model.config.model_type
-    return name if hf.known_families()[name].yields_to else None
+    with InFloat64():
+        expected = their_logits(reference.double(), tokens())
+    torch.testing.assert_close(logits(ours, tokens()), expected, atol=1e-9, rtol=1e-9)
 
 
 @every_case

@@ -3,7 +3,7 @@
 from ..components import ATTENTION, GATED_MLP
 from ..family import Family
 from ..fields import Flag, Integer
-from ..layers import FULL
+from ..layers import DENSE, FULL
 
 FAMILY = Family(
     model_type="llama",
@@ -15,5 +15,5 @@ FAMILY = Family(
             output_bias=Flag("attention_bias"),
         ),
     },
-    feed_forward=GATED_MLP.but(bias=Flag("mlp_bias")),
+    feed_forwards={DENSE: GATED_MLP.but(bias=Flag("mlp_bias"))},
 )

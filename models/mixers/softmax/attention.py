@@ -31,7 +31,8 @@ class Attention(Mixer):
     rope_base: None for no positions. rope_fraction: the part of a head's dims that turns. rope_scaling: settings of
         `RopeScaling`, for models extended by Llama-3's rule or YaRN.
     qk_norm: RMS norm of queries and keys before rotation: "head" over each head with one weight (Qwen3, Gemma 3),
-        "full" over all heads at once (MiniMax-M2).
+        "full" over all heads at once (MiniMax-M2). norm_offset: what is added to its weights, 1 for those that start at
+        0, as Gemma 3's.
     conv_size: taps of a short causal convolution over queries, keys and values, before norms and rotation, so that
         one layer can match what came before a token (the Canon-B layers of Allen-Zhu, 2025). None for none.
     gate, gate_rank, gate_bias: the output's gate, see `OutputGate`: "channel" is that of Qwen3-Next.
@@ -61,6 +62,7 @@ class Attention(Mixer):
         rope_scaling: dict[str, Any] | None = None,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
         conv_size: int | None = None,
         gate: str | None = None,
         gate_rank: int | None = None,
@@ -86,6 +88,10 @@ class Attention(Mixer):
             raise ValueError(
                 f"key_multiplier must be 1 with a qk_norm, which undoes it; got {key_multiplier}. Leave one of them out"
             )
+        if qk_norm is None and norm_offset:
+            raise ValueError(
+                f"norm_offset must come with a qk_norm; got {norm_offset}. Leave it out, or give a qk_norm"
+            )
         self.heads, self.kv_heads, self.head_dim, self.key_multiplier = heads, kv_heads, head_dim, key_multiplier
         self.widths = dict.fromkeys((*self.reads, *self.publishes), head_dim)
         self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
@@ -99,9 +105,9 @@ class Attention(Mixer):
         channels = heads * head_dim + (2 * kv_heads * head_dim if self.keys_of is None else 0)
         self.conv = None if conv_size is None else ShortConvolution(channels, conv_size)
         if qk_norm is not None:
-            self.query_norm = RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps)
+            self.query_norm = RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps, norm_offset)
         if qk_norm is not None and self.keys_of is None:
-            self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps)
+            self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps, norm_offset)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         q, k, v = self.project(x, seq) if self.keys_of is None else (self.project_queries(x, seq), *read)

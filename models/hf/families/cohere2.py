@@ -1,0 +1,43 @@
+"""Cohere2, Command A and R7B (arXiv 2504.00698): parallel blocks, layer norms, layers with windows or no positions."""
+
+from ...block import ParallelBlock
+from ..components import ATTENTION, BLOCK, MODEL
+from ..family import Family
+from ..fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Unread
+from ..layers import FULL, WINDOW, LayerTypes, every_nth_full
+from ..tensors import Weight, halves
+
+attention = ATTENTION.but(
+    bias=Flag("attention_bias"),
+    output_bias=Flag("attention_bias"),
+)
+
+FAMILY = Family(
+    model_type="cohere2",
+    architecture="Cohere2ForCausalLM",
+    mixers={
+        FULL: attention.but(rope_base=Fixed(None), rope_scaling=Fixed(None)),
+        WINDOW: attention.but(
+            window=Integer("sliding_window", absent=4096),
+            names={
+                "query": Weight("self_attn.q_proj", rows=lambda mixer: halves(mixer.heads, mixer.head_dim)),
+                "key": Weight("self_attn.k_proj", rows=lambda mixer: halves(mixer.kv_heads, mixer.head_dim)),
+            },
+        ),
+    },
+    layers=LayerTypes(every_nth_full("sliding_window_pattern", 4)),
+    block=BLOCK.but(target=ParallelBlock, norm_eps=Unread("layer_norm_eps"), names={"norm": "input_layernorm"}),
+    model=MODEL.but(
+        norm=Fixed("unbiased_layer"),
+        norm_eps=Number("layer_norm_eps", 1e-5),
+        logit_multiplier=Number("logit_scale", 0.0625),
+        tied_embeddings=Flag("tie_word_embeddings", default=True),
+    ),
+    rules=(
+        Only("hidden_act", ("silu", "swish")),
+        Only("attention_dropout", (0.0, 0)),
+        Absent("quantization_config", "Save the model dequantised"),
+        Known(("sliding_window_pattern", "_sliding_window_pattern", "cache_implementation")),
+        Absent("use_qk_norm", "Queries and keys have no norm in this family"),
+    ),
+)

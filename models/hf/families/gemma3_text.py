@@ -1,0 +1,72 @@
+"""Gemma 3's language model (arXiv 2503.19786): norms around each part, windows in 5 of 6 layers, two RoPE bases."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...block import SandwichBlock
+from ...feed_forward.geglu import GEGLU
+from ..components import ATTENTION, BLOCK, GATED_MLP, MODEL
+from ..family import Family
+from ..fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root, Unread
+from ..layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
+from ..rope import RopeBase, RopeScale
+
+
+def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scale is written in any case."""
+    resolved = ATTENTION.resolve(arguments)
+    return {**resolved, "scale": resolved["scale"] or resolved["head_dim"] ** -0.5}
+
+
+attention = ATTENTION.but(
+    heads=Integer("num_attention_heads", 8),
+    kv_heads=Integer("num_key_value_heads", 4, divides="num_attention_heads"),
+    head_dim=Integer("head_dim", 256),
+    bias=Flag("attention_bias"),
+    output_bias=Flag("attention_bias"),
+    qk_norm=Fixed("head"),
+    norm_offset=Fixed(1.0),
+    norm_eps=Unread("rms_norm_eps"),
+    scale=InverseRoot("query_pre_attn_scalar", 256),
+    rope_base=RopeBase(1e6, layer_type="full_attention"),
+    rope_scaling=RopeScale(layer_type="full_attention"),
+    names={"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
+    resolve=_resolve,
+)
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    mixers={
+        FULL: attention,
+        WINDOW: attention.but(
+            window=Integer("sliding_window", absent=4096),
+            rope_base=RopeBase(1e4, key="rope_local_base_freq", layer_type="sliding_attention"),
+            rope_scaling=Fixed(None),
+        ),
+    },
+    layers=LayerTypes(every_nth_full("sliding_window_pattern", 6)),
+    feed_forwards={DENSE: GATED_MLP.but(target=GEGLU, approximate=Fixed("tanh"))},
+    block=BLOCK.but(
+        target=SandwichBlock,
+        names={
+            "mixer_output_norm": "post_attention_layernorm",
+            "feed_forward_norm": "pre_feedforward_layernorm",
+            "feed_forward_output_norm": "post_feedforward_layernorm",
+        },
+    ),
+    model=MODEL.but(
+        norm=Fixed("zero_centred_rms"),
+        embedding_multiplier=Root("hidden_size"),
+        tied_embeddings=Flag("tie_word_embeddings", default=True),
+    ),
+    rules=(
+        Only("hidden_activation", ("gelu_pytorch_tanh",)),
+        Only("attention_dropout", (0.0, 0)),
+        Absent("final_logit_softcapping", "Logits of the head have no bound here"),
+        Absent("attn_logit_softcapping", "transformers computes this family without it"),
+        Absent("use_bidirectional_attention", "Language models see no later token"),
+        Absent("quantization_config", "Save the model dequantised"),
+        Known(("sliding_window_pattern", "_sliding_window_pattern", "cache_implementation")),
+    ),
+)

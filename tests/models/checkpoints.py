@@ -1,0 +1,102 @@
+"""What tests of Hugging Face checkpoints share: small models of transformers, and how ours are read and written."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from longreach.kernels.documents import Documents
+from longreach.models import hf
+from longreach.parallel.sequence import Sequence
+
+ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4 * ORIGINAL,
+    "rms_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+}
+
+
+def config_of(family: str, more: dict[str, Any], small: dict[str, Any] = SMALL) -> Any:
+    transformers = pytest.importorskip("transformers")
+    kind = transformers.CONFIG_MAPPING[family]
+    implementations = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    return kind(**{**implementations, **small, **json.loads(json.dumps(more))})
+
+
+def random_model(config: Any) -> Any:
+    """A small transformers model whose parameters, norms, biases and buffers too, are far from neutral values."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.3 if parameter.dim() > 1 else 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    return model
+
+
+def load(path, dtype=torch.float32):
+    model = instantiate(hf.read_settings(path), _convert_="all").to(dtype)
+    hf.load(path, model)
+    return model.eval()
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens, Sequence.single(Documents.whole(*tokens.shape)))
+
+
+def their_logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def tokens(length=LENGTH):
+    return torch.randint(SMALL["vocab_size"], (2, length), generator=torch.Generator().manual_seed(5))
+
+
+class InFloat64(TorchFunctionMode):
+    """What transformers computes in float32 whatever the type, such as norms and routers, it computes in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def wide(value):
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            return args[0].double()
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+def saved(model, path, **more):
+    model.save_pretrained(path, **more)
+    return path
+
+
+def state_of(model: nn.Module):
+    return (*model.named_parameters(), *model.named_buffers())
+
+
+def write(model, settings, path, **more):
+    hf.write(state_of(model), settings, path, max_positions=4 * ORIGINAL, **more)
+    return path
+
+
+def family_of(model):
+    """The argument `family`, which families that yield to another one need: a Mistral without windows is a Llama."""
+    name = model.config.model_type
+    return name if hf.known_families()[name].yields_to else None

@@ -1,0 +1,229 @@
+"""Every family of Hugging Face checkpoints against transformers' class, in one small model or a few."""
+
+import copy
+import re
+from functools import cache
+
+import pytest
+import torch
+from checkpoints import (
+    LENGTH,
+    SMALL,
+    InFloat64,
+    config_of,
+    family_of,
+    load,
+    logits,
+    random_model,
+    saved,
+    their_logits,
+    tokens,
+    write,
+)
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+
+from longreach.kernels.documents import Documents
+from longreach.models import hf
+from longreach.models.decoding import generate
+from longreach.models.hf.checkpoint import Checkpoint
+from longreach.models.part import Cut
+from longreach.parallel.sequence import Sequence
+
+MIXTURE = {"num_local_experts": 6, "num_experts_per_tok": 3}
+QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 10}
+GEMMA3 = {"hidden_size": 36, "head_dim": 10, "sliding_window": 9, "attn_implementation": "eager"}
+COHERE2 = {"layer_norm_eps": 1e-3, "sliding_window": 9, "num_key_value_heads": 1, "logit_scale": 0.5}
+CASES = {
+    "mixtral": MIXTURE,
+    "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe_dense_layers": QWEN3_MOE
+    | {"norm_topk_prob": True, "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9},
+    "gemma3_text": GEMMA3 | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text_scaled": GEMMA3
+    | {
+        "head_dim": 6,
+        "query_pre_attn_scalar": 8,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "cohere2": COHERE2 | {"head_dim": 10},
+    "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
+}
+for name in hf.known_families():
+    CASES.setdefault(name, {})  # a new family is tried without a line here
+
+
+def family_named(case):
+    return max((name for name in hf.known_families() if case.startswith(name)), key=len)
+
+
+@cache
+def _made(case):
+    return random_model(config_of(family_named(case), CASES[case]))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reference(request):
+    """A small transformers model; tests copy it before they change it."""
+    return _made(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(reference, tmp_path_factory):
+    return saved(reference, tmp_path_factory.mktemp("theirs"))
+
+
+def test_logits_are_those_of_transformers(reference, folder):
+    expected = their_logits(reference, tokens())
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits(load(folder), tokens()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_and_gradients_are_those_of_transformers_in_float64(reference, folder, tmp_path):
+    """Their gradients are saved in place of their weights, so that ours are compared with what is read of them."""
+    ours, theirs, row = load(folder, torch.float64), copy.deepcopy(reference).double(), tokens(LENGTH // 2 + 3)
+    with InFloat64():
+        out = theirs(row, use_cache=False)
+        loss = torch.nn.functional.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum"
+        )
+        loss.backward()
+    targets = torch.cat([row[:, 1:], torch.full_like(row[:, :1], -100)], 1)
+    seq = Sequence.single(Documents.whole(*row.shape))
+    torch.testing.assert_close(logits(ours, row), out.logits, atol=1e-9, rtol=1e-9)
+    total, count = ours(row, seq, targets)
+    assert int(count) == targets.numel() - len(targets)
+    torch.testing.assert_close(total, loss, atol=1e-9, rtol=1e-9)
+    total.backward()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    gradients = dict(load(saved(theirs, tmp_path / "gradients"), torch.float64).named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = gradients[name]
+        got = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(got, expected, atol=1e-8, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        assert expected.abs().max() > 0, name
+
+
+def test_what_is_written_is_what_was_read_and_transformers_loads_it(reference, folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours, settings = load(folder), hf.read_settings(folder)
+    out = write(ours, settings, tmp_path / "ours", family=family_of(reference))
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    unread = set(before.keys() - after.keys())
+    patterns = hf.known_families()[reference.config.model_type].ignored
+    assert all(any(re.search(pattern, name) for pattern in patterns) for name in unread), unread
+    for name, value in after.items():
+        assert torch.equal(value, before[name]), name
+    assert hf.read_settings(out) == settings
+    assert torch.equal(logits(load(out), tokens()), logits(ours, tokens()))
+    theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not {key: value for key, value in report.items() if value and set(value) != unread}, report
+    assert type(theirs) is type(reference)
+    for (name, a), (_, b) in zip(theirs.named_parameters(), reference.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    torch.testing.assert_close(their_logits(theirs, tokens()), their_logits(reference, tokens()), atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_decoding_is_that_of_transformers(reference, folder):
+    prompt = tokens()[:1, :11]
+    theirs = reference.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = generate(load(folder), prompt[0].tolist(), max_new_tokens=12, temperature=0.0)
+    assert list(ours) == theirs[0, 11:].tolist()
+
+
+# What needs no transformers.
+
+
+def settings_of(**config):
+    return hf.known_families()[config["model_type"]].settings({**SMALL, **config})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise must be 0.0 or 0; got 0.1"),
+        ({"model_type": "mixtral", "router_aux_loss_coef": -1}, "router_aux_loss_coef must be .* not negative; got -1"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts must be a positive integer; got 0"),
+        ({"model_type": "mixtral", "num_experts": 0.5}, "num_local_experts must be a positive integer; got 0.5"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers must be a list of layers; got 3"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be absent"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping must be absent"),
+        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention must be abs"),
+        ({"model_type": "cohere2", "layer_types": ["full_attention"]}, "layer_types must name one of .* each of 3 la"),
+    ],
+)
+def test_unsupported_models_are_refused_by_the_name_of_the_key(config, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(**config)
+
+
+def mixtral(path):
+    settings = settings_of(model_type="mixtral", num_local_experts=4)
+    model = instantiate(settings, _convert_="all")
+    model.initialise(seed=0)
+    return model, settings, write(model, settings, path)
+
+
+def test_ranks_that_share_experts_read_their_own_alone(tmp_path, monkeypatch):
+    whole, settings, folder = mixtral(tmp_path / "model")
+    ours, held, read = instantiate(settings, _convert_="all"), range(1, 3), []
+    for name, parameter in list(ours.named_parameters()):
+        if ".experts." in name:
+            parameter.cut = Cut(parameter.shape, held)
+            parameter.data = torch.zeros_like(parameter[: len(held)])
+    known = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or known(self, name))
+    hf.load(folder, ours)
+    for (name, parameter), expected in zip(ours.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter, expected[held.start : held.stop] if ".experts." in name else expected), name
+    assert {name.split(".experts.")[1][0] for name in read if ".experts." in name} == {"1", "2"}
+
+
+def test_a_bias_of_the_router_that_a_family_lacks_is_refused(tmp_path):
+    model, settings, _ = mixtral(tmp_path / "model")
+    model.blocks[1].feed_forward.router.bias[2] = 0.25
+    with pytest.raises(ValueError, match=r"blocks.1.feed_forward.router.bias must be 0, .*bias_rate=0"):
+        write(model, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": ["full|experts|experts"], "mixers": ..., "feed_forward": None}, r"model.pattern=\['full\|exp"),
+        ({"feed_forward": {"renormalise": False}}, "mixtral by model.feed_forward.renormalise=False"),
+        ({"feed_forward": {"shared_hidden": 8}}, "mixtral by model.feed_forward.shared_hidden=8"),
+        ({"feed_forward": {"groups": 2}}, "mixtral by model.feed_forward.groups=2"),
+    ],
+)
+def test_models_of_experts_that_a_family_does_not_express_are_not_written(changes, message, tmp_path):
+    settings = settings_of(model_type="mixtral")
+    feed_forward = settings["feed_forward"] | (changes.get("feed_forward") or {})
+    if "mixers" in changes:
+        settings |= {**changes, "mixers": settings["mixers"] | {"experts": feed_forward}}
+    else:
+        settings |= {"feed_forward": feed_forward}
+    with pytest.raises(ValueError, match=message):
+        hf.write(iter(()), settings, tmp_path / "out", max_positions=64, family="mixtral")
+
+
+def test_experts_in_the_pattern_are_those_in_the_feed_forward_layer(tmp_path):
+    settings = settings_of(model_type="mixtral")
+    named = {"pattern": ["full|moe"], "feed_forward": None}
+    again = settings | named | {"mixers": settings["mixers"] | {"moe": settings["feed_forward"]}}
+    model = instantiate(again, _convert_="all")
+    model.initialise(seed=0)
+    folder = write(model, again, tmp_path / "out", origin={"model_type": "mixtral"})
+    assert hf.read_settings(folder) == settings
+    assert torch.equal(logits(load(folder), tokens()), logits(model, tokens()))
