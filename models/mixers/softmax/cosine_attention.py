@@ -33,6 +33,8 @@ class CosineAttention(SoftmaxAttention):
             raise ValueError(
                 f"key_multiplier must be 1, since cosines undo it; got {self.key_multiplier}. Leave it out"
             )
+        if self.scale is not None:
+            raise ValueError(f"scale must be null, since each head learns its own; got {self.scale}. Leave it out")
         self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(10.0)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, **settings: Any) -> Tensor:

@@ -24,6 +24,7 @@ class SoftmaxAttention(Attention):
     block: of how many positions the query's own block has, beyond which it sees nothing: blocks of a document, side by
         side (DiagAttention of TransNormer, arXiv 2210.10340; the chunked attention of Llama 4).
     sink_logits: a learned logit per head in the softmax's denominator.
+    scale: of logits, by default head_dim^(-1/2).
     softcap: logits s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
     log_length, temperature, temperature_length: factors on logits by position, see `LogitFactor`.
     The other settings are those of `Attention`. Raises ValueError as that does.
@@ -34,8 +35,9 @@ class SoftmaxAttention(Attention):
     @also_takes(Attention)
     def __init__(
         self, *, window: int | None = None, sink_tokens: int = 0, dilation: int = 1, block: int | None = None,
-        sink_logits: bool = False, softcap: float | None = None, log_length: int | None = None,
-        temperature: float | None = None, temperature_length: int | None = None, **attention: Any,
+        sink_logits: bool = False, scale: float | None = None, softcap: float | None = None,
+        log_length: int | None = None, temperature: float | None = None, temperature_length: int | None = None,
+        **attention: Any,
     ) -> None:  # fmt: skip
         super().__init__(**attention)
         if block is not None and (window is not None or sink_tokens or dilation != 1):
@@ -50,7 +52,10 @@ class SoftmaxAttention(Attention):
             self.mask = Mask(window=window, sink_tokens=sink_tokens) if dilation == 1 else Dilated(dilation, window)
         if softcap is not None and softcap <= 0:
             raise ValueError(f"softcap must be more than 0; got {softcap}. Leave it out for logits without bounds")
-        self.softcap, self.factor = softcap, logit_factor(log_length, temperature, temperature_length)
+        if scale is not None and scale <= 0:
+            raise ValueError(f"scale must be more than 0; got {scale}. Leave it out for head_dim^(-1/2)")
+        self.scale, self.softcap = scale, softcap
+        self.factor = logit_factor(log_length, temperature, temperature_length)
         self.sink_logits = nn.Parameter(torch.zeros(self.heads)) if sink_logits else None
 
     def attend(
@@ -64,6 +69,7 @@ class SoftmaxAttention(Attention):
         scale: float | None = None,
     ) -> Tensor:
         q = q if self.factor is None else self.factor(q, seq)
+        scale = self.scale if scale is None else scale
         return ops.softmax_attention(
             q, k, v, seq=seq, mask=self.mask, scale=scale, softcap=self.softcap, levels=levels,
             sink_logits=self.sink_logits, keys_as=self.keys_as, keys_of=self.keys_of,
