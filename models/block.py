@@ -42,13 +42,66 @@ class Block(Composite):
         return x + self.run(name, self.norm(name, x), seq, values)
 
 
+class ScaledBlock(Block):
+    """Residual block that multiplies what its parts return by a constant.
+
+        x = x + multiplier * part(norm(x))
+
+    multiplier: 1.4 / sqrt(depth) in MiniCPM (Hu et al., 2024, arXiv 2404.06395), 0.22 in Granite. Raises ValueError for
+    one that is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: Mapping[str, Part],
+        width: int,
+        multiplier: float,
+        norm_eps: float = 1e-6,
+        norm: str = "rms",
+    ) -> None:
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
+        if multiplier <= 0:
+            raise ValueError(f"model.block.multiplier must be positive; got {multiplier}")
+        self.multiplier = multiplier
+
+    def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        return x + self.multiplier * self.run(name, self.norm(name, x), seq, values)
+
+
 class OutputNormBlock(Block):
     """Residual block that norms what its parts return, as in OLMo 2 (arXiv 2501.00656).
 
-    x = x + norm(part(x))
+        x = x + norm(part(x))
+
+    mixers: in layers of these mixers alone, by their names in the pattern; other layers are as in `Block`. OLMo Hybrid
+    has so its attention layers. None for all layers. `known`: the names of all mixers of the model. Raises ValueError
+    for a name of none of them.
     """
 
+    def __init__(
+        self,
+        *,
+        parts: Mapping[str, Part],
+        width: int,
+        norm_eps: float = 1e-6,
+        norm: str = "rms",
+        mixers: list[str] | None = None,
+        known: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
+        if unknown := [name for name in mixers or () if name not in known]:
+            raise ValueError(
+                f"model.block.mixers must be names of model.mixers ({', '.join(known)}); got {', '.join(unknown)}. "
+                "Rename them"
+            )
+        leaves = (leaf for name, part in parts.items() for _, leaf in part.leaves(name))
+        own = {leaf.setting.rpartition(".")[2] for leaf in leaves}
+        self.of_outputs = mixers is None or not own.isdisjoint(mixers)
+
     def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
+        if not self.of_outputs:
+            return super().step(name, x, seq, values)
         return x + self.norm(name, self.run(name, x, seq, values))
 
 

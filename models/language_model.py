@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         hold feed-forward layers too, and `feed_forward` may be None: then the pattern says where they stand.
         `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`. A
         `block` may declare `before` and `last` too: how many parts the residual stream has passed before it, and
-        whether it ends with it.
+        whether it ends with it; and, as `side_by_side` may, `known`: the names of all mixers.
     norm: of blocks and before the head: "rms", "zero_centred_rms" (Gemma's, to whose weights 1 is added),
         "unweighted_rms", "layer", or "unbiased_layer".
     embedding_norm: whether the embedding is normed too, as in RWKV.
@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
             nonlocal passed
             context = {"width": width, "depth": depth, "layer": layer, "norm_eps": norm_eps}
             where = f"multi-token prediction {ahead}" if ahead else f"layer {layer}"
-            place = {"before": 0 if ahead else passed, "last": layer == depth - 1}
+            place = {"before": 0 if ahead else passed, "last": layer == depth - 1, "known": self.mixer_names}
 
             def make(partial: Partial, setting: str) -> Part:
                 name = setting.rpartition(".")[2]

@@ -10,6 +10,7 @@ from longreach.kernels.masks import Mask
 from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.linear.retnet import RetNet
+from longreach.models.mixers.softmax.cosine_attention import CosineAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 
@@ -185,19 +186,22 @@ def test_half_rotation_moves_half_of_a_head_and_no_positions_none():
     assert_same(plain(x[:, order], late)[:, -1], plain(x, late)[:, -1])
 
 
-@pytest.mark.parametrize("qk_norm", ["head", "full"])
+@pytest.mark.parametrize("qk_norm", ["head", "unweighted", "full"])
 def test_query_key_norm_spans_a_head_or_all(qk_norm):
-    mixer = SoftmaxAttention(width=WIDTH, heads=4, kv_heads=2, qk_norm=qk_norm, rope_base=None, norm_eps=1e-5).double()
-    torch.nn.init.normal_(mixer.query_norm.weight, 1.0, 0.2)
+    sizes = {"width": WIDTH, "heads": 4, "kv_heads": 2, "scale": 0.3}
+    mixer = SoftmaxAttention(**sizes, qk_norm=qk_norm, rope_base=None, norm_eps=1e-5).double()
+    assert (mixer.query_norm.weight is None) == (qk_norm == "unweighted")
+    for weight in mixer.query_norm.parameters():
+        torch.nn.init.normal_(weight, 1.0, 0.2)
     x = draw(1, LENGTH, WIDTH)
     q, k = mixer.query(x), mixer.key(x)
-    if qk_norm == "head":
+    if qk_norm != "full":
         q, k = q.unflatten(-1, (4, 8)), k.unflatten(-1, (2, 8))
     q = F.rms_norm(q, q.shape[-1:], mixer.query_norm.weight, 1e-5).reshape(1, LENGTH, 4, 8)
     k = F.rms_norm(k, k.shape[-1:], mixer.key_norm.weight, 1e-5).reshape(1, LENGTH, 2, 8)
     v = mixer.value(x).unflatten(-1, (2, 8))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True, scale=0.3
     )
     assert_same(mixer(x, whole(1)), mixer.output(out.transpose(1, 2).flatten(-2)))
 
@@ -261,7 +265,12 @@ def test_retnet_is_its_recurrence():
         (lambda: SoftmaxAttention(width=32, heads=4, rope_base=None, rope_fraction=0.5), "must come with a rope_base"),
         (lambda: SoftmaxAttention(width=32, heads=4, rope_fraction=0.3), "rope_fraction must leave an even number"),
         (lambda: SoftmaxAttention(width=32, heads=4, rope_base=-1.0), "rope_base must be positive"),
-        (lambda: SoftmaxAttention(width=32, heads=4, qk_norm="all"), "qk_norm must be one of None, head, full"),
+        (
+            lambda: SoftmaxAttention(width=32, heads=4, qk_norm="all"),
+            "qk_norm must be one of None, head, unwei",
+        ),
+        (lambda: SoftmaxAttention(width=32, heads=4, scale=0.0), "scale must be more than 0; got 0.0"),
+        (lambda: CosineAttention(width=32, heads=4, scale=0.5), "scale must be null, since each head"),
         (lambda: SoftmaxAttention(width=32, heads=4, sink_tokens=4), "sink_tokens must come with a window"),
         (lambda: LightningAttention(width=32, heads=0, layer=0, depth=1), "heads must divide width=32; got 0"),
         (lambda: GatedLinearAttention(width=36, heads=8), "heads must divide width=36; got 16"),

@@ -94,10 +94,14 @@ def test_mlstm_block_is_the_recurrence_of_the_paper():
     assert_is("mlstm_block", mixer, other)
 
 
-def test_geglu_is_gated_by_gelu():
-    layer = GEGLU(width=WIDTH, hidden=40).double()
-    expected = F.linear(F.gelu(layer.gate(X)) * layer.up(X), layer.down.weight)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_geglu_is_gated_by_gelu(approximate):
+    layer = GEGLU(width=WIDTH, hidden=40, approximate=approximate, bias=True).double()
+    expected = layer.down(F.gelu(layer.gate(X), approximate=approximate) * layer.up(X))
     torch.testing.assert_close(layer(X, whole(BATCH, LENGTH)), expected)
+    assert layer.down.bias is not None
+    with pytest.raises(ValueError, match=r"feed_forward\.approximate must be one of none, tanh; got 'erf'"):
+        GEGLU(width=WIDTH, hidden=40, approximate="erf")
 
 
 def test_gates_start_as_published():

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from few_families import few_families
 from model_presets import CONF, MODELS, build_model, compose_model, family_or_slow, tokens
 from omegaconf import OmegaConf
 from published_sizes import published
@@ -12,7 +13,15 @@ from published_sizes import published
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import BlockLocal
 from longreach.launch.configuration import model_sizes
-from longreach.models.block import Block, MiniMaxBlock, OutputNormBlock, ParallelBlock, PostNormBlock, SandwichBlock
+from longreach.models.block import (
+    Block,
+    MiniMaxBlock,
+    OutputNormBlock,
+    ParallelBlock,
+    PostNormBlock,
+    SandwichBlock,
+    ScaledBlock,
+)
 from longreach.models.layers.normalisation import RMSNorm
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
@@ -24,7 +33,7 @@ SPARSE = ("nsa", "moba", "infllm_v2", "nsa_gated_deltanet", "moba_lightning")  #
 # In the comments of YAMLs: with neither, of what a token uses.
 STATED = re.compile(r"([\d.]+) (m|b)illion(?: parameters)?( besides|(?: with(?: a vocabulary of)? ([\d,]*\d)))?\b")
 UNITS = {"m": 1e6, "b": 1e9}
-SMALL = [preset for preset in MODELS if preset.endswith("_tiny")] + ["quickstart"]
+SMALL = [preset for preset in MODELS if preset.endswith("_tiny")]
 
 
 def on_meta(preset, vocabulary=4096):
@@ -93,7 +102,13 @@ def test_has_the_size_that_its_name_and_its_comment_state(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", SMALL)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        each if each.removesuffix("_tiny") in few_families() else pytest.param(each, marks=pytest.mark.many)
+        for each in SMALL
+    ],
+)
 def test_thirty_steps_lower_the_loss(preset):
     """On two packed rows that come again, which is cheap: ten steps after ten the loss is lower."""
     torch.manual_seed(0)
@@ -185,12 +200,22 @@ def test_residual_schemes_are_their_formulas():
     alpha, half = 16**0.25, 16**0.25 + 2 * 0.5
     for block, step in (
         (Block(**parts), lambda x: x + 2 * normed(x)),
+        (ScaledBlock(**parts, multiplier=0.25), lambda x: x + 0.25 * 2 * normed(x)),
         (OutputNormBlock(**parts), lambda x: x + normed(2 * x)),
         (PostNormBlock(**parts), lambda x: normed(x + 2 * x)),
         (SandwichBlock(**parts), lambda x: x + normed(2 * normed(x))),
         (MiniMaxBlock(**parts, depth=8, beta=0.5), lambda x: half * normed(x)),
     ):
         torch.testing.assert_close(block.double()(x, seq), step(step(x)))
+    for name in parts["parts"]:
+        parts["parts"][name].setting = f"model.mixers.{name}"
+    known = {"known": ("mixer", "feed_forward", "other")}
+    for mixers, step in ((["mixer"], lambda x: x + normed(2 * x)), (["other"], lambda x: x + 2 * normed(x))):
+        torch.testing.assert_close(OutputNormBlock(**parts, **known, mixers=mixers).double()(x, seq), step(step(x)))
+    with pytest.raises(ValueError, match=r"model\.block\.mixers must be names of model\.mixers \(mixer, .*got them\. "):
+        OutputNormBlock(**parts, **known, mixers=["mixer", "them"])
+    with pytest.raises(ValueError, match=r"model\.block\.multiplier must be positive; got 0\.0"):
+        ScaledBlock(**parts, multiplier=0.0)
     torch.testing.assert_close(ParallelBlock(**parts).double()(x, seq), x + 4 * normed(x))
     assert MiniMaxBlock(**parts, depth=8).alpha == alpha
     assert MiniMaxBlock(**parts, depth=80).alpha == pytest.approx(3.5565588200778455, abs=1e-12)

@@ -89,6 +89,54 @@ def test_command_a_is_cohere2_of_transformers():
     assert_same_model(ours, theirs, renamed)
 
 
+@pytest.mark.slow
+def test_gemma3_is_the_one_of_transformers():
+    """With norms on both sides of each part, two rope bases of which one is scaled, and a scale of the logits."""
+    modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3", reason="needs the extra hf")
+    config = modeling.Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10, sliding_window=5, query_pre_attn_scalar=25, rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        }, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = modeling.Gemma3ForCausalLM(config).double().eval()
+    randomise(theirs)
+    heads = {"heads": 4, "kv_heads": 2, "head_dim": 10, "scale": 0.2}
+    ours = build_model(
+        "gemma3_tiny", width=32, mixers={"window": {**heads, "window": 5}, "full": heads}, feed_forward={"hidden": 40},
+        embedding_multiplier=32**0.5,
+    ).double()  # fmt: skip
+
+    def renamed(of):
+        def norm(module):
+            """Theirs multiplies by 1 + weight."""
+            weight = of(module.weight)
+            return weight if weight is module.weight.grad else 1 + weight
+
+        named = {"embedding.weight": of(theirs.model.embed_tokens.weight), "norm.weight": norm(theirs.model.norm)}
+        named["head.weight"] = named["embedding.weight"]
+        for number, layer in enumerate(theirs.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            norms = {
+                "mixer_norm": layer.input_layernorm, "mixer_output_norm": layer.post_attention_layernorm,
+                "feed_forward_norm": layer.pre_feedforward_layernorm,
+                "feed_forward_output_norm": layer.post_feedforward_layernorm,
+                "mixer.query_norm": attention.q_norm, "mixer.key_norm": attention.k_norm,
+            }  # fmt: skip
+            parts = {
+                "mixer.query": attention.q_proj, "mixer.key": attention.k_proj, "mixer.value": attention.v_proj,
+                "mixer.output": attention.o_proj, "feed_forward.gate": mlp.gate_proj, "feed_forward.up": mlp.up_proj,
+                "feed_forward.down": mlp.down_proj,
+            }  # fmt: skip
+            weights = {name: norm(module) for name, module in norms.items()}
+            weights |= {name: of(module.weight) for name, module in parts.items()}
+            named |= {f"blocks.{number}.{name}.weight": weight for name, weight in weights.items()}
+        return named
+
+    assert_same_model(ours, theirs, renamed)
+
+
 @pytest.mark.parametrize("output_norm", [None, "gate_first", "norm_first"])
 def test_falcon_h1_is_the_one_of_transformers(output_norm):
     """With Mamba-2 and attention side by side, and each of its multipliers another number."""

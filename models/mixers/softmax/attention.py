@@ -16,7 +16,7 @@ from ...layers.rotary import rotary
 from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, check_groups, head_size
 
-QK_NORMS = (None, "head", "full")
+QK_NORMS = (None, "head", "unweighted", "full")
 
 
 class Attention(Mixer):
@@ -31,8 +31,8 @@ class Attention(Mixer):
     rope_base: None for no positions. rope_fraction: the part of a head's dims that turns. rope_scaling: settings of
         `RopeScaling`, for models extended by Llama-3's rule or YaRN.
     qk_norm: RMS norm of queries and keys before rotation: "head" over each head with one weight (Qwen3, Gemma 3),
-        "full" over all heads at once (MiniMax-M2). norm_offset: what is added to its weights, 1 for those that start at
-        0, as Gemma 3's.
+        "unweighted" over each head without one (Llama 4 Scout), "full" over all heads at once (MiniMax-M2).
+        norm_offset: what is added to its weights, 1 for those that start at 0, as Gemma 3's.
     conv_size: taps of a short causal convolution over queries, keys and values, before norms and rotation, so that
         one layer can match what came before a token (the Canon-B layers of Allen-Zhu, 2025). None for none.
     gate, gate_rank, gate_bias: the output's gate, see `OutputGate`: "channel" is that of Qwen3-Next.
@@ -88,9 +88,9 @@ class Attention(Mixer):
             raise ValueError(
                 f"key_multiplier must be 1 with a qk_norm, which undoes it; got {key_multiplier}. Leave one of them out"
             )
-        if qk_norm is None and norm_offset:
+        if qk_norm in (None, "unweighted") and norm_offset:
             raise ValueError(
-                f"norm_offset must come with a qk_norm; got {norm_offset}. Leave it out, or give a qk_norm"
+                f"norm_offset must come with a qk_norm that has weights; got {norm_offset}. Leave it out, or give qk_norm"
             )
         self.heads, self.kv_heads, self.head_dim, self.key_multiplier = heads, kv_heads, head_dim, key_multiplier
         self.widths = dict.fromkeys((*self.reads, *self.publishes), head_dim)
@@ -104,10 +104,13 @@ class Attention(Mixer):
         self.output = nn.Linear(heads * head_dim, width, bias=output_bias)
         channels = heads * head_dim + (2 * kv_heads * head_dim if self.keys_of is None else 0)
         self.conv = None if conv_size is None else ShortConvolution(channels, conv_size)
+        weighted = qk_norm != "unweighted"
         if qk_norm is not None:
-            self.query_norm = RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps, norm_offset)
+            normed = heads * head_dim if qk_norm == "full" else head_dim
+            self.query_norm = RMSNorm(normed, norm_eps, norm_offset, weighted=weighted)
         if qk_norm is not None and self.keys_of is None:
-            self.key_norm = RMSNorm(head_dim if qk_norm == "head" else kv_heads * head_dim, norm_eps, norm_offset)
+            normed = kv_heads * head_dim if qk_norm == "full" else head_dim
+            self.key_norm = RMSNorm(normed, norm_eps, norm_offset, weighted=weighted)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
         q, k, v = self.project(x, seq) if self.keys_of is None else (self.project_queries(x, seq), *read)
@@ -124,7 +127,7 @@ class Attention(Mixer):
         q = q if self.conv is None else self.conv(q, seq)
         q = self.query_norm(q) if self.qk_norm == "full" else q
         q = q.unflatten(-1, (-1, self.head_dim))
-        q = self.query_norm(q) if self.qk_norm == "head" else q
+        q = self.query_norm(q) if self.qk_norm in ("head", "unweighted") else q
         return q if self.rotary is None else self.rotary(q, seq)
 
     def project(self, x: Tensor, seq: Sequence, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +144,7 @@ class Attention(Mixer):
         if self.qk_norm == "full":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        if self.qk_norm == "head":
+        if self.qk_norm in ("head", "unweighted"):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 

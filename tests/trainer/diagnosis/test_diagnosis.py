@@ -9,6 +9,7 @@ import hydra
 import planted_faults
 import pytest
 import torch
+from few_families import few_families
 from rich.console import Console
 
 from longreach.kernels import pointwise
@@ -36,7 +37,7 @@ from longreach.trainer.diagnosis.work import Topology
 from longreach.trainer.ranks.settings import ParallelSettings
 
 MODELS = [*model_sizes(), "quickstart"]
-ONE_PER_FAMILY = {size.partition("/")[0]: preset for preset, size in reversed(model_sizes().items())}.values()
+ONE_PER_KIND = {f"{family}_tiny" for family in few_families()}
 FEW, SLOW = ("llama_tiny", "minimax_01_tiny", "moba_tiny", "kimi_linear_tiny"), pytest.mark.slow
 
 
@@ -57,7 +58,7 @@ def checked(*overrides, prepare=None):
 @pytest.mark.parametrize(
     "preset",
     [
-        each if each in FEW else pytest.param(each, marks=SLOW if each in ONE_PER_FAMILY else pytest.mark.many)
+        each if each in FEW else pytest.param(each, marks=SLOW if each in ONE_PER_KIND else pytest.mark.many)
         for each in MODELS
     ],
 )
