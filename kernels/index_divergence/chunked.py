@@ -47,7 +47,7 @@ def gather_from(sharing: int) -> float:
 
     As timed on a CPU: gathered keys are read once for all `sharing` heads that share them.
     """
-    return 2 + 40 / (1 + sharing)
+    return min(16.0, 2 + 40 / (1 + sharing))
 
 
 def _dense(
