@@ -90,7 +90,7 @@ class Attention(Mixer):
             )
         if qk_norm in (None, "unweighted") and norm_offset:
             raise ValueError(
-                f"norm_offset must come with a qk_norm that has weights; got {norm_offset}. Leave it out, or give qk_norm"
+                f"norm_offset must come with a qk_norm with weights; got {norm_offset}. Leave it out, or give a qk_norm"
             )
         self.heads, self.kv_heads, self.head_dim, self.key_multiplier = heads, kv_heads, head_dim, key_multiplier
         self.widths = dict.fromkeys((*self.reads, *self.publishes), head_dim)
