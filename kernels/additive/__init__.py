@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from ..masks import Mask, Tile
 from ..softmax import check_inputs
 
 SLOPE = 0.2
+UNSEEN = float("-inf")
+SCORES = 1 << 18  # at once on a CPU, which stay in its cache
 
 
 class AdditiveInputs(NamedTuple):
@@ -29,8 +32,9 @@ class AdditiveInputs(NamedTuple):
 class AdditiveAttend(MaskedAttend):
     """o_i = sum_j softmax_j(s_ij) v_j        s_ij = sum_c w_c tanh(q_ic + k_jc)        j <= i in i's document
 
-    As it is defined, in float32 (float64 for float64): every logit of a tile is held at once, and of one channel what
-    leads to it. There is no faster form, since tanh does not factor. Bahdanau et al., 2015, arXiv 1409.0473.
+    As it is defined, in float32 (float64 for float64): every logit of a tile is held at once, on a CPU those of a few
+    queries, and of one channel what leads to it. There is no faster form, since tanh does not factor. Bahdanau et al.,
+    2015, arXiv 1409.0473.
     """
 
     record, mask = AdditiveInputs, Mask()
@@ -47,22 +51,30 @@ class AdditiveAttend(MaskedAttend):
         self, inputs: AdditiveInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
     ) -> tuple[Tensor, Tensor]:
         q, k, v, weight = _by_query_head(inputs, received)
-        hidden = _hidden(q, tile)
-        scores = self.scores(q, k, weight).masked_fill(hidden, float("-inf"))
-        lse = scores.logsumexp(-1)
-        p = (scores - lse.unsqueeze(-1)).exp().masked_fill(hidden, 0.0)
-        return torch.einsum("bhts,bshv->bthv", p, v), lse.transpose(1, 2)
+        hidden, out, lse = _hidden(q, tile), [], []
+        for queries, keys in _parts(hidden, q.shape[2]):
+            scores = self.scores(q[:, queries], k[:, keys], weight).masked_fill_(hidden[:, :, queries, keys], UNSEEN)
+            lse.append(scores.logsumexp(-1))
+            p = (scores - lse[-1].unsqueeze(-1)).exp_().masked_fill_(hidden[:, :, queries, keys], 0.0)
+            out.append(torch.einsum("bhts,bshv->bthv", p, v[:, keys]))
+        return torch.cat(out, dim=1), torch.cat(lse, dim=2).transpose(1, 2)
 
     def attend_backward(
         self, gradient: Gradient, inputs: AdditiveInputs, received: tuple[Tensor, ...], tile: Tile, backend: str
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         q, k, v, weight = _by_query_head(inputs, received)
-        scores = self.scores(q, k, weight) - gradient.lse.transpose(1, 2).unsqueeze(-1)
-        p = scores.exp().masked_fill(_hidden(q, tile), 0.0)
-        dout = gradient.dout.to(p.dtype)
-        dv = torch.einsum("bhts,bthv->bshv", p, dout)
-        ds = p * (torch.einsum("bthv,bshv->bhts", dout, v) - gradient.delta(p.dtype).transpose(1, 2).unsqueeze(-1))
-        dq, dk, dweight = self.scores_backward(ds, q, k, weight)
+        dout, delta = gradient.dout.to(q.dtype), gradient.delta(q.dtype).transpose(1, 2).unsqueeze(-1)
+        lse, hidden = gradient.lse.transpose(1, 2).unsqueeze(-1), _hidden(q, tile)
+        dq, dk, dv, dweight = (torch.zeros_like(x) for x in (q, k, v, weight))
+        for queries, keys in _parts(hidden, q.shape[2]):
+            own = q[:, queries], k[:, keys], weight
+            p = (self.scores(*own) - lse[:, :, queries]).exp_().masked_fill_(hidden[:, :, queries, keys], 0.0)
+            dv[:, keys] += torch.einsum("bhts,bthv->bshv", p, dout[:, queries])
+            ds = torch.einsum("bthv,bshv->bhts", dout[:, queries], v[:, keys])
+            of_queries, of_keys, of_weight = self.scores_backward(p * (ds - delta[:, :, queries]), *own)
+            dq[:, queries] += of_queries
+            dk[:, keys] += of_keys
+            dweight += of_weight
         dk, dv = (x.unflatten(2, (received[0].shape[2], -1)).sum(3) for x in (dk, dv))
         return {"q": dq, "weight": dweight}, (dk, dv)
 
@@ -112,6 +124,19 @@ def _by_query_head(inputs: AdditiveInputs, received: tuple[Tensor, ...]) -> tupl
 def _hidden(q: Tensor, tile: Tile) -> Tensor:
     """bool `[B, 1, T, S]`: where a key is not visible."""
     return ~tile.mask.dense(tile.queries, tile.keys, q.device).unsqueeze(1)
+
+
+def _parts(hidden: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Queries, of all at least one part, and the keys between the first and the last that they see."""
+    batch, _, length, number = hidden.shape
+    if hidden.device.type != "cpu":
+        yield slice(0, length), slice(0, number)
+        return
+    step = max(1, SCORES // max(1, batch * heads * number))
+    for low in range(0, max(1, length), step):
+        queries = slice(low, min(low + step, length))
+        seen = (~hidden[:, :, queries]).flatten(0, 2).any(0).nonzero().flatten().tolist()
+        yield queries, slice(seen[0], seen[-1] + 1) if seen else slice(0, 0)
 
 
 def _sums(of_query: Tensor, of_key: Tensor) -> Tensor:
