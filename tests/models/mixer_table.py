@@ -352,6 +352,8 @@ settings of that file in a model of width {WIDTH:,}, in bfloat16 with states in 
   give what each gives alone. Ranks: three ranks give the output and gradient of one. Decodes: token by token gives what
   the whole row gives. (These in float64, to 1e-9.) Triton: its kernels, under the interpreter, agree with PyTorch to
   1e-3. Hugging Face: a family of its checkpoints has such layers.
+* **Not here**: cross attention to a memory `[B, M, width]` of its own length, as of an encoder. The rows of a run
+  hold tokens alone; `cross_attention` reads hidden states of an earlier layer, one for each token of the row.
 """
 
 

@@ -32,7 +32,8 @@ class CrossAttention(SoftmaxAttention):
 
         o_i = sum_j softmax_j(W_q x_i . W_k m_j / sqrt(head_dim)) W_v m_j        j <= i in i's document
 
-    The memory has one entry per token, so that a language model stays causal, and every layer projects it for itself.
+    The memory has one entry per token, so that a language model stays causal, and every layer projects it for itself. A
+    memory of another length, such as an encoder's outputs, has no place in the rows of a run.
     memory_of: what publishes it, by its name in the pattern: `HiddenStates`, or another part with a memory as wide as
     the model. The other settings are those of `SoftmaxAttention`, whose `share` and `keys_of` have no place here.
     """
