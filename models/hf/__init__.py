@@ -1,8 +1,8 @@
 """Hugging Face checkpoints: read as a `LanguageModel` and written so that transformers loads them.
 
-Only safetensors and JSON are read and written; transformers is not needed. A family of models is one file of
-`families/`, a table named `FAMILY`. The `model_type` of a config.json says which one reads it; `write` says which one
-writes a model.
+Only safetensors and JSON are read and written; transformers is not needed. A family of models is one file in a folder
+of `families/`, a table named `FAMILY`. The `model_type` of a config.json says which one reads it; `write` says which
+one writes a model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> No
     """
     config = _read_config(path)
     family = _family(config)
-    load_tensors(Checkpoint(path), model, family.tensors(family.settings(config)), gather)
+    load_tensors(Checkpoint(path, family.aliases), model, family.tensors(family.settings(config)), gather)
 
 
 def write(
@@ -103,10 +103,11 @@ def write(
     described["max_position_embeddings"] = max_positions
     if taken := sorted(set(described) & set(config or {})):
         raise ValueError(f"config must not hold what the settings say; got {', '.join(taken)}. Leave these out")
-    said = {**_kept(_current(origin or {}), described), **(config or {})}
+    # Where nothing is said of padding, some classes of transformers take an id that the vocabulary may not have.
+    said = {"pad_token_id": None, **_kept(_current(origin or {}), described), **(config or {})}
     with new_folder(Path(path)) as folder:
         kept = save_tensors(state, chosen.tensors(settings), folder, dtype=dtype, shard_bytes=shard_bytes)
-        write_json(folder / CONFIG, {**said, "torch_dtype": str(kept).split(".")[-1]})
+        write_json(folder / CONFIG, {**chosen.written(said), "torch_dtype": str(kept).split(".")[-1]})
         copy_files(files, folder)
         if generation is not None:
             write_json(folder / GENERATION, generation)
@@ -166,8 +167,9 @@ class NotExpressibleError(ValueError):
 @cache
 def known_families() -> dict[str, Family]:
     """Every family, by model type."""
-    modules = (import_module(f"{families.__name__}.{module.name}") for module in iter_modules(families.__path__))
-    return {module.FAMILY.model_type: module.FAMILY for module in modules}
+    found = walk_packages(families.__path__, f"{families.__name__}.")
+    tables = [import_module(module.name).FAMILY for module in found if not module.ispkg]
+    return {family.model_type: family for family in sorted(tables, key=lambda family: family.model_type)}
 
 
 def _current(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,9 +41,10 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
 class Header(NamedTuple):
-    """Where a tensor is and what it is, known without reading it."""
+    """Where a tensor is and what it is, known without reading it. name: in its file."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -51,10 +52,12 @@ class Header(NamedTuple):
 class Checkpoint:
     """The tensors of a folder, listed from the headers alone and read one at a time.
 
+    aliases: (regular expression, replacement) of names that other versions write: they are known by the replaced ones.
+
     Raises ValueError for a folder without safetensors, an index that does not match its shards, a truncated file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, aliases: Iterable[tuple[str, str]] = ()) -> None:
         self.path = Path(path)
         self.headers: dict[str, Header] = {}
         self._open: dict[Path, Any] = {}
@@ -68,7 +71,10 @@ class Checkpoint:
                 )
             for name in sorted(held if names is None else names):
                 part = handle.get_slice(name)
-                self.headers[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
+                known = name
+                for pattern, replacement in aliases:
+                    known = re.sub(pattern, replacement, known)
+                self.headers[known] = Header(file, name, tuple(part.get_shape()), part.get_dtype())
 
     def _files(self) -> Iterator[tuple[Path, set[str] | None]]:
         """Each file, with the tensors that the index puts there (None = all that it holds)."""
@@ -100,7 +106,8 @@ class Checkpoint:
         return self._open[file]
 
     def read(self, name: str) -> Tensor:
-        return self._handle(self.headers[name].file).get_tensor(name)
+        header = self.headers[name]
+        return self._handle(header.file).get_tensor(header.name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -195,7 +202,7 @@ def _differing_duplicates(checkpoint: Checkpoint, tensors: Tensors) -> list[str]
     for copy, original in tensors.duplicates.items():
         if copy not in headers:
             continue
-        alike = headers[copy][1:] == headers[original][1:]
+        alike = headers[copy][2:] == headers[original][2:]
         if not alike or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
             problems.append(f"{copy} unlike {original}, though config.json ties them")
     return problems

@@ -222,3 +222,13 @@ MIXTURE = Component(
     _resolve_experts,
     fixed={"router.bias": 0.0, "shares": None},
 )
+MIXTRAL_MIXTURE = MIXTURE.but(
+    experts=Integer("num_local_experts", 8),
+    experts_per_token=Integer("num_experts_per_tok", 2),
+    names={
+        "router.weight": "block_sparse_moe.gate.weight",
+        "experts.gate.weight": "block_sparse_moe.experts.{}.w1.weight",
+        "experts.up.weight": "block_sparse_moe.experts.{}.w3.weight",
+        "experts.down.weight": "block_sparse_moe.experts.{}.w2.weight",
+    },
+)

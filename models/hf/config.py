@@ -115,8 +115,9 @@ class ConfigReader:
             self.problem(f"{key} must be {' or '.join(map(repr, allowed))}; got {value!r}")
 
     def absent(self, key: str, why: str) -> None:
+        """The key must be absent, null, false, zero or empty."""
         value = self.get(key)
-        if value not in (None, False, {}, []):
+        if value not in (None, False, {}, [], [0]):
             self.problem(f"{key} must be absent; got {value!r}. {why}")
 
     def finish(self) -> None:

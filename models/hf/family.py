@@ -60,8 +60,10 @@ class Family:
     yields_to: model types to write instead, where they express a model too.
     prefix: the beginning of the names of a layer's tensors.
     ignored: regular expressions of the names of tensors that hold nothing learned, or nothing that is read.
+    aliases: (regular expression, replacement) of names of tensors that other versions write.
     predicts: whether checkpoints hold layers after the last one, which predict further tokens and are not read.
     current: turns a config.json as the hub or older versions have it into the form that the table reads.
+    written: turns that form into the one that is written.
     """
 
     model_type: str
@@ -76,8 +78,10 @@ class Family:
     yields_to: tuple[str, ...] = ()
     prefix: str = "model.layers.{layer}."
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    aliases: tuple[tuple[str, str], ...] = ()
     predicts: bool = False
     current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
+    written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
 
     def settings(self, config: Mapping[str, Any]) -> Settings:
         """The settings of the `LanguageModel` that a config.json describes, nested dicts as in `conf/model`.

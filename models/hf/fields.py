@@ -66,12 +66,12 @@ class Integer(Key):
         return reader.integer(self.default) if isinstance(self.default, str) else self.default
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        if value is None:
+        if value is None or value != int(value):
             writer.refuse(setting, value)
         elif self.divides and writer.config.get(self.divides, 0) % value:
             writer.refuse(setting, value, f", which must divide {self.divides}")
         else:
-            writer.put(self.key, value, setting)
+            writer.put(self.key, int(value), setting)
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,14 @@ class OptionalInteger(Key):
 
 @dataclass(frozen=True)
 class Product(Key):
-    """The product of two keys, of which `size` is another field's; `default` where `key` is absent or null."""
+    """The product of two keys, of which `size` is another field's; the defaults are for absent and null keys."""
 
     size: str
     default: int = 1
+    default_size: int | None = None
 
     def read(self, reader: ConfigReader) -> int:
-        return reader.integer(self.key, self.default) * reader.integer(self.size)
+        return reader.integer(self.key, self.default) * reader.integer(self.size, self.default_size)
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         size = writer.config.get(self.size) or 1
@@ -191,6 +192,24 @@ class Unread(Field):
 
 
 @dataclass(frozen=True)
+class Equal(Field):
+    """A number that all of the keys give; `default` where a key is absent or null."""
+
+    keys: tuple[str, ...]
+    default: float
+
+    def read(self, reader: ConfigReader) -> float:
+        first, *others = (reader.number(key, self.default) for key in self.keys)
+        if any(other != first for other in others):
+            reader.problem(f"{', '.join(self.keys)} must be equal; got {first:g}, {', '.join(map(str, others))}")
+        return first
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        for key in self.keys:
+            writer.put(key, float(value), setting)
+
+
+@dataclass(frozen=True)
 class Chosen(Field):
     """A setting of training that config.json does not know: `value` in a model that is read."""
 
@@ -253,3 +272,33 @@ class Known(Rule):
 
     def write(self, writer: ConfigWriter) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Same(Rule):
+    """A key that must be equal to another one, or absent."""
+
+    key: str
+    other: str
+
+    def read(self, reader: ConfigReader) -> None:
+        value, other = reader.get(self.key), reader.get(self.other)
+        if value is not None and value != other:
+            reader.problem(f"{self.key} must be {self.other} = {other!r}; got {value!r}")
+
+    def write(self, writer: ConfigWriter) -> None:
+        writer.config[self.key] = writer.config.get(self.other)
+
+
+@dataclass(frozen=True)
+class Replaced(Rule):
+    """A key whose value does not count when it is read, and that is written with this one."""
+
+    key: str
+    value: Any
+
+    def read(self, reader: ConfigReader) -> None:
+        reader.get(self.key)
+
+    def write(self, writer: ConfigWriter) -> None:
+        writer.config[self.key] = self.value

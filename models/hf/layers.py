@@ -73,6 +73,25 @@ class OneWindow(LayerRule):
 
 
 @dataclass(frozen=True)
+class WhereNull(LayerRule):
+    """All layers have the part `null` where the key is null, else `given`; `absent`: its value without the key."""
+
+    key: str
+    null: str
+    given: str
+    absent: int | None = None
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        return [self.null if reader.get(self.key, self.absent) is None else self.given] * depth
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        if self.null in layers:
+            writer.config[self.key] = None
+            if self.given in layers:
+                writer.problems.append(f"{self.key} in some layers, which must be in all or none")
+
+
+@dataclass(frozen=True)
 class SwitchedWindows(LayerRule):
     """Windows where `use_sliding_window` is true: in the layers that `layer_types` names, or, without that key, from
     the layer `max_window_layers` on.

@@ -53,6 +53,25 @@ class RopeBase(Field):
 
 
 @dataclass(frozen=True)
+class RopeFraction(Field):
+    """The part of a head's dims that turns, of which `key` gives the number; all without it."""
+
+    key: str
+    size: str = "head_dim"
+
+    def read(self, reader: ConfigReader) -> float:
+        turned, size = reader.get(self.key), reader.get(self.size)
+        if turned is None:
+            return 1.0
+        heads, width = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+        return reader.integer(self.key) / (width // heads if size is None else reader.integer(self.size))
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if value != 1.0:
+            writer.put(self.key, round(value * writer.config[self.size]), setting)
+
+
+@dataclass(frozen=True)
 class RopeScale(Field):
     """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. layer_type: as of `RopeBase`."""
 
@@ -63,6 +82,42 @@ class RopeScale(Field):
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         writer.put("rope_scaling", None if value is None else _written(value), setting)
+
+
+@dataclass(frozen=True)
+class LatentScale(Field):
+    """The scale of logits, which YaRN multiplies by the square of 0.1 mscale_all_dim ln(factor) + 1 (DeepSeek).
+
+    key_dims: keys whose sum is the size of a head's keys. The default scale is not written.
+    """
+
+    key_dims: tuple[str, ...]
+
+    def read(self, reader: ConfigReader) -> float | None:
+        rope = dict(reader.get("rope_scaling") or reader.get("rope_parameters") or {})
+        kind, all_dims = rope.get("rope_type", rope.get("type", "default")), rope.get("mscale_all_dim")
+        if kind == "default" or not all_dims:
+            return None
+        factor = reader.positive("rope_scaling.factor", rope.get("factor"))
+        return self._scale(sum(reader.integer(key) for key in self.key_dims), factor, all_dims)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        size = sum(writer.config[key] for key in self.key_dims)
+        if value is None or value == size**-0.5:
+            return
+        rope = writer.config.get("rope_scaling") or {}
+        factor = rope.get("factor", 1.0)
+        ratio = math.sqrt(value * size**0.5)
+        if factor <= 1 or ratio <= 1:
+            writer.refuse(setting, value, ", which must be 1 / sqrt(key dims), or more with YaRN")
+            return
+        rope["mscale_all_dim"] = round((ratio - 1) / (0.1 * math.log(factor)), 12)
+        rope.setdefault("attention_factor", 0.1 * math.log(factor) + 1)  # which else follows from mscale_all_dim
+
+    @staticmethod
+    def _scale(size: int, factor: float, all_dims: float) -> float:
+        ratio = 0.1 * all_dims * math.log(factor) + 1 if factor > 1 else 1.0
+        return size**-0.5 * ratio * ratio
 
 
 def _read(

@@ -147,13 +147,14 @@ def _entry(write: Callable[[Tensor], Tensor], entry: int, tensor: Tensor) -> Ten
 # Rows of their tensors.
 
 
-def halves(heads: int, dim: int, first: int = 0, stride: int | None = None) -> Tensor:
-    """Rows of heads whose rotary pairs are neighbours, such that the two of a pair stand `dim / 2` apart, as here.
+def halves(dim: int) -> Tensor:
+    """The order of `dim` dims whose rotary pairs are neighbours, such that the two of a pair stand dim / 2 apart."""
+    return torch.arange(dim).view(-1, 2).t().flatten()
 
-    Each head has `stride` rows (default `dim`), of which `dim` from `first` on are taken.
-    """
-    pairs = torch.arange(dim).view(-1, 2).t().flatten()
-    return (torch.arange(heads)[:, None] * (stride or dim) + first + pairs).flatten()
+
+def per_head(heads: int, order: Tensor) -> Tensor:
+    """The rows of heads with as many rows each as `order` has, which are taken in that order."""
+    return (torch.arange(heads)[:, None] * len(order) + order).flatten()
 
 
 def spans(*sizes: int) -> list[Tensor]:

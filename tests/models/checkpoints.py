@@ -1,6 +1,9 @@
 """What tests of Hugging Face checkpoints share: small models of transformers, and how ours are read and written."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from longreach.kernels.documents import Documents
 from longreach.models import hf
 from longreach.parallel.sequence import Sequence
 
+KERNELS = ("fla", "causal_conv1d", "mamba_ssm")  # which transformers' classes run where they are installed
 ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
 SMALL = {
     "vocab_size": 61,
@@ -30,15 +34,29 @@ SMALL = {
 def config_of(family: str, more: dict[str, Any], small: dict[str, Any] = SMALL) -> Any:
     transformers = pytest.importorskip("transformers")
     kind = transformers.CONFIG_MAPPING[family]
-    implementations = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    implementations = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return kind(**{**implementations, **small, **json.loads(json.dumps(more))})
+
+
+@contextmanager
+def definitions_alone() -> Iterator[None]:
+    """What transformers imports meanwhile runs its own definitions in torch, not the kernels of libraries."""
+    found = {name: sys.modules.get(name) for name in KERNELS}
+    sys.modules.update(dict.fromkeys(KERNELS))  # type: ignore[arg-type]
+    yield
+    for name, module in found.items():
+        if module is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = module
 
 
 def random_model(config: Any) -> Any:
     """A small transformers model whose parameters, norms, biases and buffers too, are far from neutral values."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with definitions_alone():
+        model = AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -80,6 +98,19 @@ class InFloat64(TorchFunctionMode):
         if func is torch.Tensor.float:
             return args[0].double()
         return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+def in_float64(model):
+    """The model in float64, with what it computed of its settings in float32 computed anew."""
+    model.double()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    for module in model.modules():
+        if hasattr(module, "get_slope_rate"):
+            module.slope_rate = module.get_slope_rate()
+            module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
+    torch.set_default_dtype(default)
+    return model
 
 
 def saved(model, path, **more):

@@ -18,9 +18,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -34,8 +32,7 @@ from torch import Tensor
 
 from longreach.kernels import operation
 from longreach.kernels.documents import Documents
-from longreach.models import mixers
-from longreach.models.hf import families
+from longreach.models import hf, mixers
 from longreach.models.hf.components import Node
 from longreach.models.hf.config import ConfigWriter
 from longreach.models.mixer import Mixer, construct
@@ -133,8 +130,8 @@ class Described:
     def imported(self) -> bool:
         """Whether a family of Hugging Face's checkpoints has layers that are this mixer."""
         node = Node.of(self.settings, width=WIDTH)
-        for module in iter_modules(families.__path__, f"{families.__name__}."):
-            for component in import_module(module.name).FAMILY.mixers.values():
+        for family in hf.known_families().values():
+            for component in family.mixers.values():
                 writer = ConfigWriter()
                 if component.target is node.target:
                     component.write(writer, "mixer", node)

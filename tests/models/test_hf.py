@@ -683,7 +683,7 @@ def test_where_two_families_express_a_model_alike_one_must_be_named(monkeypatch,
 
 def test_every_family_has_a_file_and_a_type_of_its_own_and_yields_to_known_ones():
     known = hf.known_families()
-    files = {file.stem for file in Path(families.__file__).parent.glob("*.py")} - {"__init__"}
+    files = {file.stem for file in Path(families.__file__).parent.glob("*/*.py")} - {"__init__"}
     assert files == set(known)
     assert all(set(family.yields_to) < set(known) - {name} for name, family in known.items())
 

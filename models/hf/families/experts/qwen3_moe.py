@@ -1,9 +1,9 @@
 """Qwen3-MoE (arXiv 2505.09388): a Qwen3 with experts in most layers, and one window for all layers or none."""
 
-from ..components import ATTENTION, GATED_MLP, MIXTURE
-from ..family import Family, renamed
-from ..fields import Fixed, Flag, Integer, Unread
-from ..layers import DENSE, EXPERTS, FULL, WINDOW, ExpertsBut, OneWindow
+from ...components import ATTENTION, GATED_MLP, MIXTURE
+from ...family import Family, renamed
+from ...fields import Fixed, Flag, Integer, Unread
+from ...layers import DENSE, EXPERTS, FULL, WINDOW, ExpertsBut, OneWindow
 
 DEFAULT_WINDOW = 4096  # without the key
 

@@ -1,9 +1,9 @@
 """Mistral (Jiang et al., 2023, arXiv 2310.06825): a Llama without biases, whose layers may all have one window."""
 
-from ..components import ATTENTION
-from ..family import Family
-from ..fields import Integer
-from ..layers import FULL, WINDOW, OneWindow
+from ...components import ATTENTION
+from ...family import Family
+from ...fields import Integer
+from ...layers import FULL, WINDOW, OneWindow
 
 DEFAULT_WINDOW = 4096  # without the key
 

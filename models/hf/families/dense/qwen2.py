@@ -1,9 +1,9 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): biases of queries, keys and values; windows in some layers."""
 
-from ..components import ATTENTION
-from ..family import Family
-from ..fields import Fixed, Integer
-from ..layers import FULL, WINDOW, SwitchedWindows
+from ...components import ATTENTION
+from ...family import Family
+from ...fields import Fixed, Integer
+from ...layers import FULL, WINDOW, SwitchedWindows
 
 DEFAULT_WINDOW = 4096  # without the key
 

@@ -1,9 +1,9 @@
 """Qwen3 (arXiv 2505.09388): a norm of each query and key head, biases by a key, windows in some layers."""
 
-from ..components import ATTENTION
-from ..family import RULES, Family
-from ..fields import Absent, Fixed, Flag, Integer, Unread
-from ..layers import FULL, WINDOW, SwitchedWindows
+from ...components import ATTENTION
+from ...family import RULES, Family
+from ...fields import Absent, Fixed, Flag, Integer, Unread
+from ...layers import FULL, WINDOW, SwitchedWindows
 
 DEFAULT_WINDOW = 4096  # without the key
 

@@ -1,9 +1,9 @@
 """Llama (arXiv 2302.13971, 2407.21783): grouped heads, rotary positions, biases by keys."""
 
-from ..components import ATTENTION, GATED_MLP
-from ..family import Family
-from ..fields import Flag, Integer
-from ..layers import DENSE, FULL
+from ...components import ATTENTION, GATED_MLP
+from ...family import Family
+from ...fields import Flag, Integer
+from ...layers import DENSE, FULL
 
 FAMILY = Family(
     model_type="llama",

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...block import SandwichBlock
-from ...feed_forward.geglu import GEGLU
-from ..components import ATTENTION, BLOCK, GATED_MLP, MODEL
-from ..family import Family
-from ..fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root, Unread
-from ..layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
-from ..rope import RopeBase, RopeScale
+from ....block import SandwichBlock
+from ....feed_forward.geglu import GEGLU
+from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL
+from ...family import Family
+from ...fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root, Unread
+from ...layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
+from ...rope import RopeBase, RopeScale
 
 
 def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:

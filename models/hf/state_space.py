@@ -1,0 +1,187 @@
+"""Components of the Mamba models: blocks of a mixer alone, and the mixers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..mixers.state_space.mamba import Mamba
+from ..mixers.state_space.mamba2 import Mamba2
+from .components import BLOCK, MODEL, Component
+from .config import ConfigReader, ConfigWriter
+from .fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule, Unread
+from .tensors import Weight, spans
+
+
+@dataclass(frozen=True)
+class StepRank(Field):
+    """A positive integer, or "auto" for a sixteenth of `width`, rounded up."""
+
+    key: str
+    width: str = "hidden_size"
+
+    def read(self, reader: ConfigReader) -> int:
+        if reader.get(self.key, "auto") == "auto":
+            return -(-reader.integer(self.width) // 16)
+        return reader.integer(self.key)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put(self.key, value, setting)
+
+
+class Expansion(Field):
+    """What `intermediate_size` is over `hidden_size`; without that key, `expand`."""
+
+    def read(self, reader: ConfigReader) -> float:
+        if reader.get("intermediate_size") is None:
+            return reader.integer("expand", 2)
+        reader.get("expand")
+        inner, width = reader.integer("intermediate_size"), reader.integer("hidden_size")
+        ratio = inner / width
+        exact = ratio if int(ratio * width) == inner else math.nextafter(ratio, math.inf)
+        return int(exact) if exact == int(exact) else exact
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if (width := writer.config.get("hidden_size")) is not None:
+            writer.put("intermediate_size", int(value * width), setting)
+        writer.put("expand", max(1, round(value)), setting)
+
+
+@dataclass(frozen=True)
+class StepLimit(Field):
+    """The least and the largest step; infinity stands for None."""
+
+    key: str
+
+    def read(self, reader: ConfigReader) -> tuple[float, float | None]:
+        value = reader.get(self.key, (0.0, None))
+        least, most = value if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
+        if isinstance(most, Mapping):  # as transformers writes what JSON has no number for
+            most = float(next(iter(most.values())))
+        if not isinstance(least, int | float) or not isinstance(most, int | float | None) or least < 0:
+            reader.problem(f"{self.key} must be two numbers; got {value!r}")
+            return 0.0, None
+        return float(least), None if most is None or most == float("inf") else float(most)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        least, most = value
+        writer.put(self.key, [float(least), float("inf") if most is None else float(most)], setting)
+
+
+@dataclass(frozen=True)
+class Heads(Rule):
+    """A key that must be expand * hidden_size / head_dim, the number of heads."""
+
+    key: str = "num_heads"
+
+    def read(self, reader: ConfigReader) -> None:
+        size, value = self._count(reader.config), reader.get(self.key)
+        if value is not None and size is not None and value != size:
+            reader.problem(f"{self.key} must be expand * hidden_size / head_dim = {size:g}; got {value!r}")
+
+    def write(self, writer: ConfigWriter) -> None:
+        count = self._count(writer.config)
+        writer.config[self.key] = None if count is None else int(count)
+
+    @staticmethod
+    def _count(config: Mapping[str, Any]) -> float | None:
+        sizes = config.get("expand", 2), config.get("hidden_size"), config.get("head_dim", 64)
+        if not all(isinstance(size, int) for size in sizes):
+            return None  # which the fields tell of
+        expand, width, dim = sizes
+        return expand * width / dim
+
+
+def _resolve_mamba(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    rank = -(-arguments["width"] // 16) if arguments["step_rank"] is None else arguments["step_rank"]
+    without = ("norm_eps",) if arguments["part_norms"] is None else ()
+    return {name: value for name, value in {**arguments, "step_rank": rank}.items() if name not in without}
+
+
+STATE_SPACE_MODEL = MODEL.but(
+    norm_eps=Number("layer_norm_epsilon", 1e-5),
+    tied_embeddings=Flag("tie_word_embeddings", default=True),
+    names={"embedding": "backbone.embeddings", "norm": "backbone.norm_f"},
+)
+STATE_SPACE_BLOCK = BLOCK.but(norm_eps=Unread("layer_norm_epsilon"), names={"mixer_norm": "norm"})
+STATE_SPACE_RULES: tuple[Rule, ...] = (
+    Only("hidden_act", ("silu", "swish")),
+    Absent("quantization_config", "Save the model dequantised"),
+    Known(
+        ("residual_in_fp32", "rescale_prenorm_residual", "use_mambapy", "use_associative_scan",
+         "use_falcon_mambapy", "time_step_scale", "time_step_min", "time_step_max", "time_step_floor", "chunk_size",
+         "time_step_init_scheme", "time_step_rank", "d_inner", "d_model", "n_layer", "fused_add_norm", "ssm_cfg",
+         "rms_norm", "norm_before_gate", "layer_types")
+    ),
+)  # fmt: skip
+CONVOLUTION: dict[str, str | Weight] = {
+    "conv.weight": Weight(
+        "mixer.conv1d.weight", read=lambda theirs: theirs.squeeze(1), write=lambda ours: ours.unsqueeze(1)
+    ),
+    "conv.bias": "mixer.conv1d.bias",
+}
+MAMBA = Component(
+    Mamba,
+    {
+        "expansion": Expansion(),
+        "state": Integer("state_size", 16),
+        "step_rank": StepRank("time_step_rank"),
+        "conv_size": Integer("conv_kernel", 4),
+        "bias": Flag("use_bias"),
+        "conv_bias": Flag("use_conv_bias", default=True),
+        "part_norms": Fixed(None),
+        **dict.fromkeys(("step_range", "step_floor"), Unread()),
+    },
+    {
+        "value": Weight("mixer.in_proj", rows=lambda mixer: torch.arange(mixer.inner)),
+        "gate": Weight("mixer.in_proj", rows=lambda mixer: mixer.inner + torch.arange(mixer.inner)),
+        **CONVOLUTION,
+        "selection": "mixer.x_proj",
+        "step": "mixer.dt_proj",
+        "dt_bias": "mixer.dt_proj.bias",
+        "A_log": "mixer.A_log",
+        "D": "mixer.D",
+        "output": "mixer.out_proj",
+    },
+    _resolve_mamba,
+)
+
+
+def _input(number: int) -> Weight:
+    """Of the fused projection the rows of the gate, x, B, C or the steps."""
+
+    def rows(mixer: Mamba2) -> torch.Tensor:
+        inner, channels = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
+        return spans(inner, inner, channels, channels, mixer.heads)[number]
+
+    return Weight("mixer.in_proj", rows=rows)
+
+
+MAMBA2 = Component(
+    Mamba2,
+    {
+        "expansion": Integer("expand", 2),
+        "head_dim": Integer("head_dim", 64),
+        "state": Integer("state_size", 128),
+        "groups": Integer("n_groups", 8),
+        "conv_size": Integer("conv_kernel", 4),
+        "step_limit": StepLimit("time_step_limit"),
+        "bias": Flag("use_bias"),
+        "conv_bias": Flag("use_conv_bias", default=True),
+        "norm_eps": Unread("layer_norm_epsilon"),
+        **dict.fromkeys(("step_range", "step_floor"), Unread()),
+    },
+    {
+        **{name: _input(number) for number, name in enumerate(("gate", "value", "key", "query", "step"))},
+        **CONVOLUTION,
+        "dt_bias": "mixer.dt_bias",
+        "A_log": "mixer.A_log",
+        "D": "mixer.D",
+        "norm": "mixer.norm",
+        "output": "mixer.out_proj",
+    },
+)
