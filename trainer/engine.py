@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -330,7 +331,7 @@ def parameter_groups(
     do not train. Float32 ones come last where there are two types: DeepSpeed takes the first for that of the model.
     """
     exempt = {
-        id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
+        id(attrgetter(name)(module)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
     } | set(map(id, frozen))
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters() if parameters is None else parameters:

@@ -7,11 +7,12 @@ from .embedding import embedding
 from .gated_norm import gated_norm
 from .rms_norm import l2_norm, rms_norm
 from .rope import RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
-from .swiglu import swiglu
+from .swiglu import clamped_swiglu, swiglu
 
 __all__ = [
     "RopeScaling",
     "Rotation",
+    "clamped_swiglu",
     "cross_entropy",
     "depth_attention",
     "doubly_stochastic",

@@ -17,7 +17,7 @@ from ..operation import Function
 _READS = {
     "linear": (),
     "llama3": ("original_length", "low_frequency_factor", "high_frequency_factor"),
-    "yarn": ("original_length", "beta_fast", "beta_slow", "attention_factor"),
+    "yarn": ("original_length", "beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
 _DEFAULTS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
@@ -30,7 +30,8 @@ class RopeScaling:
     original_length / low_frequency_factor (default 1), none below original_length / high_frequency_factor (default 4),
     blended in between (Llama 3.1, arXiv 2407.21783). yarn: by the number of turns over original_length, from those of
     fewer than `beta_slow` (default 1) to those of more than `beta_fast` (default 32), and queries and keys grow by
-    `attention_factor` (default 0.1 ln factor + 1; Peng et al., 2023, arXiv 2309.00071).
+    `attention_factor` (default 0.1 ln factor + 1; Peng et al., 2023, arXiv 2309.00071); with `truncate` (default True)
+    the blend begins and ends at whole dims.
     Raises ValueError for an unknown kind and for a setting that is missing or that the kind does not read.
     """
 
@@ -42,6 +43,7 @@ class RopeScaling:
     beta_fast: float | None = None
     beta_slow: float | None = None
     attention_factor: float | None = None
+    truncate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _READS:
@@ -95,8 +97,10 @@ def _yarn_kept(dim: int, base: float, scaling: RopeScaling) -> Tensor:
     def index_of(turns: float) -> float:
         return dim * math.log(scaling.setting("original_length") / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(index_of(scaling.setting("beta_fast"))), 0)
-    high = min(math.ceil(index_of(scaling.setting("beta_slow"))), dim - 1)
+    low, high = index_of(scaling.setting("beta_fast")), index_of(scaling.setting("beta_slow"))
+    if scaling.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     width = max(high - low, 0.001)
     return 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
 

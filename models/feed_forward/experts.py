@@ -8,49 +8,72 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, spread
-from ...kernels.pointwise import swiglu
 from ...parallel.ops.experts import to_experts
 from ...parallel.sequence import Sequence
-from ..part import FeedForward
+from ..part import FeedForward, named_weights, shape_of
 from .router import Router, Routing
-from .swiglu import SwiGLU
+from .swiglu import SwiGLU, check_limit, gated
 
 
 class ExpertLinear(nn.Module):
     """A linear layer of each expert: rows `[M, inputs]`, sorted by expert, to `[M, outputs]`; see `grouped_matmul`.
 
-    The weight `[experts, outputs, inputs]` holds the experts of this rank alone where ranks share them.
+    The weight `[experts, outputs, inputs]` and the bias `[experts, outputs]` hold the experts of this rank alone where
+    ranks share them. Rows after the last expert's give 0.
     """
 
-    by_expert = ("weight",)
+    bias: nn.Parameter | None
+    by_expert = ("weight", "bias")
+    no_weight_decay = ("bias",)
 
-    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.empty(experts, outputs)) if bias else None)
 
     def forward(self, x: Tensor, ends: Tensor, backend: str) -> Tensor:
-        return grouped_matmul(x, self.weight, ends, backend=backend)
+        out = grouped_matmul(x, self.weight, ends, backend=backend)
+        if self.bias is None:
+            return out
+        # As a product with ones, it has a gradient without atomic additions. Libraries want rows of 16 bytes.
+        ones, columns = x.new_ones(x.shape[0], 8), F.pad(self.bias.unsqueeze(2), (0, 7))
+        return out + grouped_matmul(ones, columns, ends, backend=backend)
 
 
 class Experts(nn.Module):
     """SwiGLUs of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
 
     x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in the type of the weights. No
-    row is dropped or padded, whatever the experts' loads.
+    row is dropped or padded, whatever the experts' loads. With weigh_inputs y = sum_c expert_c(weights_c * x). bias,
+    limit: as in `SwiGLU`.
     """
 
-    def __init__(self, experts: int, width: int, hidden: int) -> None:
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool = False,
+        limit: float | None = None,
+        weigh_inputs: bool = False,
+    ) -> None:
         super().__init__()
-        self.gate = ExpertLinear(experts, width, hidden)
-        self.up = ExpertLinear(experts, width, hidden)
-        self.down = ExpertLinear(experts, hidden, width)
+        self.gate = ExpertLinear(experts, width, hidden, bias)
+        self.up = ExpertLinear(experts, width, hidden, bias)
+        self.down = ExpertLinear(experts, hidden, width, bias)
+        self.limit, self.weigh_inputs = limit, weigh_inputs
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, count: int, backend: str) -> Tensor:
         grouping = Grouping.of(chosen, count)
         rows = spread(x, grouping)
-        hidden = swiglu(self.gate(rows, grouping.ends, backend), self.up(rows, grouping.ends, backend))
+        if self.weigh_inputs:
+            rows = (rows * weights.flatten().index_select(0, grouping.order).unsqueeze(1)).to(rows.dtype)
+            weights = torch.ones_like(weights)
+        hidden = gated(self.gate(rows, grouping.ends, backend), self.up(rows, grouping.ends, backend), self.limit)
         return collect(self.down(hidden, grouping.ends, backend), weights, grouping)
 
 
@@ -62,7 +85,9 @@ class MixtureOfExperts(FeedForward):
     experts, experts_per_token, hidden: how many there are, how many a token runs, and the hidden size of each.
     shared_hidden: the hidden size of what every token runs besides, 0 for nothing (DeepSeekMoE, arXiv 2401.06066);
         shared_gate multiplies it by sigmoid of a linear function of the token, as in Qwen2-MoE; else gate is 1.
-    score, renormalise, scale, groups, chosen_groups, group_scores: see `Router`.
+    score, renormalise, scale, groups, chosen_groups, group_scores: see `Router`; router_bias is its logit_bias.
+    weigh_inputs: weights multiply what experts read rather than what they return, as in Llama 4.
+    bias, limit: of all SwiGLUs, see there: those of gpt-oss (arXiv 2508.10925).
     balance: the weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961), a mean over tokens of
         E * sum_e share_e p_e, where p is the scores, divided by their sum, and share_e expert e's part of all choices,
         1 where these are even. The shares are those of the last step's whole batch, so that the loss is the same on any
@@ -96,6 +121,10 @@ class MixtureOfExperts(FeedForward):
         groups: int = 1,
         chosen_groups: int = 1,
         group_scores: int = 2,
+        router_bias: bool = False,
+        weigh_inputs: bool = False,
+        bias: bool = False,
+        limit: float | None = None,
         balance: float = 0.0,
         z: float = 0.0,
         bias_rate: float = 0.0,
@@ -108,15 +137,16 @@ class MixtureOfExperts(FeedForward):
                 f"feed_forward.shared_hidden must be at least {int(shared_gate)} with shared_gate="
                 f"{str(shared_gate).lower()}; got {shared_hidden}"
             )
+        check_limit(limit)
         for name, value in (("balance", balance), ("z", z), ("bias_rate", bias_rate)):
             if value < 0:
                 raise ValueError(f"feed_forward.{name} must be at least 0; got {value}. 0 leaves it out")
         self.router = Router(
             width, experts, experts_per_token, score=score, renormalise=renormalise, scale=scale, groups=groups,
-            chosen_groups=chosen_groups, group_scores=group_scores,
+            chosen_groups=chosen_groups, group_scores=group_scores, logit_bias=router_bias,
         )  # fmt: skip
-        self.experts = Experts(experts, width, hidden)
-        self.shared = SwiGLU(width=width, hidden=shared_hidden) if shared_hidden else None
+        self.experts = Experts(experts, width, hidden, bias=bias, limit=limit, weigh_inputs=weigh_inputs)
+        self.shared = SwiGLU(width=width, hidden=shared_hidden, bias=bias, limit=limit) if shared_hidden else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
         self.losses = {name: weight for name, weight in (("balance", balance), ("z", z)) if weight}
         self.width, self.hidden, self.bias_rate = width, hidden, bias_rate
@@ -171,7 +201,8 @@ class MixtureOfExperts(FeedForward):
 
     def idle_parameters(self) -> int:
         """Those of the experts that a token does not run."""
-        return 3 * self.width * self.hidden * (self.router.experts - self.router.chosen)
+        expert = sum(shape_of(weight)[1:].numel() for _, weight in named_weights(self.experts))
+        return expert * (self.router.experts - self.router.chosen)
 
 
 def _load(chosen: Tensor, count: int) -> Tensor:

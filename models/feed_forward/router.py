@@ -28,8 +28,9 @@ class Router(nn.Module):
 
         s = softmax(W x) or sigmoid(W x)        chosen: the highest s + bias        weights: scale * s of the chosen
 
-    renormalise: divides the weights by their sum, before `scale`. `bias`, a buffer that the layer updates, takes part
-    in the choice alone, so that it needs no gradient (Wang et al., 2024, arXiv 2408.15664).
+    renormalise: divides the weights by their sum, before `scale`. logit_bias: W x has a learned bias. `bias`, a buffer
+    that the layer updates, takes part in the choice alone, so that it needs no gradient (Wang et al., 2024, arXiv
+    2408.15664).
     groups: the experts stand in as many equal groups, and only those of the `chosen_groups` with the highest sums of
     their `group_scores` best can be chosen, as in DeepSeek-V2 (arXiv 2405.04434, with sums of one) and DeepSeek-V3
     (arXiv 2412.19437, with sums of two).
@@ -39,7 +40,7 @@ class Router(nn.Module):
     """
 
     bias: Tensor
-    in_float32 = ("weight",)
+    in_float32 = ("weight", "logit_bias")
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Router(nn.Module):
         groups: int = 1,
         chosen_groups: int = 1,
         group_scores: int = 2,
+        logit_bias: bool = False,
     ) -> None:
         super().__init__()
         _check(experts, chosen, score, renormalise, groups, chosen_groups, group_scores)
@@ -60,11 +62,13 @@ class Router(nn.Module):
         self.score, self.renormalise, self.scale = score, renormalise, scale
         self.groups, self.chosen_groups, self.group_scores = groups, chosen_groups, group_scores
         self.weight = nn.Parameter(torch.empty(experts, width))
+        self.logit_bias = nn.Parameter(torch.empty(experts)) if logit_bias else None
         self.register_buffer("bias", torch.zeros(experts))
 
     def forward(self, x: Tensor) -> Routing:
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        bias = None if self.logit_bias is None else self.logit_bias.to(wide)
+        logits = F.linear(x.to(wide), self.weight.to(wide), bias)
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         experts = self._allowed(scores.detach() + self.bias).topk(self.chosen, dim=-1).indices
         return Routing(experts, self.weigh(scores, experts), logits, scores)
@@ -75,6 +79,12 @@ class Router(nn.Module):
         if self.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.scale
+
+    def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        if name != "logit_bias":
+            return False
+        tensor.zero_()
+        return True
 
     def _allowed(self, ranked: Tensor) -> Tensor:
         """-inf for experts outside the chosen groups."""

@@ -16,5 +16,8 @@ class SGLU(SwiGLU):
     `[B, T, width]` to the same. Raises ValueError if `hidden` is not positive.
     """
 
+    def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__(width=width, hidden=hidden, bias=bias)
+
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         return self.down(self.gate(x) * self.up(x))

@@ -61,6 +61,10 @@ CASES = {
             "attention_factor": 1.5,
         },
     ),
+    "yarn, not truncated": (
+        RopeScaling("yarn", 32.0, original_length=4096, truncate=False),
+        {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    ),
 }
 
 

@@ -31,7 +31,13 @@ KINDS = {
         "groups": 3, "chosen_groups": 2, "group_scores": 1, "experts": 6, "renormalise": False, "scale": 16.0,
         "shared_hidden": 8, "shared_gate": True,
     },
+    "gpt_oss": {"experts": 5, "router_bias": True, "bias": True, "limit": 0.8},
+    "llama4": {
+        "experts": 3, "experts_per_token": 1, "score": "sigmoid", "renormalise": False, "weigh_inputs": True,
+        "shared_hidden": 10,
+    },
 }  # fmt: skip
+ALL = {**DEEPSEEK, "router_bias": True, "bias": True, "limit": 0.8, "weigh_inputs": True, "shared_gate": True}
 
 
 def layer(dtype=torch.float64, **settings):
@@ -93,11 +99,24 @@ def test_is_the_block_in_transformers(kind, monkeypatch):
     close(actual, (out, dx, drouter, *dboth.chunk(2, 1), ddown))
 
 
+def feed_forward(layer, token, expert=...):
+    """A SwiGLU, or that of one expert."""
+
+    def linear(each, x):
+        return each.weight[expert] @ x + (0 if each.bias is None else each.bias[expert])
+
+    gate, up = linear(layer.gate, token), linear(layer.up, token)
+    if layer.limit is None:
+        return linear(layer.down, F.silu(gate) * up)
+    gate, up = gate.clamp(max=layer.limit), up.clamp(-layer.limit, layer.limit)
+    return linear(layer.down, (up + 1) * gate * torch.sigmoid(1.702 * gate))
+
+
 def by_token(made, x):
     """The definition, a token at a time; x `[N, D]`."""
     router, outputs = made.router, []
     for token in x:
-        logits = router.weight @ token
+        logits = router.weight @ token + (0 if router.logit_bias is None else router.logit_bias)
         scores = logits.softmax(0) if router.score == "softmax" else logits.sigmoid()
         ranked = (scores + router.bias).detach()
         groups = ranked.view(router.groups, -1)
@@ -110,24 +129,75 @@ def by_token(made, x):
         total = sum(scores[e] for e in experts) if router.renormalise else 1.0
         out = torch.zeros_like(token)
         for e in experts:
-            gate, up, down = (each.weight[e] for each in (made.experts.gate, made.experts.up, made.experts.down))
-            out = out + router.scale * scores[e] / total * (down @ (F.silu(gate @ token) * (up @ token)))
+            weight = router.scale * scores[e] / total
+            if made.experts.weigh_inputs:
+                out = out + feed_forward(made.experts, weight * token, e)
+            else:
+                out = out + weight * feed_forward(made.experts, token, e)
         if made.shared is not None:
-            shared = made.shared
-            part = shared.down.weight @ (F.silu(shared.gate.weight @ token) * (shared.up.weight @ token))
+            part = feed_forward(made.shared, token)
             gate = 1.0 if made.shared_gate is None else torch.sigmoid(made.shared_gate.weight[0] @ token)
             out = out + gate * part
         outputs.append(out)
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_is_a_loop_over_tokens(kind):
-    made, x = layer(**KINDS[kind]), draw(2, LENGTH, WIDTH)
+@pytest.mark.parametrize("settings", [*KINDS.values(), ALL], ids=[*KINDS, "all"])
+def test_is_a_loop_over_tokens(settings):
+    made, x = layer(**settings), draw(2, LENGTH, WIDTH)
     parameters = list(made.parameters())
     actual = with_gradients(lambda x: made(x, whole(2, LENGTH))[0], x, parameters)
     expected = with_gradients(lambda x: by_token(made, x.flatten(0, 1)).view(x.shape), x, parameters)
     close(actual, expected)
+
+
+def test_llama_4s_layer_is_that_of_transformers(monkeypatch):
+    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    made, x = layer(**KINDS["llama4"]), draw(2, LENGTH, WIDTH)
+    made.router.bias.zero_()  # theirs has none
+    config = modeling.Llama4TextConfig(
+        hidden_size=WIDTH, intermediate_size=10, num_local_experts=3, num_experts_per_tok=1, num_hidden_layers=1
+    )
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    experts, shared, other = made.experts, made.shared, modeling.Llama4TextMoe(config).double()
+
+    def theirs(x):
+        replaced = {
+            "router.weight": made.router.weight,
+            "experts.gate_up_proj": torch.cat([experts.gate.weight, experts.up.weight], 1).transpose(1, 2),
+            "experts.down_proj": experts.down.weight.transpose(1, 2),
+            **{f"shared_expert.{name}_proj.weight": getattr(shared, name).weight for name in ("gate", "up", "down")},
+        }
+        return torch.func.functional_call(other, replaced, (x,))[0].view(x.shape)
+
+    parameters = list(made.parameters())
+    actual = with_gradients(lambda x: made(x, whole(2, LENGTH))[0], x, parameters)
+    close(actual, with_gradients(theirs, x, parameters))
+
+
+def test_gpt_oss_layer_is_that_of_transformers():
+    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    made, x = layer(**KINDS["gpt_oss"]), draw(2, LENGTH, WIDTH)
+    made.router.bias.zero_()
+    config = modeling.GptOssConfig(
+        hidden_size=WIDTH, intermediate_size=10, num_local_experts=5, num_experts_per_tok=2, swiglu_limit=0.8
+    )
+    config._experts_implementation = "eager"
+    experts, router, other = made.experts, made.router, modeling.GptOssMLP(config).double()
+
+    def theirs(x):
+        gate, up = experts.gate, experts.up  # theirs alternate
+        replaced = {
+            "router.weight": router.weight, "router.bias": router.logit_bias,
+            "experts.gate_up_proj": torch.stack([gate.weight, up.weight], 2).flatten(1, 2).transpose(1, 2),
+            "experts.gate_up_proj_bias": torch.stack([gate.bias, up.bias], 2).flatten(1),
+            "experts.down_proj": experts.down.weight.transpose(1, 2), "experts.down_proj_bias": experts.down.bias,
+        }  # fmt: skip
+        return torch.func.functional_call(other, replaced, (x,))[0]
+
+    parameters = list(made.parameters())
+    actual = with_gradients(lambda x: made(x, whole(2, LENGTH))[0], x, parameters)
+    close(actual, with_gradients(theirs, x, parameters))
 
 
 def test_padding_goes_nowhere_and_counts_nowhere():
@@ -223,6 +293,7 @@ def test_what_a_token_uses_is_counted():
         ({"experts": 8, "hidden": 0}, "hidden must be at least 1; got 0"),
         ({"experts": 8, "shared_gate": True}, "shared_hidden must be at least 1 with shared_gate=true; got 0"),
         ({"experts": 8, "balance": -0.1}, "balance must be at least 0; got -0.1"),
+        ({"experts": 8, "limit": 0.0}, r"feed_forward\.limit must be positive; got 0\.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, said):
@@ -233,13 +304,14 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
 PACKED = Documents.from_lengths([[5, 12], [LENGTH], [3, 3, 18], [LENGTH - 1]], LENGTH)
 
 
-def on_ranks(rank, world, sequence, experts, spans):
+def on_ranks(rank, world, settings, sequence, experts, spans):
     """Output, load and every gradient of this rank, whose weights are those of its experts."""
-    mesh, made = Mesh.create(sequence, experts=experts), layer(**DEEPSEEK, balance=0.1, z=0.1)
+    mesh, made = Mesh.create(sequence, experts=experts), layer(**settings, balance=0.1, z=0.1)
     held = mesh.experts.held(12)
     with torch.no_grad():
         for each in (made.experts.gate, made.experts.up, made.experts.down):
-            each.weight = torch.nn.Parameter(each.weight[held.start : held.stop].clone())
+            for name, whole in list(each.named_parameters()):
+                setattr(each, name, torch.nn.Parameter(whole[held.start : held.stop].clone()))
     rows = 4 // mesh.data_ranks
     here = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
     seq = Sequence.shared(PACKED.rows(here.start, here.stop), Layout(LENGTH, sequence, spans), mesh, Strategy())
@@ -250,15 +322,18 @@ def on_ranks(rank, world, sequence, experts, spans):
 
 
 @pytest.mark.parametrize(
-    ("world", "sequence", "experts", "spans"),
-    [(2, 1, 2, 1), (2, 2, 2, 2), (4, 2, 4, 1), (4, 4, 2, 2), (3, 3, 3, 1), (4, 1, 2, 1)],
-)
-def test_ranks_that_share_the_experts_give_what_one_device_gives(world, sequence, experts, spans):
-    made, x = layer(**DEEPSEEK, balance=0.1, z=0.1), draw(4, LENGTH, WIDTH).requires_grad_()
+    ("settings", "world", "sequence", "experts", "spans"),
+    [
+        (DEEPSEEK, 2, 1, 2, 1), (DEEPSEEK, 2, 2, 2, 2), (DEEPSEEK, 4, 2, 4, 1), (DEEPSEEK, 4, 4, 2, 2),
+        (DEEPSEEK, 3, 3, 3, 1), (DEEPSEEK, 4, 1, 2, 1), (ALL, 2, 1, 2, 1), (ALL, 4, 2, 4, 1),
+    ],
+)  # fmt: skip
+def test_ranks_that_share_the_experts_give_what_one_device_gives(settings, world, sequence, experts, spans):
+    made, x = layer(**settings, balance=0.1, z=0.1), draw(4, LENGTH, WIDTH).requires_grad_()
     out, balance, z, load = made(x, Sequence.single(PACKED))
     leaves = [x, *made.parameters()]
     dx, *expected = torch.autograd.grad((out * draw(*out.shape, seed=9)).sum() + balance + z, leaves)
-    results, layout = run_threads(world, on_ranks, sequence, experts, spans), Layout(LENGTH, sequence, spans)
+    results, layout = run_threads(world, on_ranks, settings, sequence, experts, spans), Layout(LENGTH, sequence, spans)
     totals, loads = [torch.zeros_like(each) for each in expected], torch.zeros_like(load)
     names = [name for name, _ in made.named_parameters()]
     for (data_rank, sequence_rank, held), got, own_load, (own_dx, *gradients) in results:
@@ -272,10 +347,10 @@ def test_ranks_that_share_the_experts_give_what_one_device_gives(world, sequence
     assert torch.equal(loads, load)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2"])
+@pytest.mark.parametrize("settings", [KINDS["deepseek_v2"], ALL], ids=["deepseek_v2", "all"])
 @pytest.mark.parametrize(("world", "experts"), [(1, 1), (2, 1), (2, 2)])
-def test_waits_for_nothing(kind, world, experts):
-    made = partial(MixtureOfExperts, hidden=16, balance=0.1, z=0.1, **KINDS[kind])
+def test_waits_for_nothing(settings, world, experts):
+    made = partial(MixtureOfExperts, hidden=16, balance=0.1, z=0.1, **settings)
     build = partial(small_hybrid, "softmax_attention", dtype=torch.bfloat16, depth=2, feed_forward=made)
     found = []
     watched_steps(build, found, world, experts=experts)
@@ -283,9 +358,9 @@ def test_waits_for_nothing(kind, world, experts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["deepseek_v3", "mixtral"])
-def test_one_graph_holds_the_layer(kind):
-    made, seq = layer(**KINDS[kind], balance=0.1, z=0.1), Sequence.single(PACKED)
+@pytest.mark.parametrize("settings", [ALL, KINDS["mixtral"]], ids=["all", "mixtral"])
+def test_one_graph_holds_the_layer(settings):
+    made, seq = layer(**settings, balance=0.1, z=0.1), Sequence.single(PACKED)
     x, parameters = draw(4, LENGTH, WIDTH), list(made.parameters())
 
     def total(run):
