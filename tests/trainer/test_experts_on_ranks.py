@@ -26,8 +26,8 @@ from longreach.trainer.zero.experts import check_experts
 LENGTH, VOCABULARY, ROWS, STEPS, CLIP = 24, 31, 4, 3, 0.1
 LENGTHS = [[7, 12], [24], [1, 2, 20], [12, 12]]  # rows 0 and 2 end in padding
 EXPERTS = {
-    "experts": 4, "experts_per_token": 2, "shared_hidden": 6, "balance": 0.3, "z": 0.05, "bias_rate": 0.01, "bias": True,
-    "router_bias": True,
+    "experts": 4, "experts_per_token": 2, "shared_hidden": 6, "balance": 0.3, "z": 0.05, "bias_rate": 0.01,
+    "bias": True, "router_bias": True,
 }  # fmt: skip
 
 
