@@ -109,6 +109,16 @@ class Component:
             resolve=resolve or self.resolve,
         )
 
+    def moved(self, before: str, after: str) -> Component:
+        """This component where transformers' names begin with `after` instead of `before`."""
+
+        def place(where: str | Weight) -> str | Weight:
+            if isinstance(where, Weight):
+                return replace(where, name=str(place(where.name)))
+            return after + where.removeprefix(before) if where.startswith(before) else where
+
+        return replace(self, names={name: place(where) for name, where in self.names.items()})
+
     def read(self, reader: ConfigReader) -> Settings:
         """The settings of this part, as a partial."""
         read = {name: field.read(reader) for name, field in self.fields.items() if not isinstance(field, Unread)}

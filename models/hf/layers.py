@@ -151,14 +151,65 @@ class LayerTypes(LayerRule):
         writer.config[self.key] = [theirs[name] for name in layers]
 
 
-def every_nth_full(key: str, n: int) -> Callable[[ConfigReader, int], list[str]]:
-    """Windows in all layers but every n-th, where `key` may give another n: a default of `LayerTypes`."""
+def every_nth_full(key: str, n: int, other: str = WINDOW) -> Callable[[ConfigReader, int], list[str]]:
+    """Full attention in every n-th layer, `other` in the rest; `key` may give another n: a default of `LayerTypes`."""
 
     def layers(reader: ConfigReader, depth: int) -> list[str]:
         step = reader.integer(key, n)
-        return [FULL if (layer + 1) % step == 0 else WINDOW for layer in range(depth)]
+        return [FULL if (layer + 1) % step == 0 else other for layer in range(depth)]
 
     return layers
+
+
+@dataclass(frozen=True)
+class Periodic(LayerRule):
+    """The part `name` in the layers whose number is `offset` modulo `period`, both keys, `other` in the rest.
+
+    defaults: of period and offset. count: a key whose value 1 stands for `other` in all layers.
+    """
+
+    period: str
+    offset: str
+    name: str
+    other: str
+    defaults: tuple[int, int]
+    count: str | None = None
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        period = reader.integer(self.period, self.defaults[0])
+        offset = reader.get(self.offset, self.defaults[1])
+        if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < period:
+            reader.problem(f"{self.offset} must be an integer of 0 … {self.period} - 1; got {offset!r}")
+        if self.count is not None and reader.get(self.count) == 1:
+            return [self.other] * depth
+        return [self.name if layer % period == offset else self.other for layer in range(depth)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        depth, found = len(layers), [layer for layer, name in enumerate(layers) if name == self.name]
+        offset = found[0] if found else depth
+        period = found[1] - found[0] if len(found) > 1 else depth + 1
+        writer.config |= {self.period: period, self.offset: offset}
+        if offset >= period or found != [layer for layer in range(depth) if layer % period == offset]:
+            writer.problems.append(f"{self.name} in layers that {self.period} and {self.offset} do not give")
+
+
+@dataclass(frozen=True)
+class Numbered(LayerRule):
+    """The part `name` in the layers that a key lists, `other` in the rest."""
+
+    key: str
+    name: str
+    other: str
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        listed = reader.get(self.key) or []
+        if not isinstance(listed, list) or not all(isinstance(layer, int) and 0 <= layer < depth for layer in listed):
+            reader.problem(f"{self.key} must list layers of 0 … {depth - 1}; got {listed!r}")
+            listed = []
+        return [self.name if layer in listed else self.other for layer in range(depth)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        writer.config[self.key] = [layer for layer, name in enumerate(layers) if name == self.name]
 
 
 @dataclass(frozen=True)

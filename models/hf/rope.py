@@ -34,16 +34,18 @@ _SCALING_KEYS = {
 class RopeBase(Field):
     """`rope_theta`; None, which stands for no rotation, is not expressed.
 
-    key: of the base, where layers of this kind have another one. layer_type: that of the layers, where each has its own
+    key: of the base, where layers of this kind have another one. partial: whether `partial_rotary_factor` is another
+    field's; else all dims turn. layer_type: that of the layers, where each has its own
     settings in `rope_parameters`.
     """
 
     default: float = 10000.0
     key: str = "rope_theta"
     layer_type: str | None = None
+    partial: bool = False
 
     def read(self, reader: ConfigReader) -> float:
-        return _read(reader, self.default, self.key, self.layer_type)[0]
+        return _read(reader, self.default, self.key, self.layer_type, self.partial)[0]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         if value is None:
@@ -72,13 +74,30 @@ class RopeFraction(Field):
 
 
 @dataclass(frozen=True)
+class RopePart(Field):
+    """`partial_rotary_factor`, the part of a head's dims that turns; `default` without it."""
+
+    default: float = 1.0
+
+    def read(self, reader: ConfigReader) -> float:
+        rope = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
+        value = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+        value = reader.get("partial_rotary_factor") if value is None else value
+        return self.default if value is None else reader.positive("partial_rotary_factor", value)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put("partial_rotary_factor", float(value), setting)
+
+
+@dataclass(frozen=True)
 class RopeScale(Field):
-    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. layer_type: as of `RopeBase`."""
+    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. The settings are as of `RopeBase`."""
 
     layer_type: str | None = None
+    partial: bool = False
 
     def read(self, reader: ConfigReader) -> dict[str, Any] | None:
-        return _read(reader, layer_type=self.layer_type)[1]
+        return _read(reader, layer_type=self.layer_type, partial=self.partial)[1]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         writer.put("rope_scaling", None if value is None else _written(value), setting)
@@ -121,7 +140,11 @@ class LatentScale(Field):
 
 
 def _read(
-    reader: ConfigReader, default: float = 10000.0, key: str = "rope_theta", layer_type: str | None = None
+    reader: ConfigReader,
+    default: float = 10000.0,
+    key: str = "rope_theta",
+    layer_type: str | None = None,
+    partial: bool = False,
 ) -> tuple[float, dict[str, Any] | None]:
     """(base, settings of `RopeScaling`)."""
     scaling = reader.get("rope_scaling") if key == "rope_theta" else None
@@ -131,13 +154,14 @@ def _read(
     if layer_type is not None and isinstance(rope.get(layer_type), Mapping):
         name, rope = f"{name}.{layer_type}", dict(rope[layer_type])
     base = reader.number(key, default)
-    reader.only("partial_rotary_factor", 1.0)
+    if not partial:
+        reader.only("partial_rotary_factor", 1.0)
     if any(isinstance(value, Mapping) for value in rope.values()):
         reader.problem(f"{name} must be one for all layers; got one a layer type: {sorted(rope)}")
         return base, None
     if rope.get("rope_theta") is not None:
         base = reader.positive(f"{name}.rope_theta", rope["rope_theta"])
-    if rope.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if not partial and rope.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         reader.problem(f"{name}.partial_rotary_factor must be 1.0; got {rope['partial_rotary_factor']!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

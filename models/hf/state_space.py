@@ -14,7 +14,7 @@ from ..mixers.state_space.mamba2 import Mamba2
 from .components import BLOCK, MODEL, Component
 from .config import ConfigReader, ConfigWriter
 from .fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule, Unread
-from .tensors import Weight, spans
+from .tensors import Weight, convolution, rows_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class StepRank(Field):
         writer.put(self.key, value, setting)
 
 
+def _over(inner: int, width: int) -> float:
+    """The expansion by which a mixer has the inner width: its product with the width is rounded down."""
+    ratio = inner / width
+    exact = ratio if int(ratio * width) == inner else math.nextafter(ratio, math.inf)
+    return int(exact) if exact == int(exact) else exact
+
+
 class Expansion(Field):
     """What `intermediate_size` is over `hidden_size`; without that key, `expand`."""
 
@@ -40,15 +47,49 @@ class Expansion(Field):
         if reader.get("intermediate_size") is None:
             return reader.integer("expand", 2)
         reader.get("expand")
-        inner, width = reader.integer("intermediate_size"), reader.integer("hidden_size")
-        ratio = inner / width
-        exact = ratio if int(ratio * width) == inner else math.nextafter(ratio, math.inf)
-        return int(exact) if exact == int(exact) else exact
+        return _over(reader.integer("intermediate_size"), reader.integer("hidden_size"))
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         if (width := writer.config.get("hidden_size")) is not None:
             writer.put("intermediate_size", int(value * width), setting)
         writer.put("expand", max(1, round(value)), setting)
+
+
+@dataclass(frozen=True)
+class HeadsTimesSize(Field):
+    """An expansion by two keys: how many heads of which size, the latter an earlier field's, over `hidden_size`."""
+
+    heads: str
+    size: str
+    defaults: tuple[int, int]
+
+    def read(self, reader: ConfigReader) -> float:
+        inner = reader.integer(self.heads, self.defaults[0]) * reader.integer(self.size, self.defaults[1])
+        return _over(inner, reader.integer("hidden_size"))
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        width, size = writer.config.get("hidden_size"), writer.config.get(self.size)
+        if width is not None and size:
+            writer.put(self.heads, int(value * width) // size, setting)
+
+
+@dataclass(frozen=True)
+class HeadSize(Field):
+    """A positive integer, or "auto": the inner width by `expand` over `heads`."""
+
+    key: str
+    expand: str
+    heads: str
+
+    def read(self, reader: ConfigReader) -> int:
+        if reader.get(self.key, "auto") == "auto":
+            return max(
+                1, reader.integer(self.expand, 2) * reader.integer("hidden_size") // reader.integer(self.heads, 128)
+            )
+        return reader.integer(self.key)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put(self.key, value, setting)
 
 
 @dataclass(frozen=True)
@@ -77,6 +118,8 @@ class Heads(Rule):
     """A key that must be expand * hidden_size / head_dim, the number of heads."""
 
     key: str = "num_heads"
+    expand: str = "expand"
+    size: str = "head_dim"
 
     def read(self, reader: ConfigReader) -> None:
         size, value = self._count(reader.config), reader.get(self.key)
@@ -87,9 +130,8 @@ class Heads(Rule):
         count = self._count(writer.config)
         writer.config[self.key] = None if count is None else int(count)
 
-    @staticmethod
-    def _count(config: Mapping[str, Any]) -> float | None:
-        sizes = config.get("expand", 2), config.get("hidden_size"), config.get("head_dim", 64)
+    def _count(self, config: Mapping[str, Any]) -> float | None:
+        sizes = config.get(self.expand, 2), config.get("hidden_size"), config.get(self.size, 64)
         if not all(isinstance(size, int) for size in sizes):
             return None  # which the fields tell of
         expand, width, dim = sizes
@@ -119,9 +161,7 @@ STATE_SPACE_RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 CONVOLUTION: dict[str, str | Weight] = {
-    "conv.weight": Weight(
-        "mixer.conv1d.weight", read=lambda theirs: theirs.squeeze(1), write=lambda ours: ours.unsqueeze(1)
-    ),
+    "conv.weight": convolution("mixer.conv1d.weight"),
     "conv.bias": "mixer.conv1d.bias",
 }
 MAMBA = Component(
@@ -137,8 +177,8 @@ MAMBA = Component(
         **dict.fromkeys(("step_range", "step_floor"), Unread()),
     },
     {
-        "value": Weight("mixer.in_proj", rows=lambda mixer: torch.arange(mixer.inner)),
-        "gate": Weight("mixer.in_proj", rows=lambda mixer: mixer.inner + torch.arange(mixer.inner)),
+        "value": Weight("mixer.in_proj", rows=lambda mixer: rows_of(0, (mixer.inner, mixer.inner))),
+        "gate": Weight("mixer.in_proj", rows=lambda mixer: rows_of(1, (mixer.inner, mixer.inner))),
         **CONVOLUTION,
         "selection": "mixer.x_proj",
         "step": "mixer.dt_proj",
@@ -156,7 +196,7 @@ def _input(number: int) -> Weight:
 
     def rows(mixer: Mamba2) -> torch.Tensor:
         inner, channels = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
-        return spans(inner, inner, channels, channels, mixer.heads)[number]
+        return rows_of(number, (inner, inner, channels, channels, mixer.heads))
 
     return Weight("mixer.in_proj", rows=rows)
 
@@ -164,8 +204,8 @@ def _input(number: int) -> Weight:
 MAMBA2 = Component(
     Mamba2,
     {
-        "expansion": Integer("expand", 2),
         "head_dim": Integer("head_dim", 64),
+        "expansion": Integer("expand", 2),
         "state": Integer("state_size", 128),
         "groups": Integer("n_groups", 8),
         "conv_size": Integer("conv_kernel", 4),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -157,6 +157,12 @@ def per_head(heads: int, order: Tensor) -> Tensor:
     return (torch.arange(heads)[:, None] * len(order) + order).flatten()
 
 
-def spans(*sizes: int) -> list[Tensor]:
-    """The rows of parts that stand one after the other."""
-    return list(torch.arange(sum(sizes)).split(list(sizes)))
+def rows_of(number: int, sizes: Sequence[int], groups: int = 1) -> Tensor:
+    """The rows of one of the parts that stand one after the other in each of so many groups."""
+    first = sum(sizes[:number])
+    return (torch.arange(groups)[:, None] * sum(sizes) + first + torch.arange(sizes[number])).flatten()
+
+
+def convolution(name: str, parts: tuple[str, ...] = ()) -> Weight:
+    """Of a short convolution the weight, which is `[channels, 1, taps]` there."""
+    return Weight(name, parts, read=lambda theirs: theirs.squeeze(1), write=lambda ours: ours.unsqueeze(1))

@@ -61,7 +61,9 @@ def random_model(config: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.3 if parameter.dim() > 1 else 0.5))
+            neutral = parameter.mean().round()  # 1 for norms, or 0 for those whose weights 1 is added to
+            size = 0.3 if parameter.dim() > 1 or "norm" in name else 0.5
+            parameter.copy_(size * noise + (neutral if "norm" in name else 0.0))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))

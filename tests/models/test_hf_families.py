@@ -54,6 +54,25 @@ MINIMAX = MIXTURE | {
 }  # fmt: skip
 MAMBA = {"state_size": 6, "conv_kernel": 3, "layer_norm_epsilon": 1e-3, "pad_token_id": 0}
 MAMBA2 = MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16, "time_step_limit": [0.01, 2.0]}
+JAMBA = {
+    "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 6,
+    "mamba_d_conv": 3, "expert_layer_period": 2, "expert_layer_offset": 1,
+}  # fmt: skip
+BAMBA = {
+    "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3,
+    "mamba_chunk_size": 16,
+}  # fmt: skip
+QWEN3_NEXT = QWEN3_MOE | {
+    "shared_expert_intermediate_size": 20, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6, "linear_value_head_dim": 5, "linear_conv_kernel_dim": 3, "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+LFM2 = {"norm_eps": 1e-3, "block_multiple_of": 4, "full_attn_idxs": [1]}
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "ssm_state_size": 6, "head_dim": 10,
+    "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
+    "layer_norm_epsilon": 1e-3,
+}  # fmt: skip
 CASES = {
     "mixtral": MIXTURE,
     "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
@@ -95,6 +114,16 @@ CASES = {
     "mamba2": MAMBA2,
     "mamba2_biases": MAMBA2 | {"use_bias": True, "use_conv_bias": False, "time_step_limit": [0.0, float("inf")]},
     "falcon_mamba": MAMBA | {"mixer_rms_eps": 1e-3},
+    "jamba": JAMBA,
+    "jamba_dense": JAMBA | {"num_experts": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5},
+    "bamba": BAMBA,
+    "bamba_biases": BAMBA | {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_d_head": 8},
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_next_biases": QWEN3_NEXT | {"attention_bias": True, "mlp_only_layers": [0], "norm_topk_prob": False},
+    "lfm2": LFM2,
+    "lfm2_biases": LFM2 | {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_biases": NEMOTRON_H | {"mlp_bias": True, "use_bias": True, "use_conv_bias": False},
     "cohere2": COHERE2 | {"head_dim": 10},
     "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
 }

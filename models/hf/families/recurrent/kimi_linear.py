@@ -11,7 +11,7 @@ from ...family import RULES, Family, renamed
 from ...fields import Fixed, Integer, Known, Number, Only, Product, Same, Unread
 from ...latent import BIASED_MIXTURE, LATENT
 from ...layers import DENSE, EXPERTS, LINEAR, ExpertsFrom, LayerTypes
-from ...tensors import Weight
+from ...tensors import Weight, convolution
 
 HUB = {  # the table's keys by those of the model's own code
     "model_max_length": "max_position_embeddings",
@@ -75,12 +75,7 @@ KDA = Component(
         "query": "self_attn.q_proj",
         "key": "self_attn.k_proj",
         "value": "self_attn.v_proj",
-        "conv.weight": Weight(
-            "self_attn.{}_conv1d.weight",
-            parts=("q", "k", "v"),
-            read=lambda theirs: theirs.squeeze(1),
-            write=lambda ours: ours.unsqueeze(1),
-        ),
+        "conv.weight": convolution("self_attn.{}_conv1d.weight", parts=("q", "k", "v")),
         "beta": "self_attn.b_proj",
         "decay.down": "self_attn.f_a_proj",
         "decay.up": "self_attn.f_b_proj",

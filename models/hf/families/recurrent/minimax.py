@@ -3,9 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ....block import MiniMaxBlock
 from ....mixers.linear.lightning_attention import LightningAttention
 from ...components import ATTENTION, BLOCK, MIXTRAL_MIXTURE, MODEL, Component
@@ -14,7 +11,7 @@ from ...family import RULES, Family, renamed
 from ...fields import Absent, Equal, Fixed, Integer, Known, Number, Only, Quotient
 from ...layers import EXPERTS, FULL, LINEAR, Every, LayerTypes
 from ...rope import RopeBase, RopeFraction
-from ...tensors import Weight
+from ...tensors import Weight, rows_of
 
 ALPHAS = ("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor")
 BETAS = ("full_attn_beta_factor", "linear_attn_beta_factor", "mlp_beta_factor")
@@ -38,10 +35,9 @@ def _alternating(reader: ConfigReader, depth: int) -> list[str]:
     return [LINEAR if layer % 2 else FULL for layer in range(depth)]
 
 
-def _rows(part: int, mixer: LightningAttention) -> Tensor:
-    """Of each head's queries, keys and values, which stand one after the other, those of the number `part`."""
-    size = mixer.head_dim
-    return torch.cat([torch.arange(size) + (3 * head + part) * size for head in range(mixer.heads)])
+def _part(number: int) -> Weight:
+    """Of each head's queries, keys and values, which stand one after the other, one."""
+    return Weight("self_attn.qkv_proj", rows=lambda mixer: rows_of(number, [mixer.head_dim] * 3, mixer.heads))
 
 
 def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,9 +57,9 @@ LIGHTNING = Component(
         "norm_eps": Fixed(1e-6),
     },
     {
-        "query": Weight("self_attn.qkv_proj", rows=lambda mixer: _rows(0, mixer)),
-        "key": Weight("self_attn.qkv_proj", rows=lambda mixer: _rows(1, mixer)),
-        "value": Weight("self_attn.qkv_proj", rows=lambda mixer: _rows(2, mixer)),
+        "query": _part(0),
+        "key": _part(1),
+        "value": _part(2),
         "gate": "self_attn.output_gate",
         "norm": "self_attn.norm",
         "output": "self_attn.out_proj",
