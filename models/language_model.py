@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
         "unweighted_rms", "layer", or "unbiased_layer".
     embedding_norm: whether the embedding is normed too, as in RWKV.
     tied_embeddings: the head's weight is the embedding's. embedding_multiplier, logit_multiplier: constants by which
-        embeddings and logits are multiplied.
+        embeddings and logits are multiplied. logit_softcap: logits l become logit_softcap * tanh(l / logit_softcap).
     multi_token_prediction: how many modules learn to predict tokens further ahead, each with a block like the last;
         multi_token_prediction_weight: of their loss, by default 0.3. See `MultiTokenPrediction`.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
@@ -76,6 +76,7 @@ class LanguageModel(nn.Module):
         tied_embeddings: bool = False,
         embedding_multiplier: float = 1.0,
         logit_multiplier: float = 1.0,
+        logit_softcap: float | None = None,
         multi_token_prediction: int = 0,
         multi_token_prediction_weight: float | None = None,
         activation_checkpointing: str = "none",
@@ -91,6 +92,8 @@ class LanguageModel(nn.Module):
         for name, value in (("embedding_multiplier", embedding_multiplier), ("logit_multiplier", logit_multiplier)):
             if value <= 0:
                 raise ValueError(f"model.{name} must be positive; got {value}. 1 leaves it out")
+        if logit_softcap is not None and logit_softcap <= 0:
+            raise ValueError(f"model.logit_softcap must be positive; got {logit_softcap}. null leaves it out")
         if activation_checkpointing not in CHECKPOINTING:
             known = ", ".join(CHECKPOINTING)
             raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
@@ -161,7 +164,7 @@ class LanguageModel(nn.Module):
         self.embedding_norm = norm_of(norm, width, norm_eps) if embedding_norm else None
         self.norm = norm_of(norm, width, norm_eps)
         self.embedding_multiplier = embedding_multiplier
-        self.head = Head(width, vocabulary, logit_multiplier)
+        self.head = Head(width, vocabulary, logit_multiplier, logit_softcap)
         if tied_embeddings:
             self.head.weight = self.embedding.weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.pointwise import cross_entropy, embedding, loss_and_correct
@@ -22,19 +23,22 @@ class Head(nn.Linear):
     hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
     losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
     gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
-    largest logit. Logits are multiplied by the constant `multiplier`.
+    largest logit. Logits are multiplied by the constant `multiplier`; those l become softcap * tanh(l / softcap) then,
+    where there is a softcap.
     """
 
-    def __init__(self, width: int, vocabulary: int, multiplier: float = 1.0) -> None:
+    def __init__(self, width: int, vocabulary: int, multiplier: float = 1.0, softcap: float | None = None) -> None:
         super().__init__(width, vocabulary, bias=False)
-        self.multiplier = multiplier
+        self.multiplier, self.softcap = multiplier, softcap
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             logits = super().forward(hidden)
-            return logits if self.multiplier == 1.0 else logits * self.multiplier
+            logits = logits if self.multiplier == 1.0 else logits * self.multiplier
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        settings = {"logit_scale": self.multiplier, "softcap": self.softcap}
         if correct:
-            return loss_and_correct(hidden, self.weight, targets, logit_scale=self.multiplier)
-        return cross_entropy(hidden, self.weight, targets, logit_scale=self.multiplier)
+            return loss_and_correct(hidden, self.weight, targets, **settings)
+        return cross_entropy(hidden, self.weight, targets, **settings)

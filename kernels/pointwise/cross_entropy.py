@@ -28,9 +28,11 @@ def cross_entropy(
     bias: Tensor | None = None,
     chunk: int | None = None,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The sum over tokens of −log softmax(logits)[target], logits = logit_scale (hidden weightᵀ + bias).
 
+    With softcap, logits l become softcap * tanh(l / softcap) (Gemma 2, arXiv 2408.00118).
     hidden `[B, T, D]`, weight `[Vocab, D]`, targets int64 `[B, T]` with −100 for tokens without one, bias `[Vocab]`.
     Returns a scalar, float32 (float64 for float64): a sum, so that the caller divides by the targets of the whole
     global batch. The logits of at most `chunk` tokens exist at a time, by default those of `chunk_tokens`, in forward
@@ -42,13 +44,19 @@ def cross_entropy(
     size = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, bias, size)
     if by_library("cross_entropy", hidden):
-        return library.cross_entropy(hidden, weight, targets, bias, chunk, logit_scale)
-    return _CrossEntropy.call(hidden, weight, targets, bias, size, logit_scale)
+        return library.cross_entropy(hidden, weight, targets, bias, chunk, logit_scale, softcap)
+    return _CrossEntropy.call(hidden, weight, targets, bias, size, logit_scale, softcap)
 
 
 @torch.no_grad()
 def loss_and_correct(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, logit_scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What evaluation counts: (`cross_entropy` of the same, without gradient; targets that have the largest logit).
 
@@ -63,7 +71,7 @@ def loss_and_correct(
     def count(part: slice, logits: Tensor) -> None:
         correct.add_((logits.argmax(-1) == ids[part]).sum())
 
-    lse, picked = _scan(rows, weight, ids, None, chunk, logit_scale, count)
+    lse, picked = _scan(rows, weight, ids, None, chunk, logit_scale, softcap, count)
     return _sum(lse, picked, ids), correct
 
 
@@ -102,18 +110,19 @@ def _scan(
     bias: Tensor | None,
     chunk: int,
     scale: float,
+    softcap: float | None = None,
     look: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of rows `[n, D]` the log-sum-exp of their logits and their target's logit, `[n]`; `look` sees their chunks."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     lse, picked = (torch.empty(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(2))
-    kernels = by_kernels("cross_entropy", rows) if bias is None and look is None else None
+    kernels = by_kernels("cross_entropy", rows) if bias is None and softcap is None and look is None else None
     for start in range(0, rows.shape[0], chunk):
         part = slice(start, start + chunk)
         if kernels is not None:
             kernels.likelihood(rows[part] @ weight.t(), ids[part], scale, lse[part], picked[part])
             continue
-        logits = _logits(rows[part], weight, bias, scale, dtype)
+        logits = _capped(_logits(rows[part], weight, bias, scale, dtype), softcap)
         lse[part] = logits.logsumexp(-1)
         picked[part] = logits.gather(-1, _present(ids[part])).squeeze(-1)
         if look is not None:
@@ -131,6 +140,10 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, d
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
 def _present(ids: Tensor) -> Tensor:
     """Targets `[n, 1]` to gather by, with 0 where there is none."""
     return ids.masked_fill(ids == NO_TARGET, 0).unsqueeze(-1)
@@ -139,12 +152,19 @@ def _present(ids: Tensor) -> Tensor:
 class _CrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        chunk: int,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         ids = targets.flatten()
-        lse, picked = _scan(hidden.flatten(0, -2), weight, ids, bias, chunk, scale)
+        lse, picked = _scan(hidden.flatten(0, -2), weight, ids, bias, chunk, scale, softcap)
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
-        ctx.chunk, ctx.scale = chunk, scale
+        ctx.chunk, ctx.scale, ctx.softcap = chunk, scale, softcap
         return _sum(lse, picked, ids)
 
     @staticmethod
@@ -157,14 +177,14 @@ class _CrossEntropy(Function):
         dhidden = torch.empty_like(rows) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         dbias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-        kernels = by_kernels("cross_entropy", rows) if bias is None else None
+        kernels = by_kernels("cross_entropy", rows) if bias is None and ctx.softcap is None else None
         for start in range(0, rows.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             if kernels is not None:
                 logits = rows[part] @ weight.t()
                 dlogits = kernels.likelihood_gradient(logits, ids[part], lse[part], dloss, ctx.scale)
             else:
-                dlogits = _dlogits(rows[part], weight, bias, ids[part], lse[part], dloss, ctx.scale)
+                dlogits = _dlogits(rows[part], weight, bias, ids[part], lse[part], dloss, ctx.scale, ctx.softcap)
             if dbias is not None:
                 dbias += dlogits.sum(0)
             dlogits = dlogits.to(weight.dtype)
@@ -179,18 +199,29 @@ class _CrossEntropy(Function):
             None if dbias is None or bias is None else dbias.to(bias.dtype),
             None,
             None,
+            None,
         )
 
 
 def _dlogits(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, lse: Tensor, dloss: Tensor, scale: float
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    lse: Tensor,
+    dloss: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
-    """The gradient of the summed loss by the logits of these rows, in the type of lse."""
-    dlogits = _logits(rows, weight, bias, scale, lse.dtype).sub_(lse.unsqueeze(-1)).exp_()
+    """The gradient of the summed loss by the products of these rows and the weight, in the type of lse."""
+    logits = _capped(_logits(rows, weight, bias, scale, lse.dtype), softcap)
+    slope = None if softcap is None else 1 - (logits / softcap).square_()  # of the cap
+    dlogits = logits.sub_(lse.unsqueeze(-1)).exp_()
     chosen = _present(ids)
     dlogits.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=lse.dtype))
     factor = (dloss * scale).expand(dlogits.shape[0]).masked_fill(ids == NO_TARGET, 0.0)
-    return dlogits.mul_(factor.unsqueeze(-1))
+    dlogits.mul_(factor.unsqueeze(-1))
+    return dlogits if slope is None else dlogits.mul_(slope)
 
 
 def _accumulate(dweight: Tensor, dlogits: Tensor, rows: Tensor) -> None:

@@ -71,15 +71,22 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunk: int | None, logit_scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    chunk: int | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """The sum of token losses of `longreach.kernels.pointwise.cross_entropy`, differentiable.
 
     Gradients are computed in forward and kept until backward, that of the weight too. The host waits for the device.
     A target outside the vocabulary gives a loss of NaN. Raises ValueError where the library cannot run it.
     """
-    if chunk is not None or logit_scale != 1.0:
-        what = "chooses its own chunks" if chunk is not None else "has no logit_scale"
+    if chunk is not None or logit_scale != 1.0 or softcap is not None:
+        what = "has no logit_scale" if softcap is None else "is not called with a softcap"
+        what = what if chunk is None else "chooses its own chunks"
         raise _refusal("cross_entropy", f"Liger-Kernel {what}")
 
     def trial() -> Trial:

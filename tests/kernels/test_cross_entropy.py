@@ -18,20 +18,25 @@ def inputs(tokens=63, width=12, vocabulary=40, dtype=torch.float64, batch=2):
     return hidden, weight, bias, targets
 
 
-def whole(hidden, weight, bias, targets, logit_scale=1.0):
+def whole(hidden, weight, bias, targets, logit_scale=1.0, softcap=None):
     logits = logit_scale * F.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 512])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (0.3, None), (0.3, 1.5)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_equals_torch_with_gradients(with_bias, logit_scale, chunk):
+def test_equals_torch_with_gradients(with_bias, logit_scale, softcap, chunk):
     hidden, weight, bias, targets = inputs()
     bias = bias if with_bias else None
     tensors = [x for x in (hidden, weight, bias) if x is not None]
-    got = cross_entropy(hidden, weight, targets, bias=bias, chunk=chunk, logit_scale=logit_scale)
-    want = whole(hidden, weight, bias, targets, logit_scale)
+    settings = {"logit_scale": logit_scale, "softcap": softcap}
+    got = cross_entropy(hidden, weight, targets, bias=bias, chunk=chunk, **settings)
+    want = whole(hidden, weight, bias, targets, **settings)
+    loss, correct = loss_and_correct(hidden, weight, targets, chunk=chunk, **settings)
+    torch.testing.assert_close(loss, whole(hidden, weight, None, targets, **settings).detach(), atol=1e-9, rtol=1e-9)
+    assert correct == (F.linear(hidden, weight).argmax(-1) == targets).sum()
     torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
     for a, b in zip(torch.autograd.grad(got / 7, tensors), torch.autograd.grad(want / 7, tensors), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)

@@ -242,6 +242,8 @@ def test_what_a_library_does_not_compute_is_refused(install):
         cross_entropy(HIDDEN, HEAD, TARGETS, chunk=512)
     with pytest.raises(ValueError, match="Liger-Kernel has no logit_scale"):
         cross_entropy(HIDDEN, HEAD, TARGETS, logit_scale=0.5)
+    with pytest.raises(ValueError, match="Liger-Kernel is not called with a softcap"):
+        cross_entropy(HIDDEN, HEAD, TARGETS, softcap=30.0)
     install(StandIn(accumulates=False))
     with pytest.raises(ValueError, match=r"fails here: TypeError: got an unexpected keyword argument 'accum_dtype'"):
         cross_entropy(HIDDEN, HEAD, TARGETS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_presets import randomise
 from oracles import assert_agrees, with_gradients
 from torch.nn import functional as F
 
@@ -87,6 +88,38 @@ def test_lightning_attention_is_the_one_in_transformers():
     # Theirs takes its slopes and the norm's statistics in float32.
     name = "transformers, MiniMaxLightningAttention"
     assert_agrees("lightning_attention", name, actual, expected, tolerance=1e-6)
+
+
+def test_lightning_attention_is_ring_linears():
+    mixer = LightningAttention(
+        width=WIDTH, heads=4, layer=1, depth=4, silu=False, qk_norm=True, rope_base=500.0, rope_fraction=0.5,
+        norm_groups=2, norm_eps=1e-5,
+    ).double()  # fmt: skip
+    randomise(mixer)
+
+    def rms(x, weight):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5) * weight
+
+    def rotated(x):
+        angles = torch.arange(LENGTH, dtype=torch.float64)[:, None] * 500.0 ** (-torch.arange(2) / 2)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        a, b, rest = x[..., :2], x[..., 2:4], x[..., 4:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def by_definition(x):
+        q, k, v = (each(x).unflatten(-1, (4, 8)) for each in (mixer.query, mixer.key, mixer.value))
+        q, k = rotated(rms(q, mixer.query_norm.weight)), rotated(rms(k, mixer.key_norm.weight))
+        state, outputs = x.new_zeros(2, 4, 8, 8), []
+        for t in range(LENGTH):
+            state = (-mixer.slopes(x).double()).exp()[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        out = torch.stack(outputs, 1).flatten(-2).unflatten(-1, (2, 16))
+        out = rms(out, mixer.norm.weight.view(2, 16)).flatten(-2) * torch.sigmoid(mixer.gate(x))
+        return mixer.output(out)
+
+    assert_definition("lightning_attention", PLAIN, mixer, by_definition)
+    with pytest.raises(ValueError, match="norm_groups must divide heads=4; got 3"):
+        LightningAttention(width=WIDTH, heads=4, layer=1, depth=4, norm_groups=3)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -83,6 +83,32 @@ def test_gated_deltanet_is_the_one_in_transformers_qwen3_next(monkeypatch, key_h
     assert_same_with_gradients("gated_deltanet", name, ours, theirs, parameters)
 
 
+def test_bounded_kimi_delta_attention_of_full_rank_is_ling_3s_in_transformers(monkeypatch):
+    modeling = pytest.importorskip("transformers.models.bailing_hybrid.modeling_bailing_hybrid")
+    unkernelised(monkeypatch, modeling, "chunk_kimi_delta_attention", "causal_conv1d_fn")
+    config = modeling.BailingHybridConfig(
+        hidden_size=WIDTH, num_attention_heads=4, head_dim=6, short_conv_kernel_size=4, num_hidden_layers=1,
+        layer_types=["linear_attention"], mlp_layer_types=["dense"],
+    )  # fmt: skip
+    theirs = modeling.BailingHybridDeltaAttention(config, 0).double()
+    fill(theirs)
+    with torch.no_grad():
+        theirs.forget_gate.A_log.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
+    sizes = {"width": WIDTH, "heads": 4, "head_dim": 6, "norm_eps": config.rms_norm_eps}
+    ours = KimiDeltaAttention(**sizes, lower_bound=-5.0, low_rank=False).double()
+    names = {
+        "query": theirs.q_proj, "key": theirs.k_proj, "value": theirs.v_proj, "beta": theirs.b_proj,
+        "decay": theirs.forget_gate.f_proj, "gate": theirs.g_proj, "norm": theirs.o_norm, "output": theirs.o_proj,
+        "conv": theirs.conv1d,
+    }  # fmt: skip
+    parameters = {f"{name}.weight": layer.weight for name, layer in names.items()}
+    parameters |= {"decay_gate.A_log": theirs.forget_gate.A_log, "decay_gate.dt_bias": theirs.forget_gate.dt_bias}
+    shapes = {name: x.shape for name, x in ours.named_parameters()}
+    ours.load_state_dict({name: x.detach().reshape(shapes[name]) for name, x in parameters.items()})
+    name = "transformers, BailingHybridDeltaAttention"
+    assert_same_with_gradients("kimi_delta_attention_bounded", name, ours, theirs, parameters)
+
+
 def test_kimi_delta_attention_is_the_one_in_transformers(monkeypatch):
     modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
     unkernelised(monkeypatch, modeling, "chunk_kimi_delta_attention", "causal_conv1d_fn")
@@ -242,6 +268,10 @@ def test_ranks_are_the_papers():
         (lambda: GatedDeltaNet(width=32, heads=4, key_heads=3), "key_heads must divide heads=4; got 3"),
         (lambda: KimiDeltaAttention(width=32, heads=5), "heads must divide width=32; got 5"),
         (lambda: KimiDeltaAttention(width=32, heads=4, gate_rank=0), "gate_rank must be at least 1; got 0"),
+        (
+            lambda: KimiDeltaAttention(width=32, heads=4, gate_rank=2, low_rank=False),
+            "gate_rank must be null with low_",
+        ),
         (lambda: RWKV7(width=32, layer=0, depth=2), "head_dim must divide width=32; got 64"),
     ],
 )

@@ -90,6 +90,61 @@ def test_command_a_is_cohere2_of_transformers():
 
 
 @pytest.mark.slow
+def test_recurrent_gemma_is_the_one_of_transformers():
+    """With biases of feed-forward layers, a cap on the logits, positions in half of a head, and a root in bfloat16."""
+    modeling = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma", reason="needs hf")
+    config = modeling.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, attention_window_size=5, logits_soft_cap=5.0, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = modeling.RecurrentGemmaForCausalLM(config).double().eval()
+    randomise(theirs)
+    ours = build_model(
+        "recurrent_gemma_tiny", width=32, depth=3, pattern=["rglru*2", "window"], feed_forward={"hidden": 40},
+        mixers={"rglru": {"blocks": 4}, "window": {"heads": 4, "window": 5}}, embedding_multiplier=5.65625,
+        logit_softcap=5.0,
+    ).double()  # fmt: skip
+
+    def renamed(of):
+        def norm(module):
+            """Theirs multiplies by 1 + weight."""
+            weight = of(module.weight)
+            return weight if weight is module.weight.grad else 1 + weight
+
+        named = {"embedding.weight": of(theirs.model.embed_tokens.weight), "norm.weight": norm(theirs.model.final_norm)}
+        named["head.weight"] = named["embedding.weight"]
+        for number, layer in enumerate(theirs.model.layers):
+            block, mlp = layer.temporal_block, layer.mlp_block
+            linear = {f"feed_forward.{name}": getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+            tensors = {}
+            if number < 2:
+                unit = block.rg_lru
+                linear |= {
+                    "mixer.value": block.linear_x, "mixer.gate": block.linear_y, "mixer.output": block.linear_out,
+                }  # fmt: skip
+                tensors = {
+                    "mixer.conv.weight": of(block.conv_1d.weight).squeeze(1), "mixer.conv.bias": of(block.conv_1d.bias),
+                    "mixer.Lambda": of(unit.recurrent_param),
+                    "mixer.recurrence_gate.weight": of(unit.recurrent_gate_weight).transpose(1, 2),
+                    "mixer.input_gate.weight": of(unit.input_gate_weight).transpose(1, 2),
+                    "mixer.recurrence_bias": of(unit.recurrent_gate_bias).flatten(),
+                    "mixer.input_bias": of(unit.input_gate_bias).flatten(),
+                }  # fmt: skip
+            else:
+                linear |= {
+                    f"mixer.{name}": getattr(block, f"{name[0]}_proj") for name in ("query", "key", "value", "output")
+                }
+            tensors |= {f"{name}.weight": of(each.weight) for name, each in linear.items()}
+            tensors |= {f"{name}.bias": of(each.bias) for name, each in linear.items() if each.bias is not None}
+            tensors["mixer_norm.weight"] = norm(layer.temporal_pre_norm)
+            tensors["feed_forward_norm.weight"] = norm(layer.channel_pre_norm)
+            named |= {f"blocks.{number}.{name}": tensor for name, tensor in tensors.items()}
+        return named
+
+    assert_same_model(ours, theirs, renamed)
+
+
+@pytest.mark.slow
 def test_gemma3_is_the_one_of_transformers():
     """With norms on both sides of each part, two rope bases of which one is scaled, and a scale of the logits."""
     modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3", reason="needs the extra hf")
@@ -243,6 +298,7 @@ def test_a_multiplier_is_of_a_mixer_of_the_model():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"logit_softcap": 0.0}, "model.logit_softcap must be positive; got 0.0"),
         ({"embedding_multiplier": 0.0}, "model.embedding_multiplier must be positive; got 0.0"),
         (
             {"mixers": {"softmax": {"qk_norm": "head"}}},

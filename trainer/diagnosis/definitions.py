@@ -268,10 +268,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, logit_scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The sum of the token losses, over targets that are not −100, whatever the chunks."""
     hidden, weight = exactly(hidden, weight)
     chosen = targets >= 0
-    logs = (logit_scale * (hidden[chosen] @ weight.T)).log_softmax(-1)
+    logits = logit_scale * (hidden[chosen] @ weight.T)
+    logs = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
     return -logs.gather(-1, targets[chosen].unsqueeze(-1)).sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ...layers.decay_gate import DecayGate
 from ...layers.low_rank import LowRank
 from .delta_rule import DeltaRule
@@ -19,10 +21,11 @@ class KimiDeltaAttention(DeltaRule):
     later models of this kind have it with -5: another map, not the first one cut off.
 
     head_dim: of queries, keys and values, by default width / heads; value_dim: of values, where it is another. W_1 and
-    W_3 are of rank gate_rank, by default value_dim; gate_bias adds a bias after W_4. key_heads (default heads) divides
-    heads: value heads that share queries and keys. conv_size: taps of the short convolution, or None for none.
-    negative_eigenvalues doubles beta. steps: see `GatedDeltaProduct`. Raises ValueError for sizes that do not divide
-    and for a bound that is not negative.
+    W_3 are of rank gate_rank, by default value_dim; low_rank=False makes W_2 W_1 and W_4 W_3 one matrix each, as in
+    Ling 3. gate_bias adds a bias after W_4. key_heads (default heads) divides heads: value heads that share queries and
+    keys. conv_size: taps of the short convolution, or None for none. negative_eigenvalues doubles beta. steps: see
+    `GatedDeltaProduct`. Raises ValueError for sizes that do not divide, for a bound that is not negative, and for a
+    gate_rank without effect.
     """
 
     activation = "sigmoid"
@@ -36,6 +39,7 @@ class KimiDeltaAttention(DeltaRule):
         head_dim: int | None = None,
         value_dim: int | None = None,
         gate_rank: int | None = None,
+        low_rank: bool = True,
         gate_bias: bool = False,
         lower_bound: float | None = None,
         conv_size: int | None = 4,
@@ -51,10 +55,16 @@ class KimiDeltaAttention(DeltaRule):
         rank = self.value_dim if gate_rank is None else gate_rank
         if rank < 1:
             raise ValueError(f"gate_rank must be at least 1; got {rank}")
+        if not low_rank and gate_rank is not None:
+            raise ValueError(f"gate_rank must be null with low_rank=false; got {gate_rank}. Leave one of them out")
         decays, values = self.decay_heads * self.key_dim, heads * self.value_dim
-        self.decay = LowRank(width, rank, outputs=decays, bias=False)
         self.decay_gate = DecayGate(self.decay_heads, self.key_dim, rates=(1.0, 16.0), lower_bound=lower_bound)
-        self.gate = LowRank(width, rank, outputs=values, bias=gate_bias)
+        if low_rank:
+            self.decay = LowRank(width, rank, outputs=decays, bias=False)
+            self.gate = LowRank(width, rank, outputs=values, bias=gate_bias)
+        else:
+            self.decay = nn.Linear(width, decays, bias=False)
+            self.gate = nn.Linear(width, values, bias=gate_bias)
 
     @property
     def decay_heads(self) -> int:
