@@ -22,6 +22,7 @@ from longreach.models.block import (
     SandwichBlock,
     ScaledBlock,
 )
+from longreach.models.hf import known_families
 from longreach.models.layers.normalisation import RMSNorm
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
@@ -131,6 +132,24 @@ def test_thirty_steps_lower_the_loss(preset):
     first, second, third = (sum(losses[start : start + 10]) / 10 for start in (0, 10, 20))
     assert third < second < first
     assert losses[-1] < losses[0] - 2
+
+
+CHECKPOINTS = {
+    "bamba": "bamba", "command_a": "cohere2", "deepseek_v3": "deepseek_v3", "falcon_mamba": "falcon_mamba",
+    "gemma3": "gemma3_text", "jamba_v0_1": "jamba", "kimi_linear": "kimi_linear", "lfm2": "lfm2", "mamba": "mamba",
+    "mamba2": "mamba2", "minimax_text_01": "minimax", "mixtral": "mixtral", "nemotron_h": "nemotron_h",
+    "qwen3_moe": "qwen3_moe", "qwen3_next": "qwen3_next",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_named_models_are_written_as_checkpoints_of_that_name(family):
+    """Every size says what the model of transformers is: none has a setting that its config.json cannot hold."""
+    for preset, size in model_sizes().items():
+        if size.partition("/")[0] == family:
+            settings = OmegaConf.merge(compose_model(preset), {"vocabulary": 64})
+            assert not known_families()[CHECKPOINTS[family]].config(OmegaConf.to_container(settings)).problems
 
 
 def test_minimax_01_has_its_pattern_and_residuals():

@@ -106,13 +106,8 @@ def test_recurrent_gemma_is_the_one_of_transformers():
     ).double()  # fmt: skip
 
     def renamed(of):
-        def norm(module):
-            """Theirs multiplies by 1 + weight."""
-            weight = of(module.weight)
-            return weight if weight is module.weight.grad else 1 + weight
-
-        named = {"embedding.weight": of(theirs.model.embed_tokens.weight), "norm.weight": norm(theirs.model.final_norm)}
-        named["head.weight"] = named["embedding.weight"]
+        named = {"embedding.weight": of(theirs.model.embed_tokens.weight)}
+        named |= {"head.weight": named["embedding.weight"], "norm.weight": of(theirs.model.final_norm.weight)}
         for number, layer in enumerate(theirs.model.layers):
             block, mlp = layer.temporal_block, layer.mlp_block
             linear = {f"feed_forward.{name}": getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
@@ -136,8 +131,8 @@ def test_recurrent_gemma_is_the_one_of_transformers():
                 }
             tensors |= {f"{name}.weight": of(each.weight) for name, each in linear.items()}
             tensors |= {f"{name}.bias": of(each.bias) for name, each in linear.items() if each.bias is not None}
-            tensors["mixer_norm.weight"] = norm(layer.temporal_pre_norm)
-            tensors["feed_forward_norm.weight"] = norm(layer.channel_pre_norm)
+            tensors["mixer_norm.weight"] = of(layer.temporal_pre_norm.weight)
+            tensors["feed_forward_norm.weight"] = of(layer.channel_pre_norm.weight)
             named |= {f"blocks.{number}.{name}": tensor for name, tensor in tensors.items()}
         return named
 
@@ -164,12 +159,7 @@ def test_gemma3_is_the_one_of_transformers():
     ).double()  # fmt: skip
 
     def renamed(of):
-        def norm(module):
-            """Theirs multiplies by 1 + weight."""
-            weight = of(module.weight)
-            return weight if weight is module.weight.grad else 1 + weight
-
-        named = {"embedding.weight": of(theirs.model.embed_tokens.weight), "norm.weight": norm(theirs.model.norm)}
+        named = {"embedding.weight": of(theirs.model.embed_tokens.weight), "norm.weight": of(theirs.model.norm.weight)}
         named["head.weight"] = named["embedding.weight"]
         for number, layer in enumerate(theirs.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
@@ -184,9 +174,7 @@ def test_gemma3_is_the_one_of_transformers():
                 "mixer.output": attention.o_proj, "feed_forward.gate": mlp.gate_proj, "feed_forward.up": mlp.up_proj,
                 "feed_forward.down": mlp.down_proj,
             }  # fmt: skip
-            weights = {name: norm(module) for name, module in norms.items()}
-            weights |= {name: of(module.weight) for name, module in parts.items()}
-            named |= {f"blocks.{number}.{name}.weight": weight for name, weight in weights.items()}
+            named |= {f"blocks.{number}.{name}.weight": of(each.weight) for name, each in (norms | parts).items()}
         return named
 
     assert_same_model(ours, theirs, renamed)
