@@ -26,7 +26,8 @@ from ...parallel.sequence import Sequence
 PRODUCTION = {"H": 16, "G": 4, "K": 128, "V": 128, "D": 2048, "N": 16, "F": 5632, "W": 32768, "E": 8}
 FEW = {"H": 8, "G": 2, "K": 8, "V": 8, "D": 16, "N": 2, "F": 24, "W": 61, "E": 3}  # on a CPU
 DISCONTINUOUS = ("blocks of", "short window")  # cases whose result jumps where rounding moves a score, or is a constant
-OF_TESTS = ("latent", "wide latent")  # cases whose sizes are those of the tests alone
+OF_TESTS = ("latent", "wide latent", "blocks of latents")  # cases whose sizes are those of the tests alone
+ROW, LATENT = 576, 512  # numbers of a token in DeepSeek's latent attention, and of its latent
 OF_LIBRARIES = ("constant decay", "scalar decay", "channel decay", "gated delta", "channel delta")
 NORMS = ("RMS norm", "RMS norm of heads")
 OF_LIGER = {
@@ -110,6 +111,8 @@ def _sparse(cases: Any) -> Iterator[Trial]:
     ):
         yield Trial(name, cases.Case(call, attention.inputs, attention.result), sizes=sizes)
     yield Trial("compressed keys (NSA)", cases.Case(compressed, attention.inputs, attention.result))
+    inputs = (("T", "H", ROW), "normal"), (("T", ROW), "normal")
+    yield Trial("listed latents (DeepSeek-V3.2)", cases.Case(listed_latents(64), inputs, ("T", "H", LATENT)))
 
 
 def _attention(cases: Any) -> Iterator[Trial]:
@@ -183,6 +186,19 @@ def listed(block_size: int, slots: int, owners: str, *, query_block: int = 1, ma
         lists = of_the_tests("block_lists").random_lists(tile, (k if owners == "G" else q).shape[2], slots)
         return ops.block_sparse_attention(
             q, k, v, lists.to(q.device), seq=seq, block_size=block_size, query_block=query_block, mask=pattern
+        )
+
+    return call
+
+
+def listed_latents(slots: int) -> Op:
+    """Latent attention to tokens drawn at random, the same for all heads."""
+
+    def call(q: Tensor, latent: Tensor, *, seq: Sequence) -> Tensor:
+        rows = seq.documents
+        lists = of_the_tests("block_lists").random_lists(BlockTile(BlockLayout(rows, 1), rows, rows, Mask()), 1, slots)
+        return ops.listed_latent_attention(
+            q, latent, lists.to(q.device), seq=seq, latent_rank=LATENT, block_size=1, scale=ROW**-0.5
         )
 
     return call
