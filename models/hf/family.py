@@ -56,7 +56,9 @@ class Family:
     architecture: transformers' class of the model.
     mixers, layers: the mixers by name, and the rule that says which of them each layer has.
     feed_forwards, feed_forward_layers: the same of the feed-forward layers; none where blocks are a mixer alone.
-    block, model: the other components. rules: for keys of config.json that belong to no setting.
+    block, model: the other components. block_names: of the block's tensors, by the mixer of a layer, where layers have
+        other names.
+    rules: for keys of config.json that belong to no setting.
     yields_to: model types to write instead, where they express a model too.
     prefix: the beginning of the names of a layer's tensors.
     ignored: regular expressions of the names of tensors that hold nothing learned, or nothing that is read.
@@ -73,6 +75,7 @@ class Family:
     feed_forwards: Mapping[str, Component] = field(default_factory=lambda: {DENSE: GATED_MLP})
     feed_forward_layers: LayerRule = field(default_factory=lambda: Every(DENSE))
     block: Component = BLOCK
+    block_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     model: Component = MODEL
     rules: tuple[Rule, ...] = RULES
     yields_to: tuple[str, ...] = ()
@@ -116,12 +119,13 @@ class Family:
         self.model.write(writer, "model", model)
         if model.target is not self.model.target:
             return writer  # it may have no parts by these names
-        block = model.arguments["block"] or {"_target_": path_of(BLOCK.target)}
-        self.block.write(writer, "model.block", _part(model, block))
         layers, joined = _layers(model)
         if joined:
             writer.refuse("model.pattern", joined)
         kinds = self._kinds(model, layers)
+        writer.kinds = {name: kind for name, (_, kind) in kinds.items() if kind is not None}
+        block = model.arguments["block"] or {"_target_": path_of(BLOCK.target)}
+        self.block.write(writer, "model.block", _part(model, block))
         for name, (components, kind) in kinds.items():
             setting = "model.feed_forward" if name == FEED_FORWARD else f"model.mixers.{name}"
             if kind is None:
@@ -145,7 +149,7 @@ class Family:
             module: nn.Module = built(settings)
         model = Node.of(settings)
         layers, _ = _layers(model)
-        kinds = {name: components[kind] for name, (components, kind) in self._kinds(model, layers).items() if kind}
+        kinds = self._kinds(model, layers)
         placed: list[Placed] = []
         duplicates: dict[str, str] = {}
         fixed: dict[str, float | None] = {}
@@ -175,7 +179,9 @@ class Family:
             fixed=fixed,
         )
 
-    def _owner(self, ours: str, layers: list[Layer], kinds: Mapping[str, Component]) -> tuple[Component, str, str, str]:
+    def _owner(
+        self, ours: str, layers: list[Layer], kinds: Mapping[str, tuple[Mapping[str, Component], str | None]]
+    ) -> tuple[Component, str, str, str]:
         """Of our parameter: the component, the path of its part, its name there, and the prefix of the layer."""
         if not ours.startswith("blocks."):
             return self.model, "", ours, ""
@@ -183,10 +189,13 @@ class Family:
         prefix = self.prefix.format(layer=number)
         # Parts in sequence are called by their numbers.
         called = part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
-        owner = layers[int(number)]._asdict().get(called)
-        if owner is None:
-            return self.block, f"blocks.{number}", f"{called}.{rest}", prefix
-        return kinds[owner], f"blocks.{number}.{part}", rest, prefix
+        layer = layers[int(number)]
+        if (owner := layer._asdict().get(called)) is None:
+            names = self.block_names.get(kinds[layer.mixer][1] or "")
+            return self.block.but(names=names), f"blocks.{number}", f"{called}.{rest}", prefix
+        components, kind = kinds[owner]
+        assert kind is not None
+        return components[kind], f"blocks.{number}.{part}", rest, prefix
 
     def _ahead(self, depth: int) -> tuple[str, ...]:
         """Regular expressions of the names of layers after the last."""

@@ -222,6 +222,33 @@ class Chosen(Field):
         pass
 
 
+@dataclass(frozen=True)
+class OfKind(Field):
+    """Names of mixers: all those that are written as the component of this name."""
+
+    kind: str
+
+    def read(self, reader: ConfigReader) -> list[str]:
+        return [self.kind]
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if value is None or set(value) != {name for name, kind in writer.kinds.items() if kind == self.kind}:
+            writer.refuse(setting, value)
+
+
+@dataclass(frozen=True)
+class Inverse(Key):
+    """One over a positive number; `default` where the key is absent or null."""
+
+    default: float = 1.0
+
+    def read(self, reader: ConfigReader) -> float:
+        return 1.0 / reader.number(self.key, self.default)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put(self.key, round(1.0 / value, 12), setting)
+
+
 class Rule:
     """What holds for a key of config.json that belongs to no setting."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .config import ConfigReader, ConfigWriter
 
@@ -210,6 +211,33 @@ class Numbered(LayerRule):
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
         writer.config[self.key] = [layer for layer, name in enumerate(layers) if name == self.name]
+
+
+@dataclass(frozen=True)
+class Switched(LayerRule):
+    """The layers of another rule, in which a part has another name where the key has this value.
+
+    names: (name of the rule, the other name).
+    """
+
+    rule: LayerRule
+    key: str
+    value: Any
+    names: tuple[str, str]
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        layers, (name, other) = self.rule.read(reader, depth), self.names
+        if reader.get(self.key) != self.value:
+            return layers
+        return [other if layer == name else layer for layer in layers]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        name, other = self.names
+        if other in layers:
+            writer.config[self.key] = self.value
+            if name in layers:
+                writer.problems.append(f"{self.key} in some layers, which must be in all or none")
+        self.rule.write(writer, [name if layer == other else layer for layer in layers])
 
 
 @dataclass(frozen=True)

@@ -34,21 +34,28 @@ _SCALING_KEYS = {
 class RopeBase(Field):
     """`rope_theta`; None, which stands for no rotation, is not expressed.
 
-    key: of the base, where layers of this kind have another one. partial: whether `partial_rotary_factor` is another
-    field's; else all dims turn. layer_type: that of the layers, where each has its own
-    settings in `rope_parameters`.
+    key: of the base, where layers of this kind have another one. layer_type: that of the layers, where each has its own
+    settings in `rope_parameters`. partial: whether `partial_rotary_factor` is another field's; else all dims turn.
+    optional: whether a base that is said to be null stands for no rotation.
     """
 
     default: float = 10000.0
     key: str = "rope_theta"
     layer_type: str | None = None
     partial: bool = False
+    optional: bool = False
 
-    def read(self, reader: ConfigReader) -> float:
+    def read(self, reader: ConfigReader) -> float | None:
+        rope = reader.get("rope_parameters")
+        said = isinstance(rope, Mapping) and "rope_theta" in rope and rope["rope_theta"] is None
+        if self.optional and said and reader.get(self.key) is None:
+            return None
         return _read(reader, self.default, self.key, self.layer_type, self.partial)[0]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        if value is None:
+        if value is None and self.optional:
+            writer.put("rope_parameters", {"rope_type": "default", "rope_theta": None}, setting)
+        elif value is None:
             writer.refuse(setting, value)
         else:
             writer.put(self.key, float(value), setting)

@@ -225,3 +225,13 @@ MAMBA2 = Component(
         "output": "mixer.out_proj",
     },
 )
+HYBRID_MAMBA2 = MAMBA2.moved("mixer.", "mamba.").but(
+    expansion=Integer("mamba_expand", 2),
+    head_dim=HeadSize("mamba_d_head", "mamba_expand", "mamba_n_heads"),
+    state=Integer("mamba_d_state", 256),
+    groups=Integer("mamba_n_groups", 1),
+    conv_size=Integer("mamba_d_conv", 4),
+    bias=Flag("mamba_proj_bias"),
+    conv_bias=Flag("mamba_conv_bias", default=True),
+    norm_eps=Unread("rms_norm_eps"),
+)

@@ -22,15 +22,18 @@ class Weight:
     """Where transformers keeps one of our parameters, or the parameters of one of our modules.
 
     name: theirs. With `{}` in it there is a tensor for each entry of the parameter's first dim, such as its experts;
-        with `parts` there is one for each of these, in equal parts of that dim.
+        with `parts` there is one for each of these, in parts of that dim whose sizes `sizes` tells of our module,
+        by default equal ones.
     rows: of our module, the rows of their tensor that are ours, int64, in our order. Several parameters may have
-        rows of one tensor: together they have each once.
+        rows of one tensor: together they have each once. dim: that of the rows.
     read, write: from the shape of their tensor to that of ours, before rows are taken, and back.
     """
 
     name: str
     parts: tuple[str, ...] = ()
+    sizes: Callable[[Any], Sequence[int]] | None = None
     rows: Callable[[Any], Tensor] | None = None
+    dim: int = 0
     read: Callable[[Tensor], Tensor] = _same
     write: Callable[[Tensor], Tensor] = _same
 
@@ -85,9 +88,8 @@ class Tensors:
             rows = [part.weight.rows(part.module) for part in parts if part.weight.rows is not None]
             order = torch.cat(rows)
             for part, own in zip(parts, rows, strict=True):
-                read[part.ours] = Recipe((theirs,), partial(_taken, part.weight.read, own, len(order)))
-            sources = tuple(part.ours for part in parts)
-            write[theirs] = Recipe(sources, partial(_joined, parts[0].weight.write, order))
+                read[part.ours] = Recipe((theirs,), partial(_taken, part.weight, own, len(order)))
+            write[theirs] = Recipe(tuple(part.ours for part in parts), partial(_joined, parts[0].weight, order))
         return cls(read, write, **more)
 
 
@@ -106,8 +108,9 @@ class Placed:
         if weight.parts:
             names = [weight.name.replace(EACH, part) for part in weight.parts]
             read = Recipe(tuple(names), partial(_concatenated, weight.read))
+            sizes = weight.sizes(self.module) if weight.sizes else [self.size // len(names)] * len(names)
             return read, {
-                name: Recipe((self.ours,), partial(_part, weight.write, number, len(names)))
+                name: Recipe((self.ours,), partial(_part, weight.write, sum(sizes[:number]), sizes[number]))
                 for number, name in enumerate(names)
             }
         if EACH in weight.name:
@@ -118,26 +121,28 @@ class Placed:
         return Recipe((weight.name,), weight.read), {weight.name: Recipe((self.ours,), weight.write)}
 
 
-def _taken(read: Callable[[Tensor], Tensor], rows: Tensor, count: int, tensor: Tensor) -> Tensor:
-    tensor = read(tensor)
-    if tensor.shape[0] != count:
-        raise ValueError(f"a tensor must have {count} rows; got {tensor.shape[0]}")
-    return tensor[rows.to(tensor.device)]
+def _taken(weight: Weight, rows: Tensor, count: int, tensor: Tensor) -> Tensor:
+    tensor = weight.read(tensor)
+    if tensor.shape[weight.dim] != count:
+        raise ValueError(f"a tensor must have {count} rows; got {tensor.shape[weight.dim]}")
+    return tensor.index_select(weight.dim, rows.to(tensor.device))
 
 
-def _joined(write: Callable[[Tensor], Tensor], order: Tensor, *parts: Tensor) -> Tensor:
-    joined = parts[0].new_empty((len(order), *parts[0].shape[1:]))
-    for rows, part in zip(order.split([len(part) for part in parts]), parts, strict=True):
-        joined[rows.to(part.device)] = part
-    return write(joined)
+def _joined(weight: Weight, order: Tensor, *parts: Tensor) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[weight.dim] = len(order)
+    joined = parts[0].new_empty(shape)
+    for rows, part in zip(order.split([part.shape[weight.dim] for part in parts]), parts, strict=True):
+        joined.index_copy_(weight.dim, rows.to(part.device), part.to(joined.dtype))
+    return weight.write(joined)
 
 
 def _concatenated(read: Callable[[Tensor], Tensor], *parts: Tensor) -> Tensor:
     return torch.cat([read(part) for part in parts])
 
 
-def _part(write: Callable[[Tensor], Tensor], number: int, count: int, tensor: Tensor) -> Tensor:
-    return write(tensor.unflatten(0, (count, -1))[number])
+def _part(write: Callable[[Tensor], Tensor], first: int, count: int, tensor: Tensor) -> Tensor:
+    return write(tensor[first : first + count])
 
 
 def _entry(write: Callable[[Tensor], Tensor], entry: int, tensor: Tensor) -> Tensor:
@@ -163,6 +168,6 @@ def rows_of(number: int, sizes: Sequence[int], groups: int = 1) -> Tensor:
     return (torch.arange(groups)[:, None] * sum(sizes) + first + torch.arange(sizes[number])).flatten()
 
 
-def convolution(name: str, parts: tuple[str, ...] = ()) -> Weight:
+def convolution(name: str, parts: tuple[str, ...] = (), sizes: Callable[[Any], Sequence[int]] | None = None) -> Weight:
     """Of a short convolution the weight, which is `[channels, 1, taps]` there."""
-    return Weight(name, parts, read=lambda theirs: theirs.squeeze(1), write=lambda ours: ours.unsqueeze(1))
+    return Weight(name, parts, sizes, read=lambda theirs: theirs.squeeze(1), write=lambda ours: ours.unsqueeze(1))

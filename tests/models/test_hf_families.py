@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ NEMOTRON_H = {
     "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
     "layer_norm_epsilon": 1e-3,
 }  # fmt: skip
+GRANITE = {
+    "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_chunk_size": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 6,
+    "num_experts_per_tok": 3, "shared_intermediate_size": 20, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
+    "residual_multiplier": 0.3, "attention_multiplier": 0.2,
+}  # fmt: skip
+OLMO_HYBRID = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": None, "eos_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}  # fmt: skip
 CASES = {
     "mixtral": MIXTURE,
     "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
@@ -124,6 +136,11 @@ CASES = {
     "lfm2_biases": LFM2 | {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_biases": NEMOTRON_H | {"mlp_bias": True, "use_bias": True, "use_conv_bias": False},
+    "granitemoehybrid": GRANITE,
+    "granitemoehybrid_dense": GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    "olmo_hybrid": OLMO_HYBRID,
+    "olmo_hybrid_biases": OLMO_HYBRID
+    | {"attention_bias": True, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": 7e4}},
     "cohere2": COHERE2 | {"head_dim": 10},
     "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
 }
@@ -140,7 +157,10 @@ def _made(case):
     return random_model(config_of(family_named(case), CASES[case]))
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=() if case in hf.known_families() else pytest.mark.slow) for case in CASES],
+)
 def reference(request):
     """A small transformers model; tests copy it before they change it."""
     return _made(request.param)
@@ -194,7 +214,8 @@ def test_what_is_written_is_what_was_read_and_transformers_loads_it(reference, f
     unread = before.headers.keys() - after.headers.keys()
     assert all(any(re.search(pattern, name) for pattern in family.ignored) for name in unread), unread
     for name in after.headers:
-        assert torch.equal(after.read(name), before.read(name)), name
+        if "olmo" not in family.model_type or "conv1d" not in name:  # which they cut into parts of equal size
+            assert torch.equal(after.read(name), before.read(name)), name
     assert hf.read_settings(out) == settings
     assert torch.equal(logits(load(out), tokens()), logits(ours, tokens()))
     theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -350,3 +371,9 @@ def test_layers_that_predict_further_tokens_are_not_read(tmp_path):
     held = load_file(folder / "model.safetensors")
     save_file({**held, "model.layers.3.eh_proj.weight": torch.zeros(2)}, folder / "model.safetensors")
     assert torch.equal(logits(load(folder), tokens()), logits(model, tokens()))
+
+
+def test_every_family_has_a_row_in_the_page_of_checkpoints():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
+    assert rows == {name: family.architecture for name, family in hf.known_families().items()}

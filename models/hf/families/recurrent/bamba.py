@@ -2,21 +2,10 @@
 
 from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Known, Number, Unread
+from ...fields import Fixed, Flag, Integer, Known, Number
 from ...layers import DENSE, FULL, LINEAR, Numbered
 from ...rope import RopeBase, RopeScale
-from ...state_space import MAMBA2, Heads, HeadSize
-
-MAMBA2_LAYER = MAMBA2.moved("mixer.", "mamba.").but(
-    expansion=Integer("mamba_expand", 2),
-    head_dim=HeadSize("mamba_d_head", "mamba_expand", "mamba_n_heads"),
-    state=Integer("mamba_d_state", 256),
-    groups=Integer("mamba_n_groups", 1),
-    conv_size=Integer("mamba_d_conv", 4),
-    bias=Flag("mamba_proj_bias"),
-    conv_bias=Flag("mamba_conv_bias", default=True),
-    norm_eps=Unread("rms_norm_eps"),
-)
+from ...state_space import HYBRID_MAMBA2, Heads
 
 FAMILY = Family(
     model_type="bamba",
@@ -30,7 +19,7 @@ FAMILY = Family(
             rope_fraction=Fixed(0.5),
             rope_scaling=RopeScale(partial=True),
         ),
-        LINEAR: MAMBA2_LAYER,
+        LINEAR: HYBRID_MAMBA2,
     },
     layers=Numbered("attn_layer_indices", FULL, LINEAR),
     feed_forwards={DENSE: GATED_MLP.moved("mlp.", "feed_forward.").but(bias=Flag("mlp_bias"))},

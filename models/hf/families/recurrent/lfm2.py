@@ -100,5 +100,6 @@ FAMILY = Family(
              "conv_dim_out", "conv_use_xavier_init", "num_heads", "use_pos_enc")
         ),
     ),
+    yields_to=("qwen3",),
     current=_current,
 )  # fmt: skip

@@ -1,0 +1,102 @@
+"""Granite 4 (IBM, 2025): Mamba-2, attention in some layers, experts and a shared one, multipliers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ....block import ScaledBlock
+from ...components import ATTENTION, BLOCK, GATED_MLP, MIXTURE, MODEL
+from ...family import RULES, Family, renamed
+from ...fields import Fixed, Flag, Integer, Inverse, Known, Number
+from ...layers import DENSE, EXPERTS, FULL, LINEAR, Every, LayerTypes, Switched
+from ...state_space import HYBRID_MAMBA2, Heads
+from ...tensors import Weight, rows_of
+
+ROTARY = "rotary"
+KINDS = {"full_attention": FULL, "linear_attention": LINEAR}
+
+
+def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Layers have had other names."""
+    new = dict(renamed(layers_block_type="layer_types", num_experts="num_local_experts")(config))
+    older = {"mamba": "linear_attention", "attention": "full_attention"}
+    if isinstance(new.get("layer_types"), list):
+        new["layer_types"] = [older.get(kind, kind) for kind in new["layer_types"]]
+    return new
+
+
+def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scale is written in any case."""
+    resolved = ATTENTION.resolve(arguments)
+    return {**resolved, "scale": resolved["scale"] or resolved["head_dim"] ** -0.5}
+
+
+def _shared(number: int, within: str = "") -> Weight:
+    """Of the gate and the values, one. within: the name of the layer in ours."""
+
+    def rows(layer: nn.Module) -> Tensor:
+        return rows_of(number, [layer.get_submodule(f"{within}up").out_features] * 2)  # type: ignore[list-item]
+
+    return Weight("shared_mlp.input_linear", rows=rows)
+
+
+def _expert(number: int) -> Weight:
+    """The same of all experts."""
+    return Weight(
+        "block_sparse_moe.input_linear.weight",
+        rows=lambda layer: rows_of(number, [layer.hidden] * 2),
+        dim=1,
+    )
+
+
+SHARED = {"gate": _shared(0), "up": _shared(1), "down": "shared_mlp.output_linear"}
+attention = ATTENTION.but(
+    bias=Flag("attention_bias"),
+    output_bias=Flag("attention_bias"),
+    scale=Number("attention_multiplier", 1.0),
+    resolve=_resolve,
+)
+
+FAMILY = Family(
+    model_type="granitemoehybrid",
+    architecture="GraniteMoeHybridForCausalLM",
+    mixers={
+        FULL: attention.but(rope_base=Fixed(None), rope_scaling=Fixed(None)),
+        ROTARY: attention,
+        LINEAR: HYBRID_MAMBA2,
+    },
+    layers=Switched(
+        LayerTypes(lambda reader, depth: [LINEAR] * depth, KINDS), "position_embedding_type", "rope", (FULL, ROTARY)
+    ),
+    feed_forwards={
+        EXPERTS: MIXTURE.but(
+            experts=Integer("num_local_experts", 8),
+            experts_per_token=Integer("num_experts_per_tok", 2),
+            shared_hidden=Integer("shared_intermediate_size", 1024),
+            names={
+                "router.weight": "block_sparse_moe.router.layer.weight",
+                "experts.gate.weight": _expert(0),
+                "experts.up.weight": _expert(1),
+                "experts.down.weight": "block_sparse_moe.output_linear.weight",
+                "shared.gate": _shared(0, "shared."),
+                "shared.up": _shared(1, "shared."),
+                "shared.down": "shared_mlp.output_linear",
+            },
+        ),
+        DENSE: GATED_MLP.but(hidden=Integer("shared_intermediate_size", 1024), names=SHARED),
+    },
+    feed_forward_layers=Switched(Every(EXPERTS), "num_local_experts", 0, (EXPERTS, DENSE)),
+    block=BLOCK.but(target=ScaledBlock, multiplier=Number("residual_multiplier", 1.0)),
+    model=MODEL.but(
+        embedding_multiplier=Number("embedding_multiplier", 1.0), logit_multiplier=Inverse("logits_scaling")
+    ),
+    rules=(
+        *RULES,
+        Heads("mamba_n_heads", "mamba_expand", "mamba_d_head"),
+        Known(("mamba_chunk_size", "init_method", "normalization_function", "rope_theta", "rope_scaling",
+               "rope_parameters", "mamba_norm_eps", "intermediate_size", "num_experts_per_tok",
+               "router_aux_loss_coef")),
+    ),
+    current=_current,
+)  # fmt: skip
