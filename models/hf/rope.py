@@ -26,6 +26,7 @@ _SCALING_KEYS = {
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
+        "truncate": "truncate",
     },
 }
 
@@ -187,23 +188,25 @@ def _read_scaling(reader: ConfigReader, name: str, kind: str, rope: dict[str, An
         original = rope.get("original_max_position_embeddings") or reader.get("max_position_embeddings")
     rope["original_max_position_embeddings"] = original
     if kind == "yarn":
-        if rope.get("truncate") not in (None, True):
-            reader.problem(f"{name}.truncate must be true; got {rope['truncate']!r}")
+        if not isinstance(rope.get("truncate", True), bool | None):
+            reader.problem(f"{name}.truncate must be true or false; got {rope['truncate']!r}")
         if rope.get("factor") is None and original:
             rope["factor"] = reader.integer("max_position_embeddings") / original
         rope["attention_factor"] = _yarn_attention_factor(rope)
         rope["beta_fast"] = rope.get("beta_fast") or 32.0
         rope["beta_slow"] = rope.get("beta_slow") or 1.0
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", "mscale", "mscale_all_dim"}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim"}
     unknown = sorted(set(rope) - known - set(keys.values()) - {"original_max_position_embeddings"})
     if unknown:
         reader.problem(f"{name} of type {kind} must not hold {', '.join(unknown)}")
     scaling: dict[str, Any] = {"kind": kind}
     for ours, theirs in keys.items():
         value = rope.get(theirs)
-        if value is None and theirs == "attention_factor":
-            continue
-        scaling[ours] = reader.positive(f"{name}.{theirs}", value)
+        if theirs == "truncate":
+            if value is False:  # else it is the default
+                scaling[ours] = value
+        elif value is not None or theirs != "attention_factor":
+            scaling[ours] = reader.positive(f"{name}.{theirs}", value)
     if "original_length" in scaling:
         scaling["original_length"] = int(scaling["original_length"])
     return scaling
@@ -224,7 +227,7 @@ def _written(scaling: Mapping[str, Any]) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for ours, theirs in _SCALING_KEYS[whole.kind].items():
         value = getattr(whole, ours)
-        if value is None and ours != "attention_factor":  # which without a value is YaRN's formula there too
+        if value is None and ours not in ("attention_factor", "truncate"):  # without values they mean the same there
             value = whole.setting(ours)
         if value is not None:
             written[theirs] = value

@@ -67,7 +67,10 @@ CASES = {
         {"sliding_window": None, "head_dim": 10, "num_attention_heads": 6, "num_key_value_heads": 3},
     ),
     "qwen2": ("qwen2", {"rms_norm_eps": 1e-2}),
-    "qwen2_tied_yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN, "num_key_value_heads": 4}),
+    "qwen2_tied_yarn": (
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": YARN | {"truncate": False}, "num_key_value_heads": 4},
+    ),
     "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen2_mixed_windows": (
         "qwen2",
@@ -383,7 +386,7 @@ def test_keys_without_meaning_are_named_in_a_warning(caplog):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must be one of.*got 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type must be one of.*got 'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a positive number; got None"),
-        ({"rope_scaling": dict(YARN, truncate=False)}, "rope_scaling.truncate must be true; got False"),
+        ({"rope_scaling": dict(YARN, truncate="no")}, "rope_scaling.truncate must be true or false; got 'no'"),
         ({"rope_scaling": dict(YARN, short_factor=[1.0])}, "rope_scaling of type yarn must not hold short_factor"),
         ({"rope_parameters": {"full_attention": dict(LLAMA3)}}, "rope_parameters must be one for all layers"),
         ({"rope_parameters": dict(LLAMA3, low_freq_factor=0)}, "low_freq_factor must be a positive number; got 0"),
