@@ -24,6 +24,7 @@ from longreach.trainer.engine import Engine
 from longreach.trainer.zero.experts import ExpertWeights
 
 _spoiled: list[tuple[Any, str, Any]] = []
+_INHERITED = object()  # what stands for an attribute that its owner has from elsewhere
 
 
 def plant(fault: str) -> None:
@@ -34,13 +35,17 @@ def plant(fault: str) -> None:
 def heal() -> None:
     """Everything as it was."""
     while _spoiled:
-        setattr(*_spoiled.pop())
+        owner, name, original = _spoiled.pop()
+        if original is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
 
 
 def spoil(owner: Any, name: str, value: Any) -> Any:
     """Sets an attribute; returns what it was."""
-    original = vars(owner).get(name, getattr(owner, name))
-    _spoiled.append((owner, name, original))
+    original = getattr(owner, name)
+    _spoiled.append((owner, name, vars(owner).get(name, _INHERITED)))
     setattr(owner, name, value)
     return original
 
