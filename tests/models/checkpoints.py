@@ -51,6 +51,21 @@ def definitions_alone() -> Iterator[None]:
             sys.modules[name] = module
 
 
+@contextmanager
+def own_classes() -> Iterator[None]:
+    """transformers' automatic classes are its own meanwhile: importing a library may have put others in their place."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    registered = [mapping._extra_content for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    kept = [dict(each) for each in registered]
+    for each in registered:
+        each.clear()
+    yield
+    for each, content in zip(registered, kept, strict=True):
+        each.update(content)
+
+
 def random_model(config: Any) -> Any:
     """A small transformers model whose parameters, norms, biases and buffers too, are far from neutral values."""
     from transformers import AutoModelForCausalLM

@@ -17,6 +17,7 @@ from checkpoints import (
     in_float64,
     load,
     logits,
+    own_classes,
     random_model,
     saved,
     their_logits,
@@ -155,6 +156,13 @@ def family_named(case):
 @cache
 def _made(case):
     return random_model(config_of(family_named(case), CASES[case]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_classes():
+    pytest.importorskip("transformers")
+    with own_classes():
+        yield
 
 
 @pytest.fixture(
