@@ -207,6 +207,14 @@ ATTENTION = Component(
     },
     _resolve_attention,
 )
+# That of Qwen3: a norm of each query and key head, biases by a key.
+HEAD_NORMED_ATTENTION = ATTENTION.but(
+    bias=Flag("attention_bias"),
+    output_bias=Flag("attention_bias"),
+    qk_norm=Fixed("head"),
+    norm_eps=Unread("rms_norm_eps"),
+    names={"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
+)
 GATED_MLP = Component(
     SwiGLU,
     {"hidden": Integer("intermediate_size"), "bias": Fixed(False)},

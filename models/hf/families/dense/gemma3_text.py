@@ -5,32 +5,27 @@ from typing import Any
 
 from ....block import SandwichBlock
 from ....feed_forward.geglu import GEGLU
-from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL
+from ...components import BLOCK, GATED_MLP, HEAD_NORMED_ATTENTION, MODEL
 from ...family import Family
-from ...fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root, Unread
+from ...fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root
 from ...layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
 from ...rope import RopeBase, RopeScale
 
 
 def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """The scale is written in any case."""
-    resolved = ATTENTION.resolve(arguments)
+    resolved = HEAD_NORMED_ATTENTION.resolve(arguments)
     return {**resolved, "scale": resolved["scale"] or resolved["head_dim"] ** -0.5}
 
 
-attention = ATTENTION.but(
+attention = HEAD_NORMED_ATTENTION.but(
     heads=Integer("num_attention_heads", 8),
     kv_heads=Integer("num_key_value_heads", 4, divides="num_attention_heads"),
     head_dim=Integer("head_dim", 256),
-    bias=Flag("attention_bias"),
-    output_bias=Flag("attention_bias"),
-    qk_norm=Fixed("head"),
     norm_offset=Fixed(1.0),
-    norm_eps=Unread("rms_norm_eps"),
     scale=InverseRoot("query_pre_attn_scalar", 256),
     rope_base=RopeBase(1e6, layer_type="full_attention"),
     rope_scaling=RopeScale(layer_type="full_attention"),
-    names={"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
     resolve=_resolve,
 )
 

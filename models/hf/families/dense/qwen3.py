@@ -1,20 +1,15 @@
 """Qwen3 (arXiv 2505.09388): a norm of each query and key head, biases by a key, windows in some layers."""
 
-from ...components import ATTENTION
+from ...components import HEAD_NORMED_ATTENTION
 from ...family import RULES, Family
-from ...fields import Absent, Fixed, Flag, Integer, Unread
+from ...fields import Absent, Integer
 from ...layers import FULL, WINDOW, SwitchedWindows
 
 DEFAULT_WINDOW = 4096  # without the key
 
-attention = ATTENTION.but(
+attention = HEAD_NORMED_ATTENTION.but(
     kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=32, divides="num_attention_heads"),
     head_dim=Integer("head_dim", 128),
-    bias=Flag("attention_bias"),
-    output_bias=Flag("attention_bias"),
-    qk_norm=Fixed("head"),
-    norm_eps=Unread("rms_norm_eps"),
-    names={"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
 )
 
 FAMILY = Family(

@@ -1,19 +1,14 @@
 """Qwen3-MoE (arXiv 2505.09388): a Qwen3 with experts in most layers, and one window for all layers or none."""
 
-from ...components import ATTENTION, GATED_MLP, MIXTURE
+from ...components import GATED_MLP, HEAD_NORMED_ATTENTION, MIXTURE
 from ...family import Family, renamed
-from ...fields import Fixed, Flag, Integer, Unread
+from ...fields import Flag, Integer
 from ...layers import DENSE, EXPERTS, FULL, WINDOW, ExpertsBut, OneWindow
 
 DEFAULT_WINDOW = 4096  # without the key
 
-attention = ATTENTION.but(
+attention = HEAD_NORMED_ATTENTION.but(
     kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=4, divides="num_attention_heads"),
-    bias=Flag("attention_bias"),
-    output_bias=Flag("attention_bias"),
-    qk_norm=Fixed("head"),
-    norm_eps=Unread("rms_norm_eps"),
-    names={"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
 )
 
 FAMILY = Family(

@@ -1,10 +1,10 @@
 """OLMo Hybrid (Ai2, 2026): Gated DeltaNet, and attention layers that norm what their parts return."""
 
 from ....block import OutputNormBlock
-from ...components import ATTENTION, BLOCK
+from ...components import BLOCK, HEAD_NORMED_ATTENTION
 from ...config import ConfigReader
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Known, OfKind, Unread
+from ...fields import Fixed, Flag, Integer, Known, OfKind
 from ...layers import FULL, LINEAR, LayerTypes
 from ...rope import RopeBase
 from ...tensors import convolution
@@ -20,13 +20,9 @@ FAMILY = Family(
     model_type="olmo_hybrid",
     architecture="OlmoHybridForCausalLM",
     mixers={
-        FULL: ATTENTION.but(
-            bias=Flag("attention_bias"),
-            output_bias=Flag("attention_bias"),
+        FULL: HEAD_NORMED_ATTENTION.but(
             qk_norm=Fixed("full"),
-            norm_eps=Unread("rms_norm_eps"),
             rope_base=RopeBase(optional=True),
-            names={"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"},
         ),
         LINEAR: DELTA.but(
             heads=Integer("linear_num_value_heads", "num_attention_heads"),
