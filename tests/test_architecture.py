@@ -1,6 +1,7 @@
 """The structure that the project promises: dependency order, who may import what, what the wheel holds."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,12 @@ def test_strategies_know_protocols_and_no_op() -> None:
     for path in modules("parallel/strategies"):
         used = {name.split(".")[2] for name in imports(path) if name.startswith("longreach.kernels.")}
         assert used <= known, f"{path.relative_to(ROOT)} imports {used - known}"
+
+
+def test_transformers_classes_are_oracles_as_defined() -> None:
+    """Imported elsewhere than by tests/definitions.py, they may run a library's kernels for all tests that follow."""
+    imported = re.compile(r"transformers\.models\.\S+\.modeling_(?!auto\b)")
+    assert [path.name for path in modules("tests") if imported.search(path.read_text())] == ["definitions.py"]
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends() -> None:

@@ -6,6 +6,7 @@ import pytest
 import recurrence_checks as check
 import torch
 from covering import pairwise, slow_but
+from definitions import definitions_of
 from largest_tensor import LargestTensor
 from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 from torch.nn import functional as F
@@ -312,13 +313,12 @@ def test_flash_linear_attention_agrees(rule, decay):
 
 @pytest.mark.slow
 def test_transformers_chunked_gated_delta_rule_agrees():
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next", reason="needs the extra hf")
+    modeling = definitions_of("qwen3_next")
     documents = Documents.whole(2, 150)
     inputs, _, dout, dstate = draw(documents, decay="token")
     leaves = [x.float().requires_grad_() for x in inputs[:5]]
     q, k, v, beta, g = leaves
-    chunked = modeling.torch_chunk_gated_delta_rule.__wrapped__  # not what it would dispatch to
-    theirs = chunked(q, k, v, g=g, beta=beta, output_final_state=True)
+    theirs = modeling.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, output_final_state=True)
     gradients = torch.autograd.grad(theirs, leaves, [dout.float(), dstate.float()])
     found = run(inputs, None, documents, dout, dstate, dtype=torch.float32)
     assert_near(found, [*theirs, *gradients], 1e-4)

@@ -7,6 +7,7 @@ import pytest
 import recurrence_checks as check
 import torch
 from covering import pairwise, slow_but
+from definitions import definitions_of
 from largest_tensor import LargestTensor
 from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
@@ -232,7 +233,7 @@ def test_no_tensor_is_larger_than_an_input():
 
 @pytest.mark.slow
 def test_constant_decay_is_lightning_attention_of_minimax():
-    modeling = pytest.importorskip("transformers.models.minimax.modeling_minimax", reason="needs the extra hf")
+    modeling = definitions_of("minimax")
     config = modeling.MiniMaxConfig(
         hidden_size=24, num_attention_heads=4, head_dim=6, num_hidden_layers=2, block_size=32,
         layer_types=["linear_attention", "full_attention"],

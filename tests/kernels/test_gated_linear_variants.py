@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from covering import pairwise
+from definitions import definitions_of
 from recurrence_parts import OFTEN, Parts, assert_near, nan_in_fresh_memory, run_op
 
 from longreach.kernels.documents import Documents
@@ -275,7 +276,7 @@ def test_flash_linear_attention_agrees_on_the_normaliser():
 
 def test_rwkv_4_is_a_variant():
     """Against transformers' loop: heads of one channel, keys as input gates, e^u as the bonus."""
-    modeling = pytest.importorskip("transformers.models.rwkv.modeling_rwkv", reason="needs the extra hf")
+    modeling = definitions_of("rwkv")
     torch.manual_seed(0)
     channels, length = 5, 40
     w, u = torch.randn(channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
@@ -299,7 +300,7 @@ def test_aft_simple_is_a_variant():
 
 
 def test_mlstm_of_transformers():
-    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm", reason="needs the extra hf")
+    modeling = definitions_of("xlstm")
     _, inputs, *_ = draw(Documents.whole(2, 64), "input")
     q, k, v, log_decay, _, _, log_input = inputs
     forget = -torch.log(torch.expm1(-log_decay.clamp(max=-1e-6)))  # whose logsigmoid is the decay

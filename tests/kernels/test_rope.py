@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from definitions import definitions_of
 
 from longreach.kernels.pointwise import RopeScaling, rope, rope_frequencies
 
@@ -14,7 +15,7 @@ def positions_of(batch, length, start=0):
 
 @pytest.mark.parametrize("start", [0, 1000])
 def test_rotation_equals_that_of_transformers(start):
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs transformers")
+    llama = definitions_of("llama")
     frequencies, factor = rope_frequencies(16, 10000.0)
     positions = positions_of(2, 63, start)
     q, k = torch.randn(2, 63, 4, 16), torch.randn(2, 63, 2, 16)
@@ -84,7 +85,7 @@ def test_frequencies_equal_those_of_transformers(case, base, dim):
         rope_parameters={"rope_type": kind, "rope_theta": base, **settings},
     )
     if kind == "default":
-        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        rotary = definitions_of("llama").LlamaRotaryEmbedding(config)
         wanted, wanted_factor = rotary.inv_freq, rotary.attention_scaling
     else:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

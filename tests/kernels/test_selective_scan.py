@@ -6,6 +6,7 @@ import pytest
 import recurrence_checks as check
 import torch
 from covering import pairwise, slow_but
+from definitions import definitions_of
 from largest_tensor import LargestTensor
 from recurrence_parts import OFTEN, Parts, assert_near, nan_in_fresh_memory, run_op
 
@@ -188,7 +189,7 @@ def test_nothing_of_the_size_of_all_states_is_ever_held(decay):
 
 
 def test_mamba_of_transformers_agrees():
-    modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba", reason="needs the extra hf")
+    modeling = definitions_of("mamba")
     (x, delta, a, b, c), *_ = draw(Documents.whole(2, 75))
     leaves = [tensor.requires_grad_() for tensor in (x, delta, a, b, c)]
     theirs, final = modeling.mamba_selective_scan(

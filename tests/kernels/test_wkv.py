@@ -6,6 +6,7 @@ import pytest
 import recurrence_checks as check
 import torch
 from covering import pairwise
+from definitions import definitions_of
 from largest_tensor import LargestTensor
 from recurrence_parts import CUTS, OFTEN, ROWS, Parts, assert_near, nan_in_fresh_memory, run_op
 
@@ -79,7 +80,7 @@ def test_is_gated_linear_attention_on_heads_of_one_channel():
 
 
 def test_transformers_agree():
-    modeling = pytest.importorskip("transformers.models.rwkv.modeling_rwkv", reason="needs the extra hf")
+    modeling = definitions_of("rwkv")
     (k, v, log_decay, bonus), *_ = draw(Documents.whole(2, 90), strength=3.0)
     expected, state = modeling.rwkv_linear_attention_cpu((-log_decay).log(), bonus, k, v, return_state=True)
     out, final = wkv(k, v, log_decay, bonus)

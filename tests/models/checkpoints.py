@@ -1,13 +1,13 @@
 """What tests of Hugging Face checkpoints share: small models of transformers, and how ours are read and written."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from definitions import definitions_alone
 from hydra.utils import instantiate
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -16,7 +16,6 @@ from longreach.kernels.documents import Documents
 from longreach.models import hf
 from longreach.parallel.sequence import Sequence
 
-KERNELS = ("fla", "causal_conv1d", "mamba_ssm")  # which transformers' classes run where they are installed
 ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
 SMALL = {
     "vocab_size": 61,
@@ -36,19 +35,6 @@ def config_of(family: str, more: dict[str, Any], small: dict[str, Any] = SMALL) 
     kind = transformers.CONFIG_MAPPING[family]
     implementations = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return kind(**{**implementations, **small, **json.loads(json.dumps(more))})
-
-
-@contextmanager
-def definitions_alone() -> Iterator[None]:
-    """What transformers imports meanwhile runs its own definitions in torch, not the kernels of libraries."""
-    found = {name: sys.modules.get(name) for name in KERNELS}
-    sys.modules.update(dict.fromkeys(KERNELS))  # type: ignore[arg-type]
-    yield
-    for name, module in found.items():
-        if module is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = module
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import randomise
 from oracles import assert_agrees, with_gradients
 from torch.nn import functional as F
@@ -55,7 +56,7 @@ def test_lightning_slopes_of_64_heads_span_the_published_range():
 
 
 def test_lightning_attention_is_the_one_in_transformers():
-    modeling = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    modeling = definitions_of("minimax")
     config = modeling.MiniMaxConfig(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=4, head_dim=6, num_hidden_layers=4, block_size=8,
         layer_types=["linear_attention"] * 4, hidden_act="silu",
@@ -124,7 +125,7 @@ def test_lightning_attention_is_ring_linears():
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_softmax_attention_is_the_one_in_transformers_llama(kv_heads):
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    modeling = definitions_of("llama")
     config = modeling.LlamaConfig(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=8,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="eager",
@@ -153,7 +154,7 @@ def test_softmax_attention_is_the_one_in_transformers_llama(kv_heads):
 
 
 def test_sliding_window_attention_is_the_one_in_transformers_qwen3():
-    modeling = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    modeling = definitions_of("qwen3")
     config = modeling.Qwen3Config(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, head_dim=6, num_hidden_layers=1,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="eager",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definitions import definitions_of
 from oracles import assert_agrees, with_gradients
 from torch.nn import functional as F
 
@@ -33,11 +34,6 @@ def fill(module):
             parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
 
 
-def unkernelised(monkeypatch, modeling, *names):
-    for name in names:
-        monkeypatch.setattr(modeling, name, getattr(modeling, name).__wrapped__)
-
-
 def assert_same_with_gradients(mixer, oracle, ours, expected_of, parameters):
     """Outputs, the gradient of x and those of the parameters (our name: theirs); theirs computes in float32 inside."""
     x, dout, own = draw(2, LENGTH, WIDTH), draw(2, LENGTH, WIDTH, seed=9), dict(ours.named_parameters())
@@ -52,9 +48,8 @@ def assert_same_with_gradients(mixer, oracle, ours, expected_of, parameters):
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_gated_deltanet_is_the_one_in_transformers_qwen3_next(monkeypatch, key_heads):
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    unkernelised(monkeypatch, modeling, "torch_chunk_gated_delta_rule", "causal_conv1d_fn")
+def test_gated_deltanet_is_the_one_in_transformers_qwen3_next(key_heads):
+    modeling = definitions_of("qwen3_next")
     config = modeling.Qwen3NextConfig(
         hidden_size=WIDTH, linear_num_value_heads=4, linear_num_key_heads=key_heads, linear_key_head_dim=6,
         linear_value_head_dim=10, linear_conv_kernel_dim=4, num_hidden_layers=1, layer_types=["linear_attention"],
@@ -83,9 +78,8 @@ def test_gated_deltanet_is_the_one_in_transformers_qwen3_next(monkeypatch, key_h
     assert_same_with_gradients("gated_deltanet", name, ours, theirs, parameters)
 
 
-def test_bounded_kimi_delta_attention_of_full_rank_is_ling_3s_in_transformers(monkeypatch):
-    modeling = pytest.importorskip("transformers.models.bailing_hybrid.modeling_bailing_hybrid")
-    unkernelised(monkeypatch, modeling, "chunk_kimi_delta_attention", "causal_conv1d_fn")
+def test_bounded_kimi_delta_attention_of_full_rank_is_ling_3s_in_transformers():
+    modeling = definitions_of("bailing_hybrid")
     config = modeling.BailingHybridConfig(
         hidden_size=WIDTH, num_attention_heads=4, head_dim=6, short_conv_kernel_size=4, num_hidden_layers=1,
         layer_types=["linear_attention"], mlp_layer_types=["dense"],
@@ -109,9 +103,8 @@ def test_bounded_kimi_delta_attention_of_full_rank_is_ling_3s_in_transformers(mo
     assert_same_with_gradients("kimi_delta_attention_bounded", name, ours, theirs, parameters)
 
 
-def test_kimi_delta_attention_is_the_one_in_transformers(monkeypatch):
-    modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
-    unkernelised(monkeypatch, modeling, "chunk_kimi_delta_attention", "causal_conv1d_fn")
+def test_kimi_delta_attention_is_the_one_in_transformers():
+    modeling = definitions_of("kimi_linear")
     config = modeling.KimiLinearConfig(
         hidden_size=WIDTH, linear_num_heads=4, linear_head_dim=6, linear_conv_kernel_dim=4, num_hidden_layers=1,
         layer_types=["linear_attention"],

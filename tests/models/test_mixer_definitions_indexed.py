@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import randomise
 from oracles import assert_agrees, draw, whole
 from torch.nn import functional as F
@@ -48,7 +49,7 @@ def turned(length, dims, base):
 
 
 def test_minimax_sparse_attention_is_the_one_in_transformers():
-    modeling = pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl")
+    modeling = definitions_of("minimax_m3_vl")
     config = modeling.MiniMaxM3VLTextConfig(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, head_dim=8, index_n_heads=2, index_head_dim=8,
         index_block_size=4, index_topk_blocks=3, index_local_blocks=2, layer_types=["minimax_m3_sparse"],
@@ -90,7 +91,7 @@ def test_minimax_sparse_attention_is_the_one_in_transformers():
 
 
 def test_the_lightning_indexer_is_the_one_in_transformers():
-    modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    modeling = definitions_of("deepseek_v32")
     config = modeling.DeepseekV32Config(
         hidden_size=WIDTH, q_lora_rank=WIDTH, index_n_heads=3, index_head_dim=8, index_topk=7, qk_rope_head_dim=4,
     )  # fmt: skip

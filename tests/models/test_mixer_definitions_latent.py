@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from definitions import definitions_of
 from latent_oracles import (
     HEADS,
     KEY,
@@ -50,7 +51,7 @@ def compare(
 
 @pytest.mark.parametrize("query_rank", [None, 10])
 def test_latent_attention_is_that_of_deepseek_v3_in_transformers(query_rank):
-    modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    modeling = definitions_of("deepseek_v3")
     config = modeling.DeepseekV3Config(
         **SIZES, q_lora_rank=query_rank, attention_bias=query_rank is not None, attn_implementation="sdpa",
         rope_parameters={
@@ -71,7 +72,7 @@ def test_latent_attention_is_that_of_deepseek_v3_in_transformers(query_rank):
 
 
 def test_latent_attention_is_that_of_kimi_linear_in_transformers():
-    modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    modeling = definitions_of("kimi_linear")
     config = modeling.KimiLinearConfig(
         **SIZES, q_lora_rank=None, num_hidden_layers=1, layer_types=["full_attention"], attn_implementation="sdpa"
     )
@@ -82,7 +83,7 @@ def test_latent_attention_is_that_of_kimi_linear_in_transformers():
 
 def test_its_gate_per_head_is_that_of_ling_3_in_transformers():
     """Which is computed in float32 there."""
-    modeling = pytest.importorskip("transformers.models.bailing_hybrid.modeling_bailing_hybrid")
+    modeling = definitions_of("bailing_hybrid")
     config = modeling.BailingHybridConfig(**SIZES, attn_implementation="sdpa", attention_bias=False)
     theirs, rotary = (
         exact(modeling.BailingHybridAttention(config, 0)), modeling.BailingHybridRotaryEmbedding(config),
@@ -96,7 +97,7 @@ def test_its_gate_per_head_is_that_of_ling_3_in_transformers():
 
 def test_the_gate_per_channel_is_that_of_qwen3_next_in_transformers():
     """Whose queries and gates are rows of one matrix, and whose norms, float32 inside, add 1 to their weights."""
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    modeling = definitions_of("qwen3_next")
     config = modeling.Qwen3NextConfig(
         hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=8, attention_bias=True,
         partial_rotary_factor=0.5, attn_implementation="sdpa",
@@ -158,7 +159,7 @@ def test_decoding_keeps_the_latent_and_the_shared_key_alone():
 
 def test_a_model_of_it_is_deepseek_v3_in_transformers():
     """Logits, loss and all gradients, of the dense layers with which such a model begins."""
-    modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    modeling = definitions_of("deepseek_v3")
     config = modeling.DeepseekV3Config(
         **SIZES, q_lora_rank=10, vocab_size=61, num_hidden_layers=2, first_k_dense_replace=2, intermediate_size=48,
         attn_implementation="sdpa",

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import randomise
 from oracles import assert_agrees, draw, whole, with_gradients
 from torch.nn import functional as F
@@ -142,7 +143,7 @@ def test_differential_attention_is_that_of_the_paper(kv_heads):
 
 
 def test_differential_attention_is_that_of_transformers():
-    modeling = pytest.importorskip("transformers.models.diffllama.modeling_diffllama")
+    modeling = definitions_of("diffllama")
     config = modeling.DiffLlamaConfig(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=4, head_dim=6, num_hidden_layers=4,
         rms_norm_eps=1e-5, attn_implementation="eager",
@@ -229,7 +230,7 @@ SIZES = {
 
 
 def test_soft_capping_is_that_of_gemma_2_in_transformers():
-    modeling = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    modeling = definitions_of("gemma2")
     config = modeling.Gemma2Config(**SIZES, attn_logit_softcapping=0.5, query_pre_attn_scalar=6)
     theirs = modeling.Gemma2Attention(config, layer_idx=1).eval()
     mixer = made(SoftmaxAttention(width=WIDTH, heads=4, kv_heads=2, rope_base=None, softcap=0.5))
@@ -238,7 +239,7 @@ def test_soft_capping_is_that_of_gemma_2_in_transformers():
 
 
 def test_the_temperature_is_that_of_llama_4_in_transformers():
-    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    modeling = definitions_of("llama4")
     config = modeling.Llama4TextConfig(
         **SIZES, attn_temperature_tuning=True, attn_scale=0.3, floor_scale=4, no_rope_layers=[0, 0, 0, 0]
     )

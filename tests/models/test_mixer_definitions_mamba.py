@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from definitions import definitions_of
 from oracles import assert_agrees
 
 from longreach.kernels.documents import Documents
@@ -53,16 +54,15 @@ def parts(theirs, part_norms):
 
 
 def mamba_of(part_norms):
-    reason = "needs the extra hf"
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1}
     if part_norms is None:
-        modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba", reason=reason)
+        modeling = definitions_of("mamba")
         return modeling.MambaMixer(modeling.MambaConfig(**sizes, state_size=6, expand=2, time_step_rank=3), 0)
     if part_norms == "weightless":
-        modeling = pytest.importorskip("transformers.models.falcon_mamba.modeling_falcon_mamba", reason=reason)
+        modeling = definitions_of("falcon_mamba")
         config = modeling.FalconMambaConfig(**sizes, state_size=6, expand=2, time_step_rank=3)
         return modeling.FalconMambaMixer(config, 0, initialize_mixer_weights=False)  # which needs what comes after it
-    modeling = pytest.importorskip("transformers.models.jamba.modeling_jamba", reason=reason)
+    modeling = definitions_of("jamba")
     config = modeling.JambaConfig(
         **sizes, mamba_d_state=6, mamba_expand=2, mamba_dt_rank=3, num_attention_heads=4, num_key_value_heads=2,
         use_mamba_kernels=False,

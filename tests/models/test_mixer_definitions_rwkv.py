@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from definitions import definitions_of
 from distributed import run_threads
 from model_presets import build_model, in_pieces, randomise, tokens
 from oracles import assert_agrees, draw, whole, with_gradients
@@ -25,7 +26,7 @@ PLACE = {"width": WIDTH, "layer": 1, "depth": 3}
 
 
 def transformers_rwkv():
-    return pytest.importorskip("transformers.models.rwkv.modeling_rwkv", reason="needs the extra hf")
+    return definitions_of("rwkv")
 
 
 def stacked_mixes(theirs, names):

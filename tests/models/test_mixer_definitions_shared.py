@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import WIDTH, feed_forward, randomise, tokens
 from oracles import assert_agrees, draw
 
@@ -22,7 +23,7 @@ LENGTH, WINDOW = 37, 7
 
 def gemma():
     """Two attention layers of transformers, of which the second reads the first one's keys; without norms of values."""
-    transformers = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n", reason="needs the extra oracles")
+    transformers = definitions_of("gemma3n")
     config = transformers.Gemma3nTextConfig(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2,
         layer_types=["full_attention"] * 2, num_kv_shared_layers=1, rms_norm_eps=1e-6, attn_implementation="sdpa",

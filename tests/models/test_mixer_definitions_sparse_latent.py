@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from definitions import definitions_of
 from distributed import run_threads
 from latent_oracles import HEADS, KEY, LENGTH, OURS, RANK, ROPE, SIZES, WIDTH, angles, as_ours, exact, model_as_ours
 from model_presets import feed_forward, randomise
@@ -46,7 +47,7 @@ def causal(length):
 
 def test_it_is_the_attention_of_deepseek_v3_2_in_transformers():
     """Whose indexer scores in float32, which decides nothing here."""
-    modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    modeling = definitions_of("deepseek_v32")
     config = modeling.DeepseekV32Config(**SIZES, **THEIRS, rope_parameters=YARN, attn_implementation="sdpa")
     theirs, rotary = exact(modeling.DeepseekV32Attention(config, 0)), modeling.DeepseekV32RotaryEmbedding(config)
     assert theirs.scaling != (KEY + ROPE) ** -0.5
@@ -64,7 +65,7 @@ def test_it_is_the_attention_of_deepseek_v3_2_in_transformers():
 
 def test_a_model_of_it_is_deepseek_v3_2_in_transformers():
     """Logits, loss and all gradients, of the dense layers with which such a model begins."""
-    modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    modeling = definitions_of("deepseek_v32")
     config = modeling.DeepseekV32Config(
         **SIZES, **THEIRS, vocab_size=61, num_hidden_layers=2, first_k_dense_replace=2, intermediate_size=48,
         attn_implementation="sdpa",

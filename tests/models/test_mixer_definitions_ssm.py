@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import randomise, small_hybrid
 from oracles import assert_agrees, draw, whole, with_gradients
 from torch.nn import functional as F
@@ -50,7 +51,7 @@ def convolved(x, weight, bias):
 
 
 def test_gated_short_convolution_is_that_of_lfm2():
-    modeling = pytest.importorskip("transformers.models.lfm2.modeling_lfm2", reason="needs the extra hf")
+    modeling = definitions_of("lfm2")
     config = modeling.Lfm2Config(hidden_size=WIDTH, num_hidden_layers=1, layer_types=["conv"], conv_bias=True)
     theirs = made(modeling.Lfm2ShortConv(config, 0))
     ours = made(GatedShortConvolution(width=WIDTH, bias=True))
@@ -74,9 +75,7 @@ def test_gated_short_convolution_is_that_of_lfm2():
 
 
 def test_rg_lru_is_the_recurrent_block_of_recurrentgemma():
-    modeling = pytest.importorskip(
-        "transformers.models.recurrent_gemma.modeling_recurrent_gemma", reason="needs the extra hf"
-    )
+    modeling = definitions_of("recurrent_gemma")
     config = modeling.RecurrentGemmaConfig(hidden_size=WIDTH, lru_width=30, num_attention_heads=3, num_hidden_layers=1)
     theirs = made(modeling.RecurrentGemmaRecurrentBlock(config, 0))
     ours = made(RGLRU(width=WIDTH, inner=30, blocks=3))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definitions import definitions_of
 from oracles import assert_agrees
 
 from longreach.kernels.documents import Documents
@@ -48,7 +49,7 @@ def assert_same_with_gradients(mixer, oracle, ours, theirs, gradients, tolerance
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("limit", [(0.0, None), (0.5, 1.5)], ids=["unlimited", "limited"])
 def test_mamba2_is_the_one_in_transformers(monkeypatch, groups, limit):
-    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2", reason="needs the extra hf")
+    modeling = definitions_of("mamba2")
     config = modeling.Mamba2Config(
         hidden_size=WIDTH, num_heads=8, head_dim=8, state_size=6, n_groups=groups, expand=2, conv_kernel=4,
         chunk_size=16, num_hidden_layers=1, layer_norm_epsilon=1e-5,
@@ -75,7 +76,7 @@ def test_mamba2_is_the_one_in_transformers(monkeypatch, groups, limit):
 
 
 def test_mlstm_is_the_layer_of_xlstm_in_transformers():
-    modeling = pytest.importorskip("transformers.models.xlstm.modeling_xlstm", reason="needs the extra hf")
+    modeling = definitions_of("xlstm")
     config = modeling.xLSTMConfig(hidden_size=WIDTH, num_heads=4, qk_dim_factor=0.5, mode="train", chunk_size=25)
     theirs = modeling.xLSTMLayer(config).double()
     fill(theirs)

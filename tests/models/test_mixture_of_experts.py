@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from definitions import definitions_of
 from distributed import run_threads
 from model_presets import randomise, small_hybrid
 from oracles import draw, whole, with_gradients
@@ -55,7 +56,7 @@ def close(actual, expected, tolerance=1e-9):
 
 def theirs(kind, made):
     """transformers' block with the same weights, and its parameters in the order of ours."""
-    modeling = pytest.importorskip(f"transformers.models.{kind}.modeling_{kind}")
+    modeling = definitions_of(kind)
     router = made.router
     sizes = {
         "hidden_size": WIDTH, "intermediate_size": 10, "moe_intermediate_size": 10, "num_local_experts": router.experts,
@@ -152,7 +153,7 @@ def test_is_a_loop_over_tokens(settings):
 
 
 def test_llama_4s_layer_is_that_of_transformers(monkeypatch):
-    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    modeling = definitions_of("llama4")
     made, x = layer(**KINDS["llama4"]), draw(2, LENGTH, WIDTH)
     made.router.bias.zero_()  # theirs has none
     config = modeling.Llama4TextConfig(
@@ -176,7 +177,7 @@ def test_llama_4s_layer_is_that_of_transformers(monkeypatch):
 
 
 def test_gpt_oss_layer_is_that_of_transformers():
-    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    modeling = definitions_of("gpt_oss")
     made, x = layer(**KINDS["gpt_oss"]), draw(2, LENGTH, WIDTH)
     made.router.bias.zero_()
     config = modeling.GptOssConfig(
@@ -220,7 +221,7 @@ def test_padding_goes_nowhere_and_counts_nowhere():
 
 
 def test_the_balancing_loss_is_that_of_transformers_once_the_load_is_known(monkeypatch):
-    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    modeling = definitions_of("mixtral")
     made, x, seq = layer(**KINDS["mixtral"], balance=0.1, z=0.1), draw(2, LENGTH, WIDTH), whole(2, LENGTH)
     made.router.bias.zero_()
     _, first, z, load = made(x, seq)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import build_model, randomise, tokens
 from oracles import draw, whole
 from torch import nn
@@ -55,7 +56,7 @@ def rotated_by_halves(weight, head_dim):
 
 def test_command_a_is_cohere2_of_transformers():
     """With attention and feed-forward layer beside each other, layer norms, windows and the logits' multiplier."""
-    modeling = pytest.importorskip("transformers.models.cohere2.modeling_cohere2", reason="needs the extra hf")
+    modeling = definitions_of("cohere2")
     config = modeling.Cohere2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=5, logit_scale=0.25, rope_parameters={"rope_type": "default",
@@ -92,7 +93,7 @@ def test_command_a_is_cohere2_of_transformers():
 @pytest.mark.slow
 def test_recurrent_gemma_is_the_one_of_transformers():
     """With biases of feed-forward layers, a cap on the logits, positions in half of a head, and a root in bfloat16."""
-    modeling = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma", reason="needs hf")
+    modeling = definitions_of("recurrent_gemma")
     config = modeling.RecurrentGemmaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=1, attention_window_size=5, logits_soft_cap=5.0, attn_implementation="eager",
@@ -142,7 +143,7 @@ def test_recurrent_gemma_is_the_one_of_transformers():
 @pytest.mark.slow
 def test_gemma3_is_the_one_of_transformers():
     """With norms on both sides of each part, two rope bases of which one is scaled, and a scale of the logits."""
-    modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3", reason="needs the extra hf")
+    modeling = definitions_of("gemma3")
     config = modeling.Gemma3TextConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=10, sliding_window=5, query_pre_attn_scalar=25, rope_parameters={
@@ -183,7 +184,7 @@ def test_gemma3_is_the_one_of_transformers():
 @pytest.mark.parametrize("output_norm", [None, "gate_first", "norm_first"])
 def test_falcon_h1_is_the_one_of_transformers(output_norm):
     """With Mamba-2 and attention side by side, and each of its multipliers another number."""
-    modeling = pytest.importorskip("transformers.models.falcon_h1.modeling_falcon_h1", reason="needs the extra hf")
+    modeling = definitions_of("falcon_h1")
     parts = dict(zip(("gate", "value", "key", "query", "step"), (0.9, 1.2, 0.7, 1.4, 0.6), strict=True))
     config = modeling.FalconH1Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -239,7 +240,7 @@ def test_falcon_h1_is_the_one_of_transformers(output_norm):
 
 
 def test_sandwich_norms_are_those_of_gemma_2():
-    modeling = pytest.importorskip("transformers.models.gemma2.modeling_gemma2", reason="needs the extra hf")
+    modeling = definitions_of("gemma2")
     config = modeling.Gemma2Config(
         hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
         num_hidden_layers=1, attn_implementation="eager",

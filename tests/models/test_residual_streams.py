@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definitions import definitions_of
 from model_presets import build_model, randomise, tokens
 from oracles import draw, whole
 from torch.nn import functional as F
@@ -125,7 +126,7 @@ def test_manifold_hyper_connections_are_those_of_the_paper():
 
 
 def test_manifold_hyper_connections_are_those_of_deepseek_v4():
-    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4", reason="needs the extra hf")
+    modeling = definitions_of("deepseek_v4")
     config = modeling.DeepseekV4Config(hidden_size=WIDTH, hc_mult=STREAMS, hc_sinkhorn_iters=5, rms_norm_eps=EPS)
     (block,) = blocks_of(ManifoldHyperConnectionBlock, depth=1, number=1, streams=STREAMS, iterations=5)
     ours, final = block.part_0_connection, block.final
