@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import CASES, family_named
 from checkpoints import (
     LENGTH,
     SMALL,
@@ -33,124 +34,6 @@ from longreach.models.decoding import generate
 from longreach.models.hf.checkpoint import Checkpoint
 from longreach.models.part import Cut
 from longreach.parallel.sequence import Sequence
-
-MIXTURE = {"num_local_experts": 6, "num_experts_per_tok": 3}
-QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 10}
-GEMMA3 = {"hidden_size": 36, "head_dim": 10, "sliding_window": 9}
-COHERE2 = {"layer_norm_eps": 1e-3, "sliding_window": 9, "num_key_value_heads": 1, "logit_scale": 0.5}
-DEEPSEEK_V3 = {
-    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2, "n_group": 4,
-    "topk_group": 2, "first_k_dense_replace": 1, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 6,
-    "qk_nope_head_dim": 10, "v_head_dim": 8, "num_key_value_heads": 4,
-}  # fmt: skip
-KIMI_LINEAR = DEEPSEEK_V3 | {
-    "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_local_experts": 8, "linear_head_dim": 8,
-    "linear_num_heads": 3, "linear_conv_kernel_dim": 3, "pad_token_id": 0,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}  # fmt: skip
-KIMI_LINEAR.pop("n_routed_experts")
-MINIMAX = MIXTURE | {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 16, "head_dim": 6,
-    "full_attn_alpha_factor": 1.7, "linear_attn_alpha_factor": 1.7, "mlp_alpha_factor": 1.7,
-    "full_attn_beta_factor": 0.6, "linear_attn_beta_factor": 0.6, "mlp_beta_factor": 0.6,
-}  # fmt: skip
-MAMBA = {"state_size": 6, "conv_kernel": 3, "layer_norm_epsilon": 1e-3, "pad_token_id": 0}
-MAMBA2 = MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16, "time_step_limit": [0.01, 2.0]}
-JAMBA = {
-    "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 6,
-    "mamba_d_conv": 3, "expert_layer_period": 2, "expert_layer_offset": 1,
-}  # fmt: skip
-BAMBA = {
-    "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3,
-    "mamba_chunk_size": 16,
-}  # fmt: skip
-QWEN3_NEXT = QWEN3_MOE | {
-    "shared_expert_intermediate_size": 20, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-    "linear_key_head_dim": 6, "linear_value_head_dim": 5, "linear_conv_kernel_dim": 3, "head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}  # fmt: skip
-LFM2 = {"norm_eps": 1e-3, "block_multiple_of": 4, "full_attn_idxs": [1]}
-NEMOTRON_H = {
-    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "ssm_state_size": 6, "head_dim": 10,
-    "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
-    "layer_norm_epsilon": 1e-3,
-}  # fmt: skip
-GRANITE = {
-    "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_chunk_size": 16,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 6,
-    "num_experts_per_tok": 3, "shared_intermediate_size": 20, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
-    "residual_multiplier": 0.3, "attention_multiplier": 0.2,
-}  # fmt: skip
-OLMO_HYBRID = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
-    "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "pad_token_id": None, "eos_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": None},
-}  # fmt: skip
-CASES = {
-    "mixtral": MIXTURE,
-    "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
-    "qwen3_moe": QWEN3_MOE,
-    "qwen3_moe_dense_layers": QWEN3_MOE
-    | {"norm_topk_prob": True, "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9},
-    "gemma3_text": GEMMA3 | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gemma3_text_scaled": GEMMA3
-    | {
-        "head_dim": 6,
-        "query_pre_attn_scalar": 8,
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-        "sliding_window_pattern": 2,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
-        },
-    },
-    "deepseek_v3": DEEPSEEK_V3,
-    "deepseek_v3_yarn": DEEPSEEK_V3
-    | {
-        "q_lora_rank": None,
-        "attention_bias": True,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 32,
-            "rope_theta": 1e4,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-    },
-    "kimi_linear": KIMI_LINEAR,
-    "minimax": MINIMAX,
-    "mamba": MAMBA,
-    "mamba_biases": MAMBA
-    | {"use_bias": True, "use_conv_bias": False, "time_step_rank": 5, "tie_word_embeddings": False},
-    "mamba2": MAMBA2,
-    "mamba2_biases": MAMBA2 | {"use_bias": True, "use_conv_bias": False, "time_step_limit": [0.0, float("inf")]},
-    "falcon_mamba": MAMBA | {"mixer_rms_eps": 1e-3},
-    "jamba": JAMBA,
-    "jamba_dense": JAMBA | {"num_experts": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5},
-    "bamba": BAMBA,
-    "bamba_biases": BAMBA | {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_d_head": 8},
-    "qwen3_next": QWEN3_NEXT,
-    "qwen3_next_biases": QWEN3_NEXT | {"attention_bias": True, "mlp_only_layers": [0], "norm_topk_prob": False},
-    "lfm2": LFM2,
-    "lfm2_biases": LFM2 | {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
-    "nemotron_h": NEMOTRON_H,
-    "nemotron_h_biases": NEMOTRON_H | {"mlp_bias": True, "use_bias": True, "use_conv_bias": False},
-    "granitemoehybrid": GRANITE,
-    "granitemoehybrid_dense": GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope"},
-    "olmo_hybrid": OLMO_HYBRID,
-    "olmo_hybrid_biases": OLMO_HYBRID
-    | {"attention_bias": True, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": 7e4}},
-    "cohere2": COHERE2 | {"head_dim": 10},
-    "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
-}
-for name in hf.known_families():
-    CASES.setdefault(name, {})  # a new family is tried without a line here
-
-
-def family_named(case):
-    return max((name for name in hf.known_families() if case.startswith(name)), key=len)
 
 
 @cache
