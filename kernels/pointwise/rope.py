@@ -71,24 +71,27 @@ class RopeScaling:
 def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
     """Inverse frequencies base^(−2i/dim), float32 `[dim/2]`, scaled, and the factor of rotated queries and keys.
 
-    The factor is 1 except for YaRN. Raises ValueError for an odd dim. Su et al., 2021, arXiv 2104.09864.
+    The factor is 1 except for YaRN. Operations have the order of transformers', so that checkpoints turn by the same
+    angles: at position 100,000 the last bit of a frequency is a hundredth of a radian. Raises ValueError for an odd
+    dim. Su et al., 2021, arXiv 2104.09864.
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"rope dim must be even and at least 2; got {dim}. Change head_dim or rope_fraction")
-    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    wavelengths = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # over 2 pi
+    frequencies = 1.0 / wavelengths
     if scaling is None:
         return frequencies, 1.0
-    stretched = frequencies / scaling.factor
     if scaling.kind == "linear":
-        return stretched, 1.0
+        return frequencies / scaling.factor, 1.0
     if scaling.kind == "llama3":
         low, high = scaling.setting("low_frequency_factor"), scaling.setting("high_frequency_factor")
-        turns = scaling.setting("original_length") * frequencies / (2 * math.pi)
+        turns = scaling.setting("original_length") / (2 * math.pi / frequencies)
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        return torch.lerp(stretched, frequencies, kept), 1.0
+        return (1 - kept) * frequencies / scaling.factor + kept * frequencies, 1.0
     grown = scaling.attention_factor
     grown = 0.1 * math.log(scaling.factor) + 1 if grown is None else grown
-    return torch.lerp(stretched, frequencies, _yarn_kept(dim, base, scaling)), grown
+    kept = _yarn_kept(dim, base, scaling)
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + frequencies * kept, grown
 
 
 def _yarn_kept(dim: int, base: float, scaling: RopeScaling) -> Tensor:

@@ -152,11 +152,11 @@ class LayerTypes(LayerRule):
         writer.config[self.key] = [theirs[name] for name in layers]
 
 
-def every_nth_full(key: str, n: int, other: str = WINDOW) -> Callable[[ConfigReader, int], list[str]]:
+def every_nth_full(n: int, key: str | None = None, other: str = WINDOW) -> Callable[[ConfigReader, int], list[str]]:
     """Full attention in every n-th layer, `other` in the rest; `key` may give another n: a default of `LayerTypes`."""
 
     def layers(reader: ConfigReader, depth: int) -> list[str]:
-        step = reader.integer(key, n)
+        step = n if key is None else reader.integer(key, n)
         return [FULL if (layer + 1) % step == 0 else other for layer in range(depth)]
 
     return layers

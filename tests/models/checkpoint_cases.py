@@ -16,6 +16,10 @@ DEEPSEEK_V3 = {
     "topk_group": 2, "first_k_dense_replace": 1, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 6,
     "qk_nope_head_dim": 10, "v_head_dim": 8, "num_key_value_heads": 4,
 }  # fmt: skip
+GPT_OSS = MIXTURE | {
+    "head_dim": 10, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "swiglu_limit": 0.8, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+}  # fmt: skip
 KIMI_LINEAR = DEEPSEEK_V3 | {
     "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_local_experts": 8, "linear_head_dim": 8,
     "linear_num_heads": 3, "linear_conv_kernel_dim": 3, "pad_token_id": 0,
@@ -92,6 +96,8 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_yarn": MIXTURE | {"head_dim": 6, "attention_bias": False, "sliding_window": 60},
     "kimi_linear": KIMI_LINEAR,
     "minimax": MINIMAX,
     "mamba": MAMBA,

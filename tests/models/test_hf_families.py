@@ -154,6 +154,8 @@ def settings_of(**config):
         ),
         ({"model_type": "deepseek_v3", "rope_interleave": False}, "rope_interleave must be True; got False"),
         ({"model_type": "deepseek_v3", "first_k_dense_replace": -1}, "first_k_dense_replace must be .* not negative"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config.dequantize=True"),
+        ({"model_type": "gpt_oss", "swiglu_alpha": 1.0}, "swiglu_alpha must be 1.702; got 1.0"),
         ({"model_type": "kimi_linear"}, "layer_types must name one of full_attention, linear_attention for each"),
         (
             {"model_type": "minimax", "mlp_alpha_factor": 2.0},

@@ -25,7 +25,7 @@ FAMILY = Family(
             },
         ),
     },
-    layers=LayerTypes(every_nth_full("sliding_window_pattern", 4)),
+    layers=LayerTypes(every_nth_full(4, "sliding_window_pattern")),
     block=BLOCK.but(target=ParallelBlock, norm_eps=Unread("layer_norm_eps"), names={"norm": "input_layernorm"}),
     model=MODEL.but(
         norm=Fixed("unbiased_layer"),

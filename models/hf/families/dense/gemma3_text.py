@@ -40,7 +40,7 @@ FAMILY = Family(
             rope_scaling=Fixed(None),
         ),
     },
-    layers=LayerTypes(every_nth_full("sliding_window_pattern", 6)),
+    layers=LayerTypes(every_nth_full(6, "sliding_window_pattern")),
     feed_forwards={DENSE: GATED_MLP.but(target=GEGLU, approximate=Fixed("tanh"))},
     block=BLOCK.but(
         target=SandwichBlock,

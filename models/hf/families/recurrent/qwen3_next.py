@@ -91,7 +91,7 @@ FAMILY = Family(
         ),
         LINEAR: DELTA,
     },
-    layers=LayerTypes(every_nth_full("full_attention_interval", 4, LINEAR), KINDS),
+    layers=LayerTypes(every_nth_full(4, "full_attention_interval", LINEAR), KINDS),
     feed_forwards={
         DENSE: GATED_MLP,
         EXPERTS: MIXTURE.but(
