@@ -100,6 +100,15 @@ class ConfigReader:
             return default
         return float(value)
 
+    def numbers(self, key: str, count: int) -> list[float]:
+        """So many positive numbers; all 1 where the key is absent or null."""
+        value = self.get(key)
+        value = [1.0] * count if value is None else value
+        if not isinstance(value, list | tuple) or len(value) != count:
+            self.problem(f"{key} must list {count} positive numbers; got {value!r}")
+            return [1.0] * count
+        return [self.positive(key, number) for number in value]
+
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key)
         value = default if value is None else value

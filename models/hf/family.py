@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..block import Block, SideBySide
 from ..pattern import expand_pattern, stages
 from .components import BLOCK, GATED_MLP, MODEL, Component, Node, Settings, built, path_of
 from .config import ConfigReader, ConfigWriter
@@ -19,6 +20,8 @@ from .tensors import Placed, Tensors
 
 LEFT_OUT = ("multi_token_prediction.",)  # what training alone uses
 FEED_FORWARD = "feed_forward"
+# Of each part by its name in the settings: the components that it may be, and the name of that which it is.
+Kinds = Mapping[str, tuple[Mapping[str, Component], str | None]]
 
 RULES: tuple[Rule, ...] = (
     Only("hidden_act", ("silu", "swish")),
@@ -29,9 +32,12 @@ RULES: tuple[Rule, ...] = (
 
 
 class Layer(NamedTuple):
-    """The settings' names of the parts of one layer; a feed-forward layer that all have is `feed_forward`."""
+    """The settings' names of the parts of one layer: of its mixer, or of those side by side, and of what follows.
 
-    mixer: str
+    A feed-forward layer that all have is `feed_forward`.
+    """
+
+    mixers: tuple[str, ...]
     feed_forward: str | None
 
 
@@ -54,7 +60,8 @@ class Family:
     """The models of one `model_type`; each file of `families/` declares one as `FAMILY`.
 
     architecture: transformers' class of the model.
-    mixers, layers: the mixers by name, and the rule that says which of them each layer has.
+    mixers, layers: the mixers by name, and the rule that says which of them each layer has: `a+b` has two side by side.
+    side_by_side: what joins these; None where no layer has several.
     feed_forwards, feed_forward_layers: the same of the feed-forward layers; none where blocks are a mixer alone.
     block, model: the other components. block_names: of the block's tensors, by the mixer of a layer, where layers have
         other names.
@@ -74,6 +81,7 @@ class Family:
     layers: LayerRule = field(default_factory=NoWindows)
     feed_forwards: Mapping[str, Component] = field(default_factory=lambda: {DENSE: GATED_MLP})
     feed_forward_layers: LayerRule = field(default_factory=lambda: Every(DENSE))
+    side_by_side: Component | None = None
     block: Component = BLOCK
     block_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     model: Component = MODEL
@@ -95,7 +103,8 @@ class Family:
         result = self.model.read(reader)
         del result["_partial_"]
         mixers = self.layers.read(reader, result["depth"])
-        result["mixers"] = {name: self.mixers[name].read(reader) for name in dict.fromkeys(mixers)}
+        names = dict.fromkeys(name for together in mixers for name in together.split("+"))
+        result["mixers"] = {name: self.mixers[name].read(reader) for name in names}
         following: list[str] = []
         if self.feed_forwards:
             following = self.feed_forward_layers.read(reader, result["depth"])
@@ -105,6 +114,8 @@ class Family:
             result["mixers"] |= read
         result["feed_forward"] = next(iter(read.values())) if len(read) == 1 else None
         result["pattern"] = _run_lengths(mixers)
+        if self.side_by_side is not None:
+            result["side_by_side"] = self.side_by_side.read(reader)
         if self.block.target is not BLOCK.target:  # the model's default
             result["block"] = self.block.read(reader)
         for rule in self.rules:
@@ -119,13 +130,15 @@ class Family:
         self.model.write(writer, "model", model)
         if model.target is not self.model.target:
             return writer  # it may have no parts by these names
-        layers, joined = _layers(model)
+        layers, joined = _layers(model, beside=self.side_by_side is not None)
         if joined:
             writer.refuse("model.pattern", joined)
         kinds = self._kinds(model, layers)
         writer.kinds = {name: kind for name, (_, kind) in kinds.items() if kind is not None}
-        block = model.arguments["block"] or {"_target_": path_of(BLOCK.target)}
-        self.block.write(writer, "model.block", _part(model, block))
+        for setting, joins, default in (("block", self.block, Block), ("side_by_side", self.side_by_side, SideBySide)):
+            if joins is not None:
+                chosen = model.arguments[setting] or {"_target_": path_of(default)}
+                joins.write(writer, f"model.{setting}", _part(model, chosen))
         for name, (components, kind) in kinds.items():
             setting = "model.feed_forward" if name == FEED_FORWARD else f"model.mixers.{name}"
             if kind is None:
@@ -136,7 +149,7 @@ class Family:
         if self.feed_forwards and None in following:
             writer.refuse("model.feed_forward", None)
         elif not joined and all(kind for _, kind in kinds.values()):
-            self.layers.write(writer, [kinds[layer.mixer][1] or "" for layer in layers])
+            self.layers.write(writer, [self._kind_of(layer, kinds) for layer in layers])
             if self.feed_forwards:
                 self.feed_forward_layers.write(writer, [kinds[name][1] or "" for name in following if name])
         for rule in self.rules:
@@ -148,7 +161,7 @@ class Family:
         with torch.device("meta"):
             module: nn.Module = built(settings)
         model = Node.of(settings)
-        layers, _ = _layers(model)
+        layers, _ = _layers(model, beside=True)
         kinds = self._kinds(model, layers)
         placed: list[Placed] = []
         duplicates: dict[str, str] = {}
@@ -180,7 +193,7 @@ class Family:
         )
 
     def _owner(
-        self, ours: str, layers: list[Layer], kinds: Mapping[str, tuple[Mapping[str, Component], str | None]]
+        self, ours: str, layers: list[Layer], kinds: Kinds
     ) -> tuple[Component, str, str, str]:
         """Of our parameter: the component, the path of its part, its name there, and the prefix of the layer."""
         if not ours.startswith("blocks."):
@@ -189,24 +202,39 @@ class Family:
         prefix = self.prefix.format(layer=number)
         # Parts in sequence are called by their numbers.
         called = part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
-        layer = layers[int(number)]
-        if (owner := layer._asdict().get(called)) is None:
-            names = self.block_names.get(kinds[layer.mixer][1] or "")
+        layer, path = layers[int(number)], f"blocks.{number}.{part}"
+        if called == "mixer" and len(layer.mixers) > 1:
+            owner, rest = rest.split(".", 1)
+            path = f"{path}.{owner}"
+        elif called == "mixer":
+            owner = layer.mixers[0]
+        elif called == FEED_FORWARD and layer.feed_forward is not None:
+            owner = layer.feed_forward
+        else:
+            names = self.block_names.get(self._kind_of(layer, kinds))
             return self.block.but(names=names), f"blocks.{number}", f"{called}.{rest}", prefix
         components, kind = kinds[owner]
         assert kind is not None
-        return components[kind], f"blocks.{number}.{part}", rest, prefix
+        return components[kind], path, rest, prefix
 
     def _ahead(self, depth: int) -> tuple[str, ...]:
         """Regular expressions of the names of layers after the last."""
         return tuple("^" + self.prefix.format(layer=layer).replace(".", r"\.") for layer in range(depth, depth + 8))
 
-    def _kinds(self, model: Node, layers: list[Layer]) -> dict[str, tuple[Mapping[str, Component], str | None]]:
-        """For each part by its name in the settings: the components that it may be, and which of them it is."""
-        parts, kinds = _parts(model), {}
+    def _kind_of(self, layer: Layer, kinds: Kinds) -> str:
+        """The component of a layer's mixer; of mixers side by side `a+b`, in the order in which `mixers` has them."""
+        own = [kinds[name][1] or "" for name in layer.mixers]
+        return "+".join(sorted(own, key=list(self.mixers).index))
+
+    def _kinds(self, model: Node, layers: list[Layer]) -> Kinds:
+        parts = _parts(model)
+        kinds: dict[str, tuple[Mapping[str, Component], str | None]] = {}
         for layer in layers:
-            for name, components in ((layer.mixer, self.mixers), (layer.feed_forward, self.feed_forwards)):
-                if name is not None and name not in kinds:
+            named = [(name, self.mixers) for name in layer.mixers]
+            if layer.feed_forward is not None:
+                named.append((layer.feed_forward, self.feed_forwards))
+            for name, components in named:
+                if name not in kinds:
                     kinds[name] = components, _kind(parts[name], components)
         return kinds
 
@@ -236,17 +264,20 @@ def _part(model: Node, settings: Settings) -> Node:
     return Node.of(settings, **inherited)
 
 
-def _layers(model: Node) -> tuple[list[Layer], list[str]]:
-    """The parts of each layer, and what no family has: mixers side by side, or more than two parts in sequence."""
+def _layers(model: Node, beside: bool) -> tuple[list[Layer], list[str]]:
+    """The parts of each layer, and what the family has not: mixers side by side if it is without `beside`, or more
+    than two parts in sequence.
+    """
     arguments = model.arguments
     items = expand_pattern(arguments["pattern"], arguments["depth"], list(arguments["mixers"]))
     last = None if arguments["feed_forward"] is None else FEED_FORWARD
     layers, joined = [], set()
     for item in items:
         first, *others = stages(item)
-        if len(first) > 1 or len(others) + (last is not None) > 1 or any(len(each) > 1 for each in others):
+        several = len(first) > 1 and not beside
+        if several or len(others) + (last is not None) > 1 or any(len(each) > 1 for each in others):
             joined.add(item)
-        layers.append(Layer(first[0], others[0][0] if others else last))
+        layers.append(Layer(tuple(first), others[0][0] if others else last))
     return layers, sorted(joined)
 
 

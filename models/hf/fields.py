@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,6 +83,12 @@ class Number(Key):
 
     def read(self, reader: ConfigReader) -> float:
         return reader.number(self.key, self.default)
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if value is None:
+            writer.refuse(setting, value)
+        else:
+            writer.put(self.key, value, setting)
 
 
 @dataclass(frozen=True)
@@ -237,6 +244,51 @@ class OfKind(Field):
 
 
 @dataclass(frozen=True)
+class OfMixers(Field):
+    """A dict of numbers by the names of mixers, of which each kind has a key; 1 where a key is absent or null."""
+
+    keys: Mapping[str, str]
+
+    def read(self, reader: ConfigReader) -> dict[str, float]:
+        return {kind: reader.number(key, 1.0) for kind, key in self.keys.items()}
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        for name, kind in writer.kinds.items():
+            if kind in self.keys:
+                writer.put(self.keys[kind], float((value or {}).get(name, 1.0)), f"{setting}.{name}")
+
+
+@dataclass(frozen=True)
+class Entries(Key):
+    """A dict of numbers by these names, which the key lists in this order; all 1 where it is absent or null."""
+
+    names: tuple[str, ...]
+
+    def read(self, reader: ConfigReader) -> dict[str, float]:
+        return dict(zip(self.names, reader.numbers(self.key, len(self.names)), strict=True))
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put(self.key, [float((value or {}).get(name, 1.0)) for name in self.names], setting)
+
+
+@dataclass(frozen=True)
+class Entry(Key):
+    """One of `count` numbers that the key lists, the others of which are other fields'; 1 where it is absent or null."""
+
+    number: int
+    count: int
+
+    def read(self, reader: ConfigReader) -> float:
+        return reader.numbers(self.key, self.count)[self.number]
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        numbers = writer.config.setdefault(self.key, [None] * self.count)
+        if numbers[self.number] not in (None, value):
+            writer.refuse(setting, value, f", which must be {numbers[self.number]!r} as elsewhere")
+        numbers[self.number] = float(value)
+
+
+@dataclass(frozen=True)
 class Inverse(Key):
     """One over a positive number; `default` where the key is absent or null."""
 
@@ -303,13 +355,14 @@ class Known(Rule):
 
 @dataclass(frozen=True)
 class Same(Rule):
-    """A key that must be equal to another one, or absent."""
+    """A key that must be equal to another one, or absent. default: what both are where they are absent or null."""
 
     key: str
     other: str
+    default: Any = None
 
     def read(self, reader: ConfigReader) -> None:
-        value, other = reader.get(self.key), reader.get(self.other)
+        value, other = (self.default if reader.get(key) is None else reader.get(key) for key in (self.key, self.other))
         if value is not None and value != other:
             reader.problem(f"{self.key} must be {self.other} = {other!r}; got {value!r}")
 

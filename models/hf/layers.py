@@ -34,7 +34,8 @@ class Every(LayerRule):
         return [self.name] * depth
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
-        pass
+        if others := sorted(set(layers) - {self.name}):
+            writer.problems.append(f"{', '.join(others)} in some layers, which must all have {self.name}")
 
 
 class NoWindows(LayerRule):

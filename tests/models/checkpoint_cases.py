@@ -58,6 +58,13 @@ GRANITE = {
     "num_experts_per_tok": 3, "shared_intermediate_size": 20, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
     "residual_multiplier": 0.3, "attention_multiplier": 0.2,
 }  # fmt: skip
+FALCON_H1 = {
+    "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 5, "mamba_d_conv": 3,
+    "mamba_chunk_size": 16, "head_dim": 10, "pad_token_id": None, "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 0.7, "embedding_multiplier": 3.0, "key_multiplier": 0.6, "lm_head_multiplier": 0.5,
+    "mlp_multipliers": [0.9, 1.3], "ssm_in_multiplier": 1.2, "ssm_multipliers": [0.5, 0.75, 1.125, 1.25, 0.875],
+    "ssm_out_multiplier": 0.4,
+}  # fmt: skip
 OLMO_HYBRID = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -118,6 +125,14 @@ CASES: dict[str, dict[str, Any]] = {
     "nemotron_h_biases": NEMOTRON_H | {"mlp_bias": True, "use_bias": True, "use_conv_bias": False},
     "granitemoehybrid": GRANITE,
     "granitemoehybrid_dense": GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope"},
+    "falcon_h1": FALCON_H1,
+    "falcon_h1_norms": FALCON_H1
+    | {
+        "mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "tie_word_embeddings": True,
+        "mamba_n_heads": 8, "mamba_proj_bias": True, "projectors_bias": True, "mamba_conv_bias": False,
+        "attention_bias": True, "mlp_bias": True, "time_step_limit": [0.01, 1.5],
+    },
+    "falcon_h1_norm_first": FALCON_H1 | {"mamba_rms_norm": True, "num_hidden_layers": 1},
     "olmo_hybrid": OLMO_HYBRID,
     "olmo_hybrid_biases": OLMO_HYBRID
     | {"attention_bias": True, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": 7e4}},

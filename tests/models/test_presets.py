@@ -135,11 +135,24 @@ def test_thirty_steps_lower_the_loss(preset):
 
 
 CHECKPOINTS = {
-    "bamba": "bamba", "command_a": "cohere2", "deepseek_v3": "deepseek_v3", "falcon_mamba": "falcon_mamba",
-    "gemma3": "gemma3_text", "gpt_oss": "gpt_oss", "jamba_v0_1": "jamba", "kimi_linear": "kimi_linear", "lfm2": "lfm2",
-    "mamba": "mamba", "mamba2": "mamba2", "minimax_text_01": "minimax", "mixtral": "mixtral",
-    "nemotron_h": "nemotron_h", "qwen3_moe": "qwen3_moe", "qwen3_next": "qwen3_next",
-}  # fmt: skip
+    "bamba": "bamba",
+    "command_a": "cohere2",
+    "deepseek_v3": "deepseek_v3",
+    "falcon_h1": "falcon_h1",
+    "falcon_mamba": "falcon_mamba",
+    "gemma3": "gemma3_text",
+    "gpt_oss": "gpt_oss",
+    "jamba_v0_1": "jamba",
+    "kimi_linear": "kimi_linear",
+    "lfm2": "lfm2",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+    "minimax_text_01": "minimax",
+    "mixtral": "mixtral",
+    "nemotron_h": "nemotron_h",
+    "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
+}
 
 
 @pytest.mark.slow

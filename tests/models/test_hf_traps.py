@@ -1,0 +1,40 @@
+"""Where checkpoints and their config.json are read wrongly with ease."""
+
+import pytest
+from checkpoints import SMALL
+
+from longreach.models import hf
+
+
+def settings_of(**config):
+    return hf.known_families()[config["model_type"]].settings({**SMALL, **config})
+
+
+FALCON_H1 = {"model_type": "falcon_h1", "mamba_n_heads": 4, "mamba_d_ssm": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (FALCON_H1 | {"mamba_d_ssm": 30, "mamba_d_head": 8}, r"mamba_d_ssm must be .* \* mamba_d_head = 32; got 30"),
+        (FALCON_H1 | {"projectors_bias": True}, "projectors_bias must be mamba_proj_bias = False; got True"),
+        (FALCON_H1 | {"ssm_multipliers": [1.0, 2.0]}, "ssm_multipliers must list 5 positive numbers; got"),
+        (FALCON_H1 | {"mlp_multipliers": [1.0, 0]}, "mlp_multipliers must be a positive number; got 0"),
+        (FALCON_H1 | {"hidden_size": "a"}, "hidden_size must be a positive integer; got 'a'"),
+    ],
+)
+def test_unsupported_recurrent_models_are_refused_by_the_name_of_the_key(config, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(**config)
+
+
+def test_only_models_with_both_mixers_side_by_side_everywhere_are_written_as_falcon_h1():
+    family = hf.known_families()["falcon_h1"]
+    settings = settings_of(**FALCON_H1)
+    assert settings["pattern"] == ["linear+full"]
+    assert not family.config(settings | {"pattern": ["full+linear"]}).problems
+    for pattern in (["linear+full", "linear", "full"], ["linear", "full", "full"]):
+        problems = family.config(settings | {"pattern": pattern, "side_by_side": None}).problems
+        assert any("which must all have linear+full" in problem for problem in problems)
+    norms = family.config(settings | {"side_by_side": settings["side_by_side"] | {"norms": True}}).problems
+    assert norms == ["model.side_by_side.norms=True"]
