@@ -176,8 +176,8 @@ MODEL = Component(
         "tied_embeddings": Flag("tie_word_embeddings"),
         "initial_std": Unread("initializer_range"),
         "embedding_std": Unread(),
-        **dict.fromkeys(("activation_checkpointing", "pattern", "mixers", "feed_forward", "block", "side_by_side"), Unread()),
-        **dict.fromkeys(("multi_token_prediction", "multi_token_prediction_weight"), Unread()),
+        **dict.fromkeys(("activation_checkpointing", "pattern", "mixers", "feed_forward", "block"), Unread()),
+        **dict.fromkeys(("side_by_side", "multi_token_prediction", "multi_token_prediction_weight"), Unread()),
     },
     {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
 )
