@@ -1,7 +1,7 @@
-"""Few cases of a product of settings, chosen so that any two values of two settings meet in one of them."""
+"""Few cases of many: of a product of settings, such that any two values meet in one; or such that all parts occur."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from typing import Any
 
 import pytest
@@ -42,6 +42,15 @@ def slow_but(often: Collection[str], cases: dict[str, Any]) -> list[Any]:
     """A parameter for each of the cases, which are given by name; all but those named in `often` are slow."""
     rarely = {name: () if name in often else pytest.mark.slow for name in cases}
     return [pytest.param(case, id=name, marks=rarely[name]) for name, case in cases.items()]
+
+
+def few_with_all(parts: Mapping[str, Set[Any]]) -> list[str]:
+    """Names that together have all parts that any has, chosen one by one: the next has most of the parts missing."""
+    chosen, missing = list[str](), set[Any]().union(*parts.values())
+    while missing:
+        chosen.append(max(sorted(parts), key=lambda name: len(parts[name] & missing)))
+        missing -= parts[chosen[-1]]
+    return chosen
 
 
 def _pairs(case: tuple[int, ...]) -> set[Any]:

@@ -4,6 +4,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from covering import few_with_all
+
 MODELS = Path(__file__).resolve().parents[1] / "conf" / "model"
 PARTS = re.compile(r"/((?:mixer|feed_forward)@)[\w.]+: (\w+)|_target_: ([\w.]+)|^(norm: \w+)", re.MULTILINE)
 
@@ -20,10 +22,6 @@ def parts_of(family: str) -> frozenset[tuple[str, ...]]:
 @cache
 def few_families() -> frozenset[str]:
     """For what takes seconds a model, and does alike for each of its parts."""
-    families = sorted(path.parent.name for path in MODELS.glob("*/_base.yaml"))
-    chosen: list[str] = []
-    left = frozenset[tuple[str, ...]]().union(*map(parts_of, families))
-    while left:
-        chosen.append(max(families, key=lambda family: len(parts_of(family) & left)))
-        left -= parts_of(chosen[-1])
-    return frozenset(chosen)
+    return frozenset(
+        few_with_all({path.parent.name: parts_of(path.parent.name) for path in MODELS.glob("*/_base.yaml")})
+    )

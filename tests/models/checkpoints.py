@@ -1,12 +1,23 @@
-"""What tests of Hugging Face checkpoints share: small models of transformers, and how ours are read and written."""
+"""What tests of Hugging Face checkpoints share: small models of transformers, and how ours are read and written.
 
+What a test measures of a family it notes by `noted` or `assert_near`; `checkpoint_table.py` makes the table of
+docs/checkpoints.md of it.
+"""
+
+import copy
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, cached_property
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_table import NOTES
+from covering import few_with_all
 from definitions import definitions_alone
 from hydra.utils import instantiate
 from torch import nn
@@ -134,3 +145,73 @@ def family_of(model):
     """The argument `family`, which families that yield to another one need: a Mistral without windows is a Llama."""
     name = model.config.model_type
     return name if hf.known_families()[name].yields_to else None
+
+
+class Imported:
+    """A model of transformers, saved as `folder`, and ours that is read of it, each made when it is first asked for.
+
+    Tests share it: what changes a model copies it before.
+    """
+
+    def __init__(self, case: str, family: str, reference: Any, folder: Path) -> None:
+        self.case, self.family, self.reference, self.folder = case, family, reference, saved(reference, folder)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return hf.read_settings(self.folder)
+
+    @cached_property
+    def ours(self) -> nn.Module:
+        return load(self.folder)
+
+    @cached_property
+    def ours_in_float64(self) -> nn.Module:
+        return load(self.folder, torch.float64)
+
+    @cached_property
+    def theirs_in_float64(self) -> Any:
+        return in_float64(copy.deepcopy(self.reference))
+
+
+def noted(family: str, column: str, measured: float) -> None:
+    """Notes what a test has measured for a column of docs/checkpoints.md, which shows the largest."""
+    if NOTES in os.environ:
+        with Path(os.environ[NOTES]).open("a") as file:
+            file.write(json.dumps({"family": family, "column": column, "measured": measured}) + "\n")
+
+
+def assert_near(family: str, column: str, ours, theirs, tolerance: float, name: str = "") -> None:
+    """Asserts that no element differs by more than `tolerance` times 1 + its size, and notes the largest such ratio."""
+    torch.testing.assert_close(
+        ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda text: f"{column} {name}: {text}"
+    )
+    noted(family, column, float(((ours - theirs).abs() / (1 + theirs.abs())).max()))
+
+
+@cache
+def few_checkpoints() -> list[str]:
+    """Families that together have every block, mixer and feed-forward layer that any has; the first ones have most."""
+
+    def parts(family: hf.Family) -> frozenset[Any]:
+        components = (family.model, family.block, *family.mixers.values(), *family.feed_forwards.values())
+        return frozenset(component.target for component in components)
+
+    return few_with_all({name: parts(family) for name, family in hf.known_families().items()})
+
+
+def targets_of(rows, documents):
+    """Of rows with documents of these lengths, the next token; none follows the last of a document."""
+    targets = rows.roll(-1, dims=1)
+    for row, lengths in enumerate(documents):
+        targets[row, [end - 1 for end in accumulate(lengths)]] = -100
+    return targets
+
+
+def loss_and_gradients(model, seq, rows, targets):
+    """The sum of the losses of the rows' tokens that this rank has, and the gradient of each parameter."""
+    loss, count = model(seq.shard(rows), seq, seq.shard(targets))
+    assert int(count) == int((seq.shard(targets) >= 0).sum())
+    parameters = tuple(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    nothing = (torch.zeros_like(parameter) for parameter in parameters)
+    return loss.detach(), [zero if each is None else each for each, zero in zip(gradients, nothing, strict=True)]

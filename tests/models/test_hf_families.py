@@ -1,30 +1,41 @@
-"""Every family of Hugging Face checkpoints against transformers' class, in one small model or a few."""
+"""Every family of Hugging Face checkpoints against transformers' class, in one small model or a few.
+
+The families of `few_checkpoints` pass all tests in `make check`, and the others the one that takes least.
+"""
 
 import copy
 import json
 import re
-from functools import cache
-from pathlib import Path
+from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
 from checkpoint_cases import CASES, family_named
+from checkpoint_table import BOUNDS, COLUMNS, COMMAND, PAGE, UNKNOWN, refused, rows_of
 from checkpoints import (
     LENGTH,
     SMALL,
+    Imported,
     InFloat64,
+    assert_near,
     config_of,
     family_of,
-    in_float64,
+    few_checkpoints,
     load,
     logits,
+    loss_and_gradients,
+    noted,
     own_classes,
     random_model,
     saved,
+    state_of,
+    targets_of,
     their_logits,
     tokens,
     write,
 )
+from distributed import run_threads
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
@@ -33,12 +44,19 @@ from longreach.models import hf
 from longreach.models.decoding import generate
 from longreach.models.hf.checkpoint import Checkpoint
 from longreach.models.part import Cut
+from longreach.parallel.layout import Layout
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
+from longreach.parallel.strategy import Strategy
+
+ROW, PACKED = LENGTH // 2 + 4, [[17, 27], [44]]  # tokens of a row, and lengths of the documents of two
+FIRST = tuple(hf.known_families())
 
 
-@cache
-def _made(case):
-    return random_model(config_of(family_named(case), CASES[case]))
+def cases(fast):
+    """Every case, as a parameter of the fixture `imported`; those that are not among `fast` are slow."""
+    parameters = [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in CASES]
+    return pytest.mark.parametrize("imported", parameters, indirect=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,84 +66,116 @@ def _own_classes():
         yield
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(case, marks=() if case in hf.known_families() else pytest.mark.slow) for case in CASES],
-)
-def reference(request):
-    """A small transformers model; tests copy it before they change it."""
-    return _made(request.param)
-
-
 @pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
-    return saved(reference, tmp_path_factory.mktemp("theirs"))
+def imported(request, tmp_path_factory):
+    family = family_named(request.param)
+    return Imported(
+        request.param, family, random_model(config_of(family, CASES[request.param])), tmp_path_factory.mktemp("theirs")
+    )
 
 
-def test_logits_are_those_of_transformers(reference, folder):
-    expected = their_logits(reference, tokens())
-    assert expected.std() > 0.3
-    torch.testing.assert_close(logits(load(folder), tokens()), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_loss_and_gradients_are_those_of_transformers_in_float64(reference, folder, tmp_path):
-    """Their gradients are saved in place of their weights, so that ours are compared with what is read of them."""
-    ours, theirs, row = load(folder, torch.float64), in_float64(copy.deepcopy(reference)), tokens(LENGTH // 2 + 3)
+@cases(fast=FIRST)
+def test_logits_are_those_of_transformers_in_float64_and_settings_come_back(imported):
     with InFloat64():
-        out = theirs(row, use_cache=False)
-        loss = torch.nn.functional.cross_entropy(
-            out.logits[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum"
-        )
+        expected = their_logits(imported.theirs_in_float64, tokens(ROW))
+    assert expected.std() > 0.3
+    assert_near(imported.family, "logits in float64", logits(imported.ours_in_float64, tokens(ROW)), expected, 1e-9)
+    family = hf.known_families()[imported.family]
+    written = family.config(imported.settings)
+    assert not written.problems
+    assert family.settings(written.config) == imported.settings
+
+
+@cases(fast=few_checkpoints())
+def test_logits_are_those_of_transformers(imported):
+    expected = their_logits(imported.reference, tokens())
+    assert_near(imported.family, "logits in float32", logits(imported.ours, tokens()), expected, 1e-4)
+
+
+@cases(fast=few_checkpoints())
+def test_loss_and_gradients_are_those_of_transformers_in_float64(imported, tmp_path):
+    """Their gradients are saved in place of their weights, so that ours are compared with what is read of them."""
+    ours, theirs, row = imported.ours_in_float64, copy.deepcopy(imported.theirs_in_float64), tokens(ROW - 1)
+    with InFloat64():
+        out = theirs(row, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum")
         loss.backward()
-    targets = torch.cat([row[:, 1:], torch.full_like(row[:, :1], -100)], 1)
-    seq = Sequence.single(Documents.whole(*row.shape))
-    torch.testing.assert_close(logits(ours, row), out.logits, atol=1e-9, rtol=1e-9)
-    total, count = ours(row, seq, targets)
-    assert int(count) == targets.numel() - len(targets)
-    torch.testing.assert_close(total, loss, atol=1e-9, rtol=1e-9)
-    total.backward()
+    seq, targets = Sequence.single(Documents.whole(*row.shape)), targets_of(row, [[row.shape[1]]] * 2)
+    total, gradients = loss_and_gradients(ours, seq, row, targets)
+    assert_near(imported.family, "gradients", total, loss.detach(), 1e-9, "of the loss")
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    gradients = dict(load(saved(theirs, tmp_path / "gradients"), torch.float64).named_parameters())
-    for name, parameter in ours.named_parameters():
-        expected = gradients[name]
-        got = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(got, expected, atol=1e-8, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
-        assert expected.abs().max() > 0, name
+    read = load(saved(theirs, tmp_path / "gradients"), torch.float64)
+    for (name, parameter), gradient in zip(read.named_parameters(), gradients, strict=True):
+        assert_near(imported.family, "gradients", gradient, parameter.detach(), 1e-8, f"of {name}")
+        assert parameter.abs().max() > 0, name
 
 
-def test_what_is_written_is_what_was_read_and_transformers_loads_it(reference, folder, tmp_path):
+@cases(fast=few_checkpoints())
+def test_what_is_written_is_what_was_read_and_transformers_loads_it(imported, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    ours, settings = load(folder), hf.read_settings(folder)
+    reference, ours, settings = imported.reference, imported.ours, imported.settings
     out = write(ours, settings, tmp_path / "ours", family=family_of(reference))
-    family = hf.known_families()[reference.config.model_type]
-    before, after = Checkpoint(folder, family.aliases), Checkpoint(out)
+    family = hf.known_families()[imported.family]
+    before, after = Checkpoint(imported.folder, family.aliases), Checkpoint(out)
     unread = before.headers.keys() - after.headers.keys()
     assert all(any(re.search(pattern, name) for pattern in family.ignored) for name in unread), unread
     for name in after.headers:
         if "olmo" not in family.model_type or "conv1d" not in name:  # which they cut into parts of equal size
             assert torch.equal(after.read(name), before.read(name)), name
     assert hf.read_settings(out) == settings
-    assert torch.equal(logits(load(out), tokens()), logits(ours, tokens()))
+    for (name, a), b in zip(state_of(load(out)), state_of(ours), strict=True):
+        assert torch.equal(a, b[1]), name
     theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not {key: value for key, value in report.items() if value and set(value) != unread}, report
     assert type(theirs) is type(reference)
     for (name, a), (_, b) in zip(theirs.named_parameters(), reference.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     torch.testing.assert_close(their_logits(theirs, tokens()), their_logits(reference, tokens()), atol=1e-4, rtol=1e-4)
+    noted(imported.family, "writes", 0.0)
 
 
-def test_greedy_decoding_is_that_of_transformers(reference, folder):
-    prompt = tokens()[:1, :11]
+@cases(fast=few_checkpoints()[:2])
+def test_two_ranks_give_what_one_device_and_transformers_give(imported):
+    """Of packed rows in float64; transformers runs each document alone."""
+    rows, documents, layout = tokens(ROW), Documents.from_lengths(PACKED), Layout(ROW, 2, spans=2)
+    ours, near = imported.ours_in_float64, partial(assert_near, imported.family, "two ranks", tolerance=1e-9)
+
+    def run(seq):
+        with torch.no_grad():
+            out = ours(seq.shard(rows), seq)
+        return out, *loss_and_gradients(ours, seq, rows, targets_of(rows, PACKED))
+
+    out, loss, gradients = run(Sequence.single(documents))
+    ranks = run_threads(2, lambda rank, world: run(Sequence.shared(documents, layout, Mesh.create(world), Strategy())))
+    outs, losses, gradients_of_ranks = zip(*ranks, strict=True)
+    both = layout.unshard(list(outs))
+    near(both, out, name="of logits")
+    near(sum(losses), loss, name="of the loss")
+    names = [name for name, _ in ours.named_parameters()]
+    for name, expected, *parts in zip(names, gradients, *gradients_of_ranks, strict=True):
+        near(sum(parts), expected, name=f"of {name}")
+    for row, lengths in enumerate(PACKED):
+        for start, length in zip((0, *accumulate(lengths)), lengths, strict=False):
+            here = slice(row, row + 1), slice(start, start + length)
+            with InFloat64():
+                expected = their_logits(imported.theirs_in_float64, rows[here])
+            near(both[here], expected, name=f"of the document from {start} of row {row}")
+
+
+@cases(fast=few_checkpoints()[:2])
+def test_greedy_decoding_is_that_of_transformers(imported):
+    prompt, count = tokens()[:1, :11], 64 if imported.case == imported.family else 12
     # With a cache their Mamba-2 does not clamp its steps.
-    cached = getattr(reference.config, "time_step_limit", (0.0,))[0] == 0.0
-    theirs = reference.generate(
-        prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
+    cached = getattr(imported.reference.config, "time_step_limit", (0.0,))[0] == 0.0
+    theirs = imported.reference.generate(
+        prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
     )
-    ours = generate(load(folder), prompt[0].tolist(), max_new_tokens=12, temperature=0.0)
+    ours = generate(imported.ours, prompt[0].tolist(), max_new_tokens=count, temperature=0.0)
     assert list(ours) == theirs[0, 11:].tolist()
+    noted(imported.family, "decodes", count)
 
 
 # What needs no transformers.
@@ -266,7 +316,14 @@ def test_layers_that_predict_further_tokens_are_not_read(tmp_path):
     assert torch.equal(logits(load(folder), tokens()), logits(model, tokens()))
 
 
-def test_every_family_has_a_row_in_the_page_of_checkpoints():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
-    assert rows == {name: family.architecture for name, family in hf.known_families().items()}
+def test_the_page_has_a_row_of_today_for_each_family():
+    rows, again = rows_of(PAGE.read_text()), f"run {COMMAND}"
+    assert rows.keys() == hf.known_families().keys(), again
+    for name, family in hf.known_families().items():
+        assert len(rows[name]) == len(COLUMNS), f"{again} {name}"
+        cells = dict(zip(COLUMNS, rows[name], strict=True))
+        assert (cells["class"], cells["refused"]) == (f"`{family.architecture}`", refused(family)), f"{again} {name}"
+        assert cells["models"] != UNKNOWN, f"{PAGE} must say whose checkpoints have the form of {name}"
+        errors = {column: float(cells[column]) for column in BOUNDS if cells[column] != UNKNOWN}
+        assert "logits in float64" in errors, f"{again} {name}"
+        assert all(error <= BOUNDS[column] for column, error in errors.items()), name
