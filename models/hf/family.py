@@ -192,9 +192,7 @@ class Family:
             fixed=fixed,
         )
 
-    def _owner(
-        self, ours: str, layers: list[Layer], kinds: Kinds
-    ) -> tuple[Component, str, str, str]:
+    def _owner(self, ours: str, layers: list[Layer], kinds: Kinds) -> tuple[Component, str, str, str]:
         """Of our parameter: the component, the path of its part, its name there, and the prefix of the layer."""
         if not ours.startswith("blocks."):
             return self.model, "", ours, ""

@@ -273,7 +273,7 @@ class Entries(Key):
 
 @dataclass(frozen=True)
 class Entry(Key):
-    """One of the `count` numbers that a key lists, the others of which other fields hold; 1 where it is absent or null."""
+    """One of the `count` numbers that a key lists, the others of which other fields hold; 1 where absent or null."""
 
     number: int
     count: int
