@@ -246,15 +246,21 @@ class Sequence(Deriving):
     def rotations(self, rotation: Rotation, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin) of the angles of this rank's tokens, `[B, T, R/2]`, as `kernels.pointwise.rotate` takes them.
 
-        Computed once for all layers, for queries and keys, forward and recomputation.
+        Computed once for all layers, for queries and keys, forward and recomputation. Raises ValueError, on every rank
+        alike, for a document of more tokens than the rotation's `longest`.
         """
         if torch.compiler.is_compiling():
             shape = self.documents.batch, self.layout.local_length, rotation.dims // 2
             return _rotations(self.handle, rotation.name(), *shape, device, dtype)
         key, made = (rotation, device, dtype), self._derived.rotations
         if key not in made:
-            factor = rotation.frequencies()[1]
-            made[key] = rotations(self.positions(device), self.on(device, _frequencies, rotation), factor, dtype)
+            longest, factor = rotation.longest, rotation.frequencies()[1]
+            positions = (
+                self.positions(device)
+                if longest is None
+                else self.positions_within(longest, device, "rope_scaling.length")
+            )
+            made[key] = rotations(positions, self.on(device, _frequencies, rotation), factor, dtype)
         return made[key]
 
     def shard(self, x: Tensor) -> Tensor:

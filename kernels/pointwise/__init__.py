@@ -6,10 +6,11 @@ from .doubly_stochastic import doubly_stochastic
 from .embedding import embedding
 from .gated_norm import gated_norm
 from .rms_norm import l2_norm, rms_norm
-from .rope import RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
+from .rope import ROPE_SCALINGS, RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
 from .swiglu import clamped_swiglu, swiglu
 
 __all__ = [
+    "ROPE_SCALINGS",
     "RopeScaling",
     "Rotation",
     "clamped_swiglu",

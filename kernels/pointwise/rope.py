@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,37 +14,57 @@ from torch import Tensor
 from ..dispatch import by_kernels
 from ..operation import Function
 
-# The settings that each kind of scaling reads beside `factor`; those without a default are required.
+# The settings that each kind of scaling reads beside `factor`; `_REQUIRED` have no default.
 _READS = {
     "linear": (),
+    "ntk": (),
+    "dynamic": ("original_length", "length"),
     "llama3": ("original_length", "low_frequency_factor", "high_frequency_factor"),
     "yarn": ("original_length", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+    "longrope": ("original_length", "short_factors", "long_factors", "length", "attention_factor"),
 }
+_REQUIRED = ("original_length", "short_factors", "long_factors")
 _DEFAULTS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
+ROPE_SCALINGS = tuple(_READS)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """How the frequencies of a model trained at `original_length` are stretched by `factor`.
 
-    linear: all of them (Chen et al., 2023, arXiv 2306.15595). llama3: those whose wavelength exceeds
-    original_length / low_frequency_factor (default 1), none below original_length / high_frequency_factor (default 4),
-    blended in between (Llama 3.1, arXiv 2407.21783). yarn: by the number of turns over original_length, from those of
-    fewer than `beta_slow` (default 1) to those of more than `beta_fast` (default 32), and queries and keys grow by
-    `attention_factor` (default 0.1 ln factor + 1; Peng et al., 2023, arXiv 2309.00071); with `truncate` (default True)
-    the blend begins and ends at whole dims.
+    linear: all of them (Chen et al., 2023, arXiv 2306.15595).
+    ntk: the base grows by factor^(dim / (dim - 2)), so that the lowest frequency is that of linear and the highest
+        stays (NTK-aware, bloc97, 2023; see arXiv 2309.00071).
+    dynamic: as ntk, by the factor that documents of `length` tokens need: factor * length / original_length - (factor
+        - 1), or 1 if they are shorter (dynamic NTK, emozilla, 2023). length: by default original_length.
+    llama3: those whose wavelength exceeds original_length / low_frequency_factor (default 1), none below
+        original_length / high_frequency_factor (default 4), blended in between (Llama 3.1, arXiv 2407.21783). Equal
+        factors, as those of Llama 4 Scout, leave nothing to blend.
+    yarn: by the number of turns over original_length, from those of fewer than `beta_slow` (default 1) to those of
+        more than `beta_fast` (default 32), and queries and keys grow by `attention_factor` (default 0.1 ln factor + 1;
+        Peng et al., 2023, arXiv 2309.00071); with `truncate` (default True) the blend begins and ends at whole dims.
+    longrope: each by its own of `long_factors` where `length` exceeds original_length, else of `short_factors`
+        (default: original_length), and queries and keys grow by `attention_factor` (default sqrt(1 + ln factor /
+        ln original_length); Ding et al., 2024, arXiv 2402.13753; Phi-3, arXiv 2404.14219).
+
+    The published models of dynamic and longrope look at each input's length. Here `length` is a setting, so that a
+    token's rotation depends neither on what shares its row nor on how much has been decoded: documents beyond
+    `longest` are refused.
     Raises ValueError for an unknown kind and for a setting that is missing or that the kind does not read.
     """
 
     kind: str
     factor: float
     original_length: int | None = None
+    length: int | None = None
     low_frequency_factor: float | None = None
     high_frequency_factor: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
     attention_factor: float | None = None
     truncate: bool | None = None
+    short_factors: Sequence[float] | None = None
+    long_factors: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _READS:
@@ -54,11 +75,19 @@ class RopeScaling:
             value = getattr(self, name)
             if value is not None and name not in _READS[self.kind]:
                 raise ValueError(f"{name} must not be given with kind={self.kind!r}, which ignores it; got {value}")
-        if self.original_length is None and "original_length" in _READS[self.kind]:
-            raise ValueError(f"original_length must be given with kind={self.kind!r}; got none")
-        if self.kind == "llama3" and not self.setting("low_frequency_factor") < self.setting("high_frequency_factor"):
+            if value is None and name in _REQUIRED and name in _READS[self.kind]:
+                raise ValueError(f"{name} must be given with kind={self.kind!r}; got none")
+        for name in ("original_length", "length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        for name in ("short_factors", "long_factors"):
+            if (values := getattr(self, name)) is not None:
+                if not all(value > 0 for value in values):
+                    raise ValueError(f"{name} must be positive numbers; got {list(values)}")
+                object.__setattr__(self, name, tuple(map(float, values)))  # so that it can be hashed
+        if self.kind == "llama3" and self.setting("low_frequency_factor") > self.setting("high_frequency_factor"):
             raise ValueError(
-                "low_frequency_factor must be below high_frequency_factor; "
+                "low_frequency_factor must be at most high_frequency_factor; "
                 f"got {self.setting('low_frequency_factor')} and {self.setting('high_frequency_factor')}"
             )
 
@@ -67,31 +96,89 @@ class RopeScaling:
         value = getattr(self, name)
         return float(_DEFAULTS[name] if value is None else value)
 
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a document may have; None for any number.
+
+        Beyond it the frequencies of dynamic and longrope would be others than those of their `length`.
+        """
+        if self.kind not in ("dynamic", "longrope"):
+            return None
+        assert self.original_length is not None
+        if self.kind == "dynamic":
+            return max(self.length or 0, self.original_length)
+        return None if self.long or self.short_factors == self.long_factors else self.original_length
+
+    @property
+    def long(self) -> bool:
+        """Whether longrope takes its `long_factors`."""
+        return self.length is not None and self.original_length is not None and self.length > self.original_length
+
+    @property
+    def growth(self) -> float:
+        """The factor of what is rotated: 1 except for yarn and longrope."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1
+        if self.kind == "longrope":
+            assert self.original_length is not None
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+        return 1.0
+
+    def base(self, base: float, dim: int) -> float:
+        """The base of the frequencies of `dim` dims: another than the given one for ntk and dynamic."""
+        if self.kind == "ntk":
+            grown = self.factor
+        elif self.kind == "dynamic":
+            assert self.original_length is not None
+            assert self.longest is not None
+            grown = self.factor * self.longest / self.original_length - (self.factor - 1)
+        else:
+            return base
+        return base * grown ** (dim / (dim - 2))
+
+    def check(self, dim: int) -> None:
+        """Raises ValueError where so many dims cannot turn by it."""
+        if self.kind in ("ntk", "dynamic") and dim < 4:
+            raise ValueError(
+                f"rope dim must be at least 4 with scaling kind {self.kind}; got {dim}. Change head_dim, rope_fraction"
+            )
+        for name in ("short_factors", "long_factors"):
+            if (factors := getattr(self, name)) is not None and len(factors) != dim // 2:
+                raise ValueError(
+                    f"{name} must be one for each pair of the {dim} dims that turn, {dim // 2}; got {len(factors)}"
+                )
+
 
 def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
     """Inverse frequencies base^(−2i/dim), float32 `[dim/2]`, scaled, and the factor of rotated queries and keys.
 
-    The factor is 1 except for YaRN. Operations have the order of transformers', so that checkpoints turn by the same
-    angles: at position 100,000 the last bit of a frequency is a hundredth of a radian. Raises ValueError for an odd
-    dim. Su et al., 2021, arXiv 2104.09864.
+    The factor is 1 except for yarn and longrope. Operations have the order of transformers', so that checkpoints turn
+    by the same angles: at position 100,000 the last bit of a frequency is a hundredth of a radian. Raises ValueError
+    for an odd dim and as `RopeScaling.check` does. Su et al., 2021, arXiv 2104.09864.
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"rope dim must be even and at least 2; got {dim}. Change head_dim or rope_fraction")
+    if scaling is not None:
+        scaling.check(dim)
+        base = scaling.base(base, dim)
     wavelengths = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # over 2 pi
     frequencies = 1.0 / wavelengths
-    if scaling is None:
+    if scaling is None or scaling.kind in ("ntk", "dynamic"):
         return frequencies, 1.0
     if scaling.kind == "linear":
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "llama3":
         low, high = scaling.setting("low_frequency_factor"), scaling.setting("high_frequency_factor")
         turns = scaling.setting("original_length") / (2 * math.pi / frequencies)
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        kept = (turns >= low).float() if low == high else ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return (1 - kept) * frequencies / scaling.factor + kept * frequencies, 1.0
-    grown = scaling.attention_factor
-    grown = 0.1 * math.log(scaling.factor) + 1 if grown is None else grown
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if scaling.long else scaling.short_factors
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * wavelengths), scaling.growth
     kept = _yarn_kept(dim, base, scaling)
-    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + frequencies * kept, grown
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + frequencies * kept, scaling.growth
 
 
 def _yarn_kept(dim: int, base: float, scaling: RopeScaling) -> Tensor:
@@ -127,6 +214,11 @@ class Rotation:
         """A text by which a compiled graph finds the rotation again, with `named`."""
         _named[repr(self)] = self
         return repr(self)
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a document may have, as by `RopeScaling`; None for any number."""
+        return None if self.scaling is None else self.scaling.longest
 
     @staticmethod
     def named(name: str) -> Rotation:

@@ -100,7 +100,8 @@ def write(
     `NotExpressibleError` where none can.
     """
     chosen, described = _expressed(settings, family, origin)
-    described["max_position_embeddings"] = max_positions
+    if (needed := described.setdefault("max_position_embeddings", max_positions)) != max_positions:
+        raise ValueError(f"max_positions must be {needed}, from which its rotation follows; got {max_positions}")
     if taken := sorted(set(described) & set(config or {})):
         raise ValueError(f"config must not hold what the settings say; got {', '.join(taken)}. Leave these out")
     # Where nothing is said of padding, some classes of transformers take an id that the vocabulary may not have.
@@ -128,13 +129,18 @@ def max_positions(
 ) -> int:
     """`max_position_embeddings` of a model that has read rows of `length` tokens; `family`, `origin` as for `write`.
 
-    That of YaRN is its factor times its original length: some versions of transformers compute the factor from it.
-    Raises ValueError as `write` does where the family cannot be written.
+    That of YaRN and LongRoPE is their factor times their original length: some versions of transformers compute the
+    factor from it. That of dynamic scaling is its original length. Raises ValueError as `write` does where the family
+    cannot be written.
     """
-    scaling = _expressed(settings, family, origin)[1].get("rope_scaling")
-    if scaling is None or scaling["rope_type"] != "yarn":
-        return length
-    return round(scaling["factor"] * scaling["original_max_position_embeddings"])
+    described = _expressed(settings, family, origin)[1]
+    scalings = [described.get("rope_scaling"), *(described.get("rope_parameters") or {}).values()]
+    stretched = [
+        round(scaling["factor"] * scaling["original_max_position_embeddings"])
+        for scaling in scalings
+        if isinstance(scaling, Mapping) and scaling.get("rope_type") in ("yarn", "longrope")
+    ]
+    return described.get("max_position_embeddings", max(stretched, default=length))
 
 
 def read_configs(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

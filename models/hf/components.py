@@ -22,7 +22,7 @@ from ..language_model import LanguageModel
 from ..mixers.softmax.softmax_attention import SoftmaxAttention
 from .config import ConfigReader, ConfigWriter
 from .fields import Coefficient, Field, Fixed, Flag, Integer, Number, Quotient, Unread
-from .rope import RopeBase, RopeScale
+from .rope import RopeBase, RopeScale, folded
 from .tensors import Weight
 
 Settings = dict[str, Any]
@@ -158,7 +158,7 @@ def _resolve_attention(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         del resolved["norm_eps"]
     if resolved["scale"] is not None and resolved["scale"] == resolved["head_dim"] ** -0.5:
         resolved["scale"] = None
-    return resolved
+    return folded(resolved, resolved["head_dim"] * resolved["rope_fraction"])
 
 
 def _resolve_experts(arguments: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..mixers.softmax.latent_attention import LatentAttention
 from .components import MIXTURE, Component
 from .fields import Chosen, Fixed, Flag, Integer, Number, Product, Unread
-from .rope import LatentScale, RopeBase, RopeScale
+from .rope import LatentScale, RopeBase, RopeScale, folded
 from .tensors import Weight, halves, per_head
 
 
@@ -31,7 +31,7 @@ def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     resolved = {**arguments, "key_dim": key_dim, "value_dim": arguments["value_dim"] or key_dim}
     if arguments["scale"] == (key_dim + arguments["rope_dim"]) ** -0.5:
         resolved["scale"] = None
-    return resolved
+    return folded(resolved, arguments["rope_dim"])
 
 
 LATENT = Component(

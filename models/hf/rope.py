@@ -9,11 +9,14 @@ from typing import Any
 
 from ...kernels.pointwise import RopeScaling
 from .config import ConfigReader, ConfigWriter
-from .fields import Field
+from .fields import Field, Rule
+
+LOCAL = "rope_local_scaling"  # no key of a config.json: `RopeByLayerType` writes what stands there
 
 # Our name of each setting of a scaling (those of `RopeScaling`) and transformers' name of it.
 _SCALING_KEYS = {
     "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},  # its original length is the config's own
     "llama3": {
         "factor": "factor",
         "original_length": "original_max_position_embeddings",
@@ -28,7 +31,15 @@ _SCALING_KEYS = {
         "attention_factor": "attention_factor",
         "truncate": "truncate",
     },
+    "longrope": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "short_factors": "short_factor",
+        "long_factors": "long_factor",
+        "attention_factor": "attention_factor",
+    },
 }
+_OPTIONAL = ("attention_factor", "truncate")  # without a value they mean the same there
 
 
 @dataclass(frozen=True)
@@ -99,16 +110,74 @@ class RopePart(Field):
 
 @dataclass(frozen=True)
 class RopeScale(Field):
-    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. The settings are as of `RopeBase`."""
+    """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. The settings are as of `RopeBase`.
+
+    key: where it is written. original: `original_max_position_embeddings` of config.json without that key, where it
+    counts more than that of the scaling. kinds: those that the family's class knows.
+    """
 
     layer_type: str | None = None
     partial: bool = False
+    key: str = "rope_scaling"
+    original: int | None = None
+    kinds: tuple[str, ...] = tuple(_SCALING_KEYS)
 
     def read(self, reader: ConfigReader) -> dict[str, Any] | None:
-        return _read(reader, layer_type=self.layer_type, partial=self.partial)[1]
+        key = self.key if self.key == LOCAL else "rope_theta"
+        return _read(reader, 1.0, key, self.layer_type, self.partial, self.kinds, self.original)[1]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        writer.put("rope_scaling", None if value is None else _written(value), setting)
+        if value is None:
+            writer.put(self.key, None, setting)
+        elif value["kind"] not in self.kinds:
+            writer.refuse(setting, value, f", whose kind must be one of {', '.join(self.kinds)}")
+        else:
+            writer.put(self.key, _written(RopeScaling(**value)), setting)
+            if value["kind"] == "dynamic":
+                writer.put("max_position_embeddings", value["original_length"], setting)
+
+
+@dataclass(frozen=True)
+class RopeByLayerType(Rule):
+    """`rope_parameters` by layer type, which says what the older keys cannot: how layers with a window are scaled.
+
+    bases: the key of the base by layer type, that of most layers first. local: the key under which `RopeScale` leaves
+    the scaling of the other ones. always: whether it is written even where older keys would do.
+    """
+
+    bases: Mapping[str, str]
+    local: str = LOCAL
+    always: bool = False
+
+    def read(self, reader: ConfigReader) -> None:
+        pass
+
+    def write(self, writer: ConfigWriter) -> None:
+        config, scalings = writer.config, {}
+        first, second = self.bases
+        scalings = {first: config.get("rope_scaling"), second: config.pop(self.local, None)}
+        if scalings[second] is None and not self.always:
+            return
+        config["rope_scaling"] = None
+        config["rope_parameters"] = {
+            kind: {"rope_type": "default", **(scalings[kind] or {}), "rope_theta": config[key]}
+            for kind, key in self.bases.items()
+            if key in config
+        }
+
+
+def folded(arguments: Mapping[str, Any], dims: float) -> Mapping[str, Any]:
+    """A mixer's arguments, where a scaling that only changes the base of `dims` dims is the base that it makes.
+
+    No checkpoint of transformers says ntk, nor for which length dynamic stands.
+    """
+    scaling, base = arguments["rope_scaling"], arguments["rope_base"]
+    if scaling is None or base is None:
+        return arguments
+    whole = RopeScaling(**scaling)
+    if whole.kind == "ntk" or (whole.kind == "dynamic" and whole.length is not None):
+        return {**arguments, "rope_base": whole.base(base, round(dims)), "rope_scaling": None}
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -153,14 +222,11 @@ def _read(
     key: str = "rope_theta",
     layer_type: str | None = None,
     partial: bool = False,
+    kinds: tuple[str, ...] = tuple(_SCALING_KEYS),
+    original: int | None = None,
 ) -> tuple[float, dict[str, Any] | None]:
     """(base, settings of `RopeScaling`)."""
-    scaling = reader.get("rope_scaling") if key == "rope_theta" else None
-    parameters = reader.get("rope_parameters")
-    name = "rope_scaling" if scaling else "rope_parameters"
-    rope = dict(scaling or parameters or {})
-    if layer_type is not None and isinstance(rope.get(layer_type), Mapping):
-        name, rope = f"{name}.{layer_type}", dict(rope[layer_type])
+    name, rope = _said(reader, key, layer_type)
     base = reader.number(key, default)
     if not partial:
         reader.only("partial_rotary_factor", 1.0)
@@ -174,24 +240,36 @@ def _read(
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return base, None
-    if kind not in _SCALING_KEYS:
-        reader.problem(f"{name}.rope_type must be one of default, {', '.join(_SCALING_KEYS)}; got {kind!r}")
+    if kind not in kinds:
+        reader.problem(f"{name}.rope_type must be one of default, {', '.join(kinds)}; got {kind!r}")
         return base, None
+    # transformers: a key beside the scaling's own dict wins; without either, the length is that of the config.
+    beside = reader.get("original_max_position_embeddings", original) if layer_type is None else None
+    length = beside or rope.get("original_max_position_embeddings") or reader.get("max_position_embeddings")
+    rope["original_max_position_embeddings"] = length
     return base, _read_scaling(reader, name, kind, rope)
 
 
+def _said(reader: ConfigReader, key: str, layer_type: str | None) -> tuple[str, dict[str, Any]]:
+    """The key that speaks of these layers, and what it says: `rope_scaling` of those with the base `rope_theta`."""
+    scaling = reader.get("rope_scaling") if key == "rope_theta" else None
+    parameters = reader.get("rope_parameters") or {}
+    if layer_type is None:
+        return ("rope_scaling", dict(scaling)) if scaling else ("rope_parameters", dict(parameters))
+    if any(not isinstance(value, Mapping | None) for value in parameters.values()):
+        reader.problem(f"rope_parameters must be by layer type; got {sorted(parameters)}")
+        parameters = {}
+    name = "rope_scaling" if scaling else f"rope_parameters.{layer_type}"
+    return name, {**(parameters.get(layer_type) or {}), **(scaling or {})}
+
+
 def _read_scaling(reader: ConfigReader, name: str, kind: str, rope: dict[str, Any]) -> dict[str, Any]:
-    keys = _SCALING_KEYS[kind]
-    # transformers: a key beside the scaling's own dict wins; without either, the length is that of the config.
-    original = reader.get("original_max_position_embeddings")
-    if original is None:
-        original = rope.get("original_max_position_embeddings") or reader.get("max_position_embeddings")
-    rope["original_max_position_embeddings"] = original
+    keys, original = _SCALING_KEYS[kind], rope["original_max_position_embeddings"]
+    if kind in ("yarn", "longrope") and rope.get("factor") is None and original:
+        rope["factor"] = reader.integer("max_position_embeddings") / original
     if kind == "yarn":
         if not isinstance(rope.get("truncate", True), bool | None):
             reader.problem(f"{name}.truncate must be true or false; got {rope['truncate']!r}")
-        if rope.get("factor") is None and original:
-            rope["factor"] = reader.integer("max_position_embeddings") / original
         rope["attention_factor"] = _yarn_attention_factor(rope)
         rope["beta_fast"] = rope.get("beta_fast") or 32.0
         rope["beta_slow"] = rope.get("beta_slow") or 1.0
@@ -205,9 +283,16 @@ def _read_scaling(reader: ConfigReader, name: str, kind: str, rope: dict[str, An
         if theirs == "truncate":
             if value is False:  # else it is the default
                 scaling[ours] = value
+        elif ours in ("short_factors", "long_factors"):
+            if not isinstance(value, list) or not value:
+                reader.problem(f"{name}.{theirs} must be a list of positive numbers; got {value!r}")
+                value = [1.0]
+            scaling[ours] = [reader.positive(f"{name}.{theirs}", each) for each in value]
         elif value is not None or theirs != "attention_factor":
             scaling[ours] = reader.positive(f"{name}.{theirs}", value)
-    if "original_length" in scaling:
+    if kind == "dynamic":
+        scaling["original_length"] = reader.integer("max_position_embeddings")
+    elif "original_length" in scaling:
         scaling["original_length"] = int(scaling["original_length"])
     return scaling
 
@@ -222,13 +307,15 @@ def _yarn_attention_factor(rope: Mapping[str, Any]) -> float | None:
     return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * all_dims * math.log(factor) + 1.0)
 
 
-def _written(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    whole = RopeScaling(**scaling)
-    written: dict[str, Any] = {}
-    for ours, theirs in _SCALING_KEYS[whole.kind].items():
-        value = getattr(whole, ours)
-        if value is None and ours not in ("attention_factor", "truncate"):  # without values they mean the same there
-            value = whole.setting(ours)
+def _written(scaling: RopeScaling) -> dict[str, Any]:
+    """longrope of a length beyond the original one has its long factors whatever the input's length."""
+    written: dict[str, Any] = {"rope_type": scaling.kind}
+    for ours, theirs in _SCALING_KEYS[scaling.kind].items():
+        value = getattr(scaling, "long_factors" if ours == "short_factors" and scaling.long else ours)
+        if isinstance(value, tuple):
+            value = list(value)
+        if value is None and ours not in _OPTIONAL:
+            value = scaling.setting(ours)
         if value is not None:
             written[theirs] = value
-    return {"rope_type": whole.kind, **written}
+    return written

@@ -28,7 +28,8 @@ class Rotary:
 
     x `[B, T, H, head_dim]`, tokens of `seq`; half-split pairing. It holds settings and no tensor, so that neither a
     cast of the model to bfloat16 nor its construction on `meta` touches the frequencies; the sequence keeps the angles
-    for all layers that share them. Raises ValueError where the fraction does not give an even number of dims.
+    for all layers that share them. Raises ValueError where the fraction does not give an even number of dims, for a
+    scaling that does not fit, and, called, for documents beyond its `RopeScaling.longest`.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Rotary:
         if base <= 0:
             raise ValueError(f"rope_base must be positive; got {base}")
         self.rotation = Rotation(rotated, float(base), RopeScaling(**scaling) if scaling else None)
+        if self.rotation.scaling is not None:
+            self.rotation.scaling.check(rotated)
 
     def __call__(self, x: Tensor, seq: Sequence) -> Tensor:
         return rotate(x, *seq.rotations(self.rotation, x.device, torch.promote_types(x.dtype, torch.float32)))

@@ -48,6 +48,15 @@ CASES = {
             "original_max_position_embeddings": 4096,
         },
     ),
+    "llama3, nothing to blend": (
+        RopeScaling("llama3", 16.0, original_length=8192, low_frequency_factor=1.0, high_frequency_factor=1.0),
+        {
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
     "yarn": (
         RopeScaling("yarn", 4.0, original_length=32768),
         {"factor": 4.0, "original_max_position_embeddings": 32768},
@@ -93,6 +102,48 @@ def test_frequencies_equal_those_of_transformers(case, base, dim):
         wanted, wanted_factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     assert torch.equal(frequencies, wanted)
     assert factor == pytest.approx(wanted_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [None, 500, 1000, 1001, 7777])
+@pytest.mark.parametrize("dim", [6, 64])
+def test_scalings_by_length_equal_those_of_transformers_at_that_length(dim, length):
+    """They look at each input's length, and take the model's own for none."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    short, long = ([start + i / 7 for i in range(dim // 2)] for start in (1.0, 3.0))
+    settings = {"original_length": 1000, "length": length}
+    cases = {
+        "dynamic": (RopeScaling("dynamic", 2.5, **settings), {"factor": 2.5}),
+        "longrope": (
+            RopeScaling("longrope", 8.0, short_factors=short, long_factors=long, **settings),
+            {"short_factor": short, "long_factor": long, "original_max_position_embeddings": 1000, "factor": 8.0},
+        ),
+    }
+    for kind, (scaling, theirs) in cases.items():
+        config = transformers.LlamaConfig(
+            hidden_size=4 * dim,
+            num_attention_heads=4,
+            max_position_embeddings=1000,
+            rope_parameters={"rope_type": kind, "rope_theta": 5e5, **theirs},
+        )
+        wanted, wanted_factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
+        frequencies, factor = rope_frequencies(dim, 5e5, scaling)
+        torch.testing.assert_close(frequencies, wanted, atol=0.0, rtol=1e-6)
+        assert factor == pytest.approx(wanted_factor, rel=1e-12)
+        longer = kind == "longrope" and (length or 0) > 1000
+        assert scaling.longest == (None if longer else max(length or 0, 1000))
+    assert RopeScaling("longrope", 8.0, short_factors=long, long_factors=long, **settings).longest is None
+
+
+def test_an_ntk_base_stretches_the_lowest_frequency_as_linear_does_and_keeps_the_highest():
+    ntk, linear, plain = (
+        rope_frequencies(16, 1e4, None if kind is None else RopeScaling(kind, 4.0))[0]
+        for kind in ("ntk", "linear", None)
+    )
+    assert ntk[0] == plain[0] == 1.0
+    torch.testing.assert_close(ntk[-1], linear[-1])
+    torch.testing.assert_close(ntk, rope_frequencies(16, 1e4 * 4.0 ** (16 / 14))[0])
 
 
 def test_partial_rotation_passes_the_rest_and_attention_factor_scales_what_turns():
@@ -145,19 +196,36 @@ def test_yarn_at_factor_one_changes_nothing():
     torch.testing.assert_close(frequencies, rope_frequencies(64, 10000.0)[0])
 
 
+LONGROPE = {
+    "kind": "longrope",
+    "factor": 2.0,
+    "original_length": 32,
+    "short_factors": [1.0, 2.0],
+    "long_factors": [1.5, 4.0],
+}
+
+
 def test_bad_input():
     for settings, message in [
-        ({"kind": "ntk", "factor": 2.0}, "kind must be one of linear, llama3, yarn; got 'ntk'"),
+        ({"kind": "su", "factor": 2.0}, "kind must be one of linear, ntk, dynamic, llama3, yarn, longrope; got 'su'"),
         ({"kind": "linear", "factor": 0.5}, "factor must be at least 1"),
         ({"kind": "linear", "factor": math.nan}, "factor must be at least 1"),
         ({"kind": "linear", "factor": 2.0, "beta_fast": 3.0}, "beta_fast must not be given with kind='linear'"),
         ({"kind": "yarn", "factor": 2.0}, "original_length must be given"),
-        ({"kind": "llama3", "factor": 2.0, "original_length": 8, "low_frequency_factor": 4.0}, "must be below"),
+        ({"kind": "llama3", "factor": 2.0, "original_length": 8, "low_frequency_factor": 5.0}, "must be at most"),
+        ({"kind": "ntk", "factor": 2.0, "length": 3}, "length must not be given with kind='ntk'"),
+        ({"kind": "dynamic", "factor": 2.0, "original_length": 3, "length": 0}, "length must be at least 1; got 0"),
+        ({"kind": "longrope", "factor": 2.0, "original_length": 3, "long_factors": [1.0]}, "short_factors must be giv"),
+        (LONGROPE | {"short_factors": [0.0, 1.0]}, r"short_factors must be positive numbers; got \[0.0, 1.0\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             RopeScaling(**settings)
     with pytest.raises(ValueError, match="dim must be even"):
         rope_frequencies(7, 10000.0)
+    with pytest.raises(ValueError, match="dim must be at least 4 with scaling kind ntk; got 2"):
+        rope_frequencies(2, 10000.0, RopeScaling("ntk", 2.0))
+    with pytest.raises(ValueError, match="short_factors must be one for each pair of the 8 dims that turn, 4; got 2"):
+        rope_frequencies(8, 10000.0, RopeScaling(**LONGROPE))
     frequencies, _ = rope_frequencies(8, 10000.0)
     with pytest.raises(ValueError, match="at most half"):
         rope(torch.ones(1, 2, 1, 6), positions_of(1, 2), inverse_frequencies=frequencies)

@@ -27,8 +27,11 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
 from longreach.kernels.documents import Documents
+from longreach.kernels.pointwise import ROPE_SCALINGS, RopeScaling, Rotation
 from longreach.models import hf
 from longreach.models.hf import families
+from longreach.models.hf.components import Node
+from longreach.models.hf.config import ConfigReader, ConfigWriter
 from longreach.models.language_model import expand_pattern
 from longreach.parallel.sequence import Sequence
 
@@ -44,6 +47,15 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4}
 YARN_DEEPSEEK = dict(YARN, mscale=1.2, mscale_all_dim=0.7, beta_fast=24.0, beta_slow=2.0)
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 3 * ORIGINAL,
+    "short_factor": [1.0, 1.1, 1.2, 1.5],
+    "long_factor": [1.0, 2.0, 3.5, 6.0],
+    "rope_theta": 1e4,
+}
 CASES = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -56,6 +68,8 @@ CASES = {
     "llama_llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
     "llama_yarn": ("llama", {"rope_parameters": YARN_DEEPSEEK, "head_dim": 16}),
     "llama_linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama_dynamic": ("llama", {"rope_parameters": DYNAMIC}),
+    "llama_longrope": ("llama", {"rope_parameters": LONGROPE}),
     "mistral": ("mistral", {"sliding_window": 7}),
     "mistral_tied_without_window": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "mistral_llama3_head_dim": (
@@ -359,6 +373,90 @@ def test_yarn_takes_transformers_defaults():
     assert rope_of(rope_scaling=without_factor) == (1e4, expected)
 
 
+def test_scalings_by_length_take_the_lengths_of_the_config():
+    dynamic = {"kind": "dynamic", "factor": 2.0, "original_length": SMALL["max_position_embeddings"]}
+    assert rope_of(rope_scaling={"type": "dynamic", "factor": 2}, rope_theta=5e5) == (5e5, dynamic)
+    scaling = {name: value for name, value in LONGROPE.items() if name not in ("factor", "rope_theta")}
+    longrope = {
+        "kind": "longrope",
+        "factor": SMALL["max_position_embeddings"] / 48,
+        "original_length": 48,
+        "short_factors": LONGROPE["short_factor"],
+        "long_factors": LONGROPE["long_factor"],
+    }
+    assert rope_of(rope_scaling=scaling, original_max_position_embeddings=48) == (1e4, longrope)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_scaling_by_length_computes_what_transformers_does_at_that_length(kind, tmp_path):
+    """And what is written computes so at every length."""
+    from transformers import AutoModelForCausalLM
+
+    scaling = DYNAMIC if kind == "dynamic" else LONGROPE | {"original_max_position_embeddings": ORIGINAL}
+    reference = random_model(config_of("llama", {"rope_parameters": scaling, "max_position_embeddings": ORIGINAL}))
+    folder = saved(reference, tmp_path / "theirs")
+    with pytest.raises(ValueError, match=f"rope_scaling.length must be at least .*; got {ORIGINAL} for one of 80"):
+        logits(load(folder), tokens())
+    settings = hf.read_settings(folder)
+    settings["mixers"]["full"]["rope_scaling"]["length"] = tokens().shape[1]
+    model = instantiate(settings, _convert_="all")
+    hf.load(folder, model)
+    expected = their_logits(reference, tokens())
+    torch.testing.assert_close(logits(model, tokens()), expected, atol=1e-4, rtol=1e-4)
+    theirs = AutoModelForCausalLM.from_pretrained(write(model, settings, tmp_path / "ours"))
+    for length in (ORIGINAL // 2, 80):
+        row = tokens()[:, :length]
+        torch.testing.assert_close(their_logits(theirs, row), logits(model, row), atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(load(tmp_path / "ours"), tokens()), logits(model, tokens()))
+
+
+SCALINGS = {
+    "linear": {"factor": 3.0},
+    "ntk": {"factor": 3.0},
+    "dynamic": {"factor": 3.0, "original_length": 24},
+    "llama3": {"factor": 4.0, "original_length": 24},
+    "yarn": {"factor": 4.0, "original_length": 24},
+    "longrope": {"factor": 4.0, "original_length": 24, "short_factors": [1.0, 1.5], "long_factors": [2.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
+def test_every_scaling_is_written_by_every_family_or_refused_by_its_name(kind):
+    """Of the layers of every kind that a family has, alone and together, with the same scaling."""
+    wrote = []
+    for name, family in hf.known_families().items():
+        mixers = {part: mixer.read(ConfigReader(SMALL)) for part, mixer in family.mixers.items()}
+        turning = [part for part, mixer in mixers.items() if mixer.get("rope_base") is not None]
+        for part in turning:
+            fraction = mixers[part].get("rope_fraction", 1.0)
+            dims = mixers[part].get("rope_dim") or round(mixers[part]["head_dim"] * fraction)
+            scaling = {"kind": kind, **SCALINGS[kind]}
+            if kind == "longrope":
+                scaling |= {key: [each[0]] * (dims // 2 - 1) + [each[1]] for key, each in _factors(scaling).items()}
+            mixer = mixers[part] | {"rope_scaling": scaling}
+            writer = ConfigWriter({"hidden_size": 32})
+            family.mixers[part].write(writer, "mixer", Node.of(mixer, width=32, depth=3, norm_eps=1e-5))
+            for rule in family.rules:
+                rule.write(writer)
+            if writer.problems:
+                assert any("rope_scaling" in problem for problem in writer.problems), (name, writer.problems)
+                continue
+            again = family.mixers[part].read(ConfigReader({**SMALL, **writer.config}))
+            one, other = (Rotation(dims, x["rope_base"], _scaling_of(x)).frequencies() for x in (mixer, again))
+            torch.testing.assert_close(one[0], other[0], atol=0.0, rtol=1e-6)
+            assert one[1] == pytest.approx(other[1], rel=1e-12)
+            wrote.append(name)
+    assert set(wrote) >= {"llama", "mixtral", "qwen3", "deepseek_v3", "gemma3_text", "cohere2"}
+
+
+def _factors(scaling):
+    return {key: value for key, value in scaling.items() if key.endswith("_factors")}
+
+
+def _scaling_of(mixer):
+    return RopeScaling(**mixer["rope_scaling"]) if mixer["rope_scaling"] else None
+
+
 def test_keys_without_meaning_are_named_in_a_warning(caplog):
     settings_of(tiny_config(is_llama_config=True, _name_or_path="here"))
     assert "is_llama_config" in caplog.text
@@ -383,8 +481,11 @@ def test_keys_without_meaning_are_named_in_a_warning(caplog):
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config must be absent.*dequantised"),
         ({"rope_interleaved": True}, "rope_interleaved must be absent"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0; got 0.5"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must be one of.*got 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type must be one of.*got 'longrope'"),
+        ({"rope_scaling": {"type": "proportional"}}, "rope_scaling.rope_type must be one of.*got 'proportional'"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "rope_parameters.rope_type must be one of.*got 'axial'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 4}}, "of type dynamic must not hold alpha"),
+        ({"rope_scaling": dict(LONGROPE, long_factor=4)}, "rope_scaling.long_factor must be a list of .*; got 4"),
+        ({"rope_scaling": dict(LONGROPE, short_factor=[0, 1])}, "rope_scaling.short_factor must be a positive number"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a positive number; got None"),
         ({"rope_scaling": dict(YARN, truncate="no")}, "rope_scaling.truncate must be true or false; got 'no'"),
         ({"rope_scaling": dict(YARN, short_factor=[1.0])}, "rope_scaling of type yarn must not hold short_factor"),

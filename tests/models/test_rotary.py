@@ -36,6 +36,36 @@ def test_ranks_and_decoded_pieces_turn_by_positions_in_the_row():
     assert torch.equal(rotary(x[:, 11:], Sequence.decoding(cache, 2, LENGTH - 11)), row[:, 11:])
 
 
+LONGROPE = {
+    "kind": "longrope",
+    "factor": 4.0,
+    "original_length": 15,
+    "short_factors": [1.0] * 8,
+    "long_factors": [4.0] * 8,
+}
+
+
+@pytest.mark.parametrize("scaling", [{"kind": "dynamic", "factor": 2.0, "original_length": 15}, LONGROPE], ids=str)
+def test_a_scaling_by_length_refuses_longer_documents_on_every_rank_whatever_it_holds_of_them(scaling):
+    x = torch.randn(2, LENGTH, 3, 16)
+    for rotary, most in ((Rotary(16, 1e4, 1.0, scaling), 15), (Rotary(16, 1e4, 1.0, scaling | {"length": 20}), 20)):
+        fits, beyond = [Documents.from_lengths([[9, 15], [longest]], LENGTH) for longest in (most, most + 1)]
+        rotary(x, Sequence.single(fits))
+        if rotary.rotation.longest is None:  # long factors are those of any length beyond the original
+            rotary(x, Sequence.single(beyond))
+            continue
+        layout = Layout(LENGTH, 2, 1)
+        message = f"rope_scaling.length must be at least .*; got {most} for one of {most + 1} tokens"
+        for seq in (Sequence.single(beyond), Sequence.rehearsal(beyond, layout, Strategy())):
+            with pytest.raises(ValueError, match=message):
+                rotary(seq.shard(x), seq)
+        cache = DecodingCache()
+        cache.advance(most - 1)
+        rotary(x[:, :1], Sequence.decoding(cache, 2, 1))
+        with pytest.raises(ValueError, match=message):
+            rotary(x[:, :2], Sequence.decoding(cache, 2, 2))
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_all_layers_of_a_step_share_one_set_of_angles_for_each_base(checkpointing, monkeypatch):
     made = []

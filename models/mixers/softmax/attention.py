@@ -29,7 +29,7 @@ class Attention(Mixer):
     heads, kv_heads: query heads, and the key/value heads that groups of them share (default: as many).
     head_dim: of a head, by default width / heads.
     rope_base: None for no positions. rope_fraction: the part of a head's dims that turns. rope_scaling: settings of
-        `RopeScaling`, for models extended by Llama-3's rule or YaRN.
+        `RopeScaling`, for models extended by Llama-3's rule, YaRN, LongRoPE or another base.
     qk_norm: RMS norm of queries and keys before rotation: "head" over each head with one weight (Qwen3, Gemma 3),
         "unweighted" over each head without one (Llama 4 Scout), "full" over all heads at once (MiniMax-M2).
         norm_offset: what is added to its weights, 1 for those that start at 0, as Gemma 3's.

@@ -9,7 +9,7 @@ from ...components import BLOCK, GATED_MLP, HEAD_NORMED_ATTENTION, MODEL
 from ...family import Family
 from ...fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root
 from ...layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
-from ...rope import RopeBase, RopeScale
+from ...rope import LOCAL, RopeBase, RopeByLayerType, RopeScale
 
 
 def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -37,7 +37,7 @@ FAMILY = Family(
         WINDOW: attention.but(
             window=Integer("sliding_window", absent=4096),
             rope_base=RopeBase(1e4, key="rope_local_base_freq", layer_type="sliding_attention"),
-            rope_scaling=Fixed(None),
+            rope_scaling=RopeScale(layer_type="sliding_attention", key=LOCAL),
         ),
     },
     layers=LayerTypes(every_nth_full(6, "sliding_window_pattern")),
@@ -56,6 +56,7 @@ FAMILY = Family(
         tied_embeddings=Flag("tie_word_embeddings", default=True),
     ),
     rules=(
+        RopeByLayerType({"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}),
         Only("hidden_activation", ("gelu_pytorch_tanh",)),
         Only("attention_dropout", (0.0, 0)),
         Absent("final_logit_softcapping", "The published models have none"),
