@@ -34,7 +34,8 @@ COLUMNS = ("family", "class", "models", *BOUNDS, "writes", "decodes", "refused")
 
 def refused(family: Family) -> str:
     """Keys that must be absent, or must have one value, beside those of all families."""
-    texts = [_refused_by(rule) for rule in family.rules if rule not in RULES]
+    every = {rule.key for rule in RULES if isinstance(rule, Absent | Only)}
+    texts = [_refused_by(rule) for rule in family.rules if getattr(rule, "key", None) not in every]
     components = (family.model, family.block, *family.mixers.values(), *family.feed_forwards.values())
     for field in (field for component in components for field in component.fields.values()):
         if isinstance(field, Equal):
