@@ -26,6 +26,7 @@ COMMAND = "python tests/models/checkpoint_table.py"
 NOTES = "LONGREACH_CHECKPOINT_NOTES"  # names the file that tests add what they measure to
 UNKNOWN = "—"
 BOUNDS = {"logits in float32": 1e-4, "logits in float64": 1e-9, "gradients": 1e-8, "two ranks": 1e-9}
+EVERYWHERE = {rule.key for rule in RULES if isinstance(rule, Absent | Only)}
 COLUMNS = ("family", "class", "models", *BOUNDS, "writes", "decodes", "refused")
 
 
@@ -34,8 +35,7 @@ COLUMNS = ("family", "class", "models", *BOUNDS, "writes", "decodes", "refused")
 
 def refused(family: Family) -> str:
     """Keys that must be absent, or must have one value, beside those of all families."""
-    every = {rule.key for rule in RULES if isinstance(rule, Absent | Only)}
-    texts = [_refused_by(rule) for rule in family.rules if getattr(rule, "key", None) not in every]
+    texts = [_refused_by(rule) for rule in family.rules if getattr(rule, "key", None) not in EVERYWHERE]
     components = (family.model, family.block, *family.mixers.values(), *family.feed_forwards.values())
     for field in (field for component in components for field in component.fields.values()):
         if isinstance(field, Equal):
