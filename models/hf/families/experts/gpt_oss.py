@@ -10,7 +10,7 @@ from ...family import Family, renamed
 from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Quotient
 from ...layers import EXPERTS, FULL, WINDOW, Every, LayerTypes, every_nth_full
 from ...rope import RopeBase
-from ...tensors import Weight, rows_of
+from ...tensors import Weight, inputs_first, rows_of
 
 SCALING = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -31,19 +31,15 @@ def _written(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}}
 
 
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.transpose(1, 2)
-
-
 def _gated(number: int, ours: str) -> dict[str, str | Weight]:
-    """Of gates and values, which alternate, one; inputs stand before outputs."""
+    """Of gates and values, which alternate, one."""
 
     def rows(layer: Any) -> Tensor:
         return rows_of(number, (1, 1), layer.hidden)
 
     name = "mlp.experts.gate_up_proj"
     return {
-        f"experts.{ours}.weight": Weight(name, rows=rows, dim=1, read=_transposed, write=_transposed),
+        f"experts.{ours}.weight": inputs_first(name, rows),
         f"experts.{ours}.bias": Weight(f"{name}_bias", rows=rows, dim=1),
     }
 
@@ -75,7 +71,7 @@ FAMILY = Family(
                 "router.logit_bias": "mlp.router.bias",
                 **_gated(0, "gate"),
                 **_gated(1, "up"),
-                "experts.down.weight": Weight("mlp.experts.down_proj", read=_transposed, write=_transposed),
+                "experts.down.weight": inputs_first("mlp.experts.down_proj"),
                 "experts.down.bias": "mlp.experts.down_proj_bias",
             },
         )
