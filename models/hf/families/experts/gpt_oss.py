@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from ...components import ATTENTION, MIXTURE, MODEL
+from ...config import ConfigReader, ConfigWriter
 from ...family import Family, renamed
-from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Quotient
+from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Quotient, Rule
 from ...layers import EXPERTS, FULL, WINDOW, Every, LayerTypes, every_nth_full
 from ...rope import RopeBase
 from ...tensors import Weight, inputs_first, rows_of
@@ -24,11 +25,16 @@ def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return new if new.get("rope_scaling") or new.get("rope_parameters") else {**new, "rope_scaling": SCALING}
 
 
-def _written(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where they are not scaled, that is said."""
-    if config["rope_scaling"] is not None:
-        return config
-    return {**config, "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}}
+class SaidUnscaled(Rule):
+    """Where positions are not scaled, `rope_parameters` says so."""
+
+    def read(self, reader: ConfigReader) -> None:
+        pass
+
+    def write(self, writer: ConfigWriter) -> None:
+        if writer.config.get("rope_scaling") is None:
+            base = writer.config.get("rope_theta")
+            writer.config["rope_parameters"] = {"rope_type": "default", "rope_theta": base}
 
 
 def _gated(number: int, ours: str) -> dict[str, str | Weight]:
@@ -87,8 +93,8 @@ FAMILY = Family(
             "Save the model dequantised: AutoModelForCausalLM.from_pretrained(PATH, quantization_config="
             "Mxfp4Config(dequantize=True)).save_pretrained(OTHER_PATH)",
         ),
+        SaidUnscaled(),
         Known(("initial_context_length", "experts_per_token")),
     ),
     current=_current,
-    written=_written,
 )
