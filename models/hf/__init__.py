@@ -7,6 +7,8 @@ one writes a model.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -34,7 +36,9 @@ from .checkpoint import (
 )
 from .components import Settings
 from .config import SAID_ANEW
-from .family import Family
+from .family import OTHER_MODELS, Family
+
+logger = logging.getLogger("longreach")
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -68,7 +72,10 @@ def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> No
     """
     config = _read_config(path)
     family = _family(config)
-    load_tensors(Checkpoint(path, family.aliases), model, family.tensors(family.settings(config)), gather)
+    checkpoint = Checkpoint(path, family.renamings)
+    if others := {found[2] for name in checkpoint.headers if (found := re.match(OTHER_MODELS, name))}:
+        logger.warning("%s: the language model alone is read, not %s", path, ", ".join(sorted(others)))
+    load_tensors(checkpoint, model, family.tensors(family.settings(config)), gather)
 
 
 def write(
@@ -146,7 +153,8 @@ def max_positions(
 def read_configs(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json, its keys named as the family's table names them, and generation_config.json of the folder `path`.
 
-    The latter is empty where there is none.
+    Of a model of more than text, the former is that of its language model alone. The latter is empty where there is
+    none.
     """
     generation = Path(path) / GENERATION
     return _current(_read_config(path)), read_json(generation) if generation.is_file() else {}
@@ -163,7 +171,9 @@ def _read_config(path: str | Path) -> dict[str, Any]:
             f"init_from must be a folder with a Hugging Face model; got {path}. "
             "Download a model of the hub first: hf download NAME --local-dir PATH"
         )
-    return read_json(Path(path) / CONFIG)
+    config = read_json(Path(path) / CONFIG)
+    alone = (family.alone(config) for family in known_families().values())
+    return dict(next((text for text in alone if text is not None), config))
 
 
 class NotExpressibleError(ValueError):

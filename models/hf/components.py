@@ -23,7 +23,7 @@ from ..mixers.softmax.softmax_attention import SoftmaxAttention
 from .config import ConfigReader, ConfigWriter
 from .fields import Coefficient, Field, Fixed, Flag, Integer, Number, Quotient, Unread
 from .rope import RopeBase, RopeScale, folded
-from .tensors import Weight
+from .tensors import Weight, halves, per_head
 
 Settings = dict[str, Any]
 
@@ -207,6 +207,11 @@ ATTENTION = Component(
     },
     _resolve_attention,
 )
+# Where rotary pairs are neighbours.
+INTERLEAVED = {
+    "query": Weight("self_attn.q_proj", rows=lambda mixer: per_head(mixer.heads, halves(mixer.head_dim))),
+    "key": Weight("self_attn.k_proj", rows=lambda mixer: per_head(mixer.kv_heads, halves(mixer.head_dim))),
+}
 # That of Qwen3: a norm of each query and key head, biases by a key.
 HEAD_NORMED_ATTENTION = ATTENTION.but(
     bias=Flag("attention_bias"),

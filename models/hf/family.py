@@ -18,6 +18,9 @@ from .fields import Absent, Only, Rule
 from .layers import DENSE, Every, LayerRule, NoWindows
 from .tensors import Placed, Tensors
 
+# Of models of more than text: how their language model's tensors are named, and what is not read.
+LANGUAGE_MODEL = ((r"^model\.language_model\.", "model."), (r"^language_model\.", ""))
+OTHER_MODELS = r"^(model\.)?(vision_model|vision_tower|visual|multi_modal_projector|audio_tower)\."
 LEFT_OUT = ("multi_token_prediction.",)  # what training alone uses
 FEED_FORWARD = "feed_forward"
 # Of each part by its name in the settings: the components that it may be, and the name of that which it is.
@@ -66,6 +69,7 @@ class Family:
     block, model: the other components. block_names: of the block's tensors, by the mixer of a layer, where layers have
         other names.
     rules: for keys of config.json that belong to no setting.
+    within: model types of models of more than text, whose config.json has this family's as `text_config`.
     yields_to: model types to write instead, where they express a model too.
     prefix: the beginning of the names of a layer's tensors.
     ignored: regular expressions of the names of tensors that hold nothing learned, or nothing that is read.
@@ -86,6 +90,7 @@ class Family:
     block_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     model: Component = MODEL
     rules: tuple[Rule, ...] = RULES
+    within: tuple[str, ...] = ()
     yields_to: tuple[str, ...] = ()
     prefix: str = "model.layers.{layer}."
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
@@ -93,6 +98,22 @@ class Family:
     predicts: bool = False
     current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
     written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
+
+    @property
+    def renamings(self) -> tuple[tuple[str, str], ...]:
+        """(regular expression, replacement) of names of tensors in checkpoints."""
+        return (*(LANGUAGE_MODEL if self.within else ()), *self.aliases)
+
+    def alone(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Of a model of more than text, that has such a language model: the config.json of that alone; else None."""
+        text = config.get("text_config")
+        if config.get("model_type") not in self.within or not isinstance(text, Mapping):
+            return None
+        tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        whole = {key: config[key] for key in ("torch_dtype", "dtype", "quantization_config") if key in config}
+        tie = {} if tied is None else {"tie_word_embeddings": tied}
+        return {**ids, **text, **whole, **tie, "model_type": self.model_type}
 
     def settings(self, config: Mapping[str, Any]) -> Settings:
         """The settings of the `LanguageModel` that a config.json describes, nested dicts as in `conf/model`.
@@ -183,6 +204,7 @@ class Family:
                 first_names[tensor] = whole.name
                 placed.append(Placed(ours, tensor.shape[0], module.get_submodule(path), whole))
         ignored = self.ignored + (self._ahead(model.arguments["depth"]) if self.predicts else ())
+        ignored += (OTHER_MODELS,) if self.within else ()
         return Tensors.of(
             placed,
             duplicates=duplicates,

@@ -172,6 +172,40 @@ class Flag(Key):
 
 
 @dataclass(frozen=True)
+class Switch(Key):
+    """A setting with the value `on` where the key is true, and None where it is not; `default` without the key."""
+
+    on: Any
+    default: bool
+
+    def read(self, reader: ConfigReader) -> Any:
+        return self.on if reader.flag(self.key, self.default) else None
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if value not in (None, self.on):
+            writer.refuse(setting, value)
+        else:
+            writer.put(self.key, value is not None, setting)
+
+
+@dataclass(frozen=True)
+class Where(Key):
+    """Another field where the key is true, and None where it is not; `default` without the key."""
+
+    field: Field
+    default: bool
+
+    def read(self, reader: ConfigReader) -> Any:
+        value = self.field.read(reader)
+        return value if reader.flag(self.key, self.default) else None
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put(self.key, value is not None, setting)
+        if value is not None:
+            self.field.write(writer, setting, value)
+
+
+@dataclass(frozen=True)
 class Fixed(Field):
     """A setting that has the same value in every model of the family, and no key."""
 

@@ -197,14 +197,22 @@ class Periodic(LayerRule):
 
 @dataclass(frozen=True)
 class Numbered(LayerRule):
-    """The part `name` in the layers that a key lists, `other` in the rest."""
+    """The part `name` in the layers that a key lists, `other` in the rest.
+
+    step: a key whose value n, by default 1, stands for the last of each n layers where none are listed.
+    """
 
     key: str
     name: str
     other: str
+    step: str | None = None
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
-        listed = reader.get(self.key) or []
+        listed = reader.get(self.key)
+        if listed is None and self.step is not None:
+            step = reader.integer(self.step, 1)
+            listed = list(range(step - 1, depth, step))
+        listed = listed or []
         if not isinstance(listed, list) or not all(isinstance(layer, int) and 0 <= layer < depth for layer in listed):
             reader.problem(f"{self.key} must list layers of 0 … {depth - 1}; got {listed!r}")
             listed = []

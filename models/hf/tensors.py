@@ -168,6 +168,15 @@ def rows_of(number: int, sizes: Sequence[int], groups: int = 1) -> Tensor:
     return (torch.arange(groups)[:, None] * sum(sizes) + first + torch.arange(sizes[number])).flatten()
 
 
+def inputs_first(name: str, rows: Callable[[Any], Tensor] | None = None) -> Weight:
+    """Of the experts the weights, which are `[experts, inputs, outputs]` there; `rows` of the outputs."""
+    return Weight(name, rows=rows, dim=1, read=_transposed, write=_transposed)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2)
+
+
 def convolution(name: str, parts: tuple[str, ...] = (), sizes: Callable[[Any], Sequence[int]] | None = None) -> Weight:
     """Of a short convolution the weight, which is `[channels, 1, taps]` there."""
     return Weight(name, parts, sizes, read=lambda theirs: theirs.squeeze(1), write=lambda ours: ours.unsqueeze(1))

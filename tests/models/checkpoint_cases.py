@@ -20,6 +20,11 @@ GPT_OSS = MIXTURE | {
     "head_dim": 10, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "swiglu_limit": 0.8, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
 }  # fmt: skip
+LLAMA4 = {
+    "head_dim": 10, "intermediate_size_mlp": 28, "num_local_experts": 4, "moe_layers": [0, 2],
+    "attention_chunk_size": 9, "no_rope_layers": [1, 0, 1], "floor_scale": 7, "attn_scale": 0.3,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 KIMI_LINEAR = DEEPSEEK_V3 | {
     "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_local_experts": 8, "linear_head_dim": 8,
     "linear_num_heads": 3, "linear_conv_kernel_dim": 3, "pad_token_id": 0,
@@ -105,6 +110,26 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": GPT_OSS,
     "gpt_oss_yarn": MIXTURE | {"head_dim": 6, "attention_bias": False, "sliding_window": 60},
+    "llama4_text": LLAMA4,
+    "llama4_text_biases": LLAMA4
+    | {
+        "num_experts_per_tok": 3,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "attention_bias": True,
+        "layer_types": ["full_attention", "chunked_attention", "chunked_attention"],
+        "tie_word_embeddings": True,
+        "interleave_moe_layer_step": 2,
+        "moe_layers": None,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 700.0,
+        },
+    },
     "kimi_linear": KIMI_LINEAR,
     "minimax": MINIMAX,
     "mamba": MAMBA,

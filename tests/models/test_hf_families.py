@@ -206,6 +206,7 @@ def settings_of(**config):
         ({"model_type": "deepseek_v3", "first_k_dense_replace": -1}, "first_k_dense_replace must be .* not negative"),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config.dequantize=True"),
         ({"model_type": "gpt_oss", "swiglu_alpha": 1.0}, "swiglu_alpha must be 1.702; got 1.0"),
+        ({"model_type": "llama4_text", "no_rope_layers": [1, 2, 1]}, "no_rope_layers must have a 0 or 1 for each of 3"),
         ({"model_type": "kimi_linear"}, "layer_types must name one of full_attention, linear_attention for each"),
         (
             {"model_type": "minimax", "mlp_alpha_factor": 2.0},

@@ -145,6 +145,8 @@ CHECKPOINTS = {
     "jamba_v0_1": "jamba",
     "kimi_linear": "kimi_linear",
     "lfm2": "lfm2",
+    "llama4_maverick": "llama4_text",
+    "llama4_scout": "llama4_text",
     "mamba": "mamba",
     "mamba2": "mamba2",
     "minimax_text_01": "minimax",

@@ -1,11 +1,10 @@
 """Cohere2, Command A and R7B (arXiv 2504.00698): parallel blocks, layer norms, layers with windows or no positions."""
 
 from ....block import ParallelBlock
-from ...components import ATTENTION, BLOCK, MODEL
+from ...components import ATTENTION, BLOCK, INTERLEAVED, MODEL
 from ...family import Family
 from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Unread
 from ...layers import FULL, WINDOW, LayerTypes, every_nth_full
-from ...tensors import Weight, halves, per_head
 
 attention = ATTENTION.but(
     bias=Flag("attention_bias"),
@@ -19,10 +18,7 @@ FAMILY = Family(
         FULL: attention.but(rope_base=Fixed(None), rope_scaling=Fixed(None)),
         WINDOW: attention.but(
             window=Integer("sliding_window", absent=4096),
-            names={
-                "query": Weight("self_attn.q_proj", rows=lambda mixer: per_head(mixer.heads, halves(mixer.head_dim))),
-                "key": Weight("self_attn.k_proj", rows=lambda mixer: per_head(mixer.kv_heads, halves(mixer.head_dim))),
-            },
+            names=INTERLEAVED,
         ),
     },
     layers=LayerTypes(every_nth_full(4, "sliding_window_pattern")),

@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from ...components import ATTENTION, MIXTURE, MODEL
+from ...config import ConfigReader, ConfigWriter
 from ...family import Family, renamed
-from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Quotient
+from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Quotient, Rule
 from ...layers import EXPERTS, FULL, WINDOW, Every, LayerTypes, every_nth_full
 from ...rope import RopeBase
-from ...tensors import Weight, rows_of
+from ...tensors import Weight, inputs_first, rows_of
 
 SCALING = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -24,26 +25,27 @@ def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return new if new.get("rope_scaling") or new.get("rope_parameters") else {**new, "rope_scaling": SCALING}
 
 
-def _written(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where they are not scaled, that is said."""
-    if config["rope_scaling"] is not None:
-        return config
-    return {**config, "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}}
+class SaidUnscaled(Rule):
+    """Where positions are not scaled, `rope_parameters` says so."""
 
+    def read(self, reader: ConfigReader) -> None:
+        pass
 
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.transpose(1, 2)
+    def write(self, writer: ConfigWriter) -> None:
+        if writer.config.get("rope_scaling") is None:
+            base = writer.config.get("rope_theta")
+            writer.config["rope_parameters"] = {"rope_type": "default", "rope_theta": base}
 
 
 def _gated(number: int, ours: str) -> dict[str, str | Weight]:
-    """Of gates and values, which alternate, one; inputs stand before outputs."""
+    """Of gates and values, which alternate, one."""
 
     def rows(layer: Any) -> Tensor:
         return rows_of(number, (1, 1), layer.hidden)
 
     name = "mlp.experts.gate_up_proj"
     return {
-        f"experts.{ours}.weight": Weight(name, rows=rows, dim=1, read=_transposed, write=_transposed),
+        f"experts.{ours}.weight": inputs_first(name, rows),
         f"experts.{ours}.bias": Weight(f"{name}_bias", rows=rows, dim=1),
     }
 
@@ -75,7 +77,7 @@ FAMILY = Family(
                 "router.logit_bias": "mlp.router.bias",
                 **_gated(0, "gate"),
                 **_gated(1, "up"),
-                "experts.down.weight": Weight("mlp.experts.down_proj", read=_transposed, write=_transposed),
+                "experts.down.weight": inputs_first("mlp.experts.down_proj"),
                 "experts.down.bias": "mlp.experts.down_proj_bias",
             },
         )
@@ -91,8 +93,8 @@ FAMILY = Family(
             "Save the model dequantised: AutoModelForCausalLM.from_pretrained(PATH, quantization_config="
             "Mxfp4Config(dequantize=True)).save_pretrained(OTHER_PATH)",
         ),
+        SaidUnscaled(),
         Known(("initial_context_length", "experts_per_token")),
     ),
     current=_current,
-    written=_written,
 )

@@ -1,0 +1,125 @@
+"""Llama 4's language model (Meta, 2025): attention within chunks, layers without positions, experts in some layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...components import ATTENTION, GATED_MLP, INTERLEAVED, MIXTURE, MODEL
+from ...config import ConfigReader, ConfigWriter
+from ...family import RULES, Family
+from ...fields import Fixed, Flag, Integer, Known, Number, Only, Quotient, Switch, Unread, Where
+from ...layers import DENSE, EXPERTS, LayerRule, LayerTypes, Numbered
+from ...rope import RopeBase
+from ...tensors import Weight, inputs_first, rows_of
+
+# By whether a layer attends within chunks, and whether it has positions.
+NAMES = {
+    ("chunked", True): "chunked", ("full", False): "full", ("full", True): "rotary", ("chunked", False): "unplaced",
+}  # fmt: skip
+KINDS = {"chunked_attention": "chunked", "full_attention": "full"}
+
+
+class ChunksAndPositions(LayerRule):
+    """`no_rope_layers` has a 1 for layers with positions; where none are listed, each n-th has none.
+
+    Layers with positions attend within chunks, unless `layer_types` says otherwise.
+    """
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        every, placed = reader.integer("no_rope_layer_interval", 4), reader.get("no_rope_layers")
+        placed = placed or [int((layer + 1) % every != 0) for layer in range(depth)]
+        if not isinstance(placed, list) or len(placed) < depth or not set(placed) <= {0, 1}:
+            reader.problem(f"no_rope_layers must have a 0 or 1 for each of {depth} layers; got {placed!r}")
+            placed = [1] * depth
+        kinds = LayerTypes(lambda *_: ["chunked" if each else "full" for each in placed[:depth]], KINDS)
+        return [NAMES[kind, bool(each)] for kind, each in zip(kinds.read(reader, depth), placed, strict=False)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        known = {name: each for each, name in NAMES.items()}
+        LayerTypes(kinds=KINDS).write(writer, [known[name][0] for name in layers])
+        writer.config["no_rope_layers"] = [int(known[name][1]) for name in layers]
+
+
+def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first versions had a number for whether logits grow."""
+    new = dict(config)
+    if isinstance(tuned := new.get("attn_temperature_tuning"), int):
+        new["attn_temperature_tuning"] = bool(tuned)
+    return new
+
+
+def _gated(number: int) -> Weight:
+    """Of all experts' gates and values, one."""
+
+    def rows(layer: Any) -> Tensor:
+        return rows_of(number, [layer.hidden] * 2)
+
+    return inputs_first("feed_forward.experts.gate_up_proj", rows)
+
+
+attention = ATTENTION.but(
+    kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=8, divides="num_attention_heads"),
+    head_dim=Integer("head_dim", Quotient("hidden_size", "num_attention_heads"), absent=128),
+    bias=Flag("attention_bias"),
+    output_bias=Flag("attention_bias"),
+)
+rotary = attention.but(
+    rope_base=RopeBase(5e5),
+    qk_norm=Switch("use_qk_norm", "unweighted", default=True),
+    norm_eps=Unread("rms_norm_eps"),
+    names=INTERLEAVED,
+)
+unplaced = attention.but(
+    rope_base=Fixed(None),
+    rope_scaling=Fixed(None),
+    temperature=Where("attn_temperature_tuning", Number("attn_scale", 0.1), default=True),
+    temperature_length=Where("attn_temperature_tuning", Integer("floor_scale", 8192), default=True),
+)
+chunk = Integer("attention_chunk_size", 8192)
+
+FAMILY = Family(
+    model_type="llama4_text",
+    architecture="Llama4ForCausalLM",
+    within=("llama4",),
+    yields_to=("llama",),
+    mixers={
+        "chunked": rotary.but(block=chunk),
+        "full": unplaced,
+        "rotary": rotary,
+        "unplaced": unplaced.but(block=chunk),
+    },
+    layers=ChunksAndPositions(),
+    feed_forwards={
+        DENSE: GATED_MLP.moved("mlp.", "feed_forward.").but(hidden=Integer("intermediate_size_mlp", 16384)),
+        EXPERTS: MIXTURE.but(
+            hidden=Integer("intermediate_size", 8192),
+            shared_hidden=Integer("intermediate_size", 8192),
+            experts=Integer("num_local_experts", 16),
+            experts_per_token=Integer("num_experts_per_tok", 1),
+            score=Fixed("sigmoid"),
+            renormalise=Fixed(False),
+            weigh_inputs=Fixed(True),
+            names={
+                "router.weight": "feed_forward.router.weight",
+                "experts.gate.weight": _gated(0),
+                "experts.up.weight": _gated(1),
+                "experts.down.weight": inputs_first("feed_forward.experts.down_proj"),
+                "shared.gate": "feed_forward.shared_expert.gate_proj",
+                "shared.up": "feed_forward.shared_expert.up_proj",
+                "shared.down": "feed_forward.shared_expert.down_proj",
+            },
+        ),
+    },
+    feed_forward_layers=Numbered("moe_layers", EXPERTS, DENSE, step="interleave_moe_layer_step"),
+    model=MODEL.but(norm_eps=Number("rms_norm_eps", 1e-5)),
+    rules=(
+        *RULES,
+        Only("router_jitter_noise", (0.0, 0)),
+        Known(("no_rope_layer_interval", "interleave_moe_layer_step", "for_llm_compressor", "intermediate_size",
+               "intermediate_size_mlp", "use_qk_norm", "attn_temperature_tuning", "attn_scale", "floor_scale",
+               "attention_chunk_size", "num_local_experts", "num_experts_per_tok", "rope_scaling", "rope_theta",
+               "rope_parameters")),
+    ),
+    current=_current,
+)  # fmt: skip
