@@ -40,7 +40,9 @@ class ExportSettings:
     path: str | None = None
     family: str | None = None  # model type to write; null: that of init_from, or else the one that others yield to
     dtype: str = "float32"  # as in the checkpoint, or bfloat16, float16
-    max_positions: int | None = None  # null: the scaling's own, or else the longest rows of any stage, or those of init_from
+    max_positions: int | None = (
+        None  # null: the scaling's own, or else the longest rows of any stage, or those of init_from
+    )
     shard_bytes: int = 5_000_000_000  # largest file
 
 
