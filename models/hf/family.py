@@ -227,7 +227,7 @@ class Family:
             owner, rest = rest.split(".", 1)
             path = f"{path}.{owner}"
         elif called == "mixer":
-            owner = layer.mixers[0]
+            (owner,) = layer.mixers
         elif called == FEED_FORWARD and layer.feed_forward is not None:
             owner = layer.feed_forward
         else:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from .config import ConfigReader, ConfigWriter
 
 
@@ -132,16 +134,21 @@ class Product(Key):
 
 @dataclass(frozen=True)
 class Root(Field):
-    """The square root of a key that another field writes."""
+    """The square root of a key that another field writes. dtype: in which that is kept."""
 
     key: str
+    dtype: torch.dtype = torch.float64
 
     def read(self, reader: ConfigReader) -> float:
-        return math.sqrt(reader.integer(self.key))
+        return self._root(reader.integer(self.key))
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        if not math.isclose(value, math.sqrt(writer.config[self.key]), rel_tol=1e-9):
-            writer.refuse(setting, value, f", which must be the square root of {self.key}")
+        root = self._root(writer.config[self.key])
+        if not math.isclose(value, root, rel_tol=1e-9):
+            writer.refuse(setting, value, f", which must be {root:g}, the square root of {self.key}")
+
+    def _root(self, value: int) -> float:
+        return torch.tensor(math.sqrt(value), dtype=self.dtype).item()
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,32 @@ class LayerTypes(LayerRule):
         writer.config[self.key] = [theirs[name] for name in layers]
 
 
+@dataclass(frozen=True)
+class Tiled(LayerRule):
+    """A key that names the part of some layers, and of all by repetition. kinds: our names by theirs.
+
+    default: the names without the key.
+    """
+
+    key: str
+    kinds: Mapping[str, str]
+    default: tuple[str, ...]
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        named = reader.get(self.key, self.default)
+        if not isinstance(named, list | tuple) or not named or not all(kind in self.kinds for kind in named):
+            reader.problem(f"{self.key} must list {' and '.join(self.kinds)}; got {named!r}")
+            named = self.default
+        return [self.kinds[named[layer % len(named)]] for layer in range(depth)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        theirs = {ours: kind for kind, ours in self.kinds.items()}
+        named = [theirs[name] for name in layers]
+        periods = range(1, len(named) + 1)
+        period = next(n for n in periods if all(kind == named[layer % n] for layer, kind in enumerate(named)))
+        writer.config[self.key] = named[:period]
+
+
 def every_nth_full(n: int, key: str | None = None, other: str = WINDOW) -> Callable[[ConfigReader, int], list[str]]:
     """Full attention in every n-th layer, `other` in the rest; `key` may give another n: a default of `LayerTypes`."""
 

@@ -130,7 +130,7 @@ class RopeScale(Field):
         if value is None:
             writer.put(self.key, None, setting)
         elif value["kind"] not in self.kinds:
-            writer.refuse(setting, value, f", whose kind must be one of {', '.join(self.kinds)}")
+            writer.refuse(setting, value, f", whose kind must be one of {', '.join(self.kinds) or 'none'}")
         else:
             writer.put(self.key, _written(RopeScaling(**value)), setting)
             if value["kind"] == "dynamic":
@@ -241,7 +241,8 @@ def _read(
     if kind == "default":
         return base, None
     if kind not in kinds:
-        reader.problem(f"{name}.rope_type must be one of default, {', '.join(kinds)}; got {kind!r}")
+        known = f"one of default, {', '.join(kinds)}" if kinds else "default"
+        reader.problem(f"{name}.rope_type must be {known}; got {kind!r}")
         return base, None
     # transformers: a key beside the scaling's own dict wins; without either, the length is that of the config.
     beside = reader.get("original_max_position_embeddings", original) if layer_type is None else None

@@ -27,6 +27,7 @@ class Weight:
     rows: of our module, the rows of their tensor that are ours, int64, in our order. Several parameters may have
         rows of one tensor: together they have each once. dim: that of the rows.
     read, write: from the shape of their tensor to that of ours, before rows are taken, and back.
+    shape: of our module, the shape in which their tensor has our entries; `read` takes them out of it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Weight:
     dim: int = 0
     read: Callable[[Tensor], Tensor] = _same
     write: Callable[[Tensor], Tensor] = _same
+    shape: Callable[[Any], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ class Placed:
             return Recipe(tuple(names), weight.read, stacked=True), {
                 name: Recipe((self.ours,), partial(_entry, weight.write, entry)) for entry, name in enumerate(names)
             }
-        return Recipe((weight.name,), weight.read), {weight.name: Recipe((self.ours,), weight.write)}
+        shape = weight.shape(self.module) if weight.shape else None
+        write = weight.write if shape is None else partial(_shaped, shape)
+        return Recipe((weight.name,), weight.read), {weight.name: Recipe((self.ours,), write)}
 
 
 def _taken(weight: Weight, rows: Tensor, count: int, tensor: Tensor) -> Tensor:
@@ -143,6 +147,10 @@ def _concatenated(read: Callable[[Tensor], Tensor], *parts: Tensor) -> Tensor:
 
 def _part(write: Callable[[Tensor], Tensor], first: int, count: int, tensor: Tensor) -> Tensor:
     return write(tensor[first : first + count])
+
+
+def _shaped(shape: tuple[int, ...], tensor: Tensor) -> Tensor:
+    return tensor.reshape(shape)
 
 
 def _entry(write: Callable[[Tensor], Tensor], entry: int, tensor: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ OLMO_HYBRID = {
     "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "pad_token_id": None, "eos_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": None},
 }  # fmt: skip
+RECURRENT_GEMMA = {
+    "hidden_size": 40, "lru_width": 24, "head_dim": 12, "attention_window_size": 9, "conv1d_width": 3,
+    "logits_soft_cap": 5.0, "block_types": ["recurrent", "attention"], "pad_token_id": None,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE,
     "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
@@ -169,6 +173,16 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo_hybrid": OLMO_HYBRID,
     "olmo_hybrid_biases": OLMO_HYBRID
     | {"attention_bias": True, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": 7e4}},
+    "recurrent_gemma": RECURRENT_GEMMA,
+    "recurrent_gemma_biases": RECURRENT_GEMMA
+    | {
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "lru_width": None,
+        "num_key_value_heads": 1,
+        "block_types": ["attention", "recurrent", "recurrent"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 1.0},
+    },
     "cohere2": COHERE2 | {"head_dim": 10},
     "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
 }

@@ -21,6 +21,12 @@ FALCON_H1 = {"model_type": "falcon_h1", "mamba_n_heads": 4, "mamba_d_ssm": None}
         (FALCON_H1 | {"ssm_multipliers": [1.0, 2.0]}, "ssm_multipliers must list 5 positive numbers; got"),
         (FALCON_H1 | {"mlp_multipliers": [1.0, 0]}, "mlp_multipliers must be a positive number; got 0"),
         (FALCON_H1 | {"hidden_size": "a"}, "hidden_size must be a positive integer; got 'a'"),
+        (
+            {"model_type": "recurrent_gemma", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_scaling.rope_type must be default; got 'linear'",
+        ),
+        ({"model_type": "recurrent_gemma", "block_types": ["mamba"]}, "block_types must list recurrent and attention"),
+        ({"model_type": "recurrent_gemma", "hidden_activation": "silu"}, "hidden_activation must be 'gelu_pytorch_tan"),
     ],
 )
 def test_unsupported_recurrent_models_are_refused_by_the_name_of_the_key(config, message):
@@ -38,3 +44,28 @@ def test_only_models_with_both_mixers_side_by_side_everywhere_are_written_as_fal
         assert any("which must all have linear+full" in problem for problem in problems)
     norms = family.config(settings | {"side_by_side": settings["side_by_side"] | {"norms": True}}).problems
     assert norms == ["model.side_by_side.norms=True"]
+
+
+def test_a_pattern_that_config_repeats_is_written_by_its_shortest_period():
+    family = hf.known_families()["recurrent_gemma"]
+    for depth in (3, 7, 26):
+        settings = settings_of(model_type="recurrent_gemma", num_hidden_layers=depth)
+        written = family.config(settings)
+        assert not written.problems
+        assert written.config["block_types"] == ["recurrent", "recurrent", "attention"]
+    settings = settings_of(model_type="recurrent_gemma", block_types=["recurrent", "attention", "attention"])
+    assert family.settings(family.config(settings).config) == settings
+
+
+def test_the_normaliser_of_recurrent_gemma_is_rounded_as_in_bfloat16():
+    assert settings_of(model_type="recurrent_gemma", hidden_size=2560)["embedding_multiplier"] == 50.5
+    settings = settings_of(model_type="recurrent_gemma") | {"embedding_multiplier": 32**0.5}
+    problems = hf.known_families()["recurrent_gemma"].config(settings).problems
+    assert problems == [
+        f"model.embedding_multiplier={32**0.5!r}, which must be 5.65625, the square root of hidden_size"
+    ]
+
+
+def test_logits_without_a_cap_are_not_written_as_a_model_that_caps_them():
+    settings = settings_of(model_type="recurrent_gemma") | {"logit_softcap": None}
+    assert hf.known_families()["recurrent_gemma"].config(settings).problems == ["model.logit_softcap=None"]

@@ -98,6 +98,8 @@ def test_rg_lru_is_the_recurrent_block_of_recurrentgemma():
 
     with torch.no_grad():
         for key, parameter in zip(keys, parameters, strict=True):
+            if key == "recurrence_bias":
+                parameter[0, :4] -= 30  # nothing decays, and the root has the largest slope
             ours.get_parameter(key).copy_(as_ours(key, parameter))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     actual = with_gradients(lambda x: ours(x, whole(BATCH, LENGTH)), X, ours.parameters())

@@ -154,6 +154,7 @@ CHECKPOINTS = {
     "nemotron_h": "nemotron_h",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
+    "recurrent_gemma": "recurrent_gemma",
 }
 
 
