@@ -75,7 +75,8 @@ def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> No
     checkpoint = Checkpoint(path, family.renamings)
     if others := {found[2] for name in checkpoint.headers if (found := re.match(OTHER_MODELS, name))}:
         logger.warning("%s: the language model alone is read, not %s", path, ", ".join(sorted(others)))
-    load_tensors(checkpoint, model, family.tensors(family.settings(config)), gather)
+    tensors = family.in_form(checkpoint.headers).tensors(family.settings(config))
+    load_tensors(checkpoint, model, tensors, gather)
 
 
 def write(

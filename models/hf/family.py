@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -74,6 +75,8 @@ class Family:
     prefix: the beginning of the names of a layer's tensors.
     ignored: regular expressions of the names of tensors that hold nothing learned, or nothing that is read.
     aliases: (regular expression, replacement) of names of tensors that other versions write.
+    forms: (regular expression, table) of checkpoints in another form: one that has a tensor of such a name is read by
+        that table.
     predicts: whether checkpoints hold layers after the last one, which predict further tokens and are not read.
     current: turns a config.json as the hub or older versions have it into the form that the table reads.
     written: turns that form into the one that is written.
@@ -95,6 +98,7 @@ class Family:
     prefix: str = "model.layers.{layer}."
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     aliases: tuple[tuple[str, str], ...] = ()
+    forms: tuple[tuple[str, Family], ...] = ()
     predicts: bool = False
     current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
     written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
@@ -103,6 +107,11 @@ class Family:
     def renamings(self) -> tuple[tuple[str, str], ...]:
         """(regular expression, replacement) of names of tensors in checkpoints."""
         return (*(LANGUAGE_MODEL if self.within else ()), *self.aliases)
+
+    def in_form(self, names: Collection[str]) -> Family:
+        """The table of the form that checkpoints with tensors of these names have."""
+        found = (form for pattern, form in self.forms if any(re.search(pattern, name) for name in names))
+        return next(found, self)
 
     def alone(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Of a model of more than text, that has such a language model: the config.json of that alone; else None."""

@@ -176,6 +176,11 @@ def rows_of(number: int, sizes: Sequence[int], groups: int = 1) -> Tensor:
     return (torch.arange(groups)[:, None] * sum(sizes) + first + torch.arange(sizes[number])).flatten()
 
 
+def of_experts(number: int) -> Callable[[Any], Tensor]:
+    """Rows of each expert's gate (0) or values (1), which stand one after the other."""
+    return lambda layer: rows_of(number, [layer.hidden] * 2)
+
+
 def inputs_first(name: str, rows: Callable[[Any], Tensor] | None = None) -> Weight:
     """Of the experts the weights, which are `[experts, inputs, outputs]` there; `rows` of the outputs."""
     return Weight(name, rows=rows, dim=1, read=_transposed, write=_transposed)

@@ -147,6 +147,19 @@ CASES: dict[str, dict[str, Any]] = {
     "bamba": BAMBA,
     "bamba_biases": BAMBA | {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_d_head": 8},
     "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_text": {key: value for key, value in QWEN3_NEXT.items() if "expert" not in key and "moe" not in key}
+    | {
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "linear",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    },
+    "qwen3_5_moe_text": QWEN3_NEXT,
     "qwen3_next_biases": QWEN3_NEXT | {"attention_bias": True, "mlp_only_layers": [0], "norm_topk_prob": False},
     "lfm2": LFM2,
     "lfm2_biases": LFM2 | {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},

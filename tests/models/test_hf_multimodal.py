@@ -6,16 +6,27 @@ import logging
 import pytest
 import torch
 from checkpoint_cases import CASES
-from checkpoints import config_of, load, logits, their_logits, tokens, write
+from checkpoints import config_of, load, logits, random_model, their_logits, tokens, write
 from definitions import definitions_alone
+from safetensors.torch import save_file
 
 from longreach.models import hf
 
+QWEN = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}  # fmt: skip
 VISION = {
     "llama4": {
         "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
         "patch_size": 4, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
     },
+    "gemma3": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4,
+    },
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
 }  # fmt: skip
 
 
@@ -35,7 +46,7 @@ def whole_model(kind, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "text"), [("llama4", "llama4_text")])
+@pytest.mark.parametrize(("kind", "text"), [(kind, f"{kind}_text") for kind in VISION])
 def test_language_models_are_read_out_of_models_of_more_than_text(kind, text, tmp_path, caplog):
     theirs = whole_model(kind, text)
     theirs.save_pretrained(tmp_path / "whole")
@@ -50,3 +61,15 @@ def test_language_models_are_read_out_of_models_of_more_than_text(kind, text, tm
     folder = write(ours, settings, tmp_path / "ours", origin=origin)
     assert json.loads((folder / "config.json").read_text())["model_type"] == text
     assert torch.equal(logits(load(folder), tokens()), logits(ours, tokens()))
+
+
+def test_experts_that_stand_in_one_tensor_are_read_too(tmp_path):
+    """As published checkpoints of Qwen3.5 have them, where transformers writes them one by one."""
+    theirs = random_model(config_of("qwen3_5_moe_text", CASES["qwen3_5_moe_text"]))
+    theirs.config.save_pretrained(tmp_path)
+    save_file(
+        {f"model.language_{name}": tensor for name, tensor in theirs.model.state_dict(prefix="model.").items()}
+        | {"lm_head.weight": theirs.lm_head.weight.detach()},
+        tmp_path / "model.safetensors",
+    )
+    torch.testing.assert_close(logits(load(tmp_path), tokens()), their_logits(theirs, tokens()), atol=1e-4, rtol=1e-4)

@@ -152,6 +152,8 @@ CHECKPOINTS = {
     "minimax_text_01": "minimax",
     "mixtral": "mixtral",
     "nemotron_h": "nemotron_h",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
     "recurrent_gemma": "recurrent_gemma",

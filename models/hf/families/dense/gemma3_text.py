@@ -32,6 +32,7 @@ attention = HEAD_NORMED_ATTENTION.but(
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    within=("gemma3",),
     mixers={
         FULL: attention,
         WINDOW: attention.but(
@@ -51,6 +52,7 @@ FAMILY = Family(
         },
     ),
     model=MODEL.but(
+        vocabulary=Integer("vocab_size", 262208),
         norm=Fixed("zero_centred_rms"),
         embedding_multiplier=Root("hidden_size"),
         tied_embeddings=Flag("tie_word_embeddings", default=True),

@@ -3,21 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ...components import ATTENTION, GATED_MLP, INTERLEAVED, MIXTURE, MODEL
 from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
 from ...fields import Fixed, Flag, Integer, Known, Number, Only, Quotient, Switch, Unread, Where
 from ...layers import DENSE, EXPERTS, LayerRule, LayerTypes, Numbered
 from ...rope import RopeBase
-from ...tensors import Weight, inputs_first, rows_of
+from ...tensors import inputs_first, of_experts
 
 # By whether a layer attends within chunks, and whether it has positions.
 NAMES = {
     ("chunked", True): "chunked", ("full", False): "full", ("full", True): "rotary", ("chunked", False): "unplaced",
 }  # fmt: skip
 KINDS = {"chunked_attention": "chunked", "full_attention": "full"}
+
+GATE_AND_VALUES = "feed_forward.experts.gate_up_proj"
 
 
 class ChunksAndPositions(LayerRule):
@@ -47,15 +47,6 @@ def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(tuned := new.get("attn_temperature_tuning"), int):
         new["attn_temperature_tuning"] = bool(tuned)
     return new
-
-
-def _gated(number: int) -> Weight:
-    """Of all experts' gates and values, one."""
-
-    def rows(layer: Any) -> Tensor:
-        return rows_of(number, [layer.hidden] * 2)
-
-    return inputs_first("feed_forward.experts.gate_up_proj", rows)
 
 
 attention = ATTENTION.but(
@@ -102,8 +93,8 @@ FAMILY = Family(
             weigh_inputs=Fixed(True),
             names={
                 "router.weight": "feed_forward.router.weight",
-                "experts.gate.weight": _gated(0),
-                "experts.up.weight": _gated(1),
+                "experts.gate.weight": inputs_first(GATE_AND_VALUES, of_experts(0)),
+                "experts.up.weight": inputs_first(GATE_AND_VALUES, of_experts(1)),
                 "experts.down.weight": inputs_first("feed_forward.experts.down_proj"),
                 "shared.gate": "feed_forward.shared_expert.gate_proj",
                 "shared.up": "feed_forward.shared_expert.up_proj",

@@ -65,53 +65,51 @@ DELTA = Component(
     _resolve,
 )
 
+GATED_ATTENTION = ATTENTION.but(
+    kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=2, divides="num_attention_heads"),
+    head_dim=Integer("head_dim", 256),
+    bias=Flag("attention_bias"),
+    gate_bias=Flag("attention_bias"),
+    output_bias=Flag("attention_bias"),
+    gate=Fixed("channel"),
+    qk_norm=Fixed("head"),
+    norm_offset=Fixed(1.0),
+    norm_eps=Unread("rms_norm_eps"),
+    rope_base=RopeBase(partial=True),
+    rope_fraction=RopePart(0.25),
+    rope_scaling=RopeScale(partial=True),
+    names={
+        "query": _query(0),
+        "gate.project": _query(1),
+        "query_norm": "self_attn.q_norm",
+        "key_norm": "self_attn.k_norm",
+    },
+)
+SHARING_MIXTURE = MIXTURE.but(
+    hidden=Integer("moe_intermediate_size", 512),
+    experts=Integer("num_experts", 512),
+    experts_per_token=Integer("num_experts_per_tok", 10),
+    renormalise=Flag("norm_topk_prob", default=True),
+    shared_hidden=Integer("shared_expert_intermediate_size", 512),
+    shared_gate=Fixed(True),
+    names={
+        "shared.gate": "mlp.shared_expert.gate_proj",
+        "shared.up": "mlp.shared_expert.up_proj",
+        "shared.down": "mlp.shared_expert.down_proj",
+        "shared_gate": "mlp.shared_expert_gate",
+    },
+)
+
 FAMILY = Family(
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
-    mixers={
-        FULL: ATTENTION.but(
-            kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=2, divides="num_attention_heads"),
-            head_dim=Integer("head_dim", 256),
-            bias=Flag("attention_bias"),
-            gate_bias=Flag("attention_bias"),
-            output_bias=Flag("attention_bias"),
-            gate=Fixed("channel"),
-            qk_norm=Fixed("head"),
-            norm_offset=Fixed(1.0),
-            norm_eps=Unread("rms_norm_eps"),
-            rope_base=RopeBase(partial=True),
-            rope_fraction=RopePart(0.25),
-            rope_scaling=RopeScale(partial=True),
-            names={
-                "query": _query(0),
-                "gate.project": _query(1),
-                "query_norm": "self_attn.q_norm",
-                "key_norm": "self_attn.k_norm",
-            },
-        ),
-        LINEAR: DELTA,
-    },
+    mixers={FULL: GATED_ATTENTION, LINEAR: DELTA},
     layers=LayerTypes(every_nth_full(4, "full_attention_interval", LINEAR), KINDS),
-    feed_forwards={
-        DENSE: GATED_MLP,
-        EXPERTS: MIXTURE.but(
-            hidden=Integer("moe_intermediate_size", 512),
-            experts=Integer("num_experts", 512),
-            experts_per_token=Integer("num_experts_per_tok", 10),
-            renormalise=Flag("norm_topk_prob", default=True),
-            shared_hidden=Integer("shared_expert_intermediate_size", 512),
-            shared_gate=Fixed(True),
-            names={
-                "shared.gate": "mlp.shared_expert.gate_proj",
-                "shared.up": "mlp.shared_expert.up_proj",
-                "shared.down": "mlp.shared_expert.down_proj",
-                "shared_gate": "mlp.shared_expert_gate",
-            },
-        ),
-    },
+    feed_forwards={DENSE: GATED_MLP, EXPERTS: SHARING_MIXTURE},
     feed_forward_layers=ExpertsBut(),
     model=MODEL.but(norm=Fixed("zero_centred_rms")),
     rules=(*RULES, Known(("full_attention_interval",))),
     ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
+    yields_to=("qwen3_5_text",),
     current=renamed(num_local_experts="num_experts"),
 )

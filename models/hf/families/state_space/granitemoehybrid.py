@@ -11,7 +11,7 @@ from ...family import RULES, Family, renamed
 from ...fields import Fixed, Flag, Integer, Inverse, Known, Number
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, Every, LayerTypes, Switched
 from ...state_space import HYBRID_MAMBA2, Heads
-from ...tensors import Weight, rows_of
+from ...tensors import Weight, of_experts, rows_of
 
 ROTARY = "rotary"
 KINDS = {"full_attention": FULL, "linear_attention": LINEAR}
@@ -41,15 +41,7 @@ def _shared(number: int, within: str = "") -> Weight:
     return Weight("shared_mlp.input_linear", rows=rows)
 
 
-def _expert(number: int) -> Weight:
-    """The same of all experts."""
-    return Weight(
-        "block_sparse_moe.input_linear.weight",
-        rows=lambda layer: rows_of(number, [layer.hidden] * 2),
-        dim=1,
-    )
-
-
+EXPERTS_INPUT = "block_sparse_moe.input_linear.weight"
 SHARED = {"gate": _shared(0), "up": _shared(1), "down": "shared_mlp.output_linear"}
 attention = ATTENTION.but(
     bias=Flag("attention_bias"),
@@ -76,8 +68,8 @@ FAMILY = Family(
             shared_hidden=Integer("shared_intermediate_size", 1024),
             names={
                 "router.weight": "block_sparse_moe.router.layer.weight",
-                "experts.gate.weight": _expert(0),
-                "experts.up.weight": _expert(1),
+                "experts.gate.weight": Weight(EXPERTS_INPUT, rows=of_experts(0), dim=1),
+                "experts.up.weight": Weight(EXPERTS_INPUT, rows=of_experts(1), dim=1),
                 "experts.down.weight": "block_sparse_moe.output_linear.weight",
                 "shared.gate": _shared(0, "shared."),
                 "shared.up": _shared(1, "shared."),
