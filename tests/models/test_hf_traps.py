@@ -27,6 +27,13 @@ FALCON_H1 = {"model_type": "falcon_h1", "mamba_n_heads": 4, "mamba_d_ssm": None}
         ),
         ({"model_type": "recurrent_gemma", "block_types": ["mamba"]}, "block_types must list recurrent and attention"),
         ({"model_type": "recurrent_gemma", "hidden_activation": "silu"}, "hidden_activation must be 'gelu_pytorch_tan"),
+        ({"model_type": "xlstm", "num_heads": 3}, r"num_heads must divide qk_dim_factor \* hidden_size = 16; got 3"),
+        ({"model_type": "xlstm", "num_blocks": 5}, "num_blocks must be num_hidden_layers = 3; got 5"),
+        ({"model_type": "xlstm", "weight_mode": "fused"}, "weight_mode must be 'single'; got 'fused'"),
+        (
+            {"model_type": "xlstm", "use_bias": True, "tie_word_embeddings": True},
+            "tie_word.* False; got.*use_bias must",
+        ),
     ],
 )
 def test_unsupported_recurrent_models_are_refused_by_the_name_of_the_key(config, message):
@@ -69,3 +76,15 @@ def test_the_normaliser_of_recurrent_gemma_is_rounded_as_in_bfloat16():
 def test_logits_without_a_cap_are_not_written_as_a_model_that_caps_them():
     settings = settings_of(model_type="recurrent_gemma") | {"logit_softcap": None}
     assert hf.known_families()["recurrent_gemma"].config(settings).problems == ["model.logit_softcap=None"]
+
+
+def test_sizes_that_xlstm_gives_as_parts_of_the_width_come_back():
+    """Products of the width and a part of it are rounded down: 0.35 * 20 is 7, and so is 0.36 * 20."""
+    family = hf.known_families()["xlstm"]
+    for size in range(1, 40):
+        settings = settings_of(model_type="xlstm", hidden_size=37, num_heads=1)
+        settings["mixers"]["linear"] |= {"key_dim": size, "value_dim": 2 * size}
+        settings["feed_forward"]["hidden"] = 3 * size
+        assert family.settings(family.config(settings).config) == settings
+    assert settings_of(model_type="xlstm", hidden_size=4096)["feed_forward"]["hidden"] == 10944
+    assert settings_of(model_type="xlstm", hidden_size=None, embedding_dim=64)["width"] == 64
