@@ -187,6 +187,8 @@ CASES: dict[str, dict[str, Any]] = {
         "block_types": ["attention", "recurrent", "recurrent"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 1.0},
     },
+    "rwkv": {"intermediate_size": 44},
+    "rwkv_tied": {"tie_word_embeddings": True, "intermediate_size": None, "num_hidden_layers": 2},
     "xlstm": XLSTM,
     "xlstm_sizes": XLSTM
     | {"num_heads": 2, "hidden_size": 32, "qk_dim_factor": 0.3125, "v_dim_factor": 0.75, "use_cache": False},
