@@ -38,6 +38,19 @@ class Every(LayerRule):
             writer.problems.append(f"{', '.join(others)} in some layers, which must all have {self.name}")
 
 
+@dataclass(frozen=True)
+class EveryOf(LayerRule):
+    """All layers have the first of these parts, and are written alike whichever they have."""
+
+    names: tuple[str, ...]
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        return [self.names[0]] * depth
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        pass
+
+
 class NoWindows(LayerRule):
     """No layer has a window."""
 

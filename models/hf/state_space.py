@@ -33,7 +33,7 @@ class StepRank(Field):
         writer.put(self.key, value, setting)
 
 
-def _over(inner: int, width: int) -> float:
+def expansion_of(inner: int, width: int) -> float:
     """The expansion by which a mixer has the inner width: its product with the width is rounded down."""
     ratio = inner / width
     exact = ratio if int(ratio * width) == inner else math.nextafter(ratio, math.inf)
@@ -47,7 +47,7 @@ class Expansion(Field):
         if reader.get("intermediate_size") is None:
             return reader.integer("expand", 2)
         reader.get("expand")
-        return _over(reader.integer("intermediate_size"), reader.integer("hidden_size"))
+        return expansion_of(reader.integer("intermediate_size"), reader.integer("hidden_size"))
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         if (width := writer.config.get("hidden_size")) is not None:
@@ -65,7 +65,7 @@ class HeadsTimesSize(Field):
 
     def read(self, reader: ConfigReader) -> float:
         inner = reader.integer(self.heads, self.defaults[0]) * reader.integer(self.size, self.defaults[1])
-        return _over(inner, reader.integer("hidden_size"))
+        return expansion_of(inner, reader.integer("hidden_size"))
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         width, size = writer.config.get("hidden_size"), writer.config.get(self.size)

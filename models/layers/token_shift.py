@@ -11,14 +11,15 @@ from ...parallel import ops
 from ...parallel.sequence import Sequence
 
 
-def token_shifts(x: Tensor, mix: Iterable[Tensor], seq: Sequence) -> tuple[Tensor, ...]:
+def token_shifts(x: Tensor, mix: Iterable[Tensor], seq: Sequence, own: bool = False) -> tuple[Tensor, ...]:
     """lerp(x_t, x_(t-1), m) for each m of `mix`: `[B, T, D]` each; before a document's first token stands 0.
 
-    Each m is `[D]` or `[B, T, D]`, the part of the token before. The authors' `time_mix` of RWKV-4 and 5 is the part of
-    the token itself, 1 - m; what they call `time_maa`, or `x_` in RWKV-7, is m.
+    Each m is `[D]` or `[B, T, D]`, the part of the token before; with `own`, `mix` holds the part of the token itself,
+    1 - m. The authors' `time_mix` of RWKV-4 and 5 is the latter; what they call `time_maa`, or `x_` in RWKV-7, is m.
     """
     before = ops.token_shift(x, seq=seq)
-    return tuple(torch.lerp(x, before, each.to(x.dtype)) for each in mix)
+    first, last = (before, x) if own else (x, before)
+    return tuple(torch.lerp(first, last, each.to(x.dtype)) for each in mix)
 
 
 def log_decay(speed: Tensor) -> Tensor:

@@ -79,6 +79,10 @@ RECURRENT_GEMMA = {
     "hidden_size": 40, "lru_width": 24, "head_dim": 12, "attention_window_size": 9, "conv1d_width": 3,
     "logits_soft_cap": 5.0, "block_types": ["recurrent", "attention"], "pad_token_id": None,
 }  # fmt: skip
+XLSTM = {  # their cache is made for sizes that 64 divides
+    "num_heads": 4, "hidden_size": 128, "chunk_size": 16, "eps": 1e-15, "norm_eps": 1e-3, "gate_soft_cap": 2.0,
+    "output_logit_soft_cap": 5.0, "ffn_proj_factor": 0.25, "ffn_round_up_to_multiple_of": 5,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE,
     "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
@@ -196,6 +200,11 @@ CASES: dict[str, dict[str, Any]] = {
         "block_types": ["attention", "recurrent", "recurrent"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 1.0},
     },
+    "rwkv": {"intermediate_size": 44},
+    "rwkv_tied": {"tie_word_embeddings": True, "intermediate_size": None, "num_hidden_layers": 2},
+    "xlstm": XLSTM,
+    "xlstm_sizes": XLSTM
+    | {"num_heads": 2, "hidden_size": 32, "qk_dim_factor": 0.3125, "v_dim_factor": 0.75, "use_cache": False},
     "cohere2": COHERE2 | {"head_dim": 10},
     "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
 }

@@ -19,6 +19,7 @@ from longreach.models import hf
 from longreach.models.hf.family import RULES, Family
 from longreach.models.hf.fields import Absent, Equal, Only, Rule, Same
 from longreach.models.hf.layers import LayerTypes, OneWindow
+from longreach.models.hf.rope import RopeScale
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "checkpoints.md"
@@ -40,6 +41,8 @@ def refused(family: Family) -> str:
     for field in (field for component in components for field in component.fields.values()):
         if isinstance(field, Equal):
             texts.append("unequal " + ", ".join(f"`{key}`" for key in field.keys))
+        if isinstance(field, RopeScale) and not field.kinds:
+            texts.append("scaled rotary positions")
     if isinstance(family.layers, OneWindow):
         texts.append("`layer_types` with and without windows")
     if isinstance(family.layers, LayerTypes) and family.layers.default is None:

@@ -168,8 +168,9 @@ def test_two_ranks_give_what_one_device_and_transformers_give(imported):
 @cases(fast=few_checkpoints()[:2])
 def test_greedy_decoding_is_that_of_transformers(imported):
     prompt, count = tokens()[:1, :11], 64 if imported.case == imported.family else 12
-    # With a cache their Mamba-2 does not clamp its steps.
-    cached = getattr(imported.reference.config, "time_step_limit", (0.0,))[0] == 0.0
+    # With a cache their Mamba-2 does not clamp its steps; a case says if its model has none.
+    config = imported.reference.config
+    cached = config.use_cache and getattr(config, "time_step_limit", (0.0,))[0] == 0.0
     theirs = imported.reference.generate(
         prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
     )

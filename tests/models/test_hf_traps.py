@@ -1,9 +1,31 @@
 """Where checkpoints and their config.json are read wrongly with ease."""
 
 import pytest
-from checkpoints import SMALL
+import torch
+from checkpoints import (
+    SMALL,
+    InFloat64,
+    config_of,
+    load,
+    logits,
+    own_classes,
+    random_model,
+    saved,
+    their_logits,
+    tokens,
+    write,
+)
+from model_presets import build_model, compose_model
+from omegaconf import OmegaConf
 
 from longreach.models import hf
+
+
+@pytest.fixture
+def _own_classes():
+    pytest.importorskip("transformers")
+    with own_classes():
+        yield
 
 
 def settings_of(**config):
@@ -27,6 +49,15 @@ FALCON_H1 = {"model_type": "falcon_h1", "mamba_n_heads": 4, "mamba_d_ssm": None}
         ),
         ({"model_type": "recurrent_gemma", "block_types": ["mamba"]}, "block_types must list recurrent and attention"),
         ({"model_type": "recurrent_gemma", "hidden_activation": "silu"}, "hidden_activation must be 'gelu_pytorch_tan"),
+        ({"model_type": "xlstm", "num_heads": 3}, r"num_heads must divide qk_dim_factor \* hidden_size = 16; got 3"),
+        ({"model_type": "xlstm", "num_blocks": 5}, "num_blocks must be num_hidden_layers = 3; got 5"),
+        ({"model_type": "xlstm", "weight_mode": "fused"}, "weight_mode must be 'single'; got 'fused'"),
+        (
+            {"model_type": "xlstm", "use_bias": True, "tie_word_embeddings": True},
+            "tie_word.* False; got.*use_bias must",
+        ),
+        ({"model_type": "rwkv", "attention_hidden_size": 48}, "attention_hidden_size must be hidden_size = 32; got 48"),
+        ({"model_type": "rwkv", "layer_norm_epsilon": 1e-3}, "layer_norm_epsilon must be 1e-05; got 0.001"),
     ],
 )
 def test_unsupported_recurrent_models_are_refused_by_the_name_of_the_key(config, message):
@@ -69,3 +100,56 @@ def test_the_normaliser_of_recurrent_gemma_is_rounded_as_in_bfloat16():
 def test_logits_without_a_cap_are_not_written_as_a_model_that_caps_them():
     settings = settings_of(model_type="recurrent_gemma") | {"logit_softcap": None}
     assert hf.known_families()["recurrent_gemma"].config(settings).problems == ["model.logit_softcap=None"]
+
+
+def test_sizes_that_xlstm_gives_as_parts_of_the_width_come_back():
+    """Products of the width and a part of it are rounded down: 0.35 * 20 is 7, and so is 0.36 * 20."""
+    family = hf.known_families()["xlstm"]
+    for size in range(1, 40):
+        settings = settings_of(model_type="xlstm", hidden_size=37, num_heads=1)
+        settings["mixers"]["linear"] |= {"key_dim": size, "value_dim": 2 * size}
+        settings["feed_forward"]["hidden"] = 3 * size
+        assert family.settings(family.config(settings).config) == settings
+    assert settings_of(model_type="xlstm", hidden_size=4096)["feed_forward"]["hidden"] == 10944
+    assert settings_of(model_type="xlstm", hidden_size=None, embedding_dim=64)["width"] == 64
+
+
+@pytest.mark.usefixtures("_own_classes")
+def test_rwkv_is_the_model_that_was_trained_not_the_one_whose_weights_are_rescaled(tmp_path):
+    theirs = random_model(config_of("rwkv", {"rescale_every": 1}))
+    ours = load(saved(theirs, tmp_path / "theirs"), torch.float64)
+    theirs.double()
+    with InFloat64():
+        in_evaluation, in_training = their_logits(theirs, tokens()), their_logits(theirs.train(), tokens())
+    torch.testing.assert_close(logits(ours, tokens()), in_training, atol=1e-9, rtol=1e-9)
+    assert (in_evaluation - in_training).abs().max() > 1e-7  # the eps of norms is not divided
+
+
+@pytest.mark.usefixtures("_own_classes")
+def test_rwkv_whose_mixes_are_those_of_the_token_before_is_written_too(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    changes = {"width": 32, "depth": 2, "feed_forward": {"hidden": 40}, "vocabulary": 61}
+    settings = OmegaConf.to_container(OmegaConf.merge(compose_model("rwkv4_tiny"), changes))
+    ours = build_model("rwkv4_tiny", **changes)
+    ours.initialise(seed=0)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    folder = write(ours, settings, tmp_path)
+    expected = logits(ours, tokens())
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits(load(folder), tokens()), expected, atol=1e-5, rtol=1e-5)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(their_logits(theirs, tokens()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rwkv_starts_alike_whosever_part_its_mixes_are():
+    changes = {"width": 32, "depth": 3, "feed_forward": {"hidden": 40, "own_mix": True}}
+    own = build_model("rwkv4_tiny", mixers={"rwkv": {"own_mix": True}}, **changes)
+    changes["feed_forward"]["own_mix"] = False
+    before = build_model("rwkv4_tiny", **changes)
+    for model in (own, before):
+        model.initialise(seed=0)
+    for (name, a), b in zip(own.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(a, 1 - b if name.endswith(".mix") else b, msg=name)

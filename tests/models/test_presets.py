@@ -157,6 +157,8 @@ CHECKPOINTS = {
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
     "recurrent_gemma": "recurrent_gemma",
+    "rwkv4": "rwkv",
+    "xlstm": "xlstm",
 }
 
 

@@ -23,15 +23,16 @@ class RWKV4(Mixer):
         y = W_o (sigmoid(r) * o)
 
     w and u are learned for each channel. The paper and its code agree. Values and rates start as in the authors' code,
-    where all matrices but that of v start at 0.
+    where all matrices but that of v start at 0. own_mix: whether the parameter `mix` holds 1 - mix_c, the part of the
+    token itself, as in the authors' checkpoints.
     """
 
     in_float32 = ("decay", "bonus")
     no_weight_decay = ("mix",)
 
-    def __init__(self, *, width: int, layer: int, depth: int) -> None:
+    def __init__(self, *, width: int, layer: int, depth: int, own_mix: bool = False) -> None:
         super().__init__()
-        self.layer, self.depth = layer, depth
+        self.layer, self.depth, self.own_mix = layer, depth, own_mix
         self.mix = nn.Parameter(torch.empty(3, width))
         self.decay = nn.Parameter(torch.empty(width))
         self.bonus = nn.Parameter(torch.empty(width))
@@ -41,7 +42,7 @@ class RWKV4(Mixer):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        x_r, x_k, x_v = token_shifts(x, self.mix, seq)
+        x_r, x_k, x_v = token_shifts(x, self.mix, seq, self.own_mix)
         out = ops.wkv(self.key(x_k), self.value(x_v), log_decay(self.decay), self.bonus, seq=seq)
         return self.output(torch.sigmoid(self.receptance(x_r)) * out)
 
@@ -50,8 +51,13 @@ class RWKV4(Mixer):
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         start = Start(self.output.in_features, self.layer, self.depth)
+
+        def mixes() -> Tensor:
+            before = start.mixes(0.5, 1.0, 1.0) - torch.tensor([[0.0], [0.0], [0.3 * start.late]])
+            return 1 - before if self.own_mix else before
+
         values = {
-            "mix": lambda: start.mixes(0.5, 1.0, 1.0) - torch.tensor([[0.0], [0.0], [0.3 * start.late]]),
+            "mix": mixes,
             "decay": lambda: start.speeds(-5.0, 8.0),
             "bonus": lambda: math.log(0.3) + 0.5 * start.zigzag,
         }
