@@ -7,9 +7,10 @@ docs/checkpoints.md of it.
 import copy
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from longreach.kernels.documents import Documents
 from longreach.models import hf
+from longreach.models.hf.checkpoint import Checkpoint
 from longreach.parallel.sequence import Sequence
 
 ORIGINAL, LENGTH = 32, 80  # positions go far beyond the length that the scalings extend
@@ -123,6 +125,8 @@ def in_float64(model):
         if hasattr(module, "get_slope_rate"):
             module.slope_rate = module.get_slope_rate()
             module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
     torch.set_default_dtype(default)
     return model
 
@@ -188,15 +192,28 @@ def assert_near(family: str, column: str, ours, theirs, tolerance: float, name: 
     noted(family, column, float(((ours - theirs).abs() / (1 + theirs.abs())).max()))
 
 
-@cache
-def few_checkpoints() -> list[str]:
-    """Families that together have every block, mixer and feed-forward layer that any has; the first ones have most."""
+def assert_written_back(imported: Imported, path: Path) -> set[str]:
+    """Writes ours as the folder `path`, whose tensors must be bit by bit those that were read; names those not read."""
+    family = hf.known_families()[imported.family]
+    out = write(imported.ours, imported.settings, path, family=family_of(imported.reference))
+    before, after = Checkpoint(imported.folder, family.aliases), Checkpoint(out)
+    unread = before.headers.keys() - after.headers.keys()
+    assert all(any(re.search(pattern, name) for pattern in family.ignored) for name in unread), unread
+    for name in after.headers:
+        if "olmo" not in family.model_type or "conv1d" not in name:  # which they cut into parts of equal size
+            assert torch.equal(after.read(name), before.read(name)), name
+    assert hf.read_settings(out) == imported.settings
+    return unread
+
+
+def few_checkpoints(names: Iterable[str]) -> list[str]:
+    """Families that together have every block, mixer and feed-forward layer of these; the first ones have most."""
 
     def parts(family: hf.Family) -> frozenset[Any]:
         components = (family.model, family.block, *family.mixers.values(), *family.feed_forwards.values())
         return frozenset(component.target for component in components)
 
-    return few_with_all({name: parts(family) for name, family in hf.known_families().items()})
+    return few_with_all({name: parts(hf.known_families()[name]) for name in names})
 
 
 def targets_of(rows, documents):

@@ -1,0 +1,197 @@
+"""Drawn settings of config.json for each family of Hugging Face checkpoints: those that transformers' class declares.
+
+Of each setting the least usual value comes first: hypothesis tries it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from checkpoint_cases import CASES
+from checkpoints import ORIGINAL, SMALL, config_of
+from hypothesis import strategies as st
+
+from longreach.models import hf
+from longreach.models.hf.layers import LayerRule, LayerTypes, Switched, SwitchedWindows
+
+Settings = dict[str, Any]
+Draw = Callable[..., Any]
+
+# Each by itself, where it is declared.
+ALONE: dict[str, tuple[Any, ...]] = {
+    "vocab_size": (67, 61),
+    "intermediate_size": (39, 40),
+    "moe_intermediate_size": (23, 24),
+    "shared_expert_intermediate_size": (19, 20),
+    "shared_intermediate_size": (19, 20),
+    "rms_norm_eps": (1e-2, 1e-5),
+    "layer_norm_eps": (1e-2, 1e-5),
+    "layer_norm_epsilon": (1e-2, 1e-5),
+    "norm_eps": (1e-2, 1e-5),
+    "sliding_window": (3, 200, 9),
+    "kv_lora_rank": (7, 12),
+    "q_lora_rank": (9, None),
+    "qk_rope_head_dim": (2, 6),
+    "qk_nope_head_dim": (5, 10),
+    "v_head_dim": (7, 8),
+    "routed_scaling_factor": (0.7, 2.5),
+    "conv_kernel": (2, 4),
+    "mamba_d_conv": (2, 4),
+    "linear_conv_kernel_dim": (2, 4),
+    "conv_L_cache": (2, 4),
+    "state_size": (5, 8),
+    "ssm_state_size": (5, 8),
+    "mamba_d_state": (5, 8),
+    "linear_key_head_dim": (5, 8),
+    "linear_value_head_dim": (7, 8),
+    "time_step_rank": (3, "auto"),
+    "mamba_dt_rank": (3, "auto"),
+    "logit_scale": (1.7, 0.25),
+    "query_pre_attn_scalar": (7, 16),
+    "embedding_multiplier": (2.0, 1.0),
+    "residual_multiplier": (0.6, 1.0),
+    "attention_multiplier": (0.3, 1.0),
+    "logits_scaling": (0.8, 1.0),
+    "position_embedding_type": ("rope", None),
+    **dict.fromkeys(
+        (
+            "tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "conv_bias", "mamba_proj_bias",
+            "norm_topk_prob", "linear_allow_neg_eigval", "block_auto_adjust_ff_dim",
+        ),
+        (True, False),
+    ),
+    **dict.fromkeys(("use_conv_bias", "mamba_conv_bias"), (False, True)),
+}  # fmt: skip
+HEADS = ((5, 1), (6, 3), (3, 3), (4, 2))  # query heads, and those of keys and values
+MAMBA_HEADS = (("mamba_n_heads", "mamba_n_groups"), ("num_heads", "n_groups"), ("mamba_num_heads", "n_groups"))
+PATTERNS = ("abbb", "aabb", "ba", "aba", "a", "b", "acb")  # kinds of layers, most without a period
+ROPE: tuple[Settings, ...] = (
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "rope_theta": 2e4},
+    {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+    {"rope_type": "default", "rope_theta": 7e4},
+    {
+        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4,
+    },
+)  # fmt: skip
+# What is left as the family's case has it, since another value is refused, or is not computed by transformers' class.
+KEPT: dict[str, set[str]] = {
+    "kimi_linear": {"q_lora_rank"},
+    "minimax": {"sliding_window"},
+    "nemotron_h": {"attention_bias", "sliding_window"},
+}
+MIXED = {"olmo_hybrid"}  # classes that want a layer of each kind
+
+
+@st.composite
+def drawn(draw: Callable[..., Any], family: str) -> Settings:
+    """Settings to lay over those of a small model."""
+    base, declared = CASES[family], _declared(family)
+    settings = dict(base)
+
+    def choose(key: str, *values: Any) -> None:
+        if key in declared:
+            settings[key] = draw(st.sampled_from(values))
+
+    for key, values in ALONE.items():
+        choose(key, *values)
+    for part in (_heads, _layers, _experts, _mamba, _linear):
+        part(draw, family, declared, settings)
+    if "rope_parameters" in declared:
+        types = [
+            key for key, value in (config_of(family, base).rope_parameters or {}).items() if isinstance(value, dict)
+        ]
+        scaled = st.sampled_from(ROPE)
+        settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled)
+    return settings
+
+
+def _declared(family: str) -> set[str]:
+    from transformers import CONFIG_MAPPING
+
+    return {field.name for field in fields(CONFIG_MAPPING[family])} - KEPT.get(family, set())
+
+
+def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
+    """Grouped heads, of sizes that are no power of two; without a key for the size, the width follows from it."""
+    if "num_attention_heads" not in declared:
+        return
+    heads, groups = draw(st.sampled_from(HEADS))
+    turns = (config_of(family, settings).to_dict().get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+    size = draw(st.sampled_from([size for size in (10, 6, 16, 12, 8) if size * turns % 2 == 0]))
+    settings |= {"num_attention_heads": heads}
+    if "num_key_value_heads" in declared:
+        settings["num_key_value_heads"] = heads if "kv_lora_rank" in declared else groups
+    if "head_dim" in declared:
+        settings |= {"head_dim": size, "hidden_size": 60}  # which some classes want to be a multiple of the heads
+    else:
+        settings["hidden_size"] = heads * size
+
+
+def _layers(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
+    table = hf.known_families()[family]
+    pattern = draw(st.sampled_from([each for each in PATTERNS if len(set(each)) > 1 or family not in MIXED]))
+    kinds, depth = _kinds(table.layers), len(pattern)
+    if "num_hidden_layers" in declared:
+        settings["num_hidden_layers"] = depth
+    for key in ("layer_types", "layers_block_type"):
+        if key in declared and kinds:
+            settings[key] = [kinds["abc".index(letter) % len(kinds)] for letter in pattern]
+            if "use_sliding_window" in declared:
+                settings["use_sliding_window"] = "sliding_attention" in settings[key]
+    numbers = st.lists(st.integers(0, depth - 1), max_size=depth, unique=True).map(sorted)
+    for key in ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers"):
+        if key in declared:
+            settings[key] = draw(numbers)
+    for key in ("attn_layer", "expert_layer"):
+        if f"{key}_period" in declared:
+            settings[f"{key}_period"] = period = draw(st.sampled_from((3, 2, 1, 5)))
+            settings[f"{key}_offset"] = draw(st.integers(0, period - 1))
+    if "first_k_dense_replace" in declared:
+        settings["first_k_dense_replace"] = draw(st.integers(0, depth))
+    if "decoder_sparse_step" in declared:
+        settings["decoder_sparse_step"] = draw(st.sampled_from((2, 1)))
+
+
+def _kinds(rule: LayerRule) -> Sequence[str]:
+    if isinstance(rule, Switched):
+        return _kinds(rule.rule)
+    if isinstance(rule, SwitchedWindows):
+        return ("sliding_attention", "full_attention")
+    return list(rule.kinds) if isinstance(rule, LayerTypes) else ()
+
+
+def _experts(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if key not in declared:
+            continue
+        if "n_group" in declared:
+            experts, groups, chosen, each = draw(st.sampled_from(((9, 3, 2, 4), (6, 1, 1, 2), (8, 4, 2, 3))))
+            settings |= {"n_group": groups, "topk_group": chosen}
+        else:
+            experts, each = draw(st.sampled_from(((5, 3), (4, 2), (3, 3))))
+        settings |= {key: experts, "num_experts_per_tok": each}
+
+
+def _mamba(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
+    """Heads of Mamba-2, as many for each group of keys and queries; their sizes make up the inner width."""
+    inner = 2 * settings.get("hidden_size", SMALL["hidden_size"])
+    sizes = [(each, groups) for each, groups in ((2, 3), (3, 1), (1, 2), (4, 1)) if inner % (each * groups) == 0]
+    for key, groups_key in MAMBA_HEADS:
+        if key in declared:
+            each, groups = draw(st.sampled_from(sizes))
+            settings |= {key: each * groups, groups_key: groups}
+            if key == "num_heads":
+                settings["head_dim"] = inner // (each * groups)
+            if "mamba_head_dim" in declared:
+                settings["mamba_head_dim"] = draw(st.sampled_from((7, 8)))
+            if "mamba_d_ssm" in declared:
+                settings["mamba_d_ssm"] = each * groups * draw(st.sampled_from((7, 8)))
+
+
+def _linear(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
+    if "linear_num_value_heads" in declared:
+        values, keys = draw(st.sampled_from(((6, 3), (3, 1), (2, 2))))
+        settings |= {"linear_num_value_heads": values, "linear_num_key_heads": keys}
