@@ -18,6 +18,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -284,6 +285,14 @@ def choices() -> dict[str, Any]:
 def overrides() -> list[str]:
     """What the command line changed."""
     return list(HydraConfig.get().overrides.task)
+
+
+def values_of(overrides: list[str], group: str) -> dict[str, Any]:
+    """What overrides of settings of a group say, as nested dicts without the group's name."""
+    made = OmegaConf.create()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        OmegaConf.update(made, override.key_or_group, override.value(), force_add=True)
+    return {} if not overrides else OmegaConf.to_container(made[group], resolve=True)  # type: ignore[return-value]
 
 
 def quiet_libraries() -> None:

@@ -13,6 +13,7 @@ from ..kernels.dispatch import choose as choose_kernels
 from ..models.moved import with_current_paths
 from ..parallel.mesh import Mesh
 from ..trainer.checkpoint.choice import own_checkpoint, read_config
+from ..trainer.preparation import changed
 from ..trainer.ranks import processes
 from ..trainer.ranks.exchange import together
 from ..trainer.ranks.settings import ulysses_ranks
@@ -33,7 +34,8 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
     """The schema's objects, with the defaults that depend on which settings the command line sets.
 
     `init_from` brings the model and the tokenizer where none is given; beside a checkpoint of LongReach the model may
-    be another with the same parameters. Raises ValueError for a model given beside one of Hugging Face.
+    be another with the same parameters. `+model.NAME=VALUE` alone changes a setting of the model that `init_from`
+    brings. Raises ValueError for a model given beside one of Hugging Face.
     """
     if OmegaConf.is_missing(config.model, "vocabulary"):
         config.model.vocabulary = None  # the tokenizer's
@@ -49,16 +51,20 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
 
 def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
     models = [item for item in overrides if re.match(r"[+~]*([\w/]+@)?model[=.]", item)]
+    others = [item for item in models if not re.match(r"\++model\.", item)]
+    changes = {} if others else configuration.values_of(models, "model")
     own = own_checkpoint(origin)
     if own is not None:
         settings.init_from = str(own)
-        if not models:
-            settings.model = read_config(own)["model"]
-    elif models:
+        if not others:
+            settings.model = changed(read_config(own)["model"], changes)
+    elif others:
         raise ValueError(
-            f"model must not be given with init_from of Hugging Face, which brings its own; got {', '.join(models)}. "
-            "Remove one"
+            f"model must not be given with init_from of Hugging Face, which brings its own; got {', '.join(others)}. "
+            "Remove one, or change single settings of its model: +model.NAME=VALUE"
         )
+    elif changes:
+        settings.model = changes
     with_text = settings.data.source != "recall"
     if with_text and not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
         if own is not None and not (own / "tokenizer").is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,15 +100,27 @@ def _remedy(settings: Settings, corpus: Corpus, met: int, rows: int) -> str:
 def configured_model(settings: Settings) -> dict[str, Any]:
     """The model's configuration as it is given, by `model` or by a Hugging Face checkpoint: perhaps without vocabulary.
 
-    Raises ValueError where there is none.
+    Beside the latter, `model` without a `_target_` changes some of its settings. Raises ValueError where there is none.
     """
-    origin = settings.init_from
-    model = dict(settings.model) if origin is None or checkpoint.is_one(origin) else hf.read_settings(origin)
+    origin, model = settings.init_from, dict(settings.model)
+    if origin is not None and not checkpoint.is_one(origin):
+        model = changed(hf.read_settings(origin), {} if "_target_" in model else model)
     if not model.get("_target_"):
         raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
     if settings.trainer.activation_checkpointing != "none":
         model["activation_checkpointing"] = settings.trainer.activation_checkpointing
     return model
+
+
+def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with some of them changed; settings with a `_target_` or a `kind` take the place of others."""
+    made = dict(settings)
+    for name, value in changes.items():
+        before = made.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping) and not {"_target_", "kind"} & set(value):
+            value = changed(before, value)
+        made[name] = value
+    return made
 
 
 def check_same_model(path: Path, model: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,9 +43,20 @@ class Rotary:
             )
         if base <= 0:
             raise ValueError(f"rope_base must be positive; got {base}")
-        self.rotation = Rotation(rotated, float(base), RopeScaling(**scaling) if scaling else None)
+        self.rotation = Rotation(rotated, float(base), _scaling(scaling))
         if self.rotation.scaling is not None:
             self.rotation.scaling.check(rotated)
 
     def __call__(self, x: Tensor, seq: Sequence) -> Tensor:
         return rotate(x, *seq.rotations(self.rotation, x.device, torch.promote_types(x.dtype, torch.float32)))
+
+
+def _scaling(settings: dict[str, Any] | None) -> RopeScaling | None:
+    if not settings:
+        return None
+    known = [field.name for field in fields(RopeScaling)]
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"rope_scaling must have settings of {', '.join(known)}; got {', '.join(unknown)}")
+    if missing := sorted({"kind", "factor"} - set(settings)):
+        raise ValueError(f"rope_scaling must have {' and '.join(missing)}; got {', '.join(sorted(settings))}")
+    return RopeScaling(**settings)

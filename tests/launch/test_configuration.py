@@ -1,6 +1,7 @@
 """Overrides as users write them, and what they are told when they are wrong."""
 
 import io
+import json
 import random
 import sys
 from contextlib import redirect_stderr
@@ -20,6 +21,7 @@ from longreach.launch.doctor import Configuration
 from longreach.launch.export import ExportSettings
 from longreach.launch.generate import GenerationSettings
 from longreach.launch.train import TEXTS, to_settings
+from longreach.trainer.preparation import configured_model
 from longreach.trainer.settings import PATHS, Settings
 
 
@@ -174,6 +176,29 @@ def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_without_effect_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(*overrides)
+
+
+def test_single_settings_of_the_model_of_init_from_can_be_changed(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = {
+        "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "rope_scaling": scaling,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def model(*overrides: str) -> dict[str, Any]:
+        return configured_model(settings(f"init_from={tmp_path}", *overrides))
+
+    read = model()
+    made = model("+model.mixers.full.rope_base=1e6", "++model.mixers.full.rope_scaling.factor=8")
+    assert made["mixers"]["full"] == read["mixers"]["full"] | {
+        "rope_base": 1e6,
+        "rope_scaling": read["mixers"]["full"]["rope_scaling"] | {"factor": 8},
+    }
+    assert {**made, "mixers": None} == {**read, "mixers": None}
+    linear = model("+model.mixers.full.rope_scaling={kind: linear, factor: 2}", "+model.multi_token_prediction=1")
+    assert linear["mixers"]["full"]["rope_scaling"] == {"kind": "linear", "factor": 2}
+    assert linear["multi_token_prediction"] == 1
 
 
 def test_the_tokenizer_comes_with_init_from_unless_it_is_given() -> None:

@@ -66,6 +66,16 @@ def test_a_scaling_by_length_refuses_longer_documents_on_every_rank_whatever_it_
             rotary(x[:, :2], Sequence.decoding(cache, 2, 2))
 
 
+def test_a_scaling_of_other_settings_is_refused_by_their_names():
+    for scaling, message in (
+        (YARN | {"lenght": 3}, "rope_scaling must have settings of kind, factor, .*; got lenght"),
+        ({"kind": "linear"}, "rope_scaling must have factor; got kind"),
+        (LONGROPE | {"long_factors": [1.0]}, "long_factors must be one for each pair of the 16 dims"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Rotary(16, 1e4, 1.0, scaling)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_all_layers_of_a_step_share_one_set_of_angles_for_each_base(checkpointing, monkeypatch):
     made = []
