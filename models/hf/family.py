@@ -206,7 +206,7 @@ class Family:
                 assert ours in buffers, f"{self.model_type} must say where {ours} is kept"
                 fixed[ours] = component.fixed[name]
                 continue
-            whole = replace(weight, name=prefix + weight.name)
+            whole = replace(weight, name=prefix + weight.name) if weight.of_layer else weight
             if tensor in first_names:
                 duplicates[whole.name] = first_names[tensor]
             else:

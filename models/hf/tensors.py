@@ -28,6 +28,7 @@ class Weight:
         rows of one tensor: together they have each once. dim: that of the rows.
     read, write: from the shape of their tensor to that of ours, before rows are taken, and back.
     shape: of our module, the shape in which their tensor has our entries; `read` takes them out of it.
+    of_layer: whether the name of a layer's tensor begins with that of the layer; else the name is whole.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Weight:
     read: Callable[[Tensor], Tensor] = _same
     write: Callable[[Tensor], Tensor] = _same
     shape: Callable[[Any], tuple[int, ...]] | None = None
+    of_layer: bool = True
 
 
 @dataclass(frozen=True)

@@ -62,13 +62,16 @@ class LowerBounds(nn.Module):
         return True
 
 
-def bounded(raw: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+def bounded(raw: Tensor, bounds: Tensor | None, layer: int) -> tuple[Tensor, Tensor]:
     """(log f, 1 - f) of the forget gates f = bound + (1 - bound) sigmoid(raw), in the type of both together.
 
-    raw `[..., channels]`, bound `[channels]` within 0 … 1. Neither a closed gate nor a bound of 0 makes an infinite
-    logarithm or a gradient that is not a number.
+    raw `[..., channels]`, bounds `[layers, channels]` within 0 … 1, or None for 0. Neither a closed gate nor a bound of
+    0 makes an infinite logarithm or a gradient that is not a number.
     """
     log_closed = F.logsigmoid(-raw)
+    if bounds is None:
+        return F.logsigmoid(raw), log_closed.exp()
+    bound = bounds[layer]
     least = torch.finfo(bound.dtype).tiny  # in place of 0, whose logarithm has no gradient
     log_forget = torch.logaddexp(F.logsigmoid(raw), bound.clamp(min=least).log() + log_closed)
     return log_forget, (1 - bound) * log_closed.exp()

@@ -32,7 +32,7 @@ class DeltaRule(Mixer):
     changes the state, each time with keys, values and betas of its own. Raises ValueError for sizes that do not divide.
     """
 
-    activation: ClassVar[str] = "silu"  # of the output gate
+    activation: str = "silu"  # of the output gate
     has_beta: ClassVar[bool] = True
     decay: nn.Module | None
     decay_gate: DecayGate | None

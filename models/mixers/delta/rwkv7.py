@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.delta_rule import flops
+from ....kernels.pointwise import l2_norm
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
@@ -33,8 +34,10 @@ class RWKV7(Mixer):
         y = W_o (g * (HeadNorm(o) + (sum of r * k' * r_k in each head) v))
 
     low_c(x) = up_c(f(down_c x)) with f tanh for w, sigmoid for g, and a bias for w, a and v. Ranks default to the
-    paper's rule by width. head_dim: of a head, 64 by default; it must divide the width. The first layer of a model (by
-    `occurrence`) publishes `first_value`, the others read it. Raises ValueError for a head_dim that does not divide.
+    paper's rule by width. head_dim: of a head, 64 by default; it must divide the width. head_norm_eps: the eps of
+    HeadNorm over head_dim. key_eps: added to |k * k_k|^2 under the root, 1e-6 in flash-linear-attention's fused form.
+    The first layer of a model (by `occurrence`) publishes `first_value`, the others read it. Raises ValueError for a
+    head_dim that does not divide, and for an eps that is not positive (key_eps: that is negative).
     """
 
     no_weight_decay = ("mix", "bonus")
@@ -52,12 +55,18 @@ class RWKV7(Mixer):
         rate_rank: int | None = None,
         value_rank: int | None = None,
         gate_rank: int | None = None,
+        head_norm_eps: float = 1e-5,
+        key_eps: float = 0.0,
     ) -> None:
         super().__init__()
         if head_dim < 1 or width % head_dim:
             raise ValueError(f"head_dim must divide width={width}; got {head_dim}. Change one of them")
+        if head_norm_eps <= 0 or key_eps < 0:
+            raise ValueError(
+                f"head_norm_eps must be positive, and key_eps not negative; got {head_norm_eps} and {key_eps}"
+            )
         self.heads, self.head_dim = width // head_dim, head_dim
-        self.layer, self.depth = layer, depth
+        self.layer, self.depth, self.key_eps = layer, depth, key_eps
         self.publishes, self.reads = (("first_value",), ()) if occurrence == 0 else ((), ("first_value",))
         self.mix = nn.Parameter(torch.empty(len(MIXES), width))
         self.removal_key = nn.Parameter(torch.empty(width))
@@ -70,7 +79,7 @@ class RWKV7(Mixer):
         self.rate = LowRank(width, rate_rank or rank(width, 2.5), zero_start=True)
         self.value_mix = LowRank(width, value_rank or rank(width, 1.7), zero_start=True) if self.reads else None
         self.gate = LowRank(width, gate_rank or rank(width, 5.0), torch.sigmoid, bias=False, zero_start=True)
-        self.norm = HeadNorm(self.heads, head_dim, head_dim * 1e-5)
+        self.norm = HeadNorm(self.heads, head_dim, head_dim * head_norm_eps)
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -81,7 +90,8 @@ class RWKV7(Mixer):
             v = torch.lerp(v, read[0], torch.sigmoid(self.value_mix(x_v)))
         decay, rate = self.decay(x_w), torch.sigmoid(self.rate(x_a))
         log_decay = -math.exp(-0.5) * torch.sigmoid(decay)
-        removed = F.normalize(self.by_head(k * self.removal_key), dim=-1)
+        removed = self.by_head(k * self.removal_key)
+        removed = l2_norm(removed, self.key_eps) if self.key_eps else F.normalize(removed, dim=-1)
         k = self.by_head(torch.addcmul(k, k * (rate - 1), self.replacement_key))
         r, v = self.by_head(r), self.by_head(v)
         erase = -removed, removed * self.by_head(rate)

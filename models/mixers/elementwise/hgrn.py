@@ -22,21 +22,30 @@ class HGRN(Mixer):
         y = W_o (RMSNorm(h) * silu(W_g x))
 
     Later layers forget less. The first layer of a model (by `occurrence`) owns the bounds of all layers and publishes
-    `hgrn_bounds`, the others read it. expansion: channels of h over the width. The state is real, as in
-    flash-linear-attention; the paper also turns it by a learned angle per channel, which is left out here. Raises
-    ValueError for an expansion that leaves no channel.
+    `hgrn_bounds`, the others read it; lower_bounds=False leaves them out. expansion: channels of h over the width. The
+    state is real, as in flash-linear-attention; the paper also turns it by a learned angle per channel, which is left
+    out here. Raises ValueError for an expansion that leaves no channel.
     """
 
     def __init__(
-        self, *, width: int, layer: int, depth: int, occurrence: int = 0, expansion: float = 1, norm_eps: float = 1e-6
+        self,
+        *,
+        width: int,
+        layer: int,
+        depth: int,
+        occurrence: int = 0,
+        expansion: float = 1,
+        lower_bounds: bool = True,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         inner = int(expansion * width)
         if inner < 1:
             raise ValueError(f"expansion * width must be at least 1; got {expansion} * {width}. Raise the expansion")
         self.inner, self.layer = inner, layer
-        first = occurrence == 0
-        self.publishes, self.reads = (("hgrn_bounds",), ()) if first else ((), ("hgrn_bounds",))
+        first = lower_bounds and occurrence == 0
+        self.publishes = ("hgrn_bounds",) if first else ()
+        self.reads = ("hgrn_bounds",) if lower_bounds and not first else ()
         self.no_weight_decay = ("bounds.weight",) if first else ()
         self.bounds = LowerBounds(depth, inner) if first else None
         self.value = nn.Linear(width, inner, bias=False)  # i
@@ -46,12 +55,12 @@ class HGRN(Mixer):
         self.output = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
-        bounds = read[0] if self.bounds is None else self.bounds()
-        log_decay, closed = bounded(self.forget(x), bounds[self.layer])
+        own = () if self.bounds is None else (self.bounds(),)
+        log_decay, closed = bounded(self.forget(x), next(iter(own or read), None), self.layer)
         entering = F.silu(self.value(x)) * closed.to(x.dtype)
         out = ops.diagonal_scan(entering, log_decay, seq=seq)
         result = self.output(self.norm(out, self.gate(x), "silu"))
-        return (result, bounds) if self.publishes else result
+        return (result, *own) if own else result
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, channels=self.inner)

@@ -11,6 +11,7 @@ from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
 from ...layers.low_rank import LowRank
 from ...layers.normalisation import RMSNorm
+from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, head_size
 
 
@@ -21,8 +22,9 @@ class GatedLinearAttention(Mixer):
         g_t = logsigmoid(W_2 W_1 x_t + b) / gate_normaliser          W_1 of rank gate_rank
         y = W_o (silu(W_r x) * RMSNorm(o))              the norm is within each head, with one weight for all heads
 
-    key_dim, value_dim: of a head; by default half of and all of width / heads. Without the gate_normaliser a new
-    model forgets within a few tokens. Raises ValueError for sizes that do not divide.
+    key_dim, value_dim: of a head; by default half of and all of width / heads. conv_size: taps of a short convolution
+    over q, k and v, with silu, or None for none. Without the gate_normaliser a new model forgets within a few tokens.
+    Raises ValueError for sizes that do not divide.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class GatedLinearAttention(Mixer):
         value_dim: int | None = None,
         gate_rank: int = 16,
         gate_normaliser: float = 16.0,
+        conv_size: int | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -46,13 +49,16 @@ class GatedLinearAttention(Mixer):
         self.query = nn.Linear(width, keys, bias=False)
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
+        self.conv = None if conv_size is None else ShortConvolution(2 * keys + values, conv_size, activation="silu")
         self.decay = LowRank(width, gate_rank, outputs=keys, up=GateLinear)
         self.gate = nn.Linear(width, values, bias=False)
         self.norm = RMSNorm(self.value_dim, norm_eps)
         self.output = nn.Linear(values, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
+        parts = self.query(x), self.key(x), self.value(x)
+        parts = parts if self.conv is None else self.conv.of_parts(parts, seq)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         log_decay = (F.logsigmoid(self.decay(x)) / self.gate_normaliser).unflatten(-1, (self.heads, -1))
         out = ops.gated_linear_attention(q, k, v, log_decay, seq=seq)
         gate = self.gate(x).unflatten(-1, (self.heads, self.value_dim))

@@ -11,6 +11,7 @@ from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear
 from ...layers.normalisation import RMSNorm
+from ...layers.short_convolution import ShortConvolution
 from ...mixer import Mixer, check_groups, head_size
 
 
@@ -23,7 +24,8 @@ class GatedSlotAttention(Mixer):
         y = W_o RMSNorm(silu(o))                         the norm spans all heads
 
     slots: M of each head. kv_heads: of k, v and f, by default as many as heads; each is shared by as many heads of q,
-    and repeated for them. There is no scale on q. Raises ValueError for sizes that do not divide.
+    and repeated for them. conv_size: taps of a short convolution over W x, with another silu, or None for none. There
+    is no scale on q. Raises ValueError for sizes that do not divide.
     """
 
     small = {"slots": 6}
@@ -38,6 +40,7 @@ class GatedSlotAttention(Mixer):
         key_dim: int | None = None,
         value_dim: int | None = None,
         gate_normaliser: float = 8.0,
+        conv_size: int | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -51,13 +54,16 @@ class GatedSlotAttention(Mixer):
         self.query = nn.Linear(width, heads * self.key_dim, bias=False)
         self.key = nn.Linear(width, kv_heads * self.key_dim, bias=False)
         self.value = nn.Linear(width, kv_heads * self.value_dim, bias=False)
+        channels = (heads + kv_heads) * self.key_dim + kv_heads * self.value_dim
+        self.conv = None if conv_size is None else ShortConvolution(channels, conv_size, activation="silu")
         self.forget = GateLinear(width, kv_heads * slots, bias=False)
         self.norm = RMSNorm(heads * self.value_dim, norm_eps)
         self.output = nn.Linear(heads * self.value_dim, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q = F.silu(self.query(x)).unflatten(-1, (self.heads, -1))
-        k, v = (self.by_head(F.silu(project(x))) for project in (self.key, self.value))
+        parts = self.query(x), self.key(x), self.value(x)
+        q, k, v = map(F.silu, parts if self.conv is None else self.conv.of_parts(parts, seq))
+        q, k, v = q.unflatten(-1, (self.heads, -1)), self.by_head(k), self.by_head(v)
         log_decay = self.by_head(F.logsigmoid(self.forget(x)) / self.gate_normaliser)
         out = ops.slot_attention(q, k, v, -torch.expm1(log_decay), log_decay, seq=seq, scale=1.0)
         return self.output(self.norm(F.silu(out.flatten(-2))))

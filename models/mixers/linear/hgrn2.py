@@ -22,9 +22,9 @@ class HGRN2(Mixer):
         y = W_o RMSNorm(o)                                  the norm spans all heads
 
     Later layers forget less. The first layer of a model (by `occurrence`) owns the bounds of all layers and publishes
-    `hgrn2_bounds`, the others read it. key_dim: of a head, by default width / heads; the paper's models have 128. The
-    scale of the output, which the norm takes out again but for its epsilon, is that of flash-linear-attention. Raises
-    ValueError for sizes that do not divide.
+    `hgrn2_bounds`, the others read it; lower_bounds=False leaves them out. key_dim: of a head, by default width /
+    heads; the paper's models have 128. The scale of the output, which the norm takes out again but for its epsilon, is
+    that of flash-linear-attention. Raises ValueError for sizes that do not divide.
     """
 
     def __init__(
@@ -36,14 +36,16 @@ class HGRN2(Mixer):
         heads: int,
         occurrence: int = 0,
         key_dim: int | None = None,
+        lower_bounds: bool = True,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.heads, self.layer = heads, layer
         self.value_dim = head_size("heads", width, heads)
         self.key_dim = self.value_dim if key_dim is None else key_dim
-        keys, first = heads * self.key_dim, occurrence == 0
-        self.publishes, self.reads = (("hgrn2_bounds",), ()) if first else ((), ("hgrn2_bounds",))
+        keys, first = heads * self.key_dim, lower_bounds and occurrence == 0
+        self.publishes = ("hgrn2_bounds",) if first else ()
+        self.reads = ("hgrn2_bounds",) if lower_bounds and not first else ()
         self.no_weight_decay = ("bounds.weight",) if first else ()
         self.bounds = LowerBounds(depth, keys) if first else None
         self.query = nn.Linear(width, keys, bias=False)
@@ -53,13 +55,13 @@ class HGRN2(Mixer):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
-        bounds = read[0] if self.bounds is None else self.bounds()
-        log_decay, k = bounded(self.forget(x), bounds[self.layer])
+        own = () if self.bounds is None else (self.bounds(),)
+        log_decay, k = bounded(self.forget(x), next(iter(own or read), None), self.layer)
         parts = F.silu(self.query(x)), k.to(x.dtype), self.value(x), log_decay
         q, k, v, log_decay = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         out = ops.gated_linear_attention(q, k, v, log_decay, seq=seq)
         result = self.output(self.norm(out.flatten(-2)))
-        return (result, bounds) if self.publishes else result
+        return (result, *own) if own else result
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)

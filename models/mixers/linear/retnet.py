@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from ....kernels.gated_linear import flops
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ...layers.normalisation import HeadNorm
+from ...layers.normalisation import HeadNorm, RMSNorm
 from ...layers.rotary import Rotary
 from ...mixer import Mixer, head_size
+
+NORMS = ("group", "rms")
 
 
 class RetNet(Mixer):
@@ -18,10 +20,11 @@ class RetNet(Mixer):
 
         S_t = gamma_h S_(t-1) + k_t^T v_t        o_t = q_t S_t / sqrt(key_dim)        q, k rotated by position
         gamma_h = 1 - 2^(-5 - h)                 h = 0 … H - 1, fixed, not learned
-        y = W_o (silu(W_g x) * GroupNorm_h(o))
+        y = W_o (silu(W_g x) * norm(o))
 
-    key_dim, value_dim: of a head; by default once and twice width / heads. Raises ValueError for sizes that do not
-    divide.
+    norm: "group", that of the paper's equations, is GroupNorm_h, with a weight and a bias for each channel; "rms" is an
+    RMS norm of each head with one weight for all, as flash-linear-attention has it. key_dim, value_dim: of a head; by
+    default once and twice width / heads. Raises ValueError for sizes that do not divide, and for an unknown norm.
     """
 
     def __init__(
@@ -32,9 +35,12 @@ class RetNet(Mixer):
         key_dim: int | None = None,
         value_dim: int | None = None,
         rope_base: float = 10000.0,
+        norm: str = "group",
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}. Choose one")
         self.heads = heads
         self.key_dim = head_size("heads", width, heads, "key_dim") if key_dim is None else key_dim
         self.value_dim = 2 * head_size("heads", width, heads, "value_dim") if value_dim is None else value_dim
@@ -44,7 +50,7 @@ class RetNet(Mixer):
         self.key = nn.Linear(width, keys, bias=False)
         self.value = nn.Linear(width, values, bias=False)
         self.gate = nn.Linear(width, values, bias=False)
-        self.norm = HeadNorm(heads, self.value_dim, norm_eps)
+        self.norm = HeadNorm(heads, self.value_dim, norm_eps) if norm == "group" else RMSNorm(self.value_dim, norm_eps)
         self.output = nn.Linear(values, width, bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:
@@ -57,7 +63,10 @@ class RetNet(Mixer):
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.query, self.key, self.value))
         q, k = self.rotary(q, seq), self.rotary(k, seq)
         out = ops.gated_linear_attention(q, k, v, self.log_decay(x), seq=seq)
-        return self.output(self.norm(out, self.gate(x), "silu"))
+        gate = self.gate(x)
+        if isinstance(self.norm, RMSNorm):
+            return self.output(self.norm(out, gate.view_as(out), "silu").flatten(-2))
+        return self.output(self.norm(out, gate, "silu"))
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.places, heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)
