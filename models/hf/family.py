@@ -63,7 +63,7 @@ def renamed(**names: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
 class Family:
     """The models of one `model_type`; each file of `families/` declares one as `FAMILY`.
 
-    architecture: transformers' class of the model.
+    architecture: the class of the model. library: whose it is.
     mixers, layers: the mixers by name, and the rule that says which of them each layer has: `a+b` has two side by side.
     side_by_side: what joins these; None where no layer has several.
     feed_forwards, feed_forward_layers: the same of the feed-forward layers; none where blocks are a mixer alone.
@@ -100,6 +100,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     forms: tuple[tuple[str, Family], ...] = ()
     predicts: bool = False
+    library: str = "transformers"
     current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
     written: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
 

@@ -146,7 +146,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     flat = {key: value for key, value in config.items() if key != "attn"}
     for kind, settings in zip(kinds, each, strict=True):
-        flat |= {f"attn.{kind}.{key}": value for key, value in settings.items()}
+        flat |= {f"attn.{kind}.{key}": value for key, value in settings.items() if value is not None}
     return flat
 
 
@@ -237,6 +237,7 @@ def flash_linear_attention(
         "model": FLA_MODEL,
         "current": current,
         "written": nested,
+        "library": "flash-linear-attention",
     }
     return Family(model_type, architecture, rules=(*rules, *FLA_RULES), **{**settings, **more})
 

@@ -208,8 +208,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere2": COHERE2 | {"head_dim": 10},
     "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
 }
-for name in hf.known_families():
-    CASES.setdefault(name, {})  # a new family is tried without a line here
+for name, family in hf.known_families().items():
+    if family.library == "transformers":
+        CASES.setdefault(name, {})  # a new family is tried without a line here
 
 
 def family_named(case: str) -> str:

@@ -66,11 +66,16 @@ def own_classes() -> Iterator[None]:
 
 
 def random_model(config: Any) -> Any:
-    """A small transformers model whose parameters, norms, biases and buffers too, are far from neutral values."""
+    """A small transformers model, `filled`."""
     from transformers import AutoModelForCausalLM
 
     with definitions_alone():
-        model = AutoModelForCausalLM.from_config(config).float().eval()
+        return filled(AutoModelForCausalLM.from_config(config))
+
+
+def filled(model: Any) -> Any:
+    """The model in float32, its parameters, norms, biases and buffers too, far from neutral values."""
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -196,7 +201,7 @@ def assert_written_back(imported: Imported, path: Path) -> set[str]:
     """Writes ours as the folder `path`, whose tensors must be bit by bit those that were read; names those not read."""
     family = hf.known_families()[imported.family]
     out = write(imported.ours, imported.settings, path, family=family_of(imported.reference))
-    before, after = Checkpoint(imported.folder, family.aliases), Checkpoint(out)
+    before, after = (Checkpoint(folder, family.aliases) for folder in (imported.folder, out))
     unread = before.headers.keys() - after.headers.keys()
     assert all(any(re.search(pattern, name) for pattern in family.ignored) for name in unread), unread
     for name in after.headers:

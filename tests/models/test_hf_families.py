@@ -3,52 +3,39 @@
 The families of `few_checkpoints` pass all tests in `make check`, and the others the one that takes least.
 """
 
-import copy
 import json
-from functools import partial
-from itertools import accumulate
 
 import pytest
 import torch
 from checkpoint_cases import CASES, family_named
+from checkpoint_checks import (
+    check_greedy_decoding,
+    check_logits,
+    check_logits_in_float64_and_settings,
+    check_loss_and_gradients,
+    check_two_ranks,
+    check_what_is_written,
+)
 from checkpoint_table import BOUNDS, COLUMNS, COMMAND, PAGE, UNKNOWN, refused, rows_of
 from checkpoints import (
-    LENGTH,
     SMALL,
     Imported,
-    InFloat64,
-    assert_near,
-    assert_written_back,
     config_of,
     few_checkpoints,
     load,
     logits,
-    loss_and_gradients,
-    noted,
     own_classes,
     random_model,
-    saved,
-    state_of,
-    targets_of,
-    their_logits,
     tokens,
     write,
 )
-from distributed import run_threads
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
-from longreach.kernels.documents import Documents
 from longreach.models import hf
-from longreach.models.decoding import generate
 from longreach.models.hf.checkpoint import Checkpoint
 from longreach.models.part import Cut
-from longreach.parallel.layout import Layout
-from longreach.parallel.mesh import Mesh
-from longreach.parallel.sequence import Sequence
-from longreach.parallel.strategy import Strategy
 
-ROW, PACKED = LENGTH // 2 + 4, [[17, 27], [44]]  # tokens of a row, and lengths of the documents of two
 FIRST = [case for case in CASES if case == family_named(case)]
 FEW = few_checkpoints(FIRST)
 
@@ -76,99 +63,44 @@ def imported(request, tmp_path_factory):
 
 @cases(fast=FIRST)
 def test_logits_are_those_of_transformers_in_float64_and_settings_come_back(imported):
-    with InFloat64():
-        expected = their_logits(imported.theirs_in_float64, tokens(ROW))
-    assert expected.std() > 0.3
-    assert_near(imported.family, "logits in float64", logits(imported.ours_in_float64, tokens(ROW)), expected, 1e-9)
-    family = hf.known_families()[imported.family]
-    written = family.config(imported.settings)
-    assert not written.problems
-    assert family.settings(family.written(written.config)) == imported.settings
+    check_logits_in_float64_and_settings(imported)
 
 
 @cases(fast=FEW)
 def test_logits_are_those_of_transformers(imported):
-    expected = their_logits(imported.reference, tokens())
-    assert_near(imported.family, "logits in float32", logits(imported.ours, tokens()), expected, 1e-4)
+    check_logits(imported)
 
 
 @cases(fast=FEW)
 def test_loss_and_gradients_are_those_of_transformers_in_float64(imported, tmp_path):
-    """Their gradients are saved in place of their weights, so that ours are compared with what is read of them."""
-    ours, theirs, row = imported.ours_in_float64, copy.deepcopy(imported.theirs_in_float64), tokens(ROW - 1)
-    with InFloat64():
-        out = theirs(row, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum")
-        loss.backward()
-    seq, targets = Sequence.single(Documents.whole(*row.shape)), targets_of(row, [[row.shape[1]]] * 2)
-    total, gradients = loss_and_gradients(ours, seq, row, targets)
-    assert_near(imported.family, "gradients", total, loss.detach(), 1e-9, "of the loss")
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    read = load(saved(theirs, tmp_path / "gradients"), torch.float64)
-    for (name, parameter), gradient in zip(read.named_parameters(), gradients, strict=True):
-        assert_near(imported.family, "gradients", gradient, parameter.detach(), 1e-8, f"of {name}")
-        assert parameter.abs().max() > 0, name
+    check_loss_and_gradients(imported, tmp_path)
 
 
 @cases(fast=FEW)
 def test_what_is_written_is_what_was_read_and_transformers_loads_it(imported, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    reference, out = imported.reference, tmp_path / "ours"
-    unread = assert_written_back(imported, out)
-    for (name, a), (_, b) in zip(state_of(load(out)), state_of(imported.ours), strict=True):
-        assert torch.equal(a, b), name
-    theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not {key: value for key, value in report.items() if value and set(value) != unread}, report
-    assert type(theirs) is type(reference)
-    for (name, a), (_, b) in zip(theirs.named_parameters(), reference.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    torch.testing.assert_close(their_logits(theirs, tokens()), their_logits(reference, tokens()), atol=1e-4, rtol=1e-4)
-    noted(imported.family, "writes", 0.0)
+    check_what_is_written(imported, AutoModelForCausalLM, tmp_path)
 
 
 @cases(fast=FEW[:2])
 def test_two_ranks_give_what_one_device_and_transformers_give(imported):
-    """Of packed rows in float64; transformers runs each document alone."""
-    rows, documents, layout = tokens(ROW), Documents.from_lengths(PACKED), Layout(ROW, 2, spans=2)
-    ours, near = imported.ours_in_float64, partial(assert_near, imported.family, "two ranks", tolerance=1e-9)
-
-    def run(seq):
-        with torch.no_grad():
-            out = ours(seq.shard(rows), seq)
-        return out, *loss_and_gradients(ours, seq, rows, targets_of(rows, PACKED))
-
-    out, loss, gradients = run(Sequence.single(documents))
-    ranks = run_threads(2, lambda rank, world: run(Sequence.shared(documents, layout, Mesh.create(world), Strategy())))
-    outs, losses, gradients_of_ranks = zip(*ranks, strict=True)
-    both = layout.unshard(list(outs))
-    near(both, out, name="of logits")
-    near(sum(losses), loss, name="of the loss")
-    names = [name for name, _ in ours.named_parameters()]
-    for name, expected, *parts in zip(names, gradients, *gradients_of_ranks, strict=True):
-        near(sum(parts), expected, name=f"of {name}")
-    for row, lengths in enumerate(PACKED):
-        for start, length in zip((0, *accumulate(lengths)), lengths, strict=False):
-            here = slice(row, row + 1), slice(start, start + length)
-            with InFloat64():
-                expected = their_logits(imported.theirs_in_float64, rows[here])
-            near(both[here], expected, name=f"of the document from {start} of row {row}")
+    check_two_ranks(imported)
 
 
 @cases(fast=FEW[:2])
 def test_greedy_decoding_is_that_of_transformers(imported):
-    prompt, count = tokens()[:1, :11], 64 if imported.case == imported.family else 12
     # With a cache their Mamba-2 does not clamp its steps; a case says if its model has none.
     config = imported.reference.config
     cached = config.use_cache and getattr(config, "time_step_limit", (0.0,))[0] == 0.0
-    theirs = imported.reference.generate(
-        prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
-    )
-    ours = generate(imported.ours, prompt[0].tolist(), max_new_tokens=count, temperature=0.0)
-    assert list(ours) == theirs[0, 11:].tolist()
-    noted(imported.family, "decodes", count)
+
+    def theirs(prompt, count):
+        row = imported.reference.generate(
+            prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
+        )
+        return row[0, prompt.shape[1] :].tolist()
+
+    check_greedy_decoding(imported, theirs, 64 if imported.case == imported.family else 12)
 
 
 # What needs no transformers.

@@ -10,10 +10,20 @@ from ....feed_forward.rwkv import RWKVChannelMixing
 from ....mixers.delta.rwkv7 import MIXES, RWKV7, rank
 from ...components import Component
 from ...config import ConfigReader, ConfigWriter
-from ...fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Quotient, Rule
-from ...flash_linear_attention import FLA_BLOCK, FLA_MODEL, Hidden, flash_linear_attention, projections
+from ...fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule
+from ...flash_linear_attention import FLA_BLOCK, FLA_MODEL, Hidden, PerHead, flash_linear_attention, projections
 from ...layers import DENSE, LINEAR, Every
 from ...tensors import Weight
+
+
+class HeadDim(PerHead):
+    """`head_dim`; where it is null, what the heads leave it."""
+
+    def read(self, reader: ConfigReader) -> int:
+        return super().read(reader) if reader.get("head_dim") is None else reader.integer("head_dim")
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        writer.put("head_dim", value, setting)
 
 
 class KeyEps(Field):
@@ -68,7 +78,7 @@ LOW_RANKS = {"decay": "w", "rate": "a", "value_mix": "v", "gate": "g"}
 MIXER = Component(
     RWKV7,
     {
-        "head_dim": Integer("head_dim", Quotient("hidden_size", "num_heads"), absent=64),
+        "head_dim": HeadDim("num_heads"),
         "decay_rank": Integer("decay_low_rank_dim"),
         "rate_rank": Integer("a_low_rank_dim"),
         "value_rank": Integer("v_low_rank_dim"),
@@ -113,6 +123,7 @@ FAMILY = flash_linear_attention(
         names={"embedding_norm": "model.layers.0.pre_norm"},
     ),
     defaults={
+        "head_dim": 64,
         "decay_low_rank_dim": 64,
         "gate_low_rank_dim": 128,
         "a_low_rank_dim": 64,
