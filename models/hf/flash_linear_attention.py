@@ -12,7 +12,7 @@ from .components import ATTENTION, BLOCK, GATED_MLP, MODEL, Component
 from .config import ConfigReader, ConfigWriter
 from .family import Family, renamed
 from .fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule, Unread
-from .layers import DENSE, FULL, LINEAR, WINDOW, LayerRule, Numbered
+from .layers import DENSE, FULL, LINEAR, WINDOW, Every, LayerRule, Numbered
 from .rope import RopeBase
 from .tensors import Weight, convolution
 
@@ -150,8 +150,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of what `current` of these families does with `attn`."""
+def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flat`."""
     prefixes = {kind: f"attn.{kind}." for kind in _KINDS}
     whole = {key: value for key, value in config.items() if not key.startswith(tuple(prefixes.values()))}
     each = [
@@ -213,32 +213,34 @@ def flash_linear_attention(
     defaults: Mapping[str, Any],
     rules: tuple[Rule, ...] = (),
     rename: Mapping[str, str] | None = None,
+    alone: bool = False,
     **more: Any,
 ) -> Family:
     """The family of a model whose layers have the mixer, but for those with softmax attention.
 
     defaults: of keys that a config.json may leave out. rules: beside those of all these families. rename: keys by other
-    names that they have had. more: what else `Family` takes.
+    names that they have had. alone: whether no layer can have attention instead. more: what else `Family` takes.
     """
     known = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "hidden_ratio": 4, **defaults}
+    by_name = renamed(**(rename or {}))
 
     def current(config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**known, **renamed(**(rename or {}))(_flat(config))}
+        return {**known, **by_name(config if alone else _flat(config))}
 
     settings: dict[str, Any] = {
-        "mixers": {
-            LINEAR: mixer,
-            FULL: attention("attn.full.", window=Fixed(None)),
-            WINDOW: attention("attn.window.", window=Integer("attn.window.window_size")),
-        },
-        "layers": AttentionIn(LINEAR),
+        "mixers": {LINEAR: mixer},
+        "layers": Every(LINEAR),
         "feed_forwards": {DENSE: FLA_MLP},
         "block": FLA_BLOCK,
         "model": FLA_MODEL,
         "current": current,
-        "written": nested,
         "library": "flash-linear-attention",
     }
+    if not alone:
+        full = attention("attn.full.", window=Fixed(None))
+        window = attention("attn.window.", window=Integer("attn.window.window_size"))
+        settings["mixers"] |= {FULL: full, WINDOW: window}
+        settings |= {"layers": AttentionIn(LINEAR), "written": _nested}
     return Family(model_type, architecture, rules=(*rules, *FLA_RULES), **{**settings, **more})
 
 

@@ -138,6 +138,40 @@ class Heads(Rule):
         return expand * width / dim
 
 
+_OF_FLASH_LINEAR_ATTENTION = {
+    "norm_eps": "layer_norm_epsilon", "dt_limit": "time_step_limit", "dt_rank": "time_step_rank",
+    "dt_min": "time_step_min", "dt_max": "time_step_max", "dt_init_floor": "time_step_floor",
+    "dt_scale": "time_step_scale", "dt_init_scheme": "time_step_init_scheme",
+}  # fmt: skip
+
+
+def of_either_library(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A `current` of Mamba and Mamba-2: the models of flash-linear-attention have the same type and class names.
+
+    They are told by `norm_eps`, and hold the same tensors.
+    """
+    if "norm_eps" not in config or "layer_norm_epsilon" in config:
+        return config
+    known = {_OF_FLASH_LINEAR_ATTENTION.get(key, key): value for key, value in config.items()}
+    return {"tie_word_embeddings": False, "n_groups": 1, **known}
+
+
+class OutputNorm(Rule):
+    """`rmsnorm`, `norm_before_gate` and `D_has_hdim` of flash-linear-attention's Mamba-2, which has the first of these
+    keys, must say what transformers' class does.
+    """
+
+    def read(self, reader: ConfigReader) -> None:
+        reader.get("D_has_hdim")
+        if reader.get("rmsnorm") is not None:
+            reader.only("rmsnorm", True)
+            reader.only("norm_before_gate", False)
+            reader.only("D_has_hdim", False)
+
+    def write(self, writer: ConfigWriter) -> None:
+        pass
+
+
 def _resolve_mamba(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     rank = -(-arguments["width"] // 16) if arguments["step_rank"] is None else arguments["step_rank"]
     without = ("norm_eps",) if arguments["part_norms"] is None else ()
@@ -157,7 +191,8 @@ STATE_SPACE_RULES: tuple[Rule, ...] = (
         ("residual_in_fp32", "rescale_prenorm_residual", "use_mambapy", "use_associative_scan",
          "use_falcon_mambapy", "time_step_scale", "time_step_min", "time_step_max", "time_step_floor", "chunk_size",
          "time_step_init_scheme", "time_step_rank", "d_inner", "d_model", "n_layer", "fused_add_norm", "ssm_cfg",
-         "rms_norm", "norm_before_gate", "layer_types")
+         "rms_norm", "norm_before_gate", "layer_types", "fuse_norm", "fuse_cross_entropy",
+         "fuse_linear_cross_entropy", "use_l2warp", "conv_init", "A_init_range")
     ),
 )  # fmt: skip
 CONVOLUTION: dict[str, str | Weight] = {

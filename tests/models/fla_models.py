@@ -62,8 +62,16 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of families of transformers, whose config.json it writes with other keys.
+MAMBA = {"state_size": 5, "conv_kernel": 3, "norm_eps": 1e-3, "tie_word_embeddings": True, "pad_token_id": None}
+ALSO: dict[str, dict[str, Any]] = {
+    "mamba": MAMBA | {"dt_rank": 3, "use_bias": True, "use_conv_bias": False},
+    "mamba2": MAMBA | {"head_dim": 8, "chunk_size": 16, "dt_limit": [0.01, 2.0], "num_heads": 6},
+}
+
+
 def config_of(family: str, more: dict[str, Any]) -> Any:
-    """A configuration of its class; skips the test without flash-linear-attention."""
+    """A small configuration of its class; skips the test without flash-linear-attention."""
     module = pytest.importorskip(f"fla.models.{family}", reason="needs flash-linear-attention, an oracle here alone")
     (name,) = (name for name in module.__all__ if name.endswith("Config"))
     return getattr(module, name)(**{**SMALL, **json.loads(json.dumps(more))})
@@ -108,7 +116,7 @@ Replacement = tuple[str, str, Callable[..., Any]]
 
 def _modules() -> list[Replacement]:
     """Norms, gates, convolutions, rotary positions and shifts."""
-    norms = import_module("fla.modules.norm.layernorm")
+    norms, grouped = (import_module(f"fla.modules.norm.{name}") for name in ("layernorm", "layernorm_gated"))
     rotary = import_module("fla.modules.rotary.ops")
     shift = import_module("fla.modules.token_shift")
 
@@ -155,6 +163,7 @@ def _modules() -> list[Replacement]:
         (of_norms, "layer_norm", normed(norms.layer_norm_ref)),
         (of_norms, "group_norm", normed(norms.group_norm_ref)),
         ("fla.modules.norm.fused_norm_gate", "rms_norm_gated", gated),
+        (grouped.__name__, "rmsnorm_fn", grouped.rms_norm_ref),
         *((f"fla.layers.{layer}", "rms_norm_linear", normed_linear) for layer in ("gsa", "hgrn2")),
         ("fla.modules.causal_conv1d.ops", "causal_conv1d", convolved),
         ("fla.layers.gated_deltanet", "causal_conv1d", convolved),

@@ -138,10 +138,15 @@ CHECKPOINTS = {
     "bamba": "bamba",
     "command_a": "cohere2",
     "deepseek_v3": "deepseek_v3",
+    "deltanet": "delta_net",
     "falcon_h1": "falcon_h1",
     "falcon_mamba": "falcon_mamba",
+    "gated_deltanet": "gated_deltanet",
     "gemma3": "gemma3_text",
+    "gla": "gla",
     "gpt_oss": "gpt_oss",
+    "gsa": "gsa",
+    "hgrn2": "hgrn2",
     "jamba_v0_1": "jamba",
     "kimi_linear": "kimi_linear",
     "lfm2": "lfm2",
@@ -157,7 +162,9 @@ CHECKPOINTS = {
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
     "recurrent_gemma": "recurrent_gemma",
+    "retnet": "retnet",
     "rwkv4": "rwkv",
+    "rwkv7": "rwkv7",
     "xlstm": "xlstm",
 }
 
@@ -165,7 +172,7 @@ CHECKPOINTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_named_models_are_written_as_checkpoints_of_that_name(family):
-    """Every size says what the model of transformers is: none has a setting that its config.json cannot hold."""
+    """Every size says what the model of the library is: none has a setting that its config.json cannot hold."""
     for preset, size in model_sizes().items():
         if size.partition("/")[0] == family:
             settings = OmegaConf.merge(compose_model(preset), {"vocabulary": 64})

@@ -6,7 +6,6 @@ from ....mixers.softmax.forgetting_attention import ForgettingAttention
 from ...config import ConfigReader, ConfigWriter
 from ...fields import Absent, Field, Fixed
 from ...flash_linear_attention import AFFINE, SWISH, attention, flash_linear_attention
-from ...layers import LINEAR, Every
 
 
 class OutputGate(Field):
@@ -32,8 +31,7 @@ FAMILY = flash_linear_attention(
     "forgetting_transformer",
     "ForgettingTransformerForCausalLM",
     MIXER,
-    mixers={LINEAR: MIXER},
-    layers=Every(LINEAR),
+    alone=True,
     defaults={"num_heads": 32},
     rules=(
         SWISH,

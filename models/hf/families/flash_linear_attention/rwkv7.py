@@ -12,7 +12,7 @@ from ...components import Component
 from ...config import ConfigReader, ConfigWriter
 from ...fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule
 from ...flash_linear_attention import FLA_BLOCK, FLA_MODEL, Hidden, PerHead, flash_linear_attention, projections
-from ...layers import DENSE, LINEAR, Every
+from ...layers import DENSE
 from ...tensors import Weight
 
 
@@ -65,9 +65,8 @@ class Square(Rule):
 
 def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     ranks = {"decay_rank": 2.5, "rate_rank": 2.5, "value_rank": 1.7, "gate_rank": 5.0}
-    return arguments | {
-        name: rank(arguments["width"], factor) for name, factor in ranks.items() if arguments[name] is None
-    }
+    by_rule = {name: rank(arguments["width"], factor) for name, factor in ranks.items() if arguments[name] is None}
+    return {**arguments, **by_rule}
 
 
 def _row(theirs: Tensor) -> Tensor:
@@ -102,8 +101,7 @@ FAMILY = flash_linear_attention(
     "rwkv7",
     "RWKV7ForCausalLM",
     MIXER,
-    mixers={LINEAR: MIXER},
-    layers=Every(LINEAR),
+    alone=True,
     feed_forwards={
         DENSE: Component(
             RWKVChannelMixing,

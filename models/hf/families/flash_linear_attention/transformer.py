@@ -32,6 +32,7 @@ FAMILY = flash_linear_attention(
     "transformer",
     "TransformerForCausalLM",
     FULL_ATTENTION,
+    alone=True,
     mixers={FULL: FULL_ATTENTION, WINDOW: _attention(Integer("window_size"))},
     layers=WhereNull("window_size", null=FULL, given=WINDOW),
     defaults={"num_heads": 32},

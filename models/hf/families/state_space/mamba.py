@@ -2,7 +2,7 @@
 
 from ...family import Family
 from ...layers import LINEAR, Every
-from ...state_space import MAMBA, STATE_SPACE_BLOCK, STATE_SPACE_MODEL, STATE_SPACE_RULES
+from ...state_space import MAMBA, STATE_SPACE_BLOCK, STATE_SPACE_MODEL, STATE_SPACE_RULES, of_either_library
 
 FAMILY = Family(
     model_type="mamba",
@@ -14,4 +14,5 @@ FAMILY = Family(
     model=STATE_SPACE_MODEL,
     rules=STATE_SPACE_RULES,
     prefix="backbone.layers.{layer}.",
+    current=of_either_library,
 )
