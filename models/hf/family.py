@@ -232,11 +232,11 @@ class Family:
         # Parts in sequence are called by their numbers.
         called = part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
         layer, path = layers[int(number)], f"blocks.{number}.{part}"
-        if called == "mixer" and len(layer.mixers) > 1:
-            owner, rest = rest.split(".", 1)
-            path = f"{path}.{owner}"
-        elif called == "mixer":
-            (owner,) = layer.mixers
+        owner, *others = layer.mixers
+        if called == "mixer":
+            if others:  # side by side
+                owner, rest = rest.split(".", 1)
+                path = f"{path}.{owner}"
         elif called == FEED_FORWARD and layer.feed_forward is not None:
             owner = layer.feed_forward
         else:

@@ -102,6 +102,20 @@ CASES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "deepseek_v2": DEEPSEEK_V3
+    | {
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+        },
+    },
+    "deepseek_v2_lite": DEEPSEEK_V3 | {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True},
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v3_yarn": DEEPSEEK_V3
     | {
@@ -116,6 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "deepseek_v32": DEEPSEEK_V3 | {"index_topk": 7, "index_n_heads": 16, "index_head_dim": 10},
     "gpt_oss": GPT_OSS,
     "gpt_oss_yarn": MIXTURE | {"head_dim": 6, "attention_bias": False, "sliding_window": 60},
     "llama4_text": LLAMA4,

@@ -137,7 +137,9 @@ def test_thirty_steps_lower_the_loss(preset):
 CHECKPOINTS = {
     "bamba": "bamba",
     "command_a": "cohere2",
+    "deepseek_v2_lite": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "deepseek_v3_2": "deepseek_v32",
     "falcon_h1": "falcon_h1",
     "falcon_mamba": "falcon_mamba",
     "gemma3": "gemma3_text",
