@@ -210,6 +210,10 @@ def settings_of(**config):
         ({"model_type": "minimax", "sliding_window": 8}, "sliding_window must be absent; got 8"),
         ({"model_type": "mamba2", "num_heads": 5}, "num_heads must be expand .* / head_dim = 1; got 5"),
         ({"model_type": "mamba2", "time_step_limit": [0.1]}, "time_step_limit must be two numbers; got"),
+        (
+            {"model_type": "nemotron_h", "layers_block_type": ["attention", "moe"], "mlp_bias": True},
+            "mlp_bias must be absent; got True",
+        ),
         ({"model_type": "cohere2", "layer_types": ["full_attention"]}, "layer_types must name one of .* each of 3 la"),
     ],
 )

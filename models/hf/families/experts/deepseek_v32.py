@@ -10,6 +10,7 @@ from ...layers import DENSE, EXPERTS, ExpertsFrom, LayerTypes
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 
 INDEXED = "indexed"
+KINDS = {"deepseek_sparse_attention": INDEXED, "indexed_attention": INDEXED}  # the former in older versions
 
 FAMILY = replace(
     DEEPSEEK_V3,
@@ -32,7 +33,7 @@ FAMILY = replace(
             },
         )
     },
-    layers=LayerTypes(lambda reader, depth: [INDEXED] * depth, {"indexed_attention": INDEXED}),
+    layers=LayerTypes(lambda reader, depth: [INDEXED] * depth, KINDS),
     feed_forward_layers=LayerTypes(
         ExpertsFrom("first_k_dense_replace", absent=3).read, {"dense": DENSE, "sparse": EXPERTS}, "mlp_layer_types"
     ),
