@@ -1,4 +1,4 @@
-"""Mixture of experts: a feed-forward layer of many SwiGLUs, of which each token runs few."""
+"""Mixture of experts: a feed-forward layer of many small ones, of which each token runs few."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, 
 from ...parallel.ops.experts import to_experts
 from ...parallel.sequence import Sequence
 from ..part import FeedForward, named_weights, shape_of
+from .mlp import ACTIVATIONS, MLP
 from .router import Router, Routing
 from .swiglu import SwiGLU, check_limit, gated
+
+GATED = "swiglu"
 
 
 class ExpertLinear(nn.Module):
@@ -44,11 +47,11 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """SwiGLUs of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
+    """Feed-forward layers of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
 
     x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in the type of the weights. No
-    row is dropped or padded, whatever the experts' loads. With weigh_inputs y = sum_c expert_c(weights_c * x). bias,
-    limit: as in `SwiGLU`.
+    row is dropped or padded, whatever the experts' loads. With weigh_inputs y = sum_c expert_c(weights_c * x).
+    activation: "swiglu", or one of those of `MLP`, with which experts have two matrices. bias, limit: as in `SwiGLU`.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class Experts(nn.Module):
         bias: bool = False,
         limit: float | None = None,
         weigh_inputs: bool = False,
+        activation: str = GATED,
     ) -> None:
         super().__init__()
-        self.gate = ExpertLinear(experts, width, hidden, bias)
+        self.gate = ExpertLinear(experts, width, hidden, bias) if activation == GATED else None
+        self.activation = ACTIVATIONS.get(activation)
         self.up = ExpertLinear(experts, width, hidden, bias)
         self.down = ExpertLinear(experts, hidden, width, bias)
         self.limit, self.weigh_inputs = limit, weigh_inputs
@@ -73,21 +78,31 @@ class Experts(nn.Module):
         if self.weigh_inputs:
             rows = (rows * weights.flatten().index_select(0, grouping.order).unsqueeze(1)).to(rows.dtype)
             weights = torch.ones_like(weights)
-        hidden = gated(self.gate(rows, grouping.ends, backend), self.up(rows, grouping.ends, backend), self.limit)
-        return collect(self.down(hidden, grouping.ends, backend), weights, grouping)
+        return collect(self.down(self._hidden(rows, grouping.ends, backend), grouping.ends, backend), weights, grouping)
+
+    def _hidden(self, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
+        if self.gate is not None:
+            return gated(self.gate(rows, ends, backend), self.up(rows, ends, backend), self.limit)
+        assert self.activation is not None
+        return self.activation(self.up(rows, ends, backend))
 
 
 class MixtureOfExperts(FeedForward):
-    """Mixture of experts (Shazeer et al., 2017, arXiv 1701.06538): a router sends each token to few of many SwiGLUs.
+    """Mixture of experts (Shazeer et al., 2017, arXiv 1701.06538): a router sends each token to few of many experts.
 
-        y = sum over the chosen experts e of weight_e * SwiGLU_e(x)  +  gate * SwiGLU_shared(x)
+        y = sum over the chosen experts e of weight_e * expert_e(x)  +  gate * expert_shared(x)
 
     experts, experts_per_token, hidden: how many there are, how many a token runs, and the hidden size of each.
+    activation: "swiglu" for experts that are SwiGLUs; one of those of `MLP` for experts of two matrices, such as
+        "squared_relu" in Nemotron 3.
+    expert_width: the size of what the experts read and return, between two linear layers that all share (LatentMoE of
+        Nemotron 3 Super); None for that of the residual stream. What every token runs besides reads the latter.
     shared_hidden: the hidden size of what every token runs besides, 0 for nothing (DeepSeekMoE, arXiv 2401.06066);
         shared_gate multiplies it by sigmoid of a linear function of the token, as in Qwen2-MoE; else gate is 1.
     score, renormalise, scale, groups, chosen_groups, group_scores: see `Router`; router_bias is its logit_bias.
     weigh_inputs: weights multiply what experts read rather than what they return, as in Llama 4.
-    bias, limit: of all SwiGLUs, see there: those of gpt-oss (arXiv 2508.10925).
+    bias: of the experts and of what every token runs besides. limit: of SwiGLUs, see there; both are those of gpt-oss
+        (arXiv 2508.10925).
     balance: the weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961), a mean over tokens of
         E * sum_e share_e p_e, where p is the scores, divided by their sum, and share_e expert e's part of all choices,
         1 where these are even. The shares are those of the last step's whole batch, so that the loss is the same on any
@@ -103,7 +118,9 @@ class MixtureOfExperts(FeedForward):
     shares: Tensor
     stateless = True
     outputs = ("experts.down", "shared.down")
-    small = MappingProxyType({"experts": 16, "experts_per_token": 2, "hidden": 24, "shared_hidden": 16})
+    small = MappingProxyType(
+        {"experts": 16, "experts_per_token": 2, "hidden": 24, "shared_hidden": 16, "expert_width": 8}
+    )
     sums = ("load",)
 
     def __init__(
@@ -123,6 +140,8 @@ class MixtureOfExperts(FeedForward):
         group_scores: int = 2,
         router_bias: bool = False,
         weigh_inputs: bool = False,
+        activation: str = GATED,
+        expert_width: int | None = None,
         bias: bool = False,
         limit: float | None = None,
         balance: float = 0.0,
@@ -138,6 +157,13 @@ class MixtureOfExperts(FeedForward):
                 f"{str(shared_gate).lower()}; got {shared_hidden}"
             )
         check_limit(limit)
+        if activation != GATED and activation not in ACTIVATIONS:
+            known = ", ".join((GATED, *ACTIVATIONS))
+            raise ValueError(f"feed_forward.activation must be one of {known}; got {activation!r}. Choose one")
+        if activation != GATED and limit is not None:
+            raise ValueError(f"feed_forward.limit must be null with activation={activation}; got {limit}. Leave it out")
+        if expert_width is not None and expert_width < 1:
+            raise ValueError(f"feed_forward.expert_width must be at least 1; got {expert_width}. null is the width")
         for name, value in (("balance", balance), ("z", z), ("bias_rate", bias_rate)):
             if value < 0:
                 raise ValueError(f"feed_forward.{name} must be at least 0; got {value}. 0 leaves it out")
@@ -145,8 +171,20 @@ class MixtureOfExperts(FeedForward):
             width, experts, experts_per_token, score=score, renormalise=renormalise, scale=scale, groups=groups,
             chosen_groups=chosen_groups, group_scores=group_scores, logit_bias=router_bias,
         )  # fmt: skip
-        self.experts = Experts(experts, width, hidden, bias=bias, limit=limit, weigh_inputs=weigh_inputs)
-        self.shared = SwiGLU(width=width, hidden=shared_hidden, bias=bias, limit=limit) if shared_hidden else None
+        self.narrow = self.widen = None
+        if expert_width is not None:
+            self.narrow = nn.Linear(width, expert_width, bias=False)
+            self.widen = nn.Linear(expert_width, width, bias=False)
+            self.outputs = ("widen", "shared.down")
+        self.expert_width = width if expert_width is None else expert_width
+        self.experts = Experts(
+            experts, self.expert_width, hidden, bias=bias, limit=limit, weigh_inputs=weigh_inputs, activation=activation
+        )
+        self.shared: FeedForward | None = None
+        if shared_hidden and activation == GATED:
+            self.shared = SwiGLU(width=width, hidden=shared_hidden, bias=bias, limit=limit)
+        elif shared_hidden:
+            self.shared = MLP(width=width, hidden=shared_hidden, bias=bias, activation=activation)
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
         self.losses = {name: weight for name, weight in (("balance", balance), ("z", z)) if weight}
         self.width, self.hidden, self.bias_rate = width, hidden, bias_rate
@@ -160,7 +198,8 @@ class MixtureOfExperts(FeedForward):
         chosen = torch.where(real.unsqueeze(1), routing.experts, -1)
         travel = to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile
         shared = self._shared(x, seq)
-        out = travel(rows, routing.weights, self.experts).to(x.dtype).view(x.shape)
+        out = travel(rows if self.narrow is None else self.narrow(rows), routing.weights, self.experts).to(x.dtype)
+        out = (out if self.widen is None else self.widen(out)).view(x.shape)
         out = out if shared is None else out + shared
         return out, *self._losses(routing, real), _load(chosen, count)
 
@@ -197,7 +236,9 @@ class MixtureOfExperts(FeedForward):
     def mixing_flops(self, seq: Sequence) -> int:
         """Of the router, and of the experts that tokens run: padding runs none."""
         router = flops(seq.places, inputs=self.width, outputs=self.router.experts)
-        return router + 3 * flops(seq.tokens * self.router.chosen, inputs=self.width, outputs=self.hidden)
+        matrices = 2 if self.experts.gate is None else 3
+        rows = seq.tokens * self.router.chosen
+        return router + matrices * flops(rows, inputs=self.expert_width, outputs=self.hidden)
 
     def idle_parameters(self) -> int:
         """Those of the experts that a token does not run."""

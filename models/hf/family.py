@@ -233,9 +233,9 @@ class Family:
         # Parts in sequence are called by their numbers.
         called = part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
         layer, path = layers[int(number)], f"blocks.{number}.{part}"
+        owner, *others = layer.mixers
         if called == "mixer":
-            owner, *others = layer.mixers
-            if others:
+            if others:  # side by side
                 owner, rest = rest.split(".", 1)
                 path = f"{path}.{owner}"
         elif called == FEED_FORWARD and layer.feed_forward is not None:

@@ -227,6 +227,23 @@ class Fixed(Field):
 
 
 @dataclass(frozen=True)
+class Never(Key):
+    """A setting that is false in every model of the family, and so must be the key."""
+
+    why: str
+
+    def read(self, reader: ConfigReader) -> bool:
+        reader.absent(self.key, self.why)
+        return False
+
+    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        if value:
+            writer.refuse(setting, value)
+        else:
+            writer.put(self.key, False, setting)
+
+
+@dataclass(frozen=True)
 class Unread(Field):
     """A setting that is not read, and written only if it has a key: it says nothing of what the weights compute, or
     another field reads the key, whose setting must then be equal.

@@ -67,6 +67,11 @@ COMPRESSED = LATENT.but(
         "query": Weight("self_attn.q_b_proj", rows=_query_rows),
     },
 )
+SHARED = {
+    "shared.gate": "mlp.shared_experts.gate_proj",
+    "shared.up": "mlp.shared_experts.up_proj",
+    "shared.down": "mlp.shared_experts.down_proj",
+}
 BIASED_MIXTURE = MIXTURE.but(
     hidden=Integer("moe_intermediate_size"),
     experts=Integer("n_routed_experts"),
@@ -80,10 +85,5 @@ BIASED_MIXTURE = MIXTURE.but(
     balance=Chosen(0.0),
     bias_rate=Chosen(0.001),  # that of DeepSeek-V3
     z=Unread(),
-    names={
-        "router.bias": "mlp.gate.e_score_correction_bias",
-        "shared.gate": "mlp.shared_experts.gate_proj",
-        "shared.up": "mlp.shared_experts.up_proj",
-        "shared.down": "mlp.shared_experts.down_proj",
-    },
+    names={"router.bias": "mlp.gate.e_score_correction_bias", **SHARED},
 )

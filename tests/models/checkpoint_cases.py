@@ -53,9 +53,10 @@ QWEN3_NEXT = QWEN3_MOE | {
 }  # fmt: skip
 LFM2 = {"norm_eps": 1e-3, "block_multiple_of": 4, "full_attn_idxs": [1]}
 NEMOTRON_H = {
-    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "ssm_state_size": 6, "head_dim": 10,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"], "ssm_state_size": 6, "head_dim": 10,
     "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
-    "layer_norm_epsilon": 1e-3,
+    "layer_norm_epsilon": 1e-3, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 20, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
 }  # fmt: skip
 GRANITE = {
     "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_chunk_size": 16,
@@ -102,6 +103,20 @@ CASES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "deepseek_v2": DEEPSEEK_V3
+    | {
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+        },
+    },
+    "deepseek_v2_lite": DEEPSEEK_V3 | {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True},
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v3_yarn": DEEPSEEK_V3
     | {
@@ -116,6 +131,7 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "deepseek_v32": DEEPSEEK_V3 | {"index_topk": 7, "index_n_heads": 16, "index_head_dim": 10},
     "gpt_oss": GPT_OSS,
     "gpt_oss_yarn": MIXTURE | {"head_dim": 6, "attention_bias": False, "sliding_window": 60},
     "llama4_text": LLAMA4,
@@ -168,7 +184,19 @@ CASES: dict[str, dict[str, Any]] = {
     "lfm2": LFM2,
     "lfm2_biases": LFM2 | {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     "nemotron_h": NEMOTRON_H,
-    "nemotron_h_biases": NEMOTRON_H | {"mlp_bias": True, "use_bias": True, "use_conv_bias": False},
+    "nemotron_h_biases": NEMOTRON_H
+    | {
+        "mlp_bias": True,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention"],
+    },
+    "nemotron_h_latent": NEMOTRON_H
+    | {
+        "moe_latent_size": 8,
+        "layers_block_type": ["moe", "full_attention", "linear_attention"],
+        "norm_topk_prob": False,
+    },
     "granitemoehybrid": GRANITE,
     "granitemoehybrid_dense": GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope"},
     "falcon_h1": FALCON_H1,

@@ -74,7 +74,7 @@ def check_loss_and_gradients(imported: Imported, folder: Path) -> None:
     read = load(saved(theirs, folder / "gradients"), torch.float64)
     for (name, parameter), gradient in zip(read.named_parameters(), gradients, strict=True):
         assert_near(imported.family, "gradients", gradient, parameter.detach(), 1e-8, f"of {name}")
-        assert parameter.abs().max() > 0, name
+        assert parameter.abs().max() > 0 or ".indexer." in name, name  # which learns by a loss of its own
 
 
 def check_what_is_written(imported: Imported, model: Any, folder: Path) -> None:

@@ -122,6 +122,8 @@ def settings_of(**config):
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping must be absent"),
         ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention must be abs"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "topk_method must be 'greedy' or 'group_limited_gr"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob must be False; got True"),
         ({"model_type": "deepseek_v3", "topk_method": "greedy"}, "topk_method must be 'noaux_tc'; got 'greedy'"),
         (
             {"model_type": "deepseek_v3", "num_key_value_heads": 2},
@@ -140,6 +142,10 @@ def settings_of(**config):
         ({"model_type": "minimax", "sliding_window": 8}, "sliding_window must be absent; got 8"),
         ({"model_type": "mamba2", "num_heads": 5}, "num_heads must be expand .* / head_dim = 1; got 5"),
         ({"model_type": "mamba2", "time_step_limit": [0.1]}, "time_step_limit must be two numbers; got"),
+        (
+            {"model_type": "nemotron_h", "layers_block_type": ["attention", "moe"], "mlp_bias": True},
+            "mlp_bias must be absent; got True",
+        ),
         ({"model_type": "cohere2", "layer_types": ["full_attention"]}, "layer_types must name one of .* each of 3 la"),
     ],
 )

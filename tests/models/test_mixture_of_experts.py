@@ -37,6 +37,9 @@ KINDS = {
         "experts": 3, "experts_per_token": 1, "score": "sigmoid", "renormalise": False, "weigh_inputs": True,
         "shared_hidden": 10,
     },
+    "nemotron_h": {
+        **DEEPSEEK, "activation": "squared_relu", "expert_width": 7, "bias": True, "weigh_inputs": True,
+    },
 }  # fmt: skip
 ALL = {**DEEPSEEK, "router_bias": True, "bias": True, "limit": 0.8, "weigh_inputs": True, "shared_gate": True}
 
@@ -101,11 +104,13 @@ def test_is_the_block_in_transformers(kind, monkeypatch):
 
 
 def feed_forward(layer, token, expert=...):
-    """A SwiGLU, or that of one expert."""
+    """A SwiGLU, or a layer of two matrices with a squared ReLU, or that of one expert."""
 
     def linear(each, x):
         return each.weight[expert] @ x + (0 if each.bias is None else each.bias[expert])
 
+    if getattr(layer, "gate", None) is None:
+        return linear(layer.down, F.relu(linear(layer.up, token)) ** 2)
     gate, up = linear(layer.gate, token), linear(layer.up, token)
     if layer.limit is None:
         return linear(layer.down, F.silu(gate) * up)
@@ -128,13 +133,15 @@ def by_token(made, x):
             ranked = torch.where(allowed.unsqueeze(1), groups, -torch.inf).flatten()
         experts = ranked.argsort(descending=True)[: router.chosen].tolist()
         total = sum(scores[e] for e in experts) if router.renormalise else 1.0
-        out = torch.zeros_like(token)
+        read = token if made.narrow is None else made.narrow.weight @ token
+        out = torch.zeros_like(read)
         for e in experts:
             weight = router.scale * scores[e] / total
             if made.experts.weigh_inputs:
-                out = out + feed_forward(made.experts, weight * token, e)
+                out = out + feed_forward(made.experts, weight * read, e)
             else:
-                out = out + weight * feed_forward(made.experts, token, e)
+                out = out + weight * feed_forward(made.experts, read, e)
+        out = out if made.widen is None else made.widen.weight @ out
         if made.shared is not None:
             part = feed_forward(made.shared, token)
             gate = 1.0 if made.shared_gate is None else torch.sigmoid(made.shared_gate.weight[0] @ token)
@@ -278,6 +285,9 @@ def test_what_a_token_uses_is_counted():
     part, seq = model.layers[0].part("feed_forward"), Sequence.single(Documents.from_lengths([[5, 3]], 10))
     shared, router = 3 * 2 * 10 * model.width * 4, 2 * 10 * model.width * 6
     assert part.flops(seq) == shared + router + 8 * 2 * 2 * expert
+    narrow = MixtureOfExperts(width=16, hidden=10, experts=6, activation="squared_relu", expert_width=4)
+    assert narrow.idle_parameters() == 4 * 2 * 10 * 4
+    assert narrow.flops(seq) == 2 * 10 * 16 * 6 + 2 * 10 * 2 * 16 * 4 + 2 * 8 * 2 * 2 * 10 * 4
 
 
 @pytest.mark.parametrize(
@@ -294,6 +304,9 @@ def test_what_a_token_uses_is_counted():
         ({"experts": 8, "hidden": 0}, "hidden must be at least 1; got 0"),
         ({"experts": 8, "shared_gate": True}, "shared_hidden must be at least 1 with shared_gate=true; got 0"),
         ({"experts": 8, "balance": -0.1}, "balance must be at least 0; got -0.1"),
+        ({"experts": 8, "activation": "relu2"}, "activation must be one of swiglu, gelu, .*; got 'relu2'"),
+        ({"experts": 8, "activation": "relu", "limit": 7.0}, "limit must be null with activation=relu; got 7.0"),
+        ({"experts": 8, "expert_width": 0}, "expert_width must be at least 1; got 0"),
         ({"experts": 8, "limit": 0.0}, r"feed_forward\.limit must be positive; got 0\.0"),
     ],
 )
@@ -310,7 +323,7 @@ def on_ranks(rank, world, settings, sequence, experts, spans):
     mesh, made = Mesh.create(sequence, experts=experts), layer(**settings, balance=0.1, z=0.1)
     held = mesh.experts.held(12)
     with torch.no_grad():
-        for each in (made.experts.gate, made.experts.up, made.experts.down):
+        for each in made.experts.children():
             for name, whole in list(each.named_parameters()):
                 setattr(each, name, torch.nn.Parameter(whole[held.start : held.stop].clone()))
     rows = 4 // mesh.data_ranks
@@ -327,6 +340,7 @@ def on_ranks(rank, world, settings, sequence, experts, spans):
     [
         (DEEPSEEK, 2, 1, 2, 1), (DEEPSEEK, 2, 2, 2, 2), (DEEPSEEK, 4, 2, 4, 1), (DEEPSEEK, 4, 4, 2, 2),
         (DEEPSEEK, 3, 3, 3, 1), (DEEPSEEK, 4, 1, 2, 1), (ALL, 2, 1, 2, 1), (ALL, 4, 2, 4, 1),
+        (KINDS["nemotron_h"], 2, 2, 2, 2),
     ],
 )  # fmt: skip
 def test_ranks_that_share_the_experts_give_what_one_device_gives(settings, world, sequence, experts, spans):

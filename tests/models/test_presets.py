@@ -137,8 +137,10 @@ def test_thirty_steps_lower_the_loss(preset):
 CHECKPOINTS = {
     "bamba": "bamba",
     "command_a": "cohere2",
+    "deepseek_v2_lite": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "deltanet": "delta_net",
+    "deepseek_v3_2": "deepseek_v32",
     "falcon_h1": "falcon_h1",
     "falcon_mamba": "falcon_mamba",
     "gated_deltanet": "gated_deltanet",

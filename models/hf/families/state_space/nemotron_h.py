@@ -1,4 +1,4 @@
-"""Nemotron-H (arXiv 2504.03624): Mamba-2, attention without positions and MLPs, each a layer of its own."""
+"""Nemotron-H and Nemotron 3 (arXiv 2504.03624): Mamba-2, attention without positions, MLPs and experts, one a layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +6,18 @@ from typing import Any
 from ....feed_forward.mlp import MLP
 from ...components import ATTENTION, Component
 from ...family import Family
-from ...fields import Absent, Fixed, Flag, Integer, Known, Only
-from ...layers import DENSE, FULL, LINEAR, LayerTypes
+from ...fields import Absent, Fixed, Flag, Integer, Known, Never, Only, OptionalInteger, Replaced
+from ...latent import BIASED_MIXTURE
+from ...layers import DENSE, EXPERTS, FULL, LINEAR, LayerTypes
 from ...state_space import MAMBA2, STATE_SPACE_BLOCK, STATE_SPACE_MODEL, STATE_SPACE_RULES, HeadsTimesSize
 
-KINDS = {"linear_attention": LINEAR, "full_attention": FULL, "mlp": DENSE}
+KINDS = {"linear_attention": LINEAR, "full_attention": FULL, "mlp": DENSE, "moe": EXPERTS}
 LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+NAMES = {"mamba": "linear_attention", "attention": "full_attention"}  # of layers, in older versions
 OLDER = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
     "mamba_dt_limit": "time_step_limit", "mamba_conv_bias": "use_conv_bias", "layer_types": "layers_block_type",
+    "num_local_experts": "n_routed_experts",
 }  # fmt: skip
 
 
@@ -25,6 +28,7 @@ def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if new.get("layers_block_type") is None and isinstance(letters, str):
         new["layers_block_type"] = [LETTERS.get(letter, letter) for letter in letters]
     if isinstance(new.get("layers_block_type"), list):
+        new["layers_block_type"] = [NAMES.get(name, name) for name in new["layers_block_type"]]
         new["num_hidden_layers"] = len(new["layers_block_type"])
     return new
 
@@ -53,6 +57,16 @@ FAMILY = Family(
             },
             {"up": "mixer.up_proj", "down": "mixer.down_proj"},
         ),
+        EXPERTS: BIASED_MIXTURE.moved("mlp.", "mixer.").but(
+            hidden=Integer("moe_intermediate_size", 7688),
+            experts=Integer("n_routed_experts", 8),
+            experts_per_token=Integer("num_experts_per_tok", 2),
+            shared_hidden=Integer("moe_shared_expert_intermediate_size", 7688),
+            activation=Fixed("squared_relu"),
+            expert_width=OptionalInteger("moe_latent_size"),
+            bias=Never("mlp_bias", "Experts here have no biases"),
+            names={"narrow": "mixer.fc1_latent_proj", "widen": "mixer.fc2_latent_proj"},
+        ),
     },
     layers=LayerTypes(kinds=KINDS, key="layers_block_type"),
     feed_forwards={},
@@ -65,13 +79,15 @@ FAMILY = Family(
         Only("attention_dropout", (0.0, 0)),
         Absent("attention_bias", "transformers' attention of this family has no biases"),
         Absent("sliding_window", "Attention has no window in this family"),
+        Replaced("num_nextn_predict_layers", 0),
         Known(("mamba_proj_bias", "expand", "intermediate_size", "use_mamba_kernels", "mamba_ssm_cache_dtype",
-               "hidden_dropout", "num_logits_to_keep", "mtp_layers_block_type", "num_nextn_predict_layers",
+               "hidden_dropout", "num_logits_to_keep", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
                "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
                "moe_latent_size", "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor",
                "n_group", "topk_group", "norm_topk_prob", "attention_head_dim", "use_bias")),
     ),
     yields_to=("mamba2",),
+    ignored=(r"^mtp\.",),
     prefix="backbone.layers.{layer}.",
     current=_current,
 )  # fmt: skip
