@@ -55,7 +55,7 @@ LFM2 = {"norm_eps": 1e-3, "block_multiple_of": 4, "full_attn_idxs": [1]}
 NEMOTRON_H = {
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "ssm_state_size": 6, "head_dim": 10,
     "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
-    "layer_norm_epsilon": 1e-3,
+    "layer_norm_epsilon": 1e-3, "time_step_min": 1e-30,  # transformers takes no smaller steps
 }  # fmt: skip
 GRANITE = {
     "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_chunk_size": 16,

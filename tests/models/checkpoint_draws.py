@@ -76,11 +76,13 @@ ROPE: tuple[Settings, ...] = (
         "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4,
     },
 )  # fmt: skip
-# What is left as the family's case has it, since another value is refused, or is not computed by transformers' class.
-KEPT: dict[str, set[str]] = {
-    "kimi_linear": {"q_lora_rank"},
-    "minimax": {"sliding_window"},
-    "nemotron_h": {"attention_bias", "sliding_window"},
+# What a family has only some values of: others are refused, or transformers' class computes nothing from them.
+SOME: dict[str, dict[str, tuple[Any, ...]]] = {
+    "kimi_linear": {"q_lora_rank": (None,)},
+    "llama4_text": {"rope_parameters": ROPE[1:]},
+    "minimax": {"sliding_window": (None,)},
+    "nemotron_h": {"attention_bias": (False,), "sliding_window": (None,)},
+    "recurrent_gemma": {"rope_parameters": ROPE[2:3]},
 }
 MIXED = {"olmo_hybrid"}  # classes that want a layer of each kind
 
@@ -88,30 +90,20 @@ MIXED = {"olmo_hybrid"}  # classes that want a layer of each kind
 @st.composite
 def drawn(draw: Callable[..., Any], family: str) -> Settings:
     """Settings to lay over those of a small model."""
-    base, declared = CASES[family], _declared(family)
-    settings = dict(base)
+    from transformers import CONFIG_MAPPING
 
-    def choose(key: str, *values: Any) -> None:
-        if key in declared:
-            settings[key] = draw(st.sampled_from(values))
-
-    for key, values in ALONE.items():
-        choose(key, *values)
+    declared, some = {field.name for field in fields(CONFIG_MAPPING[family])}, SOME.get(family, {})
+    settings = dict(CASES[family])
+    for key in sorted(declared & ALONE.keys()):
+        settings[key] = draw(st.sampled_from(some.get(key, ALONE[key])))
     for part in (_heads, _layers, _experts, _mamba, _linear):
         part(draw, family, declared, settings)
     if "rope_parameters" in declared:
-        types = [
-            key for key, value in (config_of(family, base).rope_parameters or {}).items() if isinstance(value, dict)
-        ]
-        scaled = st.sampled_from(ROPE)
+        given = config_of(family, CASES[family]).rope_parameters or {}
+        types = [key for key, value in given.items() if isinstance(value, dict)]
+        scaled = st.sampled_from(some.get("rope_parameters", ROPE))
         settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled)
     return settings
-
-
-def _declared(family: str) -> set[str]:
-    from transformers import CONFIG_MAPPING
-
-    return {field.name for field in fields(CONFIG_MAPPING[family])} - KEPT.get(family, set())
 
 
 def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
@@ -128,6 +120,8 @@ def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> N
         settings |= {"head_dim": size, "hidden_size": 60}  # which some classes want to be a multiple of the heads
     else:
         settings["hidden_size"] = heads * size
+    if "lru_width" in declared:
+        settings["lru_width"] = heads * size  # as many blocks
 
 
 def _layers(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
@@ -142,9 +136,11 @@ def _layers(draw: Draw, family: str, declared: set[str], settings: Settings) -> 
             if "use_sliding_window" in declared:
                 settings["use_sliding_window"] = "sliding_attention" in settings[key]
     numbers = st.lists(st.integers(0, depth - 1), max_size=depth, unique=True).map(sorted)
-    for key in ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers"):
+    for key in ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers"):
         if key in declared:
             settings[key] = draw(numbers)
+    if "no_rope_layers" in declared:
+        settings["no_rope_layers"] = draw(st.lists(st.integers(0, 1), min_size=depth, max_size=depth))
     for key in ("attn_layer", "expert_layer"):
         if f"{key}_period" in declared:
             settings[f"{key}_period"] = period = draw(st.sampled_from((3, 2, 1, 5)))
@@ -189,6 +185,8 @@ def _mamba(draw: Draw, family: str, declared: set[str], settings: Settings) -> N
                 settings["mamba_head_dim"] = draw(st.sampled_from((7, 8)))
             if "mamba_d_ssm" in declared:
                 settings["mamba_d_ssm"] = each * groups * draw(st.sampled_from((7, 8)))
+    if "projectors_bias" in declared:
+        settings["projectors_bias"] = settings["mamba_proj_bias"]
 
 
 def _linear(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:

@@ -117,7 +117,7 @@ def test_what_is_written_is_what_was_read_and_transformers_loads_it(imported, tm
     from transformers import AutoModelForCausalLM
 
     reference, out = imported.reference, tmp_path / "ours"
-    unread = assert_written_back(imported, out)
+    unread = assert_written_back(imported, imported.ours, out)
     for (name, a), (_, b) in zip(state_of(load(out)), state_of(imported.ours), strict=True):
         assert torch.equal(a, b), name
     theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)

@@ -6,7 +6,7 @@ from typing import Any
 from ....feed_forward.mlp import MLP
 from ...components import ATTENTION, Component
 from ...family import Family
-from ...fields import Absent, Fixed, Flag, Integer, Known, Only
+from ...fields import Absent, Fixed, Flag, Integer, Known, Only, Replaced
 from ...layers import DENSE, FULL, LINEAR, LayerTypes
 from ...state_space import MAMBA2, STATE_SPACE_BLOCK, STATE_SPACE_MODEL, STATE_SPACE_RULES, HeadsTimesSize
 
@@ -57,9 +57,10 @@ FAMILY = Family(
     layers=LayerTypes(kinds=KINDS, key="layers_block_type"),
     feed_forwards={},
     block=STATE_SPACE_BLOCK,
-    model=STATE_SPACE_MODEL.but(tied_embeddings=Flag("tie_word_embeddings")),
+    model=STATE_SPACE_MODEL.but(tied_embeddings=Fixed(False)),
     rules=(
         *STATE_SPACE_RULES,
+        Replaced("tie_word_embeddings", False),  # transformers' class never ties them
         Only("mlp_hidden_act", ("relu2",)),
         Only("mamba_hidden_act", ("silu",)),
         Only("attention_dropout", (0.0, 0)),
