@@ -14,7 +14,9 @@ from checkpoints import ORIGINAL, SMALL, config_of
 from hypothesis import strategies as st
 
 from longreach.models import hf
+from longreach.models.hf.fields import Absent, Only
 from longreach.models.hf.layers import LayerRule, LayerTypes, Switched, SwitchedWindows
+from longreach.models.hf.rope import RopeScale
 
 Settings = dict[str, Any]
 Draw = Callable[..., Any]
@@ -49,6 +51,12 @@ ALONE: dict[str, tuple[Any, ...]] = {
     "time_step_rank": (3, "auto"),
     "mamba_dt_rank": (3, "auto"),
     "logit_scale": (1.7, 0.25),
+    "final_logit_softcapping": (3.0, None),
+    "attn_logit_softcapping": (2.0, None),
+    "output_logit_soft_cap": (3.0, 30.0),
+    "gate_soft_cap": (2.0, 15.0),
+    "qk_dim_factor": (0.75, 0.5),
+    "v_dim_factor": (0.75, 1.0),
     "query_pre_attn_scalar": (7, 16),
     "embedding_multiplier": (2.0, 1.0),
     "residual_multiplier": (0.6, 1.0),
@@ -76,34 +84,47 @@ ROPE: tuple[Settings, ...] = (
         "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4,
     },
 )  # fmt: skip
-# What a family has only some values of: others are refused, or transformers' class computes nothing from them.
-SOME: dict[str, dict[str, tuple[Any, ...]]] = {
-    "kimi_linear": {"q_lora_rank": (None,)},
-    "llama4_text": {"rope_parameters": ROPE[1:]},
-    "minimax": {"sliding_window": (None,)},
-    "nemotron_h": {"attention_bias": (False,), "sliding_window": (None,)},
-    "recurrent_gemma": {"rope_parameters": ROPE[2:3]},
-}
-MIXED = {"olmo_hybrid"}  # classes that want a layer of each kind
+MIXED = {"olmo_hybrid", "rwkv"}  # classes that want a layer of each kind, or more than one
 
 
 @st.composite
-def drawn(draw: Callable[..., Any], family: str) -> Settings:
+def drawn(draw: Draw, family: str) -> Settings:
     """Settings to lay over those of a small model."""
     from transformers import CONFIG_MAPPING
 
-    declared, some = {field.name for field in fields(CONFIG_MAPPING[family])}, SOME.get(family, {})
+    declared = {field.name for field in fields(CONFIG_MAPPING[family])}
     settings = dict(CASES[family])
     for key in sorted(declared & ALONE.keys()):
-        settings[key] = draw(st.sampled_from(some.get(key, ALONE[key])))
+        settings[key] = draw(st.sampled_from(_expressed(family, key)))
     for part in (_heads, _layers, _experts, _mamba, _linear):
         part(draw, family, declared, settings)
     if "rope_parameters" in declared:
         given = config_of(family, CASES[family]).rope_parameters or {}
         types = [key for key, value in given.items() if isinstance(value, dict)]
-        scaled = st.sampled_from(some.get("rope_parameters", ROPE))
-        settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled)
+        turns = {key: value for key, value in given.items() if key == "partial_rotary_factor"}
+        scaled = st.sampled_from(_scalings(family))
+        settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled) | turns
     return settings
+
+
+def _expressed(family: str, key: str) -> Sequence[Any]:
+    """The values of the key, but for those that the family's table refuses."""
+    for rule in hf.known_families()[family].rules:
+        if isinstance(rule, Only) and rule.key == key:
+            return [value for value in ALONE[key] if value in rule.allowed] or rule.allowed[:1]
+        if isinstance(rule, Absent) and rule.key == key:
+            return [value for value in ALONE[key] if not value] or [None]
+    return ALONE[key]
+
+
+def _scalings(family: str) -> Sequence[Settings]:
+    scales = [
+        field
+        for mixer in hf.known_families()[family].mixers.values()
+        for field in mixer.fields.values()
+        if isinstance(field, RopeScale)
+    ]
+    return [rope for rope in ROPE if all(rope["rope_type"] in ("default", *scale.kinds) for scale in scales)]
 
 
 def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
@@ -176,7 +197,7 @@ def _mamba(draw: Draw, family: str, declared: set[str], settings: Settings) -> N
     inner = 2 * settings.get("hidden_size", SMALL["hidden_size"])
     sizes = [(each, groups) for each, groups in ((2, 3), (3, 1), (1, 2), (4, 1)) if inner % (each * groups) == 0]
     for key, groups_key in MAMBA_HEADS:
-        if key in declared:
+        if {key, groups_key} <= declared:
             each, groups = draw(st.sampled_from(sizes))
             settings |= {key: each * groups, groups_key: groups}
             if key == "num_heads":

@@ -43,8 +43,9 @@ def refused(family: Family) -> str:
     for field in (field for component in components for field in component.fields.values()):
         if isinstance(field, Equal):
             texts.append("unequal " + ", ".join(f"`{key}`" for key in field.keys))
-        if isinstance(field, RopeScale) and not field.kinds:
-            texts.append("scaled rotary positions")
+        if isinstance(field, RopeScale):
+            without = ", ".join(kind for kind in RopeScale().kinds if kind not in field.kinds)
+            texts.append("" if not without else f"`rope_type` {without}" if field.kinds else "scaled rotary positions")
     if isinstance(family.layers, OneWindow):
         texts.append("`layer_types` with and without windows")
     if isinstance(family.layers, LayerTypes) and family.layers.default is None:
