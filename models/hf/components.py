@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
@@ -42,7 +42,7 @@ class Node:
     def of(cls, settings: Mapping[str, Any], **inherited: Any) -> Node:
         """inherited: arguments that a model passes to those of its parts that declare them."""
         target = _named(settings["_target_"])
-        parameters = signature(target).parameters
+        parameters = _parameters(target)
         defaults = {name: p.default for name, p in parameters.items() if p.default is not Parameter.empty}
         defaults |= {name: value for name, value in inherited.items() if name in parameters}
         given = {key: value for key, value in settings.items() if key not in _HYDRA}
@@ -63,6 +63,11 @@ def built(settings: Any) -> Any:
         return arguments
     target = _named(settings["_target_"])
     return partial(target, **arguments) if settings.get("_partial_") else target(**arguments)
+
+
+@cache
+def _parameters(target: Callable[..., Any]) -> Mapping[str, Parameter]:
+    return signature(target).parameters
 
 
 def _named(target: str) -> Callable[..., Any]:

@@ -115,11 +115,15 @@ class StepLimit(Field):
 
 @dataclass(frozen=True)
 class Heads(Rule):
-    """A key that must be expand * hidden_size / head_dim, the number of heads."""
+    """A key that must be expand * hidden_size / head_dim, the number of heads.
+
+    auto: whether heads are as large as their number says where nothing is said of their size, which is else 64.
+    """
 
     key: str = "num_heads"
     expand: str = "expand"
     size: str = "head_dim"
+    auto: bool = False
 
     def read(self, reader: ConfigReader) -> None:
         size, value = self._count(reader.config), reader.get(self.key)
@@ -128,10 +132,10 @@ class Heads(Rule):
 
     def write(self, writer: ConfigWriter) -> None:
         count = self._count(writer.config)
-        writer.config[self.key] = None if count is None else int(count)
+        writer.config[self.key] = 1 if count is None else int(count)  # 1: no layer has heads
 
     def _count(self, config: Mapping[str, Any]) -> float | None:
-        sizes = config.get(self.expand, 2), config.get("hidden_size"), config.get(self.size, 64)
+        sizes = config.get(self.expand, 2), config.get("hidden_size"), config.get(self.size, None if self.auto else 64)
         if not all(isinstance(size, int) for size in sizes):
             return None  # which the fields tell of
         expand, width, dim = sizes

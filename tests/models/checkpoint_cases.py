@@ -57,6 +57,7 @@ NEMOTRON_H = {
     "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "conv_kernel": 3, "chunk_size": 16,
     "layer_norm_epsilon": 1e-3, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12,
     "moe_shared_expert_intermediate_size": 20, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
+    "time_step_min": 1e-30,  # transformers takes no smaller steps
 }  # fmt: skip
 GRANITE = {
     "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_chunk_size": 16,

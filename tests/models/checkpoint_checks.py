@@ -80,7 +80,7 @@ def check_loss_and_gradients(imported: Imported, folder: Path) -> None:
 def check_what_is_written(imported: Imported, model: Any, folder: Path) -> None:
     """It is what was read, and `model.from_pretrained` loads it."""
     reference, out = imported.reference, folder / "ours"
-    unread = assert_written_back(imported, out)
+    unread = assert_written_back(imported, imported.ours, out)
     for (name, a), (_, b) in zip(state_of(load(out)), state_of(imported.ours), strict=True):
         assert torch.equal(a, b), name
     theirs, report = model.from_pretrained(out, output_loading_info=True)

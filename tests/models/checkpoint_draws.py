@@ -14,7 +14,9 @@ from checkpoints import ORIGINAL, SMALL, config_of
 from hypothesis import strategies as st
 
 from longreach.models import hf
+from longreach.models.hf.fields import Absent, Only
 from longreach.models.hf.layers import LayerRule, LayerTypes, Switched, SwitchedWindows
+from longreach.models.hf.rope import RopeScale
 
 Settings = dict[str, Any]
 Draw = Callable[..., Any]
@@ -49,6 +51,12 @@ ALONE: dict[str, tuple[Any, ...]] = {
     "time_step_rank": (3, "auto"),
     "mamba_dt_rank": (3, "auto"),
     "logit_scale": (1.7, 0.25),
+    "final_logit_softcapping": (3.0, None),
+    "attn_logit_softcapping": (2.0, None),
+    "output_logit_soft_cap": (3.0, 30.0),
+    "gate_soft_cap": (2.0, 15.0),
+    "qk_dim_factor": (0.75, 0.5),
+    "v_dim_factor": (0.75, 1.0),
     "query_pre_attn_scalar": (7, 16),
     "embedding_multiplier": (2.0, 1.0),
     "residual_multiplier": (0.6, 1.0),
@@ -76,42 +84,47 @@ ROPE: tuple[Settings, ...] = (
         "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4,
     },
 )  # fmt: skip
-# What is left as the family's case has it, since another value is refused, or is not computed by transformers' class.
-KEPT: dict[str, set[str]] = {
-    "kimi_linear": {"q_lora_rank"},
-    "minimax": {"sliding_window"},
-    "nemotron_h": {"attention_bias", "sliding_window"},
-}
-MIXED = {"olmo_hybrid"}  # classes that want a layer of each kind
+MIXED = {"olmo_hybrid", "rwkv"}  # classes that want a layer of each kind, or more than one
 
 
 @st.composite
-def drawn(draw: Callable[..., Any], family: str) -> Settings:
+def drawn(draw: Draw, family: str) -> Settings:
     """Settings to lay over those of a small model."""
-    base, declared = CASES[family], _declared(family)
-    settings = dict(base)
+    from transformers import CONFIG_MAPPING
 
-    def choose(key: str, *values: Any) -> None:
-        if key in declared:
-            settings[key] = draw(st.sampled_from(values))
-
-    for key, values in ALONE.items():
-        choose(key, *values)
+    declared = {field.name for field in fields(CONFIG_MAPPING[family])}
+    settings = dict(CASES[family])
+    for key in sorted(declared & ALONE.keys()):
+        settings[key] = draw(st.sampled_from(_expressed(family, key)))
     for part in (_heads, _layers, _experts, _mamba, _linear):
         part(draw, family, declared, settings)
     if "rope_parameters" in declared:
-        types = [
-            key for key, value in (config_of(family, base).rope_parameters or {}).items() if isinstance(value, dict)
-        ]
-        scaled = st.sampled_from(ROPE)
-        settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled)
+        given = config_of(family, CASES[family]).rope_parameters or {}
+        types = [key for key, value in given.items() if isinstance(value, dict)]
+        turns = {key: value for key, value in given.items() if key == "partial_rotary_factor"}
+        scaled = st.sampled_from(_scalings(family))
+        settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled) | turns
     return settings
 
 
-def _declared(family: str) -> set[str]:
-    from transformers import CONFIG_MAPPING
+def _expressed(family: str, key: str) -> Sequence[Any]:
+    """The values of the key, but for those that the family's table refuses."""
+    for rule in hf.known_families()[family].rules:
+        if isinstance(rule, Only) and rule.key == key:
+            return [value for value in ALONE[key] if value in rule.allowed] or rule.allowed[:1]
+        if isinstance(rule, Absent) and rule.key == key:
+            return [value for value in ALONE[key] if not value] or [None]
+    return ALONE[key]
 
-    return {field.name for field in fields(CONFIG_MAPPING[family])} - KEPT.get(family, set())
+
+def _scalings(family: str) -> Sequence[Settings]:
+    scales = [
+        field
+        for mixer in hf.known_families()[family].mixers.values()
+        for field in mixer.fields.values()
+        if isinstance(field, RopeScale)
+    ]
+    return [rope for rope in ROPE if all(rope["rope_type"] in ("default", *scale.kinds) for scale in scales)]
 
 
 def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
@@ -128,6 +141,8 @@ def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> N
         settings |= {"head_dim": size, "hidden_size": 60}  # which some classes want to be a multiple of the heads
     else:
         settings["hidden_size"] = heads * size
+    if "lru_width" in declared:
+        settings["lru_width"] = heads * size  # as many blocks
 
 
 def _layers(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
@@ -142,9 +157,11 @@ def _layers(draw: Draw, family: str, declared: set[str], settings: Settings) -> 
             if "use_sliding_window" in declared:
                 settings["use_sliding_window"] = "sliding_attention" in settings[key]
     numbers = st.lists(st.integers(0, depth - 1), max_size=depth, unique=True).map(sorted)
-    for key in ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers"):
+    for key in ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers", "moe_layers"):
         if key in declared:
             settings[key] = draw(numbers)
+    if "no_rope_layers" in declared:
+        settings["no_rope_layers"] = draw(st.lists(st.integers(0, 1), min_size=depth, max_size=depth))
     for key in ("attn_layer", "expert_layer"):
         if f"{key}_period" in declared:
             settings[f"{key}_period"] = period = draw(st.sampled_from((3, 2, 1, 5)))
@@ -180,7 +197,7 @@ def _mamba(draw: Draw, family: str, declared: set[str], settings: Settings) -> N
     inner = 2 * settings.get("hidden_size", SMALL["hidden_size"])
     sizes = [(each, groups) for each, groups in ((2, 3), (3, 1), (1, 2), (4, 1)) if inner % (each * groups) == 0]
     for key, groups_key in MAMBA_HEADS:
-        if key in declared:
+        if {key, groups_key} <= declared:
             each, groups = draw(st.sampled_from(sizes))
             settings |= {key: each * groups, groups_key: groups}
             if key == "num_heads":
@@ -189,6 +206,8 @@ def _mamba(draw: Draw, family: str, declared: set[str], settings: Settings) -> N
                 settings["mamba_head_dim"] = draw(st.sampled_from((7, 8)))
             if "mamba_d_ssm" in declared:
                 settings["mamba_d_ssm"] = each * groups * draw(st.sampled_from((7, 8)))
+    if "projectors_bias" in declared:
+        settings["projectors_bias"] = settings["mamba_proj_bias"]
 
 
 def _linear(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:

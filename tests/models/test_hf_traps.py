@@ -153,3 +153,28 @@ def test_rwkv_starts_alike_whosever_part_its_mixes_are():
         model.initialise(seed=0)
     for (name, a), b in zip(own.named_parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(a, 1 - b if name.endswith(".mix") else b, msg=name)
+
+
+def test_a_hybrid_without_its_recurrent_layers_is_read_again():
+    """What its config.json then says of heads divides the width, which transformers' class wants of layers it lacks."""
+    settings = settings_of(model_type="bamba", attn_layer_indices=[0, 1, 2])
+    written = hf.known_families()["bamba"].config(settings)
+    assert not written.problems
+    assert (2 * SMALL["hidden_size"]) % written.config["mamba_n_heads"] == 0
+    assert hf.known_families()["bamba"].settings(written.config) == settings
+
+
+@pytest.mark.parametrize("model_type", ["kimi_linear", "nemotron_h"])
+def test_embeddings_that_transformers_never_ties_are_not_tied(model_type):
+    layers = {"layer_types": ["full_attention"] * 3, "layers_block_type": ["full_attention"] * 3}
+    settings = settings_of(model_type=model_type, tie_word_embeddings=True, num_key_value_heads=4, **layers)
+    assert not settings["tied_embeddings"]
+    family = hf.known_families()[model_type]
+    assert family.config(settings).config["tie_word_embeddings"] is False
+    assert any("tied_embeddings" in each for each in family.config(settings | {"tied_embeddings": True}).problems)
+
+
+def test_yarn_is_refused_of_llama_4_whose_norms_undo_part_of_it():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match=r"rope_type must be one of default, linear.*; got 'yarn'"):
+        settings_of(model_type="llama4_text", rope_parameters=yarn)

@@ -8,7 +8,7 @@ from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
 from ...fields import Fixed, Flag, Integer, Known, Number, Only, Quotient, Switch, Unread, Where
 from ...layers import DENSE, EXPERTS, LayerRule, LayerTypes, Numbered
-from ...rope import RopeBase
+from ...rope import RopeBase, RopeScale
 from ...tensors import inputs_first, of_experts
 
 # By whether a layer attends within chunks, and whether it has positions.
@@ -57,6 +57,7 @@ attention = ATTENTION.but(
 )
 rotary = attention.but(
     rope_base=RopeBase(5e5),
+    rope_scaling=RopeScale(kinds=("linear", "dynamic", "llama3")),  # their norms undo what else YaRN does to logits
     qk_norm=Switch("use_qk_norm", "unweighted", default=True),
     norm_eps=Unread("rms_norm_eps"),
     names=INTERLEAVED,

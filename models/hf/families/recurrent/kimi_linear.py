@@ -8,7 +8,7 @@ import torch
 from ....mixers.delta.kimi_delta_attention import KimiDeltaAttention
 from ...components import GATED_MLP, MODEL, Component
 from ...family import RULES, Family, renamed
-from ...fields import Fixed, Integer, Known, Number, Only, Product, Same, Unread
+from ...fields import Fixed, Integer, Known, Number, Only, Product, Replaced, Same, Unread
 from ...latent import BIASED_MIXTURE, LATENT
 from ...layers import DENSE, EXPERTS, LINEAR, ExpertsFrom, LayerTypes
 from ...tensors import Weight, convolution
@@ -120,9 +120,10 @@ FAMILY = Family(
     feed_forward_layers=LayerTypes(
         ExpertsFrom("first_k_dense_replace", absent=1).read, {"dense": DENSE, "sparse": EXPERTS}, "mlp_layer_types"
     ),
-    model=MODEL.but(norm_eps=Number("rms_norm_eps", 1e-5)),
+    model=MODEL.but(norm_eps=Number("rms_norm_eps", 1e-5), tied_embeddings=Fixed(False)),
     rules=(
         *RULES,
+        Replaced("tie_word_embeddings", False),  # transformers' class never ties them
         Same("num_key_value_heads", "num_attention_heads"),
         Only("q_lora_rank", (None,)),
         Only("moe_router_activation_func", ("sigmoid",)),

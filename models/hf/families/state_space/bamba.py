@@ -27,7 +27,7 @@ FAMILY = Family(
     model=MODEL.but(norm_eps=Number("rms_norm_eps", 1e-5), names={"norm": "model.final_layernorm"}),
     rules=(
         *RULES,
-        Heads("mamba_n_heads", "mamba_expand", "mamba_d_head"),
+        Heads("mamba_n_heads", "mamba_expand", "mamba_d_head", auto=True),
         Known(("mamba_chunk_size", "z_loss_coefficient", "num_logits_to_keep", "partial_rotary_factor",
                "attn_rotary_emb", "layer_types", "layers_block_type")),
     ),

@@ -85,7 +85,7 @@ FAMILY = Family(
     ),
     rules=(
         *RULES,
-        Heads("mamba_n_heads", "mamba_expand", "mamba_d_head"),
+        Heads("mamba_n_heads", "mamba_expand", "mamba_d_head", auto=True),
         Known(("mamba_chunk_size", "init_method", "normalization_function", "rope_theta", "rope_scaling",
                "rope_parameters", "mamba_norm_eps", "intermediate_size", "num_experts_per_tok",
                "router_aux_loss_coef")),

@@ -71,9 +71,10 @@ FAMILY = Family(
     layers=LayerTypes(kinds=KINDS, key="layers_block_type"),
     feed_forwards={},
     block=STATE_SPACE_BLOCK,
-    model=STATE_SPACE_MODEL.but(tied_embeddings=Flag("tie_word_embeddings")),
+    model=STATE_SPACE_MODEL.but(tied_embeddings=Fixed(False)),
     rules=(
         *STATE_SPACE_RULES,
+        Replaced("tie_word_embeddings", False),  # transformers' class never ties them
         Only("mlp_hidden_act", ("relu2",)),
         Only("mamba_hidden_act", ("silu",)),
         Only("attention_dropout", (0.0, 0)),
