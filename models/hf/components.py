@@ -7,7 +7,7 @@ from them: `ATTENTION.but(bias=Fixed(True))`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 from functools import cache, partial
@@ -15,7 +15,10 @@ from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
-from ..block import Block
+import torch
+from torch import Tensor
+
+from ..block import Block, OutputNormBlock
 from ..feed_forward.experts import MixtureOfExperts
 from ..feed_forward.swiglu import SwiGLU
 from ..language_model import LanguageModel
@@ -23,7 +26,7 @@ from ..mixers.softmax.softmax_attention import SoftmaxAttention
 from .config import ConfigReader, ConfigWriter
 from .fields import Coefficient, Field, Fixed, Flag, Integer, Number, Quotient, Unread
 from .rope import RopeBase, RopeScale, folded
-from .tensors import Weight, halves, per_head
+from .tensors import Weight, halves, per_head, rows_of
 
 Settings = dict[str, Any]
 
@@ -171,6 +174,32 @@ def _resolve_experts(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in arguments.items() if name != "group_scores" or grouped}
 
 
+def scale_written(component: Component) -> Component:
+    """A component of attention whose scale is written in any case."""
+
+    def resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        resolved = component.resolve(arguments)
+        return {**resolved, "scale": resolved["scale"] or resolved["head_dim"] ** -0.5}
+
+    return component.but(resolve=resolve)
+
+
+def _pairs(mixer: SoftmaxAttention) -> Tensor:
+    """The rows of a head where pairs are neighbours: the first of each, the second of each, then what does not turn."""
+    assert mixer.rotary is not None
+    turned = mixer.rotary.rotation.dims
+    return torch.cat([halves(turned), torch.arange(turned, mixer.head_dim)])
+
+
+def _fused(number: int, sizes: Callable[[Any], Sequence[int]], name: str) -> Weight:
+    """One of the parts that stand one after the other in a fused projection."""
+    return Weight(name, rows=lambda layer: rows_of(number, sizes(layer)))
+
+
+def _qkv(mixer: SoftmaxAttention) -> Sequence[int]:
+    return [heads * mixer.head_dim for heads in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
+
+
 MODEL = Component(
     LanguageModel,
     {
@@ -190,6 +219,11 @@ BLOCK = Component(
     Block,
     {"norm_eps": Unread("rms_norm_eps")},
     {"mixer_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"},
+)
+# That of OLMo 2: norms of what parts return.
+OUTPUT_NORM_BLOCK = BLOCK.but(
+    target=OutputNormBlock,
+    names={"mixer_norm": "post_attention_layernorm", "feed_forward_norm": "post_feedforward_layernorm"},
 )
 ATTENTION = Component(
     SoftmaxAttention,
@@ -214,8 +248,8 @@ ATTENTION = Component(
 )
 # Where rotary pairs are neighbours.
 INTERLEAVED = {
-    "query": Weight("self_attn.q_proj", rows=lambda mixer: per_head(mixer.heads, halves(mixer.head_dim))),
-    "key": Weight("self_attn.k_proj", rows=lambda mixer: per_head(mixer.kv_heads, halves(mixer.head_dim))),
+    "query": Weight("self_attn.q_proj", rows=lambda mixer: per_head(mixer.heads, _pairs(mixer))),
+    "key": Weight("self_attn.k_proj", rows=lambda mixer: per_head(mixer.kv_heads, _pairs(mixer))),
 }
 # That of Qwen3: a norm of each query and key head, biases by a key.
 HEAD_NORMED_ATTENTION = ATTENTION.but(
@@ -229,6 +263,14 @@ GATED_MLP = Component(
     SwiGLU,
     {"hidden": Integer("intermediate_size"), "bias": Fixed(False)},
     {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+)
+# Projections of queries, keys and values in one, as gates and values of the feed-forward layer.
+FUSED = {name: _fused(number, _qkv, "self_attn.qkv_proj") for number, name in enumerate(("query", "key", "value"))}
+FUSED_GATED_MLP = GATED_MLP.but(
+    names={
+        name: _fused(number, lambda layer: [layer.up.out_features] * 2, "mlp.gate_up_proj")
+        for number, name in enumerate(("gate", "up"))
+    }
 )
 MIXTURE = Component(
     MixtureOfExperts,

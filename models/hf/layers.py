@@ -192,14 +192,43 @@ class Tiled(LayerRule):
         writer.config[self.key] = named[:period]
 
 
-def every_nth_full(n: int, key: str | None = None, other: str = WINDOW) -> Callable[[ConfigReader, int], list[str]]:
-    """Full attention in every n-th layer, `other` in the rest; `key` may give another n: a default of `LayerTypes`."""
+def every_nth_full(
+    n: int, key: str | None = None, other: str = WINDOW, full: str = FULL
+) -> Callable[[ConfigReader, int], list[str]]:
+    """`full` in every n-th layer, `other` in the rest; `key` may give another n: a default of `LayerTypes`."""
 
     def layers(reader: ConfigReader, depth: int) -> list[str]:
         step = n if key is None else reader.integer(key, n)
-        return [FULL if (layer + 1) % step == 0 else other for layer in range(depth)]
+        return [full if (layer + 1) % step == 0 else other for layer in range(depth)]
 
     return layers
+
+
+@dataclass(frozen=True)
+class ByPositions(LayerRule):
+    """`no_rope_layers` has a 1 for layers with positions; where none are listed, each n-th has none.
+
+    names: of parts, by a kind of `layer_types` and by whether there are positions. kinds: of these by theirs.
+    kind: of a layer where `layer_types` does not say, by whether it has positions.
+    """
+
+    names: Mapping[tuple[str, bool], str]
+    kinds: Mapping[str, str]
+    kind: Callable[[ConfigReader, bool], str]
+
+    def read(self, reader: ConfigReader, depth: int) -> list[str]:
+        every, placed = reader.integer("no_rope_layer_interval", 4), reader.get("no_rope_layers")
+        placed = placed or [int((layer + 1) % every != 0) for layer in range(depth)]
+        if not isinstance(placed, list) or len(placed) < depth or not set(placed) <= {0, 1}:
+            reader.problem(f"no_rope_layers must have a 0 or 1 for each of {depth} layers; got {placed!r}")
+            placed = [1] * depth
+        kinds = LayerTypes(lambda *_: [self.kind(reader, bool(each)) for each in placed[:depth]], self.kinds)
+        return [self.names[kind, bool(each)] for kind, each in zip(kinds.read(reader, depth), placed, strict=False)]
+
+    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        known = {name: each for each, name in self.names.items()}
+        LayerTypes(kinds=self.kinds).write(writer, [known[name][0] for name in layers])
+        writer.config["no_rope_layers"] = [int(known[name][1]) for name in layers]
 
 
 @dataclass(frozen=True)
@@ -265,26 +294,25 @@ class Numbered(LayerRule):
 class Switched(LayerRule):
     """The layers of another rule, in which a part has another name where the key has this value.
 
-    names: (name of the rule, the other name).
+    names: (name of the rule, the other name). absent: the value without the key.
     """
 
     rule: LayerRule
     key: str
     value: Any
     names: tuple[str, str]
+    absent: Any = None
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
         layers, (name, other) = self.rule.read(reader, depth), self.names
-        if reader.get(self.key) != self.value:
+        if reader.get(self.key, self.absent) != self.value:
             return layers
         return [other if layer == name else layer for layer in layers]
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
         name, other = self.names
-        if other in layers:
-            writer.config[self.key] = self.value
-            if name in layers:
-                writer.problems.append(f"{self.key} in some layers, which must be in all or none")
+        if other in layers and (writer.config.setdefault(self.key, self.value) != self.value or name in layers):
+            writer.problems.append(f"{self.key} in some layers, which must be in all or none")
         self.rule.write(writer, [name if layer == other else layer for layer in layers])
 
 

@@ -11,7 +11,8 @@ from ...kernels.pointwise import RopeScaling
 from .config import ConfigReader, ConfigWriter
 from .fields import Field, Rule
 
-LOCAL = "rope_local_scaling"  # no key of a config.json: `RopeByLayerType` writes what stands there
+# No keys of a config.json: `RopeByLayerType` writes what is left there.
+LOCAL_BASE, LOCAL_SCALING = "local_rope_theta", "local_rope_scaling"
 
 # Our name of each setting of a scaling (those of `RopeScaling`) and transformers' name of it.
 _SCALING_KEYS = {
@@ -47,13 +48,15 @@ class RopeBase(Field):
     """`rope_theta`; None, which stands for no rotation, is not expressed.
 
     key: of the base, where layers of this kind have another one. layer_type: that of the layers, where each has its own
-    settings in `rope_parameters`. partial: whether `partial_rotary_factor` is another field's; else all dims turn.
-    optional: whether a base that is said to be null stands for no rotation.
+    settings in `rope_parameters`. local: whether `RopeByLayerType` writes it, and `rope_scaling` is of other layers.
+    partial: whether `partial_rotary_factor` is another field's; else all dims turn. optional: whether a base that is
+    said to be null stands for no rotation.
     """
 
     default: float = 10000.0
     key: str = "rope_theta"
     layer_type: str | None = None
+    local: bool = False
     partial: bool = False
     optional: bool = False
 
@@ -62,7 +65,8 @@ class RopeBase(Field):
         said = isinstance(rope, Mapping) and "rope_theta" in rope and rope["rope_theta"] is None
         if self.optional and said and reader.get(self.key) is None:
             return None
-        return _read(reader, self.default, self.key, self.layer_type, self.partial)[0]
+        scaled = self.key == "rope_theta" and not self.local
+        return _read(reader, self.default, self.key, self.layer_type, self.partial, scaled=scaled)[0]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         if value is None and self.optional:
@@ -70,7 +74,7 @@ class RopeBase(Field):
         elif value is None:
             writer.refuse(setting, value)
         else:
-            writer.put(self.key, float(value), setting)
+            writer.put(LOCAL_BASE if self.local else self.key, float(value), setting)
 
 
 @dataclass(frozen=True)
@@ -112,57 +116,59 @@ class RopePart(Field):
 class RopeScale(Field):
     """`rope_scaling`, which transformers reads since 4.43, and in version 5 too. The settings are as of `RopeBase`.
 
-    key: where it is written. original: `original_max_position_embeddings` of config.json without that key, where it
-    counts more than that of the scaling. kinds: those that the family's class knows.
+    local: whether `RopeByLayerType` writes it, and `rope_scaling` is of other layers. original:
+    `original_max_position_embeddings` of config.json without that key, where it counts more than that of the scaling.
+    kinds: those that the family's class knows.
     """
 
     layer_type: str | None = None
     partial: bool = False
-    key: str = "rope_scaling"
+    local: bool = False
     original: int | None = None
     kinds: tuple[str, ...] = tuple(_SCALING_KEYS)
 
     def read(self, reader: ConfigReader) -> dict[str, Any] | None:
-        key = self.key if self.key == LOCAL else "rope_theta"
-        return _read(reader, 1.0, key, self.layer_type, self.partial, self.kinds, self.original)[1]
+        partial, kinds, original = self.partial, self.kinds, self.original
+        return _read(reader, 1.0, "rope_theta", self.layer_type, partial, kinds, original, scaled=not self.local)[1]
 
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
+        key = LOCAL_SCALING if self.local else "rope_scaling"
         if value is None:
-            writer.put(self.key, None, setting)
+            writer.put(key, None, setting)
         elif value["kind"] not in self.kinds:
             writer.refuse(setting, value, f", whose kind must be one of {', '.join(self.kinds) or 'none'}")
         else:
-            writer.put(self.key, _written(RopeScaling(**value)), setting)
+            writer.put(key, _written(RopeScaling(**value)), setting)
             if value["kind"] == "dynamic":
                 writer.put("max_position_embeddings", value["original_length"], setting)
 
 
 @dataclass(frozen=True)
 class RopeByLayerType(Rule):
-    """`rope_parameters` by layer type, which says what the older keys cannot: how layers with a window are scaled.
+    """`rope_parameters` by layer type, which say what the older keys cannot: how layers with a window are scaled.
 
-    bases: the key of the base by layer type, that of most layers first. local: the key under which `RopeScale` leaves
-    the scaling of the other ones. always: whether it is written even where older keys would do.
+    base: the key of the base of those layers, if there is one: then older keys are written where they do.
     """
 
-    bases: Mapping[str, str]
-    local: str = LOCAL
-    always: bool = False
+    base: str | None = None
 
     def read(self, reader: ConfigReader) -> None:
         pass
 
     def write(self, writer: ConfigWriter) -> None:
-        config, scalings = writer.config, {}
-        first, second = self.bases
-        scalings = {first: config.get("rope_scaling"), second: config.pop(self.local, None)}
-        if scalings[second] is None and not self.always:
+        config = writer.config
+        scaling = config.pop(LOCAL_SCALING, None)
+        if self.base is not None and scaling is None:
             return
+        said = {
+            "full_attention": (config.get("rope_theta"), config.get("rope_scaling")),
+            "sliding_attention": (config.get(self.base) if self.base else config.pop(LOCAL_BASE, None), scaling),
+        }
         config["rope_scaling"] = None
         config["rope_parameters"] = {
-            kind: {"rope_type": "default", **(scalings[kind] or {}), "rope_theta": config[key]}
-            for kind, key in self.bases.items()
-            if key in config
+            kind: {"rope_type": "default", **(scaling or {}), "rope_theta": base}
+            for kind, (base, scaling) in said.items()
+            if base is not None
         }
 
 
@@ -224,9 +230,10 @@ def _read(
     partial: bool = False,
     kinds: tuple[str, ...] = tuple(_SCALING_KEYS),
     original: int | None = None,
+    scaled: bool = True,
 ) -> tuple[float, dict[str, Any] | None]:
     """(base, settings of `RopeScaling`)."""
-    name, rope = _said(reader, key, layer_type)
+    name, rope = _said(reader, layer_type, scaled)
     base = reader.number(key, default)
     if not partial:
         reader.only("partial_rotary_factor", 1.0)
@@ -251,9 +258,9 @@ def _read(
     return base, _read_scaling(reader, name, kind, rope)
 
 
-def _said(reader: ConfigReader, key: str, layer_type: str | None) -> tuple[str, dict[str, Any]]:
-    """The key that speaks of these layers, and what it says: `rope_scaling` of those with the base `rope_theta`."""
-    scaling = reader.get("rope_scaling") if key == "rope_theta" else None
+def _said(reader: ConfigReader, layer_type: str | None, scaled: bool) -> tuple[str, dict[str, Any]]:
+    """The key that speaks of these layers, and what it says. scaled: whether `rope_scaling` does, if it is there."""
+    scaling = reader.get("rope_scaling") if scaled else None
     parameters = reader.get("rope_parameters") or {}
     if layer_type is None:
         return ("rope_scaling", dict(scaling)) if scaling else ("rope_parameters", dict(parameters))

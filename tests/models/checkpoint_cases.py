@@ -85,6 +85,21 @@ XLSTM = {  # their cache is made for sizes that 64 divides
     "num_heads": 4, "hidden_size": 128, "chunk_size": 16, "eps": 1e-15, "norm_eps": 1e-3, "gate_soft_cap": 2.0,
     "output_logit_soft_cap": 5.0, "ffn_proj_factor": 0.25, "ffn_round_up_to_multiple_of": 5,
 }  # fmt: skip
+PHI3 = {
+    "partial_rotary_factor": 0.75, "num_key_value_heads": 1, "pad_token_id": None,
+    "original_max_position_embeddings": 3 * 32, "rope_parameters": {
+        "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 5.0], "rope_theta": 700.0,
+    },
+}  # fmt: skip
+MIXED_WINDOWS = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 9, "head_dim": 10,
+    "pad_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+GRANITE_DENSE = {
+    "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.3, "attention_multiplier": 0.2,
+}  # fmt: skip
+GLM = {"head_dim": 12, "num_key_value_heads": 1, "pad_token_id": None, "rope_parameters": {"rope_theta": 700.0}}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 700.0}
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE,
     "mixtral_window": MIXTURE | {"sliding_window": 7, "tie_word_embeddings": True, "num_key_value_heads": 1},
@@ -234,6 +249,44 @@ CASES: dict[str, dict[str, Any]] = {
     "xlstm": XLSTM,
     "xlstm_sizes": XLSTM
     | {"num_heads": 2, "hidden_size": 32, "qk_dim_factor": 0.3125, "v_dim_factor": 0.75, "use_cache": False},
+    "phi3": PHI3,
+    "phi3_window": {
+        "sliding_window": 7,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.5,
+        "pad_token_id": None,
+    },
+    "granite": GRANITE_DENSE
+    | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
+    "olmo2": {"num_key_value_heads": 1, "attention_bias": True, "rope_parameters": YARN, "pad_token_id": None},
+    "olmo3": MIXED_WINDOWS
+    | {
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 3.0},
+        },
+    },
+    "glm": GLM,
+    "glm4": GLM | {"head_dim": 8, "partial_rotary_factor": 0.75, "attention_bias": False},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "num_key_value_heads": 1, "pad_token_id": None},
+    "smollm3_windows": {
+        "no_rope_layers": [0, 0, 1],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+    },
+    "ministral": MIXED_WINDOWS,
+    "exaone4": MIXED_WINDOWS | {"num_key_value_heads": 1},
+    "exaone4_without_windows": {
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 3,
+        "rope_parameters": YARN,
+        "tie_word_embeddings": True,
+    },
     "cohere2": COHERE2 | {"head_dim": 10},
     "cohere2_bias": COHERE2 | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
 }

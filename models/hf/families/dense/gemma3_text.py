@@ -1,24 +1,14 @@
 """Gemma 3's language model (arXiv 2503.19786): norms around each part, windows in 5 of 6 layers, two RoPE bases."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from ....block import SandwichBlock
 from ....feed_forward.geglu import GEGLU
-from ...components import BLOCK, GATED_MLP, HEAD_NORMED_ATTENTION, MODEL
+from ...components import BLOCK, GATED_MLP, HEAD_NORMED_ATTENTION, MODEL, scale_written
 from ...family import Family
 from ...fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root
 from ...layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
-from ...rope import LOCAL, RopeBase, RopeByLayerType, RopeScale
+from ...rope import RopeBase, RopeByLayerType, RopeScale
 
-
-def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The scale is written in any case."""
-    resolved = HEAD_NORMED_ATTENTION.resolve(arguments)
-    return {**resolved, "scale": resolved["scale"] or resolved["head_dim"] ** -0.5}
-
-
-attention = HEAD_NORMED_ATTENTION.but(
+attention = scale_written(HEAD_NORMED_ATTENTION).but(
     heads=Integer("num_attention_heads", 8),
     kv_heads=Integer("num_key_value_heads", 4, divides="num_attention_heads"),
     head_dim=Integer("head_dim", 256),
@@ -26,7 +16,6 @@ attention = HEAD_NORMED_ATTENTION.but(
     scale=InverseRoot("query_pre_attn_scalar", 256),
     rope_base=RopeBase(1e6, layer_type="full_attention"),
     rope_scaling=RopeScale(layer_type="full_attention"),
-    resolve=_resolve,
 )
 
 FAMILY = Family(
@@ -38,7 +27,7 @@ FAMILY = Family(
         WINDOW: attention.but(
             window=Integer("sliding_window", absent=4096),
             rope_base=RopeBase(1e4, key="rope_local_base_freq", layer_type="sliding_attention"),
-            rope_scaling=RopeScale(layer_type="sliding_attention", key=LOCAL),
+            rope_scaling=RopeScale(layer_type="sliding_attention", local=True),
         ),
     },
     layers=LayerTypes(every_nth_full(6, "sliding_window_pattern")),
@@ -58,7 +47,7 @@ FAMILY = Family(
         tied_embeddings=Flag("tie_word_embeddings", default=True),
     ),
     rules=(
-        RopeByLayerType({"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}),
+        RopeByLayerType(base="rope_local_base_freq"),
         Only("hidden_activation", ("gelu_pytorch_tanh",)),
         Only("attention_dropout", (0.0, 0)),
         Absent("final_logit_softcapping", "The published models have none"),

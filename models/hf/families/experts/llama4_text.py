@@ -1,13 +1,12 @@
 """Llama 4's language model (Meta, 2025): attention within chunks, layers without positions, experts in some layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ...components import ATTENTION, GATED_MLP, INTERLEAVED, MIXTURE, MODEL
-from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
 from ...fields import Fixed, Flag, Integer, Known, Number, Only, Quotient, Switch, Unread, Where
-from ...layers import DENSE, EXPERTS, LayerRule, LayerTypes, Numbered
+from ...layers import DENSE, EXPERTS, ByPositions, Numbered
 from ...rope import RopeBase, RopeScale
 from ...tensors import inputs_first, of_experts
 
@@ -18,27 +17,6 @@ NAMES = {
 KINDS = {"chunked_attention": "chunked", "full_attention": "full"}
 
 GATE_AND_VALUES = "feed_forward.experts.gate_up_proj"
-
-
-class ChunksAndPositions(LayerRule):
-    """`no_rope_layers` has a 1 for layers with positions; where none are listed, each n-th has none.
-
-    Layers with positions attend within chunks, unless `layer_types` says otherwise.
-    """
-
-    def read(self, reader: ConfigReader, depth: int) -> list[str]:
-        every, placed = reader.integer("no_rope_layer_interval", 4), reader.get("no_rope_layers")
-        placed = placed or [int((layer + 1) % every != 0) for layer in range(depth)]
-        if not isinstance(placed, list) or len(placed) < depth or not set(placed) <= {0, 1}:
-            reader.problem(f"no_rope_layers must have a 0 or 1 for each of {depth} layers; got {placed!r}")
-            placed = [1] * depth
-        kinds = LayerTypes(lambda *_: ["chunked" if each else "full" for each in placed[:depth]], KINDS)
-        return [NAMES[kind, bool(each)] for kind, each in zip(kinds.read(reader, depth), placed, strict=False)]
-
-    def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
-        known = {name: each for each, name in NAMES.items()}
-        LayerTypes(kinds=KINDS).write(writer, [known[name][0] for name in layers])
-        writer.config["no_rope_layers"] = [int(known[name][1]) for name in layers]
 
 
 def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,7 +59,7 @@ FAMILY = Family(
         "rotary": rotary,
         "unplaced": unplaced.but(block=chunk),
     },
-    layers=ChunksAndPositions(),
+    layers=ByPositions(NAMES, KINDS, lambda reader, placed: "chunked" if placed else "full"),
     feed_forwards={
         DENSE: GATED_MLP.moved("mlp.", "feed_forward.").but(hidden=Integer("intermediate_size_mlp", 16384)),
         EXPERTS: MIXTURE.but(

@@ -1,13 +1,14 @@
 """OLMo Hybrid (Ai2, 2026): Gated DeltaNet, and attention layers that norm what their parts return."""
 
 from ....block import OutputNormBlock
-from ...components import BLOCK, HEAD_NORMED_ATTENTION
+from ...components import BLOCK
 from ...config import ConfigReader
 from ...family import RULES, Family
 from ...fields import Fixed, Flag, Integer, Known, OfKind
 from ...layers import FULL, LINEAR, LayerTypes
 from ...rope import RopeBase
 from ...tensors import convolution
+from ..dense.olmo2 import FULL_NORMED_ATTENTION
 from .qwen3_next import DELTA, KINDS
 
 
@@ -20,10 +21,7 @@ FAMILY = Family(
     model_type="olmo_hybrid",
     architecture="OlmoHybridForCausalLM",
     mixers={
-        FULL: HEAD_NORMED_ATTENTION.but(
-            qk_norm=Fixed("full"),
-            rope_base=RopeBase(optional=True),
-        ),
+        FULL: FULL_NORMED_ATTENTION.but(rope_base=RopeBase(optional=True)),
         LINEAR: DELTA.but(
             heads=Integer("linear_num_value_heads", "num_attention_heads"),
             key_heads=Integer("linear_num_key_heads", "num_attention_heads", divides="linear_num_value_heads"),

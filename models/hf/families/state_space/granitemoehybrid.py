@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....block import ScaledBlock
-from ...components import ATTENTION, BLOCK, GATED_MLP, MIXTURE, MODEL
+from ...components import GATED_MLP, MIXTURE
 from ...family import RULES, Family, renamed
-from ...fields import Fixed, Flag, Integer, Inverse, Known, Number
+from ...fields import Fixed, Integer, Known
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, Every, LayerTypes, Switched
 from ...state_space import HYBRID_MAMBA2, Heads
 from ...tensors import Weight, of_experts, rows_of
+from ..dense.granite import ATTENTION_BY_MULTIPLIER, BLOCK_BY_MULTIPLIER, MODEL_BY_MULTIPLIERS
 
 ROTARY = "rotary"
 KINDS = {"full_attention": FULL, "linear_attention": LINEAR}
@@ -26,12 +26,6 @@ def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return new
 
 
-def _resolve(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The scale is written in any case."""
-    resolved = ATTENTION.resolve(arguments)
-    return {**resolved, "scale": resolved["scale"] or resolved["head_dim"] ** -0.5}
-
-
 def _shared(number: int, within: str = "") -> Weight:
     """Of the gate and the values, one. within: the name of the layer in ours."""
 
@@ -43,19 +37,12 @@ def _shared(number: int, within: str = "") -> Weight:
 
 EXPERTS_INPUT = "block_sparse_moe.input_linear.weight"
 SHARED = {"gate": _shared(0), "up": _shared(1), "down": "shared_mlp.output_linear"}
-attention = ATTENTION.but(
-    bias=Flag("attention_bias"),
-    output_bias=Flag("attention_bias"),
-    scale=Number("attention_multiplier", 1.0),
-    resolve=_resolve,
-)
-
 FAMILY = Family(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
     mixers={
-        FULL: attention.but(rope_base=Fixed(None), rope_scaling=Fixed(None)),
-        ROTARY: attention,
+        FULL: ATTENTION_BY_MULTIPLIER.but(rope_base=Fixed(None), rope_scaling=Fixed(None)),
+        ROTARY: ATTENTION_BY_MULTIPLIER,
         LINEAR: HYBRID_MAMBA2,
     },
     layers=Switched(
@@ -79,10 +66,8 @@ FAMILY = Family(
         DENSE: GATED_MLP.but(hidden=Integer("shared_intermediate_size", 1024), names=SHARED),
     },
     feed_forward_layers=Switched(Every(EXPERTS), "num_local_experts", 0, (EXPERTS, DENSE)),
-    block=BLOCK.but(target=ScaledBlock, multiplier=Number("residual_multiplier", 1.0)),
-    model=MODEL.but(
-        embedding_multiplier=Number("embedding_multiplier", 1.0), logit_multiplier=Inverse("logits_scaling")
-    ),
+    block=BLOCK_BY_MULTIPLIER,
+    model=MODEL_BY_MULTIPLIERS,
     rules=(
         *RULES,
         Heads("mamba_n_heads", "mamba_expand", "mamba_d_head", auto=True),
@@ -91,4 +76,5 @@ FAMILY = Family(
                "router_aux_loss_coef")),
     ),
     current=_current,
+    yields_to=("granite",),
 )  # fmt: skip
