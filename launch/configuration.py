@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import logging
 import os
 import re
@@ -73,16 +74,27 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str
             flush=True,
         )
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come here rather than to Hydra's own printing
-    sys.argv[1:] = [quoted(argument, texts) for argument in without_launcher_arguments(sys.argv[1:])]
+    sys.argv[1:] = [quoted(_as_field(argument), texts) for argument in without_launcher_arguments(sys.argv[1:])]
     try:
         _refuse_multirun(sys.argv[1:])
         compose()
     except (*ConfigurationError, MultirunError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(explain(error, config_name, sys.argv[1:]), file=sys.stderr, flush=True)
+            print(_as_written(explain(error, config_name, sys.argv[1:])), file=sys.stderr, flush=True)
         else:
             time.sleep(5)
         sys.exit(1)
+
+
+def _as_field(argument: str) -> str:
+    """`from=PATH` as `from_=PATH`: fields of dataclasses cannot have the names of Python's keywords."""
+    name, equals, value = argument.partition("=")
+    return f"{name}_{equals}{value}" if equals and keyword.iskeyword(name.lstrip("+")) else argument
+
+
+def _as_written(message: str) -> str:
+    """A message with the names of such fields as they are written on the command line."""
+    return re.sub(r"\b([a-z]+)_\b", lambda m: m[1] if keyword.iskeyword(m[1]) else m[0], message)
 
 
 def other_checkout(folder: Path) -> Path | None:

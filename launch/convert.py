@@ -1,139 +1,81 @@
-"""python -m longreach.launch.convert checkpoint=PATH path=OUT form=latent — attention as another form of attention."""
+"""python -m longreach.launch.convert from=PATH to=OUT — a model in another format, or its attention in another form."""
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
-from ..models import conversion
-from ..models.conversion import Converted
-from ..models.language_model import LanguageModel
-from ..models.mixers.softmax.attention import Attention
-from ..models.part import Part
-from ..trainer.checkpoint.choice import locate, read_config
+from ..models import hf
 from ..trainer.checkpoint.rewriting import rewrite
-from ..trainer.checkpoint.stored import Stored, check_bytes, verify
+from ..trainer.checkpoint.source import Source, open_source
 from ..trainer.settings import home
 from . import configuration
 from .build import build
-
-FORMS = ("grouped", "latent")
+from .export import check_form, write_hub
+from .forms import Formed, FormSettings
 
 
 @dataclass
-class ConvertSettings:
-    """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken; `path` is a new folder."""
+class ConvertSettings(FormSettings):
+    """`from` is a Hugging Face model, a checkpoint, or a run, of which the newest is taken; `to` is a new folder.
 
-    checkpoint: str | None = None
-    path: str | None = None
-    form: str | None = None  # grouped: fewer key/value heads; latent: of one latent per token
-    mixers: list[str] = field(default_factory=list)  # names in model.mixers; empty: all of softmax attention
-    kv_heads: int | None = None  # of form=grouped: how many are left
-    latent_rank: int | None = None  # of form=latent; null: as many numbers as make it exact
-    rope_heads: int | None = None  # of form=latent, rotated key heads that are kept; null: all, which is exact
+    Without a form, or with a family, `to` becomes a Hugging Face model; else a checkpoint, with which init_from begins.
+    """
+
+    from_: str | None = None
+    to: str | None = None
+    family: str | None = None  # model type to write; null: that of the origin, or else the one that others yield to
+    dtype: str | None = None  # of a Hugging Face model, float32, bfloat16 or float16; null: as its tensors are
+    max_positions: int | None = None  # null: YaRN's own, or else the longest rows of any stage, or those of the origin
+    shard_bytes: int = hf.SHARD_BYTES  # largest file
 
 
 configuration.register("convert_settings", ConvertSettings)
 
 
 def convert(settings: ConvertSettings) -> Path:
-    """Writes the checkpoint with its attention in another form, and prints for each layer how exact it is.
+    """Writes a model as one of Hugging Face, or with its attention in another form, and says how exact that is.
 
-    Training goes on from the new folder by init_from. One layer after another goes from disk to disk. Raises
-    ValueError for settings that do not fit, for attention that has no such form, and for a damaged checkpoint.
+    One tensor after another goes from disk to disk, and the folder appears when it is whole. Raises ValueError for
+    settings that do not fit, for what cannot be read or contradicts itself, for a model that no family expresses, for
+    attention that has no such form, and where `to` cannot be written.
     """
-    _check(settings)
-    source = locate(home(settings.checkpoint or "", "checkpoint"), "checkpoint")
-    before = dict(read_config(source)["model"])
-    model = _on_meta(before)
-    chosen = _chosen(model, settings.mixers, settings.form)
-    stored = verify(source).named_for(dict(model.named_parameters()))
-    check_bytes(stored, [name for name, _ in model.named_parameters()])
-    after, out = copy.deepcopy(before), Path(home(settings.path or "", "path"))
-    for name, (path, part) in {part.setting: (path, part) for path, part in chosen.items()}.items():
-        after["mixers"][name.rpartition(".")[2]] = _converted(stored, path, part, before, settings).settings
-    made = _on_meta(after)
-    rewrite(stored, out, made, after, _weights(stored, made, chosen, before, settings))
+    settings.check()
+    if not settings.from_:
+        raise ValueError("from must be given; got none. Name a model's folder, a checkpoint or a run: from=PATH")
+    if not settings.to:
+        raise ValueError("to must be a new folder for the converted model; got none. Give to=OUT")
+    check_form(settings.dtype, settings.max_positions, settings.shard_bytes)
+    out, own = Path(home(settings.to, "to")), settings.form is not None and settings.family is None
+    if own:
+        _refuse_others(settings)
+    hf.check_new(out, "to")
+    source: Source = open_source(Path(home(settings.from_, "from")), "from", build)
+    if settings.form is not None:
+        source = Formed(source, settings)
+    if own:
+        with torch.device("meta"):
+            model = build(source.settings)
+        rewrite(source, out, model, source.settings, source.weights(model), "to")
+    else:
+        form = {"dtype": settings.dtype, "max_positions": settings.max_positions, "shard_bytes": settings.shard_bytes}
+        write_hub(source, out, "to", family=settings.family, **form)
     return out
 
 
-def _check(settings: ConvertSettings) -> None:
-    if not settings.checkpoint:
-        raise ValueError("checkpoint must be given; got none. Name a run or a checkpoint: checkpoint=runs/NAME/TIME")
-    if not settings.path:
-        raise ValueError("path must be a new folder for the converted checkpoint; got none. Give path=OUT")
-    if settings.form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {settings.form!r}. Choose one")
-    if settings.form == "grouped" and settings.kv_heads is None:
-        raise ValueError("kv_heads must be given with form=grouped; got none. Say how many are left")
-    others = ("latent_rank", "rope_heads") if settings.form == "grouped" else ("kv_heads",)
-    if given := [name for name in others if getattr(settings, name) is not None]:
-        raise ValueError(f"{given[0]} must be left out with form={settings.form}, where it has no effect")
-
-
-def _on_meta(settings: dict[str, Any]) -> LanguageModel:
-    with torch.device("meta"):
-        return build(settings)
-
-
-def _chosen(model: LanguageModel, names: list[str], form: str | None) -> dict[str, Part]:
-    """The mixers to convert, by path."""
-    if unknown := [name for name in names if name not in model.mixer_names]:
-        raise ValueError(f"mixers must be names of {', '.join(model.mixer_names)}; got {unknown[0]}. Name others")
-    parts = [(path, part) for path, part in model.leaves() if part.setting.startswith("model.mixers.")]
-    chosen = {
-        path: part
-        for path, part in parts
-        if (part.setting.rpartition(".")[2] in names if names else isinstance(part, Attention))
-    }
-    if wrong := [part for part in chosen.values() if not isinstance(part, Attention)]:
-        raise ValueError(
-            f"mixers must be softmax attention for form={form}; got {type(wrong[0]).__name__}. Name others in mixers"
-        )
-    if not chosen:
-        raise ValueError("checkpoint must be of a model with softmax attention; got none in it. Name another")
-    return chosen
-
-
-def _converted(stored: Stored, path: str, part: Part, model: dict[str, Any], settings: ConvertSettings) -> Converted:
-    assert isinstance(part, Attention)
-    name = part.setting.rpartition(".")[2]
-    weights = {name: stored.map(f"{path}.{name}") for name, _ in part.named_parameters()}
-    try:
-        if settings.form == "grouped":
-            assert settings.kv_heads is not None
-            return conversion.grouped(part, model["mixers"][name], weights, settings.kv_heads)
-        return conversion.latent(
-            part, model["mixers"][name], weights, latent_rank=settings.latent_rank, rope_heads=settings.rope_heads
-        )
-    except ValueError as error:
-        raise ValueError(f"{part.setting}: {error}") from None
-
-
-def _weights(
-    stored: Stored, made: LanguageModel, chosen: dict[str, Part], model: dict[str, Any], settings: ConvertSettings
-) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter of the new model, in its order; a converted layer's together."""
-    at, weights = "", dict[str, Tensor]()
-    for name, _ in made.named_parameters():
-        path = next((path for path in chosen if name.startswith(f"{path}.")), None)
-        if path is None:
-            yield name, stored.map(name)
-            continue
-        if path != at:
-            at, (_, weights, errors) = path, _converted(stored, path, chosen[path], model, settings)
-            off = [f"{what} off by {error:.1e}" for what, error in errors.items() if error]
-            print(f"{path}: {', '.join(off) or 'exact'}", flush=True)
-        yield name, weights[name.removeprefix(f"{path}.")]
+def _refuse_others(settings: ConvertSettings) -> None:
+    """Raises ValueError for settings of Hugging Face models beside a form, of which a checkpoint comes."""
+    default = ConvertSettings()
+    for name in ("dtype", "max_positions", "shard_bytes"):
+        if getattr(settings, name) != getattr(default, name):
+            raise ValueError(
+                f"{name} must be left out with a form and no family: a checkpoint comes of it, where it has no effect"
+            )
 
 
 def main() -> None:

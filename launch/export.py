@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,12 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from ..models import hf
-from ..models.language_model import LanguageModel
-from ..trainer.checkpoint import checkpoint
-from ..trainer.checkpoint.choice import locate, read_config
+from ..trainer.checkpoint.choice import locate
 from ..trainer.checkpoint.origin import read_origin
-from ..trainer.checkpoint.tensor_files import checksum
+from ..trainer.checkpoint.source import OwnSource, Source
 from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
-from ..trainer.engine import saved_buffers
 from ..trainer.settings import home
 from . import configuration
 from .build import build
@@ -30,6 +25,7 @@ OTHERS = (
     "Other models stay with LongReach: python -m longreach.launch.generate draws text from this checkpoint, init_from "
     "trains it further, and its weights are safetensors by parameter name in {}"
 )
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
@@ -71,48 +67,74 @@ def export(settings: ExportSettings) -> Path:
         raise ValueError("checkpoint must be given; got none. Name a run or a checkpoint: checkpoint=runs/NAME/TIME")
     if not settings.path:
         raise ValueError("path must be a new folder for the exported model; got none. Give path=OUT")
-    if settings.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {settings.dtype!r}. Choose one")
-    if settings.max_positions is not None and settings.max_positions < 1:
-        raise ValueError(
-            f"max_positions must be at least 1; got {settings.max_positions}. Leave it out: the longest rows trained on"
-        )
-    source = locate(home(settings.checkpoint, "checkpoint"), "checkpoint")
-    run = read_config(source)
-    with torch.device("meta"):
-        model = build(run["model"])
-    tokenizer = checkpoint_tokenizer(source)
-    origin = read_origin(source, tokenizer)
-    try:
-        positions = hf.max_positions(run["model"], origin.positions, family=settings.family, origin=origin.config)
-    except hf.NotExpressibleError as error:
-        raise ValueError(f"{error}. {OTHERS.format(source)}") from None
+    check_form(settings.dtype, settings.max_positions, settings.shard_bytes)
     out = Path(home(settings.path, "path"))
-    hf.write(
-        _weights(checkpoint.verify(source), model),
-        run["model"],
+    hf.check_new(out)
+    write_hub(
+        OwnSource(locate(home(settings.checkpoint, "checkpoint"), "checkpoint"), build),
         out,
-        hf.tokenizer_files(source / "tokenizer"),
-        max_positions=settings.max_positions or positions,
+        "path",
         family=settings.family,
-        dtype=getattr(torch, settings.dtype),
-        config=_token_ids(origin.config, tokenizer),
-        origin=origin.config,
-        generation={**origin.generation, **_token_ids(origin.generation or origin.config, tokenizer)},
+        dtype=settings.dtype,
+        max_positions=settings.max_positions,
         shard_bytes=settings.shard_bytes,
     )
     return out
 
 
-def _weights(stored: checkpoint.Stored, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter and saved buffer, after its bytes were compared with their checksum."""
-    for name, parameter in (*model.named_parameters(), *saved_buffers(model).items()):
-        file, place, expected = stored.tensors.get(name, (None, None, None))
-        if file is None or place is None or place.shape != tuple(parameter.shape):
-            raise ValueError(f"checkpoint must hold the model of its config.yaml; got {stored.path} without its {name}")
-        if checksum(stored.path / file, place) != expected:
-            raise ValueError(f"checkpoint must be undamaged; got {stored.path}, where the bytes of {name} have changed")
-        yield name, stored.map(name)
+def check_form(dtype: str | None, max_positions: int | None, shard_bytes: int) -> None:
+    """Raises ValueError for settings of what is written that no model can have."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}. Choose one")
+    if max_positions is not None and max_positions < 1:
+        raise ValueError(
+            f"max_positions must be at least 1; got {max_positions}. Leave it out: the longest rows trained on"
+        )
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1; got {shard_bytes}. Leave it out for {hf.SHARD_BYTES}")
+
+
+def write_hub(
+    source: Source,
+    out: Path,
+    setting: str,
+    *,
+    family: str | None,
+    dtype: str | None,
+    max_positions: int | None,
+    shard_bytes: int,
+) -> None:
+    """Writes a model as a folder of Hugging Face, with its tokenizer and what its origin says of it.
+
+    setting: that gives `out`, for messages. Raises ValueError as `export` does.
+    """
+    tokenizer = checkpoint_tokenizer(source.path) if isinstance(source, OwnSource) else None
+    origin = read_origin(source.path, tokenizer)
+    ids = {key: origin.config[key] for key in IDS if key in origin.config}
+    generation = origin.generation
+    if tokenizer is not None:
+        generation = {**generation, **_token_ids(generation or origin.config, tokenizer)}
+        ids |= _token_ids(origin.config, tokenizer)
+    try:
+        positions = hf.max_positions(source.settings, origin.positions, family=family, origin=origin.config)
+    except hf.NotExpressibleError as error:
+        raise ValueError(f"{error}. {OTHERS.format(source.path)}") from None
+    with torch.device("meta"):
+        model = build(source.settings)
+    hf.write(
+        source.weights(model),
+        source.settings,
+        out,
+        hf.tokenizer_files(source.tokenizer),
+        max_positions=max_positions or positions,
+        family=family,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        config=ids,
+        origin=origin.config,
+        generation=generation or None,
+        shard_bytes=shard_bytes,
+        setting=setting,
+    )
 
 
 def _token_ids(said: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

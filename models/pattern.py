@@ -8,6 +8,8 @@ mamba|softmax+gla*2  two layers of `mamba` followed by `softmax` and `gla` side 
 
 from __future__ import annotations
 
+from itertools import groupby
+
 
 def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str]:
     """The mixers of each layer: `["lightning*7", "softmax"]` is eight items, repeated to `depth`.
@@ -48,3 +50,11 @@ def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str
 def stages(item: str) -> list[list[str]]:
     """The mixers of one layer: in sequence, and in each place of it side by side."""
     return [stage.split("+") for stage in item.split("|")]
+
+
+def run_lengths(layers: list[str]) -> list[str]:
+    """['full', 'full', 'window'] as a pattern: ['full*2', 'window']; ['full'] where all layers are alike."""
+    if len(set(layers)) == 1:
+        return layers[:1]
+    runs = [(name, len(list(same))) for name, same in groupby(layers)]
+    return [name if count == 1 else f"{name}*{count}" for name, count in runs]

@@ -21,6 +21,7 @@ from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather, frozen_parameters, saved_buffers
+from .ranks.exchange import together
 from .rehearsal import rehearse
 from .settings import Settings
 from .zero.experts import check_experts
@@ -34,13 +35,14 @@ def model_settings(settings: Settings, corpus: Corpus | RecallCorpus) -> dict[st
     """The model's configuration, complete: of `model`, or of the Hugging Face checkpoint that training starts from.
 
     Raises ValueError where the vocabulary does not hold an id that occurs in the data or begins a prompt. A tokenizer
-    may have more: that is logged.
+    may have more ids, or the embedding more rows: that is logged.
     """
     model = configured_model(settings)
     if model.get("vocabulary") is None:
         model["vocabulary"] = corpus.vocabulary_size
     if model["vocabulary"] < corpus.vocabulary_size:
         _check_ids(settings, corpus, model["vocabulary"])
+    _note_padding(corpus.vocabulary_size, model["vocabulary"])
     return model
 
 
@@ -70,6 +72,13 @@ def _check_ids(settings: Settings, corpus: Corpus | RecallCorpus, rows: int) -> 
         f"{rows:,}",
         f"{corpus.vocabulary_size:,}",
     )
+
+
+def _note_padding(ids: int, rows: int) -> None:
+    """Says of a vocabulary that is larger than the data's, as those that are rounded up are, what is not trained."""
+    if rows > ids:
+        text = "model.vocabulary: the embedding has %s rows, the data %s ids; the other rows are of no token"
+        log.info(text, f"{rows:,}", f"{ids:,}")
 
 
 def _remedy(settings: Settings, corpus: Corpus, met: int, rows: int) -> str:
@@ -162,6 +171,23 @@ def check_model(
         note(line)
 
 
+def check_origin(build: Build, settings: Settings, *, resuming: bool = False) -> None:
+    """Compares what `init_from` names with the model, before data are read, by the headers of its files alone.
+
+    Resuming, nothing is read of it. A checkpoint of LongReach is compared later where the model is without vocabulary
+    yet. Raises ValueError that names the tensors that are missing, unexpected or misshapen, and files that are not
+    whole.
+    """
+    origin = settings.init_from
+    if origin is None or resuming:
+        return
+    model = configured_model(settings)
+    if not checkpoint.is_one(origin):
+        hf.open_weights(origin)
+    elif model.get("vocabulary") is not None:
+        checkpoint.prepare_weights(origin, on_meta(build, model), settings.trainer.seed, bytes_too=False)
+
+
 def on_meta(build: Build, model: dict[str, Any]) -> LanguageModel:
     """The model without memory, by which the meters count."""
     with torch.device("meta"):
@@ -175,9 +201,9 @@ def make_engine(settings: Settings, build: Build, mesh: Mesh, device: torch.devi
     def from_checkpoint(model: nn.Module, gather: Gather) -> None:
         origin = str(settings.init_from)
         if checkpoint.is_one(origin):
-            checkpoint.load_weights(origin, model, gather, trainer.seed)
+            together(mesh, lambda: checkpoint.prepare_weights(origin, model, trainer.seed))(gather)
         else:
-            hf.load(origin, model, gather)
+            together(mesh, lambda: hf.prepare(origin, model))(gather)
 
     def leave_as_allocated(model: nn.Module, gather: Gather) -> None:
         pass

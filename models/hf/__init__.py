@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,32 +20,32 @@ import torch
 from torch import Tensor, nn
 
 from . import families
-from .checkpoint import (
-    CONFIG,
-    GENERATION,
-    SHARD_BYTES,
-    TOKENIZER_FILES,
-    Checkpoint,
-    Gather,
-    copy_files,
-    load_tensors,
-    new_folder,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from .checkpoint import CONFIG, GENERATION, TOKENIZER_FILES, Checkpoint, Gather, Weights, read_json
+from .checkpoint import prepare as prepare_filling
 from .components import Settings
 from .config import SAID_ANEW
 from .family import OTHER_MODELS, Family
+from .tensors import Entries
+from .writing import SHARD_BYTES, WriteError, check_new, copy_files, new_folder, save_tensors, write_json
 
 logger = logging.getLogger("longreach")
 
 __all__ = [
+    "CONFIG",
+    "SHARD_BYTES",
     "TOKENIZER_FILES",
+    "Entries",
     "NotExpressibleError",
+    "Weights",
+    "WriteError",
+    "check_new",
+    "copy_files",
     "known_families",
     "load",
     "max_positions",
+    "new_folder",
+    "open_weights",
+    "prepare",
     "read_configs",
     "read_json",
     "read_settings",
@@ -63,6 +63,24 @@ def read_settings(path: str | Path) -> Settings:
     return _family(config).settings(config)
 
 
+def open_weights(path: str | Path) -> Weights:
+    """The weights in the folder `path`, as `LanguageModel` has them, read one at a time when they are asked for.
+
+    Raises one ValueError that names every missing, unexpected or misshapen tensor; only headers are read for it.
+    """
+    config = _read_config(path)
+    family = _family(config)
+    checkpoint = Checkpoint(path, family.renamings)
+    if others := {found[2] for name in checkpoint.headers if (found := re.match(OTHER_MODELS, name))}:
+        _note(str(path), ", ".join(sorted(others)))
+    return Weights(checkpoint, family.in_form(checkpoint.headers).tensors(family.settings(config)))
+
+
+def prepare(path: str | Path, model: nn.Module) -> Callable[[Gather | None], None]:
+    """What `load` checks; returns what it then does, which raises nothing that a rank alone could meet in `gather`."""
+    return prepare_filling(open_weights(path), model)
+
+
 def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> None:
     """Fills a model built from `read_settings(path)` with the weights in `path`, one tensor at a time.
 
@@ -70,17 +88,11 @@ def load(path: str | Path, model: nn.Module, gather: Gather | None = None) -> No
     parameters in the same order on every rank. Values take the type and device of the parameter. Raises ValueError,
     before `gather` is first entered, that names every missing, unexpected or misshapen tensor.
     """
-    config = _read_config(path)
-    family = _family(config)
-    checkpoint = Checkpoint(path, family.renamings)
-    if others := {found[2] for name in checkpoint.headers if (found := re.match(OTHER_MODELS, name))}:
-        logger.warning("%s: the language model alone is read, not %s", path, ", ".join(sorted(others)))
-    tensors = family.in_form(checkpoint.headers).tensors(family.settings(config))
-    load_tensors(checkpoint, model, tensors, gather)
+    prepare(path, model)(gather)
 
 
 def write(
-    state: Iterable[tuple[str, Tensor]],
+    state: Iterable[tuple[str, Tensor | Entries]],
     settings: Settings,
     path: str | Path,
     files: Iterable[Path] = (),
@@ -92,20 +104,21 @@ def write(
     origin: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    setting: str = "path",
 ) -> None:
     """Writes a model as the folder `path`: safetensors, config.json, and copies of `files` (those of the tokenizer).
 
-    state: (name, tensor) of each parameter and buffer, shared ones once, taken one at a time; at most a shard is held.
+    state: (name, tensor) of each parameter and buffer, shared ones once, taken and written one at a time.
     settings: those that the model was built from. max_positions: the sequence length that it was trained at.
     family: the model type to write. By default it is that of `origin`, if it expresses the settings, or else the one
         that does and to which the others yield.
     dtype: of the written tensors, by default as they are. config: more keys for config.json (ids of special tokens).
     origin: the config.json that the model was read from. What it says beside the settings is kept if the type is kept.
-    generation: generation_config.json, if one shall be written.
+    generation: generation_config.json, if one shall be written. setting: that gives `path`, for messages.
 
     The folder appears only when it is complete. Raises ValueError, before anything is written, where `path` already
     holds something, the family is unknown or cannot express the settings, or several can and none yields;
-    `NotExpressibleError` where none can.
+    `NotExpressibleError` where none can; `WriteError` where the disk is full or not writable.
     """
     chosen, described = _expressed(settings, family, origin)
     if (needed := described.setdefault("max_position_embeddings", max_positions)) != max_positions:
@@ -114,7 +127,7 @@ def write(
         raise ValueError(f"config must not hold what the settings say; got {', '.join(taken)}. Leave these out")
     # Where nothing is said of padding, some classes of transformers take an id that the vocabulary may not have.
     said = {"pad_token_id": None, **_kept(_current(origin or {}), described), **(config or {})}
-    with new_folder(Path(path)) as folder:
+    with new_folder(Path(path), setting) as folder:
         kept = save_tensors(state, chosen.tensors(settings), folder, dtype=dtype, shard_bytes=shard_bytes)
         write_json(folder / CONFIG, {**chosen.written(said), "torch_dtype": str(kept).split(".")[-1]})
         copy_files(files, folder)
@@ -164,6 +177,12 @@ def read_configs(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def tokenizer_files(path: str | Path) -> list[Path]:
     """The files in the folder `path` that belong to a tokenizer or to how text is generated."""
     return [Path(path) / name for name in (*TOKENIZER_FILES, GENERATION) if (Path(path) / name).exists()]
+
+
+@cache
+def _note(path: str, others: str) -> None:
+    """Says once what is not read."""
+    logger.warning("%s: the language model alone is read, not %s", path, others)
 
 
 def _read_config(path: str | Path) -> dict[str, Any]:

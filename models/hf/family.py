@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..block import Block, SideBySide
-from ..pattern import expand_pattern, stages
+from ..pattern import expand_pattern, run_lengths, stages
 from .components import BLOCK, GATED_MLP, MODEL, Component, Node, Settings, built, path_of
 from .config import ConfigReader, ConfigWriter
 from .fields import Absent, Only, Rule
@@ -144,7 +143,7 @@ class Family:
             mixers = [f"{mixer}|{feed_forward}" for mixer, feed_forward in zip(mixers, following, strict=True)]
             result["mixers"] |= read
         result["feed_forward"] = next(iter(read.values())) if len(read) == 1 else None
-        result["pattern"] = _run_lengths(mixers)
+        result["pattern"] = run_lengths(mixers)
         if self.side_by_side is not None:
             result["side_by_side"] = self.side_by_side.read(reader)
         if self.block.target is not BLOCK.target:  # the model's default
@@ -212,7 +211,7 @@ class Family:
                 duplicates[whole.name] = first_names[tensor]
             else:
                 first_names[tensor] = whole.name
-                placed.append(Placed(ours, tensor.shape[0], module.get_submodule(path), whole))
+                placed.append(Placed(ours, tensor.shape, module.get_submodule(path), whole))
         ignored = self.ignored + (self._ahead(model.arguments["depth"]) if self.predicts else ())
         ignored += (OTHER_MODELS,) if self.within else ()
         return Tensors.of(
@@ -309,11 +308,3 @@ def _layers(model: Node, beside: bool) -> tuple[list[Layer], list[str]]:
             joined.add(item)
         layers.append(Layer(tuple(first), others[0][0] if others else last))
     return layers, sorted(joined)
-
-
-def _run_lengths(layers: list[str]) -> list[str]:
-    """['full', 'full', 'window'] as a pattern: ['full*2', 'window']; ['full'] where all layers are alike."""
-    if len(set(layers)) == 1:
-        return layers[:1]
-    runs = [(name, len(list(same))) for name, same in groupby(layers)]
-    return [name if count == 1 else f"{name}*{count}" for name, count in runs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,20 +42,42 @@ class Weight:
     of_layer: bool = True
 
 
+class Entries:
+    """A tensor whose entries of the first dim are read when they are asked for: of experts, no two at once."""
+
+    def __init__(self, count: int, entry: Callable[[int], Tensor]) -> None:
+        self.count, self.entry = count, entry
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.entry(number)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.entry(number) for number in range(self.count))
+
+    def whole(self) -> Tensor:
+        """The tensor itself."""
+        return torch.stack(list(self))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A tensor of one side, made from tensors of the other: `make(*sources)`; by default its only source itself.
 
     stacked: each source makes one entry of the first dim by `make(source)`, so that they can be read one by one.
+    entry: it is made from this entry of the first dim of its only source.
     """
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor] = _same
     stacked: bool = False
+    entry: int | None = None
 
-    def whole(self, *sources: Tensor) -> Tensor:
+    def whole(self, *sources: Tensor | Entries) -> Tensor:
         """The tensor, of all sources at once."""
-        return torch.stack([self.make(source) for source in sources]) if self.stacked else self.make(*sources)
+        if self.entry is not None:
+            return self.make(sources[0][self.entry])
+        tensors = [source.whole() if isinstance(source, Entries) else source for source in sources]
+        return torch.stack([self.make(tensor) for tensor in tensors]) if self.stacked else self.make(*tensors)
 
 
 @dataclass(frozen=True)
@@ -65,11 +87,13 @@ class Tensors:
     `duplicates` names tensors that a checkpoint may hold a second time (tied heads) and of which they must then be
     equal copies; names that match one of `ignored`, regular expressions, are not read. Of our parameters, those whose
     names begin with one of `left_out` are not written. `buffers` are those of our names that are of buffers; `fixed`
-    has the buffers that their checkpoints do not hold, and the value that they must have (None for any).
+    has the buffers that their checkpoints do not hold, and the value that they must have (None for any). `shapes` are
+    those of our parameters and buffers, left out and fixed ones aside.
     """
 
     read: Mapping[str, Recipe]
     write: Mapping[str, Recipe]
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     duplicates: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -81,8 +105,10 @@ class Tensors:
         """The tensors of our parameters, each with its place in theirs."""
         read: dict[str, Recipe] = {}
         write: dict[str, Recipe] = {}
+        shapes: dict[str, torch.Size] = {}
         shared: dict[str, list[Placed]] = {}
         for each in placed:
+            shapes[each.ours] = each.shape
             if each.weight.rows is not None:
                 shared.setdefault(each.weight.name, []).append(each)
             else:
@@ -94,15 +120,15 @@ class Tensors:
             for part, own in zip(parts, rows, strict=True):
                 read[part.ours] = Recipe((theirs,), partial(_taken, part.weight, own, len(order)))
             write[theirs] = Recipe(tuple(part.ours for part in parts), partial(_joined, parts[0].weight, order))
-        return cls(read, write, **more)
+        return cls(read, write, shapes, **more)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Our parameter of this name and size of its first dim, of `module`, with its whole name on their side."""
+    """Our parameter of this name and shape, of `module`, with its whole name on their side."""
 
     ours: str
-    size: int
+    shape: torch.Size
     module: nn.Module
     weight: Weight
 
@@ -112,15 +138,15 @@ class Placed:
         if weight.parts:
             names = [weight.name.replace(EACH, part) for part in weight.parts]
             read = Recipe(tuple(names), partial(_concatenated, weight.read))
-            sizes = weight.sizes(self.module) if weight.sizes else [self.size // len(names)] * len(names)
+            sizes = weight.sizes(self.module) if weight.sizes else [self.shape[0] // len(names)] * len(names)
             return read, {
                 name: Recipe((self.ours,), partial(_part, weight.write, sum(sizes[:number]), sizes[number]))
                 for number, name in enumerate(names)
             }
         if EACH in weight.name:
-            names = [weight.name.replace(EACH, str(entry)) for entry in range(self.size)]
+            names = [weight.name.replace(EACH, str(entry)) for entry in range(self.shape[0])]
             return Recipe(tuple(names), weight.read, stacked=True), {
-                name: Recipe((self.ours,), partial(_entry, weight.write, entry)) for entry, name in enumerate(names)
+                name: Recipe((self.ours,), weight.write, entry=entry) for entry, name in enumerate(names)
             }
         shape = weight.shape(self.module) if weight.shape else None
         write = weight.write if shape is None else partial(_shaped, shape)
@@ -153,10 +179,6 @@ def _part(write: Callable[[Tensor], Tensor], first: int, count: int, tensor: Ten
 
 def _shaped(shape: tuple[int, ...], tensor: Tensor) -> Tensor:
     return tensor.reshape(shape)
-
-
-def _entry(write: Callable[[Tensor], Tensor], entry: int, tensor: Tensor) -> Tensor:
-    return write(tensor[entry])
 
 
 # Rows of their tensors.

@@ -149,7 +149,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, origin, tm
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ValueError, match=r"checkpoint must be undamaged; .* bytes of .* have changed"):
+    with pytest.raises(ValueError, match=r"must be complete and undamaged; the bytes of .* have changed"):
         export(good)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 

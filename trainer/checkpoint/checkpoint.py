@@ -30,7 +30,7 @@ from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
 from ..run.failure import remedy
 from ..zero.masters import KINDS
-from .stored import FORMAT, INDEX, CheckpointError, check_bytes, is_complete, step_of, steps
+from .stored import BUFFERS, FORMAT, INDEX, CheckpointError, check_bytes, differences, is_complete, step_of, steps
 from .stored import Stored as Stored
 from .stored import examine as examine
 from .stored import is_one as is_one
@@ -38,7 +38,6 @@ from .stored import latest as latest
 from .stored import verify as verify
 from .tensor_files import TensorWriter
 
-BUFFERS = "buffers"
 PIECE = 1 << 22  # elements: 16 MiB
 Shapes = dict[str, tuple[int, ...]]
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
@@ -124,7 +123,6 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     return stored.state
 
 
-@torch.no_grad()
 def load_weights(
     path: str | Path, model: nn.Module, gather: Gather | None = None, seed: int | None = None
 ) -> dict[str, Any]:
@@ -134,20 +132,36 @@ def load_weights(
     trains (`detached` of `LanguageModel`) may be missing in the checkpoint, and get initial values: so an indexer joins
     a model of full attention. Raises CheckpointError before anything is set.
     """
+    return prepare_weights(path, model, seed)(gather)
+
+
+def prepare_weights(
+    path: str | Path, model: nn.Module, seed: int | None = None, *, bytes_too: bool = True
+) -> Callable[[Gather | None], dict[str, Any]]:
+    """Makes the checks of `load_weights`; the call that is returned does the rest, which is collective.
+
+    bytes_too: whether the weights are read and compared with their checksums, or file sizes and headers alone.
+    """
     parameters, buffers = dict(named_weights(model)), saved_buffers(model)
     stored = verify(path).named_for(parameters)
     joining = () if seed is None else tuple(getattr(model, "detached", {}).values())
     fresh = {name for name in parameters if name not in stored.tensors and name.startswith(joining)}
     _check_model(stored, {name: p for name, p in parameters.items() if name not in fresh}, buffers, kinds=())
-    check_bytes(stored, [*(name for name in parameters if name not in fresh), *buffers])
-    for name, parameter in parameters.items():
-        with gather([parameter]) if gather else nullcontext():
-            if name in fresh:
-                parameter.copy_(model.initial_value(name, shape_of(parameter), seed))  # type: ignore[operator]
-            else:
-                parameter.copy_(stored.map(name))
-    _load_buffers(stored, buffers)
-    return stored.state
+    if bytes_too:
+        check_bytes(stored, [*(name for name in parameters if name not in fresh), *buffers])
+
+    @torch.no_grad()
+    def fill(gather: Gather | None) -> dict[str, Any]:
+        for name, parameter in parameters.items():
+            with gather([parameter]) if gather else nullcontext():
+                if name in fresh:
+                    parameter.copy_(model.initial_value(name, shape_of(parameter), seed))  # type: ignore[operator]
+                else:
+                    parameter.copy_(stored.map(name))
+        _load_buffers(stored, buffers)
+        return stored.state
+
+    return fill
 
 
 @torch.no_grad()
@@ -302,21 +316,16 @@ def _check_model(
 ) -> None:
     expected = {name: shape_of(parameter) for name, parameter in parameters.items()}
     expected |= {name: buffer.shape for name, buffer in buffers.items()}
-    kept = ("weights", BUFFERS)
-    shapes = {name: place.shape for name, (file, place, _) in stored.tensors.items() if file.startswith(kept)}
-    problems = [f"{name} is missing" for name in expected if name not in shapes]
-    problems += [f"{name} is not the model's" for name in shapes if name not in expected]
-    for name, shape in expected.items():
-        if name in shapes and shapes[name] != tuple(shape):
-            problems.append(f"{name} has shape {list(shapes[name])} instead of {list(shape)}")
-    problems = problems or [
-        f"{key} is missing" for name in parameters for kind in kinds if (key := _key(kind, name)) not in stored.tensors
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    if problems := differences(stored, expected):
         raise CheckpointError(
-            f"checkpoint {stored.path} must be of this model; {', '.join(problems[:3])}{more}. "
-            "Use the model that it was saved with, or another run.dir"
+            f"checkpoint {stored.path} must be of this model; {problems}. Use the model that it was saved with, or "
+            "another run.dir"
+        )
+    keys = [_key(kind, name) for name in parameters for kind in kinds]
+    if missing := [key for key in keys if key not in stored.tensors]:
+        raise CheckpointError(
+            f"checkpoint {stored.path} must hold the optimizer's moments to be resumed; got it without {missing[0]}. "
+            "Begin from its weights: init_from instead of checkpoint.resume"
         )
 
 

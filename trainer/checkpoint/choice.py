@@ -92,15 +92,29 @@ def choose(resume: str, directory: RunDirectory, mesh: Mesh) -> tuple[Path | Non
     return None, []
 
 
+def is_own(path: Path) -> bool:
+    """Whether a folder is a checkpoint of LongReach, complete or not, a run, or a run's folder of checkpoints."""
+    return is_one(path) or (path / "metrics.jsonl").is_file() or bool(steps(path) or steps(path / "checkpoints"))
+
+
 def locate(path: str | Path, setting: str) -> Path:
-    """The complete checkpoint at `path`, or the newest one where `path` is a run or its folder of checkpoints."""
+    """The complete checkpoint at `path`, or the newest one where `path` is a run or its folder of checkpoints.
+
+    Raises ValueError where there is none, and CheckpointError where none is complete.
+    """
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"{setting} must be a checkpoint's folder, or a run's; got {path}. Check the path")
     for folder in (path / "checkpoints", path):
         if (newest := latest(folder)) is not None:
             return newest
-    verify(path)
+    there = [*steps(path / "checkpoints"), *steps(path)]
+    if not there and not is_one(path):
+        raise ValueError(
+            f"{setting} must be a checkpoint's folder, or a run's that has saved one; got {path}, where there is none. "
+            "Check the path"
+        )
+    verify(there[-1] if there else path)
     return path
 
 
@@ -110,8 +124,7 @@ def own_checkpoint(folder: str) -> Path | None:
     Raises CheckpointError for one that is not complete.
     """
     path = Path(folder).expanduser()
-    ours = is_one(path) or (path / "metrics.jsonl").is_file()
-    return locate(path, "init_from") if ours else None
+    return locate(path, "init_from") if is_own(path) else None
 
 
 def read_config(path: Path) -> dict[str, Any]:

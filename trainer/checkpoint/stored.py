@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from .tensor_files import Place, checksum, map_tensor, read_places
 
 INDEX = "index.json"
 FORMAT = "longreach checkpoint 1"
+BUFFERS = "buffers"
+WEIGHTS = ("weights", BUFFERS)  # how the names of files of parameters and buffers begin
 
 
 class CheckpointError(ValueError):
@@ -142,6 +144,21 @@ def _read_file(path: Path, file: str, entry: dict[str, Any]) -> dict[str, tuple[
     if places.keys() != entry["crc32"].keys():
         raise _Damage(f"{file} does not hold the tensors that {INDEX} says")
     return {key: (file, place, entry["crc32"][key]) for key, place in places.items()}
+
+
+def differences(stored: Stored, expected: Mapping[str, Sequence[int]]) -> str:
+    """How the weights and buffers of a checkpoint differ from these names and shapes, or an empty text.
+
+    Three of them, and the number of the others; what has another shape is named with its file.
+    """
+    kept = {name: place for name, place in stored.tensors.items() if place[0].startswith(WEIGHTS)}
+    problems = [f"{name} is missing" for name in expected if name not in kept]
+    problems += [f"{name} is not the model's" for name in kept if name not in expected]
+    for name, shape in expected.items():
+        if name in kept and (there := kept[name][1].shape) != tuple(shape):
+            problems.append(f"{name} in {kept[name][0]} has shape {list(there)} instead of {list(shape)}")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more
 
 
 def check_bytes(stored: Stored, keys: list[str]) -> None:

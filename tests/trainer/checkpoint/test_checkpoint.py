@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(tmp_path, goo
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(wide, "embedding.weight has shape [23, 10] instead of [23, 12]"), (deep, "more.weight is missing")],
+    [(wide, "safetensors has shape [23, 10] instead of [23, 12]"), (deep, "more.weight is missing")],
 )
 def test_a_checkpoint_of_another_model_is_refused(good, model, message):
     for got, unchanged in run_ranks(2, load_refused, good, model):

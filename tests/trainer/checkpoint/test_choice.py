@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_that_was_named_is_refused_with_one_that_is_good(tm
     with pytest.raises(ValueError, match=r"checkpoint must be a checkpoint's folder.* got .*nowhere"):
         locate(tmp_path / "nowhere", "checkpoint")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="must be complete"):
+    with pytest.raises(ValueError, match=r"must be .* a run.s that has saved one"):
         locate(tmp_path / "empty", "checkpoint")
 
 

@@ -1,35 +1,25 @@
-"""Conversion: the weights of softmax attention as those of attention with fewer key/value heads, or with a latent.
+"""The weights of softmax attention as those of attention with fewer key/value heads, or with a latent.
 
 What the algebra allows is exact; the rest is the nearest by least squares, and says how far off it is.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .mixers.softmax.attention import Attention
-from .mixers.softmax.latent_attention import LatentAttention
-from .mixers.softmax.softmax_attention import SoftmaxAttention
+from ..mixers.softmax.attention import Attention
+from ..mixers.softmax.latent_attention import LatentAttention
+from .converted import Converted, Weights, check_plain
 
-Weights = Mapping[str, Tensor]
 CARRIED = ("rope_scaling", "gate", "gate_rank", "gate_bias", "sink_logits")  # settings that stay as they are
 LINEAR = (
     "width", "heads", "kv_heads", "head_dim", "rope_base", "rope_fraction", "norm_eps", "bias", "output_bias",
     "key_multiplier",
 )  # fmt: skip
-
-
-class Converted(NamedTuple):
-    """A mixer's settings after the conversion, its weights by name, and the relative errors of what is not exact."""
-
-    settings: dict[str, Any]
-    weights: dict[str, Tensor]
-    errors: dict[str, float]
 
 
 def grouped(mixer: Attention, settings: Mapping[str, Any], weights: Weights, kv_heads: int) -> Converted:
@@ -75,7 +65,7 @@ def latent(
     nearest of this rank by least squares, keys and values being given equal weight.
     Raises ValueError for numbers out of range, and for attention that has settings which latent attention has not.
     """
-    _check_linear(mixer, settings)
+    check_plain(mixer, settings, LINEAR + CARRIED, "latent")
     heads, groups, dim = mixer.heads, mixer.kv_heads, mixer.head_dim
     rotated = 0 if mixer.rotary is None else mixer.rotary.rotation.dims
     kept = _kept_heads(groups if rotated else 0, rope_heads)
@@ -117,19 +107,6 @@ def _settings(mixer: Attention, settings: Mapping[str, Any], changed: dict[str, 
     target = f"{LatentAttention.__module__}.{LatentAttention.__qualname__}"
     also = {name: settings[name] for name in CARRIED if settings.get(name)}
     return {"_target_": target, "_partial_": True, "heads": mixer.heads, **changed, **also}
-
-
-def _check_linear(mixer: Attention, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the mixer is causal attention whose keys and values are linear but for a rotation."""
-    if type(mixer) is not SoftmaxAttention:
-        raise ValueError(f"mixers must be SoftmaxAttention for form=latent; got {type(mixer).__name__}. Name others")
-    for name, parameter in inspect.signature(SoftmaxAttention).parameters.items():
-        value = settings.get(name, parameter.default)
-        if name not in LINEAR + CARRIED and value != parameter.default:
-            raise ValueError(
-                f"{name} must be {parameter.default} for form=latent, which has no such setting; got {value!r}. Name "
-                "other layers in mixers"
-            )
 
 
 def _kept_heads(groups: int, rope_heads: int | None) -> int:
