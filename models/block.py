@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..parallel.sequence import Sequence
 from .layers.normalisation import RMSNorm, norm_of
 from .part import Composite, Part
+from .published import EMBEDDING
 
 
 class Block(Composite):
@@ -175,6 +176,33 @@ class MiniMaxBlock(Block):
     def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
         x = self.norm(name, x)
         return self.alpha * x + self.beta * self.run(name, x, seq, values)
+
+
+class ZambaBlock(Block):
+    """Residual block whose last part also reads what those before it made (Zamba, arXiv 2405.16712).
+
+        z = part(norm(z))                          for each of `parts` but the last; z is [x; embedding] at first
+        x = x + last(norm(x + W z))
+
+    Nothing but the last part writes to the residual stream. Where the first part is not `with_embedding`, z begins as
+    x. Without parts before the last it is `Block`.
+    """
+
+    def __init__(self, *, parts: Mapping[str, Part], width: int, norm_eps: float = 1e-6, norm: str = "rms") -> None:
+        super().__init__(parts=parts, width=width, norm_eps=norm_eps, norm=norm)
+        *before, self.last = self.names
+        self.branch = nn.Linear(width, width, bias=False) if before else None
+        if before and parts[before[0]].with_embedding:
+            self.add_module(f"{before[0]}_norm", norm_of(norm, 2 * width, norm_eps))
+            self.reads = (*self.reads, EMBEDDING)
+
+    def forward(self, x: Tensor, seq: Sequence, *read: Tensor) -> Tensor | tuple[Tensor, ...]:
+        values = dict(zip(self.reads, read, strict=True))
+        z = torch.cat([x, values[EMBEDDING]], dim=-1) if EMBEDDING in values else x
+        for name in self.names[:-1]:
+            z = self.run(name, self.norm(name, z), seq, values)
+        last = x if self.branch is None else x + self.branch(z)
+        return self.result(x + self.run(self.last, self.norm(self.last, last), seq, values), values)
 
 
 class SideBySide(Composite):

@@ -22,7 +22,8 @@ from .mixer import check_composite, check_part, construct, name_of, naming
 from .multi_token_prediction import MultiTokenPrediction, PredictionModule
 from .part import Composite, Part, flops_of, named_weights, shape_of
 from .pattern import expand_pattern, stages
-from .published import check_reads, read_later, stateless_from
+from .published import EMBEDDING, check_reads, read_later, stateless_from
+from .sharing import Sharing
 from .vocabulary import NO_TARGET, Embedding, Head
 
 CHECKPOINTING = ("none", "full", "mixing")
@@ -44,6 +45,10 @@ class LanguageModel(nn.Module):
         `block` (default: pre-norm) and `side_by_side` (default: a plain sum) join them, and get them as `parts`. A
         `block` may declare `before` and `last` too: how many parts the residual stream has passed before it, and
         whether it ends with it; and, as `side_by_side` may, `known`: the names of all mixers.
+    shared: mixers, or `feed_forward`, of which all layers have the same weights, those of their norms in the block too
+        (ALBERT, Lan et al., 2020, arXiv 1909.11942). For each, the linear layers to which every layer adds a low-rank
+        adapter of its own (Zamba2, arXiv 2411.15242; see `AdaptedLinear`), of rank `adapter_rank`: `[query, gate+up]`,
+        where two joined by + have its first matrix in common. Each use of the weights has its own cache and buffers.
     norm: of blocks and before the head: "rms", "zero_centred_rms" (Gemma's, to whose weights 1 is added),
         "unweighted_rms", "layer", or "unbiased_layer".
     embedding_norm: whether the embedding is normed too, as in RWKV.
@@ -70,6 +75,8 @@ class LanguageModel(nn.Module):
         feed_forward: Partial | None = None,
         block: Partial | None = None,
         side_by_side: Partial | None = None,
+        shared: dict[str, list[str]] | None = None,
+        adapter_rank: int | None = None,
         norm: str = "rms",
         norm_eps: float = 1e-6,
         embedding_norm: bool = False,
@@ -109,6 +116,7 @@ class LanguageModel(nn.Module):
                 "by which the head's weight starts"
             )
         self.initial_std, self.embedding_std = initial_std, embedding_std
+        sharing = Sharing(shared, adapter_rank, [*mixers, *(["feed_forward"] if feed_forward is not None else [])])
         occurrences: Counter[str] = Counter()
         passed = 0  # parts of the blocks so far
 
@@ -130,7 +138,7 @@ class LanguageModel(nn.Module):
                         "it predicts"
                     )
                 part.setting, part.label = setting, f"{setting} ({name_of(type(part))}), {where}"
-                return part
+                return sharing.part(name, part)
 
             def join(names: list[str]) -> Part:
                 together = {name: make(mixers[name], f"model.mixers.{name}") for name in names}
@@ -146,9 +154,8 @@ class LanguageModel(nn.Module):
             if feed_forward is not None:
                 parts["feed_forward"] = make(feed_forward, "model.feed_forward")
             passed += len(parts)
-            return check_composite(
-                construct(block or Block, "model.block", parts=parts, norm=norm, **place, **context), "model.block"
-            )
+            made = construct(block or Block, "model.block", parts=parts, norm=norm, **place, **context)
+            return sharing.block(check_composite(made, "model.block"))
 
         self.blocks = nn.ModuleList(build(layer) for layer in range(depth))
         self.multi_token_prediction = MultiTokenPrediction(
@@ -158,7 +165,7 @@ class LanguageModel(nn.Module):
             ),
             multi_token_prediction_weight,
         )
-        check_reads(self.leaves())
+        check_reads(self.composites)
         self._read_later, self._tail = read_later(self.layers), stateless_from(self.layers)
         self.embedding = Embedding(vocabulary, width)
         self.embedding_norm = norm_of(norm, width, norm_eps) if embedding_norm else None
@@ -236,7 +243,7 @@ class LanguageModel(nn.Module):
     def _run(self, tokens: Tensor, seq: Sequence, last: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head reads, and by path what the parts report."""
         x = self.embed(tokens)
-        published: dict[str, Tensor] = {}  # for later layers
+        published = {EMBEDDING: x}  # what layers may read
         reported: dict[str, Tensor] = {}
         for layer, block in enumerate(self.layers):
             if last and layer == self._tail and x.shape[1] > 1:
@@ -337,7 +344,8 @@ class LanguageModel(nn.Module):
 
     def parameter_count(self, *, active: bool = False) -> int:
         """Parameters, shared ones once; `active`: those that a token uses, without experts that it does not run."""
-        idle = sum(part.idle_parameters() for _, part in self.leaves()) if active else 0
+        parts = {id(next(part.parameters(), part)): part for _, part in self.leaves()}  # of those that share, one
+        idle = sum(part.idle_parameters() for part in parts.values()) if active else 0
         return sum(shape_of(parameter).numel() for _, parameter in named_weights(self)) - idle
 
     def flops(self, documents: Documents) -> int:

@@ -20,6 +20,8 @@ class Part(nn.Module):
 
     publishes, reads: names of tensors that the part gives to later parts and layers, and of those it takes from earlier
         ones. widths: the size of the last dim of some of these by name, which publisher and reader have to agree on.
+    with_embedding: whether x is `[B, T, 2 * width]`: the hidden state and the model's embedding beside it. It takes a
+        block that gives both (`ZambaBlock`).
     losses: auxiliary losses and their weights. For each, `forward` returns a scalar, the sum over this rank's tokens;
         the step adds weight * (sum over the global batch) / (sum of `loss_count` over the global batch) to its loss.
     detached: of a loss whose gradient reaches only parameters of one layer inside, since all else is a constant to it,
@@ -45,6 +47,7 @@ class Part(nn.Module):
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     widths: Mapping[str, int] = MappingProxyType({})
+    with_embedding: bool = False
     losses: Mapping[str, float] = MappingProxyType({})
     detached: Mapping[str, str] = MappingProxyType({})
     sums: tuple[str, ...] = ()

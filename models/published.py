@@ -6,14 +6,22 @@ from collections.abc import Iterable
 
 from .part import Composite, Part
 
+EMBEDDING = "the model's embedding"  # under this name blocks can read it: see `Part.with_embedding`
 
-def check_reads(parts: Iterable[tuple[str, Part]]) -> None:
+
+def check_reads(blocks: Iterable[tuple[str, Composite]]) -> None:
     """Raises ValueError for a part that reads what no earlier one publishes, or in another width.
 
-    parts: (path, part) of all of a model, in order.
+    blocks: (path, block) of all of a model, in order.
     """
     published: dict[str, Part] = {}
-    for path, part in parts:
+    leaves = ((path, part, block) for where, block in blocks for path, part in block.leaves(where))
+    for path, part, block in leaves:
+        if part.with_embedding and (EMBEDDING not in block.reads or part is not block.part(block.names[0])):
+            raise ValueError(
+                f"{part.setting}.with_embedding must come with a block that gives the embedding to its first part, and "
+                f"before another part; got {type(block).__name__}. Set model.block to {__package__}.block.ZambaBlock"
+            )
         missing = [name for name in part.reads if name not in published]
         if missing:
             raise ValueError(

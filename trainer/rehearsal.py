@@ -99,7 +99,8 @@ def _check_outputs(part: Part) -> None:
                 if not isinstance(loss, Tensor) or loss.dim():
                     raise ValueError(f"forward must return a scalar for its loss {name}; got {_form(loss)}. Sum it up")
             result = result[0]
-        _check_like(result, arguments[0])
+        x = arguments[0]
+        _check_like(result, x.chunk(2, dim=-1)[0] if part.with_embedding else x)
 
     part.register_forward_hook(check)
 

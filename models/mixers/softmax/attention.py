@@ -43,6 +43,8 @@ class Attention(Mixer):
         too, each makes its own, but publishes them for layers with `keys_of`.
     keys_of: the mixer, by its name in the pattern, whose keys and values are read: those of the last layer of it before
         this one. It is a `KeyValues`, or attention with `share` and heads as large. None for own ones.
+    with_embedding: queries, keys and values are made of the hidden state and, beside it, the model's embedding, twice
+        the width, as in Zamba (arXiv 2405.16712); a head has 2 * width / heads dims by default. See `Part`.
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
 
@@ -72,15 +74,22 @@ class Attention(Mixer):
         key_multiplier: float = 1.0,
         share: int | None = None,
         keys_of: str | None = None,
+        with_embedding: bool = False,
     ) -> None:
         super().__init__()
         self._check_sharing(share, keys_of, kv_heads)
+        if with_embedding and type(self).forward is not Attention.forward:
+            raise ValueError(
+                f"with_embedding must be false for {type(self).__name__}; got true. SoftmaxAttention can read it"
+            )
+        self.with_embedding = with_embedding
+        inputs = 2 * width if with_embedding else width
         self.keys_of = name if share is not None and occurrence % share else keys_of
         self.keys_as = name if share is not None and self.keys_of is None else None
         self.reads, self.publishes = key_names(self.keys_of), key_names(self.keys_as)
         self.stateless = self.keys_of is not None and conv_size is None
         kv_heads = heads if kv_heads is None else kv_heads
-        head_dim = head_size("heads", width, heads, "head_dim") if head_dim is None else head_dim
+        head_dim = head_size("heads", inputs, heads, "head_dim") if head_dim is None else head_dim
         check_groups(heads, kv_heads)
         if qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm must be one of {', '.join(map(str, QK_NORMS))}; got {qk_norm!r}")
@@ -96,11 +105,11 @@ class Attention(Mixer):
         self.widths = dict.fromkeys((*self.reads, *self.publishes), head_dim)
         self.rotary = rotary(head_dim, rope_base, rope_fraction, rope_scaling)
         self.qk_norm = qk_norm
-        self.query = nn.Linear(width, heads * head_dim, bias=bias)
+        self.query = nn.Linear(inputs, heads * head_dim, bias=bias)
         if self.keys_of is None:
-            self.key = nn.Linear(width, kv_heads * head_dim, bias=bias)
-            self.value = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.gate = output_gate(gate, width, heads, head_dim, rank=gate_rank, bias=gate_bias)
+            self.key = nn.Linear(inputs, kv_heads * head_dim, bias=bias)
+            self.value = nn.Linear(inputs, kv_heads * head_dim, bias=bias)
+        self.gate = output_gate(gate, inputs, heads, head_dim, rank=gate_rank, bias=gate_bias)
         self.output = nn.Linear(heads * head_dim, width, bias=output_bias)
         channels = heads * head_dim + (2 * kv_heads * head_dim if self.keys_of is None else 0)
         self.conv = None if conv_size is None else ShortConvolution(channels, conv_size)

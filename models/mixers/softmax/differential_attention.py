@@ -57,7 +57,7 @@ class DifferentialAttention(SoftmaxAttention):
             norm_eps=norm_eps,
             **attention,
         )
-        self.gate = output_gate(gate, width, heads, 2 * self.head_dim, rank=gate_rank, bias=gate_bias)
+        self.gate = output_gate(gate, self.query.in_features, heads, 2 * self.head_dim, rank=gate_rank, bias=gate_bias)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         for name in LAMBDAS:
             self.register_parameter(name, nn.Parameter(torch.empty(self.head_dim)))
