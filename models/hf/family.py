@@ -14,8 +14,8 @@ from ..block import Block, SideBySide
 from ..pattern import expand_pattern, run_lengths, stages
 from .components import BLOCK, GATED_MLP, MODEL, Component, Node, Settings, built, path_of
 from .config import ConfigReader, ConfigWriter
-from .fields import Absent, Only, Rule
 from .layers import DENSE, Every, LayerRule, NoWindows
+from .rules import Absent, Only, Rule
 from .tensors import Placed, Tensors
 
 # Of models of more than text: how their language model's tensors are named, and what is not read.

@@ -11,9 +11,10 @@ from ..mixers.delta.gated_deltanet import GatedDeltaNet
 from .components import ATTENTION, BLOCK, GATED_MLP, MODEL, Component
 from .config import ConfigReader, ConfigWriter
 from .family import Family, renamed
-from .fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule, Unread
+from .fields import Field, Fixed, Flag, Integer, Number, Unread
 from .layers import DENSE, FULL, LINEAR, WINDOW, Every, LayerRule, Numbered
 from .rope import RopeBase
+from .rules import Absent, Known, Only, Rule
 from .tensors import Weight, convolution
 
 _KINDS = (FULL, WINDOW)  # of attention; the keys of each are `attn.full.…` and `attn.window.…` in a table
@@ -235,6 +236,7 @@ def flash_linear_attention(
         "model": FLA_MODEL,
         "current": current,
         "library": "flash-linear-attention",
+        "yields_to": ("llama", "mistral", "qwen2", "qwen3", "transformer"),  # with attention in all layers
     }
     if not alone:
         full = attention("attn.full.", window=Fixed(None))

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...kernels.pointwise import RopeScaling
 from .config import ConfigReader, ConfigWriter
-from .fields import Field, Rule
+from .fields import Field
+from .rules import Rule
 
 # No keys of a config.json: `RopeByLayerType` writes what is left there.
 LOCAL_BASE, LOCAL_SCALING = "local_rope_theta", "local_rope_scaling"

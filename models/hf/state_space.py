@@ -13,7 +13,8 @@ from ..mixers.state_space.mamba import Mamba
 from ..mixers.state_space.mamba2 import Mamba2
 from .components import BLOCK, MODEL, Component
 from .config import ConfigReader, ConfigWriter
-from .fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule, Unread
+from .fields import Field, Fixed, Flag, Integer, Number, Unread
+from .rules import Absent, Known, Only, Rule
 from .tensors import Weight, convolution, rows_of
 
 

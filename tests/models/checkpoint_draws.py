@@ -14,9 +14,9 @@ from checkpoints import ORIGINAL, SMALL, config_of
 from hypothesis import strategies as st
 
 from longreach.models import hf
-from longreach.models.hf.fields import Absent, Only
 from longreach.models.hf.layers import LayerRule, LayerTypes, Switched, SwitchedWindows
 from longreach.models.hf.rope import RopeScale
+from longreach.models.hf.rules import Absent, Only
 
 Settings = dict[str, Any]
 Draw = Callable[..., Any]

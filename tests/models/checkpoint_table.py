@@ -17,9 +17,10 @@ from pathlib import Path
 
 from longreach.models import hf
 from longreach.models.hf.family import RULES, Family
-from longreach.models.hf.fields import Absent, Equal, Only, Rule, Same
+from longreach.models.hf.fields import Equal
 from longreach.models.hf.layers import LayerTypes, OneWindow
 from longreach.models.hf.rope import RopeScale
+from longreach.models.hf.rules import Absent, Only, Rule, Same
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "checkpoints.md"

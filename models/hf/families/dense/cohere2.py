@@ -3,8 +3,9 @@
 from ....block import ParallelBlock
 from ...components import ATTENTION, BLOCK, INTERLEAVED, MODEL
 from ...family import Family
-from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Unread
+from ...fields import Fixed, Flag, Integer, Number, Unread
 from ...layers import FULL, WINDOW, LayerTypes, every_nth_full
+from ...rules import Absent, Known, Only
 
 attention = ATTENTION.but(
     bias=Flag("attention_bias"),

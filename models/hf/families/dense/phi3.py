@@ -5,9 +5,10 @@ from typing import Any
 
 from ...components import ATTENTION, FUSED, FUSED_GATED_MLP, MODEL
 from ...family import RULES, Family
-from ...fields import Absent, Integer, Known, Number, Only
+from ...fields import Integer, Number
 from ...layers import DENSE, FULL, WINDOW, OneWindow
 from ...rope import RopeBase, RopePart, RopeScale
+from ...rules import Absent, Known, Only
 
 ORIGINAL = 4096  # original_max_position_embeddings without the key
 

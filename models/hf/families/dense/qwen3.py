@@ -2,8 +2,9 @@
 
 from ...components import HEAD_NORMED_ATTENTION
 from ...family import RULES, Family
-from ...fields import Absent, Integer
+from ...fields import Integer
 from ...layers import FULL, WINDOW, SwitchedWindows
+from ...rules import Absent
 
 DEFAULT_WINDOW = 4096  # without the key
 

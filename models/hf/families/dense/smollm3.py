@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from ...components import ATTENTION, GATED_MLP, MODEL
 from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Known
+from ...fields import Fixed, Flag, Integer
 from ...layers import DENSE, FULL, WINDOW, ByPositions
 from ...rope import RopeBase
+from ...rules import Known
 
 UNPLACED, UNPLACED_WINDOW = "unplaced", "unplaced_window"
 

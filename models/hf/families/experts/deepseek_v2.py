@@ -6,9 +6,10 @@ from typing import Any
 from ...components import GATED_MLP, MIXTURE
 from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
-from ...fields import Absent, Coefficient, Fixed, Integer, Known, Number, Only, Product, Rule, Same
+from ...fields import Coefficient, Fixed, Integer, Number, Product
 from ...latent import COMPRESSED, LATENT, SHARED
 from ...layers import DENSE, EXPERTS, ExpertsFrom, WhereNull
+from ...rules import Absent, Known, Only, Rule, Same
 
 METHODS = ("greedy", "group_limited_greedy")
 

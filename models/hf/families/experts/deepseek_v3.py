@@ -2,9 +2,10 @@
 
 from ...components import GATED_MLP
 from ...family import RULES, Family, renamed
-from ...fields import Integer, Known, Number, Only, Product, Replaced, Same
+from ...fields import Integer, Number, Product
 from ...latent import BIASED_MIXTURE, COMPRESSED, LATENT
 from ...layers import DENSE, EXPERTS, ExpertsFrom, WhereNull
+from ...rules import Known, Only, Replaced, Same
 
 FAMILY = Family(
     model_type="deepseek_v3",

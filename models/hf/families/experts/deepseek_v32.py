@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from ....mixers.sparse.sparse_latent_attention import SparseLatentAttention
 from ...family import RULES
-from ...fields import Absent, Chosen, Integer, Known, Only, Replaced, Same
+from ...fields import Chosen, Integer
 from ...latent import COMPRESSED
 from ...layers import DENSE, EXPERTS, ExpertsFrom, LayerTypes
+from ...rules import Absent, Known, Only, Replaced, Same
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 
 INDEXED = "indexed"

@@ -8,9 +8,10 @@ from torch import Tensor
 from ...components import ATTENTION, MIXTURE, MODEL
 from ...config import ConfigReader, ConfigWriter
 from ...family import Family, renamed
-from ...fields import Absent, Fixed, Flag, Integer, Known, Number, Only, Quotient, Rule
+from ...fields import Fixed, Flag, Integer, Number, Quotient
 from ...layers import EXPERTS, FULL, WINDOW, Every, LayerTypes, every_nth_full
 from ...rope import RopeBase
+from ...rules import Absent, Known, Only, Rule
 from ...tensors import Weight, inputs_first, rows_of
 
 SCALING = {

@@ -5,9 +5,10 @@ from typing import Any
 
 from ...components import ATTENTION, GATED_MLP, INTERLEAVED, MIXTURE, MODEL
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Known, Number, Only, Quotient, Switch, Unread, Where
+from ...fields import Fixed, Flag, Integer, Number, Quotient, Switch, Unread, Where
 from ...layers import DENSE, EXPERTS, ByPositions, Numbered
 from ...rope import RopeBase, RopeScale
+from ...rules import Known, Only
 from ...tensors import inputs_first, of_experts
 
 # By whether a layer attends within chunks, and whether it has positions.

@@ -2,9 +2,10 @@
 
 from ...components import ATTENTION, MIXTRAL_MIXTURE
 from ...family import RULES, Family, renamed
-from ...fields import Integer, Only
+from ...fields import Integer
 from ...layers import EXPERTS, FULL, WINDOW, Every, OneWindow
 from ...rope import RopeBase
+from ...rules import Only
 
 attention = ATTENTION.but(
     kv_heads=Integer("num_key_value_heads", "num_attention_heads", absent=8, divides="num_attention_heads"),

@@ -1,7 +1,7 @@
 """DeltaNet (Yang et al., 2024, arXiv 2406.06484)."""
 
-from ...fields import Known, Only
 from ...flash_linear_attention import DELTA, SWISH, flash_linear_attention
+from ...rules import Known, Only
 
 FAMILY = flash_linear_attention(
     "delta_net",

@@ -4,8 +4,9 @@ from typing import Any
 
 from ....mixers.softmax.forgetting_attention import ForgettingAttention
 from ...config import ConfigReader, ConfigWriter
-from ...fields import Absent, Field, Fixed
+from ...fields import Field, Fixed
 from ...flash_linear_attention import AFFINE, SWISH, attention, flash_linear_attention
+from ...rules import Absent
 
 
 class OutputGate(Field):

@@ -2,7 +2,7 @@
 
 from ....mixers.linear.gated_linear_attention import GatedLinearAttention
 from ...components import Component
-from ...fields import Absent, Fixed, Integer, Known, Only, Same, Unread
+from ...fields import Fixed, Integer, Unread
 from ...flash_linear_attention import (
     AFFINE,
     SWISH,
@@ -13,6 +13,7 @@ from ...flash_linear_attention import (
     short_convolution,
     with_sizes,
 )
+from ...rules import Absent, Known, Only, Same
 
 FAMILY = flash_linear_attention(
     "gla",

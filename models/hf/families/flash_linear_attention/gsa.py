@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ....mixers.linear.gated_slot_attention import GatedSlotAttention
 from ...components import Component
 from ...config import ConfigReader
-from ...fields import Fixed, Integer, Known, Number, Only
+from ...fields import Fixed, Integer, Number
 from ...flash_linear_attention import (
     AFFINE,
     SWISH,
@@ -17,6 +17,7 @@ from ...flash_linear_attention import (
     short_convolution,
     with_sizes,
 )
+from ...rules import Known, Only
 
 KEY_DIM = Expanded("expand_k")
 

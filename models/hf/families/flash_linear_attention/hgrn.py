@@ -2,8 +2,9 @@
 
 from ....mixers.elementwise.hgrn import HGRN
 from ...components import Component
-from ...fields import Absent, Flag, Number, Unread
+from ...fields import Flag, Number, Unread
 from ...flash_linear_attention import AFFINE, LOWER_BOUNDS, SWISH, flash_linear_attention, projections
+from ...rules import Absent
 
 FAMILY = flash_linear_attention(
     "hgrn",

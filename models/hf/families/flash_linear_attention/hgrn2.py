@@ -6,8 +6,9 @@ from typing import Any
 from ....mixers.linear.hgrn2 import HGRN2
 from ...components import Component
 from ...config import ConfigReader, ConfigWriter
-from ...fields import Absent, Field, Fixed, Flag
+from ...fields import Field, Fixed, Flag
 from ...flash_linear_attention import AFFINE, LOWER_BOUNDS, SWISH, flash_linear_attention, projections
+from ...rules import Absent
 
 
 class Heads(Field):

@@ -2,8 +2,9 @@
 
 from ....mixers.linear.retnet import RetNet
 from ...components import Component
-from ...fields import Absent, Fixed, Integer, Known, Only, Same, Unread
+from ...fields import Fixed, Integer, Unread
 from ...flash_linear_attention import AFFINE, SWISH, Expanded, flash_linear_attention, projections, with_sizes
+from ...rules import Absent, Known, Only, Same
 
 FAMILY = flash_linear_attention(
     "retnet",

@@ -10,9 +10,10 @@ from ....feed_forward.rwkv import RWKVChannelMixing
 from ....mixers.delta.rwkv7 import MIXES, RWKV7, rank
 from ...components import Component
 from ...config import ConfigReader, ConfigWriter
-from ...fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Only, Rule
+from ...fields import Field, Fixed, Flag, Integer, Number
 from ...flash_linear_attention import FLA_BLOCK, FLA_MODEL, Hidden, PerHead, flash_linear_attention, projections
 from ...layers import DENSE
+from ...rules import Absent, Known, Only, Rule
 from ...tensors import Weight
 
 

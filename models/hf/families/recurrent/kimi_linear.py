@@ -8,9 +8,10 @@ import torch
 from ....mixers.delta.kimi_delta_attention import KimiDeltaAttention
 from ...components import GATED_MLP, MODEL, Component
 from ...family import RULES, Family, renamed
-from ...fields import Fixed, Integer, Known, Number, Only, Product, Replaced, Same, Unread
+from ...fields import Fixed, Integer, Number, Product, Unread
 from ...latent import BIASED_MIXTURE, LATENT
 from ...layers import DENSE, EXPERTS, LINEAR, ExpertsFrom, LayerTypes
+from ...rules import Known, Only, Replaced, Same
 from ...tensors import Weight, convolution
 
 HUB = {  # the table's keys by those of the model's own code

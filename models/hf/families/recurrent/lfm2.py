@@ -7,9 +7,10 @@ from ....mixers.elementwise.gated_short_convolution import GatedShortConvolution
 from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL, Component
 from ...config import ConfigReader, ConfigWriter
 from ...family import Family
-from ...fields import Absent, Field, Fixed, Flag, Integer, Known, Number, Unread
+from ...fields import Field, Fixed, Flag, Integer, Number, Unread
 from ...layers import DENSE, FULL, LayerTypes
 from ...rope import RopeBase
+from ...rules import Absent, Known
 from ...tensors import Weight, convolution, rows_of
 
 CONVOLUTION = "conv"

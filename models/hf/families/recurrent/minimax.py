@@ -8,9 +8,10 @@ from ....mixers.linear.lightning_attention import LightningAttention
 from ...components import ATTENTION, BLOCK, MIXTRAL_MIXTURE, MODEL, Component
 from ...config import ConfigReader
 from ...family import RULES, Family, renamed
-from ...fields import Absent, Equal, Fixed, Integer, Known, Number, Only, Quotient
+from ...fields import Equal, Fixed, Integer, Number, Quotient
 from ...layers import EXPERTS, FULL, LINEAR, Every, LayerTypes
 from ...rope import RopeBase, RopeFraction
+from ...rules import Absent, Known, Only
 from ...tensors import Weight, rows_of
 
 ALPHAS = ("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor")

@@ -4,11 +4,12 @@ from ....block import OutputNormBlock
 from ...components import BLOCK
 from ...config import ConfigReader
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Known, OfKind
+from ...fields import Fixed, Flag, Integer, OfKind
 from ...layers import FULL, LINEAR, LayerTypes
 from ...rope import RopeBase
+from ...rules import Known
 from ...tensors import convolution
-from ..dense.olmo2 import FULL_NORMED_ATTENTION
+from ..output_norms.olmo2 import FULL_NORMED_ATTENTION
 from .qwen3_next import DELTA, KINDS
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from ....mixers.delta.gated_deltanet import GatedDeltaNet
 from ...components import GATED_MLP
 from ...family import RULES
-from ...fields import Absent, Integer, Known, Only, Replaced
+from ...fields import Integer
 from ...layers import DENSE, FULL, LINEAR, Every
+from ...rules import Absent, Known, Only, Replaced
 from ...tensors import Weight, rows_of
 from .qwen3_next import DELTA, GATED_ATTENTION
 from .qwen3_next import FAMILY as QWEN3_NEXT

@@ -6,9 +6,10 @@ from typing import Any
 from ....mixers.delta.gated_deltanet import GatedDeltaNet
 from ...components import ATTENTION, GATED_MLP, MIXTURE, MODEL, Component
 from ...family import RULES, Family, renamed
-from ...fields import Fixed, Flag, Integer, Known, Unread
+from ...fields import Fixed, Flag, Integer, Unread
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, ExpertsBut, LayerTypes, every_nth_full
 from ...rope import RopeBase, RopePart, RopeScale
+from ...rules import Known
 from ...tensors import Weight, convolution, rows_of
 
 KINDS = {"full_attention": FULL, "linear_attention": LINEAR}

@@ -11,9 +11,10 @@ from ....mixers.elementwise.rg_lru import RGLRU
 from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL, Component
 from ...config import ConfigReader, ConfigWriter
 from ...family import Family, renamed
-from ...fields import Absent, Fixed, Flag, Integer, Key, Known, Number, Only, Root
+from ...fields import Fixed, Flag, Integer, Key, Number, Root
 from ...layers import DENSE, LINEAR, WINDOW, Tiled
 from ...rope import RopeBase, RopePart, RopeScale
+from ...rules import Absent, Known, Only
 from ...tensors import Weight, convolution
 
 

@@ -9,8 +9,9 @@ from ....feed_forward.rwkv import RWKVChannelMixing
 from ....mixers.elementwise.rwkv4 import RWKV4
 from ...components import BLOCK, MODEL, Component
 from ...family import Family, renamed
-from ...fields import Absent, Fixed, Integer, Known, Only, Same
+from ...fields import Fixed, Integer
 from ...layers import EveryOf
+from ...rules import Absent, Known, Only, Same
 from ...tensors import Weight
 
 OWN, BEFORE = (

@@ -8,8 +8,9 @@ from ....mixers.linear.mlstm import MLSTM
 from ...components import BLOCK, GATED_MLP, MODEL, Component
 from ...config import ConfigReader, ConfigWriter
 from ...family import Family
-from ...fields import Absent, Field, Fixed, Integer, Key, Known, Number, Only, Same, Unread
+from ...fields import Field, Fixed, Integer, Key, Number, Unread
 from ...layers import LINEAR, Every
+from ...rules import Absent, Known, Only, Same
 from ...state_space import expansion_of
 
 

@@ -2,9 +2,10 @@
 
 from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Known, Number
+from ...fields import Fixed, Flag, Integer, Number
 from ...layers import DENSE, FULL, LINEAR, Numbered
 from ...rope import RopeBase, RopeScale
+from ...rules import Known
 from ...state_space import HYBRID_MAMBA2, Heads
 
 FAMILY = Family(

@@ -9,8 +9,9 @@ from ....mixers.state_space.mamba2 import MULTIPLIED
 from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL, Component
 from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
-from ...fields import Entries, Entry, Field, Fixed, Flag, Integer, Known, Number, OfMixers, Only, Rule, Same, Unread
+from ...fields import Entries, Entry, Field, Fixed, Flag, Integer, Number, OfMixers, Unread
 from ...layers import DENSE, FULL, LINEAR, Every
+from ...rules import Known, Only, Rule, Same
 from ...state_space import HYBRID_MAMBA2, HeadsTimesSize
 
 HEADS, SIZE, INNER = "mamba_n_heads", "mamba_d_head", "mamba_d_ssm"

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ...components import GATED_MLP, MIXTURE
 from ...family import RULES, Family, renamed
-from ...fields import Fixed, Integer, Known
+from ...fields import Fixed, Integer
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, Every, LayerTypes, Switched
+from ...rules import Known
 from ...state_space import HYBRID_MAMBA2, Heads
 from ...tensors import Weight, of_experts, rows_of
 from ..dense.granite import ATTENTION_BY_MULTIPLIER, BLOCK_BY_MULTIPLIER, MODEL_BY_MULTIPLIERS

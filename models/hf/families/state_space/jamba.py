@@ -2,8 +2,9 @@
 
 from ...components import ATTENTION, BLOCK, GATED_MLP, MIXTURE, MODEL
 from ...family import RULES, Family, renamed
-from ...fields import Fixed, Flag, Integer, Known, Unread
+from ...fields import Fixed, Flag, Integer, Unread
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, Periodic
+from ...rules import Known
 from ...state_space import MAMBA, StepRank
 
 FAMILY = Family(

@@ -4,9 +4,10 @@ from ....block import SandwichBlock
 from ....feed_forward.geglu import GEGLU
 from ...components import BLOCK, GATED_MLP, HEAD_NORMED_ATTENTION, MODEL, scale_written
 from ...family import Family
-from ...fields import Absent, Fixed, Flag, Integer, InverseRoot, Known, Only, Root
+from ...fields import Fixed, Flag, Integer, InverseRoot, Root
 from ...layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
 from ...rope import RopeBase, RopeByLayerType, RopeScale
+from ...rules import Absent, Known, Only
 
 attention = scale_written(HEAD_NORMED_ATTENTION).but(
     heads=Integer("num_attention_heads", 8),

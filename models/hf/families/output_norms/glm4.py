@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ....block import SandwichBlock
 from ...components import BLOCK
-from .glm import FAMILY as GLM
+from ..dense.glm import FAMILY as GLM
 
 FAMILY = replace(
     GLM,

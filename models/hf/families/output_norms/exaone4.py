@@ -3,8 +3,9 @@ others have no positions."""
 
 from ...components import HEAD_NORMED_ATTENTION, MODEL, OUTPUT_NORM_BLOCK
 from ...family import RULES, Family
-from ...fields import Fixed, Integer, Known, Number
+from ...fields import Fixed, Integer, Number
 from ...layers import FULL, WINDOW, LayerTypes, Switched, every_nth_full
+from ...rules import Known
 
 UNPLACED = "unplaced"
 attention = HEAD_NORMED_ATTENTION.but(
