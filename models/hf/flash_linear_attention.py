@@ -129,6 +129,8 @@ class AttentionIn(LayerRule):
         return [one if one != self.native else other for one, other in zip(full, window, strict=True)]
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
+        if self.native not in layers:
+            writer.problems.append("attention in all layers, of which one must have another mixer")
         for rule in self._rules():
             rule.write(writer, layers)
 

@@ -426,7 +426,8 @@ def test_every_scaling_is_written_by_every_family_or_refused_by_its_name(kind):
     wrote = []
     for name, family in hf.known_families().items():
         mixers = {part: mixer.read(ConfigReader(SMALL)) for part, mixer in family.mixers.items()}
-        turning = [part for part, mixer in mixers.items() if mixer.get("rope_base") is not None]
+        turning = [part for part, mixer in mixers.items() if {"rope_base", "rope_scaling"} <= mixer.keys()]
+        turning = [part for part in turning if mixers[part]["rope_base"] is not None]
         for part in turning:
             fraction = mixers[part].get("rope_fraction", 1.0)
             size = (
