@@ -6,9 +6,10 @@ from typing import Any
 from ....feed_forward.mlp import MLP
 from ...components import ATTENTION, Component
 from ...family import Family
-from ...fields import Absent, Fixed, Flag, Integer, Known, Never, Only, OptionalInteger, Replaced
+from ...fields import Absent, Fixed, Flag, Integer, Known, Only, Replaced
 from ...latent import BIASED_MIXTURE
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, LayerTypes
+from ...optional import Never, OptionalInteger
 from ...state_space import MAMBA2, STATE_SPACE_BLOCK, STATE_SPACE_MODEL, STATE_SPACE_RULES, HeadsTimesSize
 
 KINDS = {"linear_attention": LINEAR, "full_attention": FULL, "mlp": DENSE, "moe": EXPERTS}
