@@ -104,16 +104,6 @@ class Coefficient(Key):
 
 
 @dataclass(frozen=True)
-class OptionalInteger(Key):
-    """A positive integer, or None where the key is null. absent: the value where there is no such key."""
-
-    absent: int | None = None
-
-    def read(self, reader: ConfigReader) -> int | None:
-        return None if reader.get(self.key, self.absent) is None else reader.integer(self.key, self.absent)
-
-
-@dataclass(frozen=True)
 class Product(Key):
     """The product of two keys, of which `size` is another field's; the defaults are for absent and null keys."""
 
@@ -179,40 +169,6 @@ class Flag(Key):
 
 
 @dataclass(frozen=True)
-class Switch(Key):
-    """A setting with the value `on` where the key is true, and None where it is not; `default` without the key."""
-
-    on: Any
-    default: bool
-
-    def read(self, reader: ConfigReader) -> Any:
-        return self.on if reader.flag(self.key, self.default) else None
-
-    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        if value not in (None, self.on):
-            writer.refuse(setting, value)
-        else:
-            writer.put(self.key, value is not None, setting)
-
-
-@dataclass(frozen=True)
-class Where(Key):
-    """Another field where the key is true, and None where it is not; `default` without the key."""
-
-    field: Field
-    default: bool
-
-    def read(self, reader: ConfigReader) -> Any:
-        value = self.field.read(reader)
-        return value if reader.flag(self.key, self.default) else None
-
-    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        writer.put(self.key, value is not None, setting)
-        if value is not None:
-            self.field.write(writer, setting, value)
-
-
-@dataclass(frozen=True)
 class Fixed(Field):
     """A setting that has the same value in every model of the family, and no key."""
 
@@ -224,23 +180,6 @@ class Fixed(Field):
     def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
         if value != self.value:
             writer.refuse(setting, value)
-
-
-@dataclass(frozen=True)
-class Never(Key):
-    """A setting that is false in every model of the family, and so must be the key."""
-
-    why: str
-
-    def read(self, reader: ConfigReader) -> bool:
-        reader.absent(self.key, self.why)
-        return False
-
-    def write(self, writer: ConfigWriter, setting: str, value: Any) -> None:
-        if value:
-            writer.refuse(setting, value)
-        else:
-            writer.put(self.key, False, setting)
 
 
 @dataclass(frozen=True)

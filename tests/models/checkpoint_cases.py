@@ -114,11 +114,15 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": False,
         "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "gemma2": {**GEMMA3, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7},
+    "gemma2_uncapped": GEMMA3
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
     "deepseek_v2": DEEPSEEK_V3
     | {
         "topk_method": "group_limited_greedy",
@@ -148,6 +152,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_v32": DEEPSEEK_V3 | {"index_topk": 7, "index_n_heads": 16, "index_head_dim": 10},
+    "glm4_moe": DEEPSEEK_V3 | {"num_key_value_heads": 2, "use_qk_norm": True, "attention_bias": True, "head_dim": 12},
     "gpt_oss": GPT_OSS,
     "gpt_oss_yarn": MIXTURE | {"head_dim": 6, "attention_bias": False, "sliding_window": 60},
     "llama4_text": LLAMA4,
@@ -172,6 +177,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "kimi_linear": KIMI_LINEAR,
     "minimax": MINIMAX,
+    "minimax_m2": MIXTURE | {"head_dim": 12, "rotary_dim": 6, "tie_word_embeddings": True},
     "mamba": MAMBA,
     "mamba_biases": MAMBA
     | {"use_bias": True, "use_conv_bias": False, "time_step_rank": 5, "tie_word_embeddings": False},

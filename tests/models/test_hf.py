@@ -445,7 +445,7 @@ def test_every_scaling_is_written_by_every_family_or_refused_by_its_name(kind):
             for rule in family.rules:
                 rule.write(writer)
             if family.library != "transformers":  # whose config.json has settings of attention for layers that have it
-                family.layers.write(writer, [part] * 3)
+                family.layers.write(writer, [part, getattr(family.layers, "native", part), part])
             if writer.problems:
                 assert any("rope_scaling" in problem for problem in writer.problems), (name, writer.problems)
                 continue

@@ -156,6 +156,7 @@ CHECKPOINTS = {
     "llama4_scout": "llama4_text",
     "mamba": "mamba",
     "mamba2": "mamba2",
+    "minimax_m2": "minimax_m2",
     "minimax_text_01": "minimax",
     "mixtral": "mixtral",
     "nemotron_h": "nemotron_h",

@@ -5,8 +5,9 @@ from typing import Any
 
 from ...components import ATTENTION, GATED_MLP, INTERLEAVED, MIXTURE, MODEL
 from ...family import RULES, Family
-from ...fields import Fixed, Flag, Integer, Number, Quotient, Switch, Unread, Where
+from ...fields import Fixed, Flag, Integer, Number, Quotient, Unread
 from ...layers import DENSE, EXPERTS, ByPositions, Numbered
+from ...optional import Switch, Where
 from ...rope import RopeBase, RopeScale
 from ...rules import Known, Only
 from ...tensors import inputs_first, of_experts

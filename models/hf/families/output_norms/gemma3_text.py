@@ -6,6 +6,7 @@ from ...components import BLOCK, GATED_MLP, HEAD_NORMED_ATTENTION, MODEL, scale_
 from ...family import Family
 from ...fields import Fixed, Flag, Integer, InverseRoot, Root
 from ...layers import DENSE, FULL, WINDOW, LayerTypes, every_nth_full
+from ...optional import OptionalNumber
 from ...rope import RopeBase, RopeByLayerType, RopeScale
 from ...rules import Absent, Known, Only
 
@@ -45,13 +46,13 @@ FAMILY = Family(
         vocabulary=Integer("vocab_size", 262208),
         norm=Fixed("zero_centred_rms"),
         embedding_multiplier=Root("hidden_size"),
+        logit_softcap=OptionalNumber("final_logit_softcapping"),
         tied_embeddings=Flag("tie_word_embeddings", default=True),
     ),
     rules=(
         RopeByLayerType(base="rope_local_base_freq"),
         Only("hidden_activation", ("gelu_pytorch_tanh",)),
         Only("attention_dropout", (0.0, 0)),
-        Absent("final_logit_softcapping", "The published models have none"),
         Absent("attn_logit_softcapping", "transformers computes this family without it"),
         Absent("use_bidirectional_attention", "Language models see no later token"),
         Absent("quantization_config", "Save the model dequantised"),

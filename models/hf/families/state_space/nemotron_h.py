@@ -6,9 +6,10 @@ from typing import Any
 from ....feed_forward.mlp import MLP
 from ...components import ATTENTION, Component
 from ...family import Family
-from ...fields import Fixed, Flag, Integer, Never, OptionalInteger
+from ...fields import Fixed, Flag, Integer
 from ...latent import BIASED_MIXTURE
 from ...layers import DENSE, EXPERTS, FULL, LINEAR, LayerTypes
+from ...optional import Never, OptionalInteger
 from ...rules import Absent, Known, Only, Replaced
 from ...state_space import MAMBA2, STATE_SPACE_BLOCK, STATE_SPACE_MODEL, STATE_SPACE_RULES, HeadsTimesSize
 
