@@ -197,10 +197,13 @@ def assert_near(family: str, column: str, ours, theirs, tolerance: float, name: 
     noted(family, column, float(((ours - theirs).abs() / (1 + theirs.abs())).max()))
 
 
-def assert_written_back(imported: Imported, ours: nn.Module, path: Path) -> set[str]:
-    """Writes ours in float32 as the folder `path`, whose tensors must be those that were read; names those not read."""
+def assert_written_back(imported: Imported, ours: nn.Module, path: Path, chosen: str | None = None) -> set[str]:
+    """Writes ours in float32 as the folder `path`, whose tensors must be those that were read; names those not read.
+
+    chosen: the family to write, where several may express the model alike.
+    """
     family = hf.known_families()[imported.family]
-    out = write(ours, imported.settings, path, family=family_of(imported.reference), dtype=torch.float32)
+    out = write(ours, imported.settings, path, family=chosen or family_of(imported.reference), dtype=torch.float32)
     before, after = (Checkpoint(folder, family.aliases) for folder in (imported.folder, out))
     unread = before.headers.keys() - after.headers.keys()
     assert all(any(re.search(pattern, name) for pattern in family.ignored) for name in unread), unread

@@ -41,7 +41,7 @@ def check(family, data):
             expected = their_logits(imported.theirs_in_float64, tokens(LENGTH))
         assert expected.std() > 0.1
         assert_near(family, "logits in float64", logits(imported.ours_in_float64, tokens(LENGTH)), expected, 1e-9)
-        assert_written_back(imported, imported.ours_in_float64, Path(scratch, "ours"))
+        assert_written_back(imported, imported.ours_in_float64, Path(scratch, "ours"), family)
 
 
 def check_drawn(family, count, phases):
