@@ -55,7 +55,6 @@ class Checkpoint:
     """The tensors of a folder, listed from the headers alone and read one at a time.
 
     aliases: (regular expression, replacement) of names that other versions write: they are known by the replaced ones.
-        A name that becomes empty is left out.
 
     Raises ValueError for a folder without safetensors, an index that does not match its shards, a truncated file.
     """
@@ -77,8 +76,7 @@ class Checkpoint:
                 known = name
                 for pattern, replacement in aliases:
                     known = re.sub(pattern, replacement, known)
-                if known:
-                    self.headers[known] = Header(file, name, tuple(part.get_shape()), part.get_dtype())
+                self.headers[known] = Header(file, name, tuple(part.get_shape()), part.get_dtype())
 
     def _files(self) -> Iterator[tuple[Path, set[str] | None]]:
         """Each file, with the tensors that the index puts there (None = all that it holds)."""

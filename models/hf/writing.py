@@ -170,8 +170,11 @@ def check_new(path: Path, setting: str = "path") -> None:
     """Raises ValueError unless nothing, or an empty folder, is at `path`."""
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        files = [parent for parent in path.parents if parent.exists() and not parent.is_dir()]
     except OSError as error:
         raise ValueError(f"{setting} must be a folder that can be made; got {path}: {error}. Choose another") from None
+    if files:
+        raise ValueError(f"{setting} must be a folder that can be made; got {path} below a file. Choose another")
     if taken:
         raise ValueError(f"{setting} must be a new or empty folder; got {path}. Choose another")
 

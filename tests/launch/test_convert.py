@@ -19,6 +19,7 @@ from longreach.launch.generate import load
 from longreach.models.language_model import LanguageModel
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.checkpoint.checkpoint import load_weights
+from longreach.trainer.checkpoint.origin import Origin
 from longreach.trainer.checkpoint.rewriting import rewrite
 from longreach.trainer.checkpoint.source import Source
 from longreach.trainer.data.tokenizers import byte_tokenizer
@@ -53,6 +54,7 @@ class Made(Source):
 
     def write_beside(self, folder: Path) -> None:
         byte_tokenizer().save(folder / "tokenizer")
+        Origin(longest_row=16).save(folder)
 
 
 def save_own(path: Path, settings: dict[str, Any] = MODEL) -> Path:

@@ -63,13 +63,17 @@ def origin_of(begun: str | Path | None, tokenizer: Tokenizer | None, row: int) -
 
 
 def _of_checkpoint(path: Path) -> Origin:
-    if (path / FILE).is_file():
-        return Origin(**hf.read_json(path / FILE))
+    if (file := path / FILE).is_file():
+        try:
+            return Origin(**hf.read_json(file))
+        except TypeError as error:
+            raise ValueError(f"{file} must hold what a checkpoint's says; {error}. Use another checkpoint") from None
     # One that was saved before checkpoints held their origin says where it began.
     run = read_config(path)
     begun = run.get("init_from")
     origin = read_origin(begun, None) if begun and Path(begun).expanduser().is_dir() else Origin()
-    return replace(origin, longest_row=max(origin.longest_row, int(run["data"]["sequence_length"])))
+    row = int(run.get("data", {}).get("sequence_length", 0))
+    return replace(origin, longest_row=max(origin.longest_row, row))
 
 
 def _same_ids(file: Path, tokenizer: Tokenizer) -> bool:
