@@ -1,7 +1,11 @@
 """Where checkpoints and their config.json are read wrongly with ease."""
 
+import json
+from typing import Any
+
 import pytest
 import torch
+from checkpoint_cases import CASES
 from checkpoints import (
     SMALL,
     InFloat64,
@@ -15,10 +19,15 @@ from checkpoints import (
     tokens,
     write,
 )
+from definitions import definitions_of
+from hydra.utils import instantiate
 from model_presets import build_model, compose_model
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+from longreach.kernels.documents import Documents
 from longreach.models import hf
+from longreach.parallel.sequence import Sequence
 
 
 @pytest.fixture
@@ -178,3 +187,160 @@ def test_yarn_is_refused_of_llama_4_whose_norms_undo_part_of_it():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
     with pytest.raises(ValueError, match=r"rope_type must be one of default, linear.*; got 'yarn'"):
         settings_of(model_type="llama4_text", rope_parameters=yarn)
+
+
+# Keys that config.json leaves out.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", hf.known_families())
+@pytest.mark.usefixtures("_own_classes")
+def test_what_config_json_leaves_out_is_what_transformers_takes(family):
+    """Each key alone: defaults of sizes and layers, windows and bases. What is refused says the key."""
+    from transformers import CONFIG_MAPPING
+
+    table, whole = hf.known_families()[family], config_of(family, CASES[family]).to_dict()
+    settings = table.settings(whole)
+    compared = 0
+    for key in whole.keys() - {"model_type"}:
+        left = {name: value for name, value in whole.items() if name != key}
+        try:
+            expected = table.settings(CONFIG_MAPPING[family].from_dict(left).to_dict())
+        except Exception:  # their class refuses it, or fills in what does not fit the rest
+            continue
+        try:
+            read = table.settings(left)
+        except ValueError as error:
+            read = expected if key in str(error) else error
+        assert read == expected, key
+        compared += expected != settings
+    assert compared > 2
+
+
+def test_the_layers_that_config_json_names_count_more_than_those_that_transformers_would_guess():
+    """MiniMax's class alternates where the published model has 7 to 1; Gemma 3's has windows of 4096."""
+    minimax = {"model_type": "minimax", "num_hidden_layers": 8, "head_dim": 8}
+    assert settings_of(**minimax)["pattern"] == ["full", "linear"] * 4
+    assert settings_of(**minimax, attn_type_list=[0] * 7 + [1])["pattern"] == ["linear*7", "full"]
+    named = settings_of(**minimax, layer_types=["linear_attention"] * 7 + ["full_attention"])
+    assert named["pattern"] == ["linear*7", "full"]
+    gemma = {"model_type": "gemma3_text", "num_hidden_layers": 6}
+    assert settings_of(**gemma)["mixers"]["window"]["window"] == 4096
+    assert settings_of(**gemma, sliding_window=512)["mixers"]["window"]["window"] == 512
+    with pytest.raises(ValueError, match="layer_types must name one of"):
+        settings_of(model_type="kimi_linear", num_key_value_heads=4)
+
+
+# Rotary positions.
+
+
+def whole_rows(x):
+    return Sequence.single(Documents.whole(*x.shape[:2]))
+
+
+def rotation_there(family, config):
+    """The matrix by which transformers' class of the family turns a row of the token at position 1."""
+    modeling = definitions_of(family.removesuffix("_text"))
+    names = {"llama4_text": "Llama4Text", "deepseek_v3": "DeepseekV3"}
+    rotary = getattr(modeling, f"{names.get(family, family.capitalize())}RotaryEmbedding")(config)
+    size = 2 * len(rotary.inv_freq)
+    rows = torch.eye(size).expand(1, 2, -1, -1)  # as many heads as dims
+    angles = rotary(rows, torch.arange(2)[None])
+    if family == "llama4_text":
+        return modeling.apply_rotary_emb(rows, rows, angles)[0][0, 1]
+    if family == "deepseek_v3":  # whose function leaves pairs half apart
+        turned = modeling.apply_rotary_pos_emb_interleave(rows, rows, *angles, unsqueeze_dim=2)[0][0, 1]
+        return turned.unflatten(-1, (2, -1)).mT.flatten(1)
+    return modeling.apply_rotary_pos_emb(rows, rows, *angles, unsqueeze_dim=2)[0][0, 1]
+
+
+@pytest.mark.parametrize(
+    ("family", "neighbours"), [("llama", False), ("cohere2", True), ("deepseek_v3", True), ("llama4_text", True)]
+)
+@pytest.mark.usefixtures("_own_classes")
+def test_pairs_that_turn_together_there_turn_together_here(family, neighbours):
+    """Pairs are neighbours in some families, and stand half of the dims apart in others; here, always the latter."""
+    config = config_of(family, CASES[family])
+    settings = hf.known_families()[family].settings(json.loads(config.to_json_string()))
+    parts = dict(instantiate(settings, _convert_="all").leaves())
+    path, mixer = next((path, part) for path, part in parts.items() if getattr(part, "rotary", None) is not None)
+    size = mixer.query.out_features // mixer.heads
+    recipe = hf.known_families()[family].tensors(settings).read[f"{path}.query.weight"]
+    order = recipe.whole(torch.arange(float(mixer.query.out_features))[:, None])[:size, 0].long()  # of the first head
+    there, turned = torch.eye(size), rotation_there(family, config)
+    there[-len(turned) :, -len(turned) :] = turned
+    rows = torch.eye(size).expand(1, 2, -1, -1)
+    here = (mixer.rotate if family == "deepseek_v3" else mixer.rotary)(rows, whole_rows(rows))[0, 1]
+    torch.testing.assert_close(here, there[order][:, order])
+    if neighbours:
+        assert (here - there).abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("_own_classes")
+def test_transformers_is_no_oracle_of_the_part_of_a_head_that_turns_in_minimax(tmp_path):
+    """The published config.json has `rotary_dim`, half of a head, which the class passes by."""
+    more = {"num_local_experts": 2, "head_dim": 8, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    whole, half = (random_model(config_of("minimax", {**more, "rotary_dim": dims})) for dims in (8, 4))
+    assert torch.equal(their_logits(whole, tokens()), their_logits(half, tokens()))
+    ours = load(saved(whole, tmp_path / "whole"))
+    torch.testing.assert_close(logits(ours, tokens()), their_logits(whole, tokens()), atol=1e-4, rtol=1e-4)
+    mixer = load(saved(half, tmp_path / "half")).mixers[0]
+    x = torch.randn(1, 9, 3, 8, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(9)[:, None] * mixer.rotary.rotation.base ** (-torch.arange(2) / 2)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second, rest = x.split([2, 2, 4], dim=-1)
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    torch.testing.assert_close(mixer.rotary(x, whole_rows(x[..., 0])), expected)
+
+
+# Latent attention.
+
+
+def latent_attention(x, held, config):
+    """As DeepSeek-V2's paper has it, of a checkpoint's tensors: keys by W^UK, values by W^UV, both of the latent."""
+
+    def project(name, x):
+        return x @ held[f"{name}.weight"].double().T
+
+    def norm(name, x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * held[f"{name}.weight"].double()
+
+    def turned(x):  # neighbours are a pair
+        if config.model_type == "kimi_linear":
+            return x
+        pairs, position = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()), torch.arange(x.shape[1])
+        steps = config.rope_parameters["rope_theta"] ** (-torch.arange(pairs.shape[-1]) / pairs.shape[-1])
+        angles = position[:, None].double() * steps.double()
+        angles = angles if x.dim() == 3 else angles[:, None]
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    nope, rope, values = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    q = norm("q_a_layernorm", project("q_a_proj", x)) if config.q_lora_rank else x
+    q = project("q_b_proj" if config.q_lora_rank else "q_proj", q).unflatten(-1, (-1, nope + rope))
+    q_nope, q_rope = q.split([nope, rope], dim=-1)
+    latent, shared = project("kv_a_proj_with_mqa", x).split([config.kv_lora_rank, rope], dim=-1)
+    expanded = project("kv_b_proj", norm("kv_a_layernorm", latent)).unflatten(-1, (-1, nope + values))
+    keys, v = expanded.split([nope, values], dim=-1)
+    logits = torch.einsum("bthk,bshk->bhts", q_nope, keys) + torch.einsum(
+        "bthk,bsk->bhts", turned(q_rope), turned(shared)
+    )
+    logits = logits * (nope + rope) ** -0.5  # without positions too
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    out = torch.einsum("bhts,bshv->bthv", logits.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    return project("o_proj", out.flatten(-2))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
+@pytest.mark.usefixtures("_own_classes")
+def test_latent_attention_is_that_of_the_paper_with_the_tensors_of_a_checkpoint(family, tmp_path):
+    theirs = random_model(config_of(family, CASES[family]))
+    folder = saved(theirs, tmp_path)
+    mixer = load(folder, torch.float64).mixers[1]
+    prefix = "model.layers.1.self_attn."
+    held: dict[str, Any] = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if name.startswith(prefix)
+    }
+    x = torch.randn(2, 19, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixer(x, whole_rows(x)), latent_attention(x, held, theirs.config), atol=1e-9, rtol=1e-9)

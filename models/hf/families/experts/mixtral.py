@@ -1,8 +1,8 @@
 """Mixtral (Jiang et al., 2024, arXiv 2401.04088): a Mistral with experts in each layer."""
 
-from ...components import ATTENTION, MIXTRAL_MIXTURE
+from ...components import ATTENTION, MIXTRAL_MIXTURE, MODEL
 from ...family import RULES, Family, renamed
-from ...fields import Integer
+from ...fields import Integer, Number
 from ...layers import EXPERTS, FULL, WINDOW, Every, OneWindow
 from ...rope import RopeBase
 from ...rules import Only
@@ -19,6 +19,7 @@ FAMILY = Family(
     layers=OneWindow(),
     feed_forwards={EXPERTS: MIXTRAL_MIXTURE},
     feed_forward_layers=Every(EXPERTS),
+    model=MODEL.but(norm_eps=Number("rms_norm_eps", 1e-5)),
     rules=(*RULES, Only("router_jitter_noise", (0.0, 0))),
     current=renamed(num_experts="num_local_experts"),
 )
