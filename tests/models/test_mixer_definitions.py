@@ -313,6 +313,7 @@ def test_retnet_is_its_recurrence():
             "gate_rank and gate_normaliser must be positive",
         ),
         (lambda: RetNet(width=32, heads=3), "heads must divide width=32; got 3"),
+        (lambda: RetNet(width=32, heads=4, norm="layer"), "norm must be one of group, rms; got 'layer'"),
         (lambda: RetNet(width=36, heads=4), "must leave an even number of a head's 9 dims"),
     ],
 )

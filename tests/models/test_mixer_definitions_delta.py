@@ -266,6 +266,12 @@ def test_ranks_are_the_papers():
             "gate_rank must be null with low_",
         ),
         (lambda: RWKV7(width=32, layer=0, depth=2), "head_dim must divide width=32; got 64"),
+        (
+            lambda: RWKV7(width=32, layer=0, depth=2, head_dim=8, key_eps=-1.0),
+            "head_norm_eps must be positive, and key",
+        ),
+        (lambda: GatedDeltaNet(width=32, heads=4, gate_activation="relu"), "gate_activation must be one of silu, sig"),
+        (lambda: GatedDeltaNet(width=32, heads=4, gate=False, gate_activation="silu"), "gate_activation must be null"),
     ],
 )
 def test_bad_settings_are_named(build, message):
