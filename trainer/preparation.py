@@ -183,7 +183,7 @@ def check_origin(build: Build, settings: Settings, *, resuming: bool = False) ->
         return
     model = configured_model(settings)
     if not checkpoint.is_one(origin):
-        hf.open_weights(origin)
+        hf.prepare(origin, on_meta(build, model))
     elif model.get("vocabulary") is not None:
         checkpoint.prepare_weights(origin, on_meta(build, model), settings.trainer.seed, bytes_too=False)
 

@@ -177,10 +177,10 @@ class Weights:
                 f"{listed(others, 3)} of type {first.dtype} in {first.file.name}, where only "
                 f"{', '.join(sorted(_FLOATS))} are read: save the model dequantised"
             )
-        for name, recipe in tensors.read.items():
-            if all(source in headers for source in recipe.sources):
-                problems += self._wrong_shape(recipe, self.shapes[name])
-        return list(dict.fromkeys(problems))
+        present = {name: recipe for name, recipe in tensors.read.items() if set(recipe.sources) <= headers.keys()}
+        wrong = [text for name, recipe in present.items() for text in self._wrong_shape(recipe, self.shapes[name])]
+        wrong = list(dict.fromkeys(wrong))
+        return problems + wrong[:3] + ([f"{len(wrong) - 3} more of other shapes"] if len(wrong) > 3 else [])
 
     def _wrong_shape(self, recipe: Recipe, shape: torch.Size) -> list[str]:
         """What is wrong with the tensors that a parameter of this shape is made of."""

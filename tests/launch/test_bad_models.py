@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from distributed import run_ranks
 from safetensors.torch import load_file, save_file
 from test_convert import MODEL, save_own
 
@@ -18,8 +19,9 @@ from longreach.launch.build import build
 from longreach.launch.convert import ConvertSettings, convert
 from longreach.launch.export import ExportSettings, export
 from longreach.models import hf
+from longreach.parallel.mesh import Mesh
 from longreach.trainer.checkpoint.checkpoint import load_weights
-from longreach.trainer.preparation import check_origin
+from longreach.trainer.preparation import check_origin, make_engine
 from longreach.trainer.settings import Settings
 
 INDEX = "model.safetensors.index.json"
@@ -250,3 +252,22 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(whole, tmp
             assert sorted(tmp_path.rglob("*")) in (there, [*there, out.parent])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def begin(rank: int, world: int, folders: list[Path]) -> str:
+    """What a rank is told that starts from its folder, on disks of their own."""
+    settings = Settings(model=hf.read_settings(folders[0]), init_from=str(folders[rank]))
+    try:
+        make_engine(settings, build, Mesh.create(), torch.device("cpu"), resuming=False)
+    except ValueError as error:
+        return str(error)
+    return "begun"
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_one_that_cannot_read_the_model(whole, tmp_path):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "theirs"))
+    cut(folder)
+    first, second = run_ranks(2, begin, [whole[0], folder])
+    assert first == second
+    assert "must be a whole safetensors file" in first

@@ -1,6 +1,9 @@
 """A checkpoint with its attention in another form: the same logits where that is exact, and good for init_from."""
 
+import json
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -10,15 +13,19 @@ import hydra
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from longreach.kernels.documents import Documents
 from longreach.launch.build import build
 from longreach.launch.configuration import to_schema
-from longreach.launch.convert import ConvertSettings, convert
+from longreach.launch.convert import ConvertSettings, convert, main
+from longreach.launch.export import ExportSettings, export
 from longreach.launch.generate import load
+from longreach.models import hf
 from longreach.models.language_model import LanguageModel
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.checkpoint.checkpoint import load_weights
+from longreach.trainer.checkpoint.choice import read_config
 from longreach.trainer.checkpoint.origin import Origin
 from longreach.trainer.checkpoint.rewriting import rewrite
 from longreach.trainer.checkpoint.source import Source
@@ -143,3 +150,130 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(saved, tmp_path):
         with pytest.raises(ValueError, match=message):
             convert(ConvertSettings(**good | changes))
         assert not list(tmp_path.glob("*out*"))
+
+
+def test_some_layers_take_a_form_and_the_others_stay(saved, tmp_path, capsys):
+    """MoBA but in the last layer, as its authors train it; mixers beside others have their name in their weights'."""
+    settings = {**MODEL, "pattern": ["far+near", "far"], "mixers": dict(MODEL["mixers"])}
+    beside = save_own(tmp_path / "step-00000004", settings)
+    small = {"block_size": 2, "top_k": 2}
+    for source, pattern in (
+        (saved, ["near", "far_moba", "near", "far"]),
+        (beside, ["far_moba+near", "far_moba", "far_moba+near", "far"]),
+    ):
+        options = {"mixers": ["far"], "layers": ":-1", "mixer": small, "from_": str(source)}
+        out = convert(ConvertSettings("moba", to=str(tmp_path / f"out-{source.name}"), **options))
+        lines = capsys.readouterr().out.splitlines()
+        assert all(line.endswith(": exact at positions below 4 of a document") for line in lines)
+        assert len(lines) == sum("moba" in each for each in pattern)
+        model = yaml.safe_load((out / "config.yaml").read_text())["model"]
+        assert model["pattern"] == pattern
+        assert model["mixers"]["far"] == MODEL["mixers"]["far"]
+        before, after = logits(source), logits(out)
+        torch.testing.assert_close(after[:, :4], before[:, :4], atol=1e-9, rtol=1e-9)
+        assert (after[:, 4:] - before[:, 4:]).abs().max() > 1e-6
+
+
+THEIRS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 6},
+}
+SMALL = {
+    "vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 96, "bos_token_id": 7, "eos_token_id": [256, 9], "pad_token_id": 5,
+    "of_a_tool": {"kept": 1},
+}  # fmt: skip
+
+
+def save_theirs(path: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model of Hugging Face with a tokenizer, a chat template and generation settings."""
+    config = {**SMALL, **THEIRS[family], "model_type": family}
+    settings = hf.known_families()[family].settings(config)
+    files = path.with_name(f"{path.name}-files")
+    byte_tokenizer().save(files)
+    (files / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (files / "additional_chat_templates").mkdir()
+    (files / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    model = Made(settings)
+    said = {name: value for name, value in SMALL.items() if "token" in name}
+    hf.write(
+        model.weights(model.model), settings, path, hf.tokenizer_files(files), max_positions=96, family=family,
+        dtype=dtype, origin=config, generation={"temperature": 0.5, **said}, shard_bytes=3000,
+    )  # fmt: skip
+    return path
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", THEIRS)
+def test_a_model_of_hugging_face_comes_out_as_it_went_in_and_in_other_shards(tmp_path, family):
+    theirs = save_theirs(tmp_path / "theirs", family)
+    out = convert(ConvertSettings(from_=str(theirs), to=str(tmp_path / "out"), shard_bytes=10_000))
+    before, after = tensors_of(theirs), tensors_of(out)
+    assert {x.dtype for x in before.values()} == {torch.bfloat16}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len(list(out.glob("*.safetensors"))) < len(list(theirs.glob("*.safetensors")))
+    beside = [
+        path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file() and "safetensors" not in path.name
+    ]
+    assert len(beside) == 6
+    assert all((out / name).read_bytes() == (theirs / name).read_bytes() for name in beside)
+
+
+def test_experts_of_hugging_face_become_a_checkpoint_one_by_one(tmp_path):
+    """With the buffers that only a checkpoint of ours has."""
+    theirs = save_theirs(tmp_path / "theirs", "qwen3_moe")
+    out = convert(ConvertSettings("moba", mixer={"block_size": 16}, from_=str(theirs), to=str(tmp_path / "out")))
+    expected, found = build(hf.read_settings(theirs)), build(read_config(out)["model"])
+    hf.load(theirs, expected)
+    load_weights(out, found)
+    ours, held = ({**dict(x.named_parameters()), **saved_buffers(x)} for x in (found, expected))
+    assert ours.keys() == held.keys()
+    assert any("shares" in name for name in ours)
+    assert all(torch.equal(ours[name], held[name]) for name in ours)
+
+
+def test_what_a_model_says_besides_goes_through_forms_and_formats(tmp_path):
+    """From Hugging Face to a checkpoint with other heads, to Hugging Face and to another family."""
+    theirs = save_theirs(tmp_path / "theirs", "llama", torch.float32)
+    before = json.loads((theirs / "config.json").read_text())
+    own = convert(ConvertSettings("grouped", kv_heads=1, from_=str(theirs), to=str(tmp_path / "own")))
+    direct = convert(
+        ConvertSettings("grouped", kv_heads=1, family="llama", from_=str(theirs), to=str(tmp_path / "direct"))
+    )
+    shutil.rmtree(theirs)
+    first = export(ExportSettings(checkpoint=str(own), path=str(tmp_path / "first")))
+    second = convert(ConvertSettings(from_=str(own), to=str(tmp_path / "second"), max_positions=128))
+    last = convert(ConvertSettings(from_=str(second), to=str(tmp_path / "last"), family="mistral", dtype="float16"))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (direct, first, second, last)]
+    assert configs[0] == {**before, "num_key_value_heads": 1}
+    assert configs[1] == configs[0]  # the tokenizer's end is one of those that it said, and its BOS is none
+    assert configs[2] == {**configs[0], "max_position_embeddings": 128}
+    kept = {"bos_token_id": 7, "eos_token_id": [256, 9], "pad_token_id": 5, "max_position_embeddings": 128}
+    assert configs[3].items() >= kept.items()
+    assert (configs[3]["model_type"], configs[3]["torch_dtype"]) == ("mistral", "float16")
+    for folder in (direct, first, second, last):
+        said = json.loads((folder / "generation_config.json").read_text())
+        assert said == {"temperature": 0.5, "bos_token_id": 7, "eos_token_id": [256, 9], "pad_token_id": 5}
+        assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+        assert (folder / "additional_chat_templates" / "tools.jinja").is_file()
+        assert (folder / "tokenizer.json").is_file()
+    assert all(torch.equal(x, tensors_of(direct)[name]) for name, x in tensors_of(second).items())
+
+
+def test_a_keyword_of_python_is_a_setting_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argument, message in (
+        ("from=none", "error: from must be a folder with a Hugging Face model, a checkpoint or a run; got none. Check"),
+        ("fromm=none", "Did you mean from or form?"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["convert", argument, "to=out"])
+        with pytest.raises(SystemExit):
+            main()
+        said = capsys.readouterr().err
+        assert message in said
+        assert "from_" not in said

@@ -8,11 +8,12 @@ from model_presets import randomise
 from torch import Tensor
 
 from longreach.kernels.documents import Documents
-from longreach.models.conversion import Converted, grouped, latent
+from longreach.models.conversion import Converted, block_sparse, grouped, latent, native_sparse
 from longreach.models.mixers.softmax.attention import Attention
 from longreach.models.mixers.softmax.latent_attention import LatentAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
-from longreach.models.mixers.sparse.block_sparse_attention import MoBA
+from longreach.models.mixers.sparse.block_sparse_attention import InfLLMv2, MoBA
+from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
 from longreach.parallel.sequence import Sequence
 
 WIDTH, LENGTH = 24, 19
@@ -145,3 +146,79 @@ def test_heads_that_cannot_be_pooled_are_named() -> None:
         mixer = made({**BASE, **change})
         with pytest.raises(ValueError, match=message):
             grouped(mixer, {**BASE, **change}, mixer.state_dict(), left)
+
+
+NEAR = {"block_size": 4, "initial": 1, "local": 1, "window_size": 4, "window_stride": 2}
+SPARSE: dict[str, tuple[type[torch.nn.Module], dict[str, Any], int]] = {
+    "moba": (MoBA, {"block_size": 4, "top_k": 3}, 12),
+    "infllm_v2": (InfLLMv2, {**NEAR, "count": 3, "dense_length": 2}, 12),
+    "infllm_v2 dense": (InfLLMv2, {**NEAR, "count": 2, "dense_length": 13}, 13),
+    "nsa": (NativeSparseAttention, {**NEAR, "count": 3, "near": 5}, 12),
+    "nsa of means": (NativeSparseAttention, {**NEAR, "count": 3, "near": 5, "compression": "mean"}, 12),
+}
+
+
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_fraction": 0.5}, {"qk_norm": "head", "conv_size": 3, "rope_scaling": YARN}],
+    ids=["plain", "norms and convolution"],
+)
+def test_sparse_attention_begins_as_full_attention_where_it_lists_all_blocks(form: str, change: dict[str, Any]) -> None:
+    """To the position that is said, and no further."""
+    (kind, given, until), settings = SPARSE[form], {**BASE, **change}
+    mixer = made(settings)
+    if kind is NativeSparseAttention:
+        converted = native_sparse(mixer, settings, mixer.state_dict(), given)
+    else:
+        converted = block_sparse(mixer, settings, mixer.state_dict(), form.split()[0], given)
+    assert (converted.errors, converted.exact_until) == ({}, until)
+    assert converted.settings["_target_"].endswith(kind.__name__)
+    sparse = kind(width=WIDTH, **{name: value for name, value in converted.settings.items() if name[0] != "_"})
+    sparse.load_state_dict(converted.weights)
+    off = (out(sparse) - out(mixer)).abs().amax(-1)[1]  # a document of the whole row
+    assert off[:until].max() < 1e-9
+    assert off[until] > 1e-3
+
+
+def test_native_sparse_attention_begins_with_branches_that_learn() -> None:
+    """No parameter of the new branches is without gradient after a step that moves values off 0."""
+    mixer = made({**BASE, "key_multiplier": 0.5})
+    settings = {**BASE, "key_multiplier": 0.5}
+    converted = native_sparse(mixer, settings, mixer.state_dict(), SPARSE["nsa"][1])
+    assert converted.report == ("exact at positions below 12 of a document; new: gate, compress_keys, compress_values")
+    sparse = NativeSparseAttention(
+        width=WIDTH, **{name: value for name, value in converted.settings.items() if name[0] != "_"}
+    )
+    sparse.load_state_dict(converted.weights)
+    x = torch.randn(1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        sparse.zero_grad()
+        sparse(x, Sequence.single(Documents.whole(1, LENGTH))).square().sum().backward()
+        with torch.no_grad():
+            for parameter in sparse.parameters():
+                parameter -= 1e-3 * parameter.grad
+    assert all(parameter.grad.abs().max() > 0 for parameter in sparse.parameters())
+    compression = sparse.compress_values
+    assert compression is not None
+    assert (compression.first.weight.grad.abs().amax(1) > 0).sum() >= 16  # those that make the mean
+
+
+def test_sparse_forms_refuse_what_they_have_not() -> None:
+    for change, message in (
+        ({"window": 4}, "window must be None for form=nsa"),
+        ({"bias": True}, "bias must be False for form=nsa"),
+        ({"qk_norm": "full"}, "qk_norm must be null or head for form=nsa; got full"),
+    ):
+        mixer = made({**BASE, **change})
+        with pytest.raises(ValueError, match=message):
+            native_sparse(mixer, {**BASE, **change}, mixer.state_dict(), {})
+    mixer = made(BASE)
+    for given, message in (
+        ({"shared_kv": True}, "mixer must hold settings .*; got shared_kv. Remove it"),
+        ({"compression_hidden": 15}, "compression_hidden must be at least 16, twice head_dim, .*; got 15"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native_sparse(mixer, BASE, mixer.state_dict(), given)
+    with pytest.raises(ValueError, match="sink_logits must be False for form=moba"):
+        block_sparse(mixer, {**BASE, "sink_logits": True}, mixer.state_dict(), "moba", {})
