@@ -17,12 +17,16 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
+from longreach.kernels.documents import Documents
 from longreach.launch.build import build
 from longreach.launch.export import ExportSettings, export
 from longreach.launch.train import to_settings
 from longreach.models import hf
 from longreach.parallel.mesh import Mesh
+from longreach.parallel.sequence import Sequence
 from longreach.trainer.checkpoint import checkpoint
+from longreach.trainer.checkpoint.choice import locate, read_config
+from longreach.trainer.checkpoint.stored import verify
 from longreach.trainer.data.tokenizers import byte_tokenizer
 from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 from longreach.trainer.settings import Settings
@@ -287,6 +291,37 @@ def test_what_the_origin_said_goes_through_two_stages(tmp_path):
     assert model.generation_config.temperature == 0.5
     assert (model.config.bos_token_id, model.generation_config.bos_token_id) == (257, 257)
     assert model.generate(max_new_tokens=3, do_sample=False).tolist()[0][0] == 257
+
+
+def test_a_trained_model_of_experts_has_the_same_logits_in_transformers(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"{number} is a number. " * 40)
+    overrides = [
+        "model=mixtral_tiny", "model.width=32", "model.depth=2", "model.mixers.softmax.heads=4",
+        "model.mixers.softmax.kv_heads=2", "model.feed_forward.hidden=24", "data=text", f"data.path='{tmp_path}/*.txt'",
+        f"data.cache_dir={tmp_path / 'cache'}", "data.tokenizer=bytes", "data.sequence_length=64",
+        "data.rows_per_step=2", "trainer.steps=5", "optimizer.learning_rate=0.02",
+        "evaluation.sample_tokens=4", "evaluation.prompt=4", f"run.dir={tmp_path / 'run'}",
+        "logger.wandb.mode=disabled",
+    ]  # fmt: skip
+    run_ranks(1, train_once, overrides)
+    out = export(ExportSettings(str(tmp_path / "run"), str(tmp_path / "out")))
+    stored = verify(locate(tmp_path / "run", "checkpoint"))
+    ours = build(read_config(stored.path)["model"])
+    first = build(read_config(stored.path)["model"])
+    first.initialise(seed=0)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(stored.map(name))
+    tokens = torch.randint(256, (2, 48), generator=torch.Generator().manual_seed(0))
+    seq = Sequence.single(Documents.whole(*tokens.shape))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(theirs).__name__ == "MixtralForCausalLM"
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens, seq), expected, atol=1e-4, rtol=1e-4)
+        assert (first(tokens, seq) - expected).abs().max() > 0.1  # it has learned something
 
 
 def test_yarns_length_is_its_own_whatever_was_trained(origin):

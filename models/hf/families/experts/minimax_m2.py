@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...components import ATTENTION, MIXTRAL_MIXTURE
+from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family, renamed
 from ...fields import Chosen, Fixed, Integer, Unread
 from ...layers import EXPERTS, FULL, Every
 from ...rope import RopeBase, RopePart, RopeScale
-from ...rules import Absent, Known, Only
+from ...rules import Absent, Known, Only, Rule
 
 HEAD_DIM = 128  # without the key
 
@@ -24,9 +25,16 @@ def _current(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return new
 
 
-def _written(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With the key of the hub's own code."""
-    return {**config, "rotary_dim": round(config["partial_rotary_factor"] * config["head_dim"])}
+class RotaryDim(Rule):
+    """The number of a head's dims that turn, which the hub's own code reads."""
+
+    def read(self, reader: ConfigReader) -> None:
+        pass
+
+    def write(self, writer: ConfigWriter) -> None:
+        config = writer.config
+        if "head_dim" in config and "partial_rotary_factor" in config:
+            config["rotary_dim"] = round(config["partial_rotary_factor"] * config["head_dim"])
 
 
 FAMILY = Family(
@@ -62,8 +70,8 @@ FAMILY = Family(
         Only("qk_norm_type", ("per_layer",)),
         Only("use_routing_bias", (True,)),
         Absent("shared_intermediate_size", "Its layers have no shared expert"),
+        RotaryDim(),
         Known(("use_mtp", "num_mtp_modules", "mtp_transformer_layers")),
     ),
     current=_current,
-    written=_written,
 )
