@@ -14,7 +14,7 @@ from checkpoints import ORIGINAL, SMALL, config_of
 from hypothesis import strategies as st
 
 from longreach.models import hf
-from longreach.models.hf.layers import LayerRule, LayerTypes, Switched, SwitchedWindows
+from longreach.models.hf.layers import ByPositions, LayerRule, LayerTypes, Switched, SwitchedWindows
 from longreach.models.hf.rope import RopeScale
 from longreach.models.hf.rules import Absent, Only
 
@@ -83,6 +83,8 @@ ROPE: tuple[Settings, ...] = (
         "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": ORIGINAL, "rope_theta": 1e4,
     },
+    {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 700.0},
+    {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 3 * ORIGINAL, "rope_theta": 2e4},
 )  # fmt: skip
 MIXED = {"olmo_hybrid", "rwkv"}  # classes that want a layer of each kind, or more than one
 
@@ -102,7 +104,8 @@ def drawn(draw: Draw, family: str) -> Settings:
         given = config_of(family, CASES[family]).rope_parameters or {}
         types = [key for key, value in given.items() if isinstance(value, dict)]
         turns = {key: value for key, value in given.items() if key == "partial_rotary_factor"}
-        scaled = st.sampled_from(_scalings(family))
+        pairs = _pairs(declared, settings, turns.get("partial_rotary_factor", 1.0))
+        scaled = st.sampled_from(_scalings(family)).map(lambda rope: _with_factors(rope, pairs))
         settings["rope_parameters"] = {each: draw(scaled) for each in types} if types else draw(scaled) | turns
     return settings
 
@@ -125,6 +128,20 @@ def _scalings(family: str) -> Sequence[Settings]:
         if isinstance(field, RopeScale)
     ]
     return [rope for rope in ROPE if all(rope["rope_type"] in ("default", *scale.kinds) for scale in scales)]
+
+
+def _pairs(declared: set[str], settings: Settings, part: float) -> int:
+    """How many pairs of a head's dims turn."""
+    size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    return int((settings["qk_rope_head_dim"] if "qk_rope_head_dim" in declared else size) * part) // 2
+
+
+def _with_factors(rope: Settings, pairs: int) -> Settings:
+    """LongRoPE has factors for each pair."""
+    if rope["rope_type"] != "longrope":
+        return rope
+    short, long = ([first + pair / 3 for pair in range(pairs)] for first in (1.0, 2.0))
+    return {**rope, "short_factor": short, "long_factor": long}
 
 
 def _heads(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:
@@ -177,7 +194,7 @@ def _kinds(rule: LayerRule) -> Sequence[str]:
         return _kinds(rule.rule)
     if isinstance(rule, SwitchedWindows):
         return ("sliding_attention", "full_attention")
-    return list(rule.kinds) if isinstance(rule, LayerTypes) else ()
+    return list(rule.kinds) if isinstance(rule, LayerTypes | ByPositions) else ()
 
 
 def _experts(draw: Draw, family: str, declared: set[str], settings: Settings) -> None:

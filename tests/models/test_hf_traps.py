@@ -344,3 +344,43 @@ def test_latent_attention_is_that_of_the_paper_with_the_tensors_of_a_checkpoint(
     }
     x = torch.randn(2, 19, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mixer(x, whole_rows(x)), latent_attention(x, held, theirs.config), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_the_scaling_of_phi3_is_read_by_its_older_names_and_written_as_its_first_versions_take_it(kind):
+    family = hf.known_families()["phi3"]
+    scaling = {"type": kind, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 5.0]}
+    config = {**SMALL, "model_type": "phi3", "partial_rotary_factor": 0.75, "rope_scaling": scaling}
+    # Without the key, the original length is that of transformers' class, whatever the scaling says.
+    config["max_position_embeddings"] = 4 * 4096
+    settings = family.settings(config | {"rope_scaling": scaling | {"original_max_position_embeddings": 99}})
+    assert settings == family.settings(config) == family.settings(config | {"original_max_position_embeddings": 4096})
+    assert settings["mixers"]["full"]["rope_scaling"] == {
+        "kind": "longrope",
+        "factor": 4.0,
+        "original_length": 4096,
+        "short_factors": scaling["short_factor"],
+        "long_factors": scaling["long_factor"],
+    }
+    written = family.written({**family.config(settings).config, "max_position_embeddings": 4 * 4096})
+    assert written["rope_scaling"] == scaling | {"type": "longrope"}
+    assert written["original_max_position_embeddings"] == 4096
+    assert hf.max_positions(settings, 64, family="phi3") == 4 * 4096
+    with pytest.raises(ValueError, match=r"rope_scaling\.rope_type must be one of default, longrope; got 'linear'"):
+        family.settings(config | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+def test_scaling_in_older_keys_is_that_of_full_layers_alone_where_layer_types_have_their_own():
+    """Version 5.23 takes another base for OLMo 3's windows then, which the published models do not have."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    for name in ("olmo3", "gemma3_text"):
+        family = hf.known_families()[name]
+        config = {**SMALL, "model_type": name, "num_hidden_layers": 6, "rope_theta": 7e4, "rope_scaling": yarn}
+        mixers = family.settings(config)["mixers"]
+        assert (mixers["full"]["rope_base"], mixers["full"]["rope_scaling"]["kind"]) == (7e4, "yarn")
+        assert (mixers["window"]["rope_base"], mixers["window"]["rope_scaling"]) == (
+            7e4 if name == "olmo3" else 1e4,
+            None,
+        )
+        with pytest.raises(ValueError, match=r"rope_parameters must be by layer type; got \['factor', 'rope_type'\]"):
+            family.settings(config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}})
