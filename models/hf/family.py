@@ -234,7 +234,7 @@ class Family:
         )
 
     def _owner(self, ours: str, layers: list[Layer], kinds: Kinds) -> tuple[Component, str, str, str | None]:
-        """Of our parameter: the component, the path of its part, its name there, and the part's name, if it is of one."""
+        """Of our parameter: the component, the path of its part, its name there, and the part's name, if any."""
         if not ours.startswith("blocks."):
             return self.model, "", ours, None
         _, number, part, rest = ours.split(".", 3)
