@@ -13,8 +13,8 @@ from ...components import ATTENTION, BLOCK, GATED_MLP, MODEL
 from ...config import ConfigReader, ConfigWriter
 from ...family import RULES, Family
 from ...fields import Field, Fixed, Flag, Integer, Number
-from ...layers import LINEAR, LayerRule
-from ...rope import RopeBase
+from ...layers import LINEAR, LayerTypes
+from ...rope import RopeBase, RopeScale
 from ...rules import Absent, Known, Only, Replaced, Rule
 from ...state_space import HYBRID_MAMBA2, Heads
 from ...tensors import Weight, rows_of
@@ -47,13 +47,13 @@ def _hybrids(reader: ConfigReader) -> int:
     return types.count("hybrid") if isinstance(types, list) else 0
 
 
-class Layers(LayerRule):
+class Layers(LayerTypes):
     """Mamba-2 in all layers; in hybrid ones `num_mem_blocks` sets of attention and MLP take turns before it."""
 
     def read(self, reader: ConfigReader, depth: int) -> list[str]:
         types, sets = reader.get(TYPES), reader.integer(SETS, 1)
-        if not isinstance(types, list) or len(types) != depth or not {*types} <= {PLAIN, "hybrid"}:
-            reader.problem(f"{TYPES} must name {PLAIN} or hybrid for each of {depth} layers; got {types!r}")
+        if not isinstance(types, list) or len(types) != depth or not {*types} <= {*self.kinds}:
+            reader.problem(f"{TYPES} must name {' or '.join(self.kinds)} for each of {depth} layers; got {types!r}")
             return [LINEAR] * depth
         turns = [types[:layer].count("hybrid") % sets + 1 for layer in range(depth)]
         return [
@@ -62,7 +62,7 @@ class Layers(LayerRule):
         ]
 
     def write(self, writer: ConfigWriter, layers: Sequence[str]) -> None:
-        kinds = {LINEAR: PLAIN, HYBRID: "hybrid"}
+        kinds = {ours: kind for kind, ours in self.kinds.items()}
         if unknown := sorted({*layers} - {*kinds}):
             writer.problems.append(f"layers of {', '.join(unknown)}, which must be of {' or '.join(kinds)}")
         writer.config[TYPES] = [kinds.get(kind, "hybrid") for kind in layers]
@@ -134,6 +134,14 @@ class Rotation(RopeBase):
             super().write(writer, setting, value)
 
 
+class Scaling(RopeScale):
+    """That of such a rotation."""
+
+    def read(self, reader: ConfigReader) -> dict[str, Any] | None:
+        scaling = super().read(reader)
+        return scaling if reader.flag("use_mem_rope") else None
+
+
 class LeastStep(Field):
     """Steps have a lower bound and no upper one."""
 
@@ -181,7 +189,7 @@ FAMILY = Family(
             head_dim=OfHeadSize(),
             scale=OfHeadSize(scale=True),
             rope_base=Rotation(),
-            rope_scaling=Fixed(None),
+            rope_scaling=Scaling(),
             with_embedding=Fixed(True),
             names={f"{name}.adapter.down": f"{place}.0" for name, place in LISTS.items()}
             | {f"{name}.adapter.up": f"{place}.1" for name, place in LISTS.items()},
@@ -209,7 +217,7 @@ FAMILY = Family(
             norm_eps=Fixed(1e-5),
         ),
     },
-    layers=Layers(),
+    layers=Layers(lambda reader, depth: [LINEAR] * depth, {"hybrid": HYBRID, PLAIN: LINEAR}, TYPES),
     feed_forwards={},
     block=BLOCK.but(target=ZambaBlock),
     block_names={
