@@ -160,7 +160,7 @@ def _resolve_attention(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     resolved = {
         **arguments,
         "kv_heads": arguments["kv_heads"] or heads,
-        "head_dim": arguments["head_dim"] or arguments["width"] // heads,
+        "head_dim": arguments["head_dim"] or arguments["width"] * (1 + arguments["with_embedding"]) // heads,
     }
     if resolved["qk_norm"] is None:
         del resolved["norm_eps"]

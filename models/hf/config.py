@@ -143,13 +143,15 @@ class ConfigReader:
 class ConfigWriter:
     """A config.json that is being written, and `problems`: the settings that it cannot express.
 
-    kinds: for each part by its name in the settings, the name of the component that it is written as.
+    kinds: for each part by its name in the settings, the name of the component that it is written as. layers: the names
+        of the mixers of each layer.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         self.config: dict[str, Any] = dict(config or {})
         self.problems: list[str] = []
         self.kinds: dict[str, str] = {}
+        self.layers: list[tuple[str, ...]] = []
         self._settings: dict[str, str] = {}  # by key
 
     def put(self, key: str, value: Any, setting: str) -> None:

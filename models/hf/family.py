@@ -16,7 +16,7 @@ from .components import BLOCK, GATED_MLP, MODEL, Component, Node, Settings, buil
 from .config import ConfigReader, ConfigWriter
 from .layers import DENSE, Every, LayerRule, NoWindows
 from .rules import Absent, Only, Rule
-from .tensors import Placed, Tensors
+from .tensors import Placed, Tensors, Weight
 
 # Of models of more than text: how their language model's tensors are named, and what is not read.
 LANGUAGE_MODEL = ((r"^model\.language_model\.", "model."), (r"^language_model\.", ""))
@@ -63,7 +63,9 @@ class Family:
     """The models of one `model_type`; each file of `families/` declares one as `FAMILY`.
 
     architecture: the class of the model. library: whose it is.
-    mixers, layers: the mixers by name, and the rule that says which of them each layer has: `a+b` has two side by side.
+    mixers, layers: the mixers by name, and the rule that says which of them each layer has: `a+b` has two side by side,
+        `a|b|c` three in sequence, if the family is `in_sequence`. Where a name ends in `_1`, `_2` and so on there are
+        several mixers of one kind.
     side_by_side: what joins these; None where no layer has several.
     feed_forwards, feed_forward_layers: the same of the feed-forward layers; none where blocks are a mixer alone.
     block, model: the other components. block_names: of the block's tensors, by the mixer of a layer, where layers have
@@ -71,7 +73,9 @@ class Family:
     rules: for keys of config.json that belong to no setting.
     within: model types of models of more than text, whose config.json has this family's as `text_config`.
     yields_to: model types to write instead, where they express a model too.
-    prefix: the beginning of the names of a layer's tensors.
+    prefix: the beginning of the names of a layer's tensors. moved: (before, after) of how they go on, by the mixers of
+        a layer. `{use}` in them is the number of layers before with such mixers. Of layers that share their weights
+        all have the tensors, adapters too, but only the first need have them in a checkpoint.
     ignored: regular expressions of the names of tensors that hold nothing learned, or nothing that is read.
     aliases: (regular expression, replacement) of names of tensors that other versions write.
     forms: (regular expression, table) of checkpoints in another form: one that has a tensor of such a name is read by
@@ -94,7 +98,9 @@ class Family:
     rules: tuple[Rule, ...] = RULES
     within: tuple[str, ...] = ()
     yields_to: tuple[str, ...] = ()
+    in_sequence: bool = False
     prefix: str = "model.layers.{layer}."
+    moved: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     aliases: tuple[tuple[str, str], ...] = ()
     forms: tuple[tuple[str, Family], ...] = ()
@@ -133,8 +139,8 @@ class Family:
         result = self.model.read(reader)
         del result["_partial_"]
         mixers = self.layers.read(reader, result["depth"])
-        names = dict.fromkeys(name for together in mixers for name in together.split("+"))
-        result["mixers"] = {name: self.mixers[name].read(reader) for name in names}
+        names = dict.fromkeys(name for together in mixers for name in re.split(r"[+|]", together))
+        result["mixers"] = {name: self.mixers[re.sub(r"_\d+$", "", name)].read(reader) for name in names}
         following: list[str] = []
         if self.feed_forwards:
             following = self.feed_forward_layers.read(reader, result["depth"])
@@ -157,14 +163,16 @@ class Family:
         """The config.json of a model with these settings; its `problems` are those that the family cannot express."""
         writer = ConfigWriter({"architectures": [self.architecture], "model_type": self.model_type})
         model = Node.of(settings)
-        self.model.write(writer, "model", model)
-        if model.target is not self.model.target:
-            return writer  # it may have no parts by these names
-        layers, joined = _layers(model, beside=self.side_by_side is not None)
-        if joined:
-            writer.refuse("model.pattern", joined)
+        if model.target is not self.model.target:  # it may have no parts by these names
+            self.model.write(writer, "model", model)
+            return writer
+        layers, joined = self._layers(model)
         kinds = self._kinds(model, layers)
         writer.kinds = {name: kind for name, (_, kind) in kinds.items() if kind is not None}
+        writer.layers = [layer.mixers for layer in layers]
+        self.model.write(writer, "model", model)
+        if joined:
+            writer.refuse("model.pattern", joined)
         for setting, joins, default in (("block", self.block, Block), ("side_by_side", self.side_by_side, SideBySide)):
             if joins is not None:
                 chosen = model.arguments[setting] or {"_target_": path_of(default)}
@@ -176,7 +184,9 @@ class Family:
             else:
                 components[kind].write(writer, setting, _parts(model)[name])
         following = [layer.feed_forward for layer in layers]
-        if self.feed_forwards and None in following:
+        if self.in_sequence and any(following):
+            writer.refuse("model.feed_forward", model.arguments["feed_forward"])
+        elif self.feed_forwards and None in following:
             writer.refuse("model.feed_forward", None)
         elif not joined and all(kind for _, kind in kinds.values()):
             self.layers.write(writer, [self._kind_of(layer, kinds) for layer in layers])
@@ -191,7 +201,7 @@ class Family:
         with torch.device("meta"):
             module: nn.Module = built(settings)
         model = Node.of(settings)
-        layers, _ = _layers(model, beside=True)
+        layers, _ = self._layers(model)
         kinds = self._kinds(model, layers)
         placed: list[Placed] = []
         duplicates: dict[str, str] = {}
@@ -201,17 +211,17 @@ class Family:
         for ours, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers()):
             if ours.startswith(LEFT_OUT):
                 continue
-            component, path, name, prefix = self._owner(ours, layers, kinds)
+            component, path, name, owner = self._owner(ours, layers, kinds)
             if (weight := component.place(name)) is None:
                 assert ours in buffers, f"{self.model_type} must say where {ours} is kept"
                 fixed[ours] = component.fixed[name]
                 continue
-            whole = replace(weight, name=prefix + weight.name) if weight.of_layer else weight
-            if tensor in first_names:
-                duplicates[whole.name] = first_names[tensor]
-            else:
-                first_names[tensor] = whole.name
-                placed.append(Placed(ours, tensor.shape, module.get_submodule(path), whole))
+            names = self._names(ours, owner, weight, layers, kinds, model)
+            if tensor not in first_names:
+                first_names[tensor] = names[0]
+                where = replace(weight, name=names[0])
+                placed.append(Placed(ours, tensor.shape, module.get_submodule(path), where))
+            duplicates.update((each, first_names[tensor]) for each in names if each != first_names[tensor])
         ignored = self.ignored + (self._ahead(model.arguments["depth"]) if self.predicts else ())
         ignored += (OTHER_MODELS,) if self.within else ()
         return Tensors.of(
@@ -223,37 +233,78 @@ class Family:
             fixed=fixed,
         )
 
-    def _owner(self, ours: str, layers: list[Layer], kinds: Kinds) -> tuple[Component, str, str, str]:
-        """Of our parameter: the component, the path of its part, its name there, and the prefix of the layer."""
+    def _owner(self, ours: str, layers: list[Layer], kinds: Kinds) -> tuple[Component, str, str, str | None]:
+        """Of our parameter: the component, the path of its part, its name there, and the part's name, if any."""
         if not ours.startswith("blocks."):
-            return self.model, "", ours, ""
+            return self.model, "", ours, None
         _, number, part, rest = ours.split(".", 3)
-        prefix = self.prefix.format(layer=number)
+        layer, path, owner = layers[int(number)], f"blocks.{number}.{part}", None
         # Parts in sequence are called by their numbers.
-        called = part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
-        layer, path = layers[int(number)], f"blocks.{number}.{part}"
-        owner, *others = layer.mixers
-        if called == "mixer":
-            if others:  # side by side
-                owner, rest = rest.split(".", 1)
-                path = f"{path}.{owner}"
-        elif called == FEED_FORWARD and layer.feed_forward is not None:
+        called = part if self.in_sequence else part.replace("mixer_1", "mixer").replace("mixer_2", FEED_FORWARD)
+        if self.in_sequence and (place := re.fullmatch(r"mixer(?:_(\d+))?", part)):
+            owner = layer.mixers[int(place[1] or 1) - 1]
+        elif called == "mixer" and len(layer.mixers) > 1:
+            owner, rest = rest.split(".", 1)
+            path = f"{path}.{owner}"
+        elif called == "mixer":
+            owner = next(iter(layer.mixers))
+        elif called == FEED_FORWARD:
             owner = layer.feed_forward
-        else:
+        if owner is None:
             names = self.block_names.get(self._kind_of(layer, kinds))
-            return self.block.but(names=names), f"blocks.{number}", f"{called}.{rest}", prefix
+            return self.block.but(names=names), f"blocks.{number}", f"{called}.{rest}", None
         components, kind = kinds[owner]
         assert kind is not None
-        return components[kind], path, rest, prefix
+        return components[kind], path, rest, owner
+
+    def _names(
+        self, ours: str, owner: str | None, weight: Weight, layers: list[Layer], kinds: Kinds, model: Node
+    ) -> list[str]:
+        """The whole names of a tensor: that of its first copy, then all others."""
+        name = weight.name
+        if not ours.startswith("blocks.") or not weight.of_layer:
+            return [name]
+        number = int(ours.split(".")[1])
+        layer = self._kind_of(layers[number], kinds)
+        before, after = self.moved.get(layer, ("", ""))
+        name = after + name.removeprefix(before) if name.startswith(before) else name
+        use = sum(self._kind_of(other, kinds) == layer for other in layers[:number])
+        shared = owner is not None and owner in (model.arguments["shared"] or {})
+        holders = [n for n, other in enumerate(layers) if owner in other.mixers] if shared else [number]
+        return [self.prefix.format(layer=holder) + name.replace("{use}", str(use)) for holder in holders]
 
     def _ahead(self, depth: int) -> tuple[str, ...]:
         """Regular expressions of the names of layers after the last."""
         return tuple("^" + self.prefix.format(layer=layer).replace(".", r"\.") for layer in range(depth, depth + 8))
 
     def _kind_of(self, layer: Layer, kinds: Kinds) -> str:
-        """The component of a layer's mixer; of mixers side by side `a+b`, in the order in which `mixers` has them."""
+        """The component of a layer's mixer; of mixers side by side `a+b`, in the order in which `mixers` has them, of
+        those in sequence `a|b`.
+        """
         own = [kinds[name][1] or "" for name in layer.mixers]
+        if self.in_sequence:
+            return "|".join(own)
         return "+".join(sorted(own, key=list(self.mixers).index))
+
+    def _layers(self, model: Node) -> tuple[list[Layer], list[str]]:
+        """The parts of each layer, and what the family has not: mixers side by side if nothing joins them, or more than
+        two parts in sequence if it is not `in_sequence`.
+        """
+        arguments = model.arguments
+        items = expand_pattern(arguments["pattern"], arguments["depth"], list(arguments["mixers"]))
+        last = None if arguments["feed_forward"] is None else FEED_FORWARD
+        layers, joined = [], set()
+        for item in items:
+            first, *others = stages(item)
+            several = len(first) > 1 and self.side_by_side is None
+            if self.in_sequence:
+                layers.append(Layer(tuple(each[0] for each in (first, *others)), last))
+            else:
+                several = several or len(others) + (last is not None) > 1
+                layers.append(Layer(tuple(first), others[0][0] if others else last))
+            if several or any(len(each) > 1 for each in others):
+                joined.add(item)
+        return layers, sorted(joined)
 
     def _kinds(self, model: Node, layers: list[Layer]) -> Kinds:
         parts = _parts(model)
@@ -291,20 +342,3 @@ def _part(model: Node, settings: Settings) -> Node:
     """A part of the model, with the arguments that it has from the model."""
     inherited = {name: model.arguments[name] for name in ("width", "depth", "norm_eps")}
     return Node.of(settings, **inherited)
-
-
-def _layers(model: Node, beside: bool) -> tuple[list[Layer], list[str]]:
-    """The parts of each layer, and what the family has not: mixers side by side if it is without `beside`, or more
-    than two parts in sequence.
-    """
-    arguments = model.arguments
-    items = expand_pattern(arguments["pattern"], arguments["depth"], list(arguments["mixers"]))
-    last = None if arguments["feed_forward"] is None else FEED_FORWARD
-    layers, joined = [], set()
-    for item in items:
-        first, *others = stages(item)
-        several = len(first) > 1 and not beside
-        if several or len(others) + (last is not None) > 1 or any(len(each) > 1 for each in others):
-            joined.add(item)
-        layers.append(Layer(tuple(first), others[0][0] if others else last))
-    return layers, sorted(joined)

@@ -59,6 +59,11 @@ NEMOTRON_H = {
     "moe_shared_expert_intermediate_size": 20, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
     "time_step_min": 1e-30,  # transformers takes no smaller steps
 }  # fmt: skip
+ZAMBA2 = {
+    "layers_block_type": ["hybrid", "hybrid", "hybrid"], "hidden_size": 8, "num_mem_blocks": 2, "mamba_d_state": 6,
+    "mamba_d_conv": 3, "mamba_ngroups": 2, "n_mamba_heads": 8, "chunk_size": 16, "adapter_rank": 3,
+    "hidden_act": "gelu", "rms_norm_eps": 0.05, "time_step_min": 0.002, "pad_token_id": 0,
+}  # fmt: skip
 GRANITE = {
     "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_chunk_size": 16,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 6,
@@ -237,6 +242,18 @@ CASES: dict[str, dict[str, Any]] = {
         "time_step_limit": [0.01, 1.5],
     },
     "falcon_h1_norm_first": FALCON_H1 | {"mamba_rms_norm": True, "num_hidden_layers": 1},
+    "zamba2": ZAMBA2,
+    "zamba2_adapters": ZAMBA2
+    | {
+        "num_mem_blocks": 1,
+        "hidden_size": 12,
+        "use_shared_attention_adapter": True,
+        "num_key_value_heads": 4,
+        "use_mem_rope": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+        "add_bias_linear": True,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+    },
     "olmo_hybrid": OLMO_HYBRID,
     "olmo_hybrid_biases": OLMO_HYBRID
     | {"attention_bias": True, "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": 7e4}},

@@ -73,7 +73,10 @@ ALONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_conv_bias", "mamba_conv_bias"), (False, True)),
 }  # fmt: skip
 HEADS = ((5, 1), (6, 3), (3, 3), (4, 2))  # query heads, and those of keys and values
-MAMBA_HEADS = (("mamba_n_heads", "mamba_n_groups"), ("num_heads", "n_groups"), ("mamba_num_heads", "n_groups"))
+MAMBA_HEADS = (
+    ("mamba_n_heads", "mamba_n_groups"), ("num_heads", "n_groups"), ("mamba_num_heads", "n_groups"),
+    ("n_mamba_heads", "mamba_ngroups"),
+)  # fmt: skip
 PATTERNS = ("abbb", "aabb", "ba", "aba", "a", "b", "acb")  # kinds of layers, most without a period
 ROPE: tuple[Settings, ...] = (
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "rope_theta": 2e4},

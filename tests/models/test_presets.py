@@ -169,6 +169,7 @@ CHECKPOINTS = {
     "rwkv4": "rwkv",
     "rwkv7": "rwkv7",
     "xlstm": "xlstm",
+    "zamba2": "zamba2",
 }
 
 
