@@ -97,18 +97,24 @@ def row(family: Family, found: dict[str, float], models: str) -> str:
 
 def rows_of(page: str) -> dict[str, list[str]]:
     """The cells of each family's row, by family."""
-    lines = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\| `\w+` \|", line)]
+    begin, end = _table(page)
+    lines = [line.split("|")[1:-1] for line in page[begin:end].splitlines()[2:]]
     return {cells[0].strip(" `"): [cell.strip() for cell in cells] for cells in lines}
 
 
 def replaced(page: str, rows: dict[str, str]) -> str:
     """The page with these rows in its table, in place of those of the same families."""
-    begin = page.index("| family | class")
-    end = page.index("\n\n", begin)
+    begin, end = _table(page)
     kept = {re.match(r"\| `(\w+)`", line)[1]: line for line in page[begin:end].splitlines()[2:]}  # type: ignore[index]
     whole = {name: line for name, line in (kept | rows).items() if name in hf.known_families()}
     head = [f"| {' | '.join(COLUMNS)} |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
     return page[:begin] + "\n".join([*head, *(whole[name] for name in sorted(whole))]) + page[end:]
+
+
+def _table(page: str) -> tuple[int, int]:
+    """Where it begins and ends."""
+    begin = page.index("| family | class")
+    return begin, page.index("\n\n", begin)
 
 
 def main() -> None:
