@@ -291,6 +291,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "glm": GLM,
     "glm4": GLM | {"head_dim": 8, "partial_rotary_factor": 0.75, "attention_bias": False},
+    "seed_oss": {
+        "head_dim": 10,
+        "num_key_value_heads": 1,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "residual_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "pad_token_id": None,
+    },
     "smollm3": {"no_rope_layers": [1, 0, 1], "num_key_value_heads": 1, "pad_token_id": None},
     "smollm3_windows": {
         "no_rope_layers": [0, 0, 1],
