@@ -23,7 +23,7 @@ from . import comparison, ties
 from .comparison import EXACT, Difference
 
 # Of parameters, along a direction of length 1. Where gradients are small, rounding of the loss asks for a longer one.
-STEPS = (2e-6, 2e-5, 2e-4)
+STEPS = (2e-6, 2e-5, 2e-4, 2e-7)  # the last for losses of large third derivatives, such as steep gates make
 SLOPE = 1e-5  # of differences: the third derivative and the rounding of losses make less than a tenth of it
 ALL_LAYERS = 3  # cases in which the ops of all layers run; in the others, one of those that differ by layer alone
 MODES = ("none", "mixing", "full")  # of trainer.activation_checkpointing
