@@ -89,6 +89,10 @@ ROPE: tuple[Settings, ...] = (
     {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 700.0},
     {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 3 * ORIGINAL, "rope_theta": 2e4},
 )  # fmt: skip
+SOME: dict[str, dict[str, tuple[Any, ...]]] = {  # what classes of transformers run
+    "deepseek_v2": {"kv_lora_rank": (8, 12), "qk_nope_head_dim": (6, 10)},  # complex numbers begin at even places
+    "deepseek_v32": {"q_lora_rank": (9, 10)},
+}
 MIXED = {"olmo_hybrid", "rwkv"}  # classes that want a layer of each kind, or more than one
 
 
@@ -114,7 +118,9 @@ def drawn(draw: Draw, family: str) -> Settings:
 
 
 def _expressed(family: str, key: str) -> Sequence[Any]:
-    """The values of the key, but for those that the family's table refuses."""
+    """The values of the key, but for those that the family's table refuses, or transformers' class."""
+    if key in SOME.get(family, {}):
+        return SOME[family][key]
     for rule in hf.known_families()[family].rules:
         if isinstance(rule, Only) and rule.key == key:
             return [value for value in ALONE[key] if value in rule.allowed] or rule.allowed[:1]
