@@ -13,12 +13,14 @@ import hydra
 import pytest
 import torch
 import yaml
+from hydra.errors import ConfigCompositionException
 from safetensors.torch import load_file
 
 from longreach.kernels.documents import Documents
+from longreach.launch import configuration
 from longreach.launch.build import build
 from longreach.launch.configuration import to_schema
-from longreach.launch.convert import ConvertSettings, convert, main
+from longreach.launch.convert import ConvertSettings, convert
 from longreach.launch.export import ExportSettings, export
 from longreach.launch.generate import load
 from longreach.models import hf
@@ -267,14 +269,16 @@ def test_what_a_model_says_besides_goes_through_forms_and_formats(tmp_path):
 
 def test_a_keyword_of_python_is_a_setting_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("logging.config.dictConfig", lambda _: None)  # by which Hydra switches off every logger
-    for argument, message in (
-        ("from=none", "error: from must be a folder with a Hugging Face model, a checkpoint or a run; got none. Check"),
-        ("fromm=none", "Did you mean from or form?"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["convert", argument, "to=out"])
-        with pytest.raises(SystemExit):
-            main()
-        said = capsys.readouterr().err
-        assert message in said
-        assert "from_" not in said
+    monkeypatch.setattr(sys, "argv", ["convert", "from=a b", "to=out"])
+    texts = configuration.texts_of(ConvertSettings)
+    configuration.run_main(lambda: None, "convert", texts)
+    assert sys.argv[1:] == ["from_='a b'", "to='out'"]
+
+    def refuse() -> None:
+        raise ConfigCompositionException("Key 'fromm' not in 'ConvertSettings', which has from_")
+
+    with pytest.raises(SystemExit):
+        configuration.run_main(refuse, "convert", texts)
+    said = capsys.readouterr().err
+    assert "Did you mean from or form?" in said
+    assert "from_" not in said
