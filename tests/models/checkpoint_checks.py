@@ -119,9 +119,9 @@ def check_two_ranks(imported: Imported) -> None:
             near(both[here], expected, name=f"of the document from {start} of row {row}")
 
 
-def check_greedy_decoding(imported: Imported, theirs: Callable[[Tensor, int], list[int]], count: int) -> None:
-    """So many tokens are those of `theirs(prompt, count)`."""
+def check_greedy_decoding(imported: Imported, theirs: Callable[[Tensor, list[int]], list[int]], count: int) -> None:
+    """So many tokens, decoded after a prompt, are those of `theirs(prompt, ours)`."""
     prompt = tokens()[:1, :11]
-    ours = generate(imported.ours, prompt[0].tolist(), max_new_tokens=count, temperature=0.0)
-    assert list(ours) == theirs(prompt, count)
+    ours = list(generate(imported.ours, prompt[0].tolist(), max_new_tokens=count, temperature=0.0))
+    assert ours == theirs(prompt, ours)
     noted(imported.family, "decodes", count)

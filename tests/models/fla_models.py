@@ -88,14 +88,13 @@ def model_of(config: Any) -> Any:
     return model
 
 
-def greedy(model: Any, prompt: Tensor, count: int) -> list[int]:
-    """The most likely tokens, each of a whole forward pass: what is cached needs other kernels."""
-    row = prompt
+def greedy(model: Any, prompt: Tensor, decoded: list[int]) -> list[int]:
+    """The most likely token after the prompt and after each of `decoded` but the last, by one pass: what is cached
+    needs other kernels. They are what greedy decoding gives if and only if they are `decoded`.
+    """
+    row = torch.cat([prompt, torch.tensor([decoded[:-1]])], dim=1)
     with torch.no_grad():
-        for _ in range(count):
-            following = model(row, use_cache=False).logits[:, -1:].argmax(-1)
-            row = torch.cat([row, following], dim=1)
-    return row[0, prompt.shape[1] :].tolist()
+        return model(row, use_cache=False).logits[0, prompt.shape[1] - 1 :].argmax(-1).tolist()
 
 
 @contextmanager

@@ -94,9 +94,9 @@ def test_greedy_decoding_is_that_of_transformers(imported):
     config = imported.reference.config
     cached = config.use_cache and getattr(config, "time_step_limit", (0.0,))[0] == 0.0
 
-    def theirs(prompt, count):
+    def theirs(prompt, ours):
         row = imported.reference.generate(
-            prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
+            prompt, max_new_tokens=len(ours), do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached
         )
         return row[0, prompt.shape[1] :].tolist()
 
