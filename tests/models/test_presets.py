@@ -111,7 +111,7 @@ def test_has_the_size_that_its_name_and_its_comment_state(preset):
     ],
 )
 def test_thirty_steps_lower_the_loss(preset):
-    """On two packed rows that come again, which is cheap: ten steps after ten the loss is lower, until they are known."""
+    """On two packed rows that come again, which is cheap: ten steps after ten the loss is lower, or nearly nothing."""
     torch.manual_seed(0)
     model = build_model(preset)
     model.initialise(0)
