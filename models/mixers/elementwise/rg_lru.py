@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,11 @@ RATE = 8.0
 LEAST = 2.5e-7  # of 1 - a^2 in the slope of its square root, which is at most 1000 so
 
 
-class _Root(torch.autograd.Function):
+def _root(x: Tensor) -> Tensor:
     """The square root, whose slope has a bound as in the authors' code: at 0 it would be infinite."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(root := x.sqrt())
-        return root
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (root,) = ctx.saved_tensors
-        return gradient / (2 * root.clamp(min=LEAST**0.5))
+    root = x.detach().sqrt()
+    tangent = x / (2 * root.clamp(min=LEAST**0.5))
+    return root + (tangent - tangent.detach())
 
 
 class RGLRU(Mixer):
@@ -72,7 +63,7 @@ class RGLRU(Mixer):
         wide = torch.promote_types(x.dtype, torch.float32)  # sums of log decays over many tokens are exponents
         recurrence = torch.sigmoid(self.recurrence_gate(x).to(wide) + self.recurrence_bias.to(wide))
         log_decay = -RATE * F.softplus(self.Lambda.to(wide)) * recurrence
-        root: Any = _Root.apply(-torch.expm1(2 * log_decay))
+        root = _root(-torch.expm1(2 * log_decay))
         root = torch.where(seq.positions(x.device).unsqueeze(-1) == 0, 1.0, root)
         entering = torch.sigmoid(self.input_gate(x) + self.input_bias.to(x.dtype)) * x
         out = ops.diagonal_scan(entering * root.to(x.dtype), log_decay, seq=seq)
