@@ -62,6 +62,7 @@ def test_the_form_that_reads_no_end(name, monkeypatch):
     check(name, "chunked", torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton(name, dtype, monkeypatch, repaired_bf16):

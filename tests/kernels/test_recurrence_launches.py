@@ -150,6 +150,7 @@ def test_reads_lists_and_copies_are_noticed():
             make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("name", CALLS)
 def test_no_part_of_a_run_waits_for_its_device(name, backend):

@@ -33,7 +33,6 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 MIXERS = sorted({path.stem for path in (CONF / "mixer").glob("*.yaml")}.difference(["hidden_states", "key_values"]))
 SIZES = configuration.model_sizes()
 MODELS = [*SIZES, "quickstart"]
-ONE_PER_FAMILY = {size.partition("/")[0]: preset for preset, size in reversed(SIZES.items())}.values()
 WIDTH = 32
 # Settings that tests add to the small sizes: what no preset uses, and blocks longer than the spans that tests change.
 ODD: dict[str, dict[str, Any]] = {
@@ -141,11 +140,6 @@ def few_mixers() -> frozenset[str]:
 def few_or_many() -> list[Any]:
     """Every mixer, all but the few behind `many`: for what an op does alike in every mixer, and which takes long."""
     return _few_or(pytest.mark.many)
-
-
-def family_or_slow(presets: list[str]) -> list[Any]:
-    """These models of conf/model, all but the first of each family marked slow."""
-    return [each if each in ONE_PER_FAMILY else pytest.param(each, marks=pytest.mark.slow) for each in presets]
 
 
 def few_or_slow() -> list[Any]:

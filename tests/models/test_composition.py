@@ -207,6 +207,7 @@ def loss_and_gradients(model, seq):
     return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSITIONS)
 @pytest.mark.parametrize("checkpointing", ["full", "mixing"])
 def test_recomputation_changes_no_gradient(name, checkpointing):

@@ -107,7 +107,8 @@ def test_no_target_gives_a_zero_that_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", few_or_slow())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
 def test_recomputation_changes_no_gradient(name):
     results = []
     for setting in ("none", "full", "mixing"):

@@ -319,6 +319,7 @@ def on_one_of(rank, world, version):
     return loss_and_gradients(small_model(version, activation_checkpointing="mixing"), seq)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [4, 5, 6, 7])
 def test_models_on_ranks_are_those_on_one(version):
     parts = run_threads(3, on_one_of, version)

@@ -362,6 +362,7 @@ def test_ranks_that_share_the_experts_give_what_one_device_gives(settings, world
     assert torch.equal(loads, load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [KINDS["deepseek_v2"], ALL], ids=["deepseek_v2", "all"])
 @pytest.mark.parametrize(("world", "experts"), [(1, 1), (2, 1), (2, 2)])
 def test_waits_for_nothing(settings, world, experts):

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from few_families import few_families
-from model_presets import CONF, MODELS, build_model, compose_model, family_or_slow, tokens
+from model_presets import CONF, MODELS, build_model, compose_model, tokens
 from omegaconf import OmegaConf
 from published_sizes import published
 
@@ -80,7 +80,8 @@ def test_settings_of_mixers_are_written_once():
         assert not [target for target in targets if ".mixers." in target or ".feed_forward." in target], path
 
 
-@pytest.mark.parametrize("preset", family_or_slow([preset for preset in MODELS if preset not in published()]))
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", [preset for preset in MODELS if preset not in published()])
 def test_has_the_size_that_its_name_and_its_comment_state(preset):
     model = on_meta(preset)
     vocabulary = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}

@@ -8,12 +8,10 @@ from published_sizes import COMMAND, FIRST_LINE, HEADING, PAGE, parameters, publ
 from longreach.launch.configuration import model_sizes
 
 SIZES = published()
-ONE_PER_FAMILY = {model_sizes()[name].partition("/")[0]: name for name in SIZES}.values()
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ONE_PER_FAMILY else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
 def test_has_the_published_number_of_parameters(name):
     size = SIZES[name]
     here = parameters(name, size.vocabulary)

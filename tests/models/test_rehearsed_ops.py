@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_presets import few_or_slow, small_hybrid
+from model_presets import MIXERS, small_hybrid
 
 from longreach.kernels.dispatch import noting
 from longreach.kernels.documents import Documents
@@ -23,7 +23,8 @@ def noted(model: LanguageModel, seq: Sequence, device: str) -> set[str]:
     return ops & OPS
 
 
-@pytest.mark.parametrize("mixer", few_or_slow())
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_a_rehearsal_names_the_ops_of_a_step(mixer: str) -> None:
     run = noted(small_hybrid(mixer, dtype=torch.float32, depth=2), Sequence.single(DOCUMENTS), "cpu")
     assert run >= {"softmax_attention", "rms_norm", "swiglu", "cross_entropy"}

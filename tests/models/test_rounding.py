@@ -188,6 +188,7 @@ def test_a_gate_whose_sums_are_made_of_rounded_gradients_is_found(world):
     assert errors("forgetting", world, world)["forget.weight"] > 3 * GRADIENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "name", "place"),
     [
