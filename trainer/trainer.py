@@ -13,7 +13,6 @@ import torch
 
 from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
-from . import preparation
 from .callback import Callback
 from .checkpoint import checkpoint
 from .checkpoint.choice import choose
@@ -24,7 +23,16 @@ from .data.corpus import Corpus, open_corpus
 from .data.packing import RowStream
 from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
-from .preparation import Build, check_same_model, configured_model, make_engine, model_settings, on_meta
+from .preparation import (
+    Build,
+    check_model,
+    check_origin,
+    check_same_model,
+    configured_model,
+    make_engine,
+    model_settings,
+    on_meta,
+)
 from .ranks.exchange import from_first_rank, gather, gather_numbers, prepare, together
 from .ranks.settings import layout_of, strategy_of
 from .reported import Reported
@@ -72,9 +80,9 @@ class Trainer:
 
     def _prepare(self, build: Build, callbacks: Mapping[str, Callback]) -> None:
         settings, mesh, chosen = self.settings, self.mesh, self.settings.trainer
-        together(mesh, lambda: preparation.check_model(build, configured_model(settings), settings))
+        together(mesh, lambda: check_model(build, configured_model(settings), settings))
         start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
-        together(mesh, lambda: preparation.check_origin(build, settings, resuming=start is not None))
+        together(mesh, lambda: check_origin(build, settings, resuming=start is not None))
         self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0

@@ -112,7 +112,7 @@ def test_has_the_size_that_its_name_and_its_comment_state(preset):
     ],
 )
 def test_thirty_steps_lower_the_loss(preset):
-    """On two packed rows that come again, which is cheap: ten steps after ten the loss is lower, or nearly nothing."""
+    """On two packed rows that come again, which is cheap: ten steps after ten the loss is lower."""
     torch.manual_seed(0)
     model = build_model(preset)
     model.initialise(0)
@@ -131,8 +131,7 @@ def test_thirty_steps_lower_the_loss(preset):
         losses.append((loss / count).item())
     assert losses[0] == pytest.approx(torch.tensor(61.0).log().item(), abs=0.4)
     first, second, third = (sum(losses[start : start + 10]) / 10 for start in (0, 10, 20))
-    assert second < first
-    assert third < max(second, 0.5)
+    assert third < second < first
     assert losses[-1] < losses[0] - 2
 
 
