@@ -32,8 +32,6 @@ ROUNDED_ONCE = {
 }  # fmt: skip
 # These round what they compute on the way, as layers do: ranks are compared with one device in the same type.
 ROUNDED_INSIDE = ("latent_attention",)  # the keys and values that a latent is expanded to
-# So are these, whose gradient is a sum of what its reader has rounded: of windows that overlap, little may be left.
-ROUNDED_BEFORE = ("local_windows",)
 
 
 def rounded(bench: Bench, dtype: torch.dtype) -> None:
@@ -142,7 +140,7 @@ def of_call(
     exact: what the ranks gave in float64, where it is to count that each rounds its part of what they add up.
     """
     got, single = comparison.call_results(call, parts, case.layout), Sequence.single(case.documents)
-    if bench.device.type == "cuda" or call.op in (*ROUNDED_INSIDE, *ROUNDED_BEFORE):
+    if bench.device.type == "cuda" or call.op in ROUNDED_INSIDE:
         placed = call.mapped(lambda x: x.to(bench.device))
         own = work.on_host(gradients_of(plain_op(call.op, "auto"), placed, dout.to(bench.device), single))
     else:
