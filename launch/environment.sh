@@ -77,3 +77,28 @@ threads_for() {
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     echo $((cores > $1 ? cores / $1 : 1))
 }
+
+# A run that a signal has ended after saving leaves with this (EX_TEMPFAIL); started again, it goes on.
+AGAIN=75
+
+# restarting COMMAND…: ends this script with the command's status; where that is $AGAIN, starts it again, up to $RESTARTS
+# times. Not where this script was told to end itself, by SIGTERM or Ctrl-C: it passes SIGTERM on.
+restarting() {
+    if [ "${RESTARTS:-0}" -eq 0 ]; then exec "$@"; fi
+    if [[ " $* " != *" run.dir="* ]]; then
+        echo "RESTARTS must come with run.dir=…, where a run goes on; got $RESTARTS without. Name a folder" >&2
+        exit 1
+    fi
+    told=0
+    local left=$RESTARTS status heard
+    trap 'told=$((told + 1)); kill -TERM "$launcher" 2>/dev/null || true' TERM INT
+    while :; do
+        "$@" &
+        launcher=$!
+        # A signal ends `wait` before the command has ended.
+        while heard=$told status=0; wait "$launcher" || status=$?; [ "$told" -ne "$heard" ]; do :; done
+        if [ "$status" -ne "$AGAIN" ] || [ "$told" -gt 0 ] || [ "$left" -eq 0 ]; then exit "$status"; fi
+        left=$((left - 1))
+        echo "starting again, as status $AGAIN asks ($left restart(s) left)"
+    done
+}
