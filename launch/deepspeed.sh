@@ -39,4 +39,4 @@ fi
 # Without a GPU the launcher has to be told that processes may be started.
 if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
 trap '' USR1  # the ranks save and end at this signal; the launcher would die of it
-restarting "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --module longreach.launch.train "$@"
+restarting terminate_children "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --module longreach.launch.train "$@"

@@ -81,17 +81,17 @@ threads_for() {
 # A run that a signal has ended after saving leaves with this (EX_TEMPFAIL); started again, it goes on.
 AGAIN=75
 
-# restarting COMMAND…: ends this script with the command's status; where that is $AGAIN, starts it again, up to $RESTARTS
-# times. Not where this script was told to end itself, by SIGTERM or Ctrl-C: it passes SIGTERM on.
+# restarting STOP COMMAND…: ends this script with the command's status; where that is $AGAIN, starts it again, up to
+# $RESTARTS times. Not where this script is told to end, by SIGTERM or Ctrl-C: then `STOP PID` passes that on.
 restarting() {
-    if [ "${RESTARTS:-0}" -eq 0 ]; then exec "$@"; fi
-    if [[ " $* " != *" run.dir="* ]]; then
+    local stop=$1 left=${RESTARTS:-0} status heard
+    shift
+    if [ "$left" -gt 0 ] && [[ " $* " != *" run.dir="* ]]; then
         echo "RESTARTS must come with run.dir=…, where a run goes on; got $RESTARTS without. Name a folder" >&2
         exit 1
     fi
     told=0
-    local left=$RESTARTS status heard
-    trap 'told=$((told + 1)); kill -TERM "$launcher" 2>/dev/null || true' TERM INT
+    trap 'told=$((told + 1)); "$stop" "$launcher"' TERM INT
     while :; do
         "$@" &
         launcher=$!
@@ -101,4 +101,11 @@ restarting() {
         left=$((left - 1))
         echo "starting again, as status $AGAIN asks ($left restart(s) left)"
     done
+}
+
+terminate() { kill -TERM "$1" 2>/dev/null || true; }
+
+# DeepSpeed's runner would die alone and leave the ranks: what it has started is told.
+terminate_children() {
+    "$PYTHON" -c 'import psutil, sys; [child.terminate() for child in psutil.Process(int(sys.argv[1])).children()]' "$1" || true
 }
