@@ -151,6 +151,7 @@ class Trainer:
                 if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
                     with suppress(Exception):
                         self._read_records()
+                self.saving.settle(patient=isinstance(error, Exception) and not failure.is_consequence(error))
                 self._explain(error, where)
                 raise
 

@@ -166,7 +166,7 @@ def report(error: BaseException, *, started: bool, hint: str = "") -> None:
         time.sleep(GRACE_SECONDS)
         return
     others = peers.joined()
-    lost = others.lost() if others is not None and _is_consequence(error) else []
+    lost = others.lost() if others is not None and is_consequence(error) else []
     print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
     if others is not None:
         time.sleep(peers.NOTICE_SECONDS)
@@ -186,7 +186,7 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
         return f"error: {where}{error}"
     elif isinstance(error, RunFailed):
         text = f"error: {error}"
-    elif _is_consequence(error):
+    elif is_consequence(error):
         text = (
             f"rank {rank} has lost another rank, which was killed or stopped answering; this rank ends too\n"
             f"({_noticed(error)})"
@@ -202,7 +202,7 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
     return f"{text}\n{hint}" if hint else text
 
 
-def _is_consequence(error: BaseException) -> bool:
+def is_consequence(error: BaseException) -> bool:
     """Whether another rank may be the cause: a connection that broke, or the launcher's SIGTERM."""
     if isinstance(error, RunFailed):
         return False
