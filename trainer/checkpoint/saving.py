@@ -28,7 +28,8 @@ class Saving(Callback):
         self.saved, self.unsaved, self.origin = saved, "", origin
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.due(trainer.settings.checkpoint.every):
+        # Amid skipped steps the weights are those of a checkpoint that may be the one to go back to.
+        if trainer.due(trainer.settings.checkpoint.every) and (trainer.done or not trainer.recovery.in_a_row):
             self._save(trainer, last=trainer.done)
 
     def end(self, trainer: Trainer) -> None:
@@ -42,6 +43,7 @@ class Saving(Callback):
             "tokens": trainer.tokens,
             "data": trainer.corpus.train.state(trainer.row),
             "model": trainer.settings.model,
+            **trainer.recovery.state(),
         }
         chosen = trainer.settings.checkpoint
         try:
