@@ -39,6 +39,7 @@ from .ranks.settings import layout_of, strategy_of
 from .reported import Reported
 from .run import failure, report
 from .run.directory import RunDirectory
+from .run.environment import describe
 from .run.metrics import Work, peak_flops, peak_memory_bytes
 from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
@@ -116,7 +117,8 @@ class Trainer:
         self.first = self.step
         if hasattr(self, "outputs"):
             self.outputs.close()
-        shown = {"first": self.mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        shown: dict[str, Any] = {"first": self.mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        shown["environment"] = describe(self.command, self.device) if shown["first"] else None
         self.outputs = together(self.mesh, lambda: Outputs(self.settings, self.directory, **shown))
 
     def _begin(self, stream: RowStream, peak: float | None) -> None:
@@ -252,10 +254,10 @@ class Trainer:
         self.tokens += int(work.tokens)
         auxiliary = reported.losses()
         self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, auxiliary, work, statistics))
+        self.recovery.look(part.row)
         # The first step's time says little of the others'.
         if self.step == self.first + 1 or self.due(self.every):
             self._read_records()
-        self.recovery.look(part.row)
 
     def _read_records(self) -> None:
         """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite, though
