@@ -39,7 +39,9 @@ class Saving(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         self._look(trainer)
-        if trainer.due(1 if trainer.step in self.kept else trainer.settings.checkpoint.every):
+        due = trainer.due(1 if trainer.step in self.kept else trainer.settings.checkpoint.every)
+        # Amid skipped steps the weights are those of a checkpoint that may be the one to go back to.
+        if due and (trainer.done or not trainer.recovery.in_a_row):
             self._save(trainer, last=trainer.done)
 
     def end(self, trainer: Trainer) -> None:
@@ -85,6 +87,7 @@ class Saving(Callback):
             "tokens": trainer.tokens,
             "data": trainer.corpus.train.state(trainer.row),
             "model": trainer.settings.model,
+            **trainer.recovery.state(),
         }
         kept = step in self.kept or (chosen.milestones > 0 and step % chosen.milestones == 0)
         retention = Retention(chosen.keep, trainer.schedule.extendable, kept)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -61,12 +62,19 @@ class NotFinite(RunFailed, ArithmeticError):
         )
 
     @classmethod
-    def gradient(cls, first: int, last: int) -> NotFinite:
-        """The gradients of several steps in a row are not."""
+    def after(cls, reason: str, loss: float, first: int, last: int, rollbacks: int) -> NotFinite:
+        """Several steps in a row were skipped, the last of them for this reason, and the run does not go back."""
+        steps = f"{last - first + 1} step(s) in a row, {first} to {last}"
+        if not math.isfinite(loss):
+            what = f"the loss must be finite; got {loss} at step {last}, after {steps}, that were skipped"
+        elif reason.startswith("the gradient"):
+            what = f"the gradient must be finite; got {steps}, where it was not"
+        else:
+            what = f"the loss must come back below its limit (trainer.spike_deviations); got {steps}: {reason}"
+        back = f" after {rollbacks} rollback(s) (trainer.max_rollbacks)" if rollbacks else ""
         return cls(
-            f"the gradient must be finite; got {last - first + 1} step(s) in a row, {first} to {last}, where it was "
-            "not, and the weights stay as they are. Lower optimizer.learning_rate, or set trainer.clip, and start in "
-            f"another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
+            f"{what}, and the weights stay as they are{back}. Lower optimizer.learning_rate, or set trainer.clip, and "
+            f"start in another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
         )
 
 
@@ -152,11 +160,14 @@ def take_time() -> None:
     _State.ending = True
 
 
-def report(error: BaseException, *, started: bool, hint: str = "") -> None:
+def report(
+    error: BaseException, *, started: bool, hint: str = "", keep: Callable[[str], None] = lambda kind: None
+) -> None:
     """Prints the reason if this is the first rank to fail, on the error output and in one write.
 
     started: whether training had begun. A ValueError before that is about settings and is shown without a traceback.
-    hint: how to go on.
+    hint: how to go on. keep: called by the rank that prints, with the error's kind, if that may be
+    due to the step's rows.
     """
     if getattr(error, "reported", False):
         return
@@ -168,6 +179,8 @@ def report(error: BaseException, *, started: bool, hint: str = "") -> None:
     others = peers.joined()
     lost = others.lost() if others is not None and is_consequence(error) else []
     print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
+    if isinstance(error, NotFinite) or not isinstance(error, RunFailed | KeyboardInterrupt | Stopped) or lost:
+        keep("a lost rank" if _is_consequence(error) else type(error).__name__)
     if others is not None:
         time.sleep(peers.NOTICE_SECONDS)
 
