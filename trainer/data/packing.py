@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
@@ -81,7 +82,7 @@ class RowStream(ABC):
     """
 
     version = 1
-    names: tuple[str, ...] = ("",)  # of the sources
+    names: tuple[str, ...] = ()  # of the sources of a mixture
 
     def __init__(self, length: int, fingerprint: str, seed: int | None = None, packing: str = "concat") -> None:
         self.length = length
@@ -101,8 +102,12 @@ class RowStream(ABC):
         """Row `number`, from 0. Past the end of a stream that ends it is all padding: ranks may share unevenly."""
 
     def source(self, number: int) -> int:
-        """Which of the sources `names` row `number` is of."""
+        """Which of the sources `names` row `number` is of; 0 where there is only one."""
         return 0
+
+    def pieces(self, number: int) -> list[Piece]:
+        """What row `number` holds of the documents of its source; none where rows follow from their numbers alone."""
+        return []
 
     def parts(self, row: int) -> list[Part]:
         """What has been read of each source, by earlier segments too, where `row` is the next row to read."""
@@ -127,9 +132,9 @@ class RowStream(ABC):
         Raises ValueError where the order of a source that it has read would be another.
         """
         read = {name: [Reading(*reading) for reading in readings] for name, readings in state.get("read", {}).items()}
-        now = state.get("reading")
-        if now is None:  # from before there were segments
-            now = {state["fingerprint"]: (state["sequence_length"], "concat", None, state["row"])}
+        # A state without it is from before there were segments.
+        was: dict[str, Any] = {state["fingerprint"]: (state["sequence_length"], "concat", None, state["row"])}
+        now = state.get("reading", was)
         for name, reading in now.items():
             if reading[-1]:
                 read.setdefault(name, []).append(Reading(*reading))
@@ -166,7 +171,8 @@ class RowStream(ABC):
             "sequence_length": "Restore data.sequence_length, change it by data.restart=true or in a stage, or start "
             "anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
-            "packing": "Restore data.packing, change it by data.restart=true or in a stage, or start anew with init_from",
+            "packing": "Restore data.packing, change it by data.restart=true or in a stage, or start anew with "
+            "init_from",
         }
         own = self._identity()
         for key in keys:
@@ -211,7 +217,8 @@ class TokenStream(RowStream):
         name: str = "",
     ) -> None:
         super().__init__(length, fingerprint, seed, packing)
-        self.documents, self.padding, self.names = documents, padding, (name,)
+        self.documents, self.padding, self.name = documents, padding, name
+        self._lock = threading.Lock()  # of tables: one thread reads ahead, and another asks what has been read
         self.members = np.asarray(members, np.int64)
         self.epochs = Epochs(documents.lengths, self.members, seed)
         self.tokens = self.epochs.tokens  # once over
@@ -255,12 +262,14 @@ class TokenStream(RowStream):
     def pieces(self, number: int) -> list[Piece]:
         if number < 0:
             raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
-        return [piece for interval in self._plan.intervals(number) for piece in self.epochs.pieces(*interval)]
+        with self._lock:
+            return [piece for interval in self._plan.intervals(number) for piece in self.epochs.pieces(*interval)]
 
     def parts(self, row: int) -> list[Part]:
         before = sum(reading.rows for reading in self.read.get(self.fingerprint, []))
-        read = self._read_before + self._plan.read(row)
-        return [Part(self.names[0], before + row, read, read / self.tokens)]
+        with self._lock:
+            read = self._read_before + self._plan.read(row)
+        return [Part(self.name, before + row, read, read / self.tokens)]
 
 
 def batch(stream: RowStream, rows: Iterable[int]) -> Batch:

@@ -187,7 +187,7 @@ def open_recall(settings: DataSettings) -> RecallCorpus:
 
 def _refuse(settings: DataSettings) -> None:
     refuse_ignored(settings)
-    for name in ("tokenizer", "bos", "validation_fraction", "cache_dir"):
+    for name in ("tokenizer", "bos", "validation_fraction", "cache_dir", "packing", "audit"):
         value = getattr(settings, name)
         if value != getattr(DataSettings, name):
             raise ValueError(

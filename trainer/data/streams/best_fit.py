@@ -91,7 +91,7 @@ class BestFit(Plan):
         2 behind it."""
         if self._marked is None or self.mark is None:
             return self._whole_place(number)
-        epoch, before = self._marked
+        epoch, _ = self._marked
         if number < self.mark:
             found, index, _ = self._whole_place(number)
             return found, index, int(found == epoch)

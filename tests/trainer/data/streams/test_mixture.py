@@ -67,12 +67,9 @@ def test_weights_that_cannot_be_kept_are_refused(weights: dict[str, float], said
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_each_source_is_read_in_its_own_order(packing: str) -> None:
     made = mixture({"a": 0.5, "b": 0.3, "c": 0.2}, packing=packing)
-    alone = {name: stream for name, stream in zip(made.names, mixture({"a": 1, "b": 1, "c": 1}).sources, strict=True)}
     alone = {
-        name: TokenStream(
-            stream.documents, stream.members, length=8, seed=1, fingerprint=name, packing=packing, name=name
-        )
-        for name, stream in alone.items()
+        name: TokenStream(stream.documents, stream.members, length=8, seed=1, fingerprint=name, packing=packing)
+        for name, stream in zip(made.names, made.sources, strict=True)
     }
     counts = dict.fromkeys(alone, 0)
     for number in range(60):
@@ -98,7 +95,7 @@ def test_a_mixture_changes_between_segments_and_no_token_is_lost() -> None:
             read.setdefault(made.names[made.source(number)], []).extend(row.tokens[: sum(row.lengths)].tolist())
         state = made.state(rows)
     for source in first.sources:
-        tokens, total = read[source.names[0]], source.tokens
+        tokens, total = read[source.name], source.tokens
         every = sorted(int(t) for d in range(4) for t in source.documents[d])
         assert len(tokens) > total
         for start in range(0, len(tokens) - total, total):
