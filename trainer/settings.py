@@ -31,7 +31,10 @@ class TrainerSettings:
     seed: int = 0  # of initial values, order of the data and sample
     dtype: str = "float32"  # or bfloat16, with float32 master weights
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
-    max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
+    max_skipped_steps: int = 10  # steps in a row whose loss or gradient is not finite, or a spike; then: max_rollbacks
+    max_rollbacks: int = 2  # times that the run goes back to a checkpoint then, past the rows since; then it ends
+    spike_deviations: float = 0.0  # skip a step whose loss is so many standard deviations above the mean; 0: none is
+    spike_window: int | None = None  # steps of which mean and deviation are; null: 128
     activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
     compile: bool = False  # torch.compile the blocks, or where it cannot, what is local to a token
     deterministic: bool | None = None  # the same bits at every run; null: on a CPU. On CUDA attention takes longer then
@@ -45,6 +48,14 @@ class TrainerSettings:
             raise ValueError(f"trainer.seed must lie within 0..2^64-1; got {self.seed}. Choose another")
         at_least("trainer.clip", self.clip, 0)
         at_least("trainer.max_skipped_steps", self.max_skipped_steps, 1)
+        at_least("trainer.max_rollbacks", self.max_rollbacks, 0)
+        at_least("trainer.spike_deviations", self.spike_deviations, 0)
+        at_least("trainer.spike_window", self.spike_window, 2)
+        if self.spike_window is not None and not self.spike_deviations:
+            raise ValueError(
+                f"trainer.spike_window must be left out without trainer.spike_deviations; got {self.spike_window}. "
+                "Set both, as trainer.spike_deviations=6"
+            )
         one_of("trainer.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         at_least("trainer.profile_start", self.profile_start, 0)
         at_least("trainer.profile_steps", self.profile_steps, 1)

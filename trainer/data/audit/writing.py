@@ -28,14 +28,14 @@ class Auditing(Callback):
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}  # of sources in the file, by fingerprint
         self._unwritten, self._failing = b"", False
-        self._step, self._tokens = 0, 0
+        self._step, self._row, self._tokens = 0, 0, 0
 
     def start(self, trainer: Trainer) -> None:
         self._file = AuditFile(trainer.directory.path / NAME)
         together(trainer.mesh, lambda: self._resume(trainer.step) if trainer.mesh.rank == 0 else None)
 
     def before_step(self, trainer: Trainer) -> None:
-        self._tokens = trainer.tokens
+        self._row, self._tokens = trainer.row, trainer.tokens
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.mesh.rank:
@@ -44,7 +44,11 @@ class Auditing(Callback):
             self._write(trainer)
             self._resume(trainer.step - 1)
         rows = trainer.settings.data.rows_per_step
-        record = self._record(trainer, trainer.row - rows, rows)
+        first = trainer.row - rows
+        if first > self._row:  # rows that the step passed over
+            over = self._record(trainer, self._row, first - self._row)
+            self._unwritten += packed(over._replace(passed=True))
+        record = self._record(trainer, first, rows)
         counted = int(record.pieces[:, 3].sum())
         if counted != trainer.tokens - self._tokens:
             raise RuntimeError(
