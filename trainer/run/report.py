@@ -41,7 +41,7 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
     lines = [
         f"run           {trainer.directory.path}",
         f"model         {parameters(trainer.shape)}, {settings.trainer.dtype}",
-        f"data          {settings.data.source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
+        f"data          {'mixture' if settings.data.mixture else settings.data.source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
         f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
         f"{parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}",
         *notes,
