@@ -67,7 +67,7 @@ class Trainer:
         callbacks: Mapping[str, Callback] = MappingProxyType({}),
     ) -> None:
         together(mesh, lambda: expand_paths(settings))
-        together(mesh, lambda: check(settings, mesh.world_size))
+        together(mesh, lambda: check(settings, mesh.world_size, device))
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
         self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
@@ -132,7 +132,10 @@ class Trainer:
         self.asked = 0  # the signal that ends the run after this step
 
     def run(self) -> None:
-        """Trains to the last step. On an error one rank says why, and it is raised on."""
+        """Trains to the last step, or to where a signal asks for the end: then `interrupted` says so afterwards.
+
+        On an error one rank says why, and it is raised on.
+        """
         failed, where = True, f"before step {self.step + 1}"
         with ExitStack() as ending:
             ending.callback(self.directory.release)
@@ -165,6 +168,7 @@ class Trainer:
                 if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
                     with suppress(Exception):
                         self._read_records()
+                self.saving.settle(patient=isinstance(error, Exception) and not failure.is_consequence(error))
                 self._explain(error, where)
                 raise
 
@@ -177,6 +181,11 @@ class Trainer:
     def done(self) -> bool:
         """Whether the last step has been taken."""
         return self.step >= self.settings.trainer.steps
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ends the run before its last step."""
+        return bool(self.asked) and not self.done
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never.
@@ -280,7 +289,7 @@ class Trainer:
     def _end(self) -> None:
         """Ends the run after its last step, or earlier where a signal asks for it.
 
-        Raises RunFailed on every rank where its end could not be kept, and Stopped for SIGTERM: it has failed then.
+        Raises RunFailed on every rank where its end could not be kept.
         """
         early = self.asked if not self.done else 0
         if early:
@@ -288,10 +297,6 @@ class Trainer:
         self._read_records()
         self._call("end")
         gather_numbers([0.0], self.mesh)  # no rank reports a good end before all have come to it
-        if early == signal.SIGTERM:
-            if self.saving.unsaved:
-                self.outputs.say(self.saving.unsaved)
-            raise failure.Stopped
         problems = self._problems()
         if early:
             why = f"ended after step {self.step}, as {signal.Signals(early).name} asks"
