@@ -27,6 +27,7 @@ from longreach.parallel.strategy import Strategy
 from longreach.trainer.callback import Callback
 from longreach.trainer.checkpoint import checkpoint
 from longreach.trainer.checkpoint.settings import CheckpointSettings
+from longreach.trainer.checkpoint.tensor_files import TensorWriter
 from longreach.trainer.data.packing import NO_TARGET
 from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
@@ -228,23 +229,22 @@ def test_mixers_are_told_every_step(texts: Path, tmp_path: Path) -> None:
 
 def train_on_a_full_disk(rank: int, world: int, chosen: Settings, number: int) -> str:
     """Every write of a checkpoint fails from the second one on, with that number of the system's."""
-    real, calls, said = checkpoint.TensorWriter, [], []
+    calls, said, write = [], [], TensorWriter.write
 
-    class Full(real):  # type: ignore[misc, valid-type]
-        def write(self, name: str, piece: torch.Tensor) -> None:
-            calls.append(name)
-            if "step-00000002" not in str(self.path):
-                raise OSError(number, os.strerror(number))
-            super().write(name, piece)
+    def full(writer: TensorWriter, name: str, piece: torch.Tensor) -> None:
+        calls.append(name)
+        if "step-00000002" not in str(writer.path):
+            raise OSError(number, os.strerror(number))
+        write(writer, name, piece)
 
-    checkpoint.TensorWriter = Full  # type: ignore[misc]
+    TensorWriter.write = full  # type: ignore[method-assign]
     try:
         trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
         trainer.outputs.say = said.append  # type: ignore[method-assign]
         with pytest.raises(failure.RunFailed, match=rf"not all of it is kept: checkpoint .*{os.strerror(number)}"):
             trainer.run()
     finally:
-        checkpoint.TensorWriter = real  # type: ignore[misc]
+        TensorWriter.write = write  # type: ignore[method-assign]
     assert calls
     return "\n".join(said)
 
@@ -259,7 +259,7 @@ def train_on_a_full_disk(rank: int, world: int, chosen: Settings, number: int) -
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_fails_the_run(
     texts: Path, tmp_path: Path, number: int, told: str
 ) -> None:
-    chosen = settings(texts, tmp_path / "run", trainer__steps=5)
+    chosen = settings(texts, tmp_path / "run", trainer__steps=5, checkpoint__asynchronous=False)
     (said,) = run_ranks(1, train_on_a_full_disk, chosen, number)
     assert "The run goes on and saves again after step 5" in said
     assert "NOT KEPT      checkpoint" in said
