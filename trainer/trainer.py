@@ -69,7 +69,7 @@ class Trainer:
         callbacks: Mapping[str, Callback] = MappingProxyType({}),
     ) -> None:
         together(mesh, lambda: expand_paths(settings))
-        together(mesh, lambda: check(settings, mesh.world_size))
+        together(mesh, lambda: check(settings, mesh.world_size, device))
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
         self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
