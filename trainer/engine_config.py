@@ -69,6 +69,8 @@ def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any
         "gradient_clipping": float(clip) if zero_stage else 0.0,
         # Offloaded states are stepped by torch's AdamW too: DeepSpeed's own would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
+        # Whatever steps groups of parameters by rules of their own is unknown to DeepSpeed.
+        "zero_allow_untested_optimizer": True,
         # DeepSpeed's own linear layer rounds bfloat16 gradients otherwise than torch's, so that stages would differ.
         "zero_optimization": {"stage": zero_stage, "memory_efficient_linear": False},
     }

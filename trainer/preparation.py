@@ -20,7 +20,8 @@ from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
-from .engine import Engine, Gather, frozen_parameters, saved_buffers
+from .engine import Engine, Gather, saved_buffers
+from .optimizers.groups import frozen_parameters, matched
 from .ranks.exchange import together
 from .rehearsal import rehearse
 from .settings import Settings
@@ -166,6 +167,7 @@ def check_model(
     built.check_initial_values()
     check_unread(built.leaves())
     frozen_parameters(built, settings.optimizer.only)
+    matched(built, settings.optimizer.rules)
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):
         note(line)

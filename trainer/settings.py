@@ -12,8 +12,9 @@ from ..models.language_model import CHECKPOINTING
 from . import engine_config
 from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings
-from .engine import EngineSettings, OptimizerSettings
+from .engine import EngineSettings
 from .evaluation.settings import EvaluationSettings
+from .optimizers.settings import OptimizerSettings
 from .ranks.settings import ParallelSettings
 from .requirements import at_least, one_of
 from .run.settings import LoggerSettings, RunSettings

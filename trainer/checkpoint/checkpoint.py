@@ -3,7 +3,7 @@
     step-00000100/
         index.json                              the run's state, and where each tensor is
         weights-00001-of-00002.safetensors      float32 parameters, by name
-        moments-00001-of-00002.safetensors      exp_avg/NAME and exp_avg_sq/NAME
+        moments-00001-of-00002.safetensors      exp_avg/NAME and exp_avg_sq/NAME, or what the optimizer keeps instead
         buffers.safetensors                     float32 buffers, by name, where the model has any
 
 Each parameter has one writing rank, which gathers it from all by pieces: nobody needs more memory than two pieces.
@@ -29,7 +29,6 @@ from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
 from ..run.failure import remedy
-from ..zero.masters import KINDS
 from .stored import BUFFERS, FORMAT, INDEX, CheckpointError, check_bytes, differences, is_complete, step_of, steps
 from .stored import Stored as Stored
 from .stored import examine as examine
@@ -103,7 +102,7 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     stored, error = None, None
     try:
         stored = verify(path).named_for(parameters)
-        _check_model(stored, parameters, buffers)
+        _check_model(stored, parameters, buffers, engine.kinds)
         if not examined:  # each byte is read by one rank
             check_bytes(stored, sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size])
     except CheckpointError as failure:
@@ -115,7 +114,7 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     assert stored is not None
     engine.create_moments(stored.adam_steps)
     for name, parameter in parameters.items():
-        for kind in KINDS:
+        for kind in engine.kinds(parameter):
             start, values = engine.fragment(parameter, kind)
             values.copy_(stored.map(_key(kind, name)).view(-1)[start : start + len(values)])
         engine.write(parameter, stored.map(name))
@@ -146,7 +145,7 @@ def prepare_weights(
     stored = verify(path).named_for(parameters)
     joining = () if seed is None else tuple(getattr(model, "detached", {}).values())
     fresh = {name for name in parameters if name not in stored.tensors and name.startswith(joining)}
-    _check_model(stored, {name: p for name, p in parameters.items() if name not in fresh}, buffers, kinds=())
+    _check_model(stored, {name: p for name, p in parameters.items() if name not in fresh}, buffers)
     if bytes_too:
         check_bytes(stored, [*(name for name in parameters if name not in fresh), *buffers])
 
@@ -207,8 +206,9 @@ def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | 
             number = f"{engine.mesh.rank + 1:05d}-of-{count:05d}.safetensors"
             weights = TensorWriter(folder / f"weights-{number}", {name: shapes[name] for name in mine})
             writers["parameter"] = weights
-            moments = {_key(kind, name): shapes[name] for name in mine for kind in KINDS[1:]}
-            writers.update(dict.fromkeys(KINDS[1:], TensorWriter(folder / f"moments-{number}", moments)))
+            states = {_key(kind, name): shapes[name] for name in mine for kind in engine.kinds(parameters[name])[1:]}
+            kinds = dict.fromkeys(kind for name in mine for kind in engine.kinds(parameters[name])[1:])
+            writers.update(dict.fromkeys(kinds, TensorWriter(folder / f"moments-{number}", states)))
         if engine.mesh.rank == 0 and (buffers := dict(engine.named_buffers())):  # every rank has the same
             shapes_of_buffers = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
             writers[BUFFERS] = TensorWriter(folder / f"{BUFFERS}.safetensors", shapes_of_buffers)
@@ -216,7 +216,8 @@ def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | 
                 writers[BUFFERS].write(name, buffer)
     except OSError as failure:
         error = str(failure)
-    for piece, values in _gather_pieces(engine, parameters, [list(_pieces(names, shapes)) for names in assigned]):
+    pieces = [list(_pieces(names, shapes, lambda name: engine.kinds(parameters[name]))) for names in assigned]
+    for piece, values in _gather_pieces(engine, parameters, pieces):
         if error is None:
             try:
                 writers[piece.kind].write(_key(piece.kind, piece.name), values)
@@ -230,10 +231,10 @@ def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | 
     return {w.path.name: {"bytes": w.size, "crc32": w.checksums} for w in writers.values()}, error
 
 
-def _pieces(names: list[str], shapes: Shapes) -> Iterator[_Piece]:
+def _pieces(names: list[str], shapes: Shapes, kinds: Callable[[str], tuple[str, ...]]) -> Iterator[_Piece]:
     for name in names:
         size = math.prod(shapes[name])
-        for kind in KINDS:
+        for kind in kinds(name):
             for start in range(0, size, PIECE):
                 yield _Piece(name, kind, start, min(start + PIECE, size))
 
@@ -312,8 +313,12 @@ def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None
 
 
 def _check_model(
-    stored: Stored, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], kinds: tuple[str, ...] = KINDS
+    stored: Stored,
+    parameters: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    kinds: Callable[[nn.Parameter], tuple[str, ...]] | None = None,
 ) -> None:
+    """kinds: what is needed of each parameter; the weights alone where it is None."""
     expected = {name: shape_of(parameter) for name, parameter in parameters.items()}
     expected |= {name: buffer.shape for name, buffer in buffers.items()}
     if problems := differences(stored, expected):
@@ -321,11 +326,12 @@ def _check_model(
             f"checkpoint {stored.path} must be of this model; {problems}. Use the model that it was saved with, or "
             "another run.dir"
         )
-    keys = [_key(kind, name) for name in parameters for kind in kinds]
+    keys = [_key(kind, name) for name, parameter in parameters.items() for kind in (kinds(parameter) if kinds else ())]
     if missing := [key for key in keys if key not in stored.tensors]:
         raise CheckpointError(
             f"checkpoint {stored.path} must hold the optimizer's moments to be resumed; got it without {missing[0]}. "
-            "Begin from its weights: init_from instead of checkpoint.resume"
+            "Use the optimizer that it was saved with, or begin from its weights: init_from instead of "
+            "checkpoint.resume"
         )
 
 
