@@ -116,10 +116,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices `[N, A, B]` with the same singular vectors and singular values near 1, in the type that they have."""
     a, b, c = COEFFICIENTS
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    norm = torch.linalg.vector_norm(
-        x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
-    ).clamp(min=EPS)
-    x = x / norm.to(x.dtype)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=exact)
+    x = x / norm.clamp(min=EPS).to(x.dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -75,14 +75,11 @@ class OptimizerSettings:
         setting, rule = f"optimizer.groups.{name}", self.groups[name]
         known = [each.name for each in fields(Rule)]
         if not isinstance(rule, dict) or not set(rule) <= set(known):
-            raise ValueError(
-                f"{setting} must be {{{', '.join(known)}}}; got {rule if not isinstance(rule, dict) else list(rule)}"
-            )
+            got = list(rule) if isinstance(rule, dict) else rule
+            raise ValueError(f"{setting} must hold settings of {', '.join(known)}; got {got}")
         match = rule.get("match")
         if not isinstance(match, list | tuple) or not match or not all(isinstance(each, str) for each in match):
-            raise ValueError(
-                f"{setting}.match must list patterns of names; got {match}. An example: ['*.query.weight']"
-            )
+            raise ValueError(f"{setting}.match must list patterns of names; got {match}. Write ['*.query.weight']")
         for key in ("learning_rate_factor", "weight_decay"):
             value = rule.get(key)
             if value is not None and not (isinstance(value, int | float) and value >= 0):
