@@ -16,6 +16,7 @@ from ..models.moved import with_current_paths
 from ..models.published import check_unread
 from ..parallel.mesh import Mesh
 from .checkpoint import checkpoint
+from .checkpoint.choice import read_config
 from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
@@ -24,6 +25,7 @@ from .engine import Engine, Gather, saved_buffers
 from .optimizers.groups import frozen_parameters, matched
 from .ranks.exchange import together
 from .rehearsal import rehearse
+from .schedule import ScheduleSettings, extended
 from .settings import Settings
 from .zero.experts import check_experts
 
@@ -147,6 +149,12 @@ def check_same_model(path: Path, model: dict[str, Any]) -> None:
             f"model must be that of checkpoint {path}; {'; '.join(differing)}. Leave the model as it was, or start a "
             "new run.dir"
         )
+
+
+def extension_of(settings: Settings, start: Path) -> ScheduleSettings:
+    """The schedule's settings for a run that goes on from the checkpoint `start`; see `schedule.extension`."""
+    step = int(checkpoint.verify(start).state["step"])
+    return extended(settings.schedule, settings.trainer.steps, read_config(start), step)
 
 
 def check_model(
