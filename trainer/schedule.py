@@ -143,7 +143,7 @@ class Schedule:
             "schedule.warmup_steps": self.warmup,
             "schedule.decay_steps": self.decay,
             "schedule.final_fraction": self.settings.final_fraction,
-            "schedule.extended": self.settings.extended,
+            "schedule.extended": [f"{each['how']} after step {each['after']}" for each in self.settings.extended],
         }
 
     def announcement(self, before: Schedule, step: int) -> str | None:
