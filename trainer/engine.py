@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..models.part import cast_parameters, named_weights
 from ..parallel.mesh import Mesh
-from .engine_config import configuration
+from .engine_config import EngineSettings, configuration
 from .optimizers.grouped import Grouped, make_optimizer
 from .optimizers.groups import frozen_parameters as frozen_parameters
 from .optimizers.groups import groups_of
@@ -30,14 +29,6 @@ from .zero.two_types import reduce_in_float32, split_as_made, types_kept
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """`zero_stage` 0..3, and `config`: more DeepSpeed settings, merged with those that LongReach sets."""
-
-    zero_stage: int = 1  # what is split over all ranks: 1 optimizer states, 2 gradients too, 3 parameters too
-    config: dict[str, Any] = field(default_factory=dict)  # more DeepSpeed settings; conflicts are refused
 
 
 class Engine:
@@ -69,7 +60,7 @@ class Engine:
         load: Callable[[nn.Module, Gather], None] | None = None,
     ) -> None:
         self.zero_stage, self.mesh, self.device = settings.zero_stage, mesh, device
-        config = configuration(settings.zero_stage, dtype, clip, dict(settings.config))
+        config = configuration(settings, dtype, clip, mesh.world_size)
         self._deepspeed = _import_deepspeed(device)
         try:
             self._deepspeed.DeepSpeedConfig(config)
@@ -222,7 +213,11 @@ class Engine:
                     hide(module)
                 return model
             with split_as_made(self._deepspeed, config, dtype):
-                return model_factory().to(self.device)
+                model = model_factory().to(self.device)
+            for module in model.modules():
+                if getattr(module, "tile", None) is not None:  # its layers run once per tile, and are gathered once
+                    self._deepspeed.utils.set_z3_leaf_module(module, True)
+            return model
 
     def _initialise(self, model: nn.Module, seed: int) -> None:
         """Initial values, which the ranks draw in turns and give one another. A ValueError is raised on all of them."""

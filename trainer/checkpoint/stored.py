@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ...parallel.mesh import Mesh
 from .tensor_files import Place, checksum, map_tensor, read_places
 
 INDEX = "index.json"
+KEPT = "kept"  # a file that marks a checkpoint as one to stay
 FORMAT = "longreach checkpoint 1"
 BUFFERS = "buffers"
 WEIGHTS = ("weights", BUFFERS)  # how the names of files of parameters and buffers begin
@@ -70,6 +71,16 @@ def is_complete(path: Path) -> bool:
     return True
 
 
+def keep_for_ever(path: Path) -> None:
+    """Marks a checkpoint as one that saving never removes, whatever `checkpoint.keep` says; one rank calls it."""
+    (path / KEPT).touch()
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a checkpoint is marked to stay."""
+    return (path / KEPT).exists()
+
+
 def steps(directory: Path) -> list[Path]:
     """What a folder of checkpoints holds, complete or not, by step. Raises OSError if it cannot be read."""
     try:
@@ -110,9 +121,9 @@ def examine(path: Path, mesh: Mesh) -> str | None:
     return None
 
 
-def advice(path: Path) -> str:
-    """What to do about a damaged checkpoint: the newest other one of the run, if any is complete."""
-    others = (other for other in reversed(steps(path.parent)) if other.name != path.name and is_complete(other))
+def advice(path: Path, is_good: Callable[[Path], bool]) -> str:
+    """What to do about a damaged checkpoint: the newest other one of the run that is good, if any."""
+    others = (other for other in reversed(steps(path.parent)) if other.name != path.name and is_good(other))
     return f"Use {other}" if (other := next(others, None)) else "Use another one"
 
 
@@ -180,5 +191,14 @@ def _check_bytes(stored: Stored, keys: list[str]) -> None:
             raise _Damage(f"the bytes of {key} in {file} have changed since they were written")
 
 
+def _is_undamaged(path: Path) -> bool:
+    try:
+        stored = _read(path)
+        _check_bytes(stored, list(stored.tensors))
+    except _Damage:
+        return False
+    return True
+
+
 def _refusal(path: Path, damage: _Damage) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path)}")
+    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path, _is_undamaged)}")
