@@ -34,7 +34,10 @@ class TrainerSettings:
     seed: int = 0  # of initial values, order of the data and sample
     dtype: str = "float32"  # or bfloat16, with float32 master weights
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
-    max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
+    max_skipped_steps: int = 10  # steps in a row whose loss or gradient is not finite, or a spike; then: max_rollbacks
+    max_rollbacks: int = 2  # times that the run goes back to a checkpoint then, past the rows since; then it ends
+    spike_deviations: float = 0.0  # skip a step whose loss is so many standard deviations above the mean; 0: none is
+    spike_window: int | None = None  # steps of which mean and deviation are; null: 128
     activation_checkpointing: Any = "none"  # full: recompute blocks; mixing: but keep what ops computed; or by mixers
     tile_tokens: int | None = None  # tokens that feed-forward layers compute at once, and again in backward; null: all
     offload_activations: bool = False  # what recomputed blocks keep is on the host meanwhile, and comes back ahead
@@ -50,6 +53,14 @@ class TrainerSettings:
             raise ValueError(f"trainer.seed must lie within 0..2^64-1; got {self.seed}. Choose another")
         at_least("trainer.clip", self.clip, 0)
         at_least("trainer.max_skipped_steps", self.max_skipped_steps, 1)
+        at_least("trainer.max_rollbacks", self.max_rollbacks, 0)
+        at_least("trainer.spike_deviations", self.spike_deviations, 0)
+        at_least("trainer.spike_window", self.spike_window, 2)
+        if self.spike_window is not None and not self.spike_deviations:
+            raise ValueError(
+                f"trainer.spike_window must be left out without trainer.spike_deviations; got {self.spike_window}. "
+                "Set both, as trainer.spike_deviations=6"
+            )
         check_modes("trainer.activation_checkpointing", self.activation_checkpointing)
         at_least("trainer.tile_tokens", self.tile_tokens, 1)
         if self.tile_tokens is not None and self.compile:

@@ -23,6 +23,7 @@ from .data.corpus import Corpus, open_corpus
 from .data.packing import RowStream
 from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
+from .faults.recovery import Recovery
 from .preparation import (
     Build,
     check_model,
@@ -38,6 +39,7 @@ from .ranks.settings import layout_of, strategy_of
 from .reported import Reported
 from .run import failure, report
 from .run.directory import RunDirectory
+from .run.environment import describe
 from .run.metrics import Work, peak_flops, peak_memory_bytes
 from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
@@ -88,19 +90,17 @@ class Trainer:
         self.step, self.tokens, self.row = 0, 0, 0
         if start is not None:
             together(mesh, lambda: check_same_model(start, settings.model))
-            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
+            together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
         tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
         origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
         self.shape = together(mesh, lambda: on_meta(build, settings.model))
         torch.manual_seed(chosen.seed)
         self.engine = make_engine(settings, build, mesh, self.device, resuming=start is not None)
-        if start is not None:
-            state = checkpoint.load(self.engine, start, examined=True)
-            self.step, self.tokens = state["step"], state["tokens"]
+        state = {} if start is None else checkpoint.load(self.engine, start, examined=True)
         self._begin(self.corpus.train, peak_flops(self.device, chosen.dtype))
-        shown = {"first": mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
-        self.outputs = together(mesh, lambda: Outputs(settings, self.directory, **shown))
+        self.begin_at(state)
+        self.recovery.resume(state)
         self.sampling, self.saving = Sampling(), Saving(start, origin)
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
         built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
@@ -109,6 +109,18 @@ class Trainer:
             for line in report.introduction(self, start, notes):
                 self.outputs.say(line)
 
+    def begin_at(self, state: dict[str, Any]) -> None:
+        """Goes on from the state of a checkpoint, or begins where it is empty: counters, and metrics up to there."""
+        if state:
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.row = self.corpus.train.resume(state["data"])
+        self.first = self.step
+        if hasattr(self, "outputs"):
+            self.outputs.close()
+        shown: dict[str, Any] = {"first": self.mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        shown["environment"] = describe(self.command, self.device) if shown["first"] else None
+        self.outputs = together(self.mesh, lambda: Outputs(self.settings, self.directory, **shown))
+
     def _begin(self, stream: RowStream, peak: float | None) -> None:
         """Sets what the steps from here on work with."""
         settings = self.settings
@@ -116,11 +128,14 @@ class Trainer:
         self.reader = Reader(stream, settings.data, self.layout, strategy, self.mesh, self.device, self.shape)
         self.records, self._record = Records(peak), {}
         self.every = settings.logger.interval(self.device.type)
-        self.first, self.skipped = self.step, 0
+        self.first, self.recovery = self.step, Recovery(self)
         self.asked = 0  # the signal that ends the run after this step
 
     def run(self) -> None:
-        """Trains to the last step. On an error one rank says why, and it is raised on."""
+        """Trains to the last step, or to where a signal asks for the end: then `interrupted` says so afterwards.
+
+        On an error one rank says why, and it is raised on.
+        """
         failed, where = True, f"before step {self.step + 1}"
         with ExitStack() as ending:
             ending.callback(self.directory.release)
@@ -129,17 +144,22 @@ class Trainer:
                 ending.callback(_call, name, callback, "close")
             try:
                 self._call("start")
-                steps = self.reader.steps(range(self.step, self.settings.trainer.steps), self.row)
-                parts = ending.enter_context(Ahead(prepared(steps), self.device))
+                parts = ending.enter_context(self._ahead())
                 with failure.stepping():
                     while not self.done:
                         where = f"in step {self.step + 1}"
+                        self.recovery.begin()
                         part = self._meet(parts)
                         if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
                             break
                         self._call("before_step")
                         self._train_step(part)
                         where = f"after step {self.step}"
+                        if self.recovery.target is not None:
+                            parts.close()  # before its rows change
+                            self.recovery.roll_back()
+                            parts = ending.enter_context(self._ahead())
+                            continue
                         self._call("after_step")
                 where = f"in step {self.step + 1}"
                 self._end()
@@ -148,13 +168,24 @@ class Trainer:
                 if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
                     with suppress(Exception):
                         self._read_records()
+                self.saving.settle(patient=isinstance(error, Exception) and not failure.is_consequence(error))
                 self._explain(error, where)
                 raise
+
+    def _ahead(self) -> Ahead[StepPart]:
+        """The parts of the steps from here on."""
+        steps = range(self.step, self.settings.trainer.steps)
+        return Ahead(prepared(self.reader.steps(steps, self.row, self.recovery.passages)), self.device)
 
     @property
     def done(self) -> bool:
         """Whether the last step has been taken."""
         return self.step >= self.settings.trainer.steps
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ends the run before its last step."""
+        return bool(self.asked) and not self.done
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never.
@@ -183,7 +214,7 @@ class Trainer:
             saved = self.saving.saved
             again = report.resume_command(self.command, self.directory, saved)
             hints += [f"to resume from {saved.name}: {again}" if saved else "no checkpoint was saved yet"]
-        failure.report(error, started=True, hint="; ".join(hints))
+        failure.report(error, started=True, hint="; ".join(hints), keep=self.recovery.died)
 
     def _meet(self, parts: Iterator[StepPart]) -> StepPart:
         """This rank's part of the next step, with work and loss counts of the whole global batch.
@@ -207,6 +238,7 @@ class Trainer:
     def _train_step(self, part: StepPart) -> None:
         """Takes a step; nothing but the optimizer waits for the device, unless it is time to read the numbers."""
         model, work = cast(LanguageModel, self.engine.module), part.work
+        self.recovery.meet(part)
         with self.records.timing():
             model.at_step(self.step)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -214,8 +246,10 @@ class Trainer:
             for micro_batch in part.micro_batches:
                 tokens, targets = micro_batch.on(self.device)
                 loss, _, reports = self.engine(tokens, micro_batch.seq, targets, False, True)
-                self.engine.backward(loss, work.targets, reported.add(reports))
                 total += loss.detach()
+                of_step = total if micro_batch is part.micro_batches[-1] else None
+                checked = self.recovery.guard.checked(loss, reported.add(reports), of_step, work.targets)
+                self.engine.backward(checked[0], work.targets, checked[1])
             rate = self.schedule(self.step)
             norm = self.engine.step(rate)
             losses = gather(torch.stack([total, total.new_full((), peak_memory_bytes(self.device))]), self.mesh)
@@ -229,34 +263,22 @@ class Trainer:
         self.tokens += int(work.tokens)
         auxiliary = reported.losses()
         self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, auxiliary, work, statistics))
+        self.recovery.look(part.row)
         # The first step's time says little of the others'.
-        if self.step == self.first + 1 or self.due(self.every) or not self.engine.stepped:
+        if self.step == self.first + 1 or self.due(self.every):
             self._read_records()
-        self._check_gradient()
 
     def _read_records(self) -> None:
-        """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite.
+        """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite, though
+        the step was taken.
 
         Every rank has the numbers of all, so that a rank may call it alone.
         """
         for record in self.records.read():
-            if not math.isfinite(record["loss"]):
+            if not math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
                 raise failure.NotFinite.loss(record["loss"], record["step"])
-            self._record = record
-            self.outputs.training(record)
-
-    def _check_gradient(self) -> None:
-        """Reports a skipped step; too many in a row, or nothing but skipped steps to the end, fail the run."""
-        if self.engine.stepped:
-            self.skipped = 0
-            return
-        self.skipped += 1
-        chosen = self.settings.trainer
-        all_of_them = self.done and self.skipped == self.step - self.first
-        if self.skipped < chosen.max_skipped_steps and not all_of_them:
-            self.outputs.say(f"step {self.step}: the gradient is not finite; the weights stay as they are")
-            return
-        raise failure.NotFinite.gradient(self.step - self.skipped + 1, self.step)
+            self._record = record | self.recovery.figures
+            self.outputs.training(self._record)
 
     def check_directory(self) -> None:
         """Raises RunLost on every rank where the folder is no longer this run's; every rank calls it."""
@@ -267,7 +289,7 @@ class Trainer:
     def _end(self) -> None:
         """Ends the run after its last step, or earlier where a signal asks for it.
 
-        Raises RunFailed on every rank where its end could not be kept, and Stopped for SIGTERM: it has failed then.
+        Raises RunFailed on every rank where its end could not be kept.
         """
         early = self.asked if not self.done else 0
         if early:
@@ -275,10 +297,6 @@ class Trainer:
         self._read_records()
         self._call("end")
         gather_numbers([0.0], self.mesh)  # no rank reports a good end before all have come to it
-        if early == signal.SIGTERM:
-            if self.saving.unsaved:
-                self.outputs.say(self.saving.unsaved)
-            raise failure.Stopped
         problems = self._problems()
         if early:
             why = f"ended after step {self.step}, as {signal.Signals(early).name} asks"

@@ -8,6 +8,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -74,6 +75,13 @@ class RowStream(ABC):
     @abstractmethod
     def row(self, number: int) -> Row:
         """Row `number`, from 0. Past the end of a stream that ends it is all padding: ranks may share unevenly."""
+
+    def pieces(self, number: int) -> list[tuple[int, int, int]]:
+        """(document, first token in it, tokens) of what row `number` holds; none where rows follow from their numbers.
+
+        Documents are told by their numbers in the data.
+        """
+        return []
 
     def state(self, row: int) -> dict[str, Any]:
         """What a checkpoint keeps: `row` is the next row to read, on whichever rank."""
@@ -153,7 +161,7 @@ class TokenStream(RowStream):
         tokens = np.full(self.length, self.padding, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
         lengths, at = [], 0
-        for document, start, n in self._pieces(self._cut(number) * self.length, self.length):
+        for document, start, n in self.pieces(number):
             # One token more than the piece: the target of its last token, unless the document ends there.
             ids = self.documents[document][start : start + n + 1]
             tokens[at : at + n] = ids[:n]
@@ -161,6 +169,9 @@ class TokenStream(RowStream):
             lengths.append(n)
             at += n
         return Row(tokens, targets, lengths)
+
+    def pieces(self, number: int) -> list[tuple[int, int, int]]:
+        return list(self._pieces(self._cut(number) * self.length, self.length))
 
     def _cut(self, number: int) -> int:
         """Which of the rows in the order of the documents is row `number`."""
@@ -185,17 +196,19 @@ class TokenStream(RowStream):
 
     def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in order, and where each ends."""
-        if epoch not in self._tables:
+        table = self._tables.get(epoch)
+        if table is None:
             order = self.members
             if self.seed is not None:
                 # A sort by raw Philox counters: numpy promises that these stay the same, not that its shuffles do.
                 keys = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(order))
                 order = order[np.argsort(keys, kind="stable")]
-            self._tables[epoch] = order, np.cumsum(self.documents.lengths[order])
+            table = self._tables[epoch] = order, np.cumsum(self.documents.lengths[order])
             if len(self._tables) > TABLES_KEPT:
                 self._tables.popitem(last=False)
-        self._tables.move_to_end(epoch)
-        return self._tables[epoch]
+        with suppress(KeyError):  # another thread has just dropped it
+            self._tables.move_to_end(epoch)
+        return table
 
 
 def permuted(index: int, count: int, key: tuple[int, int]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..settings import Settings
 from .directory import RunDirectory, unwritable
+from .environment import keep as keep_environment
 from .failure import remedy
 from .metrics import MetricsFile
 from .plots import LossCurves
@@ -18,14 +19,15 @@ from .tracking import Tracker
 
 
 class Outputs:
-    """Terminal, metrics.jsonl, samples.txt, plots and W&B of the first rank.
+    """Terminal, metrics.jsonl, samples.txt, environment.json, plots and W&B of the first rank.
 
     A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on; lines of
     metrics and the configuration are written when there is room again. Raises ValueError if metrics.jsonl cannot be
     brought back to `step`.
 
     step: the last one that has been taken, from which the run goes on. bring_up: called before each line of metrics, so
-    that it writes those of earlier steps first, where any are still to be read.
+    that it writes those of earlier steps first, where any are still to be read. environment: what the run was started
+    with and on (see `environment.describe`).
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Outputs:
         first: bool,
         step: int,
         bring_up: Callable[[], None] = lambda: None,
+        environment: dict[str, Any] | None = None,
     ) -> None:
         self.directory, self.first, self._bring_up = directory, first, bring_up
         self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
@@ -44,6 +47,7 @@ class Outputs:
         self.tracker: Tracker | None = None
         self._failing = False
         self._config: dict[str, Any] | None = None  # while it is still to be written
+        self._environment, self._step = environment if first else None, step  # the same
         if first:
             lines: list[dict[str, Any]] = []
 
@@ -58,7 +62,10 @@ class Outputs:
                 raise unwritable(directory.path, error) from None
             self._config = asdict(settings)
             self._keep(self._flush)
-            self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say, before)
+            config = asdict(settings)
+            if environment is not None:  # W&B lists packages itself
+                config["environment"] = {key: value for key, value in environment.items() if key != "packages"}
+            self.tracker = Tracker(settings.logger.wandb, directory.path, config, self.say, before)
             self.progress.start()
 
     def say(self, message: str) -> None:
@@ -109,6 +116,7 @@ class Outputs:
             self._flush()
         except OSError as error:
             parts = ["config.yaml"] if self._config is not None else []
+            parts += ["environment.json"] if self._environment is not None else []
             parts += [f"the last {self.metrics.unwritten} line(s) of metrics.jsonl"] if self.metrics.unwritten else []
             return [f"{' and '.join(parts)} could not be written: {error}; {remedy(error)}"]
         return []
@@ -118,6 +126,9 @@ class Outputs:
         if self._config is not None:
             self.directory.write_config(self._config)
             self._config = None
+        if self._environment is not None:
+            keep_environment(self.directory.path, self._step, self._environment)
+            self._environment = None
 
     def close(self, *, failed: bool = False) -> None:
         self.progress.close()
