@@ -44,6 +44,9 @@ CASES = {
     "full": ("full", None),
     "none": ("none", None),
 }
+HEAD = """\
+| activation checkpointing | tokens | account | measured | measured / account | bytes per token | step |
+|---|---|---|---|---|---|---|"""
 # Memory that is let go of goes back to the system, so that the resident set is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
@@ -123,30 +126,40 @@ def main() -> None:
     if chosen.measure:
         measure(*CASES[chosen.measure], chosen.lengths[0])
         return
-    lines = [
-        "| activation checkpointing | tokens | account | measured | measured / account | bytes per token | step |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
+    print(HEAD, flush=True)
+    rows = _written() if chosen.write else {}
     for case in chosen.cases:
         for length in chosen.lengths:
             expected = predicted(*CASES[case], length).activations()
             got, seconds = measured(case, length)
             cells = [case, f"{length:,}", size(expected), size(got), f"{got / expected:.3f}", f"{got / length:,.0f}"]
-            lines.append(f"| {' | '.join(cells)} | {seconds:.0f} s |")
-            print(lines[-1], flush=True)
+            rows[case, length] = f"| {' | '.join(cells)} | {seconds:.0f} s |"
+            print(rows[case, length], flush=True)
     if chosen.write:
-        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores; torch {torch.__version__}; one thread"
-        by_part = "\n".join(predicted("full", TILE, chosen.lengths[-1]).lines())
-        parts = [
-            "# Peak memory of a step",
-            f"`python benchmarks/memory.py --write`, {datetime.date.today()}; {machine}; float32, ZeRO-1.",
-            f"{build.__doc__} By how much the largest resident set within the step exceeds the one before it.",
-            "\n".join(lines),
-            f"The account of {chosen.lengths[-1]:,} tokens with full checkpointing, in tiles:",
-            f"```text\n{by_part}\n```\n",
-        ]
-        RESULTS.write_text("\n\n".join(parts))
+        _write(rows)
+
+
+def _written() -> dict[tuple[str, int], str]:
+    """The rows that the page has: lengths and cases may be measured one after another."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    found = ((re.match(r"\| ([^|]+) \| ([\d,]+) \|", line), line) for line in lines)
+    return {(match[1], int(match[2].replace(",", ""))): line for match, line in found if match}
+
+
+def _write(rows: dict[tuple[str, int], str]) -> None:
+    order = sorted(rows, key=lambda key: (list(CASES).index(key[0]), key[1]))
+    longest = max(length for _, length in rows)
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores; torch {torch.__version__}; one thread"
+    by_part = "\n".join(predicted("full", TILE, longest).lines())
+    parts = [
+        "# Peak memory of a step",
+        f"`python benchmarks/memory.py --write`, {datetime.date.today()}; {machine}; float32, ZeRO-1.",
+        f"{build.__doc__} By how much the largest resident set within the step exceeds the one before it.",
+        "\n".join([HEAD, *(rows[key] for key in order)]),
+        f"The account of {longest:,} tokens with full checkpointing, in tiles:",
+        f"```text\n{by_part}\n```\n",
+    ]
+    RESULTS.write_text("\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.dispatch import standing_for
 from ...kernels.documents import Documents
 from ...kernels.pointwise import chunk_tokens
 from ...models.language_model import LanguageModel
@@ -26,7 +27,7 @@ from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
 from .allocations import Allocations
 
-SHORTEST = 2048  # tokens of a row: less shows little of what grows
+SHORTEST = 4096  # tokens of a rank: of fewer, the workspaces of ops would grow with the length
 STREAM, LOSS, WORKING = "residual stream and norms", "embedding and loss", "working memory of backward"
 
 
@@ -91,15 +92,26 @@ def size(number: float) -> str:
     raise AssertionError
 
 
-def account(build: Callable[[], LanguageModel], settings: Settings, world_size: int, device: torch.device) -> Account:
+def account(
+    build: Callable[[], LanguageModel],
+    settings: Settings,
+    world_size: int,
+    device: torch.device,
+    *,
+    shortest: int = SHORTEST,
+) -> Account:
     """The account of a step of the trainer on so many ranks.
 
-    build: makes a new model, complete, with the settings of `trainer` in it. Raises what the model's forward raises.
+    build: makes a new model, complete, with the settings of `trainer` in it. shortest: how many tokens of a rank it
+    runs on at least, where there are so many. Raises what the model's forward raises.
     """
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
     dtype = getattr(torch, settings.trainer.dtype)
     exact = device.type == "cpu" and layout.ranks == 1
-    short = _lengths(layout, settings.trainer.tile_tokens)
+    with torch.device("meta"):
+        model = build()
+    tile, chunk = settings.trainer.tile_tokens or 0, chunk_tokens(model.vocabulary, dtype, device)
+    short = _lengths(layout, max(shortest, 2 * tile, 2 * chunk))
     try:
         counted = [_counted(build, settings, length, device, dtype, exact) for length in short]
     except (NotImplementedError, RuntimeError):  # of an op that reads values
@@ -119,7 +131,8 @@ def account(build: Callable[[], LanguageModel], settings: Settings, world_size: 
     kept = [share(f"kept: {name}", at_less.kept[name], at_more.kept[name]) for name in parts]
     if at_more.host:
         kept.append(share("kept: offloaded", at_less.host, at_more.host, True))
-    states = states_of(at_more.model, settings, world_size)
+    cast_parameters(model, dtype)
+    states = states_of(model, settings, world_size)
     working = share(WORKING, at_less.working, at_more.working)
     return Account(rows * layout.local_length, states, tuple(kept), working, exact)
 
@@ -149,9 +162,8 @@ def states_of(model: nn.Module, settings: Settings, world_size: int) -> tuple[Sh
     )
 
 
-def _lengths(layout: Layout, tile: int | None) -> tuple[Layout, Layout]:
-    """Two lengths, one twice the other, long enough for the tiles; each of as many ranks and spans."""
-    least = max(SHORTEST, 2 * (tile or 0))
+def _lengths(layout: Layout, least: int) -> tuple[Layout, Layout]:
+    """Two lengths, one twice the other, of at least so many tokens of a rank; or the layout's own, and twice that."""
     span = layout.span_length
     while span % 2 == 0 and span * layout.spans // 2 >= least:
         span //= 2
@@ -162,7 +174,6 @@ def _lengths(layout: Layout, tile: int | None) -> tuple[Layout, Layout]:
 class _Counted:
     """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peak of backward."""
 
-    model: LanguageModel
     kept: Counter[str]
     host: int
     working: int
@@ -186,18 +197,19 @@ def _counted(
         else:
             strategy = strategy_of(settings.parallel)
             seq = Sequence.rehearsal(documents, layout, strategy, ulysses_ranks(settings.parallel))
-        model.head.chunk = chunk_tokens(model.vocabulary, dtype, device)
         away = model.copies = _Away()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # as from an earlier micro-batch: counted with the states
         tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
-        with Allocations("meta") as allocations, allocations.labelled(STREAM):
+        allocations = Allocations("meta")
+        allocations.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), tokens])
+        with standing_for(device.type), allocations, allocations.labelled(STREAM):
             _label(model, allocations)
             loss, _, reports = model(tokens, seq, tokens, False, True)
             kept, before = Counter(allocations.live_by), allocations.live
             allocations.peak = before
             torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
-    return _Counted(model, kept, away.bytes, allocations.peak - before)
+    return _Counted(kept, away.bytes, allocations.peak - before)
 
 
 def _label(model: LanguageModel, allocations: Allocations) -> None:
