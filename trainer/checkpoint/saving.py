@@ -75,9 +75,9 @@ class Saving(Callback):
 
     def _say(self, trainer: Trainer, error: checkpoint.CheckpointError) -> None:
         every, last = trainer.settings.checkpoint.every, trainer.settings.trainer.steps
-        coming = [step for step in (*self.kept, last) if step > trainer.step]
-        again = min([*coming, *([trainer.step - trainer.step % every + every] if every else [])], default=last)
-        trainer.outputs.say(f"{error}. The run goes on and saves again after step {again}")
+        coming = [step for step in self.kept if step > trainer.step]
+        coming += [trainer.step - trainer.step % every + every] if every else []
+        trainer.outputs.say(f"{error}. The run goes on and saves again after step {min([*coming, last])}")
 
     def _save(self, trainer: Trainer, last: bool) -> None:
         self.wait(trainer)

@@ -118,6 +118,7 @@ class Recovery:
     def _newest_before(self, first: int) -> Path | None:
         """The newest good checkpoint from before step `first`; an older one where all were skipped since the last."""
         trainer, mesh = self._trainer, self._trainer.mesh
+        trainer.saving.wait(trainer)  # for one that is being written beside training
         there = steps(trainer.directory.checkpoints) if mesh.rank == 0 else []
         there = [path for path in from_first_rank(there, mesh) if step_of(path) < first]
         if self.rollbacks and first == self._from + 1:

@@ -180,7 +180,7 @@ def report(
     lost = others.lost() if others is not None and is_consequence(error) else []
     print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
     if isinstance(error, NotFinite) or not isinstance(error, RunFailed | KeyboardInterrupt | Stopped) or lost:
-        keep("a lost rank" if _is_consequence(error) else type(error).__name__)
+        keep("a lost rank" if is_consequence(error) else type(error).__name__)
     if others is not None:
         time.sleep(peers.NOTICE_SECONDS)
 
