@@ -163,4 +163,4 @@ def test_allocations_count_each_storage_once_until_it_is_let_go():
 
 
 def test_sizes_are_read_by_people():
-    assert [size(n) for n in (1023, 2048, 3 * 2**20, 5 * 2**40)] == ["1,023 B", "2.0 KiB", "3.0 MiB", "5,120.0 GiB"]
+    assert [size(n) for n in (1023, 2048, 3 * 2**20, 5 * 2**40)] == ["1,023 B", "2.0 KiB", "3.0 MiB", "5,120.00 GiB"]

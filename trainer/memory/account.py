@@ -87,11 +87,11 @@ class Account:
 
 def size(number: float) -> str:
     """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024 or unit == "GiB":
-            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
+        if abs(number) < 1024:
+            return f"{number:,.{digits}f} {unit}"
         number /= 1024
-    raise AssertionError
+    return f"{number:,.2f} GiB"
 
 
 def account(
