@@ -9,10 +9,8 @@ from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.experts import MixtureOfExperts
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
-from longreach.models.mixers.delta.gated_deltanet import GatedDeltaNet
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
-from longreach.models.mixers.state_space.mamba import Mamba
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine_config import EngineSettings
 from longreach.trainer.memory.account import account, size
@@ -23,8 +21,6 @@ WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 4096, 2048
 CPU = torch.device("cpu")
 MIXERS = {
     "lightning": partial(LightningAttention, heads=2),
-    "delta": partial(GatedDeltaNet, heads=2),
-    "mamba": partial(Mamba, state=4),
 }
 FEED_FORWARD = {
     "swiglu": partial(SwiGLU, hidden=48),
@@ -72,8 +68,7 @@ def measured(build, length):
     [
         ("lightning", "swiglu", "none", None),
         ("lightning", "swiglu", "mixing", 256),
-        ("delta", "experts", "full", 256),
-        ("mamba", "swiglu", {"window": "full"}, None),
+        ("lightning", "experts", {"window": "full"}, 256),
     ],
 )
 def test_the_account_is_what_a_step_allocates(mixer, feed_forward, checkpointing, tile):
