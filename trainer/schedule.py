@@ -23,7 +23,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of step s = 0, 1, …, steps − 1; W warm-up steps, D decay steps, f the final fraction.
+    """The learning rate of step first + s, s = 0, 1, …, steps − 1; W warm-up steps, D decay steps, f final fraction.
 
         warm-up  s < W            peak (s + 1) / W
         cosine   otherwise        peak (f + (1 − f) (1 + cos(pi x)) / 2),  x = (s + 1 − W) / (E − W)
@@ -38,6 +38,7 @@ class Schedule:
     settings: ScheduleSettings
     peak: float
     steps: int
+    first: int = 0  # steps that the run takes before the first of these
 
     def __post_init__(self) -> None:
         chosen = self.settings
@@ -74,7 +75,7 @@ class Schedule:
         return self.steps // 5 if chosen is None else chosen
 
     def __call__(self, step: int) -> float:
-        floor, step = self.settings.final_fraction, min(step, self.steps - 1)
+        floor, step = self.settings.final_fraction, min(step - self.first, self.steps - 1)
         end = self.steps + (floor == 0)
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
@@ -89,7 +90,7 @@ class Schedule:
     @property
     def extendable(self) -> int | None:
         """The last step after which more steps can be added without a jump: wsd before its decay; cosine has none."""
-        return self.steps - self.decay if self.settings.kind == "wsd" else None
+        return self.first + self.steps - self.decay if self.settings.kind == "wsd" else None
 
     @property
     def parts(self) -> dict[str, Any]:

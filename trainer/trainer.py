@@ -6,6 +6,8 @@ import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -18,22 +20,14 @@ from .checkpoint import checkpoint
 from .checkpoint.choice import choose
 from .checkpoint.origin import origin_of
 from .checkpoint.saving import Saving
+from .checkpoint.stored import step_of
 from .data.ahead import Ahead
-from .data.corpus import Corpus, open_corpus
+from .data.corpus import Corpus
 from .data.packing import RowStream
 from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
-from .preparation import (
-    Build,
-    check_model,
-    check_origin,
-    check_same_model,
-    configured_model,
-    make_engine,
-    model_settings,
-    on_meta,
-)
-from .ranks.exchange import from_first_rank, gather, gather_numbers, prepare, together
+from .preparation import Build, check_origin, make_engine, on_meta
+from .ranks.exchange import from_first_rank, gather, gather_numbers, together
 from .ranks.settings import layout_of, strategy_of
 from .reported import Reported
 from .run import failure, report
@@ -42,15 +36,17 @@ from .run.metrics import Work, peak_flops, peak_memory_bytes
 from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
 from .run.records import Records, TakenStep
-from .schedule import Schedule
-from .settings import Settings, check, expand_paths
+from .settings import Settings
+from .stages.opening import Opening, check_models
+from .stages.plan import Stage, plan_of
 
 
 class Trainer:
-    """Trains the model of `settings` on this rank's part of the mesh.
+    """Trains the model of `settings` on this rank's part of the mesh, one stage after another.
 
-    build: makes a model of its configuration. command: the command line, for the advice on how to go on. callbacks: the
-    user's own, by the name that errors give them; they come after the built-in ones.
+    mesh: the ranks as the first stage arranges them. build: makes a model of its configuration. command: the command
+    line, for the advice on how to go on. callbacks: the user's own, by the name that errors give them; they come after
+    the built-in ones.
     Every rank makes one and calls `run`. What can be checked is checked in the constructor, before weights are
     allocated, and all ranks raise the same ValueError.
     """
@@ -64,50 +60,62 @@ class Trainer:
         command: list[str],
         callbacks: Mapping[str, Callback] = MappingProxyType({}),
     ) -> None:
-        together(mesh, lambda: expand_paths(settings))
-        together(mesh, lambda: check(settings, mesh.world_size))
-        self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
-        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
-        self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
+        self.plan = together(mesh, lambda: plan_of(settings))
+        together(mesh, lambda: self.plan.check(mesh.world_size))
+        self.mesh, self.device, self.command, self._build = mesh, device, command, build
         show_log(first=mesh.rank == 0)
         self.directory = RunDirectory.claim(settings.run, mesh)
-        settings.run.dir = str(self.directory.path)
+        settings.run.dir = str(self.directory.path)  # all stages share the group
         try:
-            self._prepare(build, callbacks)
+            self._prepare(callbacks)
         except BaseException:
             self.directory.release(unused=True)
             raise
 
-    def _prepare(self, build: Build, callbacks: Mapping[str, Callback]) -> None:
-        settings, mesh, chosen = self.settings, self.mesh, self.settings.trainer
-        together(mesh, lambda: check_model(build, configured_model(settings), settings))
+    def _prepare(self, callbacks: Mapping[str, Callback]) -> None:
+        settings, mesh, build = self.plan.settings, self.mesh, self._build
+        together(mesh, lambda: check_models(build, self.plan))
         start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
-        together(mesh, lambda: check_origin(build, settings, resuming=start is not None))
-        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed))
-        settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
-        self.step, self.tokens, self.row = 0, 0, 0
+        begins = self.plan.stages[0].settings
+        together(mesh, lambda: check_origin(build, begins, resuming=start is not None))
+        self._opening = Opening(self.plan, mesh)
+        self.step = self.tokens = 0
         if start is not None:
-            together(mesh, lambda: check_same_model(start, settings.model))
-            self.row = together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
+            self.step = int(checkpoint.verify(start).state["step"])
+        stage = self.plan.at(self.step)
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
+        self._enter(stage, start)
         tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
-        origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
-        self.shape = together(mesh, lambda: on_meta(build, settings.model))
-        torch.manual_seed(chosen.seed)
-        self.engine = make_engine(settings, build, mesh, self.device, resuming=start is not None)
-        if start is not None:
-            state = checkpoint.load(self.engine, start, examined=True)
-            self.step, self.tokens = state["step"], state["tokens"]
-        self._begin(self.corpus.train, peak_flops(self.device, chosen.dtype))
-        shown = {"first": mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        origin = together(mesh, lambda: origin_of(begun, tokenizer, stage.settings.data.sequence_length))
+        shown: dict[str, Any] = {"first": mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        shown |= {"stage": stage.name, "beginning": self.step == stage.first}
         self.outputs = together(mesh, lambda: Outputs(settings, self.directory, **shown))
         self.sampling, self.saving = Sampling(), Saving(start, origin)
+        chosen = settings.trainer
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
         built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
         self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
         if mesh.rank == 0:
             for line in report.introduction(self, start, notes):
                 self.outputs.say(line)
+
+    def _enter(self, stage: Stage, start: Path | None, *, examined: bool = True) -> None:
+        """Makes what the steps of a stage work with; weights and states are those of the checkpoint, if there is one.
+
+        examined: its bytes have been looked at.
+        """
+        self.stage, self.settings, self.schedule = stage, stage.settings, stage.schedule
+        settings = stage.settings
+        self.mesh = self._opening.mesh(stage)
+        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
+        self.corpus, self.row = self._opening.data(stage, start)
+        self.shape = together(self.mesh, lambda: on_meta(self._build, settings.model))
+        torch.manual_seed(settings.trainer.seed)
+        self.engine = make_engine(settings, self._build, self.mesh, self.device, resuming=start is not None)
+        if start is not None:
+            state = checkpoint.load(self.engine, start, examined=examined)
+            self.step, self.tokens = state["step"], state["tokens"]
+        self._begin(self.corpus.train, peak_flops(self.device, settings.trainer.dtype))
 
     def _begin(self, stream: RowStream, peak: float | None) -> None:
         """Sets what the steps from here on work with."""
@@ -121,7 +129,7 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the last step. On an error one rank says why, and it is raised on."""
-        failed, where = True, f"before step {self.step + 1}"
+        failed, self._where = True, f"before step {self.step + 1}"
         with ExitStack() as ending:
             ending.callback(self.directory.release)
             ending.callback(lambda: self.outputs.close(failed=failed))
@@ -129,27 +137,59 @@ class Trainer:
                 ending.callback(_call, name, callback, "close")
             try:
                 self._call("start")
-                steps = self.reader.steps(range(self.step, self.settings.trainer.steps), self.row)
-                parts = ending.enter_context(Ahead(prepared(steps), self.device))
                 with failure.stepping():
-                    while not self.done:
-                        where = f"in step {self.step + 1}"
-                        part = self._meet(parts)
-                        if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
-                            break
-                        self._call("before_step")
-                        self._train_step(part)
-                        where = f"after step {self.step}"
-                        self._call("after_step")
-                where = f"in step {self.step + 1}"
+                    self._run_stage()
+                    while not (self.done or self._asked_at_border()):
+                        self._next_stage()
+                        self._run_stage()
+                self._where = f"in step {self.step + 1}"
                 self._end()
                 failed = False
             except BaseException as error:
                 if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
                     with suppress(Exception):
                         self._read_records()
-                self._explain(error, where)
+                self._explain(error, self._where)
                 raise
+
+    def _run_stage(self) -> None:
+        """Takes the steps of a stage, or those until a signal asks for the run's end."""
+        steps = self.reader.steps(range(self.step, self.stage.stop), self.row)
+        with Ahead(prepared(steps), self.device) as parts:
+            while self.step < self.stage.stop:
+                self._where = f"in step {self.step + 1}"
+                part = self._meet(parts)
+                if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
+                    return
+                self._call("before_step")
+                self._train_step(part)
+                self._where = f"after step {self.step}"
+                self._call("after_step")
+
+    def _asked_at_border(self) -> bool:
+        """Whether a signal asks any rank for the run's end, where a stage has ended and another would begin."""
+        if not self.asked:
+            self.asked = int(gather_numbers([float(failure.asked())], self.mesh).max())
+        return self.asked > 0
+
+    def _next_stage(self) -> None:
+        """Goes on to the stage after this one, in these processes, from the checkpoint of its last step.
+
+        Weights and states take the way through the checkpoint as in a run that is started again, on whatever ranks.
+        """
+        stage, saved = self.plan.at(self.step), self.saving.saved
+        self._where = f"before step {self.step + 1}"
+        if saved is None or step_of(saved) != self.step:
+            raise failure.RunFailed(f"{stage.setting} must begin from a checkpoint; {self.saving.unsaved}")
+        self._read_records()
+        self.engine.close()
+        del self.reader, self.records
+        self._enter(stage, saved, examined=False)
+        longest = max(self.saving.origin.longest_row, self.settings.data.sequence_length)
+        self.saving.origin = replace(self.saving.origin, longest_row=longest)
+        self.outputs.stage = stage.name
+        self.outputs.say(report.next_stage(self))
+        self._call("next_stage")
 
     @property
     def done(self) -> bool:
@@ -157,11 +197,11 @@ class Trainer:
         return self.step >= self.settings.trainer.steps
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never.
+        """Whether what is done every so many steps, and after a stage's last one, is done after this step; 0 is never.
 
         Where it is, `record` is up to date and the loss of every step until now is finite.
         """
-        is_due = every > 0 and (self.step % every == 0 or self.done)
+        is_due = every > 0 and (self.step % every == 0 or self.step >= self.stage.stop)
         if is_due:
             self._read_records()
         return is_due

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Saving(Callback):
-    """Saves a checkpoint every `checkpoint.every` steps, after the last one, and where a signal ends the run.
+    """Saves a checkpoint every `checkpoint.every` steps, after a stage's last one, and where a signal ends the run.
 
     One that cannot be written is reported, and the next is tried. saved: the newest checkpoint, which may be the one
-    that the run began with. unsaved: why that of the run's end could not be written, or "".
+    that the run began with. unsaved: why that of the run's or a stage's end could not be written, or "".
     """
 
     def __init__(self, saved: Path | None, origin: Origin) -> None:
@@ -29,7 +29,7 @@ class Saving(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.due(trainer.settings.checkpoint.every):
-            self._save(trainer, last=trainer.done)
+            self._save(trainer, last=trainer.step == trainer.stage.stop)
 
     def end(self, trainer: Trainer) -> None:
         present = self.saved is not None and self.saved.name == f"step-{trainer.step:08d}"
@@ -39,6 +39,7 @@ class Saving(Callback):
     def _save(self, trainer: Trainer, last: bool) -> None:
         state = {
             "step": trainer.step,
+            "stage": trainer.stage.name,
             "tokens": trainer.tokens,
             "data": trainer.corpus.train.state(trainer.row),
             "model": trainer.settings.model,

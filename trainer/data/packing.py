@@ -61,10 +61,16 @@ class RowStream(ABC):
 
     version = 1
 
-    def __init__(self, length: int, fingerprint: str, seed: int | None = None) -> None:
+    def __init__(
+        self, length: int, fingerprint: str, seed: int | None = None, begin: int = 0, count: int | None = None
+    ) -> None:
+        """begin: what the stages of a run before this one have read, in units of the stream's own. count: how many rows
+        are to be read, where that is known: the next stage begins behind them.
+        """
         self.length = length
         self.fingerprint = fingerprint
         self.seed = seed
+        self.begin, self.count = begin, count
 
     @property
     @abstractmethod
@@ -86,9 +92,12 @@ class RowStream(ABC):
             "fingerprint": "The data or their settings changed: restore them, or start anew with init_from",
             "sequence_length": "Restore data.sequence_length, or start anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
+            "begin": "The stages before this one have read other rows: restore them, or start anew with init_from",
+            "count": "A stage that has begun keeps its length: restore it, and add stages behind the last one",
         }
+        known = {"begin": 0, "count": None} | state  # as a checkpoint from before there were stages
         for key, own in self._identity().items():
-            if state.get(key) != own:
+            if known.get(key) != own:
                 raise ValueError(
                     f"the checkpoint's data {key} must be {own!r}; got {state.get(key)!r}. {remedies[key]}"
                 )
@@ -100,6 +109,8 @@ class RowStream(ABC):
             "fingerprint": self.fingerprint,
             "sequence_length": self.length,
             "seed": self.seed,
+            "begin": self.begin,
+            "count": self.count,
         }
 
 
@@ -110,6 +121,10 @@ class TokenStream(RowStream):
     With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, the epochs
     are laid end to end and cut after every N tokens. Without one it is `members` once, in their order, and its last row
     is padded.
+
+    Stages of a run read one after another: the rows begin at token `begin` of the epochs laid end to end, and `count`
+    of them, if given, are permuted among themselves alone. So a stage that begins behind them, with rows of another
+    length, repeats no token and passes over none.
 
     The rows that lie wholly in an epoch come in an order of their own, by (seed, e) too: neighbours share a document,
     and a long one would fill step after step. A row with tokens of two epochs stays between them, and a padded one at
@@ -128,8 +143,10 @@ class TokenStream(RowStream):
         seed: int | None = None,
         fingerprint: str = "",
         padding: int = 0,
+        begin: int = 0,
+        count: int | None = None,
     ) -> None:
-        super().__init__(length, fingerprint, seed)
+        super().__init__(length, fingerprint, seed, begin, count)
         self.documents = documents
         self.members = np.asarray(members, np.int64)
         self.padding = padding
@@ -153,7 +170,7 @@ class TokenStream(RowStream):
         tokens = np.full(self.length, self.padding, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
         lengths, at = [], 0
-        for document, start, n in self._pieces(self._cut(number) * self.length, self.length):
+        for document, start, n in self._pieces(self.begin + self._cut(number) * self.length, self.length):
             # One token more than the piece: the target of its last token, unless the document ends there.
             ids = self.documents[document][start : start + n + 1]
             tokens[at : at + n] = ids[:n]
@@ -164,8 +181,13 @@ class TokenStream(RowStream):
 
     def _cut(self, number: int) -> int:
         """Which of the rows in the order of the documents is row `number`."""
-        epoch = number * self.length // self.tokens if self.seed is not None else 0
-        first, stop = -(-epoch * self.tokens // self.length), (epoch + 1) * self.tokens // self.length
+        epoch = (self.begin + number * self.length) // self.tokens if self.seed is not None else 0
+        first = max(0, -((self.begin - epoch * self.tokens) // self.length))
+        stop = ((epoch + 1) * self.tokens - self.begin) // self.length
+        if self.count is not None:
+            if number >= self.count:
+                raise ValueError(f"the row must be one of {self.count}; got {number}. The stage has no more")
+            stop = min(stop, self.count)
         if number >= stop:
             return number  # it reaches into the next epoch, or into the padding
         return first + permuted(number - first, stop - first, (self.seed or 0, epoch))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..requirements import at_least
 
@@ -65,3 +66,17 @@ class DataSettings:
     def micro_batches(self, data_ranks: int) -> int:
         """Micro-batches that each data-parallel rank computes in a step."""
         return self.rows_per_step // (data_ranks * self.rows_per_micro_batch)
+
+    def same_documents(self, other: DataSettings) -> bool:
+        """Whether both read the same tokens, cut into rows and steps in whatever way."""
+        return self._as_documents() == other._as_documents()
+
+    def _as_documents(self) -> DataSettings:
+        return replace(self, sequence_length=0, rows_per_step=0, rows_per_micro_batch=0, cache_dir=None)
+
+
+class Earlier(NamedTuple):
+    """What an earlier stage of the run has read: so many rows, by these settings."""
+
+    data: DataSettings
+    rows: int
