@@ -91,6 +91,7 @@ class Trainer:
         shown |= {"stage": stage.name, "beginning": self.step == stage.first}
         self.outputs = together(mesh, lambda: Outputs(settings, self.directory, **shown))
         self.sampling, self.saving = Sampling(), Saving(start, origin)
+        self.saving.kept.update(self.plan.borders)
         chosen = settings.trainer
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
         built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}

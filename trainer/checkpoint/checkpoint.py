@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,11 +50,13 @@ def save(
     keep: int,
     beside: Callable[[Path], None] | None = None,
     spare: int | None = None,
+    milestones: Collection[int] = (),
 ) -> Path:
     """Writes `directory`/step-N, N = state["step"], and removes all but the newest `keep`; every rank calls it.
 
     state: what the run needs to go on, as JSON. beside: called on the first rank with the folder while it is being
-    written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well.
+    written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well;
+    so do those of the steps `milestones`.
     Written aside, brought to the disk, then renamed. If any rank cannot write, all raise CheckpointError, nothing of
     the attempt stays, and earlier ones are untouched. `directory` is made, but not the folder that it lies in: one that
     has vanished does not come back half empty.
@@ -84,7 +86,7 @@ def save(
                     beside(temporary)
                 every = {file: entry for part, _ in gathered for file, entry in part.items()}
                 _complete(temporary, path, {"state": state, "adam_steps": engine.adam_steps, "files": every})
-                _prune(directory, path, keep, spare)
+                _prune(directory, path, keep, spare, milestones)
         except Exception as failure:  # of any kind: the tokenizers' library raises bare ones for a full disk
             error = f"{failure}"
         if error is not None:
@@ -294,7 +296,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None:
+def _prune(directory: Path, written: Path, keep: int, spare: int | None, milestones: Collection[int]) -> None:
     """Those after `written` stay: of a run that goes on from an earlier one, since they are damaged, until it is there.
 
     Nor do damaged ones count among those that are kept.
@@ -302,7 +304,9 @@ def _prune(directory: Path, written: Path, keep: int, spare: int | None) -> None
     kept, spared = 1, spare is None or step_of(written) <= spare
     for path in reversed([path for path in steps(directory) if step_of(path) < step_of(written)]):
         complete = is_complete(path)
-        if complete and kept < keep:
+        if complete and step_of(path) in milestones:
+            spared = spared or step_of(path) <= (spare or 0)
+        elif complete and kept < keep:
             kept += 1
             spared = spared or step_of(path) <= (spare or 0)
         elif complete and not spared and step_of(path) <= (spare or 0):

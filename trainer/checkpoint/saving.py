@@ -22,10 +22,12 @@ class Saving(Callback):
 
     One that cannot be written is reported, and the next is tried. saved: the newest checkpoint, which may be the one
     that the run began with. unsaved: why that of the run's or a stage's end could not be written, or "".
+    kept: steps whose checkpoints stay for ever, such as the borders of stages.
     """
 
     def __init__(self, saved: Path | None, origin: Origin) -> None:
         self.saved, self.unsaved, self.origin = saved, "", origin
+        self.kept: set[int] = set()
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.due(trainer.settings.checkpoint.every):
@@ -39,7 +41,7 @@ class Saving(Callback):
     def _save(self, trainer: Trainer, last: bool) -> None:
         state = {
             "step": trainer.step,
-            "stage": trainer.stage.name,
+            "stage": trainer.stage.identity,
             "tokens": trainer.tokens,
             "data": trainer.corpus.train.state(trainer.row),
             "model": trainer.settings.model,
@@ -53,6 +55,7 @@ class Saving(Callback):
                 chosen.keep,
                 beside=lambda folder: self._write_beside(trainer, folder),
                 spare=trainer.schedule.extendable,
+                milestones=self.kept,
             )
         except checkpoint.CheckpointError as error:
             trainer.check_directory()

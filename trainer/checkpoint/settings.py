@@ -12,7 +12,7 @@ class CheckpointSettings:
     """Checkpoints: when, how many, and which one to start from."""
 
     every: int = 500  # steps, and at the end; 0 = never
-    keep: int = 2  # the newest so many; of schedule=wsd also the newest from before its decay, to go on from
+    keep: int = 2  # the newest so many, and the last one of each stage; of wsd also the newest from before its decay
     resume: str = "auto"  # auto: the newest good one of run.dir; none; or the path of one, for the run's first start
 
     def check(self) -> None:

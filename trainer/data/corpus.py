@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..run.progress import count
 from .packing import TokenStream
 from .recall import RecallCorpus, open_recall
-from .settings import DataSettings, Earlier
+from .settings import DataSettings
 from .sources import open_source
 from .token_cache import TokenCache, open_token_cache
 from .tokenization import FORMAT
@@ -67,22 +65,14 @@ class Corpus:
         return self.text_bytes(split) / self.stream(split).targets
 
 
-def open_corpus(
-    settings: DataSettings,
-    cache_dir: str | Path | None = None,
-    seed: int = 0,
-    *,
-    earlier: Sequence[Earlier] = (),
-    count: int | None = None,
-) -> Corpus | RecallCorpus:
+def open_corpus(settings: DataSettings, cache_dir: str | Path | None = None, seed: int = 0) -> Corpus | RecallCorpus:
     """The corpus of `data.*`; every rank calls it, one of them builds the token cache and the others wait for its file.
 
-    `cache_dir` overrides `data.cache_dir`; `seed` orders the training documents. earlier: what the stages of the run
-    before this one have read, behind which its training rows begin; count: how many it reads. What was left out of the
-    data is logged as a warning. Raises ValueError for settings or data that cannot be used.
+    `cache_dir` overrides `data.cache_dir`; `seed` orders the training documents. What was left out of the data is
+    logged as a warning. Raises ValueError for settings or data that cannot be used.
     """
     if settings.source == "recall":
-        return open_recall(settings, earlier, count)
+        return open_recall(settings)
     _check(settings)
     bos = settings.bos.lower()  # as a command line's true becomes the text True
     if settings.tokenizer == "bpe":
@@ -108,9 +98,7 @@ def open_corpus(
     for note in [*source.notes, *cache.metadata["notes"]]:
         log.warning("%s", note)
     # The cache's may have been another's, with the same ids and another chat template.
-    begin = sum(read.rows * read.data.sequence_length for read in earlier if read.data.same_documents(settings))
-    order = {"seed": seed, "begin": begin, "count": count}
-    corpus = _corpus(cache, tokenizer or cache.tokenizer, settings.sequence_length, order)
+    corpus = _corpus(cache, tokenizer or cache.tokenizer, settings.sequence_length, seed)
     if settings.source == "pretokenized" and not _begins(corpus):
         log.warning("data.bos: prompts begin with BOS and no document does; data.bos=false leaves it out of prompts")
     return corpus
@@ -123,16 +111,16 @@ def _begins(corpus: Corpus) -> bool:
     return any(tuple(ids.tolist()) == begin for ids in first)
 
 
-def _corpus(cache: TokenCache, tokenizer: Tokenizer, length: int, order: dict[str, Any]) -> Corpus:
+def _corpus(cache: TokenCache, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
     fingerprint, padding = cache.metadata["fingerprint"], cache.tokenizer.end_of_text
     fingerprint = f"{fingerprint}-{cache.metadata['validation_fraction']}"
     training, validation = np.flatnonzero(~cache.held_out), np.flatnonzero(cache.held_out)
     # In the order of their hashes, so that each row is a fair choice of documents, for when only some are evaluated.
     validation = validation[np.argsort(cache.hashes[validation], kind="stable")]
-    shared: dict[str, Any] = {"length": length, "fingerprint": fingerprint, "padding": padding}
+    shared = {"length": length, "fingerprint": fingerprint, "padding": padding}
     return Corpus(
         tokenizer,
-        TokenStream(cache, training, **order, **shared),
+        TokenStream(cache, training, seed=seed, **shared),
         TokenStream(cache, validation, **shared),
         cache,
         fingerprint,

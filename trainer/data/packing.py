@@ -57,20 +57,48 @@ class RowStream(ABC):
 
     `seed` (0 .. 2^64 − 1) and `fingerprint` tell the stream from others when a run is resumed, and so does `version`,
     which is raised when the same seed and data give other rows.
+
+    A stream is one segment of a run, whose rows are counted from 0. A run has one segment, unless its rows change on
+    purpose, as those of stages do; then another stream goes on behind what the segments before it have read.
+
+        stream.begin(mark)              a run's first segment; `mark` rows are planned (None: there is no plan)
+        state = stream.state(row)       for a checkpoint, or for the next segment
+        row = stream.resume(state)      the same segment again, on any ranks: the next row to read
+        other.follow(state, mark)       the segment after it, from row 0
     """
 
     version = 1
 
-    def __init__(
-        self, length: int, fingerprint: str, seed: int | None = None, begin: int = 0, count: int | None = None
-    ) -> None:
-        """begin: what the stages of a run before this one have read, in units of the stream's own. count: how many rows
-        are to be read, where that is known: the next stage begins behind them.
-        """
+    def __init__(self, length: int, fingerprint: str, seed: int | None = None) -> None:
         self.length = length
         self.fingerprint = fingerprint
         self.seed = seed
-        self.begin, self.count = begin, count
+        self.start, self.mark = 0, None  # what the segments before have read, in `unit`s; rows that are planned
+
+    @property
+    def unit(self) -> int:
+        """What a row reads."""
+        return self.length
+
+    def begin(self, mark: int | None = None) -> None:
+        """Makes this a run's first segment, of `mark` rows as far as is planned."""
+        self.start, self.mark = 0, mark
+
+    def follow(self, state: dict[str, Any], mark: int | None = None) -> None:
+        """Makes this the segment that comes after that of `state`: behind it in the same data, else at their beginning.
+
+        Raises ValueError where the segment before has not been read up to its mark, since its rows come in any order.
+        """
+        self.begin(mark)
+        if state.get("fingerprint") != self.fingerprint:
+            return
+        self._refuse_another(state, "version", "seed")
+        if state["row"] != state.get("mark"):
+            raise ValueError(
+                f"a stage must be read to its end before the next one begins; got {state['row']} of "
+                f"{state.get('mark')} rows. Restore its length"
+            )
+        self.start = state.get("start", 0) + state["row"] * state.get("unit", state["sequence_length"])
 
     @property
     @abstractmethod
@@ -83,25 +111,26 @@ class RowStream(ABC):
 
     def state(self, row: int) -> dict[str, Any]:
         """What a checkpoint keeps: `row` is the next row to read, on whichever rank."""
-        return self._identity() | {"row": row}
+        return self._identity() | {"row": row, "start": self.start, "mark": self.mark, "unit": self.unit}
 
     def resume(self, state: dict[str, Any]) -> int:
         """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream."""
+        self._refuse_another(state, *self._identity())
+        self.start, self.mark = state.get("start", 0), state.get("mark")
+        return int(state["row"])
+
+    def _refuse_another(self, state: dict[str, Any], *keys: str) -> None:
         remedies = {
             "version": "Its rows come in another order: use the LongReach that wrote it, or start anew with init_from",
             "fingerprint": "The data or their settings changed: restore them, or start anew with init_from",
             "sequence_length": "Restore data.sequence_length, or start anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
-            "begin": "The stages before this one have read other rows: restore them, or start anew with init_from",
-            "count": "A stage that has begun keeps its length: restore it, and add stages behind the last one",
         }
-        known = {"begin": 0, "count": None} | state  # as a checkpoint from before there were stages
-        for key, own in self._identity().items():
-            if known.get(key) != own:
+        for key in keys:
+            if state.get(key) != (own := self._identity()[key]):
                 raise ValueError(
                     f"the checkpoint's data {key} must be {own!r}; got {state.get(key)!r}. {remedies[key]}"
                 )
-        return int(state["row"])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -109,8 +138,6 @@ class RowStream(ABC):
             "fingerprint": self.fingerprint,
             "sequence_length": self.length,
             "seed": self.seed,
-            "begin": self.begin,
-            "count": self.count,
         }
 
 
@@ -122,12 +149,9 @@ class TokenStream(RowStream):
     are laid end to end and cut after every N tokens. Without one it is `members` once, in their order, and its last row
     is padded.
 
-    Stages of a run read one after another: the rows begin at token `begin` of the epochs laid end to end, and `count`
-    of them, if given, are permuted among themselves alone. So a stage that begins behind them, with rows of another
-    length, repeats no token and passes over none.
-
-    The rows that lie wholly in an epoch come in an order of their own, by (seed, e) too: neighbours share a document,
-    and a long one would fill step after step. A row with tokens of two epochs stays between them, and a padded one at
+    The rows that lie wholly in an epoch, on one side of the mark, come in an order of their own, by (seed, e) too:
+    neighbours share a document, and a long one would fill step after step. A row with tokens of two epochs stays
+    between them, and a padded one at
     the end, so that tokens e·E .. (e+1)·E of the rows one after another are epoch e, of E tokens, each once. Any row
     costs one look-up in its epoch's table of documents, whichever was asked for before.
     """
@@ -143,10 +167,8 @@ class TokenStream(RowStream):
         seed: int | None = None,
         fingerprint: str = "",
         padding: int = 0,
-        begin: int = 0,
-        count: int | None = None,
     ) -> None:
-        super().__init__(length, fingerprint, seed, begin, count)
+        super().__init__(length, fingerprint, seed)
         self.documents = documents
         self.members = np.asarray(members, np.int64)
         self.padding = padding
@@ -170,7 +192,7 @@ class TokenStream(RowStream):
         tokens = np.full(self.length, self.padding, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
         lengths, at = [], 0
-        for document, start, n in self._pieces(self.begin + self._cut(number) * self.length, self.length):
+        for document, start, n in self._pieces(self.start + self._cut(number) * self.length, self.length):
             # One token more than the piece: the target of its last token, unless the document ends there.
             ids = self.documents[document][start : start + n + 1]
             tokens[at : at + n] = ids[:n]
@@ -181,13 +203,11 @@ class TokenStream(RowStream):
 
     def _cut(self, number: int) -> int:
         """Which of the rows in the order of the documents is row `number`."""
-        epoch = (self.begin + number * self.length) // self.tokens if self.seed is not None else 0
-        first = max(0, -((self.begin - epoch * self.tokens) // self.length))
-        stop = ((epoch + 1) * self.tokens - self.begin) // self.length
-        if self.count is not None:
-            if number >= self.count:
-                raise ValueError(f"the row must be one of {self.count}; got {number}. The stage has no more")
-            stop = min(stop, self.count)
+        epoch = (self.start + number * self.length) // self.tokens if self.seed is not None else 0
+        first = max(0, -((self.start - epoch * self.tokens) // self.length))
+        stop = ((epoch + 1) * self.tokens - self.start) // self.length
+        if self.mark is not None:
+            first, stop = (first, min(stop, self.mark)) if number < self.mark else (max(first, self.mark), stop)
         if number >= stop:
             return number  # it reaches into the next epoch, or into the padding
         return first + permuted(number - first, stop - first, (self.seed or 0, epoch))

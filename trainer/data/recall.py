@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from .packing import NO_TARGET, Row, RowStream
-from .settings import DataSettings, Earlier
+from .settings import DataSettings
 from .sources import refuse_ignored
 
 FORMAT = 1  # raised when the same settings give other problems
@@ -96,24 +94,19 @@ class RecallStream(RowStream):
     """Problems of a split in the order of their numbers, whole ones side by side in rows of `length` tokens.
 
     documents: how many there are (None: never the same again). `endless`: then they begin again; otherwise the stream
-    ends. begin: the number of the first problem.
+    ends.
     """
 
     def __init__(
-        self,
-        task: RecallTask,
-        split: str,
-        *,
-        length: int,
-        documents: int | None,
-        endless: bool,
-        fingerprint: str,
-        begin: int = 0,
-        count: int | None = None,
+        self, task: RecallTask, split: str, *, length: int, documents: int | None, endless: bool, fingerprint: str
     ) -> None:
-        super().__init__(length, fingerprint, begin=begin, count=count)
+        super().__init__(length, fingerprint)
         self.task, self.split, self.documents, self.endless = task, split, documents, endless
         self.per_row = length // task.length
+
+    @property
+    def unit(self) -> int:
+        return self.per_row
 
     @property
     def rows(self) -> int | None:
@@ -124,7 +117,7 @@ class RecallStream(RowStream):
             raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
         tokens = np.full(self.length, BLANK, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
-        first, n = self.begin + number * self.per_row, self.task.length
+        first, n = self.start + number * self.per_row, self.task.length
         numbers = range(first, first + self.per_row)
         if self.rows is not None:
             numbers = [document for document in numbers if document < (self.documents or 0)]
@@ -164,11 +157,8 @@ class RecallCorpus:
         )
 
 
-def open_recall(settings: DataSettings, earlier: Sequence[Earlier] = (), count: int | None = None) -> RecallCorpus:
-    """The problems of `data.recall`. Raises ValueError for settings that do not fit and for those it ignores.
-
-    earlier: what stages before this one have read; no number is drawn again. count: rows that this one reads.
-    """
+def open_recall(settings: DataSettings) -> RecallCorpus:
+    """The problems of `data.recall`. Raises ValueError for settings that do not fit and for those it ignores."""
     _refuse(settings)
     chosen = settings.recall
     task = RecallTask(
@@ -186,17 +176,12 @@ def open_recall(settings: DataSettings, earlier: Sequence[Earlier] = (), count: 
     made_of = {"format": FORMAT, **given, "documents": settings.max_documents}
     fingerprint = hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    shared: dict[str, Any] = {"length": settings.sequence_length, "fingerprint": fingerprint}
-    begin = sum(read.rows * _per_row(read.data) for read in earlier if read.data.source == settings.source)
-    drawn = {"documents": settings.max_documents, "endless": True, "begin": begin, "count": count}
-    train = RecallStream(task, "train", **drawn, **shared)
-    held_out = RecallStream(task, "validation", documents=chosen.validation_documents, endless=False, **shared)
-    return RecallCorpus(task, train, held_out)
+    def stream(split: str, documents: int | None, endless: bool) -> RecallStream:
+        length = settings.sequence_length
+        return RecallStream(task, split, length=length, documents=documents, endless=endless, fingerprint=fingerprint)
 
-
-def _per_row(settings: DataSettings) -> int:
-    """Problems in a row."""
-    return settings.sequence_length // (settings.recall.length or settings.sequence_length)
+    train = stream("train", settings.max_documents, True)
+    return RecallCorpus(task, train, stream("validation", chosen.validation_documents, False))
 
 
 def _refuse(settings: DataSettings) -> None:

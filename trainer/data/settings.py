@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from ..requirements import at_least
 
@@ -69,14 +68,7 @@ class DataSettings:
 
     def same_documents(self, other: DataSettings) -> bool:
         """Whether both read the same tokens, cut into rows and steps in whatever way."""
-        return self._as_documents() == other._as_documents()
+        return self._without_rows() == other._without_rows()
 
-    def _as_documents(self) -> DataSettings:
+    def _without_rows(self) -> DataSettings:
         return replace(self, sequence_length=0, rows_per_step=0, rows_per_micro_batch=0, cache_dir=None)
-
-
-class Earlier(NamedTuple):
-    """What an earlier stage of the run has read: so many rows, by these settings."""
-
-    data: DataSettings
-    rows: int

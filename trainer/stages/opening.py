@@ -82,16 +82,19 @@ class Opening:
 
         That may be the last of the stage before. Raises ValueError for one of another model or other data.
         """
-        corpus, row = self._corpus(stage), 0
-        if start is not None:
-            state = checkpoint.verify(start).state
-            written = self.plan.behind(state["step"])
-            together(self._first, lambda: check_same_model(start, written.settings.model))
-            stream = self._corpus(written).train
-            row = together(self._first, lambda: stream.resume(state["data"]))
-            row = row if written is stage else 0
+        corpus = self._corpus(stage)
         self._corpora = {stage.number: corpus}
-        return corpus, row
+        if start is None:
+            corpus.train.begin(stage.rows)
+            return corpus, 0
+        state = checkpoint.verify(start).state
+        written = self.plan.behind(state["step"])
+        together(self._first, lambda: _check_begun(start, state, written))
+        together(self._first, lambda: check_same_model(start, written.settings.model))
+        if written is stage:
+            return corpus, together(self._first, lambda: corpus.train.resume(state["data"]))
+        together(self._first, lambda: corpus.train.follow(state["data"], stage.rows))
+        return corpus, 0
 
     def _model(self, stage: Stage) -> dict[str, Any]:
         """The stage's model, complete; its vocabulary is that of the data of the first stage."""
@@ -116,12 +119,26 @@ class Opening:
 
     def _corpus(self, stage: Stage) -> Corpus | RecallCorpus:
         if stage.number not in self._corpora:
-            settings, earlier, count = stage.settings, stage.earlier, stage.rows
-            seed = settings.trainer.seed
-            self._corpora[stage.number] = prepare(
-                self._first, lambda: open_corpus(settings.data, seed=seed, earlier=earlier, count=count)
-            )
+            data, seed = stage.settings.data, stage.settings.trainer.seed
+            self._corpora[stage.number] = prepare(self._first, lambda: open_corpus(data, seed=seed))
         return self._corpora[stage.number]
+
+
+def _check_begun(start: Path, state: dict[str, Any], written: Stage) -> None:
+    """Raises ValueError where the steps of a checkpoint were of another stage than by the plan of now."""
+    was = state.get("stage", {"name": "", "first": 0})  # as before there were stages
+    if was != written.identity:
+        named = [
+            f"stage {stage['name']!r}, which began after step {stage['first']}"
+            if stage["name"]
+            else "a run without any"
+            for stage in (was, written.identity)
+        ]
+        raise ValueError(
+            f"stages must keep those that have begun, with their names, and the lengths of those before; step "
+            f"{state['step']} of {start} was of {named[0]}, and is of {named[1]} now. Restore them, and add stages at "
+            "the end"
+        )
 
 
 def _topology(parallel: ParallelSettings) -> tuple[int, int, int]:

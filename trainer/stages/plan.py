@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...models.moved import with_current_paths
-from ..data.settings import DataSettings, Earlier
+from ..data.settings import DataSettings
 from ..schedule import Schedule
 from ..settings import Settings, check, expand_paths
 from .changes import changed_by
@@ -22,8 +22,7 @@ class Stage:
     """Steps `first` + 1 .. `stop` of a run, which are taken with `settings`.
 
     name: "" for that of a run without stages.   changes: what it changes of the stage before, by dotted name.
-    schedule: the learning rate of each step of the run.
-    earlier: what the stages before it have read, in order.   rows: that it reads; None where the run may be extended.
+    schedule: the learning rate of each step of the run.   rows: that it reads; None for a run without stages.
     """
 
     number: int
@@ -33,8 +32,12 @@ class Stage:
     settings: Settings
     schedule: Schedule
     changes: dict[str, Any] = field(default_factory=dict)
-    earlier: tuple[Earlier, ...] = ()
     rows: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the stage that it is of."""
+        return {"name": self.name, "first": self.first}
 
     @property
     def setting(self) -> str:
@@ -166,7 +169,7 @@ class _Entry:
 
 
 def _stages(base: Settings, made: list[tuple[_Entry, Settings, dict[str, Any], int]]) -> Iterator[Stage]:
-    first, earlier, begin = 0, [], 0
+    first = 0
     borders = [sum(steps for *_, steps in made[:number]) for number in range(len(made) + 1)]
     begins = [0] + [n for n, (_, _, changes, _) in enumerate(made) if n and any(map(_reschedules, changes))]
     for entry, settings, changes, steps in made:
@@ -179,8 +182,7 @@ def _stages(base: Settings, made: list[tuple[_Entry, Settings, dict[str, Any], i
         with _named(entry.setting):
             schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, length, first=borders[begin])
         rows = steps * settings.data.rows_per_step
-        yield Stage(entry.number, entry.name, first, stop, settings, schedule, changes, tuple(earlier), rows)
-        earlier.append(Earlier(settings.data, rows))
+        yield Stage(entry.number, entry.name, first, stop, settings, schedule, changes, rows)
         first = stop
 
 
