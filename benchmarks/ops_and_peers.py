@@ -310,6 +310,9 @@ def experts_case(length: int, device: str) -> Case:
         return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
     peers = {"torch grouped_mm": differentiated(torch_product, [x, weight])}
+    if device == "cuda":
+        own = differentiated(lambda x, weight: grouped_matmul(x, weight, ends, backend="triton"), [x, weight])
+        peers["own Triton"] = own
     return Case(
         differentiated(lambda x, weight: grouped_matmul(x, weight, ends), [x, weight]),
         grouped_flops(length, inputs=inputs, outputs=outputs),

@@ -5,6 +5,7 @@
 #                where that is set, the first so many
 #   HOSTFILE     for several machines: lines of "name slots=8"; they need ssh without a password and this same folder
 #   PORT         a free port on the first machine (default: one that is free here, or 29500 with HOSTFILE)
+#   RESTARTS     how often a run that a signal has ended (status 75) is started again (default 0); give it a run.dir
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 refuse_several
@@ -38,4 +39,4 @@ fi
 # Without a GPU the launcher has to be told that processes may be started.
 if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
 trap '' USR1  # the ranks save and end at this signal; the launcher would die of it
-exec "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --module longreach.launch.train "$@"
+restarting terminate_children "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --module longreach.launch.train "$@"

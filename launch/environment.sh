@@ -77,3 +77,35 @@ threads_for() {
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     echo $((cores > $1 ? cores / $1 : 1))
 }
+
+# A run that a signal has ended after saving leaves with this (EX_TEMPFAIL); started again, it goes on.
+AGAIN=75
+
+# restarting STOP COMMAND…: ends this script with the command's status; where that is $AGAIN, starts it again, up to
+# $RESTARTS times. Not where this script is told to end, by SIGTERM or Ctrl-C: then `STOP PID` passes that on.
+restarting() {
+    local stop=$1 left=${RESTARTS:-0} status heard
+    shift
+    if [ "$left" -gt 0 ] && [[ " $* " != *" run.dir="* ]]; then
+        echo "RESTARTS must come with run.dir=…, where a run goes on; got $RESTARTS without. Name a folder" >&2
+        exit 1
+    fi
+    told=0
+    trap 'told=$((told + 1)); "$stop" "$launcher"' TERM INT
+    while :; do
+        "$@" &
+        launcher=$!
+        # A signal ends `wait` before the command has ended.
+        while heard=$told status=0; wait "$launcher" || status=$?; [ "$told" -ne "$heard" ]; do :; done
+        if [ "$status" -ne "$AGAIN" ] || [ "$told" -gt 0 ] || [ "$left" -eq 0 ]; then exit "$status"; fi
+        left=$((left - 1))
+        echo "starting again, as status $AGAIN asks ($left restart(s) left)"
+    done
+}
+
+terminate() { kill -TERM "$1" 2>/dev/null || true; }
+
+# DeepSpeed's runner would die alone and leave the ranks: what it has started is told.
+terminate_children() {
+    "$PYTHON" -c 'import psutil, sys; [child.terminate() for child in psutil.Process(int(sys.argv[1])).children()]' "$1" || true
+}

@@ -5,6 +5,7 @@
 #   NODES        machines (default 1); run this script on each, with the same arguments and
 #   NODE_RANK    the number of this machine, 0 .. NODES-1
 #   HEAD         address of machine 0      PORT   a free port on it (default 29500)
+#   RESTARTS     how often a run that a signal has ended (status 75) is started again (default 0); give it a run.dir
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ "${NODES:-1}" -eq 1 ]; then refuse_several; fi
@@ -23,4 +24,4 @@ else
     where=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$HEAD" --master-port "${PORT:-29500}")
 fi
 trap '' USR1  # the ranks save and end at this signal; torchrun would die of it
-exec "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc-per-node "$RANKS" -m longreach.launch.train "$@"
+restarting terminate "$PYTHON" -m longreach.launch.torchrun "${where[@]}" --nproc-per-node "$RANKS" -m longreach.launch.train "$@"

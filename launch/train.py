@@ -15,7 +15,7 @@ from ..parallel.mesh import Mesh
 from ..trainer.checkpoint.choice import own_checkpoint, read_config
 from ..trainer.preparation import changed
 from ..trainer.ranks import processes
-from ..trainer.ranks.exchange import together
+from ..trainer.ranks.exchange import gather_numbers, together
 from ..trainer.ranks.settings import ulysses_ranks
 from ..trainer.run import failure
 from ..trainer.run.report import launch_command
@@ -80,8 +80,8 @@ def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
         settings.data.tokenizer = origin if own is None else str(own / "tokenizer")
 
 
-def train(settings: Settings, command: list[str]) -> None:
-    """Joins the ranks and runs the trainer on this one; `command` is what started it."""
+def train(settings: Settings, command: list[str]) -> int:
+    """Joins the ranks and runs the trainer on this one; `command` is what started it. Returns the exit status."""
     failure.catch_termination()
     plan = plan_of(settings)
     plan.check(int(os.environ.get("WORLD_SIZE", "1")))
@@ -90,8 +90,12 @@ def train(settings: Settings, command: list[str]) -> None:
     device = processes.start(parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
     mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.experts, parallel.timeout_minutes)
     together(mesh, lambda: choose_kernels(vars(settings.kernels), device))
-    Trainer(settings, build, mesh, device, command, callbacks).run()
+    trainer = Trainer(settings, build, mesh, device, command, callbacks)
+    trainer.run()
+    if trainer.interrupted:
+        gather_numbers([0.0], mesh)  # launchers end all ranks at the first status that is not 0: W&B is closed by now
     processes.end()
+    return failure.AGAIN if trainer.interrupted else 0
 
 
 def main() -> None:
@@ -102,10 +106,12 @@ def main() -> None:
     @hydra.main(version_base="1.3", config_path=configuration.CONFIGURATIONS, config_name="train")
     def compose(config: DictConfig) -> None:
         try:
-            train(to_settings(config, configuration.overrides(), configuration.choices()), command)
+            status = train(to_settings(config, configuration.overrides(), configuration.choices()), command)
         except BaseException as error:
             failure.report(error, started=False)
             processes.leave(1)
+        if status:
+            processes.leave(status)
 
     configuration.run_main(compose, "train", TEXTS)
     processes.leave(0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models.part import cast_parameters, named_weights, shape_of
 from ..parallel.mesh import Mesh
-from .engine_config import configuration
+from .engine_config import EngineSettings, configuration
 from .ranks.exchange import together
 from .requirements import at_least
 from .zero.experts import ExpertWeights, count_norm, cut_as_made, hide, whole
@@ -47,14 +47,6 @@ class OptimizerSettings:
         if self.eps <= 0:
             raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
         at_least("optimizer.weight_decay", self.weight_decay, 0)
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """`zero_stage` 0..3, and `config`: more DeepSpeed settings, merged with those that LongReach sets."""
-
-    zero_stage: int = 1  # what is split over all ranks: 1 optimizer states, 2 gradients too, 3 parameters too
-    config: dict[str, Any] = field(default_factory=dict)  # more DeepSpeed settings; conflicts are refused
 
 
 class Engine:
@@ -86,7 +78,7 @@ class Engine:
         load: Callable[[nn.Module, Gather], None] | None = None,
     ) -> None:
         self.zero_stage, self.mesh, self.device = settings.zero_stage, mesh, device
-        config = configuration(settings.zero_stage, dtype, clip, dict(settings.config))
+        config = configuration(settings, dtype, clip, mesh.world_size)
         self._deepspeed = _import_deepspeed(device)
         try:
             self._deepspeed.DeepSpeedConfig(config)
@@ -243,7 +235,11 @@ class Engine:
                     hide(module)
                 return model
             with split_as_made(self._deepspeed, config, dtype):
-                return model_factory().to(self.device)
+                model = model_factory().to(self.device)
+            for module in model.modules():
+                if getattr(module, "tile", None) is not None:  # its layers run once per tile, and are gathered once
+                    self._deepspeed.utils.set_z3_leaf_module(module, True)
+            return model
 
     def _initialise(self, model: nn.Module, seed: int) -> None:
         """Initial values, which the ranks draw in turns and give one another. A ValueError is raised on all of them."""

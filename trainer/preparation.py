@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..models import hf
+from ..models.activations.recomputation import SETTINGS as MEMORY
 from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..models.published import check_unread
@@ -23,7 +24,7 @@ from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather, frozen_parameters, saved_buffers
 from .ranks.exchange import together
 from .rehearsal import rehearse
-from .settings import Settings
+from .settings import Settings, TrainerSettings
 from .zero.experts import check_experts
 
 log = logging.getLogger("longreach")
@@ -116,8 +117,8 @@ def configured_model(settings: Settings) -> dict[str, Any]:
         model = changed(hf.read_settings(origin), {} if "_target_" in model else model)
     if not model.get("_target_"):
         raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
-    if settings.trainer.activation_checkpointing != "none":
-        model["activation_checkpointing"] = settings.trainer.activation_checkpointing
+    chosen, usual = settings.trainer, TrainerSettings()
+    model |= {name: getattr(chosen, name) for name in MEMORY if getattr(chosen, name) != getattr(usual, name)}
     return model
 
 
@@ -135,11 +136,10 @@ def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 def check_same_model(path: Path, model: dict[str, Any]) -> None:
     """Raises ValueError, naming the settings, if a checkpoint is of a model that is configured otherwise."""
     saved = with_current_paths(checkpoint.verify(path).state["model"])
-    free = ("activation_checkpointing",)  # changes what is kept in memory, not what is computed
     differing = [
         f"{name} was {saved.get(name)!r} and is {model.get(name)!r}"
         for name in sorted({*saved, *model})
-        if name not in free and saved.get(name) != model.get(name)
+        if name not in MEMORY and saved.get(name) != model.get(name)
     ]
     if differing:
         raise ValueError(

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..kernels.dispatch import LIBRARIES
-from ..models.language_model import CHECKPOINTING
+from ..models.activations.recomputation import check_modes
 from . import engine_config
 from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings
-from .engine import EngineSettings, OptimizerSettings
+from .engine import OptimizerSettings
+from .engine_config import EngineSettings
 from .evaluation.settings import EvaluationSettings
 from .ranks.settings import ParallelSettings
 from .requirements import at_least, one_of
@@ -31,8 +34,13 @@ class TrainerSettings:
     seed: int = 0  # of initial values, order of the data and sample
     dtype: str = "float32"  # or bfloat16, with float32 master weights
     clip: float = 1.0  # largest norm of the gradient; 0 = do not clip
-    max_skipped_steps: int = 10  # steps in a row that are skipped, their gradient not being finite; then the run ends
-    activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
+    max_skipped_steps: int = 10  # steps in a row whose loss or gradient is not finite, or a spike; then: max_rollbacks
+    max_rollbacks: int = 2  # times that the run goes back to a checkpoint then, past the rows since; then it ends
+    spike_deviations: float = 0.0  # skip a step whose loss is so many standard deviations above the mean; 0: none is
+    spike_window: int | None = None  # steps of which mean and deviation are; null: 128
+    activation_checkpointing: Any = "none"  # full: recompute blocks; mixing: but keep what ops computed; or by mixers
+    tile_tokens: int | None = None  # tokens that feed-forward layers compute at once, and again in backward; null: all
+    offload_activations: bool = False  # what recomputed blocks keep is on the host meanwhile, and comes back ahead
     compile: bool = False  # torch.compile the blocks, or where it cannot, what is local to a token
     deterministic: bool | None = None  # the same bits at every run; null: on a CPU. On CUDA attention takes longer then
     profile_start: int = 0  # first step that torch.profiler records into run.dir/profile; 0 = none
@@ -45,7 +53,21 @@ class TrainerSettings:
             raise ValueError(f"trainer.seed must lie within 0..2^64-1; got {self.seed}. Choose another")
         at_least("trainer.clip", self.clip, 0)
         at_least("trainer.max_skipped_steps", self.max_skipped_steps, 1)
-        one_of("trainer.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        at_least("trainer.max_rollbacks", self.max_rollbacks, 0)
+        at_least("trainer.spike_deviations", self.spike_deviations, 0)
+        at_least("trainer.spike_window", self.spike_window, 2)
+        if self.spike_window is not None and not self.spike_deviations:
+            raise ValueError(
+                f"trainer.spike_window must be left out without trainer.spike_deviations; got {self.spike_window}. "
+                "Set both, as trainer.spike_deviations=6"
+            )
+        check_modes("trainer.activation_checkpointing", self.activation_checkpointing)
+        at_least("trainer.tile_tokens", self.tile_tokens, 1)
+        if self.tile_tokens is not None and self.compile:
+            raise ValueError(
+                f"trainer.tile_tokens must be null with trainer.compile, whose graphs hold no tiles; got "
+                f"{self.tile_tokens}. Leave one of them out"
+            )
         at_least("trainer.profile_start", self.profile_start, 0)
         at_least("trainer.profile_steps", self.profile_steps, 1)
 
@@ -131,13 +153,18 @@ def expand_paths(settings: Settings) -> None:
             setattr(holder, name, home(path, setting))
 
 
-def check(settings: Settings, world_size: int) -> None:
-    """Raises ValueError, naming setting and remedy, for what can be known without data, model or device."""
+def check(settings: Settings, world_size: int, device: torch.device | None = None) -> None:
+    """Raises ValueError, naming setting and remedy, for what can be known without data, model and perhaps device."""
     trainer, data, parallel, engine = settings.trainer, settings.data, settings.parallel, settings.engine
     trainer.check()
+    if trainer.offload_activations and device is not None and device.type != "cuda":
+        raise ValueError(
+            f"trainer.offload_activations must be false on {device.type}, which has the host's memory; got true. Leave "
+            "it out"
+        )
     parallel.check(world_size, data.sequence_length)
     data.check_rows(world_size // parallel.sequence)
-    engine_config.configuration(engine.zero_stage, trainer.dtype, trainer.clip, dict(engine.config))
+    engine_config.configuration(engine, trainer.dtype, trainer.clip, world_size)
     settings.kernels.check()
     if trainer.compile and parallel.experts > 1:
         raise ValueError(

@@ -6,8 +6,6 @@ import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -20,33 +18,41 @@ from .checkpoint import checkpoint
 from .checkpoint.choice import choose
 from .checkpoint.origin import origin_of
 from .checkpoint.saving import Saving
-from .checkpoint.stored import step_of
 from .data.ahead import Ahead
-from .data.corpus import Corpus
+from .data.corpus import Corpus, open_corpus
 from .data.packing import RowStream
 from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
-from .preparation import Build, check_origin, make_engine, on_meta
-from .ranks.exchange import from_first_rank, gather, gather_numbers, together
+from .faults.recovery import Recovery
+from .preparation import (
+    Build,
+    check_model,
+    check_origin,
+    check_same_model,
+    configured_model,
+    make_engine,
+    model_settings,
+    on_meta,
+)
+from .ranks.exchange import from_first_rank, gather, gather_numbers, prepare, together
 from .ranks.settings import layout_of, strategy_of
 from .reported import Reported
 from .run import failure, report
 from .run.directory import RunDirectory
+from .run.environment import describe
 from .run.metrics import Work, peak_flops, peak_memory_bytes
 from .run.outputs import Outputs, show_log
 from .run.profiler import Profiler
 from .run.records import Records, TakenStep
-from .settings import Settings
-from .stages.opening import Opening, check_models
-from .stages.plan import Stage, plan_of
+from .schedule import Schedule
+from .settings import Settings, check, expand_paths
 
 
 class Trainer:
-    """Trains the model of `settings` on this rank's part of the mesh, one stage after another.
+    """Trains the model of `settings` on this rank's part of the mesh.
 
-    mesh: the ranks as the first stage arranges them. build: makes a model of its configuration. command: the command
-    line, for the advice on how to go on. callbacks: the user's own, by the name that errors give them; they come after
-    the built-in ones.
+    build: makes a model of its configuration. command: the command line, for the advice on how to go on. callbacks: the
+    user's own, by the name that errors give them; they come after the built-in ones.
     Every rank makes one and calls `run`. What can be checked is checked in the constructor, before weights are
     allocated, and all ranks raise the same ValueError.
     """
@@ -60,39 +66,42 @@ class Trainer:
         command: list[str],
         callbacks: Mapping[str, Callback] = MappingProxyType({}),
     ) -> None:
-        self.plan = together(mesh, lambda: plan_of(settings))
-        together(mesh, lambda: self.plan.check(mesh.world_size))
-        self.mesh, self.device, self.command, self._build = mesh, device, command, build
+        together(mesh, lambda: expand_paths(settings))
+        together(mesh, lambda: check(settings, mesh.world_size, device))
+        self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
+        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
+        self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         show_log(first=mesh.rank == 0)
         self.directory = RunDirectory.claim(settings.run, mesh)
-        settings.run.dir = str(self.directory.path)  # all stages share the group
+        settings.run.dir = str(self.directory.path)
         try:
-            self._prepare(callbacks)
+            self._prepare(build, callbacks)
         except BaseException:
             self.directory.release(unused=True)
             raise
 
-    def _prepare(self, callbacks: Mapping[str, Callback]) -> None:
-        settings, mesh, build = self.plan.settings, self.mesh, self._build
-        together(mesh, lambda: check_models(build, self.plan))
+    def _prepare(self, build: Build, callbacks: Mapping[str, Callback]) -> None:
+        settings, mesh, chosen = self.settings, self.mesh, self.settings.trainer
+        together(mesh, lambda: check_model(build, configured_model(settings), settings))
         start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
-        begins = self.plan.stages[0].settings
-        together(mesh, lambda: check_origin(build, begins, resuming=start is not None))
-        self._opening = Opening(self.plan, mesh)
-        self.step = self.tokens = 0
+        together(mesh, lambda: check_origin(build, settings, resuming=start is not None))
+        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed))
+        settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
+        self.step, self.tokens, self.row = 0, 0, 0
         if start is not None:
-            self.step = int(checkpoint.verify(start).state["step"])
-        stage = self.plan.at(self.step)
+            together(mesh, lambda: check_same_model(start, settings.model))
+            together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
-        self._enter(stage, start)
         tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
-        origin = together(mesh, lambda: origin_of(begun, tokenizer, stage.settings.data.sequence_length))
-        shown: dict[str, Any] = {"first": mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
-        shown |= {"stage": stage.name, "beginning": self.step == stage.first}
-        self.outputs = together(mesh, lambda: Outputs(settings, self.directory, **shown))
+        origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
+        self.shape = together(mesh, lambda: on_meta(build, settings.model))
+        torch.manual_seed(chosen.seed)
+        self.engine = make_engine(settings, build, mesh, self.device, resuming=start is not None)
+        state = {} if start is None else checkpoint.load(self.engine, start, examined=True)
+        self._begin(self.corpus.train, peak_flops(self.device, chosen.dtype))
+        self.begin_at(state)
+        self.recovery.resume(state)
         self.sampling, self.saving = Sampling(), Saving(start, origin)
-        self.saving.kept.update(self.plan.borders)
-        chosen = settings.trainer
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
         built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
         self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
@@ -100,23 +109,17 @@ class Trainer:
             for line in report.introduction(self, start, notes):
                 self.outputs.say(line)
 
-    def _enter(self, stage: Stage, start: Path | None, *, examined: bool = True) -> None:
-        """Makes what the steps of a stage work with; weights and states are those of the checkpoint, if there is one.
-
-        examined: its bytes have been looked at.
-        """
-        self.stage, self.settings, self.schedule = stage, stage.settings, stage.schedule
-        settings = stage.settings
-        self.mesh = self._opening.mesh(stage)
-        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
-        self.corpus, self.row = self._opening.data(stage, start)
-        self.shape = together(self.mesh, lambda: on_meta(self._build, settings.model))
-        torch.manual_seed(settings.trainer.seed)
-        self.engine = make_engine(settings, self._build, self.mesh, self.device, resuming=start is not None)
-        if start is not None:
-            state = checkpoint.load(self.engine, start, examined=examined)
+    def begin_at(self, state: dict[str, Any]) -> None:
+        """Goes on from the state of a checkpoint, or begins where it is empty: counters, and metrics up to there."""
+        if state:
             self.step, self.tokens = state["step"], state["tokens"]
-        self._begin(self.corpus.train, peak_flops(self.device, settings.trainer.dtype))
+            self.row = self.corpus.train.resume(state["data"])
+        self.first = self.step
+        if hasattr(self, "outputs"):
+            self.outputs.close()
+        shown: dict[str, Any] = {"first": self.mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
+        shown["environment"] = describe(self.command, self.device) if shown["first"] else None
+        self.outputs = together(self.mesh, lambda: Outputs(self.settings, self.directory, **shown))
 
     def _begin(self, stream: RowStream, peak: float | None) -> None:
         """Sets what the steps from here on work with."""
@@ -125,12 +128,15 @@ class Trainer:
         self.reader = Reader(stream, settings.data, self.layout, strategy, self.mesh, self.device, self.shape)
         self.records, self._record = Records(peak), {}
         self.every = settings.logger.interval(self.device.type)
-        self.first, self.skipped = self.step, 0
+        self.first, self.recovery = self.step, Recovery(self)
         self.asked = 0  # the signal that ends the run after this step
 
     def run(self) -> None:
-        """Trains to the last step. On an error one rank says why, and it is raised on."""
-        failed, self._where = True, f"before step {self.step + 1}"
+        """Trains to the last step, or to where a signal asks for the end: then `interrupted` says so afterwards.
+
+        On an error one rank says why, and it is raised on.
+        """
+        failed, where = True, f"before step {self.step + 1}"
         with ExitStack() as ending:
             ending.callback(self.directory.release)
             ending.callback(lambda: self.outputs.close(failed=failed))
@@ -138,71 +144,55 @@ class Trainer:
                 ending.callback(_call, name, callback, "close")
             try:
                 self._call("start")
+                parts = ending.enter_context(self._ahead())
                 with failure.stepping():
-                    self._run_stage()
-                    while not (self.done or self._asked_at_border()):
-                        self._next_stage()
-                        self._run_stage()
-                self._where = f"in step {self.step + 1}"
+                    while not self.done:
+                        where = f"in step {self.step + 1}"
+                        self.recovery.begin()
+                        part = self._meet(parts)
+                        if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
+                            break
+                        self._call("before_step")
+                        self._train_step(part)
+                        where = f"after step {self.step}"
+                        if self.recovery.target is not None:
+                            parts.close()  # before its rows change
+                            self.recovery.roll_back()
+                            parts = ending.enter_context(self._ahead())
+                            continue
+                        self._call("after_step")
+                where = f"in step {self.step + 1}"
                 self._end()
                 failed = False
             except BaseException as error:
                 if self.mesh.world_size == 1 or self.device.type == "cpu":  # a GPU may wait for a rank that is lost
                     with suppress(Exception):
                         self._read_records()
-                self._explain(error, self._where)
+                self.saving.settle(patient=isinstance(error, Exception) and not failure.is_consequence(error))
+                self._explain(error, where)
                 raise
 
-    def _run_stage(self) -> None:
-        """Takes the steps of a stage, or those until a signal asks for the run's end."""
-        steps = self.reader.steps(range(self.step, self.stage.stop), self.row)
-        with Ahead(prepared(steps), self.device) as parts:
-            while self.step < self.stage.stop:
-                self._where = f"in step {self.step + 1}"
-                part = self._meet(parts)
-                if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
-                    return
-                self._call("before_step")
-                self._train_step(part)
-                self._where = f"after step {self.step}"
-                self._call("after_step")
-
-    def _asked_at_border(self) -> bool:
-        """Whether a signal asks any rank for the run's end, where a stage has ended and another would begin."""
-        if not self.asked:
-            self.asked = int(gather_numbers([float(failure.asked())], self.mesh).max())
-        return self.asked > 0
-
-    def _next_stage(self) -> None:
-        """Goes on to the stage after this one, in these processes, from the checkpoint of its last step.
-
-        Weights and states take the way through the checkpoint as in a run that is started again, on whatever ranks.
-        """
-        stage, saved = self.plan.at(self.step), self.saving.saved
-        self._where = f"before step {self.step + 1}"
-        if saved is None or step_of(saved) != self.step:
-            raise failure.RunFailed(f"{stage.setting} must begin from a checkpoint; {self.saving.unsaved}")
-        self._read_records()
-        self.engine.close()
-        del self.reader, self.records
-        self._enter(stage, saved, examined=False)
-        longest = max(self.saving.origin.longest_row, self.settings.data.sequence_length)
-        self.saving.origin = replace(self.saving.origin, longest_row=longest)
-        self.outputs.stage = stage.name
-        self.outputs.say(report.next_stage(self))
-        self._call("next_stage")
+    def _ahead(self) -> Ahead[StepPart]:
+        """The parts of the steps from here on."""
+        steps = range(self.step, self.settings.trainer.steps)
+        return Ahead(prepared(self.reader.steps(steps, self.row, self.recovery.passages)), self.device)
 
     @property
     def done(self) -> bool:
         """Whether the last step has been taken."""
         return self.step >= self.settings.trainer.steps
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ends the run before its last step."""
+        return bool(self.asked) and not self.done
+
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after a stage's last one, is done after this step; 0 is never.
+        """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never.
 
         Where it is, `record` is up to date and the loss of every step until now is finite.
         """
-        is_due = every > 0 and (self.step % every == 0 or self.step >= self.stage.stop)
+        is_due = every > 0 and (self.step % every == 0 or self.done)
         if is_due:
             self._read_records()
         return is_due
@@ -224,7 +214,7 @@ class Trainer:
             saved = self.saving.saved
             again = report.resume_command(self.command, self.directory, saved)
             hints += [f"to resume from {saved.name}: {again}" if saved else "no checkpoint was saved yet"]
-        failure.report(error, started=True, hint="; ".join(hints))
+        failure.report(error, started=True, hint="; ".join(hints), keep=self.recovery.died)
 
     def _meet(self, parts: Iterator[StepPart]) -> StepPart:
         """This rank's part of the next step, with work and loss counts of the whole global batch.
@@ -248,6 +238,7 @@ class Trainer:
     def _train_step(self, part: StepPart) -> None:
         """Takes a step; nothing but the optimizer waits for the device, unless it is time to read the numbers."""
         model, work = cast(LanguageModel, self.engine.module), part.work
+        self.recovery.meet(part)
         with self.records.timing():
             model.at_step(self.step)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -255,8 +246,10 @@ class Trainer:
             for micro_batch in part.micro_batches:
                 tokens, targets = micro_batch.on(self.device)
                 loss, _, reports = self.engine(tokens, micro_batch.seq, targets, False, True)
-                self.engine.backward(loss, work.targets, reported.add(reports))
                 total += loss.detach()
+                of_step = total if micro_batch is part.micro_batches[-1] else None
+                checked = self.recovery.guard.checked(loss, reported.add(reports), of_step, work.targets)
+                self.engine.backward(checked[0], work.targets, checked[1])
             rate = self.schedule(self.step)
             norm = self.engine.step(rate)
             losses = gather(torch.stack([total, total.new_full((), peak_memory_bytes(self.device))]), self.mesh)
@@ -270,34 +263,22 @@ class Trainer:
         self.tokens += int(work.tokens)
         auxiliary = reported.losses()
         self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, auxiliary, work, statistics))
+        self.recovery.look(part.row)
         # The first step's time says little of the others'.
-        if self.step == self.first + 1 or self.due(self.every) or not self.engine.stepped:
+        if self.step == self.first + 1 or self.due(self.every):
             self._read_records()
-        self._check_gradient()
 
     def _read_records(self) -> None:
-        """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite.
+        """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite, though
+        the step was taken.
 
         Every rank has the numbers of all, so that a rank may call it alone.
         """
         for record in self.records.read():
-            if not math.isfinite(record["loss"]):
+            if not math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
                 raise failure.NotFinite.loss(record["loss"], record["step"])
-            self._record = record
-            self.outputs.training(record)
-
-    def _check_gradient(self) -> None:
-        """Reports a skipped step; too many in a row, or nothing but skipped steps to the end, fail the run."""
-        if self.engine.stepped:
-            self.skipped = 0
-            return
-        self.skipped += 1
-        chosen = self.settings.trainer
-        all_of_them = self.done and self.skipped == self.step - self.first
-        if self.skipped < chosen.max_skipped_steps and not all_of_them:
-            self.outputs.say(f"step {self.step}: the gradient is not finite; the weights stay as they are")
-            return
-        raise failure.NotFinite.gradient(self.step - self.skipped + 1, self.step)
+            self._record = record | self.recovery.figures
+            self.outputs.training(self._record)
 
     def check_directory(self) -> None:
         """Raises RunLost on every rank where the folder is no longer this run's; every rank calls it."""
@@ -308,7 +289,7 @@ class Trainer:
     def _end(self) -> None:
         """Ends the run after its last step, or earlier where a signal asks for it.
 
-        Raises RunFailed on every rank where its end could not be kept, and Stopped for SIGTERM: it has failed then.
+        Raises RunFailed on every rank where its end could not be kept.
         """
         early = self.asked if not self.done else 0
         if early:
@@ -316,10 +297,6 @@ class Trainer:
         self._read_records()
         self._call("end")
         gather_numbers([0.0], self.mesh)  # no rank reports a good end before all have come to it
-        if early == signal.SIGTERM:
-            if self.saving.unsaved:
-                self.outputs.say(self.saving.unsaved)
-            raise failure.Stopped
         problems = self._problems()
         if early:
             why = f"ended after step {self.step}, as {signal.Signals(early).name} asks"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import IMPLEMENTATIONS, resolve
+from ..dispatch import IMPLEMENTATIONS, announce, asked, resolve
 from ..operation import Function
 from . import chunked, library, reference
 from .grouping import Grouping, collect, spread
@@ -23,7 +23,8 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor, *, backend: str = "a
 
     x `[M, K]`; weight `[E, N, K]`, each matrix as in a linear layer; ends int32 `[E]`, ascending, on the same device,
     at most M. Returns `[M, N]` in x's type, summed in float32 (float64 for float64); x and weight get their gradients.
-    On a GPU nothing waits for the ends. backend: "library" is torch's own grouped product. Raises ValueError for shapes
+    On a GPU nothing waits for the ends. backend: "library" is torch's own grouped product, which "auto" takes where
+    it is known to be faster. Raises ValueError for shapes
     or types that do not fit, or a backend that cannot run.
 
     As in MegaBlocks (Gale et al., 2022, arXiv 2211.15841), without blocks that are padded.
@@ -52,7 +53,7 @@ class _GroupedMatmul(Function):
         ctx.backend = backend
         if torch.compiler.is_compiling():
             return _product(x, weight, ends, True, backend)
-        return _implementation(x, backend).product(x, weight, ends, True)
+        return _implementation(x, weight, backend).product(x, weight, ends, True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -64,13 +65,15 @@ class _GroupedMatmul(Function):
             product, gradient = _product, _gradient
             dx = product(dout, weight, ends, False, ctx.backend) if of_x else None
             return dx, gradient(dout, x, ends, ctx.backend) if of_weight else None, None, None
-        implementation = _implementation(x, ctx.backend)
-        dx = implementation.product(dout, weight, ends, False) if of_x else None
-        return dx, implementation.gradient(dout, x, ends) if of_weight else None, None, None
+        dx = _implementation(dout, weight, ctx.backend).product(dout, weight, ends, False) if of_x else None
+        return dx, _implementation(x, dout, ctx.backend).gradient(dout, x, ends) if of_weight else None, None, None
 
 
-def _implementation(x: Tensor, backend: str) -> ModuleType:
+def _implementation(x: Tensor, other: Tensor, backend: str) -> ModuleType:
     """Each has `product(x, weight, ends, transposed)`, with each matrix as it is or transposed, and `gradient`."""
+    if asked("grouped_matmul", backend) == "auto" and library.is_faster(x, other):
+        announce("grouped_matmul", x.device.type, "library", "faster on this device")
+        return library
     chosen = resolve("grouped_matmul", backend, x.device, x.dtype, offered=(*IMPLEMENTATIONS, "library"))
     if chosen == "triton":
         from . import triton as kernels
@@ -82,7 +85,7 @@ def _implementation(x: Tensor, backend: str) -> ModuleType:
 @torch.library.custom_op("longreach::grouped_product", mutates_args=())
 def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, backend: str) -> Tensor:
     """As compiled graphs see it."""
-    return _implementation(x, backend).product(x, weight, ends, transposed)
+    return _implementation(x, weight, backend).product(x, weight, ends, transposed)
 
 
 @_product.register_fake
@@ -92,7 +95,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, backend: str) -
 
 @torch.library.custom_op("longreach::grouped_gradient", mutates_args=())
 def _gradient(dout: Tensor, x: Tensor, ends: Tensor, backend: str) -> Tensor:
-    return _implementation(x, backend).gradient(dout, x, ends)
+    return _implementation(x, dout, backend).gradient(dout, x, ends)
 
 
 @_gradient.register_fake

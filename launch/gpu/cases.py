@@ -149,7 +149,7 @@ def _pointwise(cases: Any) -> Iterator[Trial]:
     ):
         yield Trial(name, cases.Case(call, inputs, result))
         if name == "products of experts":
-            yield Trial(f"{name}, by torch", cases.Case(call, inputs, result), "library")
+            yield Trial(f"{name}, own kernels", cases.Case(call, inputs, result), "triton")
         if name in OF_LIGER and importlib.util.find_spec("liger_kernel") is not None:
             by_library = cases.Case(_by_library(OF_LIGER[name], call), inputs, result)
             yield Trial(f"{name}, Liger-Kernel", by_library, "library")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longreach.kernels.grouped_matmul import Grouping, chunked, collect, grouped_matmul, spread
+from longreach.kernels.grouped_matmul import Grouping, chunked, collect, grouped_matmul, library, spread
 from longreach.kernels.grouped_matmul import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,6 +82,18 @@ def test_torchs_own(dtype):
     if DEVICE == "cuda" and dtype == torch.float32:
         pytest.skip("torch's kernel takes bfloat16 alone on CUDA")
     check("uneven", "library", dtype, inputs=16, outputs=40)
+
+
+def test_auto_is_torchs_own_where_that_is_faster(monkeypatch):
+    """Forward and backward ask for each product, since their sizes differ."""
+    asked, taken = [], []
+    monkeypatch.setattr(library, "is_faster", lambda *of: asked.append([x.shape[-1] for x in of]) or True)
+    for name in ("product", "gradient"):
+        original = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *a, of=original: taken.append(of.__name__) or of(*a))
+    check("uneven", "auto", torch.bfloat16, inputs=16, outputs=40, device="cpu")
+    assert taken == ["product", "product", "gradient"]
+    assert asked == [[16, 16], [40, 16], [16, 40]]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_the_files_of_the_contract(run: Path) -> None:
     present = {path.name for path in run.iterdir()}
-    assert present == {"config.yaml", "metrics.jsonl", "checkpoints", "plots", "samples.txt", "wandb"}
+    assert present == {
+        "config.yaml", "metrics.jsonl", "environment.json", "checkpoints", "plots", "samples.txt", "wandb",
+    }  # fmt: skip
+    (start,) = json.loads((run / "environment.json").read_text())
+    assert start["step"] == 0
+    assert start["variables"]["WORLD_SIZE"] == "2"
+    assert "trainer.steps=6" in start["command"]
     assert (run / "plots" / "loss.png").exists()
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     training = [line for line in lines(run) if "loss" in line]

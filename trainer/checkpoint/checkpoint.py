@@ -11,11 +11,8 @@ Each parameter has one writing rank, which gathers it from all by pieces: nobody
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +25,9 @@ from ...models.part import named_weights, shape_of
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
-from ..run.failure import remedy
 from ..zero.masters import KINDS
-from .stored import BUFFERS, FORMAT, INDEX, CheckpointError, check_bytes, differences, is_complete, step_of, steps
+from .commit import Retention, Target, commit, entries, unwritten
+from .stored import BUFFERS, CheckpointError, check_bytes, differences
 from .stored import Stored as Stored
 from .stored import examine as examine
 from .stored import is_one as is_one
@@ -50,49 +47,41 @@ def save(
     keep: int,
     beside: Callable[[Path], None] | None = None,
     spare: int | None = None,
-    milestones: Collection[int] = (),
+    *,
+    kept: bool = False,
 ) -> Path:
     """Writes `directory`/step-N, N = state["step"], and removes all but the newest `keep`; every rank calls it.
 
     state: what the run needs to go on, as JSON. beside: called on the first rank with the folder while it is being
-    written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well;
-    so do those of the steps `milestones`.
+    written, to put more files into it (tokenizer, configuration). spare: the newest one up to this step stays as well.
+    kept: this one is never removed, by later saves of later runs either.
     Written aside, brought to the disk, then renamed. If any rank cannot write, all raise CheckpointError, nothing of
     the attempt stays, and earlier ones are untouched. `directory` is made, but not the folder that it lies in: one that
     has vanished does not come back half empty.
     """
-    directory, mesh = Path(directory), engine.mesh
-    path = directory / f"step-{state['step']:08d}"
-    temporary = directory / f".{path.name}.writing"
-    error = None
-    if mesh.rank == 0:
-        try:
-            directory.mkdir(exist_ok=True)
-            for left_over in directory.glob(".step-*"):
-                _remove(left_over)
-            temporary.mkdir()
-        except OSError as failure:
-            error = f"{failure}"
-    _agree(error, mesh, path)
+    mesh = engine.mesh
+    target = open_target(Path(directory), state["step"], mesh)
     engine.create_moments()
-    files, error = _write_tensors(engine, temporary)
+    files, error = _write_tensors(engine, target.temporary)
     gathered: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(gathered, (files, error))
-    error = next((f"{text} (rank {rank})" for rank, (_, text) in enumerate(gathered) if text), None)
     if mesh.rank == 0:
-        try:
-            if error is None:
-                if beside is not None:
-                    beside(temporary)
-                every = {file: entry for part, _ in gathered for file, entry in part.items()}
-                _complete(temporary, path, {"state": state, "adam_steps": engine.adam_steps, "files": every})
-                _prune(directory, path, keep, spare, milestones)
-        except Exception as failure:  # of any kind: the tokenizers' library raises bare ones for a full disk
-            error = f"{failure}"
-        if error is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    _agree(error, mesh, path)
-    return path
+        index = {"state": state, "adam_steps": engine.adam_steps}
+        error = commit(target, index, gathered, Retention(keep, spare, kept), beside)
+    agree_written(error, mesh, target.path)
+    return target.path
+
+
+def open_target(directory: Path, step: int, mesh: Mesh, error: str | None = None) -> Target:
+    """Where the checkpoint after `step` is written, with a new folder for it; every rank calls it.
+
+    error: why this rank cannot write. Raises CheckpointError on every rank if any has one.
+    """
+    target = Target.of(directory, step)
+    if mesh.rank == 0 and error is None:
+        error = target.make()
+    agree_written(error, mesh, target.path)
+    return target
 
 
 def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[str, Any]:
@@ -195,41 +184,60 @@ def assign(sizes: dict[str, int], ranks: int) -> list[list[str]]:
     return names
 
 
+class Share:
+    """What this rank writes: `files`, the shapes of the tensors of each, in order; it gathers them by pieces."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.parameters = engine, dict(engine.named_parameters())
+        shapes = {name: tuple(shape_of(parameter)) for name, parameter in self.parameters.items()}
+        assigned = assign({name: math.prod(shape) for name, shape in shapes.items()}, engine.mesh.world_size)
+        mine, count = assigned[engine.mesh.rank], sum(1 for names in assigned if names)
+        self._turns = [list(_pieces(names, shapes)) for names in assigned]
+        self.files: dict[str, Shapes] = {}
+        self._file_of: dict[str, str] = {}
+        if mine:
+            number = f"{engine.mesh.rank + 1:05d}-of-{count:05d}.safetensors"
+            self._file_of = dict.fromkeys(KINDS[1:], f"moments-{number}") | {"parameter": f"weights-{number}"}
+            self.files[f"weights-{number}"] = {name: shapes[name] for name in mine}
+            self.files[f"moments-{number}"] = {_key(kind, name): shapes[name] for name in mine for kind in KINDS[1:]}
+        if engine.mesh.rank == 0 and (buffers := dict(engine.named_buffers())):  # every rank has the same
+            self.files[f"{BUFFERS}.safetensors"] = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+
+    def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(file, tensor, the next elements of it, float32 `[n]`), file by file in their order; every rank takes all.
+
+        They may lie on the device, and change at the optimizer's next step.
+        """
+        if (file := f"{BUFFERS}.safetensors") in self.files:
+            for name, buffer in self.engine.named_buffers():
+                yield file, name, buffer.detach().reshape(-1)
+        for piece, values in _gather_pieces(self.engine, self.parameters, self._turns):
+            yield self._file_of[piece.kind], _key(piece.kind, piece.name), values
+
+
 def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | None]:
     """This rank's files, with sizes and checksums, and what went wrong with them."""
-    parameters = dict(engine.named_parameters())
-    shapes = {name: tuple(shape_of(parameter)) for name, parameter in parameters.items()}
-    assigned = assign({name: math.prod(shape) for name, shape in shapes.items()}, engine.mesh.world_size)
-    mine, count = assigned[engine.mesh.rank], sum(1 for names in assigned if names)
+    share = Share(engine)
     writers: dict[str, TensorWriter] = {}
     error = None
     try:
         folder.mkdir(exist_ok=True)  # where the file system is slow to show what the first rank made
-        if mine:
-            number = f"{engine.mesh.rank + 1:05d}-of-{count:05d}.safetensors"
-            weights = TensorWriter(folder / f"weights-{number}", {name: shapes[name] for name in mine})
-            writers["parameter"] = weights
-            moments = {_key(kind, name): shapes[name] for name in mine for kind in KINDS[1:]}
-            writers.update(dict.fromkeys(KINDS[1:], TensorWriter(folder / f"moments-{number}", moments)))
-        if engine.mesh.rank == 0 and (buffers := dict(engine.named_buffers())):  # every rank has the same
-            shapes_of_buffers = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
-            writers[BUFFERS] = TensorWriter(folder / f"{BUFFERS}.safetensors", shapes_of_buffers)
-            for name, buffer in buffers.items():
-                writers[BUFFERS].write(name, buffer)
+        for file, shapes in share.files.items():
+            writers[file] = TensorWriter(folder / file, shapes)
     except OSError as failure:
         error = str(failure)
-    for piece, values in _gather_pieces(engine, parameters, [list(_pieces(names, shapes)) for names in assigned]):
+    for file, key, values in share:
         if error is None:
             try:
-                writers[piece.kind].write(_key(piece.kind, piece.name), values)
+                writers[file].write(key, values)
             except OSError as failure:  # and go on gathering, for the other ranks
                 error = str(failure)
     try:
-        for writer in set(writers.values()):
+        for writer in writers.values():
             writer.close() if error is None else writer.abandon()
     except OSError as failure:
         error = str(failure)
-    return {w.path.name: {"bytes": w.size, "crc32": w.checksums} for w in writers.values()}, error
+    return entries(writers.values()), error
 
 
 def _pieces(names: list[str], shapes: Shapes) -> Iterator[_Piece]:
@@ -267,54 +275,6 @@ def _gather_piece(engine: Engine, parameter: nn.Parameter, piece: _Piece, rank: 
     return whole.view(torch.float32)
 
 
-def _complete(temporary: Path, path: Path, index: dict[str, Any]) -> None:
-    for file, entry in index["files"].items():
-        if not (temporary / file).exists() or (temporary / file).stat().st_size != entry["bytes"]:
-            raise OSError(f"{file} is not there; run.dir must be on a file system that all ranks share")
-    with open(temporary / INDEX, "w") as file:
-        json.dump({"format": FORMAT, **index}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(temporary)
-    replaced = path.with_name(f".{path.name}.replaced")
-    if path.exists():  # a run that was resumed from an earlier checkpoint comes by here again
-        os.rename(path, replaced)
-    os.rename(temporary, path)
-    _sync_folder(path.parent)
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(directory: Path, written: Path, keep: int, spare: int | None, milestones: Collection[int]) -> None:
-    """Those after `written` stay: of a run that goes on from an earlier one, since they are damaged, until it is there.
-
-    Nor do damaged ones count among those that are kept.
-    """
-    kept, spared = 1, spare is None or step_of(written) <= spare
-    for path in reversed([path for path in steps(directory) if step_of(path) < step_of(written)]):
-        complete = is_complete(path)
-        if complete and step_of(path) in milestones:
-            spared = spared or step_of(path) <= (spare or 0)
-        elif complete and kept < keep:
-            kept += 1
-            spared = spared or step_of(path) <= (spare or 0)
-        elif complete and not spared and step_of(path) <= (spare or 0):
-            spared = True
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _check_model(
     stored: Stored, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], kinds: tuple[str, ...] = KINDS
 ) -> None:
@@ -333,10 +293,9 @@ def _check_model(
         )
 
 
-def _agree(error: str | None, mesh: Mesh, path: Path) -> None:
+def agree_written(error: str | None, mesh: Mesh, path: Path) -> None:
+    """Raises CheckpointError on every rank if any has an error in writing the checkpoint `path`."""
     try:
         agree(error, mesh.world_size)
     except ValueError as failure:
-        raise CheckpointError(
-            f"checkpoint {path} could not be written: {failure}. Earlier ones stay; {remedy(failure)}"
-        ) from None
+        raise unwritten(path, str(failure)) from None

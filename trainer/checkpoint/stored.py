@@ -18,6 +18,7 @@ from ...parallel.mesh import Mesh
 from .tensor_files import Place, checksum, map_tensor, read_places
 
 INDEX = "index.json"
+KEPT = "kept"  # a file that marks a checkpoint as one to stay
 FORMAT = "longreach checkpoint 1"
 BUFFERS = "buffers"
 WEIGHTS = ("weights", BUFFERS)  # how the names of files of parameters and buffers begin
@@ -68,6 +69,16 @@ def is_complete(path: Path) -> bool:
     except _Damage:
         return False
     return True
+
+
+def keep_for_ever(path: Path) -> None:
+    """Marks a checkpoint as one that saving never removes, whatever `checkpoint.keep` says; one rank calls it."""
+    (path / KEPT).touch()
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a checkpoint is marked to stay."""
+    return (path / KEPT).exists()
 
 
 def steps(directory: Path) -> list[Path]:

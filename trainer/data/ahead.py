@@ -50,6 +50,10 @@ class Ahead(Generic[Item]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread; may be called twice."""
         self._end = self._end or RuntimeError("the thread that makes items has been ended")
         self._asked.put(False)
         self._thread.join(END_SECONDS)

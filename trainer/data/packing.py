@@ -8,6 +8,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -57,14 +58,6 @@ class RowStream(ABC):
 
     `seed` (0 .. 2^64 − 1) and `fingerprint` tell the stream from others when a run is resumed, and so does `version`,
     which is raised when the same seed and data give other rows.
-
-    A stream is one segment of a run, whose rows are counted from 0. A run has one segment, unless its rows change on
-    purpose, as those of stages do; then another stream goes on behind what the segments before it have read.
-
-        stream.begin(mark)              a run's first segment; `mark` rows are planned (None: there is no plan)
-        state = stream.state(row)       for a checkpoint, or for the next segment
-        row = stream.resume(state)      the same segment again, on any ranks: the next row to read
-        other.follow(state, mark)       the segment after it, from row 0
     """
 
     version = 1
@@ -73,32 +66,6 @@ class RowStream(ABC):
         self.length = length
         self.fingerprint = fingerprint
         self.seed = seed
-        self.start, self.mark = 0, None  # what the segments before have read, in `unit`s; rows that are planned
-
-    @property
-    def unit(self) -> int:
-        """What a row reads."""
-        return self.length
-
-    def begin(self, mark: int | None = None) -> None:
-        """Makes this a run's first segment, of `mark` rows as far as is planned."""
-        self.start, self.mark = 0, mark
-
-    def follow(self, state: dict[str, Any], mark: int | None = None) -> None:
-        """Makes this the segment that comes after that of `state`: behind it in the same data, else at their beginning.
-
-        Raises ValueError where the segment before has not been read up to its mark, since its rows come in any order.
-        """
-        self.begin(mark)
-        if state.get("fingerprint") != self.fingerprint:
-            return
-        self._refuse_another(state, "version", "seed")
-        if state["row"] != state.get("mark"):
-            raise ValueError(
-                f"a stage must be read to its end before the next one begins; got {state['row']} of "
-                f"{state.get('mark')} rows. Restore its length"
-            )
-        self.start = state.get("start", 0) + state["row"] * state.get("unit", state["sequence_length"])
 
     @property
     @abstractmethod
@@ -109,28 +76,31 @@ class RowStream(ABC):
     def row(self, number: int) -> Row:
         """Row `number`, from 0. Past the end of a stream that ends it is all padding: ranks may share unevenly."""
 
+    def pieces(self, number: int) -> list[tuple[int, int, int]]:
+        """(document, first token in it, tokens) of what row `number` holds; none where rows follow from their numbers.
+
+        Documents are told by their numbers in the data.
+        """
+        return []
+
     def state(self, row: int) -> dict[str, Any]:
         """What a checkpoint keeps: `row` is the next row to read, on whichever rank."""
-        return self._identity() | {"row": row, "start": self.start, "mark": self.mark, "unit": self.unit}
+        return self._identity() | {"row": row}
 
     def resume(self, state: dict[str, Any]) -> int:
         """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream."""
-        self._refuse_another(state, *self._identity())
-        self.start, self.mark = state.get("start", 0), state.get("mark")
-        return int(state["row"])
-
-    def _refuse_another(self, state: dict[str, Any], *keys: str) -> None:
         remedies = {
             "version": "Its rows come in another order: use the LongReach that wrote it, or start anew with init_from",
             "fingerprint": "The data or their settings changed: restore them, or start anew with init_from",
             "sequence_length": "Restore data.sequence_length, or start anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
         }
-        for key in keys:
-            if state.get(key) != (own := self._identity()[key]):
+        for key, own in self._identity().items():
+            if state.get(key) != own:
                 raise ValueError(
                     f"the checkpoint's data {key} must be {own!r}; got {state.get(key)!r}. {remedies[key]}"
                 )
+        return int(state["row"])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -149,9 +119,8 @@ class TokenStream(RowStream):
     are laid end to end and cut after every N tokens. Without one it is `members` once, in their order, and its last row
     is padded.
 
-    The rows that lie wholly in an epoch, on one side of the mark, come in an order of their own, by (seed, e) too:
-    neighbours share a document, and a long one would fill step after step. A row with tokens of two epochs stays
-    between them, and a padded one at
+    The rows that lie wholly in an epoch come in an order of their own, by (seed, e) too: neighbours share a document,
+    and a long one would fill step after step. A row with tokens of two epochs stays between them, and a padded one at
     the end, so that tokens e·E .. (e+1)·E of the rows one after another are epoch e, of E tokens, each once. Any row
     costs one look-up in its epoch's table of documents, whichever was asked for before.
     """
@@ -192,7 +161,7 @@ class TokenStream(RowStream):
         tokens = np.full(self.length, self.padding, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
         lengths, at = [], 0
-        for document, start, n in self._pieces(self.start + self._cut(number) * self.length, self.length):
+        for document, start, n in self.pieces(number):
             # One token more than the piece: the target of its last token, unless the document ends there.
             ids = self.documents[document][start : start + n + 1]
             tokens[at : at + n] = ids[:n]
@@ -201,13 +170,13 @@ class TokenStream(RowStream):
             at += n
         return Row(tokens, targets, lengths)
 
+    def pieces(self, number: int) -> list[tuple[int, int, int]]:
+        return list(self._pieces(self._cut(number) * self.length, self.length))
+
     def _cut(self, number: int) -> int:
         """Which of the rows in the order of the documents is row `number`."""
-        epoch = (self.start + number * self.length) // self.tokens if self.seed is not None else 0
-        first = max(0, -((self.start - epoch * self.tokens) // self.length))
-        stop = ((epoch + 1) * self.tokens - self.start) // self.length
-        if self.mark is not None:
-            first, stop = (first, min(stop, self.mark)) if number < self.mark else (max(first, self.mark), stop)
+        epoch = number * self.length // self.tokens if self.seed is not None else 0
+        first, stop = -(-epoch * self.tokens // self.length), (epoch + 1) * self.tokens // self.length
         if number >= stop:
             return number  # it reaches into the next epoch, or into the padding
         return first + permuted(number - first, stop - first, (self.seed or 0, epoch))
@@ -227,17 +196,19 @@ class TokenStream(RowStream):
 
     def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in order, and where each ends."""
-        if epoch not in self._tables:
+        table = self._tables.get(epoch)
+        if table is None:
             order = self.members
             if self.seed is not None:
                 # A sort by raw Philox counters: numpy promises that these stay the same, not that its shuffles do.
                 keys = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(order))
                 order = order[np.argsort(keys, kind="stable")]
-            self._tables[epoch] = order, np.cumsum(self.documents.lengths[order])
+            table = self._tables[epoch] = order, np.cumsum(self.documents.lengths[order])
             if len(self._tables) > TABLES_KEPT:
                 self._tables.popitem(last=False)
-        self._tables.move_to_end(epoch)
-        return self._tables[epoch]
+        with suppress(KeyError):  # another thread has just dropped it
+            self._tables.move_to_end(epoch)
+        return table
 
 
 def permuted(index: int, count: int, key: tuple[int, int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
 from ...parallel.strategy import Strategy
+from ..faults.ledger import Passage, beyond
 from ..run.metrics import Work, work_of
 from .packing import NO_TARGET, Batch, RowStream, batch
 from .settings import DataSettings
@@ -45,12 +46,13 @@ class StepPart(NamedTuple):
 
     work, loss_counts: what the step's rows cost, and what the auxiliary losses are divided by (see
     `LanguageModel.loss_counts`); zeros on all but the first of the ranks that share rows, so that sums over ranks count
-    every row once.
+    every row once. row: the first of the step's.
     """
 
     micro_batches: list[MicroBatch]
     work: Work
     loss_counts: list[float]
+    row: int
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -72,12 +74,15 @@ class Reader:
     device: torch.device
     model: LanguageModel
 
-    def steps(self, numbers: Iterable[int], row: int) -> Iterator[StepPart]:
+    def steps(self, numbers: Iterable[int], row: int, passages: Collection[Passage] = ()) -> Iterator[StepPart]:
         """The parts of the steps of these numbers, counted from 0; the first of them begins with row `row`.
+
+        passages: rows that are passed over.
 
         Each is a function of the rows' numbers alone, whatever was read before.
         """
         for step in numbers:
+            row = beyond(row, self.settings.rows_per_step, passages)
             yield self.part(step, row)
             row += self.settings.rows_per_step
 
@@ -96,7 +101,7 @@ class Reader:
                 if counts:
                     of_rows = self.model.loss_counts(rows.documents, rows.targets)
                     counts = [a + b for a, b in zip(counts, of_rows, strict=True)]
-        return StepPart(micro_batches, work, counts)
+        return StepPart(micro_batches, work, counts, row)
 
     def rows(self, row: int) -> Iterator[Batch]:
         """The whole rows of this rank's micro-batches, in the step that begins with that row."""

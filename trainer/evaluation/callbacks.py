@@ -104,6 +104,8 @@ class Sampling(Callback):
             return
         if not isinstance(trainer.corpus, Corpus):
             return  # there is no text
+        if trainer.recovery.in_a_row:
+            return  # the weights may be such that nothing can be drawn
         self.text = draw_sample(
             trainer.engine,
             trainer.corpus,

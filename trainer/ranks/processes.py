@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..run.failure import AGAIN
 from . import launchers, peers
 from .launchers import LAUNCHED
 
@@ -80,10 +81,10 @@ def leave(status: int) -> None:
     """Ends this process with a status, without taking down the interpreter and C++'s static objects.
 
     Threads of communicators that were still alive then were seen to abort a rank after a complete run ("terminate
-    called without an active exception"), and those of a broken run may wait for ever. With status 0, where the work is
-    done, exit handlers run.
+    called without an active exception"), and those of a broken run may wait for ever. Where the work is done, which the
+    statuses 0 and AGAIN say, exit handlers run.
     """
-    if status == 0:
+    if status in (0, AGAIN):
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

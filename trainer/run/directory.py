@@ -20,9 +20,10 @@ from .settings import RunSettings
 
 
 class RunDirectory:
-    """run.dir and its contents: config.yaml, metrics.jsonl, samples.txt, checkpoints/, plots/, profile/, wandb/.
+    """run.dir and its contents: config.yaml, metrics.jsonl, samples.txt, environment.json, checkpoints/, plots/,
+    profile/, wandb/.
 
-    lock.json is there while the run goes on.
+    lock.json is there while the run goes on, and faults.jsonl where it has skipped steps, gone back or died.
     """
 
     def __init__(self, path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -28,7 +29,9 @@ REMEDIES = {
 }
 GRACE_SECONDS = 3.0  # in which the launcher ends the ranks that have nothing to say
 STEP_SECONDS = 20.0  # in which a step may come to its end after SIGTERM; launchers kill after 30
-ASKS = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN = 75  # EX_TEMPFAIL: the exit status of a run that a signal has ended, and that goes on when it is started again
+ASKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_SECONDS = 1.0  # in which a launcher may pass a terminal's Ctrl-C on to ranks that have heard it themselves
 
 
 class RunFailed(RuntimeError):
@@ -59,34 +62,44 @@ class NotFinite(RunFailed, ArithmeticError):
         )
 
     @classmethod
-    def gradient(cls, first: int, last: int) -> NotFinite:
-        """The gradients of several steps in a row are not."""
+    def after(cls, reason: str, loss: float, first: int, last: int, rollbacks: int) -> NotFinite:
+        """Several steps in a row were skipped, the last of them for this reason, and the run does not go back."""
+        steps = f"{last - first + 1} step(s) in a row, {first} to {last}"
+        if not math.isfinite(loss):
+            what = f"the loss must be finite; got {loss} at step {last}, after {steps}, that were skipped"
+        elif reason.startswith("the gradient"):
+            what = f"the gradient must be finite; got {steps}, where it was not"
+        else:
+            what = f"the loss must come back below its limit (trainer.spike_deviations); got {steps}: {reason}"
+        back = f" after {rollbacks} rollback(s) (trainer.max_rollbacks)" if rollbacks else ""
         return cls(
-            f"the gradient must be finite; got {last - first + 1} step(s) in a row, {first} to {last}, where it was "
-            "not, and the weights stay as they are. Lower optimizer.learning_rate, or set trainer.clip, and start in "
-            f"another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
+            f"{what}, and the weights stay as they are{back}. Lower optimizer.learning_rate, or set trainer.clip, and "
+            f"start in another run.dir: anew, or from a checkpoint well before step {first} (checkpoint.resume=PATH)"
         )
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived: the launcher ends this rank because another one failed, or the job is cancelled."""
+    """SIGTERM arrived where no step ends soon: another rank has failed, or the job is cancelled."""
 
 
 class _State:
     asked = 0  # the signal that asked for the run's end
     stepping = False  # whether someone looks at `asked` soon
     ending = False  # whether the run is being ended already
+    interrupted: float | None = None  # when Ctrl-C was heard first
 
 
 def catch_termination() -> None:
-    """Lets SIGTERM and SIGUSR1 end a run gently: see `asked`.
+    """Lets SIGTERM, SIGUSR1 and Ctrl-C end a run gently: see `asked`.
 
     Where no step is under way, and where one takes too long, SIGTERM raises `Stopped`, so that files and W&B are
-    closed.
+    closed. Where none is under way Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once.
     """
-    _State.asked, _State.stepping, _State.ending = 0, False, False
+    _State.asked, _State.stepping, _State.ending, _State.interrupted = 0, False, False, None
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and _interrupt():
+            return
         if _State.ending:
             return
         _State.asked = max(_State.asked, number)
@@ -105,8 +118,29 @@ def catch_termination() -> None:
     signal.signal(signal.SIGALRM, stop)
 
 
+def _interrupt() -> bool:
+    """Whether this Ctrl-C is only an echo of the first. Ends the process at a second one."""
+    now, before = time.monotonic(), _State.interrupted
+    if before is None:
+        if not (_State.stepping or _State.ending):
+            raise KeyboardInterrupt
+        _State.interrupted = now
+        _say_now("Ctrl-C: saving after this step, then ending. Once more ends it at once, without saving")
+        return False
+    if now - before > ECHO_SECONDS:
+        _say_now("ended at once, as a second Ctrl-C asks")
+        os._exit(128 + signal.SIGINT)
+    return True
+
+
+def _say_now(text: str) -> None:
+    """From the first rank, in a signal's handler: what was being printed when it came is not to be mixed up."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        os.write(2, f"\n{text}\n".encode())
+
+
 def asked() -> int:
-    """The signal that has asked this rank to save and end: SIGTERM, SIGUSR1, or 0 for none."""
+    """The signal that has asked this rank to save and end: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), or 0 for none."""
     return _State.asked
 
 
@@ -126,11 +160,14 @@ def take_time() -> None:
     _State.ending = True
 
 
-def report(error: BaseException, *, started: bool, hint: str = "") -> None:
+def report(
+    error: BaseException, *, started: bool, hint: str = "", keep: Callable[[str], None] = lambda kind: None
+) -> None:
     """Prints the reason if this is the first rank to fail, on the error output and in one write.
 
     started: whether training had begun. A ValueError before that is about settings and is shown without a traceback.
-    hint: how to go on.
+    hint: how to go on. keep: called by the rank that prints, with the error's kind, if that may be
+    due to the step's rows.
     """
     if getattr(error, "reported", False):
         return
@@ -140,8 +177,10 @@ def report(error: BaseException, *, started: bool, hint: str = "") -> None:
         time.sleep(GRACE_SECONDS)
         return
     others = peers.joined()
-    lost = others.lost() if others is not None and _is_consequence(error) else []
+    lost = others.lost() if others is not None and is_consequence(error) else []
     print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
+    if isinstance(error, NotFinite) or not isinstance(error, RunFailed | KeyboardInterrupt | Stopped) or lost:
+        keep("a lost rank" if is_consequence(error) else type(error).__name__)
     if others is not None:
         time.sleep(peers.NOTICE_SECONDS)
 
@@ -160,7 +199,7 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
         return f"error: {where}{error}"
     elif isinstance(error, RunFailed):
         text = f"error: {error}"
-    elif _is_consequence(error):
+    elif is_consequence(error):
         text = (
             f"rank {rank} has lost another rank, which was killed or stopped answering; this rank ends too\n"
             f"({_noticed(error)})"
@@ -176,7 +215,7 @@ def message(error: BaseException, *, started: bool, hint: str = "", lost: list[i
     return f"{text}\n{hint}" if hint else text
 
 
-def _is_consequence(error: BaseException) -> bool:
+def is_consequence(error: BaseException) -> bool:
     """Whether another rank may be the cause: a connection that broke, or the launcher's SIGTERM."""
     if isinstance(error, RunFailed):
         return False

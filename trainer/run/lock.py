@@ -17,6 +17,7 @@ from pathlib import Path
 NAME = "lock.json"
 HEARTBEAT_SECONDS = 15.0  # between signs of life
 SILENT_SECONDS = 180.0  # without one, a run of another machine is dead
+WATCHED_SECONDS = 45.0  # of silence that this process has to have seen itself, since clocks jump
 POLL_SECONDS = 2.0  # between looks at a lock of which it is not known yet whether its run lives
 SETTLE_SECONDS = 0.5  # in which another run that takes over the same dead lock shows
 
@@ -89,13 +90,15 @@ class RunLock:
     """`lock.json` in a run's folder, held by the run's first rank from its start to its end, however that comes.
 
     On its own machine the holder is dead when its process is. On another one it is when its lock, whose time it renews
-    every HEARTBEAT_SECONDS, has not changed for SILENT_SECONDS.
+    every HEARTBEAT_SECONDS, has not changed for SILENT_SECONDS: by the file system's clock, and for WATCHED_SECONDS of
+    them by this process's own, which no one sets; or by its own alone, whatever the file system's says.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self._mine = Holder.this_process()
-        self._seen: tuple[str, float] | None = None
+        self._seen: tuple[str, float] | None = None  # token and time of the lock
+        self._since = 0.0  # when they were seen first, by the clock that nobody sets
         self._release: weakref.finalize | None = None
 
     def attempt(self) -> bool:
@@ -150,19 +153,24 @@ class RunLock:
                 raise self._refusal(holder)
             log.info("%s was left by process %d, which has ended, and is taken over", self.path, holder.pid)
             return True
-        token = "" if holder is None else holder.token
-        before, self._seen = self._seen, (token, changed)
-        if before is not None and holder is not None and before[0] == token and changed > before[1]:
-            raise self._refusal(holder)
+        seen = "" if holder is None else holder.token, changed
+        before, now = self._seen, time.monotonic()
+        if before is not None and holder is not None and before[0] == seen[0] and before != seen:
+            raise self._refusal(holder)  # a sign of life, whichever way its clock goes
+        if before != seen:
+            self._seen, self._since = seen, now
         name = "a run" if holder is None else f"process {holder.pid} on {holder.host}"
-        silent = self._now() - changed
-        if silent > SILENT_SECONDS:
-            log.info("%s is of %s, which has not been heard of for %.0f s; it is taken over", self.path, name, silent)
+        silent, watched = self._now() - changed, now - self._since
+        if watched >= SILENT_SECONDS or (silent > SILENT_SECONDS and watched >= WATCHED_SECONDS):
+            log.info(
+                "%s is of %s, which has not been heard of for %.0f s; it is taken over",
+                *(self.path, name, max(silent, watched)),
+            )
             return True
         if before is None:
             log.info(
                 "%s is of %s, last heard of %.0f s ago; looking for up to %.0f s whether that still runs",
-                *(self.path, name, silent, SILENT_SECONDS - silent),
+                *(self.path, name, silent, min(max(SILENT_SECONDS - silent, WATCHED_SECONDS), SILENT_SECONDS)),
             )
         return False
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..settings import Settings
 from .directory import RunDirectory, unwritable
+from .environment import keep as keep_environment
 from .failure import remedy
 from .metrics import MetricsFile
 from .plots import LossCurves
@@ -18,7 +19,7 @@ from .tracking import Tracker
 
 
 class Outputs:
-    """Terminal, metrics.jsonl, samples.txt, plots and W&B of the first rank.
+    """Terminal, metrics.jsonl, samples.txt, environment.json, plots and W&B of the first rank.
 
     A file that cannot be written (a full disk) is reported once for each run of failures, and the run goes on; lines of
     metrics and the configuration are written when there is room again. Raises ValueError if metrics.jsonl cannot be
@@ -26,7 +27,8 @@ class Outputs:
 
     step: the last one that has been taken, from which the run goes on. stage: the one that goes on, in every line of
     metrics, where the run has stages; beginning: whether it has taken no step yet. bring_up: called before each line of
-    metrics, so that it writes those of earlier steps first, where any are still to be read.
+    metrics, so that it writes those of earlier steps first, where any are still to be read. environment: what the run
+    was started with and on (see `environment.describe`).
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Outputs:
         stage: str = "",
         beginning: bool = False,
         bring_up: Callable[[], None] = lambda: None,
+        environment: dict[str, Any] | None = None,
     ) -> None:
         self.directory, self.first, self.stage, self._bring_up = directory, first, stage, bring_up
         self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
@@ -47,6 +50,7 @@ class Outputs:
         self.tracker: Tracker | None = None
         self._failing = False
         self._config: dict[str, Any] | None = None  # while it is still to be written
+        self._environment, self._step = environment if first else None, step  # the same
         if first:
             lines: list[dict[str, Any]] = []
 
@@ -61,7 +65,10 @@ class Outputs:
                 raise unwritable(directory.path, error) from None
             self._config = asdict(settings)
             self._keep(self._flush)
-            self.tracker = Tracker(settings.logger.wandb, directory.path, asdict(settings), self.say, before)
+            config = asdict(settings)
+            if environment is not None:  # W&B lists packages itself
+                config["environment"] = {key: value for key, value in environment.items() if key != "packages"}
+            self.tracker = Tracker(settings.logger.wandb, directory.path, config, self.say, before)
             self.progress.start()
 
     def say(self, message: str) -> None:
@@ -114,6 +121,7 @@ class Outputs:
             self._flush()
         except OSError as error:
             parts = ["config.yaml"] if self._config is not None else []
+            parts += ["environment.json"] if self._environment is not None else []
             parts += [f"the last {self.metrics.unwritten} line(s) of metrics.jsonl"] if self.metrics.unwritten else []
             return [f"{' and '.join(parts)} could not be written: {error}; {remedy(error)}"]
         return []
@@ -123,6 +131,9 @@ class Outputs:
         if self._config is not None:
             self.directory.write_config(self._config)
             self._config = None
+        if self._environment is not None:
+            keep_environment(self.directory.path, self._step, self._environment)
+            self._environment = None
 
     def close(self, *, failed: bool = False) -> None:
         self.progress.close()

@@ -273,6 +273,10 @@ SLIDING, BFLOAT16 = ["model=sliding_window_tiny"], "trainer.dtype=bfloat16"
         ("bfloat16_query_gradients", ["model=llama_tiny"], bfloat16, "bfloat16: op softmax_attention"),
         ("bfloat16_states", ["model=minimax_01_tiny"], bfloat16, "bfloat16: op gated_linear_attention"),
         ("bfloat16_window_means", ["model=infllm_v2_tiny"], bfloat16, "bfloat16: op window_means"),
+        (
+            "bfloat16_window_means", ["model=nsa_gated_deltanet_tiny", "parallel.sequence=4"], bfloat16,
+            "bfloat16: op local_windows",
+        ),
         ("bfloat16_positions", ["model=llama_tiny"], bfloat16, "bfloat16: positions from 100,000 on"),
         ("groups_of_strangers", ["model=llama_tiny", "parallel.sequence=4"], groups, "groups of ranks = the grid"),
         ("loss_averaged_per_rank", ["model=llama_tiny"], loop.training_steps, "ZeRO-1: a step of the loop"),

@@ -77,22 +77,65 @@ def test_a_run_of_another_machine_lives_while_its_lock_is_renewed(tmp_path: Path
         lock.attempt()
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """This process's own clock, which the test sets."""
+    now = [1000.0]
+    monkeypatch.setattr(run_lock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.0)
+    return now
+
+
 @pytest.mark.parametrize("content", [None, "", "{"])
 def test_a_run_of_another_machine_that_is_silent_is_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+    tmp_path: Path, clock: list[float], content: str | None
 ) -> None:
-    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.0)
     path = left(tmp_path, host="far", machine="far away")
     if content is not None:  # it was killed while it wrote the lock
         path.write_text(content)
-    lock = RunLock(tmp_path)
-    assert not lock.attempt()
     long_ago = time.time() - run_lock.SILENT_SECONDS - 1
     os.utime(path, (long_ago, long_ago))
+    lock = RunLock(tmp_path)
+    assert not lock.attempt()
+    clock[0] += run_lock.WATCHED_SECONDS - 1
+    assert not lock.attempt()
+    clock[0] += 1
     assert lock.attempt()
     assert lock.lost() is None
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
     lock.release()
+
+
+def test_a_clock_that_jumps_forward_does_not_make_a_living_run_a_dead_one(tmp_path: Path, clock: list[float]) -> None:
+    path = left(tmp_path, host="far", machine="far away", pid=7)
+    lock, jump = RunLock(tmp_path), time.time() - 10 * run_lock.SILENT_SECONDS
+    os.utime(path, (jump, jump))  # its last sign of life is hours old by the file system's clock, and seconds old
+    assert not lock.attempt()
+    clock[0] += run_lock.HEARTBEAT_SECONDS
+    os.utime(path)
+    with pytest.raises(ValueError, match="process 7 on far trains"):
+        lock.attempt()
+
+
+@pytest.mark.parametrize("jump", [-7200, -0.5])
+def test_a_clock_that_jumps_back_hides_neither_a_living_run_nor_a_dead_one(
+    tmp_path: Path, clock: list[float], jump: float
+) -> None:
+    path = left(tmp_path, host="far", machine="far away", pid=7)
+    before = time.time() + 3600  # written by a clock that was ahead
+    os.utime(path, (before, before))
+    dead = RunLock(tmp_path)
+    assert not dead.attempt()
+    clock[0] += run_lock.SILENT_SECONDS
+    assert dead.attempt()
+    dead.release()
+    left(tmp_path, host="far", machine="far away", pid=7)
+    os.utime(path, (before, before))
+    living = RunLock(tmp_path)
+    assert not living.attempt()
+    os.utime(path, (before + jump, before + jump))
+    with pytest.raises(ValueError, match="process 7 on far trains"):
+        living.attempt()
 
 
 def test_of_many_that_take_over_a_dead_lock_one_gets_it(tmp_path: Path) -> None:

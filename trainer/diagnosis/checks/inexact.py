@@ -28,7 +28,7 @@ AGAIN = 0.2  # of the entries may not be the exact ones rounded once; where part
 # What is rounded once: of these ops the gradients too (True) or neither (False); of all others the output alone.
 ROUNDED_ONCE = {
     "softmax_attention": True, "block_sparse_attention": True, "compressed_attention": True, "window_means": True,
-    "local_windows": False, "listed_latent_attention": True,
+    "local_windows": True, "listed_latent_attention": True,
 }  # fmt: skip
 # These round what they compute on the way, as layers do: ranks are compared with one device in the same type.
 ROUNDED_INSIDE = ("latent_attention",)  # the keys and values that a latent is expanded to
