@@ -151,6 +151,9 @@ def expand_paths(settings: Settings) -> None:
             holder = getattr(holder, group)
         if (path := getattr(holder, name)) is not None:
             setattr(holder, name, home(path, setting))
+    for name, source in settings.data.mixture.items():
+        if source.path is not None:
+            source.path = home(source.path, f"data.mixture.{name}.path")
 
 
 def check(settings: Settings, world_size: int, device: torch.device | None = None) -> None:

@@ -57,8 +57,9 @@ class Saving(Callback):
             self._background.wait()
             self._look(trainer)
 
-    def next_stage(self, trainer: Trainer) -> None:
-        self._background = None  # it was of the engine of the stage before
+    def leave(self) -> None:
+        """Lets go of the engine, which ends with its stage; nothing is being written then."""
+        self._background = None
 
     def settle(self, *, patient: bool) -> None:
         """For a run that fails, on this rank: lets what is being written end, for a while if `patient`."""

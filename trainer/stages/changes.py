@@ -20,7 +20,7 @@ CHANGEABLE = (
 # What they must not change of these groups: other ids, other held-out documents, what is fixed when processes meet.
 FIXED = (
     "data.tokenizer", "data.bos", "data.vocabulary_size", "data.validation_fraction", "data.cache_dir",
-    "model.vocabulary", "parallel.timeout_minutes",
+    "data.audit", "data.restart", "model.vocabulary", "parallel.timeout_minutes",
 )  # fmt: skip
 
 Holder = TypeVar("Holder")
@@ -76,10 +76,16 @@ def _replaced(holder: Any, path: list[str], value: Any, name: str, free: bool) -
         if head not in fields:
             prefix = name.removesuffix(".".join(path))
             raise ValueError(f"{name} must be a setting; got a name that nothing reads. {_near(head, fields, prefix)}")
-        if rest:
-            value = _replaced(getattr(holder, head), rest, value, name, free)
+        before, hint = getattr(holder, head), get_type_hints(type(holder))[head]
+        part = get_args(hint)[1] if get_origin(hint) is dict else None
+        if dataclasses.is_dataclass(part):
+            for key in reversed(rest):
+                value = {key: value}
+            value = _with_parts(before, part, value, name.removesuffix("".join(f".{key}" for key in rest)))
+        elif rest:
+            value = _replaced(before, rest, value, name, free)
         else:
-            value = _typed(value, get_type_hints(type(holder))[head], getattr(holder, head), name)
+            value = _typed(value, hint, before, name)
         return dataclasses.replace(holder, **{head: value})
     if not isinstance(holder, Mapping):
         raise ValueError(f"{name} must be a setting; got a name below {name.removesuffix('.' + '.'.join(path))}")
@@ -89,6 +95,23 @@ def _replaced(holder: Any, path: list[str], value: Any, name: str, free: bool) -
         prefix = name.removesuffix(".".join(path))
         raise ValueError(f"{name} must be a setting of a part that is there. {_near(head, list(holder), prefix)}")
     return {**holder, head: _replaced(holder.get(head) or {}, rest, value, name, free)}
+
+
+def _with_parts(before: Mapping[str, Any], part: Any, changes: Any, name: str) -> dict[str, Any]:
+    """Parts by name, such as the sources of a mixture, some of them changed, added, or removed by null."""
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"{name} must be a mapping; got {changes!r}")
+    made = dict(before)
+    for key, value in changes.items():
+        if value is None:
+            made.pop(key, None)
+            continue
+        made[key] = made.get(key, part())
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}.{key} must be a mapping of its settings, or null to leave it out; got {value!r}")
+        for setting, chosen in value.items():
+            made[key] = _replaced(made[key], [setting], chosen, f"{name}.{key}.{setting}", free=False)
+    return made
 
 
 def _typed(value: Any, hint: Any, before: Any, name: str) -> Any:

@@ -11,6 +11,7 @@ from ...parallel.mesh import Mesh
 from ..checkpoint import checkpoint
 from ..data.corpus import Corpus, open_corpus
 from ..data.recall import RecallCorpus
+from ..data.tokenizers import Tokenizer
 from ..engine import saved_buffers
 from ..preparation import Build, check_model, check_same_model, configured_model, model_settings, on_meta
 from ..ranks.exchange import prepare, together
@@ -59,12 +60,12 @@ class Opening:
 
     Made before anything is allocated: it opens the data of every stage, and raises ValueError on every rank, with the
     stage in front, for what cannot be used and for a stage whose data have another tokenizer. mesh: that of the first
-    stage. Every rank makes one and calls its methods.
+    stage. tokenizer: the run's own, for data with `restart`. Every rank makes one and calls its methods.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh) -> None:
+    def __init__(self, plan: Plan, mesh: Mesh, tokenizer: Tokenizer | None = None) -> None:
         self.plan, self._meshes = plan, {_topology(plan.stages[0].settings.parallel): mesh}
-        self._first = mesh
+        self._first, self._tokenizer = mesh, tokenizer
         self._corpora: dict[int, Corpus | RecallCorpus] = {}
         for stage in plan.stages:
             with stage.checked():
@@ -91,37 +92,42 @@ class Opening:
         written = self.plan.behind(state["step"])
         together(self._first, lambda: _check_begun(start, state, written))
         together(self._first, lambda: check_same_model(start, written.settings.model))
-        if written is stage:
-            return corpus, together(self._first, lambda: corpus.train.resume(state["data"]))
-        together(self._first, lambda: corpus.train.follow(state["data"], stage.rows))
-        return corpus, 0
+        return corpus, together(self._first, lambda: self.row(stage, corpus, state))
+
+    def row(self, stage: Stage, corpus: Corpus | RecallCorpus, state: dict[str, Any]) -> int:
+        """The row of the stage that comes after the state of a checkpoint; its data go on from there."""
+        if self.plan.behind(state["step"]) is stage:
+            return corpus.train.resume(state["data"], restart=stage.settings.data.restart)
+        corpus.train.follow(state["data"], stage.rows)
+        return 0
 
     def _model(self, stage: Stage) -> dict[str, Any]:
         """The stage's model, complete; its vocabulary is that of the data of the first stage."""
         settings, others = stage.settings, self.plan.stages[: stage.number]
-        # That of recall depends on the rows' length; other data are the same in rows of any.
-        same = settings.data.source != "recall" and any(
-            settings.data.same_documents(other.settings.data) for other in others
-        )
-        if not same:
+        # Recall problems depend on the rows' length; other data are the same in rows of any.
+        if settings.data.source == "recall" or not any(self._same(stage, other) for other in others):
             corpus = self._corpus(stage)
             model = together(self._first, lambda: model_settings(settings, corpus))
-            if others and _tokens_of(corpus) != _tokens_of(self._corpora[0]):
-                raise ValueError(
-                    "data must keep the tokenizer through all stages; got another one. Name the run's own: "
-                    "data.tokenizer=PATH for the whole run"
-                )
             if not others:
                 return model
-        return together(self._first, lambda: configured_model(settings)) | {
-            "vocabulary": others[0].settings.model["vocabulary"]
-        }
+            if _tokens_of(corpus) != _tokens_of(self._corpora[0]):
+                raise ValueError("data must keep the tokenizer, or the vocabulary of recall, through all stages")
+        vocabulary = others[0].settings.model["vocabulary"]
+        return together(self._first, lambda: configured_model(settings)) | {"vocabulary": vocabulary}
 
     def _corpus(self, stage: Stage) -> Corpus | RecallCorpus:
         if stage.number not in self._corpora:
-            data, seed = stage.settings.data, stage.settings.trainer.seed
-            self._corpora[stage.number] = prepare(self._first, lambda: open_corpus(data, seed=seed))
+            data, seed, tokenizer = stage.settings.data, stage.settings.trainer.seed, self._tokenizer
+            if not self._same(stage, self.plan.stages[0]):  # other data in the tokens of the run
+                tokenizer = tokenizer or getattr(self._corpus(self.plan.stages[0]), "tokenizer", None)
+            self._corpora[stage.number] = prepare(
+                self._first, lambda: open_corpus(data, seed=seed, tokenizer=tokenizer)
+            )
         return self._corpora[stage.number]
+
+    @staticmethod
+    def _same(stage: Stage, other: Stage) -> bool:
+        return stage.settings.data.same_documents(other.settings.data)
 
 
 def _check_begun(start: Path, state: dict[str, Any], written: Stage) -> None:

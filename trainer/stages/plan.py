@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ...models.moved import with_current_paths
 from ..data.settings import DataSettings
 from ..schedule import Schedule
@@ -75,11 +77,11 @@ class Plan:
         """The last step of each stage but the last."""
         return tuple(stage.stop for stage in self.stages[:-1])
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int, device: torch.device | None = None) -> None:
         """Raises ValueError, naming stage, setting and remedy, for what can be known without data, model or device."""
         for stage in self.stages:
             with stage.checked():
-                check(stage.settings, world_size)
+                check(stage.settings, world_size, device)
         if self.borders and not self.settings.checkpoint.every:
             raise ValueError(
                 "checkpoint.every must be at least 1 with stages, each of which begins from the checkpoint of the one "
