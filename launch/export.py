@@ -9,6 +9,7 @@ from typing import Any
 
 import hydra
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ..models import hf
@@ -16,10 +17,12 @@ from ..trainer.checkpoint.choice import locate
 from ..trainer.checkpoint.origin import read_origin
 from ..trainer.checkpoint.source import OwnSource, Source
 from ..trainer.data.tokenizers import Tokenizer, checkpoint_tokenizer
+from ..trainer.engine import saved_buffers
 from ..trainer.settings import home
 from . import configuration
 from .build import build
 
+OWN = "own"
 DTYPES = ("float32", "bfloat16", "float16")
 OTHERS = (
     "Other models stay with LongReach: python -m longreach.launch.generate draws text from this checkpoint, init_from "
@@ -34,7 +37,9 @@ class ExportSettings:
 
     checkpoint: str | None = None
     path: str | None = None
-    family: str | None = None  # model type to write; null: that of init_from, or else the one that others yield to
+    # Model type to write; null: that of init_from, or else the one that others yield to; own: no family's, but any
+    # model's tensors by their names in LongReach, for other programs.
+    family: str | None = None
     dtype: str = "float32"  # as in the checkpoint, or bfloat16, float16
     max_positions: int | None = (
         None  # null: the scaling's own, or else the longest rows of any stage, or those of init_from
@@ -70,8 +75,14 @@ def export(settings: ExportSettings) -> Path:
     check_form(settings.dtype, settings.max_positions, settings.shard_bytes)
     out = Path(home(settings.path, "path"))
     hf.check_new(out)
+    source = OwnSource(locate(home(settings.checkpoint, "checkpoint"), "checkpoint"), build)
+    if settings.family == OWN:
+        if settings.max_positions is not None:
+            raise ValueError(f"max_positions must be left out with family=own; got {settings.max_positions}")
+        write_own(source, out, settings.dtype, settings.shard_bytes)
+        return out
     write_hub(
-        OwnSource(locate(home(settings.checkpoint, "checkpoint"), "checkpoint"), build),
+        source,
         out,
         "path",
         family=settings.family,
@@ -80,6 +91,19 @@ def export(settings: ExportSettings) -> Path:
         shard_bytes=settings.shard_bytes,
     )
     return out
+
+
+def write_own(source: OwnSource, out: Path, dtype: str, shard_bytes: int) -> None:
+    """Writes a model's tensors by their names in LongReach, in one file or in shards with an index; config.yaml too."""
+    with torch.device("meta"):
+        model = build(source.settings)
+    buffers = saved_buffers(model)
+    names = [*dict(model.named_parameters()), *buffers]
+    with hf.new_folder(out) as folder:
+        form = {"dtype": getattr(torch, dtype), "shard_bytes": shard_bytes}
+        hf.write_as_it_is(source.weights(model), names, buffers, folder, **form)
+        source.write_beside(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(source.run, sort_keys=False), encoding="utf-8")
 
 
 def check_form(dtype: str | None, max_positions: int | None, shard_bytes: int) -> None:

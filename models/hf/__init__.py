@@ -25,7 +25,7 @@ from .checkpoint import prepare as prepare_filling
 from .components import Settings
 from .config import SAID_ANEW
 from .family import OTHER_MODELS, Family
-from .tensors import Entries
+from .tensors import Entries, Recipe, Tensors
 from .writing import SHARD_BYTES, WriteError, check_new, copy_files, new_folder, save_tensors, write_json
 
 logger = logging.getLogger("longreach")
@@ -51,6 +51,7 @@ __all__ = [
     "read_settings",
     "tokenizer_files",
     "write",
+    "write_as_it_is",
 ]
 
 
@@ -133,6 +134,20 @@ def write(
         copy_files(files, folder)
         if generation is not None:
             write_json(folder / GENERATION, generation)
+
+
+def write_as_it_is(
+    state: Iterable[tuple[str, Tensor | Entries]],
+    names: Iterable[str],
+    buffers: Iterable[str],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes parameters and `buffers`, all by our own `names`, into a folder; `dtype` is that of the parameters."""
+    same = {name: Recipe((name,)) for name in names}
+    save_tensors(state, Tensors(same, same, buffers=frozenset(buffers)), folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def _kept(origin: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,30 @@ def test_a_hybrid_is_not_exported(origin, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_tensors_of_any_model_are_written_by_their_own_names(origin, tmp_path):
+    """Of a hybrid, whose checkpoint two ranks have shared out."""
+    model = hf.read_settings(origin)
+    mixers = {"retnet": {"_target_": "longreach.models.mixers.linear.retnet.RetNet", "_partial_": True, "heads": 2}}
+    model |= {"pattern": ["full", "retnet"], "mixers": {**model["mixers"], **mixers}}
+    saved, _ = run_ranks(2, read_and_save, origin, tmp_path / "run" / "checkpoints", 3, model)
+    (saved / "origin.json").write_text("{}")
+    stored = verify(saved)
+    names = {name for name, (file, *_) in stored.tensors.items() if not file.startswith("moments")}
+    for dtype, shard_bytes in (("float32", 10**9), ("bfloat16", 4000)):
+        form = {"family": "own", "dtype": dtype, "shard_bytes": shard_bytes}
+        out = export(ExportSettings(str(saved), str(tmp_path / dtype), **form))
+        files = list(out.glob("*.safetensors"))
+        assert (len(files) == 1) == (dtype == "float32")
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert tensors.keys() == names
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, stored.map(name).to(getattr(torch, dtype)))
+        assert read_config(out)["model"] == model
+        assert (out / "tokenizer" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="max_positions must be left out with family=own; got 64"):
+        export(ExportSettings(str(saved), str(tmp_path / "more"), family="own", max_positions=64))
+
+
 def test_a_model_with_a_mixer_of_the_users_own_is_refused_too(saved, tmp_path, monkeypatch):
     (tmp_path / "its_own.py").write_text(
         "from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention\n"

@@ -191,6 +191,57 @@ def test_a_run_passes_over_a_damaged_checkpoint(start, run: Path) -> None:
     assert "passed over" not in finish(start(ALONE, "run.dir=run", "trainer.steps=4"))
 
 
+STUCK = """
+import threading
+import time
+
+from longreach.trainer.callback import Callback
+from longreach.trainer.checkpoint.tensor_files import TensorWriter
+
+
+class Stuck(Callback):
+    def after_step(self, trainer):
+        if trainer.step == 3:  # from the second checkpoint on, the thread that writes stops after its first piece
+            original = TensorWriter.write
+
+            def write(writer, name, piece):
+                original(writer, name, piece)
+                if threading.current_thread() is not threading.main_thread():
+                    writer._file.flush()
+                    time.sleep(3600)
+
+            TensorWriter.write = write
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_being_written_leaves_the_one_before(start, tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    run = tmp_path / "run"
+    half_written = run / "checkpoints/.step-00000004.writing"
+    process = start(TWO, "run.dir=run", ENDLESS, "+callbacks.stuck._target_=stuck.Stuck")
+    # Training goes on beside it, until the next checkpoint is due.
+    wait_for(process, lambda: half_written.exists() and len(rates(run)) == 6)
+    assert len(list(half_written.glob("*.safetensors"))) >= 1
+    kill(process)
+    assert saved(run) == ["step-00000002"]
+    said = finish(start(TWO, "run.dir=run", "trainer.steps=6"))
+    assert "going on after step 2" in said
+    assert "passed over" not in said
+    assert saved(run) == ["step-00000004", "step-00000006"]
+    assert not half_written.exists()
+    assert sorted(rates(run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_saves_nothing_says_so_where_a_signal_ends_it(start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(ALONE, "run.dir=run", ENDLESS, "checkpoint.every=0")
+    wait_for(process, lambda: (run / "metrics.jsonl").exists() and rates(run))
+    os.kill(process.pid, signal.SIGTERM)
+    said = finish(process, status=75)
+    assert f"ended after step {max(rates(run))}, as SIGTERM asks; no checkpoint was saved" in said
+    assert saved(run) == []
+
+
 def test_a_run_is_refused_where_another_goes_on(start, tmp_path: Path) -> None:
     first = start(ALONE, "run.dir=run", ENDLESS)
     wait_for(first, lambda: saved(tmp_path / "run"))
@@ -248,7 +299,12 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(start, tmp_path:
 
 def test_gradients_that_are_never_finite_end_the_run(start, tmp_path: Path) -> None:
     hybrid = ("model=minimax_01_tiny", "model.width=64", "model.depth=8", "model.mixers.lightning.heads=2")
-    said = finish(start(TWO, "run.dir=run", "trainer.steps=60", "optimizer.learning_rate=1e4", *hybrid), 1)
+    said = finish(
+        start(
+            TWO, "run.dir=run", "trainer.steps=60", "optimizer.learning_rate=1e4", *hybrid, "trainer.max_rollbacks=0"
+        ),
+        1,
+    )
     assert said.count("the gradient is not finite; the weights stay as they are") == 9
     assert said.count("error: the gradient must be finite; got 10 step(s) in a row, ") == 1
 

@@ -25,7 +25,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         tmp_path / "venv" / "bin",
         "python",
         'case "$*" in *device_count*) echo "${GPUS:-0}";; *socket*) echo 4567;; *install.py*|*"import longreach"*) ;;'
-        ' *) echo "$@"; echo "working in $PWD";; esac',
+        ' *) echo "$@"; echo "working in $PWD"; exit "${STATUS:-0}";; esac',
     )
     hidden = ("SLURM_", "OMPI_", "CUDA_VISIBLE", "RANKS", "PORT", "HOSTFILE", "NODES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
@@ -77,6 +77,21 @@ def test_a_script_stays_in_the_users_folder(environment: dict[str, str], tmp_pat
     assert f"working in {tmp_path}" in done.stdout
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+@pytest.mark.parametrize(("status", "times"), [("75", 3), ("0", 1), ("1", 1)])
+def test_a_run_that_a_signal_has_ended_is_started_again(
+    environment: dict[str, str], script: str, status: str, times: int
+) -> None:
+    command = ["bash", str(LAUNCH / script), "a=1"]
+    variables = environment | {"STATUS": status, "RESTARTS": "2"}
+    done = subprocess.run([*command, "run.dir=x"], env=variables, capture_output=True, text=True, timeout=30)
+    assert done.returncode == int(status)
+    assert done.stdout.count("longreach.launch.train a=1 run.dir=x") == times
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "RESTARTS must come with run.dir=" in done.stderr
+
+
 STEP = """
 import os, signal, sys, time
 assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # as torchrun, which would die of it
@@ -91,8 +106,8 @@ sys.exit(int(os.environ.get("STATUS", 0)))
 """
 
 
-def batch(tmp_path: Path, environment: dict[str, str], ask: bool, **more: str) -> tuple[int, list[str]]:
-    """The status of slurm.sbatch, and what it called of Slurm; `ask`: the time limit nears."""
+def batch(tmp_path: Path, environment: dict[str, str], ask: int | None, **more: str) -> tuple[int, list[str]]:
+    """The status of slurm.sbatch, and what it called of Slurm; `ask`: what it hears."""
     tools, log, pid = tmp_path / "tools", tmp_path / "log", tmp_path / "pid"
     (tmp_path / "step.py").write_text(STEP)
     record = f'echo "$(basename "$0") $*" >>{log}'
@@ -112,13 +127,13 @@ def batch(tmp_path: Path, environment: dict[str, str], ask: bool, **more: str) -
         assert job.poll() is None or (tmp_path / "started").exists()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    if ask:
-        job.send_signal(signal.SIGUSR1)
+    if ask is not None:
+        job.send_signal(ask)
     return job.wait(20), log.read_text().splitlines()
 
 
 def test_slurm_gives_the_cpus_to_its_tasks(tmp_path: Path, environment: dict[str, str]) -> None:
-    status, called = batch(tmp_path, environment, ask=False, SECONDS_LONG="0.1")
+    status, called = batch(tmp_path, environment, ask=None, SECONDS_LONG="0.1")
     assert status == 0
     assert "--cpus-per-task=8" in called[0]
     assert called[-1].endswith("run.dir=runs/slurm-42 model=x run.name=a b 2 n1")
@@ -126,12 +141,28 @@ def test_slurm_gives_the_cpus_to_its_tasks(tmp_path: Path, environment: dict[str
 
 
 def test_slurm_queues_a_run_again_that_saved_before_its_time_limit(tmp_path: Path, environment: dict[str, str]) -> None:
-    status, called = batch(tmp_path, environment, ask=True, SECONDS_LONG="15")
+    status, called = batch(tmp_path, environment, signal.SIGUSR1, SECONDS_LONG="15", STATUS="75")
     assert status == 0
     assert called[-2:] == ["scancel --signal=USR1 42", "scontrol requeue 42"]
+    assert not list(tmp_path.glob("*.interrupted"))
 
 
-def test_slurm_does_not_queue_a_run_again_that_failed(tmp_path: Path, environment: dict[str, str]) -> None:
-    status, called = batch(tmp_path, environment, ask=True, SECONDS_LONG="15", STATUS="3")
-    assert status == 3
+def test_slurm_queues_a_run_again_whose_ranks_heard_of_it_first(tmp_path: Path, environment: dict[str, str]) -> None:
+    status, called = batch(tmp_path, environment, None, SECONDS_LONG="0.1", STATUS="75")
+    assert status == 0
+    assert called[-1] == "scontrol requeue 42"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_slurm_does_not_queue_a_run_again_that_failed_or_came_to_its_end(
+    tmp_path: Path, environment: dict[str, str], status: int
+) -> None:
+    got, called = batch(tmp_path, environment, signal.SIGUSR1, SECONDS_LONG="15", STATUS=str(status))
+    assert got == status
     assert called[-1] == "scancel --signal=USR1 42"
+
+
+def test_slurm_does_not_queue_a_run_again_that_was_cancelled(tmp_path: Path, environment: dict[str, str]) -> None:
+    status, called = batch(tmp_path, environment, signal.SIGTERM, SECONDS_LONG="0.5", STATUS="75")
+    assert status == 75
+    assert not any("requeue" in line for line in called)

@@ -93,8 +93,13 @@ class Background:
         """
         if not self._under_way or self._writing is None:
             return
-        pause = POLLS_S[0]
-        while gather_numbers([float(self._writing.running)], self.engine.mesh).any():
+        writing, pause = self._writing, POLLS_S[0]
+        while True:
+            running, broken = gather_numbers([writing.running, writing.broken], self.engine.mesh).T.bool()
+            if not running.any():
+                break
+            if broken.any():  # nobody will tell the others
+                writing.end(0.0)
             time.sleep(pause)
             pause = min(2 * pause, POLLS_S[1])
         self._under_way = False
@@ -137,7 +142,8 @@ class _Abandoned(Exception):
 class _Writing:
     """One checkpoint that this rank's thread writes and, on the first rank, commits when all ranks have written.
 
-    error: why it could not be written, when it has ended.
+    error: why it could not be written, when it has ended. broken: whether this rank has ended without a word to the
+    others.
     """
 
     def __init__(
@@ -151,6 +157,7 @@ class _Writing:
     ) -> None:
         self.target = target
         self.error: CheckpointError | None = None
+        self.broken = False
         self._copy, self._index, self._retention, self._beside = copy, index, retention, beside
         self._rank, self._ranks, self._notes = mesh.rank, mesh.world_size, _Notes(mesh.world_size)
         self._ending = threading.Event()
@@ -179,7 +186,7 @@ class _Writing:
             if self._rank == 0:
                 shutil.rmtree(self.target.temporary, ignore_errors=True)
         except RuntimeError as failure:  # of the store: its host is lost
-            problem = f"the ranks' store does not answer ({failure})"
+            problem, self.broken = f"the ranks' store does not answer ({failure})", True
         self.error = unwritten(self.target.path, problem) if problem else None
 
     def _write(self) -> Written:

@@ -26,10 +26,11 @@ class Candidates:
     def __iter__(self) -> Iterator[Path]:
         return iter([*self.own, *self.foreign])
 
-    def refusal(self, directory: RunDirectory, problems: list[str]) -> ValueError:
-        """What is raised where none of them is good, for the reasons in `problems`."""
+    def refusal(self, directory: RunDirectory, problems: list[str], mesh: Mesh) -> ValueError:
+        """What is raised where none of them is good, for the reasons in `problems`; every rank calls it."""
         if not self.own:
-            return ValueError(f"{problems[0]}. {advice(self.foreign[0])}, or leave checkpoint.resume out to start anew")
+            other = advice(self.foreign[0], lambda path: examine(path, mesh) is None)
+            return ValueError(f"{problems[0]}. {other}, or leave checkpoint.resume out to start anew")
         return ValueError(
             f"{'; '.join(problems)}. None of {directory.path} is good: start anew in another run.dir, or from another "
             "run's with checkpoint.resume=PATH"
@@ -88,7 +89,7 @@ def choose(resume: str, directory: RunDirectory, mesh: Mesh) -> tuple[Path | Non
             return path, notes
         problems.append(problem)
     if problems:
-        raise there.refusal(directory, problems)
+        raise there.refusal(directory, problems, mesh)
     return None, []
 
 

@@ -39,10 +39,10 @@ class Saving(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         self._look(trainer)
-        due = trainer.due(1 if trainer.step in self.kept else trainer.settings.checkpoint.every)
-        # Amid skipped steps the weights are those of a checkpoint that may be the one to go back to.
-        ends = trainer.step == trainer.stage.stop
-        if due and (ends or not trainer.recovery.in_a_row):
+        kept, ends = trainer.step in self.kept, trainer.step == trainer.stage.stop
+        due = trainer.due(1 if kept else trainer.settings.checkpoint.every)
+        # Amid skipped steps the weights may be bad, and the checkpoint to go back to must not make way for them.
+        if due and (ends or kept or not trainer.recovery.in_a_row):
             self._save(trainer, last=ends)
 
     def end(self, trainer: Trainer) -> None:
@@ -80,9 +80,9 @@ class Saving(Callback):
 
     def _say(self, trainer: Trainer, error: checkpoint.CheckpointError) -> None:
         every, last = trainer.settings.checkpoint.every, trainer.settings.trainer.steps
-        coming = [step for step in (*self.kept, last) if step > trainer.step]
-        again = min([*coming, *([trainer.step - trainer.step % every + every] if every else [])], default=last)
-        trainer.outputs.say(f"{error}. The run goes on and saves again after step {again}")
+        coming = [step for step in self.kept if step > trainer.step]
+        coming += [trainer.step - trainer.step % every + every] if every else []
+        trainer.outputs.say(f"{error}. The run goes on and saves again after step {min([*coming, last])}")
 
     def _save(self, trainer: Trainer, last: bool) -> None:
         self.wait(trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,9 @@ def examine(path: Path, mesh: Mesh) -> str | None:
     return None
 
 
-def advice(path: Path) -> str:
-    """What to do about a damaged checkpoint: the newest other one of the run, if any is complete."""
-    others = (other for other in reversed(steps(path.parent)) if other.name != path.name and is_complete(other))
+def advice(path: Path, is_good: Callable[[Path], bool]) -> str:
+    """What to do about a damaged checkpoint: the newest other one of the run that is good, if any."""
+    others = (other for other in reversed(steps(path.parent)) if other.name != path.name and is_good(other))
     return f"Use {other}" if (other := next(others, None)) else "Use another one"
 
 
@@ -191,5 +191,14 @@ def _check_bytes(stored: Stored, keys: list[str]) -> None:
             raise _Damage(f"the bytes of {key} in {file} have changed since they were written")
 
 
+def _is_undamaged(path: Path) -> bool:
+    try:
+        stored = _read(path)
+        _check_bytes(stored, list(stored.tensors))
+    except _Damage:
+        return False
+    return True
+
+
 def _refusal(path: Path, damage: _Damage) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path)}")
+    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path, _is_undamaged)}")

@@ -125,7 +125,7 @@ def open_corpus(
     if tokenizer is None and settings.tokenizer != "bpe":
         tokenizer = load_tokenizer(settings.tokenizer, bos)
     root = Path(cache_dir or settings.cache_dir or DEFAULT_CACHE).expanduser()
-    if settings.mixture:
+    if settings.mixture or settings.source == "mixture":
         return _mixed(settings, root, tokenizer, seed)
     # The cache's tokenizer may have been another's, with the same ids and another chat template.
     cache = _open_cache(settings, root, tokenizer)

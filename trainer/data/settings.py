@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..requirements import at_least, one_of
 
@@ -72,6 +73,20 @@ class DataSettings:
     cache_dir: str | None = None  # where tokens are kept: ~/.cache/longreach by default
     recall: RecallSettings = field(default_factory=RecallSettings)
 
+    def __post_init__(self) -> None:
+        """A source of the mixture may be given as a mapping. Raises ValueError for what it has no setting for."""
+        known = [each.name for each in fields(MixtureSource)]
+        made: dict[str, MixtureSource] = {}
+        for name, part in self.mixture.items():
+            given = dict(part) if isinstance(part, Mapping) else {}
+            if unknown := [key for key in given if key not in known]:
+                raise ValueError(
+                    f"data.mixture.{name}.{unknown[0]} must be a setting; got a name that nothing reads. Known: "
+                    f"{', '.join(known)}"
+                )
+            made[name] = MixtureSource(**given) if isinstance(part, Mapping) else part
+        self.mixture = made
+
     def check_rows(self, data_ranks: int) -> None:
         """Raises ValueError where that many data-parallel ranks cannot share the rows of a step evenly.
 
@@ -94,6 +109,11 @@ class DataSettings:
 
         Raises ValueError for what a mixture cannot have, or leaves without effect.
         """
+        if not self.mixture:
+            raise ValueError(
+                "data.mixture must name at least one source with data=mixture; got none. Give it: "
+                "data.mixture='{NAME: {source: text, path: PATH, weight: 1}}'"
+            )
         if self.source not in ("stdlib", "mixture"):
             raise ValueError(
                 f"data.source must be left out with data.mixture, whose sources have their own; got {self.source}. "

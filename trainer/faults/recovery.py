@@ -120,6 +120,7 @@ class Recovery:
     def _newest_before(self, first: int) -> Path | None:
         """The newest good checkpoint from before step `first`; an older one where all were skipped since the last."""
         trainer, mesh = self._trainer, self._trainer.mesh
+        trainer.saving.wait(trainer)  # for one that is being written beside training
         there = steps(trainer.directory.checkpoints) if mesh.rank == 0 else []
         # Not from before the stage, which began from a checkpoint: the engine is of this one.
         begins = trainer.stage.first

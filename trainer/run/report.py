@@ -35,10 +35,11 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
     start: the checkpoint that it starts from, with notes about that choice.
     """
     settings, corpus, step = trainer.settings, trainer.corpus, trainer.step
+    source = "mixture" if settings.data.mixture else settings.data.source
     lines = [
         f"run           {trainer.directory.path}",
         f"model         {parameters(trainer.shape)}, {settings.trainer.dtype}",
-        f"data          {settings.data.source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
+        f"data          {source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
         *(["stages", *trainer.plan.table(), f"stage         {trainer.stage.name}"] if trainer.plan.staged else []),
         f"a step        {_a_step(trainer)}",
         *notes,

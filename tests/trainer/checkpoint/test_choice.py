@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from stored_checkpoints import DAMAGE, flipped, store
+from stored_checkpoints import DAMAGE, flipped, missing, store, truncated
 
 from longreach.parallel.mesh import Mesh
 from longreach.trainer.checkpoint.choice import choose, locate
+from longreach.trainer.checkpoint.stored import check_bytes, verify
 from longreach.trainer.run.directory import RunDirectory
 
 
@@ -62,10 +63,14 @@ def test_the_same_command_again_goes_on_from_the_own_newest_checkpoint(tmp_path:
 def test_a_damaged_checkpoint_that_was_named_is_refused_with_one_that_is_good(tmp_path: Path) -> None:
     good, bad = store(tmp_path / "other" / "checkpoints", 2), store(tmp_path / "other" / "checkpoints", 4)
     flipped(bad)
+    flipped(store(tmp_path / "other" / "checkpoints", 3))  # which is complete, as far as sizes tell
     with pytest.raises(
         ValueError, match=f"{bad} must be complete and undamaged; .* have changed .*Use {good}, or leave"
     ):
         find(tmp_path / "run", str(bad))
+    assert find(tmp_path / "run", str(good))[0] == "other/checkpoints/step-00000002"  # as the advice says
+    with pytest.raises(ValueError, match=f"have changed .*Use {good}"):
+        check_bytes(verify(bad), ["w"])
     found, said = find(tmp_path / "run", str(tmp_path / "other"))  # the run's newest good one
     assert found == "other/checkpoints/step-00000002"
     assert "step-00000004 must be" in said
@@ -87,7 +92,12 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(tmp_path: Path) -> N
     own = tmp_path / "run" / "checkpoints"
     store(own, 2)
     flipped(store(own, 4))  # each tensor is read by one rank
+    truncated(store(own, 6))
+    missing(store(own, 8))
+    store(own, 10).rename(own / ".step-00000010.writing")  # half written
     (found, said), *others = run_ranks(3, examine, tmp_path / "run")
     assert others == 2 * [(found, said)]
     assert found == "run/checkpoints/step-00000002"
+    assert "step-00000008 must be complete and undamaged; moments-00001-of-00001.safetensors cannot be read" in said
+    assert "step-00000006 must be complete and undamaged; weights-00001-of-00001.safetensors has" in said
     assert "have changed" in said

@@ -3,10 +3,12 @@
 import io
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 
 import pytest
@@ -111,6 +113,48 @@ def test_of_several_ranks_that_fail_in_turn_the_first_is_shown_once(how: str, vi
     assert len(told) == 1, said
     assert told[0].startswith(expected)
     assert all(process.returncode for process in ranks)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The signals' handlers of a run, and what a second Ctrl-C did in place of ending the process."""
+    ended: list[str] = []
+    before = {number: signal.getsignal(number) for number in (*failure.ASKS, signal.SIGALRM)}
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(f"left with {status}"))
+    monkeypatch.setattr(failure, "_say_now", ended.append)
+    failure.catch_termination()
+    yield ended
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    failure._State.asked = 0
+
+
+@pytest.mark.parametrize("number", failure.ASKS)
+def test_a_signal_in_a_step_asks_for_the_end_after_it(heard: list[str], number: int) -> None:
+    with failure.stepping():
+        signal.raise_signal(number)
+        assert failure.asked() == number
+    assert "left with 130" not in heard
+
+
+def test_ctrl_c_twice_ends_at_once_unless_the_launcher_repeats_it(
+    heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with failure.stepping():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert heard == ["Ctrl-C: saving after this step, then ending. Once more ends it at once, without saving"]
+        failure.take_time()  # the checkpoint is being written
+        monkeypatch.setattr(failure, "ECHO_SECONDS", -1.0)
+        signal.raise_signal(signal.SIGINT)
+    assert heard[-1] == "left with 130"
+
+
+def test_before_the_first_step_signals_end_a_run_at_once(heard: list[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(failure.Stopped):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_bug_keeps_its_traceback_and_lack_of_memory_its_remedies() -> None:
