@@ -17,6 +17,7 @@ from .commit import Retention
 from .origin import Origin
 
 if TYPE_CHECKING:
+    from ..assembly import Assembly
     from ..trainer import Trainer
 
 SETTLE_SECONDS = 60.0  # what a checkpoint under way gets to be written where the run fails for a reason of its own
@@ -51,7 +52,7 @@ class Saving(Callback):
         if trainer.settings.checkpoint.every and not trainer.done and not present:
             self._save(trainer, last=True)
 
-    def wait(self, trainer: Trainer) -> None:
+    def wait(self, trainer: Assembly) -> None:
         """Returns when nothing is being written any more: `saved` is the same on all ranks. Every rank calls it."""
         if self._background is not None:
             self._background.wait()
@@ -68,7 +69,7 @@ class Saving(Callback):
             if (news := self._background.news()) and news[1] is None:
                 self.saved = news[0]
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Assembly) -> None:
         """Whether what was being written has ended, as far as this rank knows."""
         if self._background is None or (news := self._background.news()) is None:
             return
@@ -78,7 +79,7 @@ class Saving(Callback):
         elif trainer.directory.lost() is None:  # if it is, the next step says so
             self._say(trainer, error)
 
-    def _say(self, trainer: Trainer, error: checkpoint.CheckpointError) -> None:
+    def _say(self, trainer: Assembly, error: checkpoint.CheckpointError) -> None:
         every, last = trainer.settings.checkpoint.every, trainer.settings.trainer.steps
         coming = [step for step in self.kept if step > trainer.step]
         coming += [trainer.step - trainer.step % every + every] if every else []
