@@ -15,7 +15,7 @@ from .guard import Guard
 from .ledger import Ledger, Passage, beyond, named_rows
 
 if TYPE_CHECKING:
-    from ..trainer import Trainer
+    from ..assembly import Assembly
 
 NAMED = 8  # documents that a message names
 
@@ -30,7 +30,7 @@ class Recovery:
     target: the checkpoint to go back to now, or None.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Assembly) -> None:
         chosen = trainer.settings.trainer
         self._trainer = trainer
         self.guard = Guard(chosen.spike_deviations, chosen.spike_window, trainer.mesh, trainer.device)
@@ -45,6 +45,8 @@ class Recovery:
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state, or begins, where it is empty; every rank calls it."""
         self.skipped, self._from = int(state.get("skipped_steps", 0)), self._trainer.step
+        if state.get("stage", self._trainer.stage.identity) != self._trainer.stage.identity:
+            state = {}  # the stage before had rows of its own
         self.passed = [Passage(int(first), int(stop), reason) for first, stop, reason in state.get("skipped_rows", ())]
         self.guard.resume(state.get("spikes", {}))
         mine = self._ledger.passages() if self._trainer.mesh.rank == 0 else []
@@ -120,7 +122,9 @@ class Recovery:
         trainer, mesh = self._trainer, self._trainer.mesh
         trainer.saving.wait(trainer)  # for one that is being written beside training
         there = steps(trainer.directory.checkpoints) if mesh.rank == 0 else []
-        there = [path for path in from_first_rank(there, mesh) if step_of(path) < first]
+        # Not from before the stage, which began from a checkpoint: the engine is of this one.
+        begins = trainer.stage.first
+        there = [path for path in from_first_rank(there, mesh) if begins <= step_of(path) < first]
         if self.rollbacks and first == self._from + 1:
             there = [path for path in there if step_of(path) < self._from] or there
         return next((path for path in reversed(there) if checkpoint.examine(path, mesh) is None), None)
@@ -154,7 +158,7 @@ class Recovery:
 
     @property
     def _ledger(self) -> Ledger:
-        return Ledger(self._trainer.directory.path)
+        return Ledger(self._trainer.directory.path, self._trainer.stage.name)
 
     def _write(self, kind: str, rows: tuple[int, int], reason: str, step: int | None = None, **more: Any) -> None:
         if self._trainer.mesh.rank == 0:
