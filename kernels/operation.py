@@ -33,27 +33,48 @@ class Operation(Protocol):
         ...
 
 
+class Elsewhere(Protocol):
+    """Where tensors are kept that leave their device."""
+
+    def pack(self, x: Tensor, /) -> Any:
+        """What stands for the tensor."""
+        ...
+
+    def unpack(self, kept: Any, /) -> Tensor:
+        """The tensor again."""
+        ...
+
+
 class Kept:
     """The results of the ops of one layer, kept for the recomputation of the layer in backward.
 
     The first call for a slot stores its result and the second takes it back, so that a recomputation repeats no
-    collective. A slot is therefore used once in a layer's forward.
+    collective. A slot is therefore used once in a layer's forward. elsewhere: where to keep the tensors; None keeps
+    them as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Elsewhere | None = None) -> None:
+        self.elsewhere = elsewhere
         self._results: dict[Hashable, Any] = {}
         self._parts: dict[str, Kept] = {}
 
     def of(self, part: str) -> Kept:
         """The results of one part of the layer, which has slots of its own."""
-        return self._parts.setdefault(part, Kept())
+        return self._parts.setdefault(part, Kept(self.elsewhere))
 
     def take(self, slot: Hashable) -> Any:
         """What the first call stored; None if this is the first."""
-        return self._results.pop(slot, None)
+        results = self._results.pop(slot, None)
+        if self.elsewhere is None or results is None:
+            return results
+        return tuple(tuple(None if x is None else self.elsewhere.unpack(x) for x in part) for part in results)
 
-    def store(self, slot: Hashable, result: Any) -> None:
-        self._results[slot] = result
+    def store(self, slot: Hashable, result: tuple[Tensors, Tensors]) -> None:
+        if self.elsewhere is None:
+            self._results[slot] = result
+            return
+        pack = self.elsewhere.pack
+        self._results[slot] = tuple(tuple(None if x is None else pack(x) for x in part) for part in result)
 
 
 def run(

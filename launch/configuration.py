@@ -38,9 +38,16 @@ def register(name: str, schema: type) -> None:
     """Makes a dataclass known to Hydra as the schema `name`, so that wrong names and types are refused."""
     node = OmegaConf.structured(schema)
     for group in node:
+        part = node._get_node(group)
+        if not isinstance(part, DictConfig):
+            continue
         # Groups of frozen dataclasses would refuse every override.
-        if isinstance(node._get_node(group), DictConfig):
-            OmegaConf.set_readonly(node._get_node(group), None)
+        OmegaConf.set_readonly(part, None)
+        for setting in part:
+            value = part._get_node(setting)
+            # A setting that is a dict of dataclasses takes keys of any name, with the settings of those alone.
+            if isinstance(value, DictConfig) and dataclasses.is_dataclass(value._metadata.element_type):
+                OmegaConf.set_struct(value, False)
     ConfigStore.instance().store(name=name, node=node)
 
 

@@ -11,6 +11,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from ..models.activations.recomputation import SETTINGS as MEMORY
 from ..models.decoding import generate as draw
 from ..models.language_model import LanguageModel
 from ..trainer.checkpoint import checkpoint
@@ -70,8 +71,7 @@ def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
     """The model and the tokenizer of a checkpoint, from its folder alone."""
     checkpoint.verify(path)
     tokenizer = checkpoint_tokenizer(path)
-    model_settings = read_config(path)["model"]
-    model_settings.pop("activation_checkpointing", None)
+    model_settings = {name: value for name, value in read_config(path)["model"].items() if name not in MEMORY}
     with device:
         model = build(model_settings)
     model.at_step(checkpoint.load_weights(path, model)["step"])

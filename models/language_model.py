@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import Documents
-from ..kernels.operation import Kept
 from ..parallel.sequence import Sequence
+from .activations.offloading import Copies, Journey, copies_of, departures
+from .activations.recomputation import Modes, call, check_recomputation, mode_of
 from .block import Block, SideBySide
 from .initial_values import initial_value
 from .layers.normalisation import norm_of
 from .mixer import check_composite, check_part, construct, name_of, naming
 from .multi_token_prediction import MultiTokenPrediction, PredictionModule
-from .part import Composite, Part, flops_of, named_weights, shape_of
+from .part import Composite, Part, flops_of, named_weights, shape_of, tile
 from .pattern import expand_pattern, stages
 from .published import EMBEDDING, check_reads, read_later, stateless_from
 from .sharing import Sharing
 from .vocabulary import NO_TARGET, Embedding, Head
 
-CHECKPOINTING = ("none", "full", "mixing")
-
 Partial = Callable[..., nn.Module]
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 Write = Callable[[nn.Parameter, int], AbstractContextManager]
 
 
@@ -57,7 +53,9 @@ class LanguageModel(nn.Module):
     multi_token_prediction: how many modules learn to predict tokens further ahead, each with a block like the last;
         multi_token_prediction_weight: of their loss, by default 0.3. See `MultiTokenPrediction`.
     activation_checkpointing: "none"; "full", which recomputes each block in backward; "mixing", which does too but
-        keeps what the mixing ops computed, so that no collective is repeated.
+        keeps what the mixing ops computed, so that no collective is repeated; or one of these by the names of mixers.
+    tile_tokens: how many tokens feed-forward layers compute at once, forward and backward; None for all: see `tiled`.
+    offload_activations: what recomputed blocks keep is in the host's memory meanwhile; see `Journey`.
     initial_std: of the normal distribution of weights; see `initialise`. embedding_std: of the embedding's, where it is
         to be another; the embedding is not tied to the head then.
 
@@ -86,7 +84,9 @@ class LanguageModel(nn.Module):
         logit_softcap: float | None = None,
         multi_token_prediction: int = 0,
         multi_token_prediction_weight: float | None = None,
-        activation_checkpointing: str = "none",
+        activation_checkpointing: Modes = "none",
+        tile_tokens: int | None = None,
+        offload_activations: bool = False,
         initial_std: float = 0.02,
         embedding_std: float | None = None,
     ) -> None:
@@ -101,15 +101,14 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"model.{name} must be positive; got {value}. 1 leaves it out")
         if logit_softcap is not None and logit_softcap <= 0:
             raise ValueError(f"model.logit_softcap must be positive; got {logit_softcap}. null leaves it out")
-        if activation_checkpointing not in CHECKPOINTING:
-            known = ", ".join(CHECKPOINTING)
-            raise ValueError(f"activation_checkpointing must be one of {known}; got {activation_checkpointing!r}")
+        check_recomputation(activation_checkpointing, offload_activations, list(mixers))
         self.names = expand_pattern(pattern, depth, list(mixers))  # of the mixers of each layer
         self.mixer_names = tuple(mixers)
         if side_by_side is not None and not any("+" in name for name in self.names):
             raise ValueError("model.side_by_side must come with a pattern that has mixers side by side, as in a+b")
         self.vocabulary, self.width, self.depth = vocabulary, width, depth
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
+        self.copies: Copies | None = None  # how what is offloaded travels; None: as its device has it
         if embedding_std is not None and tied_embeddings:
             raise ValueError(
                 f"model.embedding_std must be null with tied_embeddings; got {embedding_std}. Set model.initial_std, "
@@ -167,6 +166,7 @@ class LanguageModel(nn.Module):
         )
         check_reads(self.composites)
         self._read_later, self._tail = read_later(self.layers), stateless_from(self.layers)
+        tile([part for _, part in self.leaves()], tile_tokens)
         self.embedding = Embedding(vocabulary, width)
         self.embedding_norm = norm_of(norm, width, norm_eps) if embedding_norm else None
         self.norm = norm_of(norm, width, norm_eps)
@@ -228,28 +228,26 @@ class LanguageModel(nn.Module):
         reported = modules.predict(hidden, tokens, targets, seq, self.embed, self.head, call)
         return {f"multi_token_prediction.{path}": value for path, value in reported.items()}
 
-    def _call(self, module: nn.Module, number: int, inputs: tuple[Tensor, ...], seq: Sequence) -> Any:
+    def _call(
+        self, module: nn.Module, number: int, inputs: tuple[Tensor, ...], seq: Sequence, journey: Journey | None = None
+    ) -> Any:
         """What a block, or the module around it, gives of the inputs: recomputed in backward where that is set."""
-        at_layer = seq.at(number, self.names[min(number, self.depth - 1)])
-        recompute = self.activation_checkpointing != "none" and seq.cache is None and torch.is_grad_enabled()
-        if recompute and self.activation_checkpointing == "mixing":
-            at_layer = replace(at_layer, kept=Kept())
-        first, *others = inputs
+        name = self.names[min(number, self.depth - 1)]
         with self.naming(number):
-            if recompute:
-                return checkpoint(module, first, at_layer, *others, use_reentrant=False, preserve_rng_state=False)
-            return module(first, at_layer, *others)
+            return call(module, inputs, seq.at(number, name), mode_of(self.activation_checkpointing, name), journey)
 
     def _run(self, tokens: Tensor, seq: Sequence, last: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """What the head reads, and by path what the parts report."""
         x = self.embed(tokens)
         published = {EMBEDDING: x}  # what layers may read
         reported: dict[str, Tensor] = {}
+        depart = departures((self.copies or copies_of(x.device)) if self.offload_activations else None)
         for layer, block in enumerate(self.layers):
             if last and layer == self._tail and x.shape[1] > 1:
                 seq, x = seq.last_token, x[:, -1:]
                 published = {name: tensor[:, -1:] for name, tensor in published.items()}
-            result = self._call(block, layer, (x, *(published[name] for name in block.reads)), seq)
+            journey = depart and depart(layer == self.depth - 1)
+            result = self._call(block, layer, (x, *(published[name] for name in block.reads)), seq, journey)
             x, *rest = cast(tuple[Tensor, ...], result if block.gives else (result,))
             published.update(zip(block.publishes, rest, strict=False))
             published = {name: tensor for name, tensor in published.items() if name in self._read_later[layer]}

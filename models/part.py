@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.pointwise import tiled
 from ..parallel.sequence import Sequence
 
 
@@ -32,6 +33,8 @@ class Part(nn.Module):
         model's depth.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
+    matrices: names of own parameters, not of those of layers inside, that are matrices, or stacks of them, of the kind
+        that linear layers have: Muon steps them too. Any layer can name such parameters.
     in_float32: names of own parameters, not of those of layers inside, that stay in float32 under
         `trainer.dtype=bfloat16`: logarithms of decay rates, biases of decay gates, and what else becomes an exponent
         that is summed over many tokens. Any layer can name such parameters.
@@ -53,6 +56,7 @@ class Part(nn.Module):
     sums: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
     in_float32: tuple[str, ...] = ()
     causal: bool = True
     stateless: bool = False
@@ -176,10 +180,53 @@ class Composite(Part):
 class FeedForward(Part):
     """What a block does with each token by itself: `forward(x, seq)`, `[B, T, D]` to the same.
 
-    Constructors take what those of a `Mixer` may take; the last linear layer is called `down`.
+    Constructors take what those of a `Mixer` may take; the last linear layer is called `down`. A subclass defines
+    `each`, or a forward that computes through `by_tiles`.
+
+    tile: how many tokens are computed at once; None for all. in_tiles: whether `by_tiles` has run with one.
     """
 
     outputs = ("down",)
+    tile: int | None = None
+    in_tiles: bool = False
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor | tuple[Tensor, ...]:
+        return self.by_tiles(self.each, x)
+
+    def each(self, x: Tensor) -> Tensor:
+        """What the layer makes of tokens `[…, D]`, of each by itself."""
+        raise NotImplementedError
+
+    def by_tiles(self, compute: Callable[..., Any], *tokens: Tensor) -> Any:
+        """compute(*tokens) of tensors `[B, T, …]`, which it may get as `[n, …]`, for `tile` tokens at a time.
+
+        It returns `[…, D]`, or a tuple of that and of sums over tokens; see `tiled`.
+        """
+        if self.tile is None:
+            return compute(*tokens)
+        self.in_tiles = True
+        weights = [parameter for _, parameter in named_weights(self)]
+        out, *sums = tiled(compute, tuple(x.flatten(0, 1) for x in tokens), weights, self.tile)
+        out = out.view(*tokens[0].shape[:2], *out.shape[1:])
+        return (out, *sums) if sums else out
+
+
+def tile(parts: Iterable[Part], tokens: int | None) -> None:
+    """Has feed-forward layers compute so many tokens at once; None for all of them.
+
+    Raises ValueError for a number below 1, and where there is no such layer.
+    """
+    if tokens is None:
+        return
+    if tokens < 1:
+        raise ValueError(f"tile_tokens must be at least 1; got {tokens}. 4096 is usual, null computes all at once")
+    layers = [part for part in parts if isinstance(part, FeedForward)]
+    if not layers:
+        raise ValueError(
+            f"tile_tokens must be null for a model without feed-forward layers; got {tokens}. Leave it out"
+        )
+    for layer in layers:
+        layer.tile = tokens
 
 
 def flops_of(module: nn.Module, seq: Sequence) -> int:

@@ -131,7 +131,7 @@ class _Rehearsal:
     def forward(self, inputs: Tensors, where: Sequence) -> tuple[Tensors, Tensors]:
         if self.op.kernel is not None:
             note(self.op.kernel)
-        return self.op.like(inputs, where.layout.ranks, where.layout.spans)[0], ()
+        return self.op.like(inputs, where.layout.ranks, where.layout.spans)
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Sequence

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..models.activations.recomputation import used_modes
 from ..models.language_model import LanguageModel
 from ..models.part import FeedForward
 
@@ -20,7 +21,7 @@ def compile_blocks(model: LanguageModel, zero_stage: int, backend: str | Callabl
     reason = None
     if zero_stage == 3:
         reason = "engine.zero_stage=3 gathers parameters in hooks that no graph can hold"
-    elif model.activation_checkpointing == "mixing":
+    elif "mixing" in used_modes(model.activation_checkpointing):
         reason = "trainer.activation_checkpointing=mixing keeps the results of mixing ops, which no graph can"
     # All blocks share one limit. Each kind of block takes a graph for training and one for evaluation, and what its
     # layers set by depth may take more.

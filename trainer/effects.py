@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..models.activations.recomputation import used_modes
 from ..models.language_model import LanguageModel
+from ..models.mixer import name_of
+from ..models.part import FeedForward
 from ..parallel.strategy import ATTENTION, RECURRENT, Strategy
 from .ranks.settings import strategy_of
 from .settings import Settings
@@ -29,7 +32,16 @@ def chooses(settings: Settings) -> bool:
 
 
 def check_effects(settings: Settings, model: LanguageModel, uses: Uses) -> None:
-    """Raises ValueError for a backend of an op, or a strategy of a kind of op, that the model does not have."""
+    """Raises ValueError for a backend of an op, or a strategy of a kind of op, that the model does not have.
+
+    And for `trainer.tile_tokens` with a feed-forward layer that does not compute in tiles.
+    """
+    for _, part in model.leaves():
+        if isinstance(part, FeedForward) and part.tile is not None and not part.in_tiles:
+            raise ValueError(
+                f"trainer.tile_tokens must be null with {part.setting} ({name_of(type(part))}), which computes all "
+                f"tokens at once; got {part.tile}. Leave it out, or have the layer compute through `by_tiles`"
+            )
     _check_kernels(settings, model, uses.ops)
     _check_strategies(strategy_of(settings.parallel), uses.exchanges)
 
@@ -43,7 +55,8 @@ def _check_kernels(settings: Settings, model: LanguageModel, ops: set[str]) -> N
             f"{names} must be auto for a model that does not have it; got {values}. "
             f"The model has {', '.join(op for op in kernels if op in ops)}"
         )
-    whole = settings.engine.zero_stage != 3 and model.activation_checkpointing != "mixing"  # as `compile_blocks`
+    mixing = "mixing" in used_modes(model.activation_checkpointing)
+    whole = settings.engine.zero_stage != 3 and not mixing  # as `compile_blocks`
     for op in TRACED if settings.trainer.compile and whole else ():
         if chosen.get(op, "chunked") != "chunked":
             raise ValueError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass, field
 from typing import Any
 
 from .requirements import one_of
 
+OFFLOADS = ("none", "optimizer", "all")
 DTYPES = ("float32", "bfloat16")
 
 # What LongReach has a setting of its own for, or what would have no effect.
@@ -46,14 +48,62 @@ ALLOWED = (
 )
 
 
-def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any]) -> dict[str, Any]:
-    """The dictionary that DeepSpeed gets; `extra` is `engine.config`.
+@dataclass(frozen=True)
+class EngineSettings:
+    """DeepSpeed's ZeRO, and `config`: more DeepSpeed settings, merged with those that LongReach sets."""
 
-    Raises ValueError for a stage or a dtype that does not exist, for bfloat16 without ZeRO, and, naming the key, where
-    `extra` contradicts what LongReach sets, names what LongReach has a setting for, or names nothing that DeepSpeed
-    would act on.
+    zero_stage: int = 1  # what is split over all ranks: 1 optimizer states, 2 gradients too, 3 parameters too
+    config: dict[str, Any] = field(default_factory=dict)  # more DeepSpeed settings; conflicts are refused
+    offload: str = "none"  # optimizer: states wait and are stepped on the host; all: parameters too, zero_stage=3
+    hierarchical: int | None = None  # zero_stage=3: neighbouring ranks that gather for backward among themselves (hpZ)
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError for what does not go together, or not with so many ranks."""
+        one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
+        one_of("engine.offload", self.offload, OFFLOADS)
+        least = OFFLOADS.index(self.offload) if self.offload != "all" else 3
+        if self.zero_stage < least:
+            raise ValueError(
+                f"engine.zero_stage must be {'3' if least == 3 else '1, 2 or 3'} with engine.offload={self.offload}; "
+                f"got {self.zero_stage}. Use engine.zero_stage={least}"
+            )
+        ranks = self.hierarchical
+        if ranks is None:
+            return
+        if self.zero_stage < 3:
+            raise ValueError(
+                f"engine.hierarchical must be null without engine.zero_stage=3, which splits parameters; got {ranks}. "
+                "Leave it out"
+            )
+        if not 1 < ranks < world_size or world_size % ranks:
+            raise ValueError(
+                f"engine.hierarchical must divide the {world_size} ranks into groups of two or more; got {ranks}. Use "
+                "the number of ranks of one machine, or leave it out"
+            )
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """What DeepSpeed calls `zero_optimization`."""
+        # DeepSpeed's own linear layer rounds bfloat16 gradients otherwise than torch's, so that stages would differ.
+        zero: dict[str, Any] = {"stage": self.zero_stage, "memory_efficient_linear": False}
+        if self.offload != "none":
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if self.offload == "all":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        if self.hierarchical is not None:
+            zero["zero_hpz_partition_size"] = self.hierarchical
+        return zero
+
+
+def configuration(settings: EngineSettings, dtype: str, clip: float, world_size: int) -> dict[str, Any]:
+    """The dictionary that DeepSpeed gets.
+
+    Raises ValueError for a stage or a dtype that does not exist, for settings that do not go together, for bfloat16
+    without ZeRO, and, naming the key, where `engine.config` contradicts what LongReach sets, names what LongReach has a
+    setting for, or names nothing that DeepSpeed would act on.
     """
-    one_of("engine.zero_stage", zero_stage, (0, 1, 2, 3))
+    settings.check(world_size)
+    zero_stage, extra = settings.zero_stage, dict(settings.config)
     one_of("trainer.dtype", dtype, DTYPES)
     if dtype == "bfloat16" and zero_stage == 0:
         raise ValueError(
@@ -69,8 +119,9 @@ def configuration(zero_stage: int, dtype: str, clip: float, extra: dict[str, Any
         "gradient_clipping": float(clip) if zero_stage else 0.0,
         # Offloaded states are stepped by torch's AdamW too: DeepSpeed's own would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
-        # DeepSpeed's own linear layer rounds bfloat16 gradients otherwise than torch's, so that stages would differ.
-        "zero_optimization": {"stage": zero_stage, "memory_efficient_linear": False},
+        # Whatever steps groups of parameters by rules of their own is unknown to DeepSpeed.
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": settings.zero,
     }
     if "timers" not in extra:
         # DeepSpeed's own meter, which nobody reads, would wait for the device twice a step.

@@ -11,19 +11,23 @@ import torch
 from torch import nn
 
 from ..models import hf
+from ..models.activations.recomputation import SETTINGS as MEMORY
 from ..models.language_model import LanguageModel
 from ..models.moved import with_current_paths
 from ..models.published import check_unread
 from ..parallel.mesh import Mesh
 from .checkpoint import checkpoint
+from .checkpoint.choice import read_config
 from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
-from .engine import Engine, Gather, frozen_parameters, saved_buffers
+from .engine import Engine, Gather, saved_buffers
+from .optimizers.groups import frozen_parameters, matched
 from .ranks.exchange import together
 from .rehearsal import rehearse
-from .settings import Settings
+from .schedule import ScheduleSettings, extended
+from .settings import Settings, TrainerSettings
 from .zero.experts import check_experts
 
 log = logging.getLogger("longreach")
@@ -116,8 +120,8 @@ def configured_model(settings: Settings) -> dict[str, Any]:
         model = changed(hf.read_settings(origin), {} if "_target_" in model else model)
     if not model.get("_target_"):
         raise ValueError("model must be a configuration with a _target_; got none. Choose one: model=llama_tiny")
-    if settings.trainer.activation_checkpointing != "none":
-        model["activation_checkpointing"] = settings.trainer.activation_checkpointing
+    chosen, usual = settings.trainer, TrainerSettings()
+    model |= {name: getattr(chosen, name) for name in MEMORY if getattr(chosen, name) != getattr(usual, name)}
     return model
 
 
@@ -135,17 +139,22 @@ def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 def check_same_model(path: Path, model: dict[str, Any]) -> None:
     """Raises ValueError, naming the settings, if a checkpoint is of a model that is configured otherwise."""
     saved = with_current_paths(checkpoint.verify(path).state["model"])
-    free = ("activation_checkpointing",)  # changes what is kept in memory, not what is computed
     differing = [
         f"{name} was {saved.get(name)!r} and is {model.get(name)!r}"
         for name in sorted({*saved, *model})
-        if name not in free and saved.get(name) != model.get(name)
+        if name not in MEMORY and saved.get(name) != model.get(name)
     ]
     if differing:
         raise ValueError(
             f"model must be that of checkpoint {path}; {'; '.join(differing)}. Leave the model as it was, or start a "
             "new run.dir"
         )
+
+
+def extension_of(settings: Settings, start: Path) -> ScheduleSettings:
+    """The schedule's settings for a run that goes on from the checkpoint `start`; see `schedule.extension`."""
+    step = int(checkpoint.verify(start).state["step"])
+    return extended(settings.schedule, settings.trainer.steps, read_config(start), step)
 
 
 def check_model(
@@ -166,6 +175,7 @@ def check_model(
     built.check_initial_values()
     check_unread(built.leaves())
     frozen_parameters(built, settings.optimizer.only)
+    matched(built, settings.optimizer.rules)
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):
         note(line)

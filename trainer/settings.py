@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..kernels.dispatch import LIBRARIES
-from ..models.language_model import CHECKPOINTING
+from ..models.activations.recomputation import check_modes
 from . import engine_config
 from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings
-from .engine import EngineSettings, OptimizerSettings
+from .engine_config import EngineSettings
 from .evaluation.settings import EvaluationSettings
+from .optimizers.settings import OptimizerSettings
 from .ranks.settings import ParallelSettings
 from .requirements import at_least, one_of
 from .run.settings import LoggerSettings, RunSettings
@@ -35,7 +38,9 @@ class TrainerSettings:
     max_rollbacks: int = 2  # times that the run goes back to a checkpoint then, past the rows since; then it ends
     spike_deviations: float = 0.0  # skip a step whose loss is so many standard deviations above the mean; 0: none is
     spike_window: int | None = None  # steps of which mean and deviation are; null: 128
-    activation_checkpointing: str = "none"  # full recomputes a block; mixing keeps what the mixing ops computed
+    activation_checkpointing: Any = "none"  # full: recompute blocks; mixing: but keep what ops computed; or by mixers
+    tile_tokens: int | None = None  # tokens that feed-forward layers compute at once, and again in backward; null: all
+    offload_activations: bool = False  # what recomputed blocks keep is on the host meanwhile, and comes back ahead
     compile: bool = False  # torch.compile the blocks, or where it cannot, what is local to a token
     deterministic: bool | None = None  # the same bits at every run; null: on a CPU. On CUDA attention takes longer then
     profile_start: int = 0  # first step that torch.profiler records into run.dir/profile; 0 = none
@@ -56,7 +61,13 @@ class TrainerSettings:
                 f"trainer.spike_window must be left out without trainer.spike_deviations; got {self.spike_window}. "
                 "Set both, as trainer.spike_deviations=6"
             )
-        one_of("trainer.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        check_modes("trainer.activation_checkpointing", self.activation_checkpointing)
+        at_least("trainer.tile_tokens", self.tile_tokens, 1)
+        if self.tile_tokens is not None and self.compile:
+            raise ValueError(
+                f"trainer.tile_tokens must be null with trainer.compile, whose graphs hold no tiles; got "
+                f"{self.tile_tokens}. Leave one of them out"
+            )
         at_least("trainer.profile_start", self.profile_start, 0)
         at_least("trainer.profile_steps", self.profile_steps, 1)
 
@@ -139,15 +150,23 @@ def expand_paths(settings: Settings) -> None:
             holder = getattr(holder, group)
         if (path := getattr(holder, name)) is not None:
             setattr(holder, name, home(path, setting))
+    for name, source in settings.data.mixture.items():
+        if source.path is not None:
+            source.path = home(source.path, f"data.mixture.{name}.path")
 
 
-def check(settings: Settings, world_size: int) -> None:
-    """Raises ValueError, naming setting and remedy, for what can be known without data, model or device."""
+def check(settings: Settings, world_size: int, device: torch.device | None = None) -> None:
+    """Raises ValueError, naming setting and remedy, for what can be known without data, model and perhaps device."""
     trainer, data, parallel, engine = settings.trainer, settings.data, settings.parallel, settings.engine
     trainer.check()
+    if trainer.offload_activations and device is not None and device.type != "cuda":
+        raise ValueError(
+            f"trainer.offload_activations must be false on {device.type}, which has the host's memory; got true. Leave "
+            "it out"
+        )
     parallel.check(world_size, data.sequence_length)
     data.check_rows(world_size // parallel.sequence)
-    engine_config.configuration(engine.zero_stage, trainer.dtype, trainer.clip, dict(engine.config))
+    engine_config.configuration(engine, trainer.dtype, trainer.clip, world_size)
     settings.kernels.check()
     if trainer.compile and parallel.experts > 1:
         raise ValueError(

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from .checkpoint.choice import choose
 from .checkpoint.origin import origin_of
 from .checkpoint.saving import Saving
 from .data.ahead import Ahead
-from .data.corpus import Corpus, open_corpus
+from .data.audit.writing import Auditing
+from .data.corpus import Corpus, open_corpus, tokenizer_of_run
 from .data.packing import RowStream
 from .data.reading import Reader, StepPart, prepared
 from .evaluation.callbacks import Sampling, Validation
@@ -30,6 +32,7 @@ from .preparation import (
     check_origin,
     check_same_model,
     configured_model,
+    extension_of,
     make_engine,
     model_settings,
     on_meta,
@@ -67,7 +70,7 @@ class Trainer:
         callbacks: Mapping[str, Callback] = MappingProxyType({}),
     ) -> None:
         together(mesh, lambda: expand_paths(settings))
-        together(mesh, lambda: check(settings, mesh.world_size))
+        together(mesh, lambda: check(settings, mesh.world_size, device))
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
         self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
@@ -85,12 +88,15 @@ class Trainer:
         together(mesh, lambda: check_model(build, configured_model(settings), settings))
         start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
         together(mesh, lambda: check_origin(build, settings, resuming=start is not None))
-        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed))
+        own = together(mesh, lambda: tokenizer_of_run(settings.data, start))
+        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed, tokenizer=own))
         settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
         self.step, self.tokens, self.row = 0, 0, 0
         if start is not None:
             together(mesh, lambda: check_same_model(start, settings.model))
-            together(mesh, lambda: self.corpus.train.resume(checkpoint.verify(start).state["data"]))
+            together(mesh, lambda: self._resumed(checkpoint.verify(start).state["data"]))
+            settings.schedule = together(mesh, lambda: extension_of(settings, start))
+            self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, chosen.steps)
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
         tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
         origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
@@ -103,7 +109,14 @@ class Trainer:
         self.recovery.resume(state)
         self.sampling, self.saving = Sampling(), Saving(start, origin)
         profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
-        built_in = {"profiler": profiler, "validation": Validation(), "sampling": self.sampling, "saving": self.saving}
+        auditing = {"audit": Auditing()} if settings.data.audit else {}
+        built_in = {
+            "profiler": profiler,
+            **auditing,
+            "validation": Validation(),
+            "sampling": self.sampling,
+            "saving": self.saving,
+        }
         self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
         if mesh.rank == 0:
             for line in report.introduction(self, start, notes):
@@ -113,13 +126,17 @@ class Trainer:
         """Goes on from the state of a checkpoint, or begins where it is empty: counters, and metrics up to there."""
         if state:
             self.step, self.tokens = state["step"], state["tokens"]
-            self.row = self.corpus.train.resume(state["data"])
+            self.row = self._resumed(state["data"])
         self.first = self.step
         if hasattr(self, "outputs"):
             self.outputs.close()
         shown: dict[str, Any] = {"first": self.mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
         shown["environment"] = describe(self.command, self.device) if shown["first"] else None
         self.outputs = together(self.mesh, lambda: Outputs(self.settings, self.directory, **shown))
+
+    def _resumed(self, state: dict[str, Any]) -> int:
+        """The next row of the training data, by a checkpoint's state of them."""
+        return self.corpus.train.resume(state, restart=self.settings.data.restart)
 
     def _begin(self, stream: RowStream, peak: float | None) -> None:
         """Sets what the steps from here on work with."""
@@ -225,15 +242,17 @@ class Trainer:
         with self.records.timing():
             part = next(parts)
             own = [failure.asked(), self.directory.lost() is not None, *part.work.numbers]
-            numbers = gather_numbers([*own, *part.loss_counts], self.mesh)
+            numbers = gather_numbers([*own, *part.loss_counts, *part.source_targets], self.mesh)
         self.asked = int(numbers[:, 0].max())
         if numbers[0, 1]:
             self.check_directory()
         sums = numbers[:, 2:].sum(dim=0).tolist()
-        work = Work(*sums[: len(part.work.numbers)])
+        of_work, of_losses = len(part.work.numbers), len(part.loss_counts)
+        work = Work(*sums[:of_work])
+        counts, source_targets = sums[of_work : of_work + of_losses], sums[of_work + of_losses :]
         if work.targets == 0:
             raise ValueError(f"data must hold documents of two tokens or more; step {self.step + 1} has no target")
-        return part._replace(work=work, loss_counts=sums[len(part.work.numbers) :])
+        return part._replace(work=work, loss_counts=counts, source_targets=source_targets)
 
     def _train_step(self, part: StepPart) -> None:
         """Takes a step; nothing but the optimizer waits for the device, unless it is time to read the numbers."""
@@ -241,18 +260,20 @@ class Trainer:
         self.recovery.meet(part)
         with self.records.timing():
             model.at_step(self.step)
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            totals = torch.zeros(1 + len(part.source_targets), dtype=torch.float64, device=self.device)
             reported = Reported(model.losses, part.loss_counts, self.mesh)
             for micro_batch in part.micro_batches:
                 tokens, targets = micro_batch.on(self.device)
                 loss, _, reports = self.engine(tokens, micro_batch.seq, targets, False, True)
-                total += loss.detach()
-                of_step = total if micro_batch is part.micro_batches[-1] else None
+                totals[0] += loss.detach()
+                if micro_batch.source is not None:
+                    totals[1 + micro_batch.source] += loss.detach()
+                of_step = totals[0] if micro_batch is part.micro_batches[-1] else None
                 checked = self.recovery.guard.checked(loss, reported.add(reports), of_step, work.targets)
                 self.engine.backward(checked[0], work.targets, checked[1])
             rate = self.schedule(self.step)
             norm = self.engine.step(rate)
-            losses = gather(torch.stack([total, total.new_full((), peak_memory_bytes(self.device))]), self.mesh)
+            losses = gather(torch.cat([totals, totals.new_full((1,), peak_memory_bytes(self.device))]), self.mesh)
             reported.exchange()
             sums = reported.sums()
             statistics = model.statistics(sums)
@@ -262,7 +283,9 @@ class Trainer:
         self.row += self.settings.data.rows_per_step
         self.tokens += int(work.tokens)
         auxiliary = reported.losses()
-        self.records.add(TakenStep(self.step, self.tokens, rate, losses, norm, auxiliary, work, statistics))
+        sources = self.reader.stream.parts(self.row) if part.source_targets else []
+        taken = TakenStep(self.step, self.tokens, rate, losses, norm, auxiliary, work, statistics)
+        self.records.add(replace(taken, sources=sources, source_targets=part.source_targets))
         self.recovery.look(part.row)
         # The first step's time says little of the others'.
         if self.step == self.first + 1 or self.due(self.every):

@@ -1,6 +1,6 @@
 """Token-local math: embeddings, norms, rotary positions, gated activations, and the loss."""
 
-from .cross_entropy import cross_entropy, loss_and_correct
+from .cross_entropy import chunk_tokens, cross_entropy, loss_and_correct
 from .depth_attention import depth_attention
 from .doubly_stochastic import doubly_stochastic
 from .embedding import embedding
@@ -8,11 +8,13 @@ from .gated_norm import gated_norm
 from .rms_norm import l2_norm, rms_norm
 from .rope import ROPE_SCALINGS, RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
 from .swiglu import clamped_swiglu, swiglu
+from .tiles import tiled
 
 __all__ = [
     "ROPE_SCALINGS",
     "RopeScaling",
     "Rotation",
+    "chunk_tokens",
     "clamped_swiglu",
     "cross_entropy",
     "depth_attention",
@@ -27,4 +29,5 @@ __all__ = [
     "rotate",
     "rotations",
     "swiglu",
+    "tiled",
 ]

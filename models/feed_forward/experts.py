@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -31,6 +32,7 @@ class ExpertLinear(nn.Module):
     bias: nn.Parameter | None
     by_expert = ("weight", "bias")
     no_weight_decay = ("bias",)
+    matrices = ("weight",)
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -192,8 +194,13 @@ class MixtureOfExperts(FeedForward):
             self.register_buffer("shares", torch.full((experts,), 1 / experts))
 
     def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, ...]:
-        rows, count = x.flatten(0, 1), self.router.experts
-        real = seq.reach(x.device).flatten() >= 0
+        compute = partial(self._of_tokens, seq)
+        *results, load = self.by_tiles(compute, x, seq.reach(x.device) >= 0)
+        return *results, load.detach()
+
+    def _of_tokens(self, seq: Sequence, x: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+        """The output for tokens `[…, D]`, and what is summed over them; `real`: which are no padding."""
+        rows, real, count = x.flatten(0, -2), real.flatten(), self.router.experts
         routing = self.router(rows)
         chosen = torch.where(real.unsqueeze(1), routing.experts, -1)
         travel = to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...parallel.sequence import Sequence
 from .swiglu import SwiGLU
 
 APPROXIMATIONS = ("none", "tanh")
@@ -28,5 +27,5 @@ class GEGLU(SwiGLU):
             )
         self.approximate = approximate
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def each(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.gate(x), approximate=self.approximate) * self.up(x))

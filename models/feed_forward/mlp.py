@@ -8,7 +8,6 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...parallel.sequence import Sequence
 from ..part import FeedForward
 
 
@@ -48,5 +47,5 @@ class MLP(FeedForward):
         self.down = nn.Linear(hidden, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def each(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))

@@ -40,7 +40,9 @@ class RWKVChannelMixing(FeedForward):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        x_k, *x_r = token_shifts(x, self.mix, seq, self.own_mix)
+        return self.by_tiles(self._mixed, *token_shifts(x, self.mix, seq, self.own_mix))
+
+    def _mixed(self, x_k: Tensor, *x_r: Tensor) -> Tensor:
         out = self.down(F.relu(self.up(x_k)).square())
         return out if self.receptance is None else torch.sigmoid(self.receptance(x_r[0])) * out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...parallel.sequence import Sequence
 from .swiglu import SwiGLU
 
 
@@ -19,5 +18,5 @@ class SGLU(SwiGLU):
     def __init__(self, *, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__(width=width, hidden=hidden, bias=bias)
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def each(self, x: Tensor) -> Tensor:
         return self.down(self.gate(x) * self.up(x))

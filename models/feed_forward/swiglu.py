@@ -7,7 +7,6 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from ...kernels.pointwise import clamped_swiglu, swiglu
-from ...parallel.sequence import Sequence
 from ..part import FeedForward
 
 
@@ -43,7 +42,7 @@ class SwiGLU(FeedForward):
         self.down = nn.Linear(hidden, width, bias=bias)
         self.gate_multiplier, self.down_multiplier, self.limit = gate_multiplier, down_multiplier, limit
 
-    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+    def each(self, x: Tensor) -> Tensor:
         gate = self.gate(x) if self.gate_multiplier == 1.0 else self.gate(x) * self.gate_multiplier
         out = self.down(gated(gate, self.up(x), self.limit))
         return out if self.down_multiplier == 1.0 else out * self.down_multiplier

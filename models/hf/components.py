@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.recomputation import SETTINGS as MEMORY
 from ..block import Block, OutputNormBlock
 from ..feed_forward.experts import MixtureOfExperts
 from ..feed_forward.swiglu import SwiGLU
@@ -210,7 +211,7 @@ MODEL = Component(
         "tied_embeddings": Flag("tie_word_embeddings"),
         "initial_std": Unread("initializer_range"),
         "embedding_std": Unread(),
-        **dict.fromkeys(("activation_checkpointing", "pattern", "mixers", "feed_forward", "block"), Unread()),
+        **dict.fromkeys((*MEMORY, "pattern", "mixers", "feed_forward", "block"), Unread()),
         **dict.fromkeys(("side_by_side", "multi_token_prediction", "multi_token_prediction_weight"), Unread()),
     },
     {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},

@@ -8,8 +8,9 @@ from distributed import run_ranks
 from small_model import ADAM, full, make_engine, rate
 
 from longreach.kernels.documents import Documents
+from longreach.models.activations.recomputation import MODES
 from longreach.models.feed_forward.swiglu import SwiGLU
-from longreach.models.language_model import CHECKPOINTING, LanguageModel
+from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.linear.gated_linear_attention import GatedLinearAttention
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.latent_attention import LatentAttention
@@ -114,7 +115,7 @@ def check(results, tied):
             torch.testing.assert_close(masters[name], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", MODES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_stage_3_on_two_sequence_ranks(tied, checkpointing):
     check(run_ranks(2, train, 2, 2, 3, "float32", tied, checkpointing), tied)

@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from longreach.trainer.engine import OptimizerSettings
-from longreach.trainer.engine_config import configuration
+from longreach.trainer.engine_config import EngineSettings, configuration
 from longreach.trainer.ranks.settings import layout_of
 from longreach.trainer.settings import Settings, check
 
@@ -51,6 +52,31 @@ def test_the_defaults_fit_one_process() -> None:
         (changed(trainer__dtype="float16"), 1, "trainer.dtype must be one of float32, bfloat16; got 'float16'"),
         (changed(trainer__dtype="bfloat16", engine__zero_stage=0), 1, "engine.zero_stage must be 1, 2 or 3"),
         (changed(engine__zero_stage=4), 1, "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),
+        (changed(engine__offload="disk"), 1, "engine.offload must be one of none, optimizer, all; got 'disk'"),
+        (
+            changed(engine__offload="optimizer", engine__zero_stage=0),
+            1,
+            "engine.zero_stage must be 1, 2 or 3 with engine.offload=optimizer; got 0. Use engine.zero_stage=1",
+        ),
+        (changed(engine__offload="all"), 1, "engine.zero_stage must be 3 with engine.offload=all; got 1"),
+        (changed(engine__hierarchical=2), 4, "engine.hierarchical must be null without engine.zero_stage=3"),
+        (
+            changed(engine__hierarchical=3, engine__zero_stage=3),
+            4,
+            "engine.hierarchical must divide the 4 ranks into groups of two or more; got 3",
+        ),
+        (changed(engine__hierarchical=4, engine__zero_stage=3), 4, "engine.hierarchical must divide .* got 4"),
+        (changed(trainer__tile_tokens=0), 1, "trainer.tile_tokens must be at least 1; got 0"),
+        (
+            changed(trainer__tile_tokens=64, trainer__compile=True),
+            1,
+            "trainer.tile_tokens must be null with trainer.compile, .* got 64",
+        ),
+        (
+            changed(trainer__activation_checkpointing={"softmax": "some"}),
+            1,
+            "trainer.activation_checkpointing must be one of none, full, mixing for each mixer; got 'some' for softmax",
+        ),
         (changed(engine__config={"fp16": {}}), 1, "engine.config.fp16 must not be given; got .* Use trainer.dtype"),
         (changed(data__sequence_length=0), 1, "data.sequence_length must be at least 2; got 0"),
         (changed(trainer__seed=-1), 1, "trainer.seed must lie within 0..2.64-1; got -1"),
@@ -88,10 +114,17 @@ def test_what_does_not_fit_is_refused_by_name(settings: Settings, world: int, me
         check(settings, world)
 
 
+def test_offloading_activations_is_refused_on_a_cpu() -> None:
+    chosen = changed(trainer__activation_checkpointing="full", trainer__offload_activations=True)
+    check(chosen, 1, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"trainer.offload_activations must be false on cpu, .* got true"):
+        check(chosen, 1, torch.device("cpu"))
+
+
 def test_deepspeeds_meter_of_throughput_is_off_unless_it_is_asked_for() -> None:
     asked = {"timers": {"throughput": {"enabled": True}}}
-    assert configuration(1, "float32", 1.0, {})["timers"] == {"throughput": {"enabled": False}}
-    assert configuration(1, "float32", 1.0, asked)["timers"] == asked["timers"]
+    assert configuration(EngineSettings(), "float32", 1.0, 1)["timers"] == {"throughput": {"enabled": False}}
+    assert configuration(EngineSettings(config=asked), "float32", 1.0, 1)["timers"] == asked["timers"]
 
 
 def test_layout_and_micro_batches_follow() -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import struct
+import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,10 +12,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.documents import Documents
+from .streams.best_fit import BestFit
+from .streams.concat import Concat
+from .streams.epochs import Epochs, Piece
+from .streams.plan import Plan, Reading
+from .streams.unread import Unread
 
 NO_TARGET = -100
-ROUNDS = 8  # of the network that permutes rows; four are the least that look random
-TABLES_KEPT = 4  # a row lies in one epoch or, at a seam, in two; small corpora have several in a row
+PACKINGS = {"concat": Concat, "best_fit": BestFit}
 
 
 class TokenizedDocuments(Protocol):
@@ -53,19 +53,44 @@ class Batch(NamedTuple):
     documents: Documents
 
 
+class Part(NamedTuple):
+    """What a run has read of a source: rows, tokens, and how many times over that is."""
+
+    name: str
+    rows: int
+    tokens: int
+    epochs: float
+
+
 class RowStream(ABC):
     """Rows of `length` tokens, each computed from its number alone, whichever was asked for before.
 
-    `seed` (0 .. 2^64 − 1) and `fingerprint` tell the stream from others when a run is resumed, and so does `version`,
-    which is raised when the same seed and data give other rows.
+    `seed` (0 .. 2^64 − 1), `fingerprint` and `packing` tell the stream from others when a run is resumed, and so does
+    `version`, which is raised when the same seed and data give other rows.
+
+    A stream is one segment of a run, whose rows are counted from 0. A run has one segment unless it changes its rows on
+    purpose, as stages do: then another stream goes on with what the segments before it have not read of its sources,
+    told by their fingerprints, whatever their lengths, packings and weights were.
+
+        stream.begin(mark)              a run's first segment; `mark` rows are planned (None: there is no plan)
+        state = stream.state(row)       for a checkpoint, or for the next segment
+        row = stream.resume(state)      the same segment again, on any ranks: the next row to read
+        other.follow(state, mark)       the segment after it, from row 0: neither repeats nor loses a token
+
+    What has been read at `mark` is whole documents, in their order, so that a following segment of longer rows finds
+    the others uncut. A segment may end elsewhere, or go on beyond it: what is read then is still read once.
     """
 
     version = 1
+    names: tuple[str, ...] = ()  # of the sources of a mixture
 
-    def __init__(self, length: int, fingerprint: str, seed: int | None = None) -> None:
+    def __init__(self, length: int, fingerprint: str, seed: int | None = None, packing: str = "concat") -> None:
         self.length = length
         self.fingerprint = fingerprint
         self.seed = seed
+        self.packing = packing
+        self.mark: int | None = None
+        self.read: dict[str, list[Reading]] = {}  # by earlier segments, of sources by fingerprint
 
     @property
     @abstractmethod
@@ -76,31 +101,84 @@ class RowStream(ABC):
     def row(self, number: int) -> Row:
         """Row `number`, from 0. Past the end of a stream that ends it is all padding: ranks may share unevenly."""
 
-    def pieces(self, number: int) -> list[tuple[int, int, int]]:
-        """(document, first token in it, tokens) of what row `number` holds; none where rows follow from their numbers.
+    def source(self, number: int) -> int:
+        """Which of the sources `names` row `number` is of; 0 where there is only one."""
+        return 0
 
-        Documents are told by their numbers in the data.
-        """
+    def pieces(self, number: int) -> list[Piece]:
+        """What row `number` holds of the documents of its source; none where rows follow from their numbers alone."""
         return []
+
+    def parts(self, row: int) -> list[Part]:
+        """What has been read of each source, by earlier segments too, where `row` is the next row to read."""
+        return []
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Makes the rows of the segment, after `read` and with `mark`."""
+
+    def _readings(self, row: int) -> dict[str, Reading]:
+        """What of each source this segment has read, by its fingerprint."""
+        return {self.fingerprint: Reading(self.length, self.packing, self.mark, row)}
+
+    def begin(self, mark: int | None = None) -> None:
+        """Makes this a run's first segment, of `mark` rows as far as is planned."""
+        self.read, self.mark = {}, mark
+        self._begin()
+
+    def follow(self, state: dict[str, Any], mark: int | None = None) -> None:
+        """Makes this the segment that comes after that of `state`; sources that the run has not read yet begin.
+
+        Raises ValueError where the order of a source that it has read would be another.
+        """
+        read = {name: [Reading(*reading) for reading in readings] for name, readings in state.get("read", {}).items()}
+        # A state without it is from before there were segments.
+        was: dict[str, Any] = {state["fingerprint"]: (state["sequence_length"], "concat", None, state["row"])}
+        now = state.get("reading", was)
+        for name, reading in now.items():
+            if reading[-1]:
+                read.setdefault(name, []).append(Reading(*reading))
+        if any(name in read for name in self._readings(0)):
+            self._refuse_another(state, "version", "seed")
+        self.read, self.mark = read, mark
+        self._begin()
 
     def state(self, row: int) -> dict[str, Any]:
         """What a checkpoint keeps: `row` is the next row to read, on whichever rank."""
-        return self._identity() | {"row": row}
+        reading = {name: list(reading) for name, reading in self._readings(row).items()}
+        read = {name: [list(reading) for reading in readings] for name, readings in self.read.items()}
+        return self._identity() | {"row": row, "mark": self.mark, "reading": reading, "read": read}
 
-    def resume(self, state: dict[str, Any]) -> int:
-        """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream."""
+    def resume(self, state: dict[str, Any], *, restart: bool = False) -> int:
+        """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream.
+
+        restart: such a stream is meant (`data.restart`), and this one follows it.
+        """
+        if restart and any(({"packing": "concat"} | state).get(key) != own for key, own in self._identity().items()):
+            self.follow(state)
+            return 0
+        self._refuse_another(state, *self._identity())
+        self.read = {name: [Reading(*r) for r in readings] for name, readings in state.get("read", {}).items()}
+        self.mark = state.get("mark")
+        self._begin()
+        return int(state["row"])
+
+    def _refuse_another(self, state: dict[str, Any], *keys: str) -> None:
         remedies = {
             "version": "Its rows come in another order: use the LongReach that wrote it, or start anew with init_from",
-            "fingerprint": "The data or their settings changed: restore them, or start anew with init_from",
-            "sequence_length": "Restore data.sequence_length, or start anew with init_from",
+            "fingerprint": "The data or their settings changed: restore them, go on with the new ones by "
+            "data.restart=true, or start anew with init_from",
+            "sequence_length": "Restore data.sequence_length, change it by data.restart=true or in a stage, or start "
+            "anew with init_from",
             "seed": "Restore trainer.seed, or start anew with init_from",
+            "packing": "Restore data.packing, change it by data.restart=true or in a stage, or start anew with "
+            "init_from",
         }
-        for key, own in self._identity().items():
-            if state.get(key) != own:
-                raise ValueError(
-                    f"the checkpoint's data {key} must be {own!r}; got {state.get(key)!r}. {remedies[key]}"
-                )
-        return int(state["row"])
+        own = self._identity()
+        for key in keys:
+            theirs = state.get(key, "concat" if key == "packing" else None)
+            if theirs != own[key]:
+                raise ValueError(f"the checkpoint's data {key} must be {own[key]!r}; got {theirs!r}. {remedies[key]}")
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -108,21 +186,20 @@ class RowStream(ABC):
             "fingerprint": self.fingerprint,
             "sequence_length": self.length,
             "seed": self.seed,
+            "packing": self.packing,
         }
 
 
 class TokenStream(RowStream):
-    """Documents end to end, cut into rows of `length` tokens; a cut document starts anew, at position 0, in each row,
-    without another BOS.
+    """Documents packed into rows of `length` tokens; a cut document starts anew, at position 0, in each row, without
+    another BOS.
 
-    With a seed the stream is endless: epoch e is all `members` in an order that depends on (seed, e) alone, the epochs
-    are laid end to end and cut after every N tokens. Without one it is `members` once, in their order, and its last row
-    is padded.
+    With a seed the stream is endless: epoch after epoch of all `members`. Without one it is `members` once, in an order
+    of their own. `packing` says how rows are made: see `streams.concat` and `streams.best_fit`; either way each epoch
+    has every token once, and rows are permuted within it.
 
-    The rows that lie wholly in an epoch come in an order of their own, by (seed, e) too: neighbours share a document,
-    and a long one would fill step after step. A row with tokens of two epochs stays between them, and a padded one at
-    the end, so that tokens e·E .. (e+1)·E of the rows one after another are epoch e, of E tokens, each once. Any row
-    costs one look-up in its epoch's table of documents, whichever was asked for before.
+    A stream is one segment of a run: what earlier ones have read, of other lengths or packings, it does not read again
+    (`follow`). `mark` is how many rows are planned, where another segment may follow; see `streams.plan.Plan`.
     """
 
     version = 2  # rows were in the order of the documents in 1
@@ -136,15 +213,29 @@ class TokenStream(RowStream):
         seed: int | None = None,
         fingerprint: str = "",
         padding: int = 0,
+        packing: str = "concat",
+        name: str = "",
     ) -> None:
-        super().__init__(length, fingerprint, seed)
-        self.documents = documents
+        super().__init__(length, fingerprint, seed, packing)
+        self.documents, self.padding, self.name = documents, padding, name
+        self._lock = threading.Lock()  # of tables: one thread reads ahead, and another asks what has been read
         self.members = np.asarray(members, np.int64)
-        self.padding = padding
-        self.tokens = int(documents.lengths[self.members].sum())  # once over
+        self.epochs = Epochs(documents.lengths, self.members, seed)
+        self.tokens = self.epochs.tokens  # once over
         if not self.tokens:
             raise ValueError("data.path must hold documents for every split; got a split without tokens. Add documents")
-        self._tables: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self.begin()
+
+    def _begin(self) -> None:
+        unread, self._read_before = Unread.from_token(0), 0
+        for reading in self.read.get(self.fingerprint, []):
+            plan = self._plan_of(unread, reading.packing, reading.length, reading.mark)
+            self._read_before += plan.read(reading.rows)
+            unread = plan.after(reading.rows)
+        self._plan = self._plan_of(unread, self.packing, self.length, self.mark)
+
+    def _plan_of(self, unread: Unread, packing: str, length: int, mark: int | None) -> Plan:
+        return PACKINGS[packing](self.epochs, unread, length, mark)
 
     @property
     def targets(self) -> int:
@@ -153,11 +244,9 @@ class TokenStream(RowStream):
 
     @property
     def rows(self) -> int | None:
-        return -(-self.tokens // self.length) if self.seed is None else None
+        return self._plan.once if self.seed is None else None
 
     def row(self, number: int) -> Row:
-        if number < 0:
-            raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
         tokens = np.full(self.length, self.padding, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
         lengths, at = [], 0
@@ -170,62 +259,17 @@ class TokenStream(RowStream):
             at += n
         return Row(tokens, targets, lengths)
 
-    def pieces(self, number: int) -> list[tuple[int, int, int]]:
-        return list(self._pieces(self._cut(number) * self.length, self.length))
+    def pieces(self, number: int) -> list[Piece]:
+        if number < 0:
+            raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
+        with self._lock:
+            return [piece for interval in self._plan.intervals(number) for piece in self.epochs.pieces(*interval)]
 
-    def _cut(self, number: int) -> int:
-        """Which of the rows in the order of the documents is row `number`."""
-        epoch = number * self.length // self.tokens if self.seed is not None else 0
-        first, stop = -(-epoch * self.tokens // self.length), (epoch + 1) * self.tokens // self.length
-        if number >= stop:
-            return number  # it reaches into the next epoch, or into the padding
-        return first + permuted(number - first, stop - first, (self.seed or 0, epoch))
-
-    def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(document, first token in it, tokens) of `count` tokens from token `start` of the stream."""
-        stop = start + count if self.seed is not None else min(start + count, self.tokens)
-        while start < stop:
-            epoch, offset = divmod(start, self.tokens)
-            order, ends = self._table(epoch)
-            place = int(np.searchsorted(ends, offset, side="right"))
-            while start < stop and place < len(order):
-                n = min(int(ends[place]) - offset, stop - start)
-                document = int(order[place])
-                yield document, int(self.documents.lengths[document] - (ends[place] - offset)), n
-                start, offset, place = start + n, offset + n, place + 1
-
-    def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents of an epoch in order, and where each ends."""
-        table = self._tables.get(epoch)
-        if table is None:
-            order = self.members
-            if self.seed is not None:
-                # A sort by raw Philox counters: numpy promises that these stay the same, not that its shuffles do.
-                keys = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(order))
-                order = order[np.argsort(keys, kind="stable")]
-            table = self._tables[epoch] = order, np.cumsum(self.documents.lengths[order])
-            if len(self._tables) > TABLES_KEPT:
-                self._tables.popitem(last=False)
-        with suppress(KeyError):  # another thread has just dropped it
-            self._tables.move_to_end(epoch)
-        return table
-
-
-def permuted(index: int, count: int, key: tuple[int, int]) -> int:
-    """Where `index` goes in a permutation of 0 .. count − 1 that depends on `key`, two of 0 .. 2^64 − 1, alone.
-
-    A Feistel network over the least square that holds them, walked until it comes back below `count` (Black and
-    Rogaway, 2002, "Ciphers with arbitrary finite domains"): no table, however many rows an epoch has.
-    """
-    side = 1 + math.isqrt(count - 1)
-    while True:
-        left, right = divmod(index, side)
-        for number in range(ROUNDS):
-            digest = hashlib.blake2b(struct.pack("<4Q", *key, number, right), digest_size=8).digest()
-            left, right = right, (left + int.from_bytes(digest, "little")) % side
-        index = left * side + right
-        if index < count:
-            return index
+    def parts(self, row: int) -> list[Part]:
+        before = sum(reading.rows for reading in self.read.get(self.fingerprint, []))
+        with self._lock:
+            read = self._read_before + self._plan.read(row)
+        return [Part(self.name, before + row, read, read / self.tokens)]
 
 
 def batch(stream: RowStream, rows: Iterable[int]) -> Batch:

@@ -25,12 +25,14 @@ from .settings import DataSettings
 class MicroBatch(NamedTuple):
     """This rank's part of rows that are computed at once: int64 `tokens` and `targets` `[R, T]` on the host.
 
-    They are in pinned memory where the device is a GPU.
+    They are in pinned memory where the device is a GPU. source: of a mixture, the one that all the rows are of; None
+    where they are of several, and without a mixture.
     """
 
     seq: Sequence
     tokens: Tensor
     targets: Tensor
+    source: int | None = None
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -46,13 +48,15 @@ class StepPart(NamedTuple):
 
     work, loss_counts: what the step's rows cost, and what the auxiliary losses are divided by (see
     `LanguageModel.loss_counts`); zeros on all but the first of the ranks that share rows, so that sums over ranks count
-    every row once. row: the first of the step's.
+    every row once. row: the first of the step's. source_targets: of each source of a mixture, the targets in
+    micro-batches of it alone; zeros likewise.
     """
 
     micro_batches: list[MicroBatch]
     work: Work
     loss_counts: list[float]
     row: int
+    source_targets: list[float]
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -90,26 +94,38 @@ class Reader:
         """This rank's part of the step that begins with that row."""
         self.model.at_step(step)
         work, counts = Work(), [0.0] * len(self.model.losses)
+        source_targets = [0.0] * len(self.stream.names)
         micro_batches = []
-        for rows in self.rows(row):
-            made = shard(rows, self.layout, self.strategy, self.mesh, self.device)
+        for numbers, rows in zip(self._numbers(row), self.rows(row), strict=True):
+            source = self._source(numbers)
+            made = shard(rows, self.layout, self.strategy, self.mesh, self.device)._replace(source=source)
             micro_batches.append(made)
             if self.mesh.sequence_rank == 0:
                 targets = int((rows.targets != NO_TARGET).sum())
+                if source is not None:
+                    source_targets[source] += targets
                 flops = self.model.flops(rows.documents)
                 work += work_of(rows.documents, targets, made.seq.attention_layout, flops)
                 if counts:
                     of_rows = self.model.loss_counts(rows.documents, rows.targets)
                     counts = [a + b for a, b in zip(counts, of_rows, strict=True)]
-        return StepPart(micro_batches, work, counts, row)
+        return StepPart(micro_batches, work, counts, row, source_targets)
 
     def rows(self, row: int) -> Iterator[Batch]:
         """The whole rows of this rank's micro-batches, in the step that begins with that row."""
+        for numbers in self._numbers(row):
+            yield batch(self.stream, numbers)
+
+    def _source(self, numbers: range) -> int | None:
+        sources = {self.stream.source(number) for number in numbers}
+        return sources.pop() if len(sources) == 1 and self.stream.names else None
+
+    def _numbers(self, row: int) -> Iterator[range]:
         data, mesh = self.settings, self.mesh
         first = row + mesh.data_rank * (data.rows_per_step // mesh.data_ranks)
         for index in range(data.micro_batches(mesh.data_ranks)):
             start = first + index * data.rows_per_micro_batch
-            yield batch(self.stream, range(start, start + data.rows_per_micro_batch))
+            yield range(start, start + data.rows_per_micro_batch)
 
 
 class WithSequences(Protocol):

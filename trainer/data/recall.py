@@ -103,6 +103,11 @@ class RecallStream(RowStream):
         super().__init__(length, fingerprint)
         self.task, self.split, self.documents, self.endless = task, split, documents, endless
         self.per_row = length // task.length
+        self.begin()
+
+    def _begin(self) -> None:
+        before = self.read.get(self.fingerprint, [])
+        self._first = sum(reading.rows * (reading.length // self.task.length) for reading in before)
 
     @property
     def rows(self) -> int | None:
@@ -113,7 +118,7 @@ class RecallStream(RowStream):
             raise ValueError(f"the row must not be negative; got {number}. Count rows from 0")
         tokens = np.full(self.length, BLANK, np.int64)
         targets = np.full(self.length, NO_TARGET, np.int64)
-        first, n = number * self.per_row, self.task.length
+        first, n = self._first + number * self.per_row, self.task.length
         numbers = range(first, first + self.per_row)
         if self.rows is not None:
             numbers = [document for document in numbers if document < (self.documents or 0)]
@@ -182,7 +187,7 @@ def open_recall(settings: DataSettings) -> RecallCorpus:
 
 def _refuse(settings: DataSettings) -> None:
     refuse_ignored(settings)
-    for name in ("tokenizer", "bos", "validation_fraction", "cache_dir"):
+    for name in ("tokenizer", "bos", "validation_fraction", "cache_dir", "packing", "audit"):
         value = getattr(settings, name)
         if value != getattr(DataSettings, name):
             raise ValueError(

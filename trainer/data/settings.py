@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 
-from ..requirements import at_least
+from ..requirements import at_least, one_of
+
+PACKINGS = ("concat", "best_fit")
 
 
 @dataclass
@@ -22,11 +26,30 @@ class RecallSettings:
 
 
 @dataclass
+class MixtureSource:
+    """A source of a mixture, `data.mixture.NAME`: which documents, as `data.*` names them, and their share of the rows.
+
+    Two sources of the same documents with other lengths are buckets of them, as for more of the long ones.
+    """
+
+    weight: float = 1.0  # share of the rows, beside those of the other sources
+    source: str = "text"  # or stdlib, jsonl, parquet, hub, pretokenized
+    path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    column: str | None = None
+    max_documents: int | None = None
+    min_length: int | None = None  # documents of so many tokens or more, the end of text counted
+    max_length: int | None = None  # documents of so many tokens or fewer
+
+
+@dataclass
 class DataSettings:
     """What is read (`data.*`), how it becomes tokens, and how tokens become rows.
 
-    `source` is stdlib, text, jsonl, parquet, hub, pretokenized or recall. None means "the source's own default", so
-    that a setting which the chosen source would ignore can be refused.
+    `source` is stdlib, text, jsonl, parquet, hub, pretokenized or recall; a `mixture` has its own. None means "the
+    source's own default", so that a setting which the chosen source would ignore can be refused.
     """
 
     source: str = "stdlib"  # or text, jsonl, parquet, hub, pretokenized, recall; data= chooses it with its defaults
@@ -39,6 +62,10 @@ class DataSettings:
     tokenizer: str = "bpe"  # bytes, bpe (trained on the data), or the path or name of a Hugging Face tokenizer
     bos: str = "auto"  # documents and prompts begin with BOS: auto = as the tokenizer's own template says; true; false
     vocabulary_size: int | None = None  # bpe: 4096 by default; recall: 8192
+    mixture: dict[str, MixtureSource] = field(default_factory=dict)  # sources by name, each with settings and a weight
+    packing: str = "concat"  # rows cut anywhere; or best_fit: documents whole unless longer than a row, and padding
+    audit: bool = False  # write which tokens each step has read, for python -m longreach.launch.audit run=DIR
+    restart: bool = False  # a resumed run may go on with other data; optimizer states and step are kept
     sequence_length: int = 4096  # tokens in a packed row, over all its ranks
     rows_per_step: int = 8  # rows in the global batch, on any number of ranks
     rows_per_micro_batch: int = 1  # rows that a data-parallel rank computes at once
@@ -46,11 +73,26 @@ class DataSettings:
     cache_dir: str | None = None  # where tokens are kept: ~/.cache/longreach by default
     recall: RecallSettings = field(default_factory=RecallSettings)
 
+    def __post_init__(self) -> None:
+        """A source of the mixture may be given as a mapping. Raises ValueError for what it has no setting for."""
+        known = [each.name for each in fields(MixtureSource)]
+        made: dict[str, MixtureSource] = {}
+        for name, part in self.mixture.items():
+            given = dict(part) if isinstance(part, Mapping) else {}
+            if unknown := [key for key in given if key not in known]:
+                raise ValueError(
+                    f"data.mixture.{name}.{unknown[0]} must be a setting; got a name that nothing reads. Known: "
+                    f"{', '.join(known)}"
+                )
+            made[name] = MixtureSource(**given) if isinstance(part, Mapping) else part
+        self.mixture = made
+
     def check_rows(self, data_ranks: int) -> None:
         """Raises ValueError where that many data-parallel ranks cannot share the rows of a step evenly.
 
         The other settings are checked where the corpus is opened.
         """
+        one_of("data.packing", self.packing, PACKINGS)
         at_least("data.rows_per_step", self.rows_per_step, 1)
         at_least("data.rows_per_micro_batch", self.rows_per_micro_batch, 1)
         at_once = data_ranks * self.rows_per_micro_batch
@@ -62,6 +104,45 @@ class DataSettings:
                 "(parallel.sequence)"
             )
 
+    def sources(self) -> dict[str, DataSettings]:
+        """The settings of each source of the mixture alone, in the order of their names.
+
+        Raises ValueError for what a mixture cannot have, or leaves without effect.
+        """
+        if not self.mixture:
+            raise ValueError(
+                "data.mixture must name at least one source with data=mixture; got none. Give it: "
+                "data.mixture='{NAME: {source: text, path: PATH, weight: 1}}'"
+            )
+        if self.source not in ("stdlib", "mixture"):
+            raise ValueError(
+                f"data.source must be left out with data.mixture, whose sources have their own; got {self.source}. "
+                "Use data=mixture"
+            )
+        for setting in ("path", "name", "subset", "split", "column", "max_documents"):
+            if (value := getattr(self, setting)) is not None:
+                raise ValueError(
+                    f"data.{setting} must be left out with data.mixture; got {value!r}. Give it to a source: "
+                    f"data.mixture.NAME.{setting}"
+                )
+        made = {}
+        for name, part in sorted(self.mixture.items()):
+            _check_part(name, part)
+            own = {key: value for key, value in asdict(part).items() if hasattr(self, key)}
+            made[name] = replace(self, mixture={}, **own)
+        return made
+
     def micro_batches(self, data_ranks: int) -> int:
         """Micro-batches that each data-parallel rank computes in a step."""
         return self.rows_per_step // (data_ranks * self.rows_per_micro_batch)
+
+
+def _check_part(name: str, part: MixtureSource) -> None:
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise ValueError(
+            f"data.mixture must name its sources with letters, digits and _, as metrics do; got {name!r}. Rename it"
+        )
+    setting = f"data.mixture.{name}"
+    one_of(f"{setting}.source", part.source, ("stdlib", "text", "jsonl", "parquet", "hub", "pretokenized"))
+    at_least(f"{setting}.min_length", part.min_length, 1)
+    at_least(f"{setting}.max_length", part.max_length, part.min_length or 1)

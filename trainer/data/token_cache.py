@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from . import kept
 from .sources import Source
-from .tokenization import METADATA_FILE, TOKENIZER_DIRECTORY, TOKENS_FILE, held_out, tokenize
+from .tokenization import METADATA_FILE, TOKENIZER_DIRECTORY, TOKENS_FILE, held_out, tokenize, train_tokenizer
 from .tokenizers import Tokenizer, load_tokenizer
 
 WAIT_S = 24 * 3600.0  # for another process that is alive and building; a dead one is noticed at once
@@ -98,6 +98,27 @@ def open_token_cache(
     except (OSError, ValueError, KeyError) as error:  # Arrow's and JSON's complaints are ValueErrors
         message = f"data.cache_dir must hold whole token caches; got {directory}: {error}. Delete that folder"
         raise ValueError(message) from None
+
+
+def open_tokenizer(
+    directory: Path, source: Source, *, vocabulary_size: int, validation_fraction: float, wait_s: float = WAIT_S
+) -> Tokenizer:
+    """A BPE trained on the documents of `source`, kept at `directory`; made and waited for as `open_token_cache` does.
+
+    Raises ValueError for unusable data or cache folder.
+    """
+
+    def build(temporary: Path) -> None:
+        train_tokenizer(temporary, source, vocabulary_size=vocabulary_size, validation_fraction=validation_fraction)
+
+    if not directory.is_dir():
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            _build_once(directory, build, wait_s)
+        except OSError as error:
+            message = f"data.cache_dir must be a folder with room that can be written; got {directory.parent}: {error}"
+            raise ValueError(f"{message}. Name another") from None
+    return load_tokenizer(directory)
 
 
 def _build_once(directory: Path, build: Callable[[Path], None], wait_s: float) -> None:

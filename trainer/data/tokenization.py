@@ -70,6 +70,16 @@ def tokenize(
     (directory / METADATA_FILE).write_text(content + "\n", encoding="utf-8")
 
 
+def train_tokenizer(directory: Path, source: Source, *, vocabulary_size: int, validation_fraction: float) -> None:
+    """Writes a BPE of the documents of `source` that are not held out into `directory`, and nothing else."""
+    skipped = LeftOut()
+    staged = directory / STAGE_FILE
+    hashes, size = _stage(staged, _batches(_at_least_two(_entries(source, None, skipped), validation_fraction, [])))
+    _refuse_nothing(len(hashes), source, skipped)
+    _train(staged, hashes, size, vocabulary_size, validation_fraction).save(directory)
+    staged.unlink()
+
+
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are held out: those whose hash is small, so that equal documents stay on one side.
 

@@ -39,6 +39,8 @@ def diagnose(
     line for each thing begun. prepare: "module:function" that every rank calls first; tests plant faults with it.
     Raises ValueError for a configuration that training refuses.
     """
+    # The ranks here are fewer than those of training: groups of them would say nothing of it.
+    settings = replace(settings, engine=replace(settings.engine, hierarchical=None))
     check(settings, _sharing(settings.parallel))
     configured = configured_model(settings)
     check_model(build, configured, settings, say)

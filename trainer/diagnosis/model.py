@@ -12,6 +12,7 @@ import torch
 from hydra.utils import get_object
 from torch import nn
 
+from ...models.activations.recomputation import SETTINGS as MEMORY
 from ...models.language_model import LanguageModel
 from ...models.mixer import Mixer, small_sizes
 from ...models.part import Part, named_weights
@@ -55,11 +56,10 @@ def reduced(model: dict[str, Any], build: Build, *, window: int) -> dict[str, An
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a vocabulary, and without recomputation, which is checked by itself."""
+    """The configuration with a vocabulary, and without what saves memory; recomputation is checked by itself."""
     whole = copy.deepcopy(model)
     whole["vocabulary"] = whole.get("vocabulary") or VOCABULARY
-    whole.pop("activation_checkpointing", None)
-    return whole
+    return {name: value for name, value in whole.items() if name not in MEMORY}
 
 
 def shrunk(whole: dict[str, Any], small: dict[str, Any]) -> list[str]:

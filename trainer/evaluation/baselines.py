@@ -32,8 +32,8 @@ def text_baselines(corpus: Corpus) -> Baselines:
 
         p(w | v) = max(n(v, w) - d, 0) / n(v) + d m(v) / n(v) p(w)
     """
-    training = _documents(corpus, corpus.train.members, TOKENS_COUNTED)
-    held_out = _documents(corpus, corpus.validation.members)
+    training = _documents(corpus, corpus.members["train"], TOKENS_COUNTED)
+    held_out = _documents(corpus, corpus.members["validation"])
     vocabulary = corpus.tokenizer.vocabulary_size
     size = corpus.text_bytes("validation")
     bos = corpus.tokenizer.beginning[:1]

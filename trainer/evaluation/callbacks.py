@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ...models.language_model import LanguageModel
 from ..callback import Callback
 from ..data.corpus import Corpus
+from ..data.packing import RowStream
 from ..ranks.settings import strategy_of
 from ..run import report
 from .baselines import text_baselines
@@ -47,14 +48,36 @@ class Validation(Callback):
 
 def _validated(trainer: Trainer) -> dict[str, Any]:
     """The record of a validation."""
-    loss = _whole(trainer, trainer.settings.evaluation.rows)
+    corpus, rows = trainer.corpus, trainer.settings.evaluation.rows
+    if isinstance(corpus, Corpus) and corpus.parts:
+        return {"step": trainer.step, **_of_mixture(trainer, corpus, rows)}
+    loss = _whole(trainer, rows)
     return {"step": trainer.step, "validation_loss": loss.mean, **_measures(trainer, loss)}
+
+
+def _of_mixture(trainer: Trainer, corpus: Corpus, most: int | None) -> dict[str, float]:
+    """The loss on held-out rows of each source, and of all: about `most`, shared out as those of training are."""
+    whole = sum(part.weight for part in corpus.parts.values())
+    total, text, record = Loss(0.0, 0, 0), 0.0, {}
+    for name, part in corpus.parts.items():
+        if part.validation is not None:
+            share = math.inf if most is None else max(1, round(most * part.weight / whole))
+            loss = _loss(trainer, part.validation, share)
+            record[f"validation_loss_{name}"] = loss.mean
+            total = Loss(total.total + loss.total, total.targets + loss.targets, total.correct + loss.correct)
+            text += loss.targets * part.bytes_per_token
+    measures = {"bits_per_byte": total.bits_per_byte(text / total.targets), "accuracy": total.accuracy}
+    return {"validation_loss": total.mean, **measures, **record}
 
 
 def _whole(trainer: Trainer, most: int | None) -> Loss:
     """The loss on at most `most` held-out rows."""
-    stream, settings = trainer.corpus.validation, trainer.settings
-    rows = int(min(stream.rows or 0, most or math.inf))
+    return _loss(trainer, trainer.corpus.validation, most or math.inf)
+
+
+def _loss(trainer: Trainer, stream: RowStream, most: float) -> Loss:
+    settings = trainer.settings
+    rows = int(min(stream.rows or 0, most))
     strategy = strategy_of(settings.parallel)
     return evaluate(trainer.engine, stream, trainer.layout, strategy, rows, settings.data.rows_per_micro_batch)
 

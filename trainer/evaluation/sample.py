@@ -21,7 +21,7 @@ def draw_sample(engine: Engine, corpus: Corpus, prompt: str, *, tokens: int, tem
     if prompt:
         ids = tokenizer.encode_prompt(prompt)
     else:
-        ids = corpus.cache[int(corpus.validation.members[0])][:PROMPT_TOKENS].tolist()
+        ids = corpus.cache[int(corpus.members["validation"][0])][:PROMPT_TOKENS].tolist()
     engine.module.eval()
     try:
         with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.cuda import nccl
 
 NAME = "environment.json"
 STARTS_KEPT = 100
@@ -49,7 +50,7 @@ def describe(command: list[str], device: torch.device) -> dict[str, Any]:
             "version": torch.__version__,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
+            "nccl": ".".join(map(str, nccl.version())) if device.type == "cuda" else None,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "threads": torch.get_num_threads(),
         },

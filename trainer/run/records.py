@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.packing import Part
 from .metrics import Work
 
 
@@ -19,10 +20,12 @@ class TakenStep:
     """A step whose results are still on the device.
 
     step, tokens: steps taken and tokens read, with this one.       rate: its learning rate.
-    losses: float64 `[ranks, 2]`, each rank's sum of token losses and the most memory in bytes that it has used.
+    losses: float64 `[ranks, 2 + sources]`, each rank's sum of token losses, those of each source of a mixture in
+    micro-batches of it alone, and the most memory in bytes that it has used.
     norm: of the gradient, on the device or, where the optimizer has read it, a float.
     auxiliary: scalars, the auxiliary losses by name.                work: of the whole global batch.
     statistics: scalars that parts show of what they sum up, by name.
+    sources: what the run has read of each source of a mixture. source_targets: those that its sum of losses is of.
     """
 
     step: int
@@ -33,6 +36,8 @@ class TakenStep:
     auxiliary: dict[str, Tensor]
     work: Work
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    sources: list[Part] = field(default_factory=list)
+    source_targets: list[float] = field(default_factory=list)
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -84,14 +89,25 @@ class Records:
             "grad_norm": norm,
             "learning_rate": taken.rate,
             "tokens_per_second": work.tokens / seconds,
-            "peak_memory_bytes": int(losses[:, 1].max()),
+            "peak_memory_bytes": int(losses[:, -1].max()),
             "seconds": seconds,
             "flops_per_second": flops,
             "mfu": flops / ranks / self.peak if self.peak else None,
             "padding": work.padding,
             "attention_imbalance": work.imbalance,
         }
-        return line | {name: float(x) for name, x in zip(taken.named, scalars, strict=True)}
+        line |= {name: float(x) for name, x in zip(taken.named, scalars, strict=True)}
+        return line | _of_sources(taken, losses[:, 1:-1].sum(dim=0).tolist())
+
+
+def _of_sources(taken: TakenStep, losses: list[float]) -> dict[str, Any]:
+    """What has been read of each source so far, and its loss in this step where there was one."""
+    line: dict[str, Any] = {}
+    for part, targets, loss in zip(taken.sources, taken.source_targets, losses, strict=True):
+        counts = {"rows": part.rows, "tokens": part.tokens, "epochs": part.epochs}
+        counts |= {"loss": loss / targets} if targets else {}
+        line |= {f"source_{part.name}_{name}": value for name, value in counts.items()}
+    return line
 
 
 def _tensors(value: Tensor | float) -> list[Tensor]:

@@ -38,10 +38,11 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
     parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
     if mesh.experts is not None:
         parallel += f", experts over {mesh.experts.ranks} ranks"
+    source = "mixture" if settings.data.mixture else settings.data.source
     lines = [
         f"run           {trainer.directory.path}",
         f"model         {parameters(trainer.shape)}, {settings.trainer.dtype}",
-        f"data          {settings.data.source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
+        f"data          {source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
         f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
         f"{parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}",
         *notes,

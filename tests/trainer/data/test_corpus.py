@@ -148,7 +148,7 @@ class TestSources:
         for step in range(made.tokens // 4096 // 8):
             tokens: Counter[int] = Counter()
             for row in range(8 * step, 8 * step + 8):
-                for document, _, n in made._pieces(made._cut(row) * 4096, 4096):
+                for document, _, n in made.pieces(row):
                     tokens[document] += n
             filled.append(max(tokens.values()) > 8 * 4096 / 2)
         assert len(filled) > 200

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longreach.trainer.data.packing import NO_TARGET, TokenStream, batch, permuted
+from longreach.trainer.data.packing import NO_TARGET, TokenStream, batch
+from longreach.trainer.data.streams.concat import permuted
 
 END = 0
 
@@ -72,7 +73,7 @@ def cuts(made: TokenStream, tokens: int) -> list[np.ndarray]:
     """Rows as if none were permuted: the documents in the order of each epoch's table, laid end to end and cut."""
     laid, epoch = np.empty(0, np.int64), 0
     while len(laid) < tokens:
-        order, _ = made._table(epoch)
+        order, _ = made.epochs.table(epoch)
         laid, epoch = np.concatenate([laid, *(made.documents[int(d)] for d in order)]), epoch + 1
     return np.split(laid[:tokens], range(made.length, tokens, made.length))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ....kernels import pointwise
 from ....kernels.documents import Documents
 from ....kernels.pointwise import rope_frequencies
+from ....models.activations.recomputation import Modes, used_modes
 from ....models.decoding import next_logits
 from ....models.feed_forward.router import Router
 from ....models.layers.selectors.selector import Selector
@@ -249,9 +250,9 @@ def _tokens(change: Change) -> str:
     return " and ".join(f"token {place} of row {row}" for row, place, _ in change.places)
 
 
-def recomputation(bench: Bench, own: str) -> None:
+def recomputation(bench: Bench, own: Modes) -> None:
     """The gradient under each mode of activation checkpointing, the configuration's first."""
-    modes = sorted(MODES, key=lambda mode: mode != own)
+    modes = sorted(MODES, key=lambda mode: mode not in used_modes(own))
     chosen = range(min(3, len(bench.cases)))
     shared = bench.share(
         work.run_cases, [(bench.cases[n], mode, torch.float64, None) for mode in modes for n in chosen]

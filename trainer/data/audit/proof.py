@@ -1,0 +1,164 @@
+"""The proof: from the file of an audit, that every token was read once an epoch, and none left out.
+
+It knows of intervals and lengths alone, nothing of how rows are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .file import NAME, AuditFile, AuditRows, AuditSource
+
+NAMED = 5  # documents in a message
+
+
+@dataclass
+class Finding:
+    """What has been read of a source: whole epochs, tokens, those of them passed over, and what is wrong with it.
+
+    repeats, gaps: tokens read twice in an epoch, and never. problems: a line for each of the first documents.
+    """
+
+    source: AuditSource
+    epochs: int = 0
+    tokens: int = 0
+    passed: int = 0
+    repeats: int = 0
+    gaps: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Proof:
+    """steps: that the file holds. findings: of each source. problems: of the steps themselves."""
+
+    steps: int
+    findings: list[Finding]
+    problems: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems and not any(finding.problems for finding in self.findings)
+
+    def table(self) -> list[str]:
+        """A line for each source, and one for each problem."""
+        head = ("source", "epochs", "tokens", "passed over", "repeats", "gaps")
+        rows = [
+            (f.source.name, str(f.epochs), *(f"{n:,}" for n in (f.tokens, f.passed, f.repeats, f.gaps)))
+            for f in self.findings
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True)) for row in (head, *rows)
+        ]
+        problems = [*self.problems, *(problem for finding in self.findings for problem in finding.problems)]
+        return [f"{self.steps:,} steps", *lines, *problems]
+
+
+def prove(run: Path) -> Proof:
+    """What the audit of a run's folder proves.
+
+    Raises ValueError where there is none.
+    """
+    file = AuditFile(run / NAME)
+    if not file.path.is_file():
+        raise ValueError(f"run must be the folder of a run with data.audit=true; got {run}, which has no {NAME}")
+    sources: list[AuditSource] = []
+    steps: list[AuditRows] = []
+    for _, record in file.frames():
+        if isinstance(record, AuditSource):
+            sources.append(record)
+        else:
+            steps.append(record)
+    pieces = np.concatenate([np.empty((0, 4), np.int64), *(record.pieces for record in steps)])
+    step = np.concatenate([np.empty(0, np.int64), *(np.full(len(r.pieces), r.step) for r in steps)])
+    passed = np.concatenate([np.empty(0, bool), *(np.full(len(r.pieces), r.passed) for r in steps)])
+    findings = []
+    for number, source in enumerate(sources):
+        own = pieces[:, 0] == number
+        finding = _examined(source, pieces[own, 1:], step[own])
+        finding.passed = int(pieces[own & passed, 3].sum())
+        findings.append(finding)
+    return Proof(steps[-1].step if steps else 0, findings, _missing(steps))
+
+
+def _missing(records: list[AuditRows]) -> list[str]:
+    """What is wrong with the steps: each must follow the one before, and so must its rows, or a segment begins."""
+    problems = []
+    step, row = 0, 0
+    for record in records:
+        if not record.passed:
+            if record.step != step + 1:
+                problems.append(f"step {record.step} follows step {step}: those between are not in the audit")
+            step = record.step
+        if record.row not in (row, 0):
+            problems.append(f"step {record.step} begins with row {record.row}; rows {row} to {record.row - 1} are lost")
+        row = record.row + record.rows
+    return problems[:NAMED]
+
+
+def _examined(source: AuditSource, pieces: np.ndarray, step: np.ndarray) -> Finding:
+    """Of the pieces of a source (document, first, tokens) in the order in which they were read.
+
+    Each run of as many tokens as the source has is an epoch, and must hold every document from end to end. What comes
+    after the first epoch that does not is shifted, and not looked at.
+    """
+    whole, tokens = int(source.lengths.sum()), int(pieces[:, 2].sum())
+    finding = Finding(source, tokens=tokens)
+    ends = np.cumsum(pieces[:, 2])
+    for epoch in range(-(-tokens // whole)):
+        start, stop = epoch * whole, min((epoch + 1) * whole, tokens)
+        own = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop) + 1)
+        part = pieces[own].copy()
+        # A piece at a seam counts on either side for what it has there.
+        before = start - (ends[own][0] - part[0, 2])
+        part[0, 1:] += (before, -before)
+        part[-1, 2] -= ends[own][-1] - stop
+        _compare(finding, part, step[own], epoch, complete=stop - start == whole)
+        if finding.problems:
+            break
+        finding.epochs += stop - start == whole
+    return finding
+
+
+def _compare(finding: Finding, part: np.ndarray, step: np.ndarray, epoch: int, *, complete: bool) -> None:
+    """Adds what is read twice in an epoch and, where it is complete, what is not read."""
+    source = finding.source
+    order = np.lexsort((part[:, 1], part[:, 0]))
+    document, first, tokens = part[order].T
+    place = np.minimum(np.searchsorted(source.documents, document), len(source.documents) - 1)
+    known = source.documents[place] == document
+    if not known.all() or (first < 0).any() or (first + tokens > source.lengths[place]).any():
+        odd = document[~known | (first < 0) | (first + tokens > source.lengths[place])][:NAMED]
+        numbers = ", ".join(map(str, odd.tolist()))
+        finding.problems.append(f"{source.name}: documents {numbers} are not of the source, or are shorter")
+        return
+    # One number for each token, in the order of documents: what is read before a piece is the greatest end until there.
+    base = np.concatenate([[0], np.cumsum(source.lengths)])
+    begin = base[place] + first
+    end = np.maximum.accumulate(begin + tokens)
+    reached = np.concatenate([[0], end[:-1]])
+    twice = np.maximum(np.minimum(reached, begin + tokens) - begin, 0)
+    finding.repeats += int(twice.sum())
+    for index in np.flatnonzero(twice)[:NAMED]:
+        finding.problems.append(
+            f"{source.name}: document {document[index]}, tokens {first[index]} to {first[index] + tokens[index] - 1}, "
+            f"read again in step {step[order][index]}, in epoch {epoch + 1}"
+        )
+    if not complete:
+        return
+    starts, stops = np.append(reached, end[-1]), np.append(begin, base[-1])
+    for start, stop in zip(*(x[starts < stops] for x in (starts, stops)), strict=True):
+        finding.gaps += int(stop - start)
+        for index in range(np.searchsorted(base, start, side="right") - 1, np.searchsorted(base, stop)):
+            low, high = max(start, base[index]) - base[index], min(stop, base[index + 1]) - base[index]
+            if sum("not read" in problem for problem in finding.problems) < NAMED:
+                finding.problems.append(
+                    f"{source.name}: document {source.documents[index]}, tokens {low} to {high - 1}, not read in epoch "
+                    f"{epoch + 1}"
+                )
+            else:
+                break

@@ -1,0 +1,1 @@
+"""What a step holds in memory: counted from the model alone, by part."""
