@@ -22,7 +22,7 @@ from .data.packing import RowStream
 from .data.reading import Reader
 from .evaluation.callbacks import Sampling, Validation
 from .faults.recovery import Recovery
-from .preparation import Build, check_origin, make_engine, on_meta
+from .preparation import Build, check_origin, extension_of, make_engine, on_meta
 from .ranks.exchange import together
 from .ranks.settings import layout_of, strategy_of
 from .run import failure
@@ -72,6 +72,7 @@ class Assembly:
         self.step = self.tokens = 0
         if start is not None:
             self.step = int(checkpoint.verify(start).state["step"])
+            together(mesh, lambda: self._extend(start))
         stage = self.plan.at(self.step)
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
         self._enter(stage, start)
@@ -87,6 +88,12 @@ class Assembly:
             built_in["audit"] = Auditing()
         built_in |= {"validation": Validation(), "sampling": self.sampling, "saving": self.saving}
         self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
+
+    def _extend(self, start: Path) -> None:
+        """Gives a run without stages that goes on with more steps the schedule that `schedule.extension` asks for."""
+        if not self.plan.staged:
+            self.plan.settings.schedule = extension_of(self.plan.settings, start)
+            self.plan = plan_of(self.plan.settings)
 
     def _enter(self, stage: Stage, start: Path | None, *, examined: bool = True) -> None:
         """Makes what the steps of a stage work with; weights and states are those of the checkpoint, if there is one.

@@ -85,7 +85,7 @@ class Ledger:
         lines: dict[str, list[dict[str, Any]]] = {"rollback": [], "died": []}
         with suppress(OSError):
             for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
+                with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line that a kill has torn
                     line = json.loads(text)
                     if line.get("stage", "") != self.stage:
                         continue

@@ -82,6 +82,11 @@ class Plan:
         for stage in self.stages:
             with stage.checked():
                 check(stage.settings, world_size, device)
+            if self.staged and (extension := stage.settings.schedule.extension) != "stretch":
+                raise ValueError(
+                    f"schedule.extension must be left out with stages; got {extension}. Add a stage with a schedule of "
+                    "its own instead"
+                )
         if self.borders and not self.settings.checkpoint.every:
             raise ValueError(
                 "checkpoint.every must be at least 1 with stages, each of which begins from the checkpoint of the one "
