@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hydra
 from omegaconf import DictConfig
@@ -12,6 +12,7 @@ from rich.console import Console
 from ..trainer.diagnosis.diagnose import diagnose
 from ..trainer.run import failure
 from ..trainer.settings import Settings
+from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
 from .train import to_settings
@@ -39,8 +40,18 @@ PREPARE = "longreach.launch.working_directory:use"  # so that ranks can import w
 
 
 def examine(settings: Settings, chosen: DoctorSettings) -> bool:
-    """Prints the report; whether all that was tested passed."""
+    """Prints the report, one for each stage; whether all that was tested passed."""
     console = Console(width=None if sys.stdout.isatty() else 160)
+    plan = plan_of(settings)
+    passed = True
+    for stage in plan.stages:
+        if plan.staged:
+            console.print(stage.setting, markup=False)
+        passed &= _passes(replace(stage.settings, stages=[]), chosen, console)
+    return passed
+
+
+def _passes(settings: Settings, chosen: DoctorSettings, console: Console) -> bool:
     if chosen.verbose:
         report = diagnose(settings, build, whole=chosen.whole, say=console.print, prepare=PREPARE)
     else:

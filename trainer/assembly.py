@@ -67,12 +67,12 @@ class Assembly:
         self.start, self.notes = choose(settings.checkpoint.resume, self.directory, mesh)
         start, begins = self.start, self.plan.stages[0].settings
         together(mesh, lambda: check_origin(build, begins, resuming=start is not None))
-        own = together(mesh, lambda: tokenizer_of_run(begins.data, start))
-        self._opening = Opening(self.plan, mesh, own)
         self.step = self.tokens = 0
         if start is not None:
             self.step = int(checkpoint.verify(start).state["step"])
             together(mesh, lambda: self._extend(start))
+        own = together(mesh, lambda: tokenizer_of_run(begins.data, start))
+        self._opening = Opening(self.plan, mesh, own)
         stage = self.plan.at(self.step)
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
         self._enter(stage, start)

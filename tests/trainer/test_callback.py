@@ -48,7 +48,7 @@ def settings(run: Path, ranks: int) -> Settings:
         trainer=TrainerSettings(steps=3),
         parallel=ParallelSettings(sequence=ranks),
         evaluation=EvaluationSettings(every=2, rows=2),
-        checkpoint=CheckpointSettings(every=2),
+        checkpoint=CheckpointSettings(every=2, asynchronous=False),
         logger=LoggerSettings(wandb=WandbSettings(mode="disabled")),
         run=RunSettings(dir=str(run)),
     )

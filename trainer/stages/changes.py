@@ -20,7 +20,8 @@ CHANGEABLE = (
 # What they must not change of these groups: other ids, other held-out documents, what is fixed when processes meet.
 FIXED = (
     "data.tokenizer", "data.bos", "data.vocabulary_size", "data.validation_fraction", "data.cache_dir",
-    "data.audit", "data.restart", "model.vocabulary", "parallel.timeout_minutes",
+    "data.audit", "data.restart", "schedule.extension", "schedule.extended", "model.vocabulary",
+    "parallel.timeout_minutes",
 )  # fmt: skip
 
 Holder = TypeVar("Holder")

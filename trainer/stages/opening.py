@@ -96,7 +96,7 @@ class Opening:
 
     def row(self, stage: Stage, corpus: Corpus | RecallCorpus, state: dict[str, Any]) -> int:
         """The row of the stage that comes after the state of a checkpoint; its data go on from there."""
-        if self.plan.behind(state["step"]) is stage:
+        if self.plan.behind(state["step"]).number == stage.number:
             return corpus.train.resume(state["data"], restart=stage.settings.data.restart)
         corpus.train.follow(state["data"], stage.rows)
         return 0

@@ -111,6 +111,11 @@ def plan_of(settings: Settings) -> Plan:
     if not settings.stages:
         schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
         return Plan(settings, (Stage(0, "", 0, settings.trainer.steps, settings, schedule),))
+    if settings.schedule.extension != "stretch":
+        raise ValueError(
+            f"schedule.extension must be left out with stages; got {settings.schedule.extension}. A stage that is "
+            "added at the end names a schedule of its own, or the one before it is stretched"
+        )
     entries = [_Entry.read(number, entry) for number, entry in enumerate(settings.stages)]
     if len({entry.name for entry in entries}) < len(entries):
         names = ", ".join(entry.name for entry in entries)

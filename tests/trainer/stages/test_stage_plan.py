@@ -115,3 +115,10 @@ def test_a_stage_begins_from_a_checkpoint() -> None:
         plan_of(settings).check(1)
     settings.stages.pop()
     plan_of(settings).check(1)
+
+
+def test_what_extends_a_run_without_stages_is_refused() -> None:
+    settings = Settings(model=MODEL, stages=[{"steps": 5}])
+    settings.schedule.extension = "hold"
+    with pytest.raises(ValueError, match=r"schedule\.extension must be left out with stages; got hold"):
+        plan_of(settings)
