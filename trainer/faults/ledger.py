@@ -45,7 +45,8 @@ def beyond(row: int, count: int, passages: Collection[Passage]) -> int:
 class Ledger:
     """The lines of the file, one a fault, in the order in which they came.
 
-    Each has `time`, `kind`, `step`, `rows` ([first, stop]) and `reason`; kinds are
+    Each has `time`, `kind`, `step`, `segment`, `rows` ([first, stop]) and `reason`. Rows are counted in each segment of
+    the data anew (see `RowStream`): a ledger tells of one `segment` alone. Kinds are
 
         skipped       the step changed no weight; `documents`: of each of its rows
         rollback      the run went back to the checkpoint of step `to`, and passes over the rows
@@ -53,12 +54,13 @@ class Ledger:
         passed over   the rows were passed over, before that step
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+    def __init__(self, folder: Path, segment: int = 0) -> None:
+        self.path, self.segment = folder / NAME, segment
 
     def add(self, kind: str, step: int, rows: tuple[int, int], reason: str, **more: Any) -> None:
         """Adds a line; a disk that has no room for it costs the line alone."""
-        line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, "rows": rows, "reason": reason}
+        line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, "segment": self.segment}
+        line |= {"rows": rows, "reason": reason}
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | more) + "\n")
 
@@ -85,5 +87,7 @@ class Ledger:
                 with suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
                     line = json.loads(text)
                     first, stop = map(int, line["rows"])
+                    if line.get("segment", 0) != self.segment:
+                        continue
                     lines.setdefault(line["kind"], []).append({"rows": (first, stop), "reason": str(line["reason"])})
         return lines

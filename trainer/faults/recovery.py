@@ -45,7 +45,9 @@ class Recovery:
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state, or begins, where it is empty; every rank calls it."""
         self.skipped, self._from = int(state.get("skipped_steps", 0)), self._trainer.step
-        self.passed = [Passage(int(first), int(stop), reason) for first, stop, reason in state.get("skipped_rows", ())]
+        # Rows of an earlier segment of the data have the same numbers as others now.
+        passed = state.get("skipped_rows", ()) if state.get("skipped_segment", 0) == self._segment else ()
+        self.passed = [Passage(int(first), int(stop), reason) for first, stop, reason in passed]
         self.guard.resume(state.get("spikes", {}))
         mine = self._ledger.passages() if self._trainer.mesh.rank == 0 else []
         self.passages = [Passage(*each) for each in from_first_rank(mine, self._trainer.mesh)]
@@ -56,6 +58,7 @@ class Recovery:
         return {
             "skipped_steps": self.skipped,
             "skipped_rows": [list(each) for each in self.passed],
+            "skipped_segment": self._segment,
         } | ({"spikes": spikes} if spikes else {})
 
     @property
@@ -154,7 +157,11 @@ class Recovery:
 
     @property
     def _ledger(self) -> Ledger:
-        return Ledger(self._trainer.directory.path)
+        return Ledger(self._trainer.directory.path, self._segment)
+
+    @property
+    def _segment(self) -> int:
+        return self._trainer.reader.stream.segment
 
     def _write(self, kind: str, rows: tuple[int, int], reason: str, step: int | None = None, **more: Any) -> None:
         if self._trainer.mesh.rank == 0:
