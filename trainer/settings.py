@@ -14,9 +14,9 @@ from ..models.activations.recomputation import check_modes
 from . import engine_config
 from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings
-from .engine import OptimizerSettings
 from .engine_config import EngineSettings
 from .evaluation.settings import EvaluationSettings
+from .optimizers.settings import OptimizerSettings
 from .ranks.settings import ParallelSettings
 from .requirements import at_least, one_of
 from .run.settings import LoggerSettings, RunSettings
@@ -129,6 +129,7 @@ class Settings:
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     run: RunSettings = field(default_factory=RunSettings)
     callbacks: dict[str, Any] = field(default_factory=dict)  # hooks of your own: +callbacks.NAME._target_=module.Class
+    stages: list[dict[str, Any]] = field(default_factory=list)  # one after another: steps of each, and what it changes
     init_from: str | None = None  # a Hugging Face model, a checkpoint or a run, whose weights and tokenizer are taken
 
 

@@ -93,11 +93,6 @@ class RowStream(ABC):
         self.read: dict[str, list[Reading]] = {}  # by earlier segments, of sources by fingerprint
 
     @property
-    def segment(self) -> int:
-        """How many times earlier segments have read a source: another number for each segment of a run."""
-        return sum(map(len, self.read.values()))
-
-    @property
     @abstractmethod
     def rows(self) -> int | None:
         """Rows of a stream that ends; None for an endless one."""
