@@ -197,7 +197,7 @@ def check_part(part: nn.Module, setting: str) -> Part:
     for method, what in (("forward", "maps x [B, T, D]"), ("mixing_flops", "counts its ops' FLOPs")):
         if getattr(type(part), method) in (Part.forward, Mixer.mixing_flops):
             raise ValueError(f"{setting} must define {method}, which {what}; {made} has none. {RECIPE} shows one")
-    for attribute in ("publishes", "reads", "sums", "outputs", "no_weight_decay", "in_float32"):
+    for attribute in ("publishes", "reads", "sums", "outputs", "no_weight_decay", "matrices", "in_float32"):
         names = getattr(part, attribute)
         if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{setting} must have names in {made}.{attribute}; got {names!r}. Write ('name',)")
@@ -214,11 +214,12 @@ def check_part(part: nn.Module, setting: str) -> Part:
             f"Known: {', '.join(parameters)}"
         )
     own = [name for name in parameters if "." not in name]
-    if unknown := [name for name in part.in_float32 if name not in own]:
-        raise ValueError(
-            f"{setting} must name its own parameters in {made}.in_float32; got {', '.join(unknown)}. "
-            f"Known: {', '.join(own) or 'none'}; a layer inside names its own"
-        )
+    for attribute in ("matrices", "in_float32"):
+        if unknown := [name for name in getattr(part, attribute) if name not in own]:
+            raise ValueError(
+                f"{setting} must name its own parameters in {made}.{attribute}; got {', '.join(unknown)}. "
+                f"Known: {', '.join(own) or 'none'}; a layer inside names its own"
+            )
     return part
 
 

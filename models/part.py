@@ -33,6 +33,8 @@ class Part(nn.Module):
         model's depth.
     no_weight_decay: names of own parameters (`"layer.weight"` for those of a layer) that weight decay leaves alone
         though they are matrices, such as the logarithms of decay rates. Those of one dim never decay anyway.
+    matrices: names of own parameters, not of those of layers inside, that are matrices, or stacks of them, of the kind
+        that linear layers have: Muon steps them too. Any layer can name such parameters.
     in_float32: names of own parameters, not of those of layers inside, that stay in float32 under
         `trainer.dtype=bfloat16`: logarithms of decay rates, biases of decay gates, and what else becomes an exponent
         that is summed over many tokens. Any layer can name such parameters.
@@ -54,6 +56,7 @@ class Part(nn.Module):
     sums: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
     in_float32: tuple[str, ...] = ()
     causal: bool = True
     stateless: bool = False

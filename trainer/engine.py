@@ -6,46 +6,29 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..models.part import cast_parameters, named_weights, shape_of
+from ..models.part import cast_parameters, named_weights
 from ..parallel.mesh import Mesh
 from .engine_config import EngineSettings, configuration
+from .optimizers.grouped import Grouped, make_optimizer
+from .optimizers.groups import frozen_parameters as frozen_parameters
+from .optimizers.groups import groups_of
+from .optimizers.groups import parameter_groups as parameter_groups
+from .optimizers.settings import OptimizerSettings as OptimizerSettings
 from .ranks.exchange import together
-from .requirements import at_least
 from .zero.experts import ExpertWeights, count_norm, cut_as_made, hide, whole
 from .zero.masters import Fragment, Masters
 from .zero.two_types import reduce_in_float32, split_as_made, types_kept
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101); norms, biases and other 1-D parameters do not decay."""
-
-    learning_rate: float = 3e-4  # at its peak; the schedule does the rest
-    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.1  # of matrices and embeddings
-    only: list[str] = field(default_factory=list)  # layers or parameters that train, by their names; empty: all do
-
-    def check(self) -> None:
-        """Raises ValueError for what cannot be; the schedule checks the learning rate."""
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {list(self.betas)}")
-        if self.eps <= 0:
-            raise ValueError(f"optimizer.eps must be positive; got {self.eps}")
-        at_least("optimizer.weight_decay", self.weight_decay, 0)
 
 
 class Engine:
@@ -90,30 +73,29 @@ class Engine:
             self._initialise(model, seed)
         frozen = frozen_parameters(model, optimizer.only)
         for parameter in frozen:
-            parameter.register_hook(torch.zeros_like)  # AdamW makes no step of 0, and the norm counts none
-        adam: dict[str, Any] = {
-            "lr": optimizer.learning_rate,
-            "betas": tuple(optimizer.betas),
-            "eps": optimizer.eps,
-            "fused": device.type == "cuda",  # the others need temporaries as large as a rank's whole share
-        }
-        self._adam = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay, frozen=frozen), **adam)
+            parameter.register_hook(torch.zeros_like)  # no rule makes a step of 0, and the norm counts none
+        groups = groups_of(model, optimizer, frozen)
+        members = [list(group["params"]) for group in groups]  # before DeepSpeed puts flat tensors in their place
+        self._optimizer = make_optimizer(groups, optimizer, device)
         self._experts: ExpertWeights | None = None
         if experts := [parameter for _, parameter in named_weights(model) if hasattr(parameter, "cut")]:
-            groups = parameter_groups(model, optimizer.weight_decay, experts, frozen)
-            self._experts = ExpertWeights(mesh, groups, **adam)
+            of_experts = groups_of(model, optimizer, frozen, experts)
+            self._experts = ExpertWeights(mesh, of_experts, lambda g: make_optimizer(g, optimizer, device))
         two_types = len({parameter.dtype for parameter in model.parameters()}) > 1
         # Stage 1 in bfloat16 prints the machine's memory, asked or not.
         with types_kept(self._deepspeed), redirect_stdout(io.StringIO()):
-            self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._adam, config=config)
+            self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
         if two_types and self.zero_stage == 2:
             reduce_in_float32(self._engine.optimizer)
         self.module = model
-        self._masters = Masters(self._adam, self._engine.optimizer, self.zero_stage, mesh.rank)
+        self._masters = Masters(self._optimizer, members, self._engine.optimizer, self.zero_stage, mesh.rank)
+        if isinstance(self._optimizer, Grouped):
+            ranks = mesh.world_size if self.zero_stage else 1  # on stage 0 each rank has everything
+            self._optimizer.locate(self._masters.stacks, ranks, dist.group.WORLD)
         self._clip, self._norm = clip, 0.0
         self.stepped = False  # whether the last step changed the weights
         if self.zero_stage == 0:
-            self._adam.register_step_pre_hook(self._before_adam)
+            self._optimizer.register_step_pre_hook(self._before_step)
         elif hasattr(self._engine.optimizer, "get_grads_for_norm"):
             _sum_norms_in_float64(self._engine.optimizer)
         if self._experts is not None and self.zero_stage:
@@ -143,8 +125,8 @@ class Engine:
         On a GPU the norm is a scalar that is still on the device, unless the optimizer has read it itself. A gradient
         that is not finite steps nothing, and its norm is returned as inf; `stepped` tells, without reading anything.
         """
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
         if self._experts is not None:
             self._experts.reduce()
         self._engine.step()
@@ -193,20 +175,26 @@ class Engine:
         return iter(saved_buffers(self.module).items())
 
     def fragment(self, parameter: nn.Parameter, kind: str) -> Fragment:
-        """What this rank holds of the float32 "parameter", "exp_avg" or "exp_avg_sq": a view, to read and to write."""
+        """What this rank holds of one of the float32 `kinds`: a view, to read and to write."""
         if self._experts is not None and parameter in self._experts:
             return self._experts.fragment(parameter, kind)
         return self._masters.fragment(parameter, kind)
 
+    def kinds(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """What there is of a parameter in float32: "parameter", and the states that its rule keeps."""
+        if self._experts is not None and parameter in self._experts:
+            return self._experts.kinds(parameter)
+        return self._masters.kinds(parameter)
+
     def create_moments(self, steps: int | None = None) -> None:
-        """Makes the Adam states ahead of AdamW's first step, and sets the number of steps taken unless None."""
+        """Makes the states ahead of the optimizer's first step, and sets the number of steps taken unless None."""
         self._masters.create_moments(steps)
         if self._experts is not None:
             self._experts.create_moments(steps)
 
     @property
     def adam_steps(self) -> int:
-        """Steps that AdamW has taken."""
+        """Steps that the optimizer has taken."""
         return self._masters.steps
 
     @torch.no_grad()
@@ -253,18 +241,18 @@ class Engine:
     def _gather_to_write(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         return self._gathered(parameters, 0)
 
-    def _before_adam(self, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
         # Stage 0 only: the gradients are reduced by now, and DeepSpeed keeps no norm of them.
-        gradients = [p.grad for group in self._adam.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = norms(gradients).norm()
         if self._experts is not None and self._experts.norm is not None:
             norm = torch.hypot(norm, self._experts.norm)
         self._norm = float(norm)
         if not math.isfinite(self._norm):
             self._norm = math.inf
-            for group in self._adam.param_groups:
+            for group in self._optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # which AdamW passes over
+                    parameter.grad = None  # which no rule steps
         elif self._clip:
             torch._foreach_mul_(gradients, self._factor(self._norm))
 
@@ -297,46 +285,6 @@ def norms(tensors: list[Tensor]) -> Tensor:
     """
     parts = [part for tensor in tensors for part in tensor.detach().flatten().split(NORM_PART)]
     return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
-
-
-def frozen_parameters(model: nn.Module, only: list[str]) -> list[nn.Parameter]:
-    """The parameters that do not train: those without any of the names `only`, which are parts of their paths.
-
-    None for an empty list. Raises ValueError for a name that no parameter has.
-    """
-    paths = {name: name.split(".") for name, _ in named_weights(model)}
-    if missing := [name for name in only if not any(name in path for path in paths.values())]:
-        layers = sorted({part for path in paths.values() for part in path[2:-1] if not part.isdigit()})
-        raise ValueError(
-            f"optimizer.only must name layers or parameters of the model; got {', '.join(missing)}. "
-            f"Its layers: {', '.join(layers)}"
-        )
-    trained = [bool(not only or set(only) & set(path)) for path in paths.values()]
-    return [parameter for (_, parameter), trains in zip(named_weights(model), trained, strict=True) if not trains]
-
-
-def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    parameters: Iterable[nn.Parameter] | None = None,
-    frozen: Sequence[nn.Parameter] = (),
-) -> list[dict[str, Any]]:
-    """The parameters that decay (matrices and embeddings) and those that do not, each type in groups of its own.
-
-    The latter are norms, biases, all of one dim, what a module names in `no_weight_decay` (see `Mixer`), and those that
-    do not train. Float32 ones come last where there are two types: DeepSpeed takes the first for that of the model.
-    """
-    exempt = {
-        id(attrgetter(name)(module)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
-    } | set(map(id, frozen))
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters() if parameters is None else parameters:
-        decays = len(shape_of(parameter)) > 1 and id(parameter) not in exempt
-        groups.setdefault((parameter.dtype.itemsize, not decays), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": 0.0 if exempted else weight_decay}
-        for (_, exempted), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
 
 
 def _sum_norms_in_float64(optimizer: Any) -> None:

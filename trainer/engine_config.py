@@ -119,6 +119,8 @@ def configuration(settings: EngineSettings, dtype: str, clip: float, world_size:
         "gradient_clipping": float(clip) if zero_stage else 0.0,
         # Offloaded states are stepped by torch's AdamW too: DeepSpeed's own would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
+        # Whatever steps groups of parameters by rules of their own is unknown to DeepSpeed.
+        "zero_allow_untested_optimizer": True,
         "zero_optimization": settings.zero,
     }
     if "timers" not in extra:

@@ -17,13 +17,16 @@ from ..models.moved import with_current_paths
 from ..models.published import check_unread
 from ..parallel.mesh import Mesh
 from .checkpoint import checkpoint
+from .checkpoint.choice import read_config
 from .compilation import compile_blocks
 from .data.corpus import Corpus
 from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
-from .engine import Engine, Gather, frozen_parameters, saved_buffers
+from .engine import Engine, Gather, saved_buffers
+from .optimizers.groups import frozen_parameters, matched
 from .ranks.exchange import together
 from .rehearsal import rehearse
+from .schedule import ScheduleSettings, extended
 from .settings import Settings, TrainerSettings
 from .zero.experts import check_experts
 
@@ -148,6 +151,12 @@ def check_same_model(path: Path, model: dict[str, Any]) -> None:
         )
 
 
+def extension_of(settings: Settings, start: Path) -> ScheduleSettings:
+    """The schedule's settings for a run that goes on from the checkpoint `start`; see `schedule.extension`."""
+    step = int(checkpoint.verify(start).state["step"])
+    return extended(settings.schedule, settings.trainer.steps, read_config(start), step)
+
+
 def check_model(
     build: Build, model: dict[str, Any], settings: Settings, note: Callable[[str], None] = log.warning
 ) -> None:
@@ -166,6 +175,7 @@ def check_model(
     built.check_initial_values()
     check_unread(built.leaves())
     frozen_parameters(built, settings.optimizer.only)
+    matched(built, settings.optimizer.rules)
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):
         note(line)

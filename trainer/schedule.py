@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 KINDS = ("cosine", "wsd")
+EXTENSIONS = ("stretch", "hold", "rewarm")
 
 
 @dataclass
@@ -19,6 +20,8 @@ class ScheduleSettings:
     warmup_steps: int | None = None  # null: a fiftieth of trainer.steps, at least 1
     decay_steps: int | None = None  # wsd only; null: a fifth of trainer.steps
     final_fraction: float = 0.1  # learning rate of the last step, as a fraction of the peak; 0 is met one step later
+    extension: str = "stretch"  # resumed with more steps: as if from the start with them; hold the last rate; or rewarm
+    extended: list[dict[str, Any]] = field(default_factory=list)  # what was extended: a resumed run sets it itself
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Schedule:
     E = steps, so that the last step is taken at the final fraction; or, since a step at rate 0 would train nothing,
     E = steps + 1 where f = 0. Steps past the end keep the last rate. Raises ValueError where the parts do not fit into
     the steps.
+
+    A run of n steps that was extended after step a keeps its rates up to there; from then on it either holds the last
+    of them, r, or it warms up from r to the peak and then follows the schedule of steps − a steps.
     """
 
     settings: ScheduleSettings
@@ -55,7 +61,13 @@ class Schedule:
             raise ValueError(f"schedule.warmup_steps must not be negative; got {chosen.warmup_steps}")
         if chosen.decay_steps is not None and chosen.decay_steps < 1:
             raise ValueError(f"schedule.decay_steps must be at least 1; got {chosen.decay_steps}")
-        if self.warmup + self.decay > self.steps:
+        if chosen.extension not in EXTENSIONS:
+            raise ValueError(f"schedule.extension must be one of {', '.join(EXTENSIONS)}; got {chosen.extension!r}")
+        if chosen.extended and (before := self._before.steps) >= self.steps:
+            raise ValueError(f"trainer.steps must be more than the {before} that are extended; got {self.steps}")
+        if chosen.extended:
+            _ = self._rest
+        elif self.warmup + self.decay > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps and schedule.decay_steps must fit into trainer.steps={self.steps}; "
                 f"got {self.warmup} and {self.decay}. Lower them or raise trainer.steps"
@@ -73,7 +85,33 @@ class Schedule:
         chosen = self.settings.decay_steps
         return self.steps // 5 if chosen is None else chosen
 
+    @property
+    def _before(self) -> Schedule:
+        """What was extended last."""
+        *earlier, last = self.settings.extended
+        return Schedule(replace(self.settings, extended=earlier), self.peak, last["steps"])
+
+    @property
+    def _rest(self) -> Schedule:
+        """The schedule of the steps after the extension, as of a run of its own."""
+        return Schedule(
+            replace(self.settings, extended=[]), self.peak, self.steps - self.settings.extended[-1]["after"]
+        )
+
+    def _extended(self, step: int) -> float:
+        after, how = (self.settings.extended[-1][key] for key in ("after", "how"))
+        if step < after:
+            return self._before(step)
+        last, rest = self._before(after - 1), self._rest
+        if how == "hold":
+            return last
+        if step - after < rest.warmup:
+            return last + (self.peak - last) * (step - after + 1) / rest.warmup
+        return rest(step - after)
+
     def __call__(self, step: int) -> float:
+        if self.settings.extended:
+            return self._extended(step)
         floor, step = self.settings.final_fraction, min(step, self.steps - 1)
         end = self.steps + (floor == 0)
         if step < self.warmup:
@@ -89,6 +127,10 @@ class Schedule:
     @property
     def extendable(self) -> int | None:
         """The last step after which more steps can be added without a jump: wsd before its decay; cosine has none."""
+        if self.settings.extended:
+            last = self.settings.extended[-1]
+            own = self._rest.extendable
+            return None if last["how"] == "hold" or own is None else last["after"] + own
         return self.steps - self.decay if self.settings.kind == "wsd" else None
 
     @property
@@ -101,6 +143,7 @@ class Schedule:
             "schedule.warmup_steps": self.warmup,
             "schedule.decay_steps": self.decay,
             "schedule.final_fraction": self.settings.final_fraction,
+            "schedule.extended": [f"{each['how']} after step {each['after']}" for each in self.settings.extended],
         }
 
     def announcement(self, before: Schedule, step: int) -> str | None:
@@ -123,3 +166,19 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
         return Schedule(settings, float(config["optimizer"]["learning_rate"]), int(config["trainer"]["steps"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.yaml must hold the run's schedule; got none that can be read ({error})") from None
+
+
+def extended(settings: ScheduleSettings, steps: int, config: dict[str, Any], step: int) -> ScheduleSettings:
+    """The settings of a run of `steps` steps that goes on after `step` from a checkpoint with this config.yaml.
+
+    They are those given, and what the run was extended by before; and where it has more steps than it had, and is not
+    to be stretched, what it is extended by now. Raises ValueError where config.yaml does not hold the schedule.
+    """
+    if settings.extended or settings.extension == "stretch" or step < 1:
+        return settings
+    before = schedule_of(config)
+    if steps < before.steps:
+        return settings
+    earlier = before.settings.extended
+    now = [{"after": step, "steps": before.steps, "how": settings.extension}] if steps > before.steps else []
+    return replace(settings, extended=[*earlier, *now])

@@ -14,9 +14,9 @@ from ..models.activations.recomputation import check_modes
 from . import engine_config
 from .checkpoint.settings import CheckpointSettings
 from .data.settings import DataSettings
-from .engine import OptimizerSettings
 from .engine_config import EngineSettings
 from .evaluation.settings import EvaluationSettings
+from .optimizers.settings import OptimizerSettings
 from .ranks.settings import ParallelSettings
 from .requirements import at_least, one_of
 from .run.settings import LoggerSettings, RunSettings

@@ -32,6 +32,7 @@ from .preparation import (
     check_origin,
     check_same_model,
     configured_model,
+    extension_of,
     make_engine,
     model_settings,
     on_meta,
@@ -94,6 +95,8 @@ class Trainer:
         if start is not None:
             together(mesh, lambda: check_same_model(start, settings.model))
             together(mesh, lambda: self._resumed(checkpoint.verify(start).state["data"]))
+            settings.schedule = together(mesh, lambda: extension_of(settings, start))
+            self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, chosen.steps)
         begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
         tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
         origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))

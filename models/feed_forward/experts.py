@@ -32,6 +32,7 @@ class ExpertLinear(nn.Module):
     bias: nn.Parameter | None
     by_expert = ("weight", "bias")
     no_weight_decay = ("bias",)
+    matrices = ("weight",)
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()

@@ -18,6 +18,8 @@ class BlockDiagonalLinear(nn.Module):
     arXiv 2402.19427).
     """
 
+    matrices = ("weight",)
+
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
         if blocks < 1 or width % blocks:

@@ -1,13 +1,14 @@
 """Learning rates against their definitions, and settings that do not fit."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longreach.trainer.schedule import KINDS, Schedule, ScheduleSettings, schedule_of
+from longreach.trainer.schedule import KINDS, Schedule, ScheduleSettings, extended, schedule_of
 from longreach.trainer.settings import Settings
 
 
@@ -95,3 +96,58 @@ def test_defaults_follow_the_number_of_steps() -> None:
 def test_what_does_not_fit_is_refused(settings: ScheduleSettings, peak: float, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         Schedule(settings, peak, 10)
+
+
+def config_of(schedule: Schedule) -> dict[str, Any]:
+    """What config.yaml says of a run with this schedule."""
+    return {
+        "schedule": asdict(schedule.settings),
+        "optimizer": {"learning_rate": schedule.peak},
+        "trainer": {"steps": schedule.steps},
+    }
+
+
+def extension(before: Schedule, how: str, step: int, steps: int) -> Schedule:
+    """The schedule of a run that goes on after `step` with so many steps."""
+    plain = replace(before.settings, extension=how, extended=[])
+    return Schedule(extended(plain, steps, config_of(before), step), before.peak, steps)
+
+
+@pytest.mark.parametrize("step", [100, 60])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_extended_keeps_its_last_rate_or_warms_up_from_it(kind: str, step: int) -> None:
+    before = Schedule(ScheduleSettings(kind), 1.0, 100)
+    held, warm = extension(before, "hold", step, 200), extension(before, "rewarm", step, 200)
+    for schedule in (held, warm):
+        assert [schedule(s) for s in range(step)] == [before(s) for s in range(step)]
+    assert {held(s) for s in range(step, 200)} == {before(step - 1)}
+    alone = Schedule(ScheduleSettings(kind), 1.0, 200 - step)
+    assert alone.warmup == 2
+    assert warm(step) == pytest.approx((before(step - 1) + 1.0) / 2)
+    assert [warm(s) for s in range(step + 1, 200)] == [alone(s) for s in range(1, 200 - step)]
+    stretched = extension(before, "stretch", step, 200)
+    assert [stretched(s) for s in range(200)] == rates(ScheduleSettings(kind), 1.0, 200)
+
+
+def test_an_extension_outlives_a_restart_and_can_itself_be_extended() -> None:
+    before = Schedule(ScheduleSettings("cosine"), 1.0, 100)
+    first = extension(before, "rewarm", 100, 200)
+    again = extension(first, "rewarm", 150, 200)  # interrupted on the way
+    assert again == first
+    assert first.announcement(again, 150) is None
+    second = extension(first, "hold", 200, 250)
+    assert [second(s) for s in range(200)] == [first(s) for s in range(200)]
+    assert {second(s) for s in range(200, 250)} == {first(199)}
+    assert first.extendable is None
+    wsd = extension(Schedule(ScheduleSettings("wsd"), 1.0, 100), "rewarm", 100, 200)
+    assert wsd.extendable == 180
+    assert second.announcement(first, 200) is not None
+    shorter = extension(first, "hold", 50, 120)
+    assert shorter.settings.extended == []
+
+
+def test_what_no_extension_can_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"schedule\.extension must be one of stretch, hold, rewarm; got 'jump'"):
+        Schedule(ScheduleSettings(extension="jump"), 1.0, 10)
+    with pytest.raises(ValueError, match=r"trainer\.steps must be more than the 10 that are extended; got 10"):
+        Schedule(ScheduleSettings(extended=[{"after": 5, "steps": 10, "how": "hold"}]), 1.0, 10)

@@ -3,7 +3,7 @@
     step-00000100/
         index.json                              the run's state, and where each tensor is
         weights-00001-of-00002.safetensors      float32 parameters, by name
-        moments-00001-of-00002.safetensors      exp_avg/NAME and exp_avg_sq/NAME
+        moments-00001-of-00002.safetensors      exp_avg/NAME and exp_avg_sq/NAME, or what the optimizer keeps instead
         buffers.safetensors                     float32 buffers, by name, where the model has any
 
 Each parameter has one writing rank, which gathers it from all by pieces: nobody needs more memory than two pieces.
@@ -25,7 +25,6 @@ from ...models.part import named_weights, shape_of
 from ...parallel.collectives import agree
 from ...parallel.mesh import Mesh
 from ..engine import Engine, saved_buffers
-from ..zero.masters import KINDS
 from .commit import Retention, Target, commit, entries, unwritten
 from .stored import BUFFERS, CheckpointError, check_bytes, differences
 from .stored import Stored as Stored
@@ -94,7 +93,7 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     stored, error = None, None
     try:
         stored = verify(path).named_for(parameters)
-        _check_model(stored, parameters, buffers)
+        _check_model(stored, parameters, buffers, engine.kinds)
         if not examined:  # each byte is read by one rank
             check_bytes(stored, sorted(stored.tensors)[engine.mesh.rank :: engine.mesh.world_size])
     except CheckpointError as failure:
@@ -106,7 +105,7 @@ def load(engine: Engine, path: str | Path, *, examined: bool = False) -> dict[st
     assert stored is not None
     engine.create_moments(stored.adam_steps)
     for name, parameter in parameters.items():
-        for kind in KINDS:
+        for kind in engine.kinds(parameter):
             start, values = engine.fragment(parameter, kind)
             values.copy_(stored.map(_key(kind, name)).view(-1)[start : start + len(values)])
         engine.write(parameter, stored.map(name))
@@ -137,7 +136,7 @@ def prepare_weights(
     stored = verify(path).named_for(parameters)
     joining = () if seed is None else tuple(getattr(model, "detached", {}).values())
     fresh = {name for name in parameters if name not in stored.tensors and name.startswith(joining)}
-    _check_model(stored, {name: p for name, p in parameters.items() if name not in fresh}, buffers, kinds=())
+    _check_model(stored, {name: p for name, p in parameters.items() if name not in fresh}, buffers)
     if bytes_too:
         check_bytes(stored, [*(name for name in parameters if name not in fresh), *buffers])
 
@@ -192,14 +191,17 @@ class Share:
         shapes = {name: tuple(shape_of(parameter)) for name, parameter in self.parameters.items()}
         assigned = assign({name: math.prod(shape) for name, shape in shapes.items()}, engine.mesh.world_size)
         mine, count = assigned[engine.mesh.rank], sum(1 for names in assigned if names)
-        self._turns = [list(_pieces(names, shapes)) for names in assigned]
+        kinds = {name: engine.kinds(parameter) for name, parameter in self.parameters.items()}
+        self._turns = [list(_pieces(names, shapes, kinds)) for names in assigned]
         self.files: dict[str, Shapes] = {}
         self._file_of: dict[str, str] = {}
         if mine:
             number = f"{engine.mesh.rank + 1:05d}-of-{count:05d}.safetensors"
-            self._file_of = dict.fromkeys(KINDS[1:], f"moments-{number}") | {"parameter": f"weights-{number}"}
+            self._file_of = {kind: f"moments-{number}" for name in mine for kind in kinds[name]}
+            self._file_of["parameter"] = f"weights-{number}"
             self.files[f"weights-{number}"] = {name: shapes[name] for name in mine}
-            self.files[f"moments-{number}"] = {_key(kind, name): shapes[name] for name in mine for kind in KINDS[1:]}
+            states = {_key(kind, name): shapes[name] for name in mine for kind in kinds[name][1:]}
+            self.files[f"moments-{number}"] = states
         if engine.mesh.rank == 0 and (buffers := dict(engine.named_buffers())):  # every rank has the same
             self.files[f"{BUFFERS}.safetensors"] = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
 
@@ -240,10 +242,10 @@ def _write_tensors(engine: Engine, folder: Path) -> tuple[dict[str, Any], str | 
     return entries(writers.values()), error
 
 
-def _pieces(names: list[str], shapes: Shapes) -> Iterator[_Piece]:
+def _pieces(names: list[str], shapes: Shapes, kinds: dict[str, tuple[str, ...]]) -> Iterator[_Piece]:
     for name in names:
         size = math.prod(shapes[name])
-        for kind in KINDS:
+        for kind in kinds[name]:
             for start in range(0, size, PIECE):
                 yield _Piece(name, kind, start, min(start + PIECE, size))
 
@@ -276,8 +278,12 @@ def _gather_piece(engine: Engine, parameter: nn.Parameter, piece: _Piece, rank: 
 
 
 def _check_model(
-    stored: Stored, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], kinds: tuple[str, ...] = KINDS
+    stored: Stored,
+    parameters: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    kinds: Callable[[nn.Parameter], tuple[str, ...]] | None = None,
 ) -> None:
+    """kinds: what is needed of each parameter; the weights alone where it is None."""
     expected = {name: shape_of(parameter) for name, parameter in parameters.items()}
     expected |= {name: buffer.shape for name, buffer in buffers.items()}
     if problems := differences(stored, expected):
@@ -285,11 +291,12 @@ def _check_model(
             f"checkpoint {stored.path} must be of this model; {problems}. Use the model that it was saved with, or "
             "another run.dir"
         )
-    keys = [_key(kind, name) for name in parameters for kind in kinds]
+    keys = [_key(kind, name) for name, parameter in parameters.items() for kind in (kinds(parameter) if kinds else ())]
     if missing := [key for key in keys if key not in stored.tensors]:
         raise CheckpointError(
             f"checkpoint {stored.path} must hold the optimizer's moments to be resumed; got it without {missing[0]}. "
-            "Begin from its weights: init_from instead of checkpoint.resume"
+            "Use the optimizer that it was saved with, or begin from its weights: init_from instead of "
+            "checkpoint.resume"
         )
 
 

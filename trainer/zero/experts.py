@@ -8,7 +8,7 @@ ranks that hold the same experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ...models.part import Cut
 from ...parallel.collectives import all_gather
 from ...parallel.mesh import Experts, Mesh
-from .masters import MOMENTS, Fragment
+from ..optimizers.grouped import STATES, Grouped, create_states
+from ..optimizers.muon import Stack
+from .masters import Fragment, stack_of
 
 
 @contextmanager
@@ -66,12 +68,17 @@ class _Shard(NamedTuple):
 
 
 class ExpertWeights:
-    """The weights of this rank's experts, their gradients and their AdamW.
+    """The weights of this rank's experts, their gradients and their optimizer.
 
-    groups: the weights, which are set already, as those of an optimizer. settings: of AdamW.
+    groups: the weights, which are set already, as those of an optimizer. make: makes an optimizer of groups.
     """
 
-    def __init__(self, mesh: Mesh, groups: list[dict[str, Any]], **settings: Any) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        groups: list[dict[str, Any]],
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    ) -> None:
         assert mesh.experts is not None
         self.ranks, self.mesh = mesh.experts, mesh
         self._replicas = mesh.world_size // self.ranks.ranks
@@ -84,7 +91,10 @@ class ExpertWeights:
             {**group, "params": [self._shards[id(parameter)].master for parameter in group["params"]]}
             for group in groups
         ]
-        self._adam = torch.optim.AdamW(masters, **settings)
+        self._optimizer = make(masters)
+        self._groups = {id(master): group for group in self._optimizer.param_groups for master in group["params"]}
+        if isinstance(self._optimizer, Grouped):
+            self._optimizer.locate(self._stacks, self._replicas, self.ranks.replicas)
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._shards
@@ -119,13 +129,13 @@ class ExpertWeights:
         self.norm = square.sqrt()
 
     def step(self, learning_rate: float, factor: Tensor | float) -> None:
-        """AdamW's step with the gradients times `factor`; the weights follow."""
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+        """The optimizer's step with the gradients times `factor`; the weights follow."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
         for shard in self._shards.values():
             assert shard.master.grad is not None
             shard.master.grad.mul_(factor)
-        self._adam.step()
+        self._optimizer.step()
         for shard in self._shards.values():
             self._publish(shard)
         self.clear()
@@ -148,23 +158,26 @@ class ExpertWeights:
             shard.gradient.zero_()
             shard.master.grad = None
 
+    def kinds(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """As `Masters.kinds`."""
+        return ("parameter", *STATES[self._groups[id(self._shards[id(parameter)].master)]["kind"]])
+
+    def _stacks(self, flat: Tensor) -> list[Stack]:
+        """As `Masters.stacks`, among the replicas."""
+        shard = next(shard for shard in self._shards.values() if shard.master is flat)
+        return [stack_of(shard.parameter, shard.parameter.shape, (flat, 0, shard.start, len(flat)))]
+
     def fragment(self, parameter: nn.Parameter, kind: str) -> Fragment:
         """As `Masters.fragment`, of the whole weight of all experts."""
         shard, cut = self._shards[id(parameter)], parameter.cut  # type: ignore[attr-defined]
-        values = shard.master.detach() if kind == "parameter" else self._adam.state[shard.master][kind]
+        values = shard.master.detach() if kind == "parameter" else self._optimizer.state[shard.master][kind]
         before = cut.held.start * (parameter.numel() // len(cut.held))
         return Fragment(before + shard.start, values)
 
     def create_moments(self, steps: int | None) -> None:
         """As `Masters.create_moments`."""
         for shard in self._shards.values():
-            state, master = self._adam.state[shard.master], shard.master
-            if not state:
-                device = master.device if self._adam.defaults.get("fused") else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state |= {kind: torch.zeros_like(master.detach()) for kind in MOMENTS}
-            if steps is not None:
-                state["step"].fill_(steps)
+            create_states(self._optimizer.state[shard.master], shard.master, self._groups[id(shard.master)], steps)
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def _of_a_step(settings: Settings, bench: Bench, length: int) -> Settings:
         model={},
         data=data,
         parallel=bench.topology.parallel,
-        optimizer=replace(settings.optimizer, learning_rate=RATE, only=[]),
+        # The moments of AdamW tell gradients and steps; other rules step what the same engine gives them.
+        optimizer=replace(settings.optimizer, kind="adamw", learning_rate=RATE, momentum=None, groups={}, only=[]),
         schedule=replace(settings.schedule, warmup_steps=1),
         trainer=replace(settings.trainer, compile=False, steps=max(settings.trainer.steps, 1000)),
         init_from=None,

@@ -1,0 +1,111 @@
+"""Muon beside AdamW on the quickstart's model and data: the same rows in the same order, from the same weights.
+
+    python benchmarks/optimizers.py [--runs runs/optimizers] [--steps 200] [--share 0.75] [--write] [SETTING=VALUE …]
+
+AdamW takes `steps` steps and Muon `share` of them, each with its own decay at the end, so that the ends compare. One
+process runs each; settings at the end, such as data.sequence_length=2048, change both. Runs that are finished in the
+folder are not run again. `--write` keeps table and curves in docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MARKERS = ("<!-- table: made by benchmarks/optimizers.py -->", "<!-- end of the table -->")
+COMMON = (
+    "experiment=quickstart", "parallel.sequence=1", "data.rows_per_step=1", "evaluation.rows=8",
+    "evaluation.context=null", "evaluation.baselines=false", "evaluation.sample_tokens=0", "checkpoint.every=0",
+    "schedule.decay_steps=null", "logger.wandb.mode=disabled",
+)  # fmt: skip
+RATES = {"adamw": 3e-3, "muon": 6e-3}
+NAMES = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}
+
+
+class Curve(NamedTuple):
+    """Held-out losses and those of the steps, by step."""
+
+    held_out: list[tuple[int, float]]
+    training: list[tuple[int, float]]
+
+
+def curve(run: Path) -> Curve:
+    """What metrics.jsonl says of a run."""
+    file = run / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    held_out = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+    training = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    return Curve(held_out, training)
+
+
+def train(kind: str, steps: int, runs: Path, more: list[str]) -> Curve:
+    """The run of an optimizer; trains it unless it is there."""
+    run = runs / f"{kind}-{steps}"
+    if (found := curve(run)).held_out and found.held_out[-1][0] == steps:
+        return found
+    chosen = [*COMMON, f"optimizer={kind}", f"optimizer.learning_rate={RATES[kind]}", f"trainer.steps={steps}"]
+    chosen += [f"evaluation.every={max(1, steps // 10)}", f"run.dir={run}", *more]
+    last = {override.partition("=")[0]: override for override in chosen}  # the last of each
+    command = [sys.executable, "-m", "longreach.launch.train", *last.values()]
+    subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=True)
+    return curve(run)
+
+
+def table(curves: dict[str, tuple[int, Curve]]) -> str:
+    """Loss by optimizer, and the step at which each meets AdamW's last."""
+    goal = curves["adamw"][1].held_out[-1][1]
+    lines = [
+        "| optimizer | learning rate | steps | held-out loss | AdamW's last is met at step |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, (steps, found) in curves.items():
+        met = next((f"{step}" for step, loss in found.held_out if loss <= goal), "not met")
+        lines.append(f"| {NAMES[kind]} | {RATES[kind]:g} | {steps} | {found.held_out[-1][1]:.4f} | {met} |")
+    return "\n".join(lines)
+
+
+def draw(curves: dict[str, tuple[int, Curve]], file: Path) -> None:
+    """Held-out loss over steps, and the loss of the steps behind it."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (kind, (_, found)) in enumerate(curves.items()):
+        axes.plot(*zip(*found.training, strict=True), color=f"C{number}", alpha=0.25, linewidth=1)
+        axes.plot(*zip(*found.held_out, strict=True), color=f"C{number}", marker="o", label=NAMES[kind])
+    goal = curves["adamw"][1].held_out[-1][1]
+    axes.axhline(goal, color="grey", linewidth=1, linestyle=":")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token (held out: with marks)")
+    axes.set_ylim(goal - 0.5, goal + 2.0)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/optimizers"))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--share", type=float, default=0.75)
+    parser.add_argument("--write", action="store_true")
+    given, more = parser.parse_known_args()
+    steps = {"adamw": given.steps, "muon": round(given.share * given.steps)}
+    curves = {kind: (number, train(kind, number, given.runs, more)) for kind, number in steps.items()}
+    text = table(curves)
+    print(text)
+    if given.write:
+        page = DOCS / "optimizers.md"
+        before, _, rest = page.read_text().partition(MARKERS[0])
+        after = rest.partition(MARKERS[1])[2]
+        page.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+        draw(curves, DOCS / "optimizers.png")
+
+
+if __name__ == "__main__":
+    main()
