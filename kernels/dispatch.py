@@ -176,10 +176,28 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+_stood_for: ContextVar[str | None] = ContextVar("stood_for", default=None)
+
+
+@contextmanager
+def standing_for(kind: str) -> Iterator[None]:
+    """Within, torch forms cut tensors on `meta` as they cut those of a device of this kind, "cpu" or "cuda"."""
+    token = _stood_for.set(kind)
+    try:
+        yield
+    finally:
+        _stood_for.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of the device, or what `meta` stands for."""
+    return (_stood_for.get() if device.type == "meta" else None) or device.type
+
+
 def at_a_time(numbers: int, device: torch.device) -> int:
     """How many numbers a torch form makes at a time, given how many suit a CPU's cache.
 
     Elsewhere they are more, so that starting the work does not take longer than doing it; they are still independent of
     the length of the rows.
     """
-    return numbers if device.type == "cpu" else AWAY_FROM_CPU * numbers
+    return numbers if kind_of(device) == "cpu" else AWAY_FROM_CPU * numbers

@@ -30,7 +30,6 @@ class Head(nn.Linear):
     def __init__(self, width: int, vocabulary: int, multiplier: float = 1.0, softcap: float | None = None) -> None:
         super().__init__(width, vocabulary, bias=False)
         self.multiplier, self.softcap = multiplier, softcap
-        self.chunk: int | None = None  # tokens whose logits exist at once; None: as many as suit the device
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False
@@ -39,7 +38,7 @@ class Head(nn.Linear):
             logits = super().forward(hidden)
             logits = logits if self.multiplier == 1.0 else logits * self.multiplier
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        settings = {"logit_scale": self.multiplier, "softcap": self.softcap, "chunk": self.chunk}
+        settings = {"logit_scale": self.multiplier, "softcap": self.softcap}
         if correct:
             return loss_and_correct(hidden, self.weight, targets, **settings)
         return cross_entropy(hidden, self.weight, targets, **settings)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import by_kernels, by_library
+from ..dispatch import by_kernels, by_library, kind_of
 from ..operation import Function
 from . import library
 from .library import NO_TARGET
@@ -77,7 +77,7 @@ def loss_and_correct(
 
 def chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens of a chunk: the largest power of two whose logits fit 8 MiB on a CPU, 1 GiB elsewhere; at least 512."""
-    on_cpu = device.type == "cpu"
+    on_cpu = kind_of(device) == "cpu"
     a_logit = max(4, dtype.itemsize) if on_cpu else dtype.itemsize  # kernels keep them in their own type
     fit = (CPU_LOGIT_BYTES if on_cpu else LOGIT_BYTES) // (vocabulary * a_logit)
     return max(LEAST_TOKENS, 1 << max(0, fit.bit_length() - 1))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..chunks.decay import factor
+from ..dispatch import kind_of
 from ..documents import PADDING
 from ..gated_linear.stable import LOWEST, going_on
 from ..operation import Tensors
@@ -237,7 +238,7 @@ def with_scale(dsums: Tensor, initial_state: Tensor | None) -> Tensor:
 def _slabs(problem: Problem[WKVInputs]) -> Iterator[tuple[slice, int]]:
     """The slabs in order: their tokens and lanes."""
     batch, length, channels = problem.inputs.k.shape
-    most = max(1, SLAB.get(problem.device.type, SLAB["cpu"]) // (CHUNK * batch * channels))
+    most = max(1, SLAB.get(kind_of(problem.device), SLAB["cpu"]) // (CHUNK * batch * channels))
     start = 0
     while start < length:
         lanes = min(most, (length - start) // CHUNK)

@@ -176,3 +176,35 @@ def test_offloading_changes_nothing(mode, least, monkeypatch):
 def test_without_a_device_nothing_travels():
     model = small_hybrid("lightning_attention", activation_checkpointing="full", offload_activations=True)
     torch.testing.assert_close(step(model), step(small_hybrid("lightning_attention")), atol=1e-12, rtol=1e-12)
+
+
+def on_cuda(offload):
+    """Gradients of a step in bfloat16, and how much memory the forward keeps."""
+    model = small_hybrid(
+        "lightning_attention",
+        dtype=torch.bfloat16,
+        activation_checkpointing="full",
+        offload_activations=offload,
+        depth=8,
+        width=256,
+    ).cuda()
+    documents = Documents.whole(1, 32768)
+    inputs = torch.arange(32768, device="cuda").remainder(61).unsqueeze(0)
+    for _ in range(2):  # what is derived, and pinned memory, are there the second time
+        model.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss, count = model(inputs, Sequence.single(documents), inputs)
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated() - before
+        (loss / count).backward()
+    return [p.grad for p in model.parameters()], kept
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_blocks_inputs_are_on_the_host():
+    (stays, kept), (leaves, rest) = on_cuda(False), on_cuda(True)
+    torch.testing.assert_close(leaves, stays)
+    block_input = 32768 * 256 * 2
+    assert rest <= kept - 6 * block_input  # of seven: an allocation may be rounded up

@@ -174,7 +174,7 @@ def refused(rank: int, world: int, chosen: Settings) -> str:
 
 
 def test_an_audit_begins_with_the_run(folders: dict[str, Path], tmp_path: Path) -> None:
-    run_ranks(1, train, mixed(folders, tmp_path / "run", audit=False), 2)
+    run_ranks(1, train, mixed(folders, tmp_path / "run", audit=False), 4)
     assert "data.audit must be on" in run_ranks(1, refused, mixed(folders, tmp_path / "run"))[0]
 
 

@@ -85,7 +85,8 @@ def trainer(run: Path, script: list[tuple[float, float]], every: int, callback: 
     made._begin(TokenStream(Documents(), np.arange(4), length=16, seed=0), None)
     made.directory = RunDirectory(run)
     made.outputs = Outputs(made.settings, made.directory, first=True, step=0, bring_up=made._read_records)
-    made.saving, made.sampling = SimpleNamespace(saved=None, unsaved=""), SimpleNamespace(text="")
+    made.saving = SimpleNamespace(saved=None, unsaved="", wait=lambda trainer: None, settle=lambda patient: None)
+    made.sampling = SimpleNamespace(text="")
     made.callbacks = {} if callback is None else {"callbacks.mine": callback}
     return made
 

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Container
 from contextlib import nullcontext
@@ -25,6 +27,7 @@ from longreach.parallel.strategy import Strategy
 from longreach.trainer.callback import Callback
 from longreach.trainer.checkpoint import checkpoint
 from longreach.trainer.checkpoint.settings import CheckpointSettings
+from longreach.trainer.checkpoint.tensor_files import TensorWriter
 from longreach.trainer.data.packing import NO_TARGET
 from longreach.trainer.data.settings import DataSettings
 from longreach.trainer.engine import EngineSettings, OptimizerSettings
@@ -172,6 +175,12 @@ def test_resuming_after_a_failure_is_bitwise(texts: Path, uninterrupted: Path, t
 def test_reading_the_device_seldom_changes_no_number(texts: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run_ranks(2, train, settings(texts, tmp_path / "run", parallel__sequence=2, logger__every=5))
     assert exact(tmp_path / "run") == exact(uninterrupted)
+    # Two runs of one topology: every bit of the weights and moments too, by their checksums.
+    first, second = (
+        json.loads((run / "checkpoints/step-00000008/index.json").read_text())["files"]
+        for run in (uninterrupted, tmp_path / "run")
+    )
+    assert first == second
 
 
 @pytest.mark.parametrize(("world", "sequence", "stage"), [(1, 1, 0), (4, 2, 3)])
@@ -218,35 +227,43 @@ def test_mixers_are_told_every_step(texts: Path, tmp_path: Path) -> None:
     assert told == layers * [[0]] + 2 * layers * [list(range(8))]
 
 
-def train_on_a_full_disk(rank: int, world: int, chosen: Settings) -> str:
-    """Every write of a checkpoint fails from the second one on."""
-    real, calls, said = checkpoint.TensorWriter, [], []
+def train_on_a_full_disk(rank: int, world: int, chosen: Settings, number: int) -> str:
+    """Every write of a checkpoint fails from the second one on, with that number of the system's."""
+    calls, said, write = [], [], TensorWriter.write
 
-    class Full(real):  # type: ignore[misc, valid-type]
-        def write(self, name: str, piece: torch.Tensor) -> None:
-            calls.append(name)
-            if "step-00000002" not in str(self.path):
-                raise OSError(28, "No space left on device")
-            super().write(name, piece)
+    def full(writer: TensorWriter, name: str, piece: torch.Tensor) -> None:
+        calls.append(name)
+        if "step-00000002" not in str(writer.path):
+            raise OSError(number, os.strerror(number))
+        write(writer, name, piece)
 
-    checkpoint.TensorWriter = Full  # type: ignore[misc]
+    TensorWriter.write = full  # type: ignore[method-assign]
     try:
         trainer = Trainer(chosen, build, Mesh.create(chosen.parallel.sequence), torch.device("cpu"), ["train"])
         trainer.outputs.say = said.append  # type: ignore[method-assign]
-        with pytest.raises(failure.RunFailed, match=r"not all of it is kept: checkpoint .*No space left on device"):
+        with pytest.raises(failure.RunFailed, match=rf"not all of it is kept: checkpoint .*{os.strerror(number)}"):
             trainer.run()
     finally:
-        checkpoint.TensorWriter = real  # type: ignore[misc]
+        TensorWriter.write = write  # type: ignore[method-assign]
     assert calls
     return "\n".join(said)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_fails_the_run(texts: Path, tmp_path: Path) -> None:
-    chosen = settings(texts, tmp_path / "run", trainer__steps=5)
-    (said,) = run_ranks(1, train_on_a_full_disk, chosen)
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, "No space left on device (rank 0). Earlier ones stay; free space or check run.dir"),
+        (errno.EROFS, "Read-only file system (rank 0). Earlier ones stay; make it writable, or name another run.dir"),
+    ],
+)
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_fails_the_run(
+    texts: Path, tmp_path: Path, number: int, told: str
+) -> None:
+    chosen = settings(texts, tmp_path / "run", trainer__steps=5, checkpoint__asynchronous=False)
+    (said,) = run_ranks(1, train_on_a_full_disk, chosen, number)
     assert "The run goes on and saves again after step 5" in said
     assert "NOT KEPT      checkpoint" in said
-    assert said.count("No space left on device (rank 0). Earlier ones stay; free space or check run.dir") == 2
+    assert said.count(told) == 2
     assert lines(tmp_path / "run")[-1]["step"] == 5
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 

@@ -39,9 +39,10 @@ class Saving(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         self._look(trainer)
-        due = trainer.due(1 if trainer.step in self.kept else trainer.settings.checkpoint.every)
-        # Amid skipped steps the weights are those of a checkpoint that may be the one to go back to.
-        if due and (trainer.done or not trainer.recovery.in_a_row):
+        kept = trainer.step in self.kept
+        due = trainer.due(1 if kept else trainer.settings.checkpoint.every)
+        # Amid skipped steps the weights may be bad, and the checkpoint to go back to must not make way for them.
+        if due and (trainer.done or kept or not trainer.recovery.in_a_row):
             self._save(trainer, last=trainer.done)
 
     def end(self, trainer: Trainer) -> None:

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.dispatch import standing_for
 from ...kernels.documents import Documents
 from ...kernels.pointwise import chunk_tokens
 from ...models.language_model import LanguageModel
-from ...models.part import FeedForward, cast_parameters, named_weights
+from ...models.part import FeedForward, cast_parameters, named_weights, tile
 from ...parallel.layout import Layout
 from ...parallel.sequence import Sequence
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
 from .allocations import Allocations
 
-SHORTEST = 2048  # tokens of a row: less shows little of what grows
+SHORTEST = 4096  # tokens of a rank: of fewer, the workspaces of ops would grow with the length
+SMALL_TILE = 256  # tokens: with tiles of a few, what else a step holds at its peak shows already in short rows
 STREAM, LOSS, WORKING = "residual stream and norms", "embedding and loss", "working memory of backward"
 
 
@@ -49,24 +51,25 @@ class Account:
     """What one rank holds at the peak of a step of `tokens` tokens at once.
 
     states: parameters, gradients and what the optimizer keeps. kept: of the activations, from forward to backward.
-    working: what backward holds beside at the peak. exact: whether the ops' own temporaries are in it.
+    working: what backward holds beside at the peak, as it is where tiles of feed-forward layers make it, and as it is
+        elsewhere: the larger counts, which may change with the length. exact: whether the ops' own temporaries are in.
     """
 
     tokens: int
     states: tuple[Share, ...]
     kept: tuple[Share, ...]
-    working: Share
+    working: tuple[Share, ...]
     exact: bool
 
-    @property
-    def shares(self) -> tuple[Share, ...]:
-        """All parts."""
-        return (*self.states, *self.kept, self.working)
+    def shares(self, tokens: int | None = None) -> tuple[Share, ...]:
+        """All parts that count, by default at the step's own tokens."""
+        number = self.tokens if tokens is None else tokens
+        return (*self.states, *self.kept, max(self.working, key=lambda share: share.bytes(number)))
 
     def activations(self, tokens: int | None = None) -> int:
         """Bytes on the device of what is kept and of the working memory, by default of the step's own tokens."""
-        shares = (*self.kept, self.working)
-        return sum(share.bytes(self.tokens if tokens is None else tokens) for share in shares if not share.host)
+        number = self.tokens if tokens is None else tokens
+        return sum(share.bytes(number) for share in self.shares(number)[len(self.states) :] if not share.host)
 
     def peak(self, tokens: int | None = None) -> int:
         """Bytes on the device, by default of the step's own tokens."""
@@ -75,7 +78,7 @@ class Account:
     def lines(self) -> list[str]:
         """A table: a line per part, and the peak."""
         lines = [f"{'part':<44}{'fixed':>12}{'per token':>14}{'at ' + format(self.tokens, ','):>16}"]
-        for share in self.shares:
+        for share in self.shares():
             name = share.part + (" (host)" if share.host else "")
             per_token = f"{share.per_token:,.0f} B" if share.per_token else ""
             lines.append(f"{name:<44}{size(share.fixed):>12}{per_token:>14}{size(share.bytes(self.tokens)):>16}")
@@ -84,43 +87,56 @@ class Account:
 
 def size(number: float) -> str:
     """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024 or unit == "GiB":
-            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
+        if abs(number) < 1024:
+            return f"{number:,.{digits}f} {unit}"
         number /= 1024
-    raise AssertionError
+    return f"{number:,.2f} GiB"
 
 
-def account(build: Callable[[], LanguageModel], settings: Settings, world_size: int, device: torch.device) -> Account:
+def account(
+    build: Callable[[], LanguageModel],
+    settings: Settings,
+    world_size: int,
+    device: torch.device,
+    *,
+    shortest: int = SHORTEST,
+) -> Account:
     """The account of a step of the trainer on so many ranks.
 
-    build: makes a new model, complete, with the settings of `trainer` in it. Raises what the model's forward raises.
+    build: makes a new model, complete, with the settings of `trainer` in it. shortest: how many tokens of a rank it
+    runs on at least, where there are so many. Raises what the model's forward raises.
     """
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
     dtype = getattr(torch, settings.trainer.dtype)
     exact = device.type == "cpu" and layout.ranks == 1
-    short = _lengths(layout, settings.trainer.tile_tokens)
+    with torch.device("meta"):
+        model = build()
+    own, chunk = settings.trainer.tile_tokens, chunk_tokens(model.vocabulary, dtype, device)
+    short = _lengths(layout, max(shortest, 2 * (own or 0), 2 * chunk))
+    count = partial(_counted, build, settings, device, dtype)
+    tiles = [own] if own is None or own <= SMALL_TILE else [own, SMALL_TILE]
     try:
-        counted = [_counted(build, settings, length, device, dtype, exact) for length in short]
+        counted = [[count(length, each, exact) for length in short] for each in tiles]
     except (NotImplementedError, RuntimeError):  # of an op that reads values
         if not exact:
             raise
         exact = False
-        counted = [_counted(build, settings, length, device, dtype, exact) for length in short]
-    (less, at_less), (more, at_more) = (
-        (rows * length.local_length, each) for length, each in zip(short, counted, strict=True)
-    )
+        counted = [[count(length, each, exact) for length in short] for each in tiles]
+    less, more = (rows * length.local_length for length in short)
 
     def share(name: str, a: float, b: float, host: bool = False) -> Share:
         slope = (b - a) / (more - less)
         return Share(name, a - slope * less, slope, host)
 
+    (at_less, at_more), *_ = counted
     parts = [name for name in at_more.kept if at_more.kept[name]]
     kept = [share(f"kept: {name}", at_less.kept[name], at_more.kept[name]) for name in parts]
     if at_more.host:
         kept.append(share("kept: offloaded", at_less.host, at_more.host, True))
-    states = states_of(at_more.model, settings, world_size)
-    working = share(WORKING, at_less.working, at_more.working)
+    working = tuple(share(WORKING, a.working, b.working) for a, b in counted)
+    cast_parameters(model, dtype)
+    states = states_of(model, settings, world_size)
     return Account(rows * layout.local_length, states, tuple(kept), working, exact)
 
 
@@ -149,9 +165,8 @@ def states_of(model: nn.Module, settings: Settings, world_size: int) -> tuple[Sh
     )
 
 
-def _lengths(layout: Layout, tile: int | None) -> tuple[Layout, Layout]:
-    """Two lengths, one twice the other, long enough for the tiles; each of as many ranks and spans."""
-    least = max(SHORTEST, 2 * (tile or 0))
+def _lengths(layout: Layout, least: int) -> tuple[Layout, Layout]:
+    """Two lengths, one twice the other, of at least so many tokens of a rank; or the layout's own, and twice that."""
     span = layout.span_length
     while span % 2 == 0 and span * layout.spans // 2 >= least:
         span //= 2
@@ -162,7 +177,6 @@ def _lengths(layout: Layout, tile: int | None) -> tuple[Layout, Layout]:
 class _Counted:
     """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peak of backward."""
 
-    model: LanguageModel
     kept: Counter[str]
     host: int
     working: int
@@ -171,14 +185,16 @@ class _Counted:
 def _counted(
     build: Callable[[], LanguageModel],
     settings: Settings,
-    layout: Layout,
     device: torch.device,
     dtype: torch.dtype,
+    layout: Layout,
+    tile_tokens: int | None,
     exact: bool,
 ) -> _Counted:
     with torch.device("meta"):
         model = build().to("meta")
         cast_parameters(model, dtype)
+        tile([part for _, part in model.leaves()], tile_tokens)
         model.at_step(0)
         documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
         if exact:
@@ -186,18 +202,19 @@ def _counted(
         else:
             strategy = strategy_of(settings.parallel)
             seq = Sequence.rehearsal(documents, layout, strategy, ulysses_ranks(settings.parallel))
-        model.head.chunk = chunk_tokens(model.vocabulary, dtype, device)
         away = model.copies = _Away()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # as from an earlier micro-batch: counted with the states
         tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
-        with Allocations("meta") as allocations, allocations.labelled(STREAM):
+        allocations = Allocations("meta")
+        allocations.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), tokens])
+        with standing_for(device.type), allocations, allocations.labelled(STREAM):
             _label(model, allocations)
             loss, _, reports = model(tokens, seq, tokens, False, True)
             kept, before = Counter(allocations.live_by), allocations.live
             allocations.peak = before
             torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
-    return _Counted(model, kept, away.bytes, allocations.peak - before)
+    return _Counted(kept, away.bytes, allocations.peak - before)
 
 
 def _label(model: LanguageModel, allocations: Allocations) -> None:

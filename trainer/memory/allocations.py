@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,10 @@ class Allocations(TorchDispatchMode):
             yield
         finally:
             self.label = before
+
+    def leave_out(self, tensors: Iterable[Tensor | None]) -> None:
+        """These are no part of what is counted, nor are views of them; they outlive the counting."""
+        self._known |= {id(x.untyped_storage()): 0 for x in tensors if x is not None}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

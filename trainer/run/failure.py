@@ -50,7 +50,7 @@ class RunLost(RunFailed):
 
 
 class NotFinite(RunFailed, ArithmeticError):
-    """Numbers of the training are not finite, and with the same settings would not be again."""
+    """Numbers of the training are not finite, or far too high, and with the same settings would not be again."""
 
     resumable = False
 
@@ -166,8 +166,7 @@ def report(
     """Prints the reason if this is the first rank to fail, on the error output and in one write.
 
     started: whether training had begun. A ValueError before that is about settings and is shown without a traceback.
-    hint: how to go on. keep: called by the rank that prints, with the error's kind, if that may be
-    due to the step's rows.
+    hint: how to go on. keep: called by the rank that prints, with the error's kind, if that may be due to its rows.
     """
     if getattr(error, "reported", False):
         return

@@ -145,6 +145,7 @@ def test_too_many_bad_steps_roll_the_run_back_past_their_rows(texts: Path, tmp_p
 
 def test_rollbacks_come_to_an_end(texts: Path, tmp_path: Path) -> None:
     more = {"trainer__max_skipped_steps": 2, "trainer__max_rollbacks": 2, "trainer__steps": 9, "checkpoint__keep": 9}
+    more["checkpoint__asynchronous"] = True  # what is being written counts too
     ((steps, said, failed),) = run_ranks(1, bad_rows, settings(texts, tmp_path / "run", **more, **QUIET), 20, 10**6)
     assert steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 3, 4]  # the second time from an older one
     assert [line.partition(",")[0] for line in said if "back from" in line] == [

@@ -45,9 +45,9 @@ class Auditing(Callback):
             self._resume(trainer.step - 1)
         rows = trainer.settings.data.rows_per_step
         first = trainer.row - rows
-        if first > self._row:  # rows that the step passed over
-            over = self._record(trainer, self._row, first - self._row)
-            self._unwritten += packed(over._replace(passed=True))
+        if over := [row for row in range(self._row, first) if _passed(trainer, row)]:
+            skipped = self._record(trainer, over[0], len(over))
+            self._unwritten += packed(skipped._replace(passed=True))
         record = self._record(trainer, first, rows)
         counted = int(record.pieces[:, 3].sum())
         if counted != trainer.tokens - self._tokens:
@@ -108,3 +108,8 @@ class Auditing(Callback):
             if not self._failing:
                 trainer.outputs.say(f"{NAME} cannot be written: {error}. The run goes on; {remedy(error)}")
             self._failing = True
+
+
+def _passed(trainer: Trainer, row: int) -> bool:
+    """Whether the run passed that row over on purpose; any other that no step has read is a gap."""
+    return any(each.first <= row < each.stop for each in trainer.recovery.passed)

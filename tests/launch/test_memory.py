@@ -1,0 +1,31 @@
+"""python -m longreach.launch.memory: the settings of training, and an account of a step's memory."""
+
+import hydra
+import pytest
+
+from longreach.launch import memory
+from longreach.launch.train import to_settings
+
+
+def lines(*overrides, **chosen):
+    with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
+        config = hydra.compose("memory", ["model=minimax_01_tiny", *overrides])
+    return memory.lines(to_settings(config, [], {}), memory.MemorySettings(**chosen))
+
+
+def test_it_prints_a_line_per_part_and_the_peak():
+    told = lines(
+        "data.sequence_length=8192", "trainer.activation_checkpointing={softmax: mixing, lightning: full}",
+        "trainer.tile_tokens=1024", "parallel.sequence=2", "engine.zero_stage=2", ranks=4,
+    )  # fmt: skip
+    assert told[0] == "4,096 tokens at once on each of 4 ranks; without what kernels and libraries need meanwhile"
+    parts = [line.split("  ")[0] for line in told[2:]]
+    assert parts[:4] == ["parameters", "gradients", "float32 masters", "moments"]
+    assert {"kept: residual stream and norms", "kept: softmax", "peak of a rank"} <= set(parts)
+
+
+def test_what_training_refuses_is_refused():
+    with pytest.raises(ValueError, match=r"got 'softmx'. Did you mean softmax"):
+        lines("trainer.activation_checkpointing={softmx: full}")
+    with pytest.raises(ValueError, match=r"memory.device must be one of cuda, cpu; got 'tpu'"):
+        lines(device="tpu")

@@ -1,0 +1,161 @@
+"""The account of a step's memory: what the model allocates on `meta` is what it allocates in a real step."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from longreach.kernels.documents import Documents
+from longreach.models.feed_forward.experts import MixtureOfExperts
+from longreach.models.feed_forward.swiglu import SwiGLU
+from longreach.models.language_model import LanguageModel
+from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.parallel.sequence import Sequence
+from longreach.trainer.engine_config import EngineSettings
+from longreach.trainer.memory.account import account, size
+from longreach.trainer.memory.allocations import Allocations
+from longreach.trainer.settings import Settings
+
+WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 4096, 2048
+CPU = torch.device("cpu")
+MIXERS = {
+    "lightning": partial(LightningAttention, heads=2),
+}
+FEED_FORWARD = {
+    "swiglu": partial(SwiGLU, hidden=48),
+    "experts": partial(MixtureOfExperts, hidden=24, experts=4, balance=0.1),
+}
+
+
+def make_model(mixer="lightning", hidden=48, vocabulary=VOCABULARY, feed_forward=None, **settings):
+    return LanguageModel(
+        vocabulary=vocabulary,
+        width=WIDTH,
+        depth=DEPTH,
+        pattern=[f"{mixer}*3", "window"],
+        mixers={mixer: MIXERS[mixer], "window": partial(SoftmaxAttention, heads=2, window=64)},
+        feed_forward=feed_forward or partial(SwiGLU, hidden=hidden),
+        **settings,
+    )
+
+
+def account_of(build, *, tile=None, length=LENGTH, ranks=1, device=CPU, **engine):
+    settings = Settings(engine=EngineSettings(**engine))
+    settings.data.sequence_length, settings.trainer.tile_tokens = length, tile
+    return account(build, settings, ranks, device, shortest=LENGTH // 2)
+
+
+def measured(build, length):
+    """What a real step allocates at most beyond parameters, gradients and the tokens."""
+    torch.manual_seed(0)
+    model = build()
+    model.initialise(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(VOCABULARY, (1, length))
+    seq = Sequence.single(Documents.whole(1, length))
+    allocations = Allocations("cpu")
+    allocations.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), tokens])
+    with allocations:
+        loss, _, reports = model(tokens, seq, tokens, False, True)
+        (loss + sum(reports[path] for path in model.losses)).backward()
+    return allocations.peak
+
+
+@pytest.mark.parametrize(
+    ("mixer", "feed_forward", "checkpointing", "tile"),
+    [
+        ("lightning", "swiglu", "none", None),
+        ("lightning", "swiglu", "mixing", 256),
+        ("lightning", "experts", {"window": "full"}, 256),
+    ],
+)
+def test_the_account_is_what_a_step_allocates(mixer, feed_forward, checkpointing, tile):
+    build = partial(
+        make_model, mixer, feed_forward=FEED_FORWARD[feed_forward], activation_checkpointing=checkpointing,
+        tile_tokens=tile,
+    )  # fmt: skip
+    expected = account_of(build, tile=tile)
+    assert expected.exact
+    assert expected.activations(2 * LENGTH) == pytest.approx(measured(build, 2 * LENGTH), rel=0.05)
+
+
+def slope(build, **settings):
+    """Bytes per token of all activations."""
+    made = account_of(build, **settings)
+    return made.activations(2 * LENGTH) - made.activations(LENGTH)
+
+
+def test_feed_forward_and_loss_are_a_constant_in_tiles():
+    settings = {"activation_checkpointing": "full", "tile_tokens": 256}
+    base, wider, more = (
+        slope(partial(make_model, **changes, **settings), tile=256)
+        for changes in ({}, {"hidden": 480}, {"vocabulary": 2 * VOCABULARY})
+    )
+    assert base == wider == more
+    without = partial(make_model, activation_checkpointing="full")
+    assert slope(without) < slope(partial(without, hidden=480))
+
+
+def test_full_checkpointing_keeps_one_tensor_per_block():
+    kept = {share.part: share for share in account_of(partial(make_model, activation_checkpointing="full")).kept}
+    # Each block's output, the norm's of the last one, and one number per token of each: its root mean square.
+    blocks = kept["kept: residual stream and norms"].per_token
+    assert blocks == pytest.approx((DEPTH + 1) * WIDTH * 4, abs=2 * 4)
+    assert "kept: feed-forward" not in kept
+
+
+def test_what_is_offloaded_is_on_the_host():
+    stays, leaves = (
+        account_of(partial(make_model, activation_checkpointing="full", offload_activations=away))
+        for away in (False, True)
+    )
+    (host,) = (share for share in leaves.kept if share.host)
+    assert host.per_token == (DEPTH - 1) * WIDTH * 4  # the last block's input stays
+    assert leaves.activations() < stays.activations()
+
+
+def test_states_by_zero_stage():
+    def states(**engine):
+        made = account_of(make_model, ranks=4, **engine)
+        return {share.part: (round(share.fixed), share.host) for share in made.states}
+
+    number = sum(parameter.numel() for parameter in make_model().parameters())
+    assert states(zero_stage=0) == {
+        "parameters": (4 * number, False), "gradients": (4 * number, False), "moments": (8 * number, False)
+    }  # fmt: skip
+    assert states(zero_stage=2) == {
+        "parameters": (4 * number, False), "gradients": (number, False), "float32 masters": (number, False),
+        "moments": (2 * number, False),
+    }  # fmt: skip
+    everything = states(zero_stage=3, offload="all")
+    assert {name: held for name, (held, _) in everything.items()} == {
+        "parameters": number, "gradients": number, "float32 masters": number, "moments": 2 * number
+    }  # fmt: skip
+    assert all(host for _, host in everything.values())
+
+
+def test_ranks_that_share_a_row_are_rehearsed():
+    settings = Settings()
+    settings.parallel.sequence, settings.data.sequence_length = 2, 2 * LENGTH
+    made = account(partial(make_model, activation_checkpointing="full"), settings, 2, torch.device("cuda"))
+    assert not made.exact
+    assert made.tokens == LENGTH
+    assert made.kept[0].per_token > 0
+
+
+def test_allocations_count_each_storage_once_until_it_is_let_go():
+    with Allocations("cpu") as allocations:
+        x = torch.empty(100)
+        y = x.view(10, 10) + 1
+        z = y[0]
+        assert (allocations.live, allocations.peak) == (800, 800)
+        del x, y
+        assert allocations.live == 400
+        del z
+    assert (allocations.live, allocations.peak) == (0, 800)
+
+
+def test_sizes_are_read_by_people():
+    assert [size(n) for n in (1023, 2048, 3 * 2**20, 5 * 2**40)] == ["1,023 B", "2.0 KiB", "3.0 MiB", "5,120.00 GiB"]
