@@ -26,6 +26,7 @@ COMMON = (
     "evaluation.context=null", "evaluation.baselines=false", "evaluation.sample_tokens=0", "checkpoint.every=0",
     "schedule.decay_steps=null", "logger.wandb.mode=disabled",
 )  # fmt: skip
+PICTURE = "![Held-out loss by step](optimizers.png)"
 RATES = {"adamw": 3e-3, "muon": 6e-3}
 NAMES = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}
 
@@ -103,7 +104,7 @@ def main() -> None:
         page = DOCS / "optimizers.md"
         before, _, rest = page.read_text().partition(MARKERS[0])
         after = rest.partition(MARKERS[1])[2]
-        page.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+        page.write_text(f"{before}{MARKERS[0]}\n{text}\n\n{PICTURE}\n{MARKERS[1]}{after}")
         draw(curves, DOCS / "optimizers.png")
 
 
