@@ -19,7 +19,8 @@ from ..trainer.ranks.exchange import gather_numbers, together
 from ..trainer.ranks.settings import ulysses_ranks
 from ..trainer.run import failure
 from ..trainer.run.report import launch_command
-from ..trainer.settings import Settings, check, expand_paths
+from ..trainer.settings import Settings, expand_paths
+from ..trainer.stages.plan import plan_of
 from ..trainer.trainer import Trainer
 from . import configuration
 from .build import build, build_callbacks
@@ -46,6 +47,10 @@ def to_settings(config: DictConfig, overrides: list[str], choices: dict[str, str
         settings.run.name = (choices.get("experiment") or choices.get("model") or "run").replace("/", "-")
     if settings.init_from is not None:
         _start_from(settings, settings.init_from, overrides)
+    if settings.stages and any(item.lstrip("+").startswith("trainer.steps=") for item in overrides):
+        raise ValueError(
+            "trainer.steps must be left out with stages, whose steps add up to it; got both. Say how long each stage is"
+        )
     return settings
 
 
@@ -78,9 +83,10 @@ def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
 def train(settings: Settings, command: list[str]) -> int:
     """Joins the ranks and runs the trainer on this one; `command` is what started it. Returns the exit status."""
     failure.catch_termination()
-    check(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_of(settings)
+    plan.check(int(os.environ.get("WORLD_SIZE", "1")))
     callbacks = build_callbacks(settings.callbacks)
-    parallel = settings.parallel
+    parallel = plan.stages[0].settings.parallel
     device = processes.start(parallel.timeout_minutes, deterministic=settings.trainer.deterministic)
     mesh = Mesh.create(parallel.sequence, ulysses_ranks(parallel), parallel.experts, parallel.timeout_minutes)
     together(mesh, lambda: choose_kernels(vars(settings.kernels), device))

@@ -20,11 +20,13 @@ class Callback:
         step, tokens        steps taken, and tokens read, since the run began
         record              the line of metrics of the last step: loss, grad_norm, learning_rate, …; looking at it waits
                             for the device, unless the step is one that is read anyway (`logger.every`)
-        due(every), done    whether something done every so many steps is due; whether the last step has been taken
+        due(every), done    whether something done every so many steps, and at the end of a stage, is due; whether the
+                            last step has been taken
         engine              the model under ZeRO: `engine.module`, `engine.gather(parameters)` to read them whole
         corpus, layout      the data, and how the ranks share a row
         mesh, device        this rank's place (`mesh.rank`) and device
-        settings            everything that was configured
+        settings            everything that was configured, with the changes of the stage
+        stage, plan         the stage that the next step belongs to, and all of them
         directory, outputs  the run's folder; `outputs.say(text)` prints on the first rank, `outputs.log({"step": …})`
                             adds a line to metrics.jsonl and W&B
 
@@ -39,6 +41,9 @@ class Callback:
 
     def after_step(self, trainer: Trainer) -> None:
         """After a step, the last one included."""
+
+    def next_stage(self, trainer: Trainer) -> None:
+        """Before the first step of a stage that follows another one, when its model, data and ranks are in place."""
 
     def end(self, trainer: Trainer) -> None:
         """After the last step, or after the step in which a signal asked the run to end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import math
@@ -100,6 +101,15 @@ class Engine:
             _sum_norms_in_float64(self._engine.optimizer)
         if self._experts is not None and self.zero_stage:
             count_norm(self._engine.optimizer, self._experts)
+
+    def close(self) -> None:
+        """Gives back the memory of model, gradients and states, for an engine that follows in the same process."""
+        on_gpu = self.device.type == "cuda"
+        self._engine.destroy()
+        vars(self).clear()
+        gc.collect()  # hooks and the modules that they are of refer to one another
+        if on_gpu:
+            torch.cuda.empty_cache()
 
     def __call__(self, *args: Any) -> Any:
         """The model's forward."""

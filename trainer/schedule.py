@@ -26,7 +26,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of step s = 0, 1, …, steps − 1; W warm-up steps, D decay steps, f the final fraction.
+    """The learning rate of step first + s, s = 0, 1, …, steps − 1; W warm-up steps, D decay steps, f final fraction.
 
         warm-up  s < W            peak (s + 1) / W
         cosine   otherwise        peak (f + (1 − f) (1 + cos(pi x)) / 2),  x = (s + 1 − W) / (E − W)
@@ -44,6 +44,7 @@ class Schedule:
     settings: ScheduleSettings
     peak: float
     steps: int
+    first: int = 0  # steps that the run takes before the first of these
 
     def __post_init__(self) -> None:
         chosen = self.settings
@@ -112,7 +113,7 @@ class Schedule:
     def __call__(self, step: int) -> float:
         if self.settings.extended:
             return self._extended(step)
-        floor, step = self.settings.final_fraction, min(step, self.steps - 1)
+        floor, step = self.settings.final_fraction, min(step - self.first, self.steps - 1)
         end = self.steps + (floor == 0)
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
@@ -131,7 +132,7 @@ class Schedule:
             last = self.settings.extended[-1]
             own = self._rest.extendable
             return None if last["how"] == "hold" or own is None else last["after"] + own
-        return self.steps - self.decay if self.settings.kind == "wsd" else None
+        return self.first + self.steps - self.decay if self.settings.kind == "wsd" else None
 
     @property
     def parts(self) -> dict[str, Any]:

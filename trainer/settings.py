@@ -129,6 +129,7 @@ class Settings:
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     run: RunSettings = field(default_factory=RunSettings)
     callbacks: dict[str, Any] = field(default_factory=dict)  # hooks of your own: +callbacks.NAME._target_=module.Class
+    stages: list[dict[str, Any]] = field(default_factory=list)  # one after another: steps of each, and what it changes
     init_from: str | None = None  # a Hugging Face model, a checkpoint or a run, whose weights and tokenizer are taken
 
 

@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
+from .assembly import Assembly
 from .callback import Callback
-from .checkpoint import checkpoint
-from .checkpoint.choice import choose
-from .checkpoint.origin import origin_of
-from .checkpoint.saving import Saving
+from .checkpoint.stored import step_of
 from .data.ahead import Ahead
-from .data.audit.writing import Auditing
-from .data.corpus import Corpus, open_corpus, tokenizer_of_run
-from .data.packing import RowStream
-from .data.reading import Reader, StepPart, prepared
-from .evaluation.callbacks import Sampling, Validation
-from .faults.recovery import Recovery
-from .preparation import (
-    Build,
-    check_model,
-    check_origin,
-    check_same_model,
-    configured_model,
-    extension_of,
-    make_engine,
-    model_settings,
-    on_meta,
-)
-from .ranks.exchange import from_first_rank, gather, gather_numbers, prepare, together
-from .ranks.settings import layout_of, strategy_of
+from .data.reading import StepPart, prepared
+from .preparation import Build
+from .ranks.exchange import from_first_rank, gather, gather_numbers
 from .reported import Reported
 from .run import failure, report
-from .run.directory import RunDirectory
-from .run.environment import describe
-from .run.metrics import Work, peak_flops, peak_memory_bytes
-from .run.outputs import Outputs, show_log
-from .run.profiler import Profiler
-from .run.records import Records, TakenStep
-from .schedule import Schedule
-from .settings import Settings, check, expand_paths
+from .run.metrics import Work, peak_memory_bytes
+from .run.records import TakenStep
+from .settings import Settings
 
 
-class Trainer:
-    """Trains the model of `settings` on this rank's part of the mesh.
+class Trainer(Assembly):
+    """Trains the model of `settings` on this rank's part of the mesh, one stage after another.
 
-    build: makes a model of its configuration. command: the command line, for the advice on how to go on. callbacks: the
-    user's own, by the name that errors give them; they come after the built-in ones.
+    mesh: the ranks as the first stage arranges them. build: makes a model of its configuration. command: the command
+    line, for the advice on how to go on. callbacks: the user's own, by the name that errors give them; they come after
+    the built-in ones.
     Every rank makes one and calls `run`. What can be checked is checked in the constructor, before weights are
     allocated, and all ranks raise the same ValueError.
     """
@@ -69,91 +46,17 @@ class Trainer:
         command: list[str],
         callbacks: Mapping[str, Callback] = MappingProxyType({}),
     ) -> None:
-        together(mesh, lambda: expand_paths(settings))
-        together(mesh, lambda: check(settings, mesh.world_size, device))
-        self.settings, self.mesh, self.device, self.command = settings, mesh, device, command
-        self.layout = layout_of(settings.parallel, settings.data.sequence_length)
-        self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
-        show_log(first=mesh.rank == 0)
-        self.directory = RunDirectory.claim(settings.run, mesh)
-        settings.run.dir = str(self.directory.path)
-        try:
-            self._prepare(build, callbacks)
-        except BaseException:
-            self.directory.release(unused=True)
-            raise
-
-    def _prepare(self, build: Build, callbacks: Mapping[str, Callback]) -> None:
-        settings, mesh, chosen = self.settings, self.mesh, self.settings.trainer
-        together(mesh, lambda: check_model(build, configured_model(settings), settings))
-        start, notes = choose(settings.checkpoint.resume, self.directory, mesh)
-        together(mesh, lambda: check_origin(build, settings, resuming=start is not None))
-        own = together(mesh, lambda: tokenizer_of_run(settings.data, start))
-        self.corpus = prepare(mesh, lambda: open_corpus(settings.data, seed=chosen.seed, tokenizer=own))
-        settings.model = together(mesh, lambda: model_settings(settings, self.corpus))
-        self.step, self.tokens, self.row = 0, 0, 0
-        if start is not None:
-            together(mesh, lambda: check_same_model(start, settings.model))
-            together(mesh, lambda: self._resumed(checkpoint.verify(start).state["data"]))
-            settings.schedule = together(mesh, lambda: extension_of(settings, start))
-            self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, chosen.steps)
-        begun = (start or settings.init_from) if mesh.rank == 0 else None  # the first rank alone writes it
-        tokenizer = self.corpus.tokenizer if isinstance(self.corpus, Corpus) else None
-        origin = together(mesh, lambda: origin_of(begun, tokenizer, settings.data.sequence_length))
-        self.shape = together(mesh, lambda: on_meta(build, settings.model))
-        torch.manual_seed(chosen.seed)
-        self.engine = make_engine(settings, build, mesh, self.device, resuming=start is not None)
-        state = {} if start is None else checkpoint.load(self.engine, start, examined=True)
-        self._begin(self.corpus.train, peak_flops(self.device, chosen.dtype))
-        self.begin_at(state)
-        self.recovery.resume(state)
-        self.sampling, self.saving = Sampling(), Saving(start, origin)
-        profiler = Profiler(chosen.profile_start, chosen.profile_steps, self.directory.profile, mesh.rank, self.device)
-        auditing = {"audit": Auditing()} if settings.data.audit else {}
-        built_in = {
-            "profiler": profiler,
-            **auditing,
-            "validation": Validation(),
-            "sampling": self.sampling,
-            "saving": self.saving,
-        }
-        self.callbacks = built_in | {f"callbacks.{name}": callback for name, callback in callbacks.items()}
+        super().__init__(settings, build, mesh, device, command, callbacks)
         if mesh.rank == 0:
-            for line in report.introduction(self, start, notes):
+            for line in report.introduction(self, self.start, self.notes):
                 self.outputs.say(line)
-
-    def begin_at(self, state: dict[str, Any]) -> None:
-        """Goes on from the state of a checkpoint, or begins where it is empty: counters, and metrics up to there."""
-        if state:
-            self.step, self.tokens = state["step"], state["tokens"]
-            self.row = self._resumed(state["data"])
-        self.first = self.step
-        if hasattr(self, "outputs"):
-            self.outputs.close()
-        shown: dict[str, Any] = {"first": self.mesh.rank == 0, "step": self.step, "bring_up": self._read_records}
-        shown["environment"] = describe(self.command, self.device) if shown["first"] else None
-        self.outputs = together(self.mesh, lambda: Outputs(self.settings, self.directory, **shown))
-
-    def _resumed(self, state: dict[str, Any]) -> int:
-        """The next row of the training data, by a checkpoint's state of them."""
-        return self.corpus.train.resume(state, restart=self.settings.data.restart)
-
-    def _begin(self, stream: RowStream, peak: float | None) -> None:
-        """Sets what the steps from here on work with."""
-        settings = self.settings
-        strategy = strategy_of(settings.parallel)
-        self.reader = Reader(stream, settings.data, self.layout, strategy, self.mesh, self.device, self.shape)
-        self.records, self._record = Records(peak), {}
-        self.every = settings.logger.interval(self.device.type)
-        self.first, self.recovery = self.step, Recovery(self)
-        self.asked = 0  # the signal that ends the run after this step
 
     def run(self) -> None:
         """Trains to the last step, or to where a signal asks for the end: then `interrupted` says so afterwards.
 
         On an error one rank says why, and it is raised on.
         """
-        failed, where = True, f"before step {self.step + 1}"
+        failed, self._where = True, f"before step {self.step + 1}"
         with ExitStack() as ending:
             ending.callback(self.directory.release)
             ending.callback(lambda: self.outputs.close(failed=failed))
@@ -161,24 +64,12 @@ class Trainer:
                 ending.callback(_call, name, callback, "close")
             try:
                 self._call("start")
-                parts = ending.enter_context(self._ahead())
                 with failure.stepping():
-                    while not self.done:
-                        where = f"in step {self.step + 1}"
-                        self.recovery.begin()
-                        part = self._meet(parts)
-                        if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
-                            break
-                        self._call("before_step")
-                        self._train_step(part)
-                        where = f"after step {self.step}"
-                        if self.recovery.target is not None:
-                            parts.close()  # before its rows change
-                            self.recovery.roll_back()
-                            parts = ending.enter_context(self._ahead())
-                            continue
-                        self._call("after_step")
-                where = f"in step {self.step + 1}"
+                    self._run_stage()
+                    while not (self.done or self._asked_at_border()):
+                        self._next_stage()
+                        self._run_stage()
+                self._where = f"in step {self.step + 1}"
                 self._end()
                 failed = False
             except BaseException as error:
@@ -186,18 +77,58 @@ class Trainer:
                     with suppress(Exception):
                         self._read_records()
                 self.saving.settle(patient=isinstance(error, Exception) and not failure.is_consequence(error))
-                self._explain(error, where)
+                self._explain(error, self._where)
                 raise
 
+    def _run_stage(self) -> None:
+        """Takes the steps of a stage, or those until a signal asks for the run's end."""
+        with ExitStack() as reading:
+            parts = reading.enter_context(self._ahead())
+            while self.step < self.stage.stop:
+                self._where = f"in step {self.step + 1}"
+                self.recovery.begin()
+                part = self._meet(parts)
+                if self.asked and self.step > self.first:  # before its first step a run has nothing to keep
+                    return
+                self._call("before_step")
+                self._train_step(part)
+                self._where = f"after step {self.step}"
+                if self.recovery.target is not None:
+                    parts.close()  # before its rows change
+                    self.recovery.roll_back()
+                    parts = reading.enter_context(self._ahead())
+                    continue
+                self._call("after_step")
+
     def _ahead(self) -> Ahead[StepPart]:
-        """The parts of the steps from here on."""
-        steps = range(self.step, self.settings.trainer.steps)
+        """The parts of the stage's steps from here on."""
+        steps = range(self.step, self.stage.stop)
         return Ahead(prepared(self.reader.steps(steps, self.row, self.recovery.passages)), self.device)
 
-    @property
-    def done(self) -> bool:
-        """Whether the last step has been taken."""
-        return self.step >= self.settings.trainer.steps
+    def _asked_at_border(self) -> bool:
+        """Whether a signal asks any rank for the run's end, where a stage has ended and another would begin."""
+        if not self.asked:
+            self.asked = int(gather_numbers([float(failure.asked())], self.mesh).max())
+        return self.asked > 0
+
+    def _next_stage(self) -> None:
+        """Goes on to the stage after this one, in these processes, from the checkpoint of its last step.
+
+        Weights and states take the way through the checkpoint as in a run that is started again, on whatever ranks.
+        """
+        stage, saved = self.plan.at(self.step), self.saving.saved
+        self._where = f"before step {self.step + 1}"
+        if saved is None or step_of(saved) != self.step:
+            raise failure.RunFailed(f"{stage.setting} must begin from a checkpoint; {self.saving.unsaved}")
+        self._read_records()
+        self.saving.leave()
+        self.engine.close()
+        del self.reader, self.records, self.recovery
+        self._enter(stage, saved, examined=False)
+        self.saving.origin = self.saving.origin.of_rows(self.settings.data.sequence_length)
+        self.outputs.stage = stage.name
+        self.outputs.say(report.next_stage(self))
+        self._call("next_stage")
 
     @property
     def interrupted(self) -> bool:
@@ -205,20 +136,14 @@ class Trainer:
         return bool(self.asked) and not self.done
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is done after this step; 0 is never.
+        """Whether what is done every so many steps, and after a stage's last one, is done after this step; 0 is never.
 
         Where it is, `record` is up to date and the loss of every step until now is finite.
         """
-        is_due = every > 0 and (self.step % every == 0 or self.done)
+        is_due = every > 0 and (self.step % every == 0 or self.step >= self.stage.stop)
         if is_due:
             self._read_records()
         return is_due
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The line of metrics of the last step; the device is read for it, where that has not happened yet."""
-        self._read_records()
-        return self._record
 
     def _call(self, hook: str) -> None:
         for name, callback in self.callbacks.items():
@@ -290,18 +215,6 @@ class Trainer:
         # The first step's time says little of the others'.
         if self.step == self.first + 1 or self.due(self.every):
             self._read_records()
-
-    def _read_records(self) -> None:
-        """Logs the steps whose numbers are still on the device. Raises NotFinite for a loss that is not finite, though
-        the step was taken.
-
-        Every rank has the numbers of all, so that a rank may call it alone.
-        """
-        for record in self.records.read():
-            if not math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
-                raise failure.NotFinite.loss(record["loss"], record["step"])
-            self._record = record | self.recovery.figures
-            self.outputs.training(self._record)
 
     def check_directory(self) -> None:
         """Raises RunLost on every rank where the folder is no longer this run's; every rank calls it."""

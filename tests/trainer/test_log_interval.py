@@ -26,6 +26,7 @@ from longreach.trainer.run.records import Records
 from longreach.trainer.run.settings import LoggerSettings, WandbSettings
 from longreach.trainer.schedule import Schedule
 from longreach.trainer.settings import Settings, TrainerSettings
+from longreach.trainer.stages.plan import plan_of
 from longreach.trainer.trainer import Trainer
 
 
@@ -79,7 +80,8 @@ def trainer(run: Path, script: list[tuple[float, float]], every: int, callback: 
         logger=LoggerSettings(every=every, wandb=WandbSettings(mode="disabled")),
     )
     made.mesh, made.device, made.command, made.layout = Mesh(), torch.device("cpu"), [], Layout(16)
-    made.schedule = Schedule(made.settings.schedule, 0.1, len(script))
+    made.plan = plan_of(made.settings)
+    made.stage, made.schedule = made.plan.stages[0], Schedule(made.settings.schedule, 0.1, len(script))
     made.shape, made.engine, made.corpus = Model(), Engine(script), SimpleNamespace()
     made.step = made.tokens = made.row = 0
     made._begin(TokenStream(Documents(), np.arange(4), length=16, seed=0), None)

@@ -32,6 +32,10 @@ class Origin:
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
+    def of_rows(self, length: int) -> Origin:
+        """Of training that goes on with rows of that many tokens."""
+        return replace(self, longest_row=max(self.longest_row, length))
+
     @property
     def positions(self) -> int:
         """Rows of continued training are often shorter than those that the model was made for, and still is."""
@@ -59,7 +63,7 @@ def read_origin(path: str | Path, tokenizer: Tokenizer | None) -> Origin:
 def origin_of(begun: str | Path | None, tokenizer: Tokenizer | None, row: int) -> Origin:
     """The origin of a run that begins from a model, a checkpoint or nothing, and reads rows of `row` tokens."""
     before = read_origin(begun, tokenizer) if begun else Origin()
-    return replace(before, longest_row=max(before.longest_row, row))
+    return before.of_rows(row)
 
 
 def _of_checkpoint(path: Path) -> Origin:

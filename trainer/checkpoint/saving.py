@@ -17,17 +17,18 @@ from .commit import Retention
 from .origin import Origin
 
 if TYPE_CHECKING:
+    from ..assembly import Assembly
     from ..trainer import Trainer
 
 SETTLE_SECONDS = 60.0  # what a checkpoint under way gets to be written where the run fails for a reason of its own
 
 
 class Saving(Callback):
-    """Saves a checkpoint every `checkpoint.every` steps, after the last one, and where a signal ends the run.
+    """Saves a checkpoint every `checkpoint.every` steps, after a stage's last one, and where a signal ends the run.
 
     One that cannot be written is reported, and the next is tried. saved: the newest checkpoint, which may be the one
     that the run began with; while one is being written beside training, the one before, until a step after its end.
-    unsaved: why that of the run's end could not be written, or "".
+    unsaved: why that of the end of the run, or of a stage, could not be written, or "".
     kept: steps after which one is saved whatever `checkpoint.every` says, and stays for ever, such as the borders of
     stages; to be filled on every rank alike, before the step.
     """
@@ -39,11 +40,11 @@ class Saving(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         self._look(trainer)
-        kept = trainer.step in self.kept
+        kept, ends = trainer.step in self.kept, trainer.step == trainer.stage.stop
         due = trainer.due(1 if kept else trainer.settings.checkpoint.every)
         # Amid skipped steps the weights may be bad, and the checkpoint to go back to must not make way for them.
-        if due and (trainer.done or kept or not trainer.recovery.in_a_row):
-            self._save(trainer, last=trainer.done)
+        if due and (ends or kept or not trainer.recovery.in_a_row):
+            self._save(trainer, last=ends)
 
     def end(self, trainer: Trainer) -> None:
         self.wait(trainer)
@@ -51,11 +52,15 @@ class Saving(Callback):
         if trainer.settings.checkpoint.every and not trainer.done and not present:
             self._save(trainer, last=True)
 
-    def wait(self, trainer: Trainer) -> None:
+    def wait(self, trainer: Assembly) -> None:
         """Returns when nothing is being written any more: `saved` is the same on all ranks. Every rank calls it."""
         if self._background is not None:
             self._background.wait()
             self._look(trainer)
+
+    def leave(self) -> None:
+        """Lets go of the engine, which ends with its stage; nothing is being written then."""
+        self._background = None
 
     def settle(self, *, patient: bool) -> None:
         """For a run that fails, on this rank: lets what is being written end, for a while if `patient`."""
@@ -64,7 +69,7 @@ class Saving(Callback):
             if (news := self._background.news()) and news[1] is None:
                 self.saved = news[0]
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Assembly) -> None:
         """Whether what was being written has ended, as far as this rank knows."""
         if self._background is None or (news := self._background.news()) is None:
             return
@@ -74,7 +79,7 @@ class Saving(Callback):
         elif trainer.directory.lost() is None:  # if it is, the next step says so
             self._say(trainer, error)
 
-    def _say(self, trainer: Trainer, error: checkpoint.CheckpointError) -> None:
+    def _say(self, trainer: Assembly, error: checkpoint.CheckpointError) -> None:
         every, last = trainer.settings.checkpoint.every, trainer.settings.trainer.steps
         coming = [step for step in self.kept if step > trainer.step]
         coming += [trainer.step - trainer.step % every + every] if every else []
@@ -85,6 +90,7 @@ class Saving(Callback):
         chosen, step = trainer.settings.checkpoint, trainer.step
         state = {
             "step": step,
+            "stage": trainer.stage.identity,
             "tokens": trainer.tokens,
             "data": trainer.corpus.train.state(trainer.row),
             "model": trainer.settings.model,

@@ -12,7 +12,7 @@ class CheckpointSettings:
     """Checkpoints: when, how many, and which one to start from."""
 
     every: int = 500  # steps, and at the end; 0 = never
-    keep: int = 2  # the newest so many; of schedule=wsd also the newest from before its decay, to go on from
+    keep: int = 2  # the newest so many, and all at the ends of stages; of wsd also the newest from before its decay
     milestones: int = 0  # those after every so many steps stay for ever; 0: none. A multiple of checkpoint.every
     # Training stops for seconds instead of minutes; what it costs is memory of the host, which GPU machines have.
     asynchronous: bool = True  # written while training goes on, from a copy on the host: 12 bytes per parameter

@@ -132,6 +132,15 @@ class DataSettings:
             made[name] = replace(self, mixture={}, **own)
         return made
 
+    def same_documents(self, other: DataSettings) -> bool:
+        """Whether both read the same documents, cut into rows and steps in whatever way."""
+        return self._without_rows() == other._without_rows()
+
+    def _without_rows(self) -> DataSettings:
+        return replace(
+            self, sequence_length=0, rows_per_step=0, rows_per_micro_batch=0, packing="", audit=False, restart=False
+        )
+
     def micro_batches(self, data_ranks: int) -> int:
         """Micro-batches that each data-parallel rank computes in a step."""
         return self.rows_per_step // (data_ranks * self.rows_per_micro_batch)

@@ -21,8 +21,8 @@ from ..data.packing import Batch, Row, TokenStream
 from ..preparation import make_engine
 from ..ranks.settings import layout_of
 from ..reported import Reported
-from ..schedule import Schedule
 from ..settings import Settings
+from ..stages.plan import plan_of
 from ..trainer import Trainer
 from ..zero.experts import cut_as_made
 from . import work
@@ -95,7 +95,8 @@ class _Examined(Trainer):
     def __init__(self, settings: Settings, build: Build, mesh: Mesh, device: torch.device, stream: TokenStream) -> None:
         self.settings, self.mesh, self.device, self.command = settings, mesh, device, []
         self.layout = layout_of(settings.parallel, settings.data.sequence_length)
-        self.schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, settings.trainer.steps)
+        self.plan = plan_of(settings)
+        self.stage, self.schedule = self.plan.stages[0], self.plan.stages[0].schedule
         with torch.device("meta"):
             self.shape = build(settings.model)
         self.engine = make_engine(settings, _Filled(build), mesh, device, resuming=False)

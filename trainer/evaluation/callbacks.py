@@ -21,13 +21,23 @@ if TYPE_CHECKING:
 
 class Validation(Callback):
     """Logs the loss on held-out rows every `evaluation.every` steps, with `evaluation.at_start` before the first one
-    too, and after the last step also the comparisons with counting models and with a shorter context.
+    too, and after the last step also the comparisons with counting models and with a shorter context. Where a stage
+    begins, the loss is logged by its settings too, under the step that ended the one before.
     """
 
     def start(self, trainer: Trainer) -> None:
+        if trainer.step == trainer.stage.first > 0:  # the run ended where this stage begins
+            self.next_stage(trainer)
         if trainer.settings.evaluation.at_start and trainer.step == 0:
-            cast(LanguageModel, trainer.engine.module).at_step(0)
-            trainer.outputs.validation(_validated(trainer))
+            self._before_step(trainer)
+
+    def next_stage(self, trainer: Trainer) -> None:
+        if trainer.settings.evaluation.every:
+            self._before_step(trainer)
+
+    def _before_step(self, trainer: Trainer) -> None:
+        cast(LanguageModel, trainer.engine.module).at_step(trainer.step)
+        trainer.outputs.validation(_validated(trainer))
 
     def after_step(self, trainer: Trainer) -> None:
         chosen = trainer.settings.evaluation

@@ -45,19 +45,22 @@ def beyond(row: int, count: int, passages: Collection[Passage]) -> int:
 class Ledger:
     """The lines of the file, one a fault, in the order in which they came.
 
+    stage: the one that they are of, since each counts its rows from 0; "" in a run without stages.
+
     Each has `time`, `kind`, `step`, `rows` ([first, stop]) and `reason`; kinds are
 
-        skipped       the step changed no weight; `documents`: of each of its rows
+        skipped       the step changed no weight; `documents`: of each of its rows; `sources`: of each, of a mixture
         rollback      the run went back to the checkpoint of step `to`, and passes over the rows
         died          the run ended in that step, by an error of the type `reason`
         passed over   the rows were passed over, before that step
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+    def __init__(self, folder: Path, stage: str = "") -> None:
+        self.path, self.stage = folder / NAME, stage
 
     def add(self, kind: str, step: int, rows: tuple[int, int], reason: str, **more: Any) -> None:
         """Adds a line; a disk that has no room for it costs the line alone."""
+        more |= {"stage": self.stage} if self.stage else {}
         line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, "rows": rows, "reason": reason}
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | more) + "\n")
@@ -82,8 +85,10 @@ class Ledger:
         lines: dict[str, list[dict[str, Any]]] = {"rollback": [], "died": []}
         with suppress(OSError):
             for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
+                with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line that a kill has torn
                     line = json.loads(text)
+                    if line.get("stage", "") != self.stage:
+                        continue
                     first, stop = map(int, line["rows"])
                     lines.setdefault(line["kind"], []).append({"rows": (first, stop), "reason": str(line["reason"])})
         return lines

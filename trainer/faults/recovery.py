@@ -15,7 +15,7 @@ from .guard import Guard
 from .ledger import Ledger, Passage, beyond, named_rows
 
 if TYPE_CHECKING:
-    from ..trainer import Trainer
+    from ..assembly import Assembly
 
 NAMED = 8  # documents that a message names
 
@@ -30,7 +30,7 @@ class Recovery:
     target: the checkpoint to go back to now, or None.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Assembly) -> None:
         chosen = trainer.settings.trainer
         self._trainer = trainer
         self.guard = Guard(chosen.spike_deviations, chosen.spike_window, trainer.mesh, trainer.device)
@@ -45,6 +45,8 @@ class Recovery:
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state, or begins, where it is empty; every rank calls it."""
         self.skipped, self._from = int(state.get("skipped_steps", 0)), self._trainer.step
+        if state.get("stage", self._trainer.stage.identity) != self._trainer.stage.identity:
+            state = {}  # the stage before had rows of its own
         self.passed = [Passage(int(first), int(stop), reason) for first, stop, reason in state.get("skipped_rows", ())]
         self.guard.resume(state.get("spikes", {}))
         mine = self._ledger.passages() if self._trainer.mesh.rank == 0 else []
@@ -100,10 +102,13 @@ class Recovery:
             reason = f"the loss is not finite ({loss})"
         elif (spike := self.guard.spike()) is not None:
             reason = f"the loss is a spike ({spike[0]:.4g}, above {spike[1]:.4g})"
-        documents = [[piece[0] for piece in trainer.reader.stream.pieces(number)] for number in range(row, trainer.row)]
+        stream, rows = trainer.reader.stream, range(row, trainer.row)
+        documents = [[piece.document for piece in stream.pieces(number)] for number in rows]
+        sources = [stream.names[stream.source(number)] for number in rows] if len(stream.names) > 1 else []
         self._pass(row, trainer.row, reason)
-        self._write("skipped", (row, trainer.row), reason, documents=documents)
-        said = f"step {trainer.step}: {reason}; the weights stay as they are ({_named(row, documents)})"
+        self._write("skipped", (row, trainer.row), reason, documents=documents, sources=sources)
+        named = _named(row, documents, sources)
+        said = f"step {trainer.step}: {reason}; the weights stay as they are ({named})"
         chosen, first = trainer.settings.trainer, trainer.step - self.in_a_row + 1
         all_of_them = trainer.done and self.in_a_row == trainer.step - trainer.first
         if self.in_a_row < chosen.max_skipped_steps and not all_of_them:
@@ -120,7 +125,9 @@ class Recovery:
         trainer, mesh = self._trainer, self._trainer.mesh
         trainer.saving.wait(trainer)  # for one that is being written beside training
         there = steps(trainer.directory.checkpoints) if mesh.rank == 0 else []
-        there = [path for path in from_first_rank(there, mesh) if step_of(path) < first]
+        # Not from before the stage, which began from a checkpoint: the engine is of this one.
+        begins = trainer.stage.first
+        there = [path for path in from_first_rank(there, mesh) if begins <= step_of(path) < first]
         if self.rollbacks and first == self._from + 1:
             there = [path for path in there if step_of(path) < self._from] or there
         return next((path for path in reversed(there) if checkpoint.examine(path, mesh) is None), None)
@@ -154,7 +161,7 @@ class Recovery:
 
     @property
     def _ledger(self) -> Ledger:
-        return Ledger(self._trainer.directory.path)
+        return Ledger(self._trainer.directory.path, self._trainer.stage.name)
 
     def _write(self, kind: str, rows: tuple[int, int], reason: str, step: int | None = None, **more: Any) -> None:
         if self._trainer.mesh.rank == 0:
@@ -169,8 +176,10 @@ class Recovery:
             self.passed.append(Passage(first, stop, reason))
 
 
-def _named(row: int, documents: list[list[int]]) -> str:
-    """The rows and documents of a step, for a message."""
-    distinct = list(dict.fromkeys(document for of_row in documents for document in of_row))
-    names = ", ".join(map(str, distinct[:NAMED])) + (f" and {len(distinct) - NAMED} more" if distinct[NAMED:] else "")
+def _named(row: int, documents: list[list[int]], sources: list[str]) -> str:
+    """The rows and documents of a step, for a message, with their sources where there are several."""
+    of_rows = [f"{source} " for source in sources] or [""] * len(documents)
+    every = (f"{source}{document}" for source, held in zip(of_rows, documents, strict=True) for document in held)
+    distinct = list(dict.fromkeys(every))
+    names = ", ".join(distinct[:NAMED]) + (f" and {len(distinct) - NAMED} more" if distinct[NAMED:] else "")
     return named_rows(row, row + len(documents)) + (f", document(s) {names}" if names else "")

@@ -44,10 +44,13 @@ class MetricsFile:
         self.path = path
         self._unwritten: list[str] = []
 
-    def resume_at(self, step: int, each: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def resume_at(
+        self, step: int, each: Callable[[dict[str, Any]], None] | None = None, beginning: str | None = None
+    ) -> None:
         """Keeps the lines up to `step`, and calls `each` with what they say.
 
-        Written aside and renamed, so that a kill here loses nothing either.
+        beginning: the stage that begins after `step`; its lines before its first step are written once more. Written
+        aside and renamed, so that a kill here loses nothing either.
         """
         if not self.path.exists():
             return
@@ -55,7 +58,8 @@ class MetricsFile:
         try:
             with self.path.open(encoding="utf-8") as lines, aside.open("w", encoding="utf-8") as kept:
                 for line, record in _records(lines):
-                    if record["step"] <= step:
+                    again = record["step"] == step and beginning and record.get("stage") == beginning
+                    if record["step"] <= step and not again:
                         kept.write(line + "\n")
                         if each is not None:
                             each(record)

@@ -25,9 +25,10 @@ class Outputs:
     metrics and the configuration are written when there is room again. Raises ValueError if metrics.jsonl cannot be
     brought back to `step`.
 
-    step: the last one that has been taken, from which the run goes on. bring_up: called before each line of metrics, so
-    that it writes those of earlier steps first, where any are still to be read. environment: what the run was started
-    with and on (see `environment.describe`).
+    step: the last one that has been taken, from which the run goes on. stage: the one that goes on, in every line of
+    metrics, where the run has stages; beginning: whether it has taken no step yet. bring_up: called before each line of
+    metrics, so that it writes those of earlier steps first, where any are still to be read. environment: what the run
+    was started with and on (see `environment.describe`).
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Outputs:
         *,
         first: bool,
         step: int,
+        stage: str = "",
+        beginning: bool = False,
         bring_up: Callable[[], None] = lambda: None,
         environment: dict[str, Any] | None = None,
     ) -> None:
-        self.directory, self.first, self._bring_up = directory, first, bring_up
+        self.directory, self.first, self.stage, self._bring_up = directory, first, stage, bring_up
         self.progress = RunProgress(settings.trainer.steps, step, settings.logger.print_every, quiet=not first)
         self.metrics = MetricsFile(directory.metrics)
         self.curves = LossCurves()
@@ -56,7 +59,7 @@ class Outputs:
                 lines.append(record)
 
             try:
-                self.metrics.resume_at(step, keep)
+                self.metrics.resume_at(step, keep, stage if beginning else None)
                 before = sorted([*lines, *directory.read_samples(step)], key=lambda record: record["step"])
             except OSError as error:
                 raise unwritable(directory.path, error) from None
@@ -81,6 +84,8 @@ class Outputs:
             self._flush()
 
         self._bring_up()
+        if self.stage:
+            record = record | {"stage": self.stage}
         if self.first:
             self.curves.add(record)
             self._keep(write)

@@ -34,26 +34,38 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
 
     start: the checkpoint that it starts from, with notes about that choice.
     """
-    settings, mesh, corpus, step = trainer.settings, trainer.mesh, trainer.corpus, trainer.step
-    parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
-    if mesh.experts is not None:
-        parallel += f", experts over {mesh.experts.ranks} ranks"
+    settings, corpus, step = trainer.settings, trainer.corpus, trainer.step
     source = "mixture" if settings.data.mixture else settings.data.source
     lines = [
         f"run           {trainer.directory.path}",
         f"model         {parameters(trainer.shape)}, {settings.trainer.dtype}",
         f"data          {source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
-        f"a step        {settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens on "
-        f"{parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}",
+        *(["stages", *trainer.plan.table(), f"stage         {trainer.stage.name}"] if trainer.plan.staged else []),
+        f"a step        {_a_step(trainer)}",
         *notes,
     ]
     if start is not None:
         lines.append(f"going on after step {step} from {start}")
-        if changed := changed_schedule(trainer.schedule, start, step):
+        if not trainer.plan.staged and (changed := changed_schedule(trainer.schedule, start, step)):
             lines.append(changed)
     if trainer.done:
         lines.append(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
     return lines
+
+
+def next_stage(trainer: Trainer) -> str:
+    """What a run shows where a stage begins."""
+    return f"stage         {trainer.stage.name}, after step {trainer.step}: {_a_step(trainer)}"
+
+
+def _a_step(trainer: Trainer) -> str:
+    """What a step reads, and on which ranks."""
+    settings, mesh = trainer.settings, trainer.mesh
+    parallel = f"{mesh.data_ranks} data x {mesh.sequence_ranks} sequence rank(s), {settings.parallel.layout}"
+    if mesh.experts is not None:
+        parallel += f", experts over {mesh.experts.ranks} ranks"
+    rows = f"{settings.data.rows_per_step} rows of {settings.data.sequence_length} tokens"
+    return f"{rows} on {parallel}, ZeRO-{settings.engine.zero_stage}, {trainer.device.type}"
 
 
 def summary(trainer: Trainer, problems: list[str]) -> str:
@@ -133,7 +145,10 @@ def commands(
         if prompt is not None:
             words = [f"checkpoint={saved}", f"prompt={prompt}"]
             lines.append(f"more text     python -m longreach.launch.generate {shlex.join(words)}")
-        if saved == directory.checkpoints / saved.name and step_of(saved) == settings.trainer.steps:
+        ended = saved == directory.checkpoints / saved.name and step_of(saved) == settings.trainer.steps
+        if ended and settings.stages:
+            lines.append("to go on      the same command with one more entry at the end of stages")
+        elif ended:
             more, how = continuation(command, directory, settings)
             lines += [f"to resume     {more}", f"              ({how})"]
         else:
