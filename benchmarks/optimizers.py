@@ -28,6 +28,7 @@ COMMON = (
 )  # fmt: skip
 PICTURE = "![Held-out loss by step](optimizers.png)"
 RATES = {"adamw": 3e-3, "muon": 6e-3}
+MOMENTA = {"adamw": "null", "muon": "0.9"}
 NAMES = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}
 
 
@@ -53,7 +54,12 @@ def train(kind: str, steps: int, runs: Path, more: list[str]) -> Curve:
     if (found := curve(run)).held_out and found.held_out[-1][0] == steps:
         return found
     chosen = [*COMMON, f"optimizer={kind}", f"optimizer.learning_rate={RATES[kind]}", f"trainer.steps={steps}"]
-    chosen += [f"evaluation.every={max(1, steps // 10)}", f"run.dir={run}", *more]
+    chosen += [
+        f"optimizer.momentum={MOMENTA[kind]}",
+        f"evaluation.every={max(1, steps // 10)}",
+        f"run.dir={run}",
+        *more,
+    ]
     last = {override.partition("=")[0]: override for override in chosen}  # the last of each
     command = [sys.executable, "-m", "longreach.launch.train", *last.values()]
     subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=True)
