@@ -26,7 +26,9 @@ COMMON = (
     "evaluation.context=null", "evaluation.baselines=false", "evaluation.sample_tokens=0", "checkpoint.every=0",
     "schedule.decay_steps=null", "logger.wandb.mode=disabled",
 )  # fmt: skip
+PICTURE = "![Held-out loss by step](optimizers.png)"
 RATES = {"adamw": 3e-3, "muon": 6e-3}
+MOMENTA = {"adamw": "null", "muon": "0.9"}
 NAMES = {"adamw": "AdamW", "muon": "Muon for matrices, AdamW for the rest"}
 
 
@@ -52,7 +54,12 @@ def train(kind: str, steps: int, runs: Path, more: list[str]) -> Curve:
     if (found := curve(run)).held_out and found.held_out[-1][0] == steps:
         return found
     chosen = [*COMMON, f"optimizer={kind}", f"optimizer.learning_rate={RATES[kind]}", f"trainer.steps={steps}"]
-    chosen += [f"evaluation.every={max(1, steps // 10)}", f"run.dir={run}", *more]
+    chosen += [
+        f"optimizer.momentum={MOMENTA[kind]}",
+        f"evaluation.every={max(1, steps // 10)}",
+        f"run.dir={run}",
+        *more,
+    ]
     last = {override.partition("=")[0]: override for override in chosen}  # the last of each
     command = [sys.executable, "-m", "longreach.launch.train", *last.values()]
     subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=True)
@@ -103,7 +110,7 @@ def main() -> None:
         page = DOCS / "optimizers.md"
         before, _, rest = page.read_text().partition(MARKERS[0])
         after = rest.partition(MARKERS[1])[2]
-        page.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+        page.write_text(f"{before}{MARKERS[0]}\n{text}\n\n{PICTURE}\n{MARKERS[1]}{after}")
         draw(curves, DOCS / "optimizers.png")
 
 
