@@ -24,4 +24,4 @@ else
     where=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$HEAD" --master-port "${PORT:-29500}")
 fi
 trap '' USR1  # the ranks save and end at this signal; torchrun would die of it
-restarting terminate "$PYTHON" -m longreach.launch.torchrun "${where[@]}" --nproc-per-node "$RANKS" -m longreach.launch.train "$@"
+restarting terminate "$PYTHON" -m longreach.trainer.ranks.torchrun "${where[@]}" --nproc-per-node "$RANKS" -m longreach.launch.train "$@"

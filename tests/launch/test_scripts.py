@@ -97,7 +97,7 @@ import os, signal, sys, time
 assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # as torchrun, which would die of it
 heard = []
 signal.signal(signal.SIGUSR1, lambda *a: heard.append(1))
-open(os.environ["STARTED"], "w").close()
+open(os.environ["STARTED"], "w").write(str(os.getpid()))
 end = time.monotonic() + float(os.environ["SECONDS_LONG"])
 while not heard and time.monotonic() < end:
     time.sleep(0.01)
@@ -108,23 +108,23 @@ sys.exit(int(os.environ.get("STATUS", 0)))
 
 def batch(tmp_path: Path, environment: dict[str, str], ask: int | None, **more: str) -> tuple[int, list[str]]:
     """The status of slurm.sbatch, and what it called of Slurm; `ask`: what it hears."""
-    tools, log, pid = tmp_path / "tools", tmp_path / "log", tmp_path / "pid"
+    tools, log, begun = tmp_path / "tools", tmp_path / "log", tmp_path / "started"
     (tmp_path / "step.py").write_text(STEP)
     record = f'echo "$(basename "$0") $*" >>{log}'
     program(tools, "scontrol", f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else {record}; fi')
-    program(tools, "scancel", f"{record}; kill -USR1 $(cat {pid})")
-    program(tools, "srun", f'{record}; echo $$ >{pid}; while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"')
+    program(tools, "scancel", f"{record}; kill -USR1 $(cat {begun})")
+    program(tools, "srun", f'{record}; while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"')
     program(
         tmp_path / "launch",
         "torchrun.sh",
         f'set -- "$@" "$NODES" "$HEAD"; {record}; exec python {tmp_path / "step.py"}',
     )
-    variables = environment | SLURM | {"SLURM_SUBMIT_DIR": str(tmp_path), "STARTED": str(tmp_path / "started")} | more
+    variables = environment | SLURM | {"SLURM_SUBMIT_DIR": str(tmp_path), "STARTED": str(begun)} | more
     variables["PATH"] = f"{tools}:{os.environ['PATH']}"
     job = subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch"), "model=x", "run.name=a b"], env=variables)
     deadline = time.monotonic() + 20
-    while not (tmp_path / "started").exists():
-        assert job.poll() is None or (tmp_path / "started").exists()
+    while not (begun.exists() and begun.read_text()):
+        assert job.poll() is None or begun.exists()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     if ask is not None:

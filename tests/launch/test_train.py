@@ -19,7 +19,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYT
 LAUNCHERS = {
     "alone": [sys.executable, "-m"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-    "torchrun.sh": [sys.executable, "-m", "longreach.launch.torchrun", "--standalone", "--nproc-per-node=2", "-m"],
+    "torchrun.sh": [
+        sys.executable,
+        "-m",
+        "longreach.trainer.ranks.torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+    ],
     "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=29571", "--module"],
 }
 SETTINGS = (

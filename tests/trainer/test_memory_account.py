@@ -1,5 +1,6 @@
 """The account of a step's memory: what the model allocates on `meta` is what it allocates in a real step."""
 
+import importlib
 from functools import partial
 
 import pytest
@@ -13,11 +14,11 @@ from longreach.models.mixers.linear.lightning_attention import LightningAttentio
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine_config import EngineSettings
-from longreach.trainer.memory.account import account, size
+from longreach.trainer.memory.account import account, size, states_of
 from longreach.trainer.memory.allocations import Allocations
 from longreach.trainer.settings import Settings
 
-WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 4096, 2048
+WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 512, 2048
 CPU = torch.device("cpu")
 MIXERS = {
     "lightning": partial(LightningAttention, heads=2),
@@ -26,6 +27,14 @@ FEED_FORWARD = {
     "swiglu": partial(SwiGLU, hidden=48),
     "experts": partial(MixtureOfExperts, hidden=24, experts=4, balance=0.1),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_logits(monkeypatch):
+    """The loss needs little: else all of these models would be at their peak there."""
+    module = importlib.import_module("longreach.kernels.pointwise.cross_entropy")
+    monkeypatch.setattr(module, "CPU_LOGIT_BYTES", 2**16)
+    monkeypatch.setattr(module, "LEAST_TOKENS", 32)
 
 
 def make_model(mixer="lightning", hidden=48, vocabulary=VOCABULARY, feed_forward=None, **settings):
@@ -63,6 +72,7 @@ def measured(build, length):
     return allocations.peak
 
 
+@pytest.mark.slow  # half a minute together
 @pytest.mark.parametrize(
     ("mixer", "feed_forward", "checkpointing", "tile"),
     [
@@ -78,7 +88,7 @@ def test_the_account_is_what_a_step_allocates(mixer, feed_forward, checkpointing
     )  # fmt: skip
     expected = account_of(build, tile=tile)
     assert expected.exact
-    assert expected.activations(2 * LENGTH) == pytest.approx(measured(build, 2 * LENGTH), rel=0.05)
+    assert expected.activations() == pytest.approx(measured(build, LENGTH), rel=0.05)
 
 
 def slope(build, **settings):
@@ -87,10 +97,11 @@ def slope(build, **settings):
     return made.activations(2 * LENGTH) - made.activations(LENGTH)
 
 
+@pytest.mark.slow
 def test_feed_forward_and_loss_are_a_constant_in_tiles():
-    settings = {"activation_checkpointing": "full", "tile_tokens": 256}
+    settings = {"activation_checkpointing": "full", "tile_tokens": 32}
     base, wider, more = (
-        slope(partial(make_model, **changes, **settings), tile=256)
+        slope(partial(make_model, **changes, **settings), tile=32)
         for changes in ({}, {"hidden": 480}, {"vocabulary": 2 * VOCABULARY})
     )
     assert base == wider == more
@@ -106,6 +117,7 @@ def test_full_checkpointing_keeps_one_tensor_per_block():
     assert "kept: feed-forward" not in kept
 
 
+@pytest.mark.slow
 def test_what_is_offloaded_is_on_the_host():
     stays, leaves = (
         account_of(partial(make_model, activation_checkpointing="full", offload_activations=away))
@@ -118,8 +130,8 @@ def test_what_is_offloaded_is_on_the_host():
 
 def test_states_by_zero_stage():
     def states(**engine):
-        made = account_of(make_model, ranks=4, **engine)
-        return {share.part: (round(share.fixed), share.host) for share in made.states}
+        shares = states_of(make_model(), Settings(engine=EngineSettings(**engine)), 4)
+        return {share.part: (round(share.fixed), share.host) for share in shares}
 
     number = sum(parameter.numel() for parameter in make_model().parameters())
     assert states(zero_stage=0) == {

@@ -49,7 +49,7 @@ class Ledger:
 
     Each has `time`, `kind`, `step`, `rows` ([first, stop]) and `reason`; kinds are
 
-        skipped       the step changed no weight; `documents`: of each of its rows
+        skipped       the step changed no weight; `documents`: of each of its rows; `sources`: of each, of a mixture
         rollback      the run went back to the checkpoint of step `to`, and passes over the rows
         died          the run ended in that step, by an error of the type `reason`
         passed over   the rows were passed over, before that step

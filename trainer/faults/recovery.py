@@ -102,10 +102,13 @@ class Recovery:
             reason = f"the loss is not finite ({loss})"
         elif (spike := self.guard.spike()) is not None:
             reason = f"the loss is a spike ({spike[0]:.4g}, above {spike[1]:.4g})"
-        documents = [[piece[0] for piece in trainer.reader.stream.pieces(number)] for number in range(row, trainer.row)]
+        stream, rows = trainer.reader.stream, range(row, trainer.row)
+        documents = [[piece.document for piece in stream.pieces(number)] for number in rows]
+        sources = [stream.names[stream.source(number)] for number in rows] if len(stream.names) > 1 else []
         self._pass(row, trainer.row, reason)
-        self._write("skipped", (row, trainer.row), reason, documents=documents)
-        said = f"step {trainer.step}: {reason}; the weights stay as they are ({_named(row, documents)})"
+        self._write("skipped", (row, trainer.row), reason, documents=documents, sources=sources)
+        named = _named(row, documents, sources)
+        said = f"step {trainer.step}: {reason}; the weights stay as they are ({named})"
         chosen, first = trainer.settings.trainer, trainer.step - self.in_a_row + 1
         all_of_them = trainer.done and self.in_a_row == trainer.step - trainer.first
         if self.in_a_row < chosen.max_skipped_steps and not all_of_them:
@@ -173,8 +176,10 @@ class Recovery:
             self.passed.append(Passage(first, stop, reason))
 
 
-def _named(row: int, documents: list[list[int]]) -> str:
-    """The rows and documents of a step, for a message."""
-    distinct = list(dict.fromkeys(document for of_row in documents for document in of_row))
-    names = ", ".join(map(str, distinct[:NAMED])) + (f" and {len(distinct) - NAMED} more" if distinct[NAMED:] else "")
+def _named(row: int, documents: list[list[int]], sources: list[str]) -> str:
+    """The rows and documents of a step, for a message, with their sources where there are several."""
+    of_rows = [f"{source} " for source in sources] or [""] * len(documents)
+    every = (f"{source}{document}" for source, held in zip(of_rows, documents, strict=True) for document in held)
+    distinct = list(dict.fromkeys(every))
+    names = ", ".join(distinct[:NAMED]) + (f" and {len(distinct) - NAMED} more" if distinct[NAMED:] else "")
     return named_rows(row, row + len(documents)) + (f", document(s) {names}" if names else "")

@@ -141,8 +141,9 @@ def account(
 
 
 def states_of(model: nn.Module, settings: Settings, world_size: int) -> tuple[Share, ...]:
-    """Parameters, gradients, float32 masters and the two moments of AdamW on one rank, by ZeRO stage.
+    """Parameters, gradients, float32 masters and the optimizer's moments on one rank, by ZeRO stage.
 
+    Two moments per parameter, one with Lion; Muon's matrices have one too, which counts as two here.
     Gradients are as large as DeepSpeed keeps them from one micro-batch to the next: in float32, split from stage 2 on.
     """
     engine, expert_ranks = settings.engine, settings.parallel.experts
@@ -161,7 +162,7 @@ def states_of(model: nn.Module, settings: Settings, world_size: int) -> tuple[Sh
         Share("parameters", bytes_held * split[2], host=engine.offload == "all"),
         Share("gradients", 4 * numbers * split[1], host=optimizer_away and engine.zero_stage > 1),
         *copies,
-        Share("moments", 8 * numbers * split[0], host=optimizer_away),
+        Share("moments", (4 if settings.optimizer.kind == "lion" else 8) * numbers * split[0], host=optimizer_away),
     )
 
 

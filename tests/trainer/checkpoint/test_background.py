@@ -182,10 +182,10 @@ def begin_without_memory(rank: int, world: int, folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
 
-            def empty(*sizes: int, **options: object) -> None:
+            def copy(*arguments: object, **options: object) -> None:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-            patch.setattr(torch, "empty", empty)
+            patch.setattr("longreach.trainer.checkpoint.background._HostCopy", copy)
         with pytest.raises(checkpoint.CheckpointError) as raised:
             background.begin(folder, {"step": 1}, Retention(1))
     background.begin(folder, {"step": 1}, Retention(1))

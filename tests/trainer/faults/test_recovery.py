@@ -15,6 +15,7 @@ from test_trainer import exact, lines, settings, train
 
 from longreach.launch.build import build
 from longreach.parallel.mesh import Mesh
+from longreach.trainer.data.audit.proof import prove
 from longreach.trainer.run import failure
 from longreach.trainer.run.outputs import Outputs
 from longreach.trainer.settings import Settings
@@ -122,7 +123,8 @@ def test_too_many_bad_steps_roll_the_run_back_past_their_rows(texts: Path, tmp_p
     """From there it is, bit by bit, a run that goes on from that checkpoint with the rows after them."""
     more = {"trainer__max_skipped_steps": 3, "checkpoint__keep": 9, "engine__zero_stage": 3}
     run = tmp_path / "run"
-    (steps, said, failed), (also, *_) = run_ranks(2, bad_rows, settings(texts, run, **more, **QUIET), 20, 32)
+    audited = settings(texts, run, data__audit=True, **more, **QUIET)
+    (steps, said, failed), (also, *_) = run_ranks(2, bad_rows, audited, 20, 32)
     assert steps == also == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
     assert not failed
     told = "back from step 8 to step-00000004, as 3 steps in a row were skipped; rows 16 to 31 are passed over"
@@ -132,6 +134,9 @@ def test_too_many_bad_steps_roll_the_run_back_past_their_rows(texts: Path, tmp_p
     assert [each[:2] for each in index["state"]["skipped_rows"]] == [[16, 32]]
     assert index["state"]["skipped_steps"] == 3
     assert index["state"]["data"]["row"] == 32 + 4 * 4
+    proof = prove(run)  # what was passed over is no gap
+    assert proof.holds
+    assert (proof.steps, proof.findings[0].passed, proof.findings[0].tokens) == (8, 16 * 96, 48 * 96)
     other = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
     began = json.loads((other / "index.json").read_text())
     assert began["state"]["data"]["row"] == 16

@@ -1,4 +1,4 @@
-"""python -m longreach.launch.torchrun ARGUMENTS — torchrun, with the exit status of runs that a signal has ended.
+"""python -m longreach.trainer.ranks.torchrun ARGUMENTS — torchrun, with the status of runs that a signal has ended.
 
 torchrun itself ends with 1 whatever its ranks say, and a signal that it gets leaves them 30 seconds. Here SIGTERM and
 Ctrl-C are passed on to the ranks, which save and end in their own time; a second one is torchrun's again. Where all
@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.run import parse_args, run
 
-from ..trainer.run.failure import AGAIN, ECHO_SECONDS
+from ..run.failure import AGAIN, ECHO_SECONDS
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
