@@ -203,7 +203,10 @@ def _reschedules(name: str) -> bool:
 
 
 def _told(changes: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in changes.items())
+    def short(value: Any) -> Any:
+        return value["_target_"].rpartition(".")[2] if isinstance(value, Mapping) and "_target_" in value else value
+
+    return " ".join(f"{name}={short(value)}" for name, value in changes.items())
 
 
 @contextmanager
