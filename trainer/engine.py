@@ -21,7 +21,6 @@ from .engine_config import EngineSettings, configuration
 from .optimizers.grouped import Grouped, make_optimizer
 from .optimizers.groups import frozen_parameters as frozen_parameters
 from .optimizers.groups import groups_of
-from .optimizers.groups import parameter_groups as parameter_groups
 from .optimizers.settings import OptimizerSettings as OptimizerSettings
 from .ranks.exchange import together
 from .zero.experts import ExpertWeights, count_norm, cut_as_made, hide, whole

@@ -10,7 +10,7 @@ from oracles import assert_agrees
 from longreach.kernels.documents import Documents
 from longreach.models.mixers.state_space.mamba import Mamba
 from longreach.parallel.sequence import Sequence
-from longreach.trainer.engine import parameter_groups
+from longreach.trainer.optimizers.groups import parameter_groups
 
 WIDTH, LENGTH = 32, 45
 

@@ -9,7 +9,7 @@ from longreach.kernels.documents import Documents
 from longreach.models.mixers.linear.mlstm import MLSTM
 from longreach.models.mixers.state_space.mamba2 import Mamba2
 from longreach.parallel.sequence import Sequence
-from longreach.trainer.engine import parameter_groups
+from longreach.trainer.optimizers.groups import parameter_groups
 
 WIDTH, LENGTH = 32, 75
 

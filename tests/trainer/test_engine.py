@@ -9,7 +9,7 @@ import torch
 from distributed import RankError, run_ranks
 from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
-from longreach.trainer.engine import frozen_parameters, parameter_groups
+from longreach.trainer.optimizers.groups import frozen_parameters, parameter_groups
 from longreach.trainer.ranks import processes
 
 pytestmark = pytest.mark.slow  # engines on several ranks

@@ -19,7 +19,7 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.checkpoint.checkpoint import load, load_weights, save
-from longreach.trainer.engine import parameter_groups
+from longreach.trainer.optimizers.groups import parameter_groups
 
 pytestmark = pytest.mark.slow  # engines on several ranks: a minute together
 

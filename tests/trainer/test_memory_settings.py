@@ -17,7 +17,8 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
-from longreach.trainer.engine import Engine, EngineSettings, parameter_groups
+from longreach.trainer.engine import Engine, EngineSettings
+from longreach.trainer.optimizers.groups import parameter_groups
 
 pytestmark = pytest.mark.slow  # engines on several ranks
 

@@ -23,7 +23,8 @@ from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.trainer.checkpoint.checkpoint import CheckpointError, load, load_weights, save
-from longreach.trainer.engine import parameter_groups, saved_buffers
+from longreach.trainer.engine import saved_buffers
+from longreach.trainer.optimizers.groups import parameter_groups
 from longreach.trainer.ranks.exchange import gather_numbers
 from longreach.trainer.reported import Reported
 

@@ -21,6 +21,7 @@ from longreach.trainer import engine
 from longreach.trainer.data.packing import TokenStream
 from longreach.trainer.data.reading import Reader
 from longreach.trainer.engine import Engine
+from longreach.trainer.optimizers import groups
 from longreach.trainer.zero.experts import ExpertWeights
 
 _spoiled: list[tuple[Any, str, Any]] = []
@@ -295,10 +296,11 @@ def bfloat16_sums_of_experts() -> None:
 def norms_decay() -> None:
     """Weight decay shrinks norms too."""
 
-    def groups(model, weight_decay, *_, **__):
-        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+    def parameter_groups(model, weight_decay, *rest, **settings):
+        made = original(model, weight_decay, *rest, **settings)
+        return [group | {"weight_decay": weight_decay} for group in made]
 
-    spoil(engine, "parameter_groups", groups)
+    original = spoil(groups, "parameter_groups", parameter_groups)
 
 
 def experts_averaged_over_all_ranks() -> None:
