@@ -182,13 +182,15 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         correct: bool = False,
         reports: bool = False,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor | dict[str, Tensor], ...]:
         """Logits `[B, T, Vocab]`; given targets, (sum of the token losses, number of targets) of this rank's tokens.
 
         tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero
         that every parameter is connected to. With `correct`, for evaluation: without a gradient of the head, and third
-        the number of targets that have the largest logit. With `reports`, for training: last, by path, what the parts
-        report of `losses` and `sums`; see `Part`. The loss holds none of it.
+        the number of targets that have the largest logit; with `each` too, in place of the sum the loss of every token
+        `[B, T]`, 0 without a target. With `reports`, for training: last, by path, what the parts report of `losses` and
+        `sums`; see `Part`. The loss holds none of it.
         """
         hidden, reported = self._run(tokens, seq)
         if targets is None:
@@ -198,7 +200,7 @@ class LanguageModel(nn.Module):
         if reports and len(self.multi_token_prediction):
             reported |= self._ahead(hidden, tokens, targets, seq)
         if correct:
-            loss, right = self.head(hidden, targets, True)
+            loss, right = self.head(hidden, targets, True, each)
             results = loss, count, right
         else:
             results = self.head(hidden, targets), count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,8 @@ class Head(nn.Linear):
     hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
     losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
     gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
-    largest logit. Logits are multiplied by the constant `multiplier`; those l become softcap * tanh(l / softcap) then,
-    where there is a softcap.
+    largest logit; with `each` too, in place of the sum the loss of every token `[B, T]`. Logits are multiplied by the
+    constant `multiplier`; those l become softcap * tanh(l / softcap) then, where there is a softcap.
     """
 
     def __init__(self, width: int, vocabulary: int, multiplier: float = 1.0, softcap: float | None = None) -> None:
@@ -32,13 +34,13 @@ class Head(nn.Linear):
         self.multiplier, self.softcap = multiplier, softcap
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False
+        self, hidden: Tensor, targets: Tensor | None = None, correct: bool = False, each: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             logits = super().forward(hidden)
             logits = logits if self.multiplier == 1.0 else logits * self.multiplier
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        settings = {"logit_scale": self.multiplier, "softcap": self.softcap}
+        settings: dict[str, Any] = {"logit_scale": self.multiplier, "softcap": self.softcap}
         if correct:
-            return loss_and_correct(hidden, self.weight, targets, **settings)
+            return loss_and_correct(hidden, self.weight, targets, each=each, **settings)
         return cross_entropy(hidden, self.weight, targets, **settings)

@@ -57,11 +57,13 @@ def loss_and_correct(
     chunk: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    each: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What evaluation counts: (`cross_entropy` of the same, without gradient; targets that have the largest logit).
 
     Shapes, dtypes and errors as of `cross_entropy`; the second is an int64 scalar, and of equal logits the first is the
-    largest. Again the logits of at most `chunk` tokens exist at a time.
+    largest. Again the logits of at most `chunk` tokens exist at a time. With `each`, the first is the loss of every
+    token, `[B, T]`, in place of their sum: 0 where there is no target.
     """
     chunk = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, None, chunk)
@@ -72,7 +74,8 @@ def loss_and_correct(
         correct.add_((logits.argmax(-1) == ids[part]).sum())
 
     lse, picked = _scan(rows, weight, ids, None, chunk, logit_scale, softcap, count)
-    return _sum(lse, picked, ids), correct
+    losses = _losses(lse, picked, ids)
+    return (losses.view(targets.shape) if each else losses.sum()), correct
 
 
 def chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -130,8 +133,8 @@ def _scan(
     return lse, picked
 
 
-def _sum(lse: Tensor, picked: Tensor, ids: Tensor) -> Tensor:
-    return (lse - picked).masked_fill_(ids == NO_TARGET, 0.0).sum()
+def _losses(lse: Tensor, picked: Tensor, ids: Tensor) -> Tensor:
+    return (lse - picked).masked_fill_(ids == NO_TARGET, 0.0)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
@@ -165,7 +168,7 @@ class _CrossEntropy(Function):
         lse, picked = _scan(hidden.flatten(0, -2), weight, ids, bias, chunk, scale, softcap)
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
         ctx.chunk, ctx.scale, ctx.softcap = chunk, scale, softcap
-        return _sum(lse, picked, ids)
+        return _losses(lse, picked, ids).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

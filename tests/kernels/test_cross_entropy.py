@@ -18,10 +18,10 @@ def inputs(tokens=63, width=12, vocabulary=40, dtype=torch.float64, batch=2):
     return hidden, weight, bias, targets
 
 
-def whole(hidden, weight, bias, targets, logit_scale=1.0, softcap=None):
+def whole(hidden, weight, bias, targets, logit_scale=1.0, softcap=None, reduction="sum"):
     logits = logit_scale * F.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 512])
@@ -37,6 +37,10 @@ def test_equals_torch_with_gradients(with_bias, logit_scale, softcap, chunk):
     loss, correct = loss_and_correct(hidden, weight, targets, chunk=chunk, **settings)
     torch.testing.assert_close(loss, whole(hidden, weight, None, targets, **settings).detach(), atol=1e-9, rtol=1e-9)
     assert correct == (F.linear(hidden, weight).argmax(-1) == targets).sum()
+    losses, again = loss_and_correct(hidden, weight, targets, chunk=chunk, each=True, **settings)
+    alone = whole(hidden, weight, None, targets, **settings, reduction="none").detach().view(targets.shape)
+    torch.testing.assert_close(losses, alone, atol=1e-9, rtol=1e-9)
+    assert again == correct
     torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
     for a, b in zip(torch.autograd.grad(got / 7, tensors), torch.autograd.grad(want / 7, tensors), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)

@@ -76,7 +76,7 @@ def mixed(folders: dict[str, Path], run: Path, **changes: Any) -> Settings:
         schedule=ScheduleSettings("wsd", warmup_steps=2),
         trainer=TrainerSettings(steps=10),
         engine=EngineSettings(zero_stage=1),
-        evaluation=EvaluationSettings(every=5, rows=4, sample_tokens=4),
+        evaluation=EvaluationSettings(every=5, rows=4, sample_tokens=4, positions=True),
         checkpoint=CheckpointSettings(every=2, keep=10),
         logger=LoggerSettings(wandb=WandbSettings(mode="disabled")),
         run=RunSettings(dir=str(run)),
@@ -135,6 +135,9 @@ def test_a_mixed_run_that_is_resumed_on_other_ranks_reads_everything_once(
     (*_, validation) = lines(tmp_path / "run", "validation_loss")
     of_sources = [validation["validation_loss_code"], validation["validation_loss_books"]]
     assert min(of_sources) <= validation["validation_loss"] <= max(of_sources)
+    targets = {key: value for key, value in validation.items() if key.startswith("validation_targets_at_")}
+    of_buckets = [value * validation[key.replace("targets", "loss")] for key, value in targets.items()]
+    assert sum(of_buckets) / sum(targets.values()) == pytest.approx(validation["validation_loss"], rel=1e-6)
 
 
 def test_rows_that_are_computed_together_have_one_loss(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 class Validation(Callback):
     """Logs the loss on held-out rows every `evaluation.every` steps, with `evaluation.at_start` before the first one
-    too, and after the last step also the comparisons with counting models and with a shorter context. Where a stage
-    begins, the loss is logged by its settings too, under the step that ended the one before.
+    too, with `evaluation.positions` also by position. After the last step it adds the comparisons with counting models
+    and with a shorter context. Where a stage begins, the loss is logged by its settings too, under the step that ended
+    the one before.
     """
 
     def start(self, trainer: Trainer) -> None:
@@ -62,22 +63,23 @@ def _validated(trainer: Trainer) -> dict[str, Any]:
     if isinstance(corpus, Corpus) and corpus.parts:
         return {"step": trainer.step, **_of_mixture(trainer, corpus, rows)}
     loss = _whole(trainer, rows)
-    return {"step": trainer.step, "validation_loss": loss.mean, **_measures(trainer, loss)}
+    return {"step": trainer.step, "validation_loss": loss.mean, **_measures(trainer, loss), **loss.by_position}
 
 
 def _of_mixture(trainer: Trainer, corpus: Corpus, most: int | None) -> dict[str, float]:
     """The loss on held-out rows of each source, and of all: about `most`, shared out as those of training are."""
     whole = sum(part.weight for part in corpus.parts.values())
-    total, text, record = Loss(0.0, 0, 0), 0.0, {}
+    losses, text, record = list[Loss](), 0.0, {}
     for name, part in corpus.parts.items():
         if part.validation is not None:
             share = math.inf if most is None else max(1, round(most * part.weight / whole))
             loss = _loss(trainer, part.validation, share)
             record[f"validation_loss_{name}"] = loss.mean
-            total = Loss(total.total + loss.total, total.targets + loss.targets, total.correct + loss.correct)
+            losses.append(loss)
             text += loss.targets * part.bytes_per_token
+    total = Loss.of_all(losses)
     measures = {"bits_per_byte": total.bits_per_byte(text / total.targets), "accuracy": total.accuracy}
-    return {"validation_loss": total.mean, **measures, **record}
+    return {"validation_loss": total.mean, **measures, **record, **total.by_position}
 
 
 def _whole(trainer: Trainer, most: int | None) -> Loss:
@@ -89,7 +91,8 @@ def _loss(trainer: Trainer, stream: RowStream, most: float) -> Loss:
     settings = trainer.settings
     rows = int(min(stream.rows or 0, most))
     strategy = strategy_of(settings.parallel)
-    return evaluate(trainer.engine, stream, trainer.layout, strategy, rows, settings.data.rows_per_micro_batch)
+    at_once, positions = settings.data.rows_per_micro_batch, settings.evaluation.positions
+    return evaluate(trainer.engine, stream, trainer.layout, strategy, rows, at_once, positions)
 
 
 def _truncated(trainer: Trainer, context: int) -> dict[str, Any]:

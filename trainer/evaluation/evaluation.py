@@ -1,13 +1,14 @@
-"""Evaluation: the loss on held-out documents, as trained and with the context cut short."""
+"""Evaluation: the loss on held-out documents, as trained, by position, and with the context cut short."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...kernels.documents import Documents
 from ...parallel.layout import Layout
@@ -18,13 +19,32 @@ from ..data.reading import MicroBatch, alone, prepared, shard
 from ..engine import Engine
 from ..ranks.exchange import gather_numbers
 
+FIRST_BUCKET = 16  # positions; each bucket behind it ends where the position has doubled
+
 
 class Loss(NamedTuple):
-    """Over all ranks: sum of the token losses in nats, number of targets, and of targets with the largest logit."""
+    """Over all ranks: sum of the token losses in nats, number of targets, and of targets with the largest logit.
+
+    buckets: (sum of the losses, number) of the targets in each bucket of positions, from the first; none where nobody
+    asked. The position is that of the token that predicts the target, counted from 0 where its document begins in the
+    row: so many tokens of the document the model has seen before it.
+    """
 
     total: float
     targets: int
     correct: int
+    buckets: tuple[tuple[float, int], ...] = ()
+
+    @classmethod
+    def of_all(cls, losses: Sequence[Loss]) -> Loss:
+        """The loss on all the rows of several, which have one length."""
+        buckets = zip(*(loss.buckets for loss in losses), strict=True)
+        return cls(
+            sum(loss.total for loss in losses),
+            sum(loss.targets for loss in losses),
+            sum(loss.correct for loss in losses),
+            tuple((sum(total for total, _ in each), sum(number for _, number in each)) for each in buckets),
+        )
 
     @property
     def mean(self) -> float:
@@ -39,11 +59,32 @@ class Loss(NamedTuple):
         """Bits that the model needs for each byte of the text that the targets stand for."""
         return self.mean / math.log(2) / bytes_per_target
 
+    @property
+    def by_position(self) -> dict[str, float]:
+        """As they are logged: mean loss and number of the targets of each bucket that has some."""
+        record: dict[str, float] = {}
+        first, end = 0, FIRST_BUCKET
+        for total, number in self.buckets:
+            if number:
+                record[f"validation_loss_at_{first}_to_{end - 1}"] = total / number
+                record[f"validation_targets_at_{first}_to_{end - 1}"] = number
+            first, end = end, 2 * end
+        return record
+
 
 def evaluate(
-    engine: Engine, stream: RowStream, layout: Layout, strategy: Strategy, rows: int, micro_batch: int
+    engine: Engine,
+    stream: RowStream,
+    layout: Layout,
+    strategy: Strategy,
+    rows: int,
+    micro_batch: int,
+    positions: bool = False,
 ) -> Loss:
-    """The loss on the first `rows` rows, shared as in training; every rank calls it and runs equally many forwards."""
+    """The loss on the first `rows` rows, shared as in training; every rank calls it and runs equally many forwards.
+
+    With `positions`, also by position, in buckets up to the length of a row.
+    """
     mesh = engine.mesh
 
     def batches() -> Iterator[MicroBatch]:
@@ -53,7 +94,7 @@ def evaluate(
             numbers = [n if n < rows else (stream.rows or 0) + n for n in range(first, first + micro_batch)]
             yield shard(batch(stream, numbers), layout, strategy, mesh, engine.device)
 
-    return _evaluated(engine, batches())
+    return _evaluated(engine, batches(), layout.length if positions else 0)
 
 
 def evaluate_truncated(engine: Engine, stream: RowStream, rows: int, context: int, places: int) -> Loss:
@@ -109,16 +150,42 @@ def _stacked(pieces: list[Piece], rows: int, context: int) -> Batch:
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), documents)
 
 
-def _evaluated(engine: Engine, batches: Iterator[MicroBatch]) -> Loss:
-    """The loss on all ranks' batches, which another thread makes ahead; the device is read once, at the end."""
+def _evaluated(engine: Engine, batches: Iterator[MicroBatch], longest: int = 0) -> Loss:
+    """The loss on all ranks' batches, which another thread makes ahead; the device is read once, at the end.
+
+    longest: of the documents whose positions are told apart; 0: they are not.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # loss, targets and correct predictions
+    ends = _ends(longest)
+    buckets = torch.zeros(2, len(ends), dtype=torch.float64, device=engine.device)  # losses and targets
+    borders = torch.tensor(ends, device=engine.device)
     engine.module.eval()
     try:
         with torch.no_grad(), Ahead(prepared(batches), engine.device) as parts:
             for part in parts:
                 tokens, targets = part.on(engine.device)
-                sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
+                if not ends:
+                    sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
+                    continue
+                losses, *counts = engine(tokens, part.seq, targets, True, False, True)
+                sums += torch.stack([x.double() for x in (losses.sum(), *counts)])
+                _add(buckets, borders, part.seq.reach(engine.device), losses, targets)
     finally:
         engine.module.train()
-    total, targeted, correct = gather_numbers(sums.tolist(), engine.mesh).sum(dim=0).tolist()
-    return Loss(total, int(targeted), int(correct))
+    numbers = torch.cat([sums, buckets.flatten()]).tolist()
+    total, targeted, correct, *rest = gather_numbers(numbers, engine.mesh).sum(dim=0).tolist()
+    pairs = zip(rest[: len(ends)], map(int, rest[len(ends) :]), strict=True)
+    return Loss(total, int(targeted), int(correct), tuple(pairs))
+
+
+def _ends(longest: int) -> list[int]:
+    """Where the buckets of positions end, of documents of at most so many tokens."""
+    number = 1 + ((longest - 1) // FIRST_BUCKET).bit_length() if longest else 0
+    return [FIRST_BUCKET << index for index in range(number)]
+
+
+def _add(buckets: Tensor, ends: Tensor, positions: Tensor, losses: Tensor, targets: Tensor) -> None:
+    """Adds the losses and the number of a batch's targets, each to the bucket of its position."""
+    places = torch.bucketize(positions.flatten(), ends, right=True)
+    there = (targets != NO_TARGET).flatten()
+    buckets.index_add_(1, places, torch.stack([losses.flatten().double(), there.double()]))

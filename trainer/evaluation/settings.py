@@ -14,6 +14,7 @@ class EvaluationSettings:
     every: int = 100  # steps; 0 = never
     at_start: bool = False  # validate before the first step too, as step 0: what `init_from` begins with
     rows: int | None = 16  # held-out rows; null = all of them
+    positions: bool = False  # also the loss by position in the document, in buckets 0..15, 16..31, … up to a whole row
     context: int | None = None  # at the end, also score held-out tokens from their last so many tokens alone
     context_rows: int = 8  # held-out rows that this is done on; costs `context` times as much as with whole rows
     baselines: bool = False  # at the end, also count unigrams and bigrams of the training text; recall: chance
@@ -25,6 +26,11 @@ class EvaluationSettings:
         """Raises ValueError for what cannot be, or has no effect on data of this source."""
         at_least("evaluation.every", self.every, 0)
         at_least("evaluation.rows", self.rows, 1)
+        if self.positions and not (self.every or self.at_start):
+            raise ValueError(
+                "evaluation.positions must be false with evaluation.every=0, which validates nothing; got true. "
+                "Set one of the two"
+            )
         at_least("evaluation.context", self.context, 1)
         at_least("evaluation.context_rows", self.context_rows, 1)
         at_least("evaluation.sample_tokens", self.sample_tokens, 0)

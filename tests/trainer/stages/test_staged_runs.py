@@ -28,7 +28,12 @@ from longreach.trainer.trainer import Trainer
 pytestmark = pytest.mark.slow  # whole runs on several ranks
 
 LONG = {"steps": 3, "name": "long", "data.sequence_length": 192, "data.rows_per_step": 2}
-QUIET = {"evaluation__sample_tokens": 0, "evaluation__at_start": False, "checkpoint__asynchronous": False}
+QUIET = {
+    "evaluation__sample_tokens": 0,
+    "evaluation__at_start": False,
+    "evaluation__positions": True,
+    "checkpoint__asynchronous": False,
+}
 STAGES = ({"steps": 4}, LONG | {"model.mixers.softmax.rope_base": 1e6})
 
 
@@ -95,9 +100,14 @@ def close(run: Path, other: Path, after: int = 0) -> None:
     got, expected = ([line for line in lines(each) if line["step"] > after] for each in (run, other))
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     for line, reference in zip(got, expected, strict=True):
-        for key in EXACT:
+        for key in (*EXACT, *buckets(reference, "loss"), *buckets(reference, "targets")):
             if key in reference:
                 assert line[key] == pytest.approx(reference[key], rel=1e-4), (line["step"], key)
+
+
+def buckets(line: dict[str, Any], measure: str) -> list[str]:
+    """What a line says of each bucket of positions, by name."""
+    return [key for key in line if key.startswith(f"validation_{measure}_at_")]
 
 
 def test_steps_are_numbered_on_and_a_border_is_validated_on_both_sides(uninterrupted: Path) -> None:
@@ -110,6 +120,17 @@ def test_steps_are_numbered_on_and_a_border_is_validated_on_both_sides(uninterru
     before, after = [line["validation_loss"] for line in records if "validation_loss" in line][:2]
     assert before != after
     assert (uninterrupted / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_the_loss_by_position_goes_up_to_the_length_of_each_stage(uninterrupted: Path) -> None:
+    validation = [line for line in lines(uninterrupted) if "validation_loss" in line]
+    ends = [max(int(key.rpartition("_")[2]) for key in buckets(line, "loss")) for line in validation]
+    assert ends == [127, 255, 255]  # rows of 96 tokens, and of 192 on both sides of the border
+    for line in validation:
+        losses = [line[key] for key in buckets(line, "loss")]
+        targets = [line[key] for key in buckets(line, "targets")]
+        mean = sum(loss * number for loss, number in zip(losses, targets, strict=True)) / sum(targets)
+        assert mean == pytest.approx(line["validation_loss"], rel=1e-6)
 
 
 def test_no_token_is_read_twice_or_passed_over(texts: Path, uninterrupted: Path) -> None:
