@@ -10,11 +10,11 @@ from torch import Tensor
 from ...kernels.attend import Attend, Decoding
 from ...kernels.documents import PADDING, Documents, Run
 from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
-from ...kernels.largest_logits import SHARPNESS, LatentLogits, SoftmaxLogits
-from ...kernels.latent import Dims, LatentAttend, LatentInputs, expand
+from ...kernels.latent import Dims, LatentAttend, LatentInputs, LatentLogits, expand
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import run
 from ...kernels.softmax import LevelledAttend, LevelledInputs, SoftmaxAttend, SoftmaxInputs
+from ...kernels.softmax.largest_logits import SHARPNESS, SoftmaxLogits
 from ..decoding_cache import Stretch
 from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
@@ -47,7 +47,7 @@ def softmax_attention(
     `[B, T, G or H]`, float32 (float64 for float64), the level of the query less that of the key is added to each
     logit, after `softcap`. `keys_as` and `keys_of` are those of `attention`. `largest` `[H]` is raised to the largest
     scale q k of each head that a query of this rank sees, where that is more, unless nothing is to be differentiated;
-    without softcap and levels. See `longreach.kernels.softmax` and `largest_logits`.
+    without softcap and levels. See `longreach.kernels.softmax` and its `largest_logits`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     settings = (CAUSAL if mask is None else mask).settings, scale, softcap

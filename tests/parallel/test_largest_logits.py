@@ -10,8 +10,8 @@ from parallel_cases import shared
 from torch import Tensor
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.largest_logits import SHARPNESS
 from longreach.kernels.masks import Mask
+from longreach.kernels.softmax.largest_logits import SHARPNESS
 from longreach.parallel import ops
 from longreach.parallel.sequence import Sequence
 

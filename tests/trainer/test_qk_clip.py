@@ -9,6 +9,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from small_model import ADAM, full, make_engine
+from test_trainer import lines, settings, train
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
@@ -23,6 +24,8 @@ from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseA
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
+from longreach.trainer.data.settings import DataSettings, RecallSettings
+from longreach.trainer.evaluation.settings import EvaluationSettings
 from longreach.trainer.optimizers.qk_clip import QKClip, check_clipping
 from longreach.trainer.optimizers.settings import OptimizerSettings
 
@@ -129,8 +132,11 @@ def step_on(rank, world, cases):
     """By stage, dtype and number of sequence ranks: the float32 values, those that the model has, and the factors."""
     results = []
     for stage, dtype, sequence in cases:
-        config = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
-        engine = make_engine(stage, model=make_model, dtype=dtype, config=config)
+        config = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+        if (stage, dtype) == (1, "float32"):
+            config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+        optimizer = replace(ADAM, kind="muon" if stage == 2 else "adamw")
+        engine = make_engine(stage, model=make_model, dtype=dtype, config=config, optimizer=optimizer)
         before = {name: value.clone() for name, value in full(engine).items()}
         mesh, layout = Mesh.create(sequence), Layout(LENGTH, sequence, 2)
         clip = QKClip(engine.module, MOST, mesh, torch.device("cpu"))
@@ -174,6 +180,26 @@ def test_ranks_and_stages_clip_alike():
                 torch.testing.assert_close(
                     factor, one[0][3].get(name, torch.ones(1)), rtol=3e-2 if bfloat16 else 1e-4, atol=0
                 )
+
+
+@pytest.mark.slow
+def test_a_run_logs_the_largest_logit_and_keeps_to_the_bound(tmp_path):
+    """Its first step is alike with a bound and without; one that no logit reaches changes no number."""
+    data = DataSettings("recall", sequence_length=32, rows_per_step=4, vocabulary_size=32)
+    data = replace(data, recall=RecallSettings(pairs=2, length=16))
+    losses, logits = {}, {}
+    for name, most in (("off", None), ("far", 1e6), ("near", 1e-3)):
+        chosen = settings(tmp_path, tmp_path / name, optimizer__qk_clip=most, trainer__steps=3, parallel__sequence=2)
+        chosen.data, chosen.evaluation = data, EvaluationSettings(every=0)
+        run_ranks(2, train, chosen)
+        losses[name] = [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+        logits[name] = [line.get("qk_largest_logit") for line in lines(tmp_path / name) if "loss" in line]
+    assert logits["off"] == [None] * 3
+    assert losses["off"] == losses["far"] != losses["near"]
+    assert losses["near"][0] == losses["off"][0]
+    assert logits["far"][0] == logits["near"][0]
+    assert min(logits["far"]) > 1e-3
+    assert logits["near"][2] < logits["far"][2]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .latent import LatentAttend
-from .softmax import SoftmaxAttend
+from . import SoftmaxAttend
 
 SHARPNESS = 64.0
 
@@ -31,7 +30,3 @@ class OfLogits:
 
 class SoftmaxLogits(OfLogits, SoftmaxAttend):
     """Of `SoftmaxAttend`."""
-
-
-class LatentLogits(OfLogits, LatentAttend):
-    """Of `LatentAttend`."""
