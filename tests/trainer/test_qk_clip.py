@@ -13,10 +13,13 @@ from test_trainer import lines, settings, train
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
+from longreach.kernels.softmax.largest_logits import SHARPNESS
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
 from longreach.models.mixers.softmax.cosine_attention import CosineAttention
+from longreach.models.mixers.softmax.differential_attention import DifferentialAttention
+from longreach.models.mixers.softmax.forgetting_attention import ForgettingAttention
 from longreach.models.mixers.softmax.latent_attention import LatentAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.block_sparse_attention import MoBA
@@ -60,7 +63,7 @@ def initial_value(original, name, shape, seed):
     path, _, layer = name.rpartition(".query.")
     if path in LOUD:
         value = value + 0.01 if layer == "bias" else value
-        value.unflatten(0, (4 if path == "blocks.0.mixer" else 2, -1))[LOUD[path]] *= 200
+        value.unflatten(0, (2 if path == "blocks.1.mixer" else 4, -1))[LOUD[path]] *= 200
     return value
 
 
@@ -126,6 +129,36 @@ def test_loud_heads_are_brought_to_the_bound(checkpointing):
         torch.testing.assert_close(after[head], torch.tensor(MOST), rtol=1e-5, atol=0)
     assert not factors
     assert clip.factors()[1] == -math.inf  # the next step begins anew
+
+
+KINDS = {
+    "rotated": partial(SoftmaxAttention, heads=4, kv_heads=1, bias=True),
+    "convolved": partial(SoftmaxAttention, heads=4, kv_heads=2, conv_size=3, log_length=4),
+    "differential": partial(DifferentialAttention, heads=2),
+    "forgetting": partial(ForgettingAttention, heads=4, qk_norm=None),
+    "latent": partial(LatentAttention, heads=4, latent_rank=6, rope_dim=4, rope_heads=2, sink_logits=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_of_a_head_scale_its_logits_alone(kind):
+    model = make_model(mixers={kind: KINDS[kind]})
+    model.initialise(0)
+    (_, part), seq = next(model.leaves()), Sequence.single(Documents.from_lengths(LENGTHS, LENGTH))
+    queries, heads = part.clipped()
+    found = []
+    for factor in (1.0, 0.5):
+        with torch.no_grad():
+            for parameter in queries.parameters():
+                parameter.unflatten(0, (heads, -1))[2] *= factor
+        part.largest_logits = torch.full((heads,), -math.inf)
+        model(batch(), seq)
+        found.append(part.largest_logits)
+    assert found[0].min() > 0.1
+    assert torch.equal(found[1][[0, 1, 3]], found[0][[0, 1, 3]])
+    above = math.log(LENGTH) / SHARPNESS  # of which each has some
+    assert (found[1][2] - found[0][2] / 2).abs() < above
+    assert found[1][2] < found[0][2] - above
 
 
 def step_on(rank, world, cases):
