@@ -16,6 +16,7 @@ from torch import nn
 from ..parallel.sequence import Sequence
 from .part import Composite, Part
 
+UNMEASURED = "whose largest logits are not measured"
 RECIPE = "examples/04_add_a_mixer.md"
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 SCALARS = (bool, int, float, str)

@@ -13,6 +13,13 @@ from ..kernels.pointwise import tiled
 from ..parallel.sequence import Sequence
 
 
+class Clipped(NamedTuple):
+    """The layer of the queries, whose rows are those of `heads` heads, and in which the logits are linear."""
+
+    queries: nn.Linear
+    heads: int
+
+
 class Part(nn.Module):
     """A part of a block: `[B, T, D]` of this rank's tokens to the same shape. It states what it costs and reports.
 
@@ -44,6 +51,8 @@ class Part(nn.Module):
         of a model that are stateless throughout run on the last token of a prompt alone.
     small: sizes with which a few dozen tokens exercise all of the part. Tests and the doctor replace larger sizes by
         these; the doctor keeps the numbers of heads and groups. A subclass states only what it adds or changes.
+    largest_logits: float32 `[heads]`, where they are measured: what `forward` raises to the largest logit of each head;
+        see `clipped`.
     setting, label: what messages call the part; set by the model.
     """
 
@@ -61,6 +70,7 @@ class Part(nn.Module):
     causal: bool = True
     stateless: bool = False
     small: Mapping[str, int] = MappingProxyType({})
+    largest_logits: Tensor | None = None
     setting: str = ""
     label: str = ""
 
@@ -109,6 +119,10 @@ class Part(nn.Module):
     def idle_parameters(self) -> int:
         """How many of its parameters a token does not use."""
         return 0
+
+    def clipped(self) -> Clipped | str | None:
+        """How QK-clip makes logits smaller, or why it cannot; None for a part without softmax over tokens."""
+        return None
 
     def at_step(self, step: int) -> None:
         """Told before each step of training, counted from 0: for what changes as a run goes on."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ..models.language_model import LanguageModel
 from ..parallel.mesh import Mesh
 from .callback import Callback
 from .checkpoint import checkpoint
@@ -22,6 +23,7 @@ from .data.packing import RowStream
 from .data.reading import Reader
 from .evaluation.callbacks import Sampling, Validation
 from .faults.recovery import Recovery
+from .optimizers.qk_clip import QKClip
 from .preparation import Build, check_origin, extension_of, make_engine, on_meta
 from .ranks.exchange import together
 from .ranks.settings import layout_of, strategy_of
@@ -134,6 +136,8 @@ class Assembly:
         settings = self.settings
         strategy = strategy_of(settings.parallel)
         self.reader = Reader(stream, settings.data, self.layout, strategy, self.mesh, self.device, self.shape)
+        most, model = settings.optimizer.qk_clip, cast(LanguageModel, self.engine.module)
+        self.qk_clip = None if most is None else QKClip(model, most, self.mesh, self.device)
         self.records, self._record = Records(peak), {}
         self.every = settings.logger.interval(self.device.type)
         self.first, self.recovery = self.step, Recovery(self)

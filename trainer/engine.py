@@ -93,6 +93,8 @@ class Engine:
             ranks = mesh.world_size if self.zero_stage else 1  # on stage 0 each rank has everything
             self._optimizer.locate(self._masters.stacks, ranks, dist.group.WORLD)
         self._clip, self._norm = clip, 0.0
+        self._factors: dict[nn.Parameter, Tensor] = {}
+        self._optimizer.register_step_post_hook(self._scale)
         self.stepped = False  # whether the last step changed the weights
         if self.zero_stage == 0:
             self._optimizer.register_step_pre_hook(self._before_step)
@@ -128,9 +130,10 @@ class Engine:
         # DeepSpeed averages over the ranks.
         self._engine.backward(loss * self.mesh.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> Tensor | float:
+    def step(self, learning_rate: float, factors: dict[nn.Parameter, Tensor] | None = None) -> Tensor | float:
         """Clips, steps and clears the gradient; returns its norm over all ranks, before it was clipped.
 
+        factors: after the step the rows of these parameters, in equal blocks, are multiplied by them; not experts'.
         On a GPU the norm is a scalar that is still on the device, unless the optimizer has read it itself. A gradient
         that is not finite steps nothing, and its norm is returned as inf; `stepped` tells, without reading anything.
         """
@@ -138,7 +141,9 @@ class Engine:
             group["lr"] = learning_rate * group["factor"]
         if self._experts is not None:
             self._experts.reduce()
+        self._factors = factors or {}
         self._engine.step()
+        self._factors = {}
         if self.zero_stage == 0:
             self.stepped = math.isfinite(self._norm)
             norm: Tensor | float = self._norm
@@ -249,6 +254,13 @@ class Engine:
 
     def _gather_to_write(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         return self._gathered(parameters, 0)
+
+    def _scale(self, *_: Any) -> None:
+        """Before DeepSpeed copies the float32 values to what the model computes with, from the tensors just stepped."""
+        if self._factors and (self.zero_stage or math.isfinite(self._norm)):
+            flats = {id(flat) for group in self._optimizer.param_groups for flat in group["params"]}
+            for parameter, factors in self._factors.items():
+                self._masters.scale(parameter, factors, flats)
 
     def _before_step(self, *_: Any) -> None:
         # Stage 0 only: the gradients are reduced by now, and DeepSpeed keeps no norm of them.

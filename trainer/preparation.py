@@ -24,6 +24,7 @@ from .data.recall import RecallCorpus
 from .data.tokenizers import SMALLEST_VOCABULARY
 from .engine import Engine, Gather, saved_buffers
 from .optimizers.groups import frozen_parameters, matched
+from .optimizers.qk_clip import check_clipping
 from .ranks.exchange import together
 from .rehearsal import rehearse
 from .schedule import ScheduleSettings, extended
@@ -174,7 +175,7 @@ def check_model(
     check_experts(built, settings.parallel.experts)
     built.check_initial_values()
     check_unread(built.leaves())
-    frozen_parameters(built, settings.optimizer.only)
+    check_clipping(built, settings.optimizer.qk_clip, frozen_parameters(built, settings.optimizer.only))
     matched(built, settings.optimizer.rules)
     saved_buffers(built)
     for line in rehearse(lambda: build(model), settings):

@@ -18,6 +18,7 @@ from .callback import Callback
 from .checkpoint.stored import step_of
 from .data.ahead import Ahead
 from .data.reading import StepPart, prepared
+from .optimizers.qk_clip import LOGIT
 from .preparation import Build
 from .ranks.exchange import from_first_rank, gather, gather_numbers
 from .reported import Reported
@@ -197,11 +198,12 @@ class Trainer(Assembly):
                 checked = self.recovery.guard.checked(loss, reported.add(reports), of_step, work.targets)
                 self.engine.backward(checked[0], work.targets, checked[1])
             rate = self.schedule(self.step)
-            norm = self.engine.step(rate)
+            factors, largest = ({}, None) if self.qk_clip is None else self.qk_clip.factors()
+            norm = self.engine.step(rate, factors)
             losses = gather(torch.cat([totals, totals.new_full((1,), peak_memory_bytes(self.device))]), self.mesh)
             reported.exchange()
             sums = reported.sums()
-            statistics = model.statistics(sums)
+            statistics = model.statistics(sums) | ({} if largest is None else {LOGIT: largest})
             if self.engine.stepped:  # a step that is skipped changes nothing
                 model.update(sums)
         self.step += 1

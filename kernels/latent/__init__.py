@@ -18,6 +18,7 @@ from ..documents import Documents
 from ..masks import Mask, Pattern, Tile
 from ..operation import run
 from ..softmax import SoftmaxAttend, SoftmaxInputs
+from ..softmax.largest_logits import OfLogits
 from .listed import listed_latent_attention as listed_latent_attention
 
 
@@ -138,6 +139,10 @@ class LatentAttend(SoftmaxAttend):
     def _softmax(self) -> SoftmaxAttend:
         """The op on keys and values, with the same settings."""
         return SoftmaxAttend(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+class LatentLogits(OfLogits, LatentAttend):
+    """The largest logits in place of the output."""
 
 
 def check_inputs(q: Tensor, latent: Tensor, expansion: Tensor, sink_logits: Tensor | None = None) -> None:

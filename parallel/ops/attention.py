@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...kernels.attend import Attend, Decoding
 from ...kernels.documents import PADDING, Documents, Run
 from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
-from ...kernels.latent import Dims, LatentAttend, LatentInputs, expand
+from ...kernels.latent import Dims, LatentAttend, LatentInputs, LatentLogits, expand
 from ...kernels.masks import Mask, Pattern
 from ...kernels.operation import run
 from ...kernels.softmax import LevelledAttend, LevelledInputs, SoftmaxAttend, SoftmaxInputs
+from ...kernels.softmax.largest_logits import SHARPNESS, SoftmaxLogits
 from ..decoding_cache import Stretch
 from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
@@ -37,16 +39,20 @@ def softmax_attention(
     slot: str = "attention",
     keys_as: str | None = None,
     keys_of: str | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """o = softmax(scale q kᵀ + mask) v over the whole row: `[B, T, H, V]` in q's type.
 
     q `[B, T, H, K]`; k `[B, T, G, K]` and v `[B, T, G, V]` with G dividing H; `sink_logits` `[H]`. With `levels`
     `[B, T, G or H]`, float32 (float64 for float64), the level of the query less that of the key is added to each
-    logit, after `softcap`. `keys_as` and `keys_of` are those of `attention`. See `longreach.kernels.softmax`.
+    logit, after `softcap`. `keys_as` and `keys_of` are those of `attention`. `largest` `[H]` is raised to the largest
+    scale q k of each head that a query of this rank sees, where that is more, unless nothing is to be differentiated;
+    without softcap and levels. See `longreach.kernels.softmax` and its `largest_logits`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     settings = (CAUSAL if mask is None else mask).settings, scale, softcap
     where: dict[str, Any] = {"seq": seq, "slot": slot, "keys_as": keys_as, "keys_of": keys_of}
+    _raise(largest, SoftmaxLogits, SoftmaxInputs(q, k, v), settings[:2], seq, slot)
     if levels is None:
         return attention(SoftmaxAttend, SoftmaxInputs(q, k, v, sink_logits), settings, **where)
     return attention(LevelledAttend, LevelledInputs(q, k, v, levels, levels, sink_logits), settings, **where)
@@ -73,12 +79,14 @@ def latent_attention(
     scale: float | None = None,
     sink_logits: Tensor | None = None,
     slot: str = "attention",
+    largest: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over keys and values that are linear in a latent: `[B, T, H, V]` in q's type.
 
     q `[B, T, H, R + K]`, latent `[B, T, R + C]`, expansion `[H (K + V), C]`, `sink_logits` `[H]`. What travels and what
     decoding keeps is the latent. Where tokens are exchanged for heads it goes to every rank whole, unless keys and
-    values of a rank's heads are fewer numbers. See `longreach.kernels.latent`.
+    values of a rank's heads are fewer numbers. `largest` is that of `softmax_attention`. See
+    `longreach.kernels.latent`.
     """
     mask, scale = CAUSAL if mask is None else mask, q.shape[-1] ** -0.5 if scale is None else scale
     inputs = LatentInputs(q, latent, expansion, sink_logits)
@@ -86,7 +94,9 @@ def latent_attention(
         heads, key_dim = q.shape[2:]
         if heads * (key_dim + Dims.of(inputs).value) < latent.shape[2] * seq.heads.ranks:
             k, v = expand(latent, expansion, heads=heads, key_dim=key_dim)
-            return softmax_attention(q, k, v, seq=seq, mask=mask, scale=scale, sink_logits=sink_logits, slot=slot)
+            given: dict[str, Any] = {"mask": mask, "scale": scale, "sink_logits": sink_logits, "largest": largest}
+            return softmax_attention(q, k, v, seq=seq, slot=slot, **given)
+    _raise(largest, LatentLogits, LatentInputs(q, latent, expansion), (mask.settings, scale), seq, slot)
     return attention(LatentAttend, inputs, (mask.settings, scale), seq=seq, slot=slot)
 
 
@@ -152,6 +162,18 @@ def with_cached(
         seq.cache.published[keys_as] = rows
     (rows.keep if keys_as is None and keys_of is None else rows.needs)(op.kept(rows.length))
     return inputs._replace(**dict(zip(op.travels, sent, strict=True))), stretches
+
+
+def _raise(
+    largest: Tensor | None, op: type[Attend], inputs: Any, settings: tuple[Any, Any], seq: Sequence, slot: str
+) -> None:
+    """See `softmax_attention`. A recomputation measures the same again."""
+    if largest is None or seq.cache is not None or not torch.is_grad_enabled():
+        return
+    mask, scale = settings
+    with torch.no_grad():
+        logits = attention(op, inputs, (mask, scale * SHARPNESS), seq=seq, slot=f"{slot} logits")
+        largest.copy_(torch.maximum(largest, logits.amax((0, 1, 3))))
 
 
 def documents_of_cached(seq: Sequence, stretches: tuple[Stretch, ...]) -> Documents:

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.latent_attention import LatentAttention
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
+from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.trainer.diagnosis.synchronisation import Synchronisations
+from longreach.trainer.optimizers.qk_clip import QKClip
 
 PRESETS = [preset for preset in MODELS if preset.endswith("_tiny")] + ["quickstart"]
 BY_GATHER, BY_HEADS = Strategy("gather"), Strategy("ulysses", "ulysses")
@@ -71,6 +75,29 @@ def test_other_strategies_wait_for_nothing(mixer: str, strategy: Strategy, world
 @pytest.mark.parametrize("mixer", ["native_sparse_attention", "kimi_delta_attention"])
 def test_recomputation_waits_for_nothing(mixer: str, what: str) -> None:
     assert not waits(layer_of(mixer, activation_checkpointing=what), 2)
+
+
+CLIPPED = {
+    "softmax": partial(SoftmaxAttention, heads=2, window=40),
+    "latent": partial(LatentAttention, heads=2, **LatentAttention.small),
+}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_qk_clip_waits_for_nothing(world: int) -> None:
+    clips: list[QKClip] = []
+
+    def build() -> LanguageModel:
+        model = small_hybrid("lightning_attention", pattern=list(CLIPPED), mixers=CLIPPED, depth=2)
+        clips.append(QKClip(model, 1.0, Mesh(), torch.device("meta")))
+        return model
+
+    assert not waits(build, world)
+    with Synchronisations("meta") as watched:
+        factors, largest = clips[0].factors()
+    assert not watched.found
+    assert largest.device.type == "meta"
+    assert len(factors) == 2
 
 
 class InBackward(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -41,6 +42,7 @@ class OptimizerSettings:
     eps: float = ADAM_EPS  # added to the root of the second moment
     weight_decay: float = 0.1  # of matrices and embeddings
     momentum: float | None = None  # muon: decay of the mean gradient of matrices; null: 0.95
+    qk_clip: float | None = None  # the largest logit that attention heads keep: queries shrink beyond it; null: any
     groups: dict[str, Any] = field(default_factory=dict)  # rules for parameters by their names: docs/optimizers.md
     only: list[str] = field(default_factory=list)  # layers or parameters that train, by their names; empty: all do
 
@@ -58,6 +60,8 @@ class OptimizerSettings:
             raise ValueError(f"optimizer.momentum must come with optimizer=muon; got {self.momentum} with {self.kind}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"optimizer.momentum must lie in [0, 1); got {self.momentum}")
+        if self.qk_clip is not None and not 0 < self.qk_clip < math.inf:
+            raise ValueError(f"optimizer.qk_clip must be positive; got {self.qk_clip}. 100 is usual, null for none")
         for name in self.groups:
             self._check_rule(name)
 

@@ -58,6 +58,27 @@ class Masters:
         values = flat.detach() if kind == "parameter" else self._adam.state[flat][kind]
         return Fragment(start, values.view(-1).narrow(0, offset, length))
 
+    @torch.no_grad()
+    def scale(self, parameter: nn.Parameter, factors: Tensor, flats: set[int]) -> None:
+        """Multiplies a parameter's float32 rows, in as many equal blocks as there are factors.
+
+        Only where its flat tensor is among those of the ids `flats`. Nothing waits for the device.
+        """
+        located = self._locate(parameter)
+        if located is None or id(located[0]) not in flats:
+            return
+        flat, offset, start, length = located
+        values = flat.detach().view(-1).narrow(0, offset, length)
+        block, factors = shape_of(parameter).numel() // len(factors), factors.to(values.device, values.dtype)
+        done = 0
+        while done < length:  # a part of a block at either end at most
+            number, inside = divmod(start + done, block)
+            whole = 0 if inside else (length - done) // block
+            size = whole * block if whole else min(block - inside, length - done)
+            part = values.narrow(0, done, size).view(max(1, whole), -1)
+            part.mul_(factors[number : number + len(part)].unsqueeze(1))
+            done += size
+
     def stacks(self, flat: Tensor) -> list[Stack]:
         """The matrices of the parameters that a flat tensor has parts of, on whichever rank; see `Muon`."""
         number, group = next((n, group) for n, (each, group) in enumerate(self._flat_tensors()) if each is flat)

@@ -14,7 +14,8 @@ from ...layers.normalisation import RMSNorm
 from ...layers.output_gate import output_gate
 from ...layers.rotary import rotary
 from ...layers.short_convolution import ShortConvolution
-from ...mixer import Mixer, check_groups, head_size
+from ...mixer import UNMEASURED, Mixer, check_groups, head_size
+from ...part import Clipped
 
 QK_NORMS = (None, "head", "unweighted", "full")
 
@@ -48,6 +49,7 @@ class Attention(Mixer):
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
 
+    measures_logits = False  # whether `attend` raises `largest_logits`
     shares_keys = False  # whether `attend` can read keys that another layer keeps; it needs the forward of this class
 
     def __init__(
@@ -175,6 +177,13 @@ class Attention(Mixer):
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(Mask()), heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
+
+    def clipped(self) -> Clipped | str | None:
+        if not self.measures_logits:
+            return UNMEASURED
+        if self.qk_norm is not None:
+            return f"whose qk_norm ({self.qk_norm}) bounds logits and undoes a scale of the queries"
+        return Clipped(self.query, self.heads)
 
     def _check_sharing(self, share: int | None, keys_of: str | None, kv_heads: int | None) -> None:
         """Raises ValueError for settings of shared keys that have no effect, or that this attention does not do."""

@@ -25,6 +25,7 @@ class CosineAttention(SoftmaxAttention):
     """
 
     in_float32 = ("log_scale",)
+    measures_logits = False  # cosines undo a scale of the queries
 
     @also_takes(SoftmaxAttention)
     def __init__(self, **attention: Any) -> None:

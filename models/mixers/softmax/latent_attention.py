@@ -15,6 +15,7 @@ from ...layers.normalisation import RMSNorm
 from ...layers.output_gate import output_gate
 from ...layers.rotary import rotary
 from ...mixer import Mixer, head_size
+from ...part import Clipped
 
 
 class LatentAttention(Mixer):
@@ -91,7 +92,8 @@ class LatentAttention(Mixer):
         self.output = nn.Linear(heads * value_dim, width, bias=output_bias)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        return self.gated(x, self.attend(self.queries(self.compressed(x), seq), self.rows(x, seq), seq, self.scale))
+        q = self.queries(self.compressed(x), seq)
+        return self.gated(x, self.attend(q, self.rows(x, seq), seq, self.scale, self.largest_logits))
 
     def gated(self, x: Tensor, out: Tensor) -> Tensor:
         """`[B, T, width]` of what attention gives, `[B, T, heads, value_dim]`."""
@@ -126,6 +128,9 @@ class LatentAttention(Mixer):
         parts = self.rotary(shared.unflatten(-1, (self.rope_heads, -1)).flatten(2, 3), seq)
         return torch.cat([parts.view(shared.shape), rest], dim=-1)
 
+    def clipped(self) -> Clipped | str | None:
+        return Clipped(self.query, self.heads)
+
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(Mask()), heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)
 
@@ -137,8 +142,11 @@ class ExpandedAttention(nn.Linear):
         super().__init__(latent_rank, expanded, bias=False)
         self.sink_logits = None if sinks is None else nn.Parameter(torch.zeros(sinks))
 
-    def forward(self, q: Tensor, rows: Tensor, seq: Sequence, scale: float | None) -> Tensor:  # type: ignore[override]
-        return ops.latent_attention(q, rows, self.weight, seq=seq, scale=scale, sink_logits=self.sink_logits)
+    def forward(  # type: ignore[override]
+        self, q: Tensor, rows: Tensor, seq: Sequence, scale: float | None, largest: Tensor | None = None
+    ) -> Tensor:
+        sinks = self.sink_logits
+        return ops.latent_attention(q, rows, self.weight, seq=seq, scale=scale, sink_logits=sinks, largest=largest)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name != "sink_logits":

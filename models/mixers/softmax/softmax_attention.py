@@ -13,6 +13,7 @@ from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.logit_factor import logit_factor
 from ...mixer import also_takes
+from ...part import Clipped
 from .attention import Attention
 
 
@@ -30,7 +31,7 @@ class SoftmaxAttention(Attention):
     The other settings are those of `Attention`. Raises ValueError as that does.
     """
 
-    shares_keys = True
+    shares_keys = measures_logits = True
 
     @also_takes(Attention)
     def __init__(
@@ -73,7 +74,11 @@ class SoftmaxAttention(Attention):
         return ops.softmax_attention(
             q, k, v, seq=seq, mask=self.mask, scale=scale, softcap=self.softcap, levels=levels,
             sink_logits=self.sink_logits, keys_as=self.keys_as, keys_of=self.keys_of,
+            largest=self.largest_logits,
         )  # fmt: skip
+
+    def clipped(self) -> Clipped | str | None:
+        return super().clipped() if self.softcap is None else "whose softcap bounds logits already"
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(self.mask), heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)

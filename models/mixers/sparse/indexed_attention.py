@@ -11,7 +11,8 @@ from ....kernels.select_blocks import Rule
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.selectors.indexer import Index, Indexer
-from ...mixer import Mixer, also_takes
+from ...mixer import UNMEASURED, Mixer, also_takes
+from ...part import Clipped
 from ..softmax.attention import Attention
 
 
@@ -48,6 +49,9 @@ class Indexed(Mixer):
 
     def at_step(self, step: int) -> None:
         self.dense = step < self.dense_steps
+
+    def clipped(self) -> Clipped | str | None:
+        return UNMEASURED
 
     def lists(self, index: Index, seq: Sequence) -> Tensor | None:
         """What each query lists; None while attention is dense."""

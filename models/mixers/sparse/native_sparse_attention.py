@@ -17,7 +17,8 @@ from ...layers.normalisation import RMSNorm
 from ...layers.rotary import rotary
 from ...layers.selectors.selector import Selector
 from ...layers.short_convolution import ShortConvolution
-from ...mixer import Mixer, check_groups, head_size
+from ...mixer import UNMEASURED, Mixer, check_groups, head_size
+from ...part import Clipped
 from .compression import Compression
 
 COMPRESSIONS = ("mlp", "mean")
@@ -154,6 +155,9 @@ class NativeSparseAttention(Mixer):
 
     def _rotated(self, x: Tensor, seq: Sequence) -> Tensor:
         return x if self.rotary is None else self.rotary(x, seq)
+
+    def clipped(self) -> Clipped | str | None:
+        return UNMEASURED
 
     def mixing_flops(self, seq: Sequence) -> int:
         sizes = {"heads": self.heads, "key_dim": self.key_dim}
