@@ -20,7 +20,7 @@ X = draw(BATCH, LENGTH, WIDTH)
 PAPER = "plain recurrence of the paper"
 
 
-def assert_is(name, oracle, mixer, other, *, tolerance=1e-9, of_elements=None):
+def assert_is(name, oracle, mixer, other, *, tolerance=1e-9):
     """The mixer is `other(x)`, which uses the mixer's own parameters; those that get no gradient are left out."""
     parameters = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
 
@@ -29,7 +29,7 @@ def assert_is(name, oracle, mixer, other, *, tolerance=1e-9, of_elements=None):
         return out[0] if mixer.publishes else out
 
     actual, expected = with_gradients(ours, X, parameters), with_gradients(other, X, parameters)
-    assert_agrees(name, oracle, actual, expected, tolerance=tolerance, of_elements=of_elements)
+    assert_agrees(name, oracle, actual, expected, tolerance=tolerance)
 
 
 def made(mixer):
@@ -125,15 +125,16 @@ def gsa(mixer, attend):
     return other
 
 
-def test_gated_slot_attention_is_that_of_flash_linear_attention():
+def test_gated_slot_attention_is_that_of_flash_linear_attention(monkeypatch):
     recurrent = naive("fla.ops.gsa.naive", "naive_recurrent_gsa")
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # its rounding in float32 differs between CPUs
     mixer = made(GatedSlotAttention(width=WIDTH, heads=4, kv_heads=2, key_dim=5, value_dim=7, slots=3))
 
     def attend(q, k, v, entering, forget):
         return recurrent(q, k, v, entering, forget.log(), scale=1.0)[0]
 
     oracle = "flash-linear-attention, naive_recurrent_gsa"
-    assert_is("gated_slot_attention", oracle, mixer, gsa(mixer, attend), tolerance=1e-6, of_elements=2e-6)
+    assert_is("gated_slot_attention", oracle, mixer, gsa(mixer, attend))
 
 
 def test_gated_slot_attention_is_the_recurrence_of_the_paper():
