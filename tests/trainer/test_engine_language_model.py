@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from distributed import run_ranks
-from small_model import ADAM, full, make_engine, rate
+from small_model import ADAM, GENTLE_ADAM, full, make_engine, rate
 
 from longreach.kernels.documents import Documents
 from longreach.models.activations.recomputation import MODES
@@ -27,7 +27,7 @@ LENGTH, VOCABULARY, ROWS, STEPS, CLIP = 24, 31, 4, 3, 0.1
 LENGTHS = [[7, 17], [24], [1, 2, 21], [12, 12]]
 
 
-def make_model(tied=True, checkpointing="none", std=0.3):
+def make_model(tied=True, checkpointing="none", std=0.12):
     """With tied embeddings, and feed-forward layers that share weights; or with neither."""
     return LanguageModel(
         vocabulary=VOCABULARY,
@@ -59,12 +59,12 @@ def batch(step):
     return tokens, targets
 
 
-def train(rank, world, sequence, spans, stage, dtype, tied, checkpointing, folder=None, steps=STEPS, std=0.3):
+def train(rank, world, sequence, spans, stage, dtype, tied, checkpointing, folder=None, steps=STEPS, std=0.12):
     # Else DeepSpeed splits no parameter as small as these.
     config = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
-    engine = make_engine(
-        stage, model=lambda: make_model(tied, checkpointing, std), dtype=dtype, clip=CLIP, config=config
-    )
+    chosen = GENTLE_ADAM if dtype == "float32" else ADAM
+    build = lambda: make_model(tied, checkpointing, std)  # noqa: E731
+    engine = make_engine(stage, model=build, dtype=dtype, clip=CLIP, config=config, optimizer=chosen)
     mesh = Mesh.create(sequence)
     layout = Layout(LENGTH, sequence, spans)
     norms, losses = [], []
@@ -85,10 +85,13 @@ def train(rank, world, sequence, spans, stage, dtype, tied, checkpointing, folde
     return losses, norms, full(engine)
 
 
-def reference(tied, std=0.3):
+def reference(tied, std=0.12):
+    """One device in float64: what ranks in float32 are off by is their own rounding alone."""
     model = make_model(tied, std=std)
     model.initialise(0)
-    optimizer = torch.optim.AdamW(parameter_groups(model, ADAM.weight_decay), betas=ADAM.betas, eps=ADAM.eps)
+    model.double()
+    chosen = GENTLE_ADAM
+    optimizer = torch.optim.AdamW(parameter_groups(model, chosen.weight_decay), betas=chosen.betas, eps=chosen.eps)
     losses, norms = [], []
     for step in range(STEPS):
         tokens, targets = batch(step)
@@ -101,7 +104,7 @@ def reference(tied, std=0.3):
             group["lr"] = rate(step)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+    return losses, norms, {name: p.detach().float() for name, p in model.named_parameters()}
 
 
 def check(results, tied):
@@ -133,7 +136,7 @@ def test_two_data_times_two_sequence_ranks(stage):
 
 
 def test_bfloat16_gives_equal_norms_on_every_stage():
-    std = 0.05  # with 0.3 roundings change the size of the gradient by up to its own, depending on the seed
+    std = 0.05  # with larger ones roundings change the size of the gradient by up to its own, depending on the seed
     runs = [run_ranks(2, train, 2, 2, stage, "bfloat16", True, "mixing", None, STEPS, std)[0] for stage in (1, 2, 3)]
     losses, norms, _ = reference(True, std)
     for got_losses, got_norms, _ in runs:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from distributed import run_ranks
-from small_model import ADAM, full, make_engine, rate
+from small_model import ADAM, GENTLE_ADAM, full, make_engine, rate
 from torch import nn
 
 from longreach.kernels.documents import Documents
@@ -32,7 +32,7 @@ EXPERTS = {
 }  # fmt: skip
 
 
-def make_model(checkpointing="none", std=0.3):
+def make_model(checkpointing="none", std=0.12):
     return LanguageModel(
         vocabulary=VOCABULARY,
         width=16,
@@ -76,12 +76,14 @@ def step_of(engine, step, mesh, factor=1.0):
     return float(norm)
 
 
-def train(rank, world, sequence, experts, stages, dtype="float32", checkpointing="none", folder=None, std=0.3):
+def train(rank, world, sequence, experts, stages, dtype="float32", checkpointing="none", folder=None, std=0.12):
     """Norms, parameters and buffers after some steps, by stage."""
     results = []
     for stage in stages:
         mesh = Mesh.create(sequence, experts=experts)
-        engine = make_engine(stage, model=lambda: make_model(checkpointing, std), dtype=dtype, clip=CLIP, mesh=mesh)
+        chosen = GENTLE_ADAM if dtype == "float32" else ADAM
+        build = lambda: make_model(checkpointing, std)  # noqa: E731
+        engine = make_engine(stage, model=build, dtype=dtype, clip=CLIP, mesh=mesh, optimizer=chosen)
         norms = [step_of(engine, step, mesh) for step in range(STEPS)]
         buffers = {name: buffer.clone() for name, buffer in engine.named_buffers()}
         results.append((norms, full(engine), buffers))
@@ -90,11 +92,13 @@ def train(rank, world, sequence, experts, stages, dtype="float32", checkpointing
     return results
 
 
-def reference(std=0.3):
-    """The same by torch alone, on the whole batch at once."""
+def reference(std=0.12):
+    """The same by torch alone, on the whole batch at once, in float64."""
     model = make_model(std=std)
     model.initialise(0)
-    optimizer = torch.optim.AdamW(parameter_groups(model, ADAM.weight_decay), betas=ADAM.betas, eps=ADAM.eps)
+    model.double()
+    chosen = GENTLE_ADAM
+    optimizer = torch.optim.AdamW(parameter_groups(model, chosen.weight_decay), betas=chosen.betas, eps=chosen.eps)
     documents, norms, count = Documents.from_lengths(LENGTHS, LENGTH), [], sum(map(sum, LENGTHS))
     for step in range(STEPS):
         tokens, targets = batch(step)
@@ -107,6 +111,7 @@ def reference(std=0.3):
         optimizer.step()
         optimizer.zero_grad()
         model.update({path: reports[path].detach().double() for path in model.sums})
+    model.float()
     return norms, {name: p.detach() for name, p in model.named_parameters()}, saved_buffers(model)
 
 
