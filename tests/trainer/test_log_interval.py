@@ -65,7 +65,7 @@ class Engine:
 
     def backward(self, *rest: object) -> None: ...
 
-    def step(self, rate: float) -> Tensor:
+    def step(self, rate: float, factors: dict[Any, Tensor] | None = None) -> Tensor:
         norm = self.script[self.steps][1]
         self.steps, self.stepped = self.steps + 1, math.isfinite(norm)
         return torch.tensor(norm)

@@ -30,7 +30,7 @@ from .choices import choices, noted_lists
 from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
-OF_THE_CACHE = ("keys_as", "keys_of")  # settings that say where decoding keeps keys, and nothing else
+BESIDE = ("keys_as", "keys_of", "largest")  # say where decoding keeps keys, and what is measured: outputs are the same
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
 SUMMARIES = {  # of windows, known to every rank
     "compressed_attention": ("k", "v"), "select_blocks": ("summaries",), "gate_divergence": ("gate_k",),
@@ -224,7 +224,7 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
         def call(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
             if name == "keep_keys":
                 return op(*args, seq=seq, **kwargs)
-            kwargs = {setting: value for setting, value in kwargs.items() if setting not in OF_THE_CACHE}
+            kwargs = {setting: value for setting, value in kwargs.items() if setting not in BESIDE}
             result = op(*args, seq=seq, **kwargs)
             shape = _first(result).shape
             if name == "local_windows":  # see `replayed`
