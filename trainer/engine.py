@@ -23,6 +23,7 @@ from .optimizers.groups import frozen_parameters as frozen_parameters
 from .optimizers.groups import groups_of
 from .optimizers.settings import OptimizerSettings as OptimizerSettings
 from .ranks.exchange import together
+from .ranks.processes import limit_waiting
 from .zero.experts import ExpertWeights, count_norm, cut_as_made, hide, whole
 from .zero.masters import Fragment, Masters
 from .zero.two_types import reduce_in_float32, split_as_made, types_kept
@@ -85,6 +86,7 @@ class Engine:
         # Stage 1 in bfloat16 prints the machine's memory, asked or not.
         with types_kept(self._deepspeed), redirect_stdout(io.StringIO()):
             self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        limit_waiting()
         if two_types and self.zero_stage == 2:
             reduce_in_float32(self._engine.optimizer)
         self.module = model

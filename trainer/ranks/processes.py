@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ..run.failure import AGAIN
 from . import launchers, peers
@@ -51,6 +52,19 @@ def start(timeout_minutes: float = 10.0, device: str = "auto", *, deterministic:
             f"{os.environ['WORLD_SIZE']}. Start the run with torchrun or deepspeed"
         )
     return chosen
+
+
+def limit_waiting() -> None:
+    """Has groups that a library has made wait no longer than that of all ranks; their own limit is half an hour.
+
+    By private means of torch, as DeepSpeed gives no limit to its groups: a rank that is silent would hold the others.
+    """
+    host = torch.device("cpu")
+    whole = distributed_c10d._get_default_group()
+    limit = whole._get_backend(host).options._timeout
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not whole and dist.get_rank(group) >= 0:
+            distributed_c10d._set_pg_timeout(limit, group)
 
 
 def _meet(backend: str, timeout: timedelta) -> None:
