@@ -26,5 +26,5 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_for "$ranks")}
 export LONGREACH_COMMAND=${LONGREACH_COMMAND:-"bash $(printf %q "$0")"}
 trap '' USR1  # the ranks save and end at this signal; torchrun would die of it
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+exec "$PYTHON" -m longreach.trainer.ranks.torchrun --standalone --nproc-per-node "$ranks" \
     -m longreach.launch.train "${overrides[@]}"

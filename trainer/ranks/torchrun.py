@@ -47,9 +47,12 @@ def main() -> None:
     try:
         run(arguments)
     except ChildFailedError as error:
-        if any(failed.exitcode != AGAIN for failed in error.failures.values()):
+        codes = {failed.exitcode for failed in error.failures.values()}
+        # A rank that leaves with 1 has said why, and torchrun has ended the others.
+        said = 1 in codes and codes <= {1, -signal.SIGTERM}
+        if not said and codes != {AGAIN}:
             raise
-        sys.exit(AGAIN)
+        sys.exit(1 if said else AGAIN)
 
 
 if __name__ == "__main__":

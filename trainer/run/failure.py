@@ -100,9 +100,9 @@ def catch_termination() -> None:
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and _interrupt():
             return
+        _State.asked = max(_State.asked, number)
         if _State.ending:
             return
-        _State.asked = max(_State.asked, number)
         if number == signal.SIGTERM:
             if not _State.stepping:
                 raise Stopped
@@ -239,10 +239,10 @@ def remedy(error: object) -> str:
 def _first() -> bool:
     if not dist.is_initialized():
         # Before the ranks have met, most errors are those of all: the first rank speaks, and another one only if the
-        # launcher has not ended it by then.
+        # launcher has not asked it to end by then.
         if int(os.environ.get("RANK", "0")):
             time.sleep(GRACE_SECONDS)
-        return True
+        return _State.asked != signal.SIGTERM
     if dist.get_world_size() == 1:
         return True
     if (others := peers.joined()) is not None:
