@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from test_callback import MODEL
 
 from longreach.launch.build import build
 from longreach.parallel.mesh import Mesh
@@ -26,21 +27,6 @@ from longreach.trainer.settings import Settings, TrainerSettings
 from longreach.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # whole runs
-
-MODEL = {
-    "_target_": "longreach.models.language_model.LanguageModel",
-    "width": 16,
-    "depth": 1,
-    "pattern": ["softmax"],
-    "mixers": {
-        "softmax": {
-            "_target_": "longreach.models.mixers.softmax.softmax_attention.SoftmaxAttention",
-            "_partial_": True,
-            "heads": 2,
-        }
-    },
-    "feed_forward": {"_target_": "longreach.models.feed_forward.swiglu.SwiGLU", "_partial_": True, "hidden": 16},
-}
 
 
 @pytest.fixture

@@ -87,12 +87,7 @@ def open_token_cache(
         log.info("token cache %s built in %.1f s", directory, time.monotonic() - started)
 
     if not (directory / METADATA_FILE).is_file():
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            _build_once(directory, build, wait_s)
-        except OSError as error:
-            message = f"data.cache_dir must be a folder with room that can be written; got {directory.parent}: {error}"
-            raise ValueError(f"{message}. Name another") from None
+        _make(directory, build, wait_s)
     try:
         return TokenCache(directory)
     except (OSError, ValueError, KeyError) as error:  # Arrow's and JSON's complaints are ValueErrors
@@ -112,13 +107,17 @@ def open_tokenizer(
         train_tokenizer(temporary, source, vocabulary_size=vocabulary_size, validation_fraction=validation_fraction)
 
     if not directory.is_dir():
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            _build_once(directory, build, wait_s)
-        except OSError as error:
-            message = f"data.cache_dir must be a folder with room that can be written; got {directory.parent}: {error}"
-            raise ValueError(f"{message}. Name another") from None
+        _make(directory, build, wait_s)
     return load_tokenizer(directory)
+
+
+def _make(directory: Path, build: Callable[[Path], None], wait_s: float) -> None:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _build_once(directory, build, wait_s)
+    except OSError as error:
+        message = f"data.cache_dir must be a folder with room that can be written; got {directory.parent}: {error}"
+        raise ValueError(f"{message}. Name another") from None
 
 
 def _build_once(directory: Path, build: Callable[[Path], None], wait_s: float) -> None:
