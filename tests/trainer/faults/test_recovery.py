@@ -66,9 +66,9 @@ def spoiled(rank: int, world: int, chosen: Settings) -> tuple[list[bool], list[s
             fragments = [trainer.engine.fragment(x, "parameter") for _, x in trainer.engine.named_parameters()]
             return [fragment.values.clone() for fragment in fragments]
 
-        def watched(rate: float) -> Any:
+        def watched(*inputs: Any) -> Any:
             before = weights()
-            norm = step(rate)
+            norm = step(*inputs)
             changed.append(any(not torch.equal(*both) for both in zip(before, weights(), strict=True)))
             return norm
 
