@@ -77,6 +77,10 @@ class Attend(ABC):
     def kept(self, length: int) -> Intervals:
         """Which of the first `length` positions queries after them can see: what a decoding cache has to keep."""
 
+    def most_kept(self, length: int, beginnings: int = 1) -> int:
+        """At most so many of `length` columns are kept at any time, of rows whose position 0 is in so many columns."""
+        return length
+
     @abstractmethod
     def attend(self, inputs: Any, received: tuple[Tensor, ...], tile: Any, backend: str) -> tuple[Tensor, Tensor]:
         """out `[B, T, H, V]` and log-sum-exp `[B, T, H]` over the keys `received`.
@@ -152,6 +156,9 @@ class MaskedAttend(Attend):
 
     def kept(self, length: int) -> Intervals:
         return self.mask.kept(length)
+
+    def most_kept(self, length: int, beginnings: int = 1) -> int:
+        return self.mask.most_kept(length, beginnings)
 
 
 class ListedAttend(Attend):

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
 from ..models.activations.recomputation import SETTINGS as MEMORY
-from ..models.decoding import generate as draw
+from ..models.decoding import continue_all
 from ..models.language_model import LanguageModel
 from ..trainer.checkpoint import checkpoint
 from ..trainer.checkpoint.choice import locate, read_config
@@ -27,8 +28,12 @@ class GenerationSettings:
     """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken."""
 
     checkpoint: str | None = None
-    prompt: str = ""
+    prompt: Any = ""  # a text, which is streamed, or a list of texts
+    prompts: str | None = None  # in place of prompt, a file with a text in every line
     max_new_tokens: int = 256
+    max_length: int | None = None  # of prompt and new tokens together
+    batch_size: int = 8  # prompts at once, each of whatever length
+    prefill_tokens: int | None = 4096  # of a prompt that are read at a time; null reads it at once
     temperature: float = 0.8  # 0 takes the likeliest token
     top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
     stop: list[str] = field(default_factory=list)  # texts at which to end; the end of a document always ends
@@ -43,28 +48,76 @@ def generate(settings: GenerationSettings) -> None:
     """Prints the prompt and what the model adds, piece by piece. Raises ValueError for what cannot be."""
     if not settings.checkpoint:
         raise ValueError("checkpoint must be given; got none. Name a run or a checkpoint: checkpoint=runs/NAME/TIME")
-    if not settings.prompt:
-        raise ValueError('prompt must be a text for the model to continue; got none. Give prompt="..."')
+    texts = _prompts(settings)
+    if settings.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {settings.batch_size}")
     if any(not text for text in settings.stop):
         raise ValueError("stop must be texts that are not empty; got an empty one. Remove it")
-    device = _device(settings.device)
+    device = device_of(settings.device)
     model, tokenizer = load(locate(home(settings.checkpoint, "checkpoint"), "checkpoint"), device)
-    drawn = draw(
-        model,
-        prompt_ids(tokenizer, settings.prompt, model.vocabulary),
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        stop=(tokenizer.end_of_text,),
-        known=tokenizer.ids(),
-        seed=settings.seed,
-        device=device,
-    )
-    sys.stdout.write(settings.prompt)
-    for piece in until(text_pieces(tokenizer, settings.prompt, drawn), settings.stop):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    prompts = [prompt_ids(tokenizer, text, model.vocabulary) for text in texts]
+    most = max(map(len, prompts)) + settings.max_new_tokens if settings.max_length is None else settings.max_length
+    if settings.max_length is not None and max(map(len, prompts)) >= most:
+        raise ValueError(f"max_length must exceed every prompt; got {most} for one of {max(map(len, prompts))} tokens")
+    for first in range(0, len(texts), settings.batch_size):
+        some = slice(first, first + settings.batch_size)
+        for text in _texts(model, tokenizer, texts[some], prompts[some], settings, most, settings.seed + first, device):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def _prompts(settings: GenerationSettings) -> list[str]:
+    """The texts to continue. Raises ValueError where there are none, or in two places."""
+    if settings.prompts is not None:
+        if settings.prompt:
+            raise ValueError("prompt must be left out where prompts names a file; got both")
+        file = Path(home(settings.prompts, "prompts"))
+        if not file.is_file():
+            raise ValueError(f"prompts must name a file with a text in every line; got {settings.prompts}")
+        texts = [line for line in file.read_text().splitlines() if line]
+    else:
+        texts = [settings.prompt] if isinstance(settings.prompt, str) else [str(text) for text in settings.prompt]
+    if not texts or not all(texts):
+        raise ValueError('prompt must be a text for the model to continue; got none. Give prompt="..."')
+    return texts
+
+
+def _texts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    prompts: list[list[int]],
+    settings: GenerationSettings,
+    most: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[str]:
+    """What is written of some prompts that are continued together: of one as it is drawn, of several at the end."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    before = [tokenizer.encode(text)[-8:] for text in texts]
+
+    def ends(row: int, token: int) -> bool:
+        ids[row].append(token)
+        added = tokenizer.decode(before[row] + ids[row]) if settings.stop and len(texts) > 1 else ""
+        full = len(prompts[row]) + len(ids[row]) >= most
+        return full or any(stop in added[len(tokenizer.decode(before[row])) :] for stop in settings.stop)
+
+    rows = continue_all(
+        model, prompts, max_new_tokens=min(settings.max_new_tokens, most - min(map(len, prompts))),
+        temperature=settings.temperature, top_p=settings.top_p, stop=(tokenizer.end_of_text,), ends=ends,
+        known=tokenizer.ids(), seed=seed, prefill_tokens=settings.prefill_tokens, device=device,
+    )  # fmt: skip
+    if len(texts) == 1:
+        yield texts[0]
+        yield from until(
+            text_pieces(tokenizer, texts[0], (token for (token,) in rows if token is not None)), settings.stop
+        )
+        yield "\n"
+        return
+    for _ in rows:
+        pass
+    for text, added in zip(texts, ids, strict=True):
+        yield text + "".join(until(text_pieces(tokenizer, text, added), settings.stop)) + "\n"
 
 
 def load(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
@@ -120,7 +173,7 @@ def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     yield pending
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):

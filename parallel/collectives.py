@@ -96,6 +96,22 @@ class Gathering:
         return self._out
 
 
+def gathered(x: Tensor, group: Group, ranks: int) -> Tensor:
+    """`[…]` of every rank of a group, in the order of ranks: `[ranks, …]`."""
+    x, out = x.contiguous(), x.new_empty((ranks, *x.shape))
+    sent()["gather"] += (ranks - 1) * _bytes(x)
+    if isinstance(group, ThreadGroup):
+        group.all_gather(out.view(-1), x.view(-1))
+    else:
+        all_gather(out.view(-1), x.view(-1), group=group)
+    return out
+
+
+def of_last(x: Tensor, seq: Sequence) -> Tensor:
+    """What the rank that holds the last span of the row has of x, on every rank."""
+    return Gathering(x, seq).wait()[seq.layout.last_rank]
+
+
 def in_row_order(gathered: Tensor, seq: Sequence) -> list[Tensor]:
     """`[P, spans, …]` to one tensor per span, in the order of the row."""
     layout = seq.layout

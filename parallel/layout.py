@@ -47,6 +47,11 @@ class Layout:
             turn * self.ranks + (rank if turn % 2 == 0 else self.ranks - 1 - rank) for turn in range(self.spans)
         )
 
+    @property
+    def last_rank(self) -> int:
+        """The rank that holds the last span of the row."""
+        return self.ranks - 1 if self.spans % 2 else 0
+
     def shard(self, x: Tensor, rank: int) -> Tensor:
         """`[B, N, …]` to the `[B, T, …]` of `rank`."""
         if self.ranks == 1:

@@ -16,7 +16,7 @@ from ..kernels.documents import Documents, per_token
 from ..kernels.masks import Pattern
 from ..kernels.operation import Kept
 from ..kernels.pointwise import Rotation, rotations
-from .decoding_cache import DecodingCache
+from .decoding_cache import DecodingCache, Stretch
 from .layout import Layout
 from .mesh import Experts, Group, Heads, Mesh
 from .strategy import Strategy
@@ -130,15 +130,35 @@ class Sequence(Deriving):
         backend: str = "auto",
         experts: Experts | None = None,
     ) -> Sequence:
-        """The next `length` tokens of one document per row, after the `cache.length` tokens that the cache has seen."""
-        documents = Documents.whole(batch, length, position=cache.length)
+        """The next `length` tokens of one document per row, after the `cache.length` columns that the cache has seen.
+
+        Where ranks share the cache each of them has all the tokens. Raises ValueError for more than it has room for.
+        """
+        cache.require(length)
+        documents = cache.columns.documents(batch, (Stretch(0, length, cache.length),))
         return cls(documents, Layout(length), backend=backend, cache=cache, experts=experts)
+
+    @classmethod
+    def prefilling(cls, cache: DecodingCache, batch: int, layout: Layout, experts: Experts | None = None) -> Sequence:
+        """The first tokens of one document per row, dealt to the ranks that share the cache, more than one.
+
+        Ops run by a ring and by state passing, and leave keys and values where they are.
+        """
+        cache.require(layout.length)
+        columns, whole = cache.columns, Stretch(0, layout.length, 0)
+        columns.shared = layout.length
+        documents = columns.documents(batch, (whole,))
+        return cls(documents, layout, columns.rank, columns.group, cache=cache, experts=experts)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each rank has all tokens, and keys of earlier ones come from the cache."""
+        return self.cache is not None and self.layout.ranks == 1
 
     @property
     def last_token(self) -> Sequence:
         """Of a sequence that decodes: the same for the last of its tokens alone."""
-        assert self.cache is not None
-        documents = Documents.whole(self.documents.batch, 1, position=self.cache.length + self.layout.length - 1)
+        documents = self.documents.slice(self.layout.length - 1, self.layout.length)
         return replace(self, documents=documents, layout=Layout(1), _derived=_Derived(), handle=_new_handle())
 
     def at(self, layer: int, mixer: str = "") -> Sequence:

@@ -217,6 +217,15 @@ class Pattern(Plain, ABC):
         begins = [max(band.first, length - band.back, length // band.block * band.block) for band in self.bands]
         return union([(begin, min(band.last, length)) for begin, band in zip(begins, self.bands, strict=True)])
 
+    def most_kept(self, length: int, beginnings: int = 1) -> int:
+        """At most so many of `length` columns are kept at any time, of rows whose position 0 is in so many columns."""
+        total = 0
+        for band in self.bands:
+            each = min(min(band.last, length) - band.first, band.back, band.block - 1)
+            moves = band.last >= length and band.block >= length  # a window ends where all rows have come to
+            total += max(0, each) * (1 if moves else beginnings)
+        return min(total, length)
+
     def tile(self, queries: Documents, keys: Documents) -> Tile | None:
         """The work of `queries` against `keys`; None where the pattern leaves none: no send or call is needed then."""
         pieces = joined(queries.columns, keys.columns)

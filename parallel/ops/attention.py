@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.attend import Attend, Decoding
-from ...kernels.documents import PADDING, Documents, Run
+from ...kernels.attend import Attend, ListedAttend
+from ...kernels.documents import Documents
 from ...kernels.gated_linear.whole import KernelAttend, KernelInputs
 from ...kernels.latent import Dims, LatentAttend, LatentInputs, LatentLogits, expand
 from ...kernels.masks import Mask, Pattern
+from ...kernels.masks.pattern import Intervals
 from ...kernels.operation import run
 from ...kernels.softmax import LevelledAttend, LevelledInputs, SoftmaxAttend, SoftmaxInputs
 from ...kernels.softmax.largest_logits import SHARPNESS, SoftmaxLogits
-from ..decoding_cache import Stretch
+from ..decoding_cache import CachedRows, Stretch
 from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
+from ..strategies.cached import OverCached
 from ..strategies.gather import gather
 from ..strategies.ring import ring
 from ..strategies.ulysses import ulysses
@@ -65,7 +67,7 @@ def keep_keys(k: Tensor, v: Tensor, *, seq: Sequence, keys_as: str, slot: str = 
     """
     if seq.cache is not None:
         rows = seq.cache.published[keys_as] = seq.cache.rows_of(seq.layer, slot)
-        rows.append((k, v))
+        append(rows, (k, v), seq, seq.cache.columns.room(_all))
     return k, v
 
 
@@ -132,36 +134,56 @@ def attention(
     uses the name is meant. See `longreach.kernels.attend`.
     """
     check_class("attention", op)
-    if seq.cache is not None:
+    if seq.decodes:
         made = op(*settings)
         extended, stretches = with_cached(made, inputs, seq, slot, keys_as, keys_of)
-        return run(Decoding(made), extended, (tile_of_cached(seq, made, stretches), seq.backend))[0]
+        return over_cached(made, extended, seq, tile_of_cached(seq, made, stretches))
     strategy = seq.exchange("attention")
     build, arguments = gather if strategy == "gather" else ring, (until, op, *settings)
     if strategy == "ulysses" and seq.heads is not None:
         without_heads = tuple(op.record._fields.index(name) for name in op.without_heads)  # type: ignore[attr-defined]
         build, arguments = ulysses, (seq.heads.ranks, without_heads, build, *arguments)
-    return mix(build, arguments, inputs, seq, slot)[0]
+    out = mix(build, arguments, inputs, seq, slot)[0]
+    if seq.cache is not None and until is None:
+        with_cached(op(*settings), inputs, seq, slot, keys_as, keys_of)
+    return out
 
 
 def with_cached(
     op: Attend, inputs: Any, seq: Sequence, slot: str, keys_as: str | None = None, keys_of: str | None = None
 ) -> tuple[Any, tuple[Stretch, ...]]:
-    """The inputs with the cached keys before the new ones, and where in the document these keys are.
+    """The inputs with the keys that this rank keeps and the new ones in place of these, and which columns they are of.
 
     The cache keeps those that a later query, of any layer that reads them, can still see.
     """
     assert seq.cache is not None
     if keys_of is None:
         rows = seq.cache.rows_of(seq.layer, slot)
-        sent, stretches = rows.append(op.sent(inputs))
+        sent, stretches = append(rows, op.sent(inputs), seq, seq.cache.columns.room(op.most_kept))
     else:
         rows = seq.cache.published[keys_of]
         sent, stretches = rows.view()
     if keys_as is not None:
         seq.cache.published[keys_as] = rows
-    (rows.keep if keys_as is None and keys_of is None else rows.needs)(op.kept(rows.length))
+    (rows.keep if keys_as is None and keys_of is None else rows.needs)(seq.derive(_kept, op, rows.length))
     return inputs._replace(**dict(zip(op.travels, sent, strict=True))), stretches
+
+
+def append(
+    rows: CachedRows, parts: tuple[Tensor, ...], seq: Sequence, room: int | None
+) -> tuple[tuple[Tensor, ...], tuple[Stretch, ...]]:
+    """Rows with those of this rank's tokens, as far as it is the rank that keeps them."""
+    assert seq.cache is not None
+    columns = seq.derive(_columns_kept)
+    appended = rows.append(parts if columns else tuple(x[:, :0] for x in parts), room, columns)
+    rows.length = seq.cache.length + seq.layout.length  # on every rank
+    return appended
+
+
+def over_cached(op: Attend, inputs: Any, seq: Sequence, tile: Any) -> Tensor:
+    """Attention of new queries over the keys that the ranks keep: `[B, T, H, V]` in q's type."""
+    assert seq.cache is not None
+    return run(OverCached(op, seq.cache.columns), inputs, (tile, seq.backend))[0]
 
 
 def _raise(
@@ -181,15 +203,43 @@ def documents_of_cached(seq: Sequence, stretches: tuple[Stretch, ...]) -> Docume
     return seq.derive(_documents_of_cached, stretches)
 
 
+def documents_so_far(seq: Sequence) -> Documents:
+    """The documents of all tokens so far, the new ones among them, while decoding."""
+    assert seq.cache is not None
+    return documents_of_cached(seq, (Stretch(0, seq.cache.length + seq.layout.length, 0),))
+
+
 def tile_of_cached(seq: Sequence, op: Attend, stretches: tuple[Stretch, ...]) -> Any:
     """The work of the new queries against cached keys and the new ones; the same of all layers that keep as many."""
     return seq.derive(_tile_of_cached, op, stretches)
 
 
 def _documents_of_cached(seq: Sequence, stretches: tuple[Stretch, ...]) -> Documents:
-    runs = [Run(0, *part) if part.position >= 0 else Run(PADDING, part.start, part.length, 0) for part in stretches]
-    return Documents.of_runs([runs] * seq.documents.batch, sum(part.length for part in stretches))
+    assert seq.cache is not None
+    return seq.cache.columns.documents(seq.documents.batch, stretches)
 
 
 def _tile_of_cached(seq: Sequence, op: Attend, stretches: tuple[Stretch, ...]) -> Any:
-    return op.tile(seq.local, documents_of_cached(seq, stretches))
+    keys = documents_of_cached(seq, stretches)
+    if isinstance(op, ListedAttend):
+        return op.tile(seq.local, keys, op.layout(documents_so_far(seq)))
+    return op.tile(seq.local, keys)
+
+
+def _columns_kept(seq: Sequence) -> tuple[tuple[int, int], ...]:
+    """The (first, number) of the columns of this rank's tokens that it keeps the keys of."""
+    assert seq.cache is not None
+    if seq.decodes:
+        columns = seq.cache.columns
+        return ((columns.length, seq.layout.length),) if columns.holder() == columns.rank else ()
+    length = seq.layout.span_length
+    return tuple((span * length, length) for span in seq.layout.spans_of(seq.rank))
+
+
+def _kept(seq: Sequence, op: Attend, column: int) -> Intervals:
+    assert seq.cache is not None
+    return seq.cache.columns.kept(op.kept, column)
+
+
+def _all(columns: int, beginnings: int) -> int:
+    return columns

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels import short_conv as kernels
 from ..sequence import Sequence
-from ..strategies.halo import halo
+from ..strategies.halo import halo, last_rows
 
 
 def short_conv(
@@ -59,11 +59,14 @@ def token_shift(x: Tensor, *, seq: Sequence, slot: str = "shift") -> Tensor:
 
 def _with_history(x: Tensor, seq: Sequence, width: int, slot: str) -> tuple[Tensor, Tensor | None]:
     """Folded spans of x, and the `width` rows before each: from other ranks, or from the decoding cache."""
-    if seq.cache is None:
+    if not seq.decodes:
         folded = seq.fold(x)
         if seq.layout.ranks == 1:
             seq.claim(slot)  # decoding needs the slot even where there is no halo
+        if seq.cache is not None:
+            seq.cache.states[seq.layer, slot] = last_rows(folded, seq, width)
         return folded, halo(folded, seq, width, slot)
+    assert seq.cache is not None
     history = seq.cache.states.get((seq.layer, slot))
     if history is None:
         history = x.new_zeros(x.shape[0], width, *x.shape[2:])

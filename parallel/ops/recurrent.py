@@ -20,7 +20,7 @@ from ...kernels.serial import Serial
 from ...kernels.slot_attention import SlotInputs, SlotRecurrence
 from ...kernels.slstm import SLSTMInputs, SLSTMRecurrence
 from ...kernels.wkv import WKVInputs, WKVRecurrence
-from ..operation import Operation, Setting, check_class, mix
+from ..operation import Setting, check_class, mix
 from ..sequence import Sequence
 from ..strategies.serial import SerialPassing
 from ..strategies.state_passing import StatePassing
@@ -223,8 +223,11 @@ def recurrent(
     `settings` are plain values, by which a compiled graph is keyed. See `longreach.kernels.recurrence`.
     """
     check_class("recurrent", op)
-    if seq.cache is not None:
+    if seq.decodes:
         return _decoded(op(*settings), inputs, seq, slot)
+    if seq.cache is not None:
+        out, seq.cache.states[seq.layer, slot] = _state_passing(op, seq.rank, *settings).prefill(inputs, seq)
+        return out
     if seq.exchange("recurrent") == "ulysses" and seq.heads is not None:
         ranks = seq.heads.ranks
         arguments = (ranks, op.common, _state_passing, op, seq.rank // ranks, *settings)
@@ -244,6 +247,6 @@ def _decoded(op: Recurrence[Any], inputs: tuple[Tensor | None, ...], seq: Sequen
     return out
 
 
-def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> Operation:
+def _state_passing(op: type[Recurrence[Any]], rank: int, *settings: Setting) -> StatePassing | SerialPassing:
     made = op(*settings)
     return SerialPassing(made) if isinstance(made, Serial) else StatePassing(made, rank)

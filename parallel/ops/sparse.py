@@ -10,10 +10,8 @@ from torch import Tensor
 
 from ...kernels.attend import OnOneDevice
 from ...kernels.block_sparse import BlockSparseAttend, BlockSparseInputs, sparse_lists
-from ...kernels.block_sparse import block_sparse_attention as local_block_sparse_attention
 from ...kernels.compressed import CompressedAttend
 from ...kernels.compressed.folding import Folding
-from ...kernels.documents import Documents
 from ...kernels.latent.listed import ListedLatentAttend, ListedLatentInputs
 from ...kernels.masks import Pattern
 from ...kernels.operation import Tensors, run
@@ -21,6 +19,7 @@ from ...kernels.plain import made_of
 from ...kernels.select_blocks import Choices, Rule, choose
 from ...kernels.softmax import SoftmaxAttend, SoftmaxInputs
 from ...kernels.windows import WindowLayout
+from ..decoding_cache import Stretch
 from ..operation import Operation, mix
 from ..sequence import Sequence
 from ..strategies.listed_blocks import by_blocks
@@ -30,11 +29,20 @@ from ..strategies.windows import (
     LocalWindows,
     WindowMeans,
     check_windows,
+    keep_last_rows,
     summaries_decoded,
     windows_decoded,
 )
 from ..strategies.windows import windows_held as windows_held
-from .attention import CAUSAL, attention, documents_of_cached, tile_of_cached, with_cached
+from .attention import (
+    CAUSAL,
+    attention,
+    documents_of_cached,
+    documents_so_far,
+    over_cached,
+    tile_of_cached,
+    with_cached,
+)
 
 
 def block_sparse_attention(
@@ -61,11 +69,12 @@ def block_sparse_attention(
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     inputs = BlockSparseInputs(q, k, v, blocks)
     settings: tuple[Any, ...] = (block_size, query_block, mask.settings, scale)
-    if seq.cache is None:
-        if dense_length:
-            sparse = sparse_lists(blocks, seq.positions(q.device), dense_length, query_block)
-            inputs = inputs._replace(blocks=sparse)
-        sparsely = mix(by_blocks, (BlockSparseAttend, *settings), inputs, seq, slot)[0]
+    op, dense_op = BlockSparseAttend(block_size, query_block, mask, scale), SoftmaxAttend(mask, scale)
+    sparse = _lists(inputs, seq, dense_length, query_block)
+    if not seq.decodes:
+        sparsely = mix(by_blocks, (BlockSparseAttend, *settings), sparse, seq, slot)[0]
+        if seq.cache is not None:
+            with_cached(op, inputs, seq, slot)
         if not dense_length:
             return sparsely
         dense = attention(
@@ -73,19 +82,14 @@ def block_sparse_attention(
             until=dense_length,
         )  # fmt: skip
         return dense + sparsely  # each is 0 where the other is not
-    op = BlockSparseAttend(block_size, query_block, mask, scale)
-    extended, stretches = with_cached(op, inputs, seq, slot)
-    if seq.cache.length >= dense_length:
-        return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
-    if seq.cache.length + q.shape[1] <= dense_length:
-        dense = SoftmaxAttend(mask, scale)
+    extended, stretches = with_cached(op, sparse, seq, slot)
+    positions, parts = seq.derive(_positions_met), []
+    if positions.stop > dense_length:
+        parts.append(over_cached(op, extended, seq, tile_of_cached(seq, op, stretches)))
+    if positions.start < dense_length:
         tensors = SoftmaxInputs(q, extended.k, extended.v)
-        return run(OnOneDevice(dense), tensors, (tile_of_cached(seq, dense, stretches), seq.backend))[0]
-    keys = documents_of_cached(seq, stretches)
-    return local_block_sparse_attention(  # type: ignore[return-value]
-        q, extended.k, extended.v, blocks, block_size=block_size, query_block=query_block, mask=mask,
-        documents=seq.local, key_documents=keys, scale=scale, dense_length=dense_length, backend=seq.backend,
-    )  # fmt: skip
+        parts.append(over_cached(dense_op, tensors, seq, seq.derive(_dense_tile, dense_op, stretches, dense_length)))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def listed_latent_attention(
@@ -106,12 +110,15 @@ def listed_latent_attention(
     decoding keeps the rows. See `longreach.kernels.latent.listed`.
     """
     inputs = ListedLatentInputs(q, latent, blocks)
-    if seq.cache is None:
-        settings = block_size, 1, CAUSAL.settings, scale, latent_rank
-        return mix(by_blocks, (ListedLatentAttend, *settings), inputs, seq, slot)[0]
     op = ListedLatentAttend(block_size, 1, CAUSAL, scale, latent_rank)
+    if not seq.decodes:
+        settings = block_size, 1, CAUSAL.settings, scale, latent_rank
+        out = mix(by_blocks, (ListedLatentAttend, *settings), inputs, seq, slot)[0]
+        if seq.cache is not None:
+            with_cached(op, inputs, seq, slot)
+        return out
     extended, stretches = with_cached(op, inputs, seq, slot)
-    return run(OnOneDevice(op), extended, (tile_of_cached(seq, op, stretches), seq.backend))[0]
+    return over_cached(op, extended, seq, tile_of_cached(seq, op, stretches))
 
 
 def compressed_attention(
@@ -132,7 +139,7 @@ def compressed_attention(
     without a gradient. See `longreach.kernels.compressed`.
     """
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    if seq.cache is None:
+    if not seq.decodes:
         out, lse = mix(replicated, (CompressedAttend, size, stride, scale), (q, k, v), seq, slot)
         return out, lse.detach()
     folding = seq.derive(_folding, size, stride, k.shape[1])
@@ -159,22 +166,34 @@ def select_blocks(
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     q, summaries = q.detach(), summaries.detach()
     lse, weights = (None if x is None else x.detach() for x in (lse, weights))
-    if seq.cache is None:
+    if not seq.decodes:
         return mix(BlockSelection, (scale, rule.settings), (q, summaries, lse, weights), seq, slot)[0]
     choices = seq.derive(_choices, rule)
     return choose(q, summaries, rule=rule, choices=choices, scale=scale, lse=lse, weights=weights, backend=seq.backend)
 
 
-def _decoded_row(seq: Sequence, before: int) -> Documents:
-    """The documents of all tokens so far, while decoding."""
-    return Documents.whole(seq.documents.batch, before + seq.documents.length)
+def _lists(inputs: BlockSparseInputs, seq: Sequence, dense_length: int, query_block: int) -> BlockSparseInputs:
+    """The inputs without the lists of queries below `dense_length`."""
+    if not dense_length or (seq.decodes and seq.derive(_positions_met).start >= dense_length):
+        return inputs
+    positions = seq.positions(inputs.q.device)
+    return inputs._replace(blocks=sparse_lists(inputs.blocks, positions, dense_length, query_block))
+
+
+def _positions_met(seq: Sequence) -> slice:
+    """From the first position in its document of any token to the one after the last."""
+    runs = seq.local.columns.at(seq.local.columns.real)
+    return slice(int(runs.position.min()), int(runs.end_position.max())) if len(runs.row) else slice(0, 1)
+
+
+def _dense_tile(seq: Sequence, op: SoftmaxAttend, stretches: tuple[Stretch, ...], until: int) -> Any:
+    """Of the new queries below a position against cached keys and the new ones, while decoding."""
+    return op.tile(seq.local.up_to(until), documents_of_cached(seq, stretches))
 
 
 def _folding(seq: Sequence, size: int, stride: int, windows: int) -> Folding:
     """Of the new queries against the windows so far, while decoding."""
-    assert seq.cache is not None
-    row = seq.derive(_decoded_row, seq.cache.length)
-    return Folding(WindowLayout(row, size, stride), seq.local, windows)
+    return Folding(WindowLayout(documents_so_far(seq), size, stride), seq.local, windows)
 
 
 @dataclass(frozen=True)
@@ -218,8 +237,7 @@ class BlockSelection(Operation):
 
 
 def _choices(seq: Sequence, rule: Rule) -> Choices:
-    row = seq.documents if seq.cache is None else seq.derive(_decoded_row, seq.cache.length)
-    return Choices.of(seq.local, row, rule)
+    return Choices.of(seq.local, documents_so_far(seq) if seq.decodes else seq.documents, rule)
 
 
 def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = None, slot: str = "means") -> Tensor:
@@ -230,28 +248,38 @@ def window_means(x: Tensor, *, seq: Sequence, size: int, stride: int | None = No
     """
     stride = size if stride is None else stride
     check_windows(size, stride)
-    if seq.cache is None:
-        return mix(WindowMeans, (size, stride), (x,), seq, slot)[0]
-    rows = windows_decoded(x, seq, seq.cache, size, stride, f"{slot} rows")
-    means = rows.to(torch.promote_types(x.dtype, torch.float32)).mean(2).to(x.dtype)
-    return summaries_decoded(means, seq, seq.cache, slot)
+    if seq.decodes:
+        rows = windows_decoded(x, seq, size, stride, f"{slot} rows")
+        means = rows.to(torch.promote_types(x.dtype, torch.float32)).mean(2).to(x.dtype)
+        return summaries_decoded(means, seq, size, stride, slot)
+    means = mix(WindowMeans, (size, stride), (x,), seq, slot)[0]
+    if seq.cache is not None:
+        keep_last_rows(x, seq, size, stride, f"{slot} rows")
+        summaries_decoded(means, seq, size, stride, slot)
+    return means
 
 
 def local_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "windows") -> Tensor:
     """The tokens of the windows that end on this rank: `[B, T, …]` to `[B, W, size, …]`, for a mixer to summarise each.
 
-    W is the most windows that can end there; places without a window are zero. While decoding, W counts the windows
-    that the new tokens complete. `gather_windows` puts the mixer's summaries in the order of the row.
+    W is the most windows that can end there; places without a window are zero. While decoding, W is the most windows
+    that the new tokens of any row complete; places that a row leaves over hold any of its tokens. `gather_windows` puts
+    the mixer's summaries in the order of the row.
     """
     check_windows(size, stride)
-    if seq.cache is None:
-        return mix(LocalWindows, (size, stride), (x,), seq, slot)[0]
-    return windows_decoded(x, seq, seq.cache, size, stride, slot)
+    if seq.decodes:
+        return windows_decoded(x, seq, size, stride, slot)
+    if seq.cache is not None:
+        keep_last_rows(x, seq, size, stride, slot)
+    return mix(LocalWindows, (size, stride), (x,), seq, slot)[0]
 
 
 def gather_windows(x: Tensor, *, seq: Sequence, size: int, stride: int, slot: str = "summaries") -> Tensor:
     """Summaries `[B, W, …]` of the `local_windows` of every rank to those of the whole row, `[B, N // stride, …]`."""
     check_windows(size, stride)
-    if seq.cache is None:
-        return mix(GatherWindows, (seq.layout.length, size, stride), (x,), seq, slot)[0]
-    return summaries_decoded(x, seq, seq.cache, slot)
+    if seq.decodes:
+        return summaries_decoded(x, seq, size, stride, slot)
+    summaries = mix(GatherWindows, (seq.layout.length, size, stride), (x,), seq, slot)[0]
+    if seq.cache is not None:
+        summaries_decoded(summaries, seq, size, stride, slot)
+    return summaries

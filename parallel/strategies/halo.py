@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import Gathering, sum_over_ranks
+from ..collectives import Gathering, in_row_order, sum_over_ranks
 from ..operation import OfOneTensor, mix
 from ..sequence import Sequence
 
@@ -96,6 +96,19 @@ def _halo_forward(x: Tensor, seq: Sequence, width: int) -> Tensor:
     halo = mine.new_zeros(seq.layout.spans * width, *mine.shape[1:])
     halo.index_copy_(0, targets, tails.index_select(0, sources))
     return _folded(halo, seq.layout.spans)
+
+
+def last_rows(x: Tensor, seq: Sequence, width: int) -> Tensor:
+    """The last `width` rows of the whole row, of folded spans `[spans * B, L, …]`: `[B, width, …]` on every rank.
+
+    Rows before the start of the row are zero.
+    """
+    tail = min(width, x.shape[1])
+    mine = x[:, x.shape[1] - tail :].unflatten(0, (seq.layout.spans, -1))
+    rows = torch.cat(in_row_order(Gathering(mine, seq).wait(), seq), dim=1)
+    missing = max(0, width - rows.shape[1])
+    rows = rows[:, rows.shape[1] + missing - width :].contiguous()
+    return torch.cat([rows.new_zeros(rows.shape[0], missing, *rows.shape[2:]), rows], dim=1) if missing else rows
 
 
 def halo(x: Tensor, seq: Sequence, width: int, slot: str) -> Tensor | None:

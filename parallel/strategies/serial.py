@@ -20,7 +20,7 @@ from ...kernels.documents import Documents, continuing
 from ...kernels.operation import Tensors
 from ...kernels.problem import Problem, accumulator
 from ...kernels.serial import Serial
-from ..collectives import Work, exchange, finish
+from ..collectives import Work, exchange, finish, of_last
 from ..operation import Operation, is_sequence
 from ..sequence import Sequence
 
@@ -41,9 +41,20 @@ class SerialPassing(Operation):
         return self.op.name
 
     def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
+        out, entering, _ = self._forward(inputs, seq)
+        return (out,), (torch.cat(entering) if seq.layout.ranks > 1 else None,)
+
+    @torch.no_grad()
+    def prefill(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """The output, and on every rank the state after the whole row."""
+        out, _, final = self._forward(inputs, seq)
+        return out, of_last(final, seq)
+
+    def _forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The output, the states that enter this rank's spans, and the state after the last of them."""
         self.op.check(inputs)
         _announce(self.op.name, seq.layout.ranks)
-        pipeline, outputs, entering = _Pipeline(seq), [], []
+        pipeline, outputs, entering, final = _Pipeline(seq), [], [], torch.empty(0)
         for turn, problem in self._problems(inputs, seq):
             state = pipeline.receive(turn, problem.new_states(), -1)
             out, final = problem.implementation.forward(problem, state)
@@ -51,7 +62,7 @@ class SerialPassing(Operation):
             outputs.append(out)
             entering.append(state)
         pipeline.finish()
-        return (torch.cat(outputs, dim=1),), (torch.cat(entering) if seq.layout.ranks > 1 else None,)
+        return torch.cat(outputs, dim=1), entering, final
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...kernels.operation import Tensors
 from ...kernels.problem import Problem
 from ...kernels.recurrence import Recurrence, Summary
-from ..collectives import Gathering
+from ..collectives import Gathering, of_last
 from ..operation import Operation, is_sequence
 from ..sequence import Sequence
 from .stretches import Stretches, scan, stretches
@@ -50,13 +50,30 @@ class StatePassing(Operation):
         if seq.layout.ranks == 1:
             out, reads = op.run(problem, None)
             return (out,), (None, None, reads)
-        out, summary, reads = op.begin(problem)
+        out, _, initial, transitions, reads = self._over_ranks(problem, inputs, seq)
+        return (out,), (initial, transitions, reads)
+
+    @torch.no_grad()
+    def prefill(self, inputs: Tensors, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """The output, and on every rank the state after the whole row."""
+        self.op.check(inputs)
+        problem = self._problem(inputs, seq)
+        out, summary, initial, *_ = self._over_ranks(problem, inputs, seq)
+        transitions, states, entering = (x.unflatten(0, (seq.layout.spans, -1))[-1:] for x in (*summary, initial))
+        last = _expanded(problem, transitions, states)
+        return out, of_last(self.op.advance(Summary(last.transition[0], last.state[0]), entering[0]), seq)
+
+    def _over_ranks(
+        self, problem: Problem[Any], inputs: Tensors, seq: Sequence
+    ) -> tuple[Tensor, Summary, Tensor, Tensor, Tensor | None]:
+        """The output, the summaries of this rank's segments, and what backward needs."""
+        out, summary, reads = self.op.begin(problem)
         initial, transitions = _before(problem, summary, seq)
-        empty_out, *_, empty_reads = op.empty_results(inputs)
-        out = op.correct(problem, out, initial, reads).to(empty_out.dtype)
+        empty_out, *_, empty_reads = self.op.empty_results(inputs)
+        out = self.op.correct(problem, out, initial, reads).to(empty_out.dtype)
         if reads is not None and empty_reads is not None:
             reads = reads.to(empty_reads.dtype)
-        return (seq.unfold(out),), (initial, transitions, reads)
+        return seq.unfold(out), summary, initial, transitions, reads
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence

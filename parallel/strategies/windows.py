@@ -9,6 +9,7 @@ of the row: a shape that does not depend on where documents start.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.documents import per_token
+from ...kernels.masks.pattern import Intervals
 from ...kernels.windows import WindowLayout
 from ..collectives import Gathering, scatter_sum
+from ..decoding_cache import Stretch
 from ..layout import Layout
 from ..operation import OfOneTensor
-from ..sequence import DecodingCache, Sequence
-from .halo import Halo
+from ..sequence import Sequence
+from .halo import Halo, last_rows
 
 
 class Combination(NamedTuple):
@@ -271,18 +274,76 @@ def _gather(x: Tensor, seq: Sequence) -> Tensor:
     return x.unsqueeze(0) if seq.layout.ranks == 1 else Gathering(x, seq).wait()
 
 
-def windows_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, size: int, stride: int, slot: str) -> Tensor:
-    """The windows that these tokens of one document per row complete, `[B, new, size, …]`; the cache keeps what later
-    windows begin with."""
-    done, count = (max(0, (tokens - size) // stride + 1) for tokens in (cache.length, cache.length + x.shape[1]))
-    kept = cache.rows_of(seq.layer, slot)
-    (rows,), _ = kept.append((x,))
-    kept.keep([(count * stride, kept.length)])
-    if count == done:
-        return rows.new_zeros(rows.shape[0], 0, size, *rows.shape[2:])
-    return rows.unfold(1, size, stride).movedim(-1, 2)
+def windows_decoded(x: Tensor, seq: Sequence, size: int, stride: int, slot: str) -> Tensor:
+    """The windows that these tokens of one document per row complete, `[B, most new of any row, size, …]`.
+
+    The cache, on every rank alike, keeps what later windows begin with. Places that a row leaves over hold any rows.
+    """
+    assert seq.cache is not None
+    rows, columns = seq.cache.rows_of(seq.layer, slot), seq.cache.columns
+    (memory,), stretches = rows.append((x,), columns.room(_all_but_one(size)), ((columns.length, x.shape[1]),))
+    rows.keep(seq.derive(_columns_to_come, size, stride))
+    if not seq.derive(_most_new, size, stride):
+        return memory.new_zeros(memory.shape[0], 0, size, *memory.shape[2:])
+    index = seq.on(x.device, _rows_of_windows, stretches, size, stride)
+    batch = torch.arange(len(memory), device=x.device).unsqueeze(1)
+    return memory[batch, index.expand(len(memory), -1)].unflatten(1, (-1, size))
 
 
-def summaries_decoded(x: Tensor, seq: Sequence, cache: DecodingCache, slot: str) -> Tensor:
-    """The summaries of all windows so far, from those of the new ones and the cache."""
-    return cache.rows_of(seq.layer, slot).append((x,))[0][0]
+def keep_last_rows(x: Tensor, seq: Sequence, size: int, stride: int, slot: str) -> None:
+    """Keeps on every rank what later windows begin with, of the tokens of all ranks."""
+    assert seq.cache is not None
+    width = min(size - 1, seq.layout.length)
+    last = last_rows(seq.fold(x), seq, width)
+    rows, room = seq.cache.rows_of(seq.layer, slot), seq.cache.columns.room(_all_but_one(size))
+    rows.append((last,), room, ((seq.layout.length - width, width),))
+    rows.keep(seq.derive(_columns_to_come, size, stride))
+
+
+def summaries_decoded(x: Tensor, seq: Sequence, size: int, stride: int, slot: str) -> Tensor:
+    """The summaries of all windows so far, from those of the new ones and the cache; it is the same on every rank."""
+    assert seq.cache is not None
+    most = seq.cache.columns.most
+    room = None if most is None else max(1, (most - size) // stride + 1)
+    return seq.cache.rows_of(seq.layer, slot).fill(x, seq.derive(_windows_counted, size, stride), room)
+
+
+def _windows_counted(seq: Sequence, size: int, stride: int) -> list[tuple[int, int]]:
+    """How many complete windows each row has before the new tokens, and after them."""
+    assert seq.cache is not None
+    columns = seq.cache.columns
+    ends = columns.before(columns.length), columns.before(columns.length + seq.layout.length)
+    done, count = ([max(0, (tokens - size) // stride + 1) for tokens in each] for each in ends)
+    return list(zip(done, count, strict=True))
+
+
+def _most_new(seq: Sequence, size: int, stride: int) -> int:
+    return max(count - done for done, count in seq.derive(_windows_counted, size, stride))
+
+
+def _columns_to_come(seq: Sequence, size: int, stride: int) -> Intervals:
+    """The columns of which some row has later windows."""
+    assert seq.cache is not None
+    columns = seq.cache.columns
+    stop, counts = columns.length + seq.layout.length, seq.derive(_windows_counted, size, stride)
+    begins = [start + count * stride for start, (_, count) in zip(columns.starts or [0], counts, strict=True)]
+    return [(min(begins), stop)]
+
+
+def _rows_of_windows(seq: Sequence, stretches: tuple[Stretch, ...], size: int, stride: int) -> Tensor:
+    """int64 `[B or 1, new * size]`: where in memory the tokens of the windows stand that the new ones complete."""
+    assert seq.cache is not None
+    columns = seq.cache.columns
+    held = [part for part in stretches if part.column >= 0]
+    first, stop = min(part.column for part in held), columns.length + seq.layout.length
+    place = torch.zeros(stop - first, dtype=torch.int64)
+    for start, length, column in held:
+        place[column - first : column - first + length] = torch.arange(start, start + length)
+    new = torch.arange(seq.derive(_most_new, size, stride)).unsqueeze(1) * stride + torch.arange(size)
+    counts = seq.derive(_windows_counted, size, stride)
+    begins = [start + done * stride for start, (done, _) in zip(columns.starts or [0], counts, strict=True)]
+    return place[(torch.tensor(begins).view(-1, 1) + new.flatten() - first).clamp(0, stop - first - 1)]
+
+
+def _all_but_one(size: int) -> Callable[[int, int], int]:
+    return lambda columns, beginnings: size - 1
