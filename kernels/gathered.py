@@ -42,7 +42,10 @@ class GatheredTile(BlockTile):
     def _moved(self, table: Tensor) -> Tensor:
         """Pieces `[R, B, count, …]` of the keys that are left: the others have length 0."""
         start, length = table[..., 0], table[..., 1]
-        start = start - left_out_before(length.sum(0), self.listed)
+        held = length.sum(0)
+        first = start.masked_fill(length == 0, self.keys.length).amin(0)
+        padding = (first - (held.cumsum(1) - held)).masked_fill(held == 0, 0)  # before each block, which goes too
+        start = start - padding - left_out_before(held, self.listed)
         bounds = torch.stack([start, length.masked_fill(~self.listed, 0)], dim=-1)
         return torch.cat([bounds.to(table.dtype), table[..., 2:]], dim=-1)
 

@@ -37,7 +37,7 @@ class Holdings(NamedTuple):
     own: int32 `[B · T]`, the block of each of this rank's tokens.
     blocks: int32 `[P · B · T]`, the block of each rank's tokens, in the order in which ranks send them; none for those
         of this rank.
-    places: int32 `[P · T]`, where those tokens stand in their row once this rank's own are taken out of it.
+    places: int32 `[P · B · T]`, where those tokens stand in their row once this rank's own and padding are taken out.
     held: int32 `[B · count + 1]`, how many tokens of each block this rank holds.
     others: int32 `[P, B · count + 1]`, how many each other rank holds; 0 for this rank.
     """
@@ -60,9 +60,9 @@ def _holdings(seq: Sequence, op: ListedAttend) -> Holdings:
     held[:, none] = 0
     own, held_here = blocks[rank].clone(), held[rank].clone()
     blocks[rank], held[rank] = none, 0
-    elsewhere = torch.ones(seq.layout.length, dtype=torch.int64)
-    elsewhere[rows[rank]] = 0
-    places = (elsewhere.cumsum(0) - 1)[rows].flatten()
+    elsewhere = (ids >= 0).long()
+    elsewhere[:, rows[rank]] = 0
+    places = (elsewhere.cumsum(1) - 1)[:, rows].transpose(0, 1).flatten()
     return Holdings(*(x.int() for x in (own, blocks.flatten(), places, held_here, held)))
 
 
@@ -190,9 +190,8 @@ class _Keys:
         block = here.blocks.index_select(0, token)
         held = _by_row(here.others.sum(0), self.batch)
         left_out = left_out_before(held, _by_row(listed, self.batch) > 0)
-        peer, row, at = token // (self.batch * tokens), token // tokens % self.batch, token % tokens
-        place = here.places.index_select(0, peer * tokens + at) - left_out.flatten().index_select(0, block)
-        return place + row * self.length
+        place = here.places.index_select(0, token) - left_out.flatten().index_select(0, block)
+        return place + token // tokens % self.batch * self.length
 
     @staticmethod
     def _messages(rows: Tensor, counts: list[int]) -> list[tuple[Tensor, int]]:
