@@ -3,7 +3,7 @@
 import torch
 from distributed import run_ranks, run_threads
 
-from longreach.kernels.documents import Documents
+from longreach.kernels.documents import Documents, Run
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
@@ -14,6 +14,9 @@ PACKINGS = {
     "one long document": Documents.whole(2, LENGTH),
     "ranks of padding": Documents.from_lengths([[13, 2], []], LENGTH),
     "documents of one token": Documents.from_lengths([[1] * LENGTH, [1] * 20 + [60]], LENGTH),
+    "padding before documents": Documents.of_runs(
+        [[Run(-1, 0, 37, 0), Run(0, 37, 59, 0)], [Run(0, 0, 20, 0), Run(-1, 20, 9, 0), Run(1, 29, 67, 0)]], LENGTH
+    ),
 }
 
 

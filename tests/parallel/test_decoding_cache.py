@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from longreach.kernels.masks import Band, Bands, BlockLocal, Dilated, Mask
-from longreach.parallel.decoding_cache import CachedRows, DecodingCache
+from longreach.parallel.decoding_cache import CachedRows, Columns, DecodingCache, Stretch
 from longreach.parallel.mesh import Experts
 from longreach.parallel.sequence import Sequence
 
@@ -61,6 +61,55 @@ def test_a_window_s_memory_does_not_grow_and_a_growing_one_is_moved_seldom():
     assert max(sizes) <= 1.6 * 50 * 4 * 4
     assert len(moves) < 25
     assert everything.bytes <= 1.6 * 3000 * 4 * 4
+
+
+def most(mask, starts, columns):
+    """The most columns that are kept at any time."""
+    kept = (Columns(starts, None, 0, 1, None).kept(mask.kept, column) for column in range(1, columns + 1))
+    return max(len({at for low, high in intervals for at in range(low, high)}) for intervals in kept)
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 5, 11]], ids=["one start", "three"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_says_how_many_columns_are_kept_at_most(mask, starts):
+    for columns in (6, 13, 61):
+        actual, bound = most(MASKS[mask], starts, columns), MASKS[mask].most_kept(columns, len(starts))
+        assert actual == bound if len(starts) == 1 else actual <= bound <= columns
+
+
+@pytest.mark.parametrize("piece", [1, 3, 29])
+@pytest.mark.parametrize("mask", MASKS)
+def test_memory_that_is_made_once_holds_every_position_that_a_mask_can_still_show(mask, piece):
+    mask, rows, columns = MASKS[mask], CachedRows(), Columns(None, 100, 0, 1, None)
+    memory = set()
+    for start in range(0, 100, piece):
+        length = min(start + piece, 100)
+        before = [i for low, high in mask.kept(start) for i in range(low, high)]
+        numbers = torch.arange(start, length, dtype=torch.float32).expand(2, -1)
+        (one,), stretches = rows.append((numbers,), columns.room(mask.most_kept))
+        found = positions_of(one, stretches)
+        assert [position for position, _ in found] == [*before, *range(start, length)]
+        assert all(position == number for position, number in found)
+        rows.keep(mask.kept(length))
+        memory.add((rows.tensors[0].data_ptr(), rows.bytes))
+    assert memory == {(rows.tensors[0].data_ptr(), 2 * 4 * min(100, mask.most_kept(100) + 1))}
+
+
+def test_columns_are_documents_after_their_padding():
+    columns = Columns([2, 0, 7], None, 0, 1, None)
+    columns.length = 5
+    documents = columns.documents(3, (Stretch(0, 2, 3), Stretch(2, 1, -1), Stretch(3, 4, 0)))
+    assert documents.ids().tolist() == [[0, 0, -1, -1, -1, 0, 0], [0, 0, -1, 0, 0, 0, 0], [-1] * 7]
+    assert documents.positions().tolist() == [[1, 2, 0, 0, 0, 0, 1], [3, 4, 0, 0, 1, 2, 3], [0] * 7]
+    assert columns.before(5) == [3, 5, 0]
+
+
+def test_a_cache_has_no_room_for_more_than_it_was_told_of():
+    cache = DecodingCache(most=7)
+    Sequence.decoding(cache, 1, 7)
+    cache.advance(5)
+    with pytest.raises(ValueError, match="room for all tokens; got 3 after 5 with room for 7"):
+        Sequence.decoding(cache, 1, 3)
 
 
 def test_a_cache_counts_the_memory_of_its_parts():
