@@ -47,13 +47,18 @@ class LongReachLM(TemplateLM):
         self._device = device_of("auto" if device is None else device)
         path = locate(Path(checkpoint), "checkpoint")
         self.model, self.tokens = load(path, self._device)
-        self.tokenizer_name = str(path)
+        self.path = path
         self.max_length = int(max_length or read_config(path)["data"]["sequence_length"])
         self.batch_size, self.prefill_tokens = int(batch_size), int(prefill_tokens)
 
     @property
     def eot_token_id(self) -> int:
         return self.tokens.end_of_text
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The checkpoint, by which the harness tells requests that it has kept apart."""
+        return str(self.path)
 
     @property
     def prefix_token_id(self) -> int:
