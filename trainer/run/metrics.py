@@ -32,6 +32,10 @@ PEAK_FLOPS = {
     "MI300X": (1307e12, 163e12),
 }
 
+# True in the line of a validation with the settings of a stage before its first step: its step has another one, of the
+# stage that ends there.
+BEFORE_STAGE = "before_stage"
+
 
 class MetricsFile:
     """One JSON object per line, each line flushed as it is written, so that a kill loses none.
