@@ -170,7 +170,8 @@ def schedule_in(state: dict[str, Any]) -> Schedule:
         kept = state["schedule"]
         return Schedule(**kept | {"settings": ScheduleSettings(**kept["settings"])})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a checkpoint must hold the schedule of its stage; got none that can be read ({error})") from None
+        told = f"a checkpoint must hold the schedule of its stage; got none that can be read ({error})"
+        raise ValueError(told) from None
 
 
 def schedule_of(config: dict[str, Any]) -> Schedule:

@@ -4,6 +4,7 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stored_checkpoints import store, truncated
@@ -129,7 +130,7 @@ def test_the_command_to_resume_leaves_out_where_the_run_once_began(tmp_path: Pat
 
 
 def test_a_staged_run_is_told_what_became_of_the_schedule_that_it_followed(tmp_path: Path) -> None:
-    def plan(*stages: dict[str, object]) -> Plan:
+    def plan(*stages: dict[str, Any]) -> Plan:
         return plan_of(Settings(stages=[{"steps": 100}, *stages]))
 
     first, own = {"steps": 50}, {"steps": 30, "schedule.warmup_steps": 3}
