@@ -14,8 +14,9 @@ from longreach.models.mixers.linear.lightning_attention import LightningAttentio
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine_config import EngineSettings
-from longreach.trainer.memory.account import account, size, states_of
+from longreach.trainer.memory.account import account, size
 from longreach.trainer.memory.allocations import Allocations
+from longreach.trainer.memory.states import states_of
 from longreach.trainer.settings import Settings
 
 WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 512, 2048

@@ -184,8 +184,12 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has used: what torch allocated on CUDA, the resident set on the CPU."""
+    """The most memory that this rank has used: what torch allocated on CUDA since the last call, on the CPU the
+    resident set since the process began.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

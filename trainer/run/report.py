@@ -43,6 +43,7 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
         f"data          {source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
         *(["stages", *trainer.plan.table(), f"stage         {trainer.stage.name}"] if trainer.plan.staged else []),
         f"a step        {_a_step(trainer)}",
+        *_memory(trainer),
         *notes,
     ]
     if start is not None:
@@ -56,7 +57,16 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
 
 def next_stage(trainer: Trainer) -> str:
     """What a run shows where a stage begins."""
-    return f"stage         {trainer.stage.name}, after step {trainer.step}: {_a_step(trainer)}"
+    began = f"stage         {trainer.stage.name}, after step {trainer.step}: {_a_step(trainer)}"
+    return "\n".join([began, *_memory(trainer)])
+
+
+def _memory(trainer: Trainer) -> list[str]:
+    """What a step holds, by the account; nothing where nobody asked."""
+    made = trainer.memory
+    if made is None:
+        return []
+    return [f"memory        {f'no account: {made}' if isinstance(made, str) else made.summary()}"]
 
 
 def _a_step(trainer: Trainer) -> str:
