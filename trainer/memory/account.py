@@ -160,7 +160,8 @@ def account(
         kept.append(share("kept: offloaded", at_less.host, at_more.host, True))
     working = tuple(share(WORKING, a.working, b.working) for a, b in counted)
     cast_parameters(model, dtype)
-    states, step = states_of(model, settings, world_size, device), stepping(model, settings, world_size, device)
+    states = states_of(model, settings, world_size, device)
+    step = stepping(model, settings, world_size, device, states)
     if device.type == "cpu":  # which is the host
         states, step = tuple(replace(share, host=False) for share in states), replace(step, host=False)
     return Account(rows * layout.local_length, states, tuple(kept), working, step, missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..zero.masters import stack_of
 from .allocations import Allocations
 
 BUFFERS, SAVING = "DeepSpeed's buffers", "copy for saving"
+STEP = "optimizer's step, without activations"
 PARTS = ("parameters", "gradients", "float32 masters", "moments", BUFFERS, SAVING)
 # DeepSpeed's defaults of `reduce_bucket_size` and `stage3_param_persistence_threshold`, in elements.
 BUCKET, PERSISTENT = 500_000_000, 100_000
@@ -122,7 +124,7 @@ def _add_of_deepspeed(held: _Held, group: _Group, settings: Settings) -> None:
     else:
         held.add("parameters", group.bytes / ranks, host=engine.offload == "all")
         if ranks > 1:  # small ones are left whole when they have been gathered
-            held.add("parameters", sum(x.nbytes for x in group.parameters if x.numel() <= PERSISTENT))
+            held.add("parameters", _left_whole([group]))
         if engine.hierarchical is not None:
             held.add("parameters", group.bytes / engine.hierarchical)
     if stage > 1:
@@ -147,20 +149,40 @@ def _add_buffers(held: _Held, groups: list[_Group], settings: Settings, *, on_cp
             held.add(BUFFERS, largest.numel() * (4 if stage == 2 else largest.itemsize), host=host)
 
 
-def stepping(model: nn.Module, settings: Settings, world_size: int, device: torch.device) -> Share:
-    """What the optimizer's step holds at its peak besides the states: Muon's whole matrices, Lion's directions.
+def stepping(
+    model: nn.Module, settings: Settings, world_size: int, device: torch.device, states: tuple[Share, ...]
+) -> Share:
+    """What the optimizer's step holds at its peak beyond `states`: Muon's whole matrices, Lion's directions.
 
-    The optimizer itself makes a step on `meta`. DeepSpeed steps all groups at once, on stage 3 one after the other; on
-    stage 0 nothing is flat.
+    The optimizer itself makes a step on `meta`. What DeepSpeed holds meanwhile, as measured: the gradients of a group
+    once more, flat, or the largest of all in float64 for the norm; what it has let go of by then is taken off.
     """
-    stage, most = settings.engine.zero_stage, 0
+    engine, most = settings.engine, 0.0
+    stage, away = engine.zero_stage, engine.offload != "none"
     groups = _groups(model, settings, world_size)
     experts, others = ([group for group in groups if group.experts is those] for those in (True, False))
-    for together in (experts, *([[group] for group in others] if stage == 3 else [others])):
-        if any(group.rule["kind"] != "adamw" for group in together):
-            most = max(most, _step(together, settings, device, flat=stage > 0))
-    lion = settings.optimizer.kind == "lion"
-    return Share("optimizer's step, without activations", most, host=lion and settings.engine.offload != "none")
+    at_once = stage == 0 or (stage == 1 and settings.trainer.dtype != "float32" and not away)
+    bucket = sum(share.fixed for share in states if share.part == BUFFERS and not share.host) if stage < 3 else 0.0
+    whole = _left_whole(others) if stage == 3 and world_size > 1 else 0.0
+    for together in [others] if at_once else [[group] for group in others]:
+        flat = 0.0 if at_once or away else 4 * sum(group.part for group in together)
+        # Gradients of groups that have been stepped before; Muon's own too, of which flat ones are held by then.
+        kept_own = away or at_once or settings.optimizer.kind != "muon"
+        rest = sum(group.numbers for group in others if not (kept_own and group in together)) if stage < 3 else 0.0
+        if stage == 2:
+            rest = 0.0 if away else rest / world_size
+        most = max(most, flat + _step(together, settings, device, flat=stage > 0) - 4 * rest - bucket - whole)
+    numbers, part = (sum(map(attrgetter(name), others)) for name in ("numbers", "part"))
+    largest = max((parameter.numel() for group in others for parameter in group.parameters), default=0)
+    norm = 8 * largest / (world_size if stage == 3 else 1)
+    own = 4 * numbers if at_once else max(0.0 if away else 4 * part, norm) - whole - (bucket if stage == 2 else 0.0)
+    most = max(most, own, _step(experts, settings, device, flat=True))
+    return Share(STEP, most, host=away and settings.optimizer.kind != "muon")
+
+
+def _left_whole(groups: list[_Group]) -> float:
+    """Bytes of the parameters that stage 3 leaves whole when it has gathered them."""
+    return sum(x.nbytes for group in groups for x in group.parameters if x.numel() <= PERSISTENT)
 
 
 def _groups(model: nn.Module, settings: Settings, world_size: int) -> list[_Group]:
@@ -181,7 +203,9 @@ def _groups(model: nn.Module, settings: Settings, world_size: int) -> list[_Grou
 
 
 def _step(groups: list[_Group], settings: Settings, device: torch.device, *, flat: bool) -> int:
-    """Bytes that a step of these groups has at its peak besides what was there before."""
+    """Bytes that a step of these groups has at its peak besides what was there before; AdamW's is fused."""
+    if all(group.rule["kind"] == "adamw" for group in groups):
+        return 0
     stacks: dict[int, list[Stack]] = {}
     rules = [
         {**group.rule, "params": [_parameter(size, stacks, of_it) for size, of_it in _flats(group, flat)]}
@@ -193,7 +217,7 @@ def _step(groups: list[_Group], settings: Settings, device: torch.device, *, fla
         optimizer.locate(lambda tensor: stacks[id(tensor)], groups[0].ranks)
         allocations = Allocations("meta")
         for rule in optimizer.param_groups:
-            rule["params"] = [each for each in rule["params"] if rule["kind"] != "adamw"]  # which is fused
+            rule["params"] = [each for each in rule["params"] if rule["kind"] != "adamw"]
             for each in rule["params"]:
                 create_states(optimizer.state[each], each, rule)
                 allocations.leave_out([each, each.grad, *optimizer.state[each].values()])
