@@ -1,12 +1,13 @@
 """Time per token and memory while a model decodes thousands of tokens on a CPU: at the start, and at the end.
 
     python benchmarks/steps/decoding.py [--models llama_tiny mamba2_hybrid_tiny:mamba2 …] [--tokens 4000]
-                                        [--against FOLDER] [--write]
+                                        [--against FOLDER] [--rows 1 4 16] [--write]
 
 Models of `conf/model` with a vocabulary of 1,024 and random weights, one row, in float32; `model:mixer` has that mixer
 in every layer. One thread, whose own time is taken. With layers whose state does not grow, a token takes as long at the
 end as at the start. `--against` decodes by another checkout too, token by token in turns, so that both meet the same
-load of the machine. `--write` keeps the table in results/.
+load of the machine. `--rows` decodes so many rows at once instead, whose prompts are of unequal length, and shows the
+tokens per second of all of them. `--write` keeps the table in results/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from longreach.launch import configuration
-from longreach.models.decoding import next_logits
+from longreach.models.decoding import next_logits, prefill
 from longreach.models.language_model import LanguageModel
 from longreach.parallel.sequence import DecodingCache
 
@@ -114,11 +115,41 @@ def decode(names: list[str], tokens: int, checkouts: list[Path]) -> Iterator[lis
             worker.communicate()
 
 
+def throughput(model: LanguageModel, rows: int) -> float:
+    """Tokens per second of so many rows together, after prompts of START / 2 to START tokens."""
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(START // 2, START + 1, (rows,), generator=generator).tolist()
+    prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    logits, cache = prefill(model, prompts, room=TIMED)
+    seconds = []
+    for _ in range(TIMED):
+        token = logits.argmax(-1, keepdim=True)
+        begin = time.thread_time()
+        logits = next_logits(model, token, cache)
+        seconds.append(time.thread_time() - begin)
+    return rows / statistics.median(seconds)
+
+
+def batches(names: list[str], numbers: list[int]) -> str:
+    """A table of tokens per second by model and number of rows."""
+    configuration.register_sizes()
+    lines = ["| model | " + " | ".join(f"{rows} rows" if rows > 1 else "1 row" for rows in numbers) + " |"]
+    lines.append("|---" * (1 + len(numbers)) + "|")
+    for name in names:
+        model = build(name)
+        speeds = [throughput(model, rows) for rows in numbers]
+        cells = [f"{speed:,.0f} ({speed / speeds[0]:.1f}×)" for speed in speeds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--against", type=Path, help="another checkout, say a worktree of an earlier commit")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows that are decoded at once")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
@@ -128,6 +159,17 @@ def main() -> None:
     from longreach.benchmarks.machine import RESULTS, machine  # the worker of another checkout may find none there
 
     torch.set_num_threads(1)
+    if arguments.rows:
+        table = batches(arguments.models, arguments.rows)
+        text = (
+            f"{machine('cpu')}\n\nTokens per second of rows that are decoded together, after prompts of {START // 2} to "
+            f"{START} tokens: the median of {TIMED} steps, in the time of the one thread itself.\n\n{table}\n"
+        )
+        print("\n" + text)
+        if arguments.write:
+            command = f"python benchmarks/steps/decoding.py --rows {' '.join(map(str, arguments.rows))} --write"
+            (RESULTS / "decoding_batches_cpu.md").write_text(f"# Decoding several rows on a CPU\n\n`{command}`, {text}")
+        return
     against = [arguments.against] if arguments.against else []
     columns = ["model", "start", "end", "end / start", "cache at the start", "at the end"]
     columns += ["start before", "end before", "start / before", "end / before"] if against else []
