@@ -76,41 +76,18 @@ def continue_all(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative; got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative; got {temperature}. 0 is greedy")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
-    if temperature == 0 and top_p != 1:
-        raise ValueError(f"top_p must be 1 at temperature 0, where it has no effect; got {top_p}")
-    drawn = [token for token in range(model.vocabulary) if known is None or token in known]
-    if not drawn:
-        raise ValueError(f"known must hold ids in 0..{model.vocabulary - 1}; got none of them. Leave it out for all")
     check_prompts(model, prompts, prefill_tokens, mesh)
-    device = torch.device(device)
-    unknown = torch.ones(model.vocabulary, dtype=torch.bool, device=device)
-    unknown[torch.tensor(drawn, device=device)] = False
-    generators = [torch.Generator("cpu").manual_seed(seed + row) for row in range(len(prompts))]
-
-    def draw(logits: Tensor) -> list[int]:
-        logits = logits.masked_fill(unknown, -math.inf)
-        if temperature == 0:
-            chosen = logits.argmax(-1)
-        else:
-            rows = zip(logits, generators, strict=True)
-            chosen = torch.tensor([_draw(row, temperature, top_p, each) for row, each in rows], device=device)
-        if mesh is not None and mesh.sequence_group is not None:  # ranks that disagreed would wait for one another
-            chosen = gathered(chosen, mesh.sequence_group, mesh.sequence_ranks)[0]
-        return chosen.tolist()
+    draw = _Draw(model, len(prompts), temperature, top_p, known, seed, torch.device(device), mesh)
 
     def tokens() -> Iterator[list[int | None]]:
         if not max_new_tokens:
             return
-        settings = {"prefill_tokens": prefill_tokens, "device": device, "experts": experts, "mesh": mesh}
-        logits, cache = prefill(model, prompts, room=max_new_tokens - 1, **settings)  # type: ignore[arg-type]
-        ended, new = [False] * len(prompts), list[int]()
+        logits, cache = prefill(
+            model, prompts, room=max_new_tokens - 1, prefill_tokens=prefill_tokens, device=device, experts=experts,
+            mesh=mesh,
+        )  # fmt: skip
+        ended = [False] * len(prompts)
         for number in range(max_new_tokens):
-            if number:
-                logits = next_logits(model, torch.tensor(new, device=device).unsqueeze(1), cache, experts)
             new = draw(logits)
             given = [None if over or token in stop else token for token, over in zip(new, ended, strict=True)]
             if any(token is not None for token in given):
@@ -119,10 +96,55 @@ def continue_all(
                 if not ended[row] and (token is None or (ends is not None and ends(row, token))):
                     ended[row] = True
                     cache.end(row)
-            if all(ended):
+            if all(ended) or number + 1 == max_new_tokens:
                 return
+            logits = next_logits(model, torch.tensor(new, device=device).unsqueeze(1), cache, experts)
 
     return tokens()
+
+
+class _Draw:
+    """Draws a token for each row from logits `[B, Vocab]`; see `continue_all`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        rows: int,
+        temperature: float,
+        top_p: float,
+        known: Collection[int] | None,
+        seed: int,
+        device: torch.device,
+        mesh: Mesh | None,
+    ) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative; got {temperature}. 0 is greedy")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
+        if temperature == 0 and top_p != 1:
+            raise ValueError(f"top_p must be 1 at temperature 0, where it has no effect; got {top_p}")
+        drawn = [token for token in range(model.vocabulary) if known is None or token in known]
+        if not drawn:
+            raise ValueError(
+                f"known must hold ids in 0..{model.vocabulary - 1}; got none of them. Leave it out for all"
+            )
+        self.unknown = torch.ones(model.vocabulary, dtype=torch.bool, device=device)
+        self.unknown[torch.tensor(drawn, device=device)] = False
+        self.generators = [torch.Generator("cpu").manual_seed(seed + row) for row in range(rows)]
+        self.temperature, self.top_p, self.mesh = temperature, top_p, mesh
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        logits = logits.masked_fill(self.unknown, -math.inf)
+        if self.temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
+            rows = zip(logits, self.generators, strict=True)
+            drawn = [_draw(row, self.temperature, self.top_p, generator) for row, generator in rows]
+            chosen = torch.tensor(drawn, device=logits.device)
+        if self.mesh is not None and self.mesh.sequence_group is not None:
+            # Ranks that disagreed would wait for one another.
+            chosen = gathered(chosen, self.mesh.sequence_group, self.mesh.sequence_ranks)[0]
+        return chosen.tolist()
 
 
 def check_prompts(

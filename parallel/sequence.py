@@ -122,13 +122,7 @@ class Sequence(Deriving):
 
     @classmethod
     def decoding(
-        cls,
-        cache: DecodingCache,
-        batch: int,
-        length: int,
-        *,
-        backend: str = "auto",
-        experts: Experts | None = None,
+        cls, cache: DecodingCache, batch: int, length: int, *, backend: str = "auto", experts: Experts | None = None
     ) -> Sequence:
         """The next `length` tokens of one document per row, after the `cache.length` columns that the cache has seen.
 

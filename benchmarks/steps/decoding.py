@@ -162,8 +162,8 @@ def main() -> None:
     if arguments.rows:
         table = batches(arguments.models, arguments.rows)
         text = (
-            f"{machine('cpu')}\n\nTokens per second of rows that are decoded together, after prompts of {START // 2} to "
-            f"{START} tokens: the median of {TIMED} steps, in the time of the one thread itself.\n\n{table}\n"
+            f"{machine('cpu')}\n\nTokens per second of rows that are decoded together, after prompts of "
+            f"{START // 2} to {START} tokens: the median of {TIMED} steps, in the thread's own time.\n\n{table}\n"
         )
         print("\n" + text)
         if arguments.write:

@@ -1,9 +1,17 @@
 """Text that is streamed equals text that is decoded at once, and ends where it should."""
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from longreach.launch import generate as launch
 from longreach.launch.generate import prompt_ids, text_pieces, until
+from longreach.models.feed_forward.swiglu import SwiGLU
+from longreach.models.language_model import LanguageModel
+from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.trainer.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 
 
@@ -63,3 +71,47 @@ def test_the_first_stop_ends_the_text(pieces: list[str], stops: list[str], expec
 def test_nothing_of_a_stop_is_shown_before_it_is_certain() -> None:
     shown = until(iter(["a", "\n", "\n", "b"]), ["\n\n"])
     assert [piece for piece in shown if piece] == ["a"]
+
+
+@pytest.fixture
+def checkpoint(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint of a small model of bytes, that is only a name."""
+    model = LanguageModel(
+        vocabulary=257, width=16, depth=1, pattern=["softmax"], initial_std=0.5,
+        mixers={"softmax": partial(SoftmaxAttention, heads=2)}, feed_forward=partial(SwiGLU, hidden=16),
+    ).double()  # fmt: skip
+    model.initialise(0)
+    monkeypatch.setattr(launch, "locate", lambda path, setting: path)
+    monkeypatch.setattr(launch, "load", lambda path, device: (model, byte_tokenizer()))
+    return "runs/mine"
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 2.0, "max_length": 7}, {"stop": ["e", "\x00"]}], ids=str)
+def test_several_prompts_give_what_each_gives_alone(
+    checkpoint: str, more: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = {"checkpoint": checkpoint, "device": "cpu", "max_new_tokens": 9, "temperature": 0.0, **more}
+    texts = ["abc", "q", "größe"[:3]]
+    for row, text in enumerate(texts):
+        launch.generate(launch.GenerationSettings(prompt=text, seed=row, **settings))
+    alone = capsys.readouterr().out
+    launch.generate(launch.GenerationSettings(prompt=texts, batch_size=2, **settings))
+    assert capsys.readouterr().out == alone
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
+    launch.generate(launch.GenerationSettings(prompts=str(tmp_path / "prompts.txt"), prefill_tokens=2, **settings))
+    assert capsys.readouterr().out == alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": ["a", ""]}, "prompt must be a text"),
+        ({"prompt": "a", "prompts": "there.txt"}, "prompt must be left out where prompts names a file"),
+        ({"prompts": "there.txt"}, "prompts must name a file with a text in every line; got there.txt"),
+        ({"prompt": "abc", "max_length": 3}, "max_length must exceed every prompt; got 3 for one of 3 tokens"),
+        ({"prompt": "abc", "batch_size": 0}, "batch_size must be at least 1; got 0"),
+    ],
+)
+def test_wrong_prompts_are_refused(checkpoint: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.generate(launch.GenerationSettings(checkpoint=checkpoint, device="cpu", **settings))

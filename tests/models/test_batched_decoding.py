@@ -54,7 +54,7 @@ def compare(model, found, rows, lengths=LENGTHS, ends=ENDS):
 
 
 @pytest.mark.parametrize("name", few_or_many())
-@pytest.mark.parametrize("prefill_tokens", [None, 7])
+@pytest.mark.parametrize("prefill_tokens", [7, pytest.param(None, marks=pytest.mark.slow)])
 def test_rows_of_unequal_length_give_what_each_gives_alone(name, prefill_tokens):
     model, rows = small_hybrid(name), rows_of()
     compare(model, together(model, rows, prefill_tokens=prefill_tokens)[0], rows)
@@ -65,8 +65,9 @@ def by_ranks(rank, world, name, spans):
     return together(small_hybrid(name), rows, mesh=Mesh.create(world), spans=spans)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_or_many())
-@pytest.mark.parametrize(("world", "spans"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(("world", "spans"), [(2, 2), pytest.param(3, 1, marks=pytest.mark.many)])
 def test_ranks_that_share_prompts_give_what_one_gives(name, world, spans):
     parts = run_threads(world, by_ranks, name, spans)
     for part in parts:
@@ -80,6 +81,7 @@ def caches_of(cache):
         yield from caches_of(part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_or_many())
 def test_memory_for_keys_is_made_once(name):
     model, rows, seen = small_hybrid(name), rows_of(), []
