@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
@@ -28,8 +27,8 @@ class GenerationSettings:
     """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken."""
 
     checkpoint: str | None = None
-    prompt: Any = ""  # a text, which is streamed, or a list of texts
-    prompts: str | None = None  # in place of prompt, a file with a text in every line
+    prompt: str = ""
+    prompts: str | None = None  # in place of prompt, a file with one in every line
     max_new_tokens: int = 256
     max_length: int | None = None  # of prompt and new tokens together
     batch_size: int = 8  # prompts at once, each of whatever length
@@ -73,11 +72,11 @@ def _prompts(settings: GenerationSettings) -> list[str]:
             raise ValueError("prompt must be left out where prompts names a file; got both")
         file = Path(home(settings.prompts, "prompts"))
         if not file.is_file():
-            raise ValueError(f"prompts must name a file with a text in every line; got {settings.prompts}")
+            raise ValueError(f"prompts must name a file with a prompt in every line; got {settings.prompts}")
         texts = [line for line in file.read_text().splitlines() if line]
     else:
-        texts = [settings.prompt] if isinstance(settings.prompt, str) else [str(text) for text in settings.prompt]
-    if not texts or not all(texts):
+        texts = [settings.prompt] if settings.prompt else []
+    if not texts:
         raise ValueError('prompt must be a text for the model to continue; got none. Give prompt="..."')
     return texts
 

@@ -71,7 +71,8 @@ def continue_all(
     temperature: divides the logits; 0 takes the likeliest token. top_p: draws from the smallest set of tokens that
     has at least this probability (nucleus sampling, Holtzman et al., 2020, arXiv 1904.09751). known: the only ids that
     are drawn, by default all: an embedding can have more rows than its tokenizer has tokens. The draws of row r depend
-    on `seed + r` alone; they are made on the CPU. prefill_tokens, experts, mesh: see `prefill`.
+    on `seed + r` alone; they are made on the CPU. prefill_tokens, experts, mesh: see `prefill`. Ranks that share out
+    parameters (ZeRO-3) must take equally many steps: give them the same prompts, or nothing that ends rows.
     Raises ValueError for settings out of range, at the call.
     """
     if max_new_tokens < 0:

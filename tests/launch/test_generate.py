@@ -95,19 +95,19 @@ def test_several_prompts_give_what_each_gives_alone(
     for row, text in enumerate(texts):
         launch.generate(launch.GenerationSettings(prompt=text, seed=row, **settings))
     alone = capsys.readouterr().out
-    launch.generate(launch.GenerationSettings(prompt=texts, batch_size=2, **settings))
-    assert capsys.readouterr().out == alone
     (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
-    launch.generate(launch.GenerationSettings(prompts=str(tmp_path / "prompts.txt"), prefill_tokens=2, **settings))
-    assert capsys.readouterr().out == alone
+    settings["prompts"] = str(tmp_path / "prompts.txt")
+    for batch_size, prefill_tokens in ((2, None), (8, 2)):
+        launch.generate(launch.GenerationSettings(batch_size=batch_size, prefill_tokens=prefill_tokens, **settings))
+        assert capsys.readouterr().out == alone
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": ["a", ""]}, "prompt must be a text"),
+        ({}, "prompt must be a text"),
         ({"prompt": "a", "prompts": "there.txt"}, "prompt must be left out where prompts names a file"),
-        ({"prompts": "there.txt"}, "prompts must name a file with a text in every line; got there.txt"),
+        ({"prompts": "there.txt"}, "prompts must name a file with a prompt in every line; got there.txt"),
         ({"prompt": "abc", "max_length": 3}, "max_length must exceed every prompt; got 3 for one of 3 tokens"),
         ({"prompt": "abc", "batch_size": 0}, "batch_size must be at least 1; got 0"),
     ],

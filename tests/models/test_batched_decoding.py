@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed import run_threads
+from distributed import run_ranks, run_threads
 from model_presets import few_or_many, small_hybrid, tokens
 
 from longreach.kernels.documents import Documents
@@ -79,6 +79,12 @@ def caches_of(cache):
     yield cache
     for part in cache._parts.values():
         yield from caches_of(part)
+
+
+@pytest.mark.slow
+def test_processes_that_share_prompts_give_what_one_gives():
+    for part in run_ranks(2, by_ranks, "native_sparse_attention", 2):
+        compare(small_hybrid("native_sparse_attention"), part, rows_of())
 
 
 @pytest.mark.slow
