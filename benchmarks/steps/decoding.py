@@ -167,7 +167,8 @@ def main() -> None:
         )
         print("\n" + text)
         if arguments.write:
-            command = f"python benchmarks/steps/decoding.py --rows {' '.join(map(str, arguments.rows))} --write"
+            chosen = "" if arguments.models == list(MODELS) else f" --models {' '.join(arguments.models)}"
+            command = f"python benchmarks/steps/decoding.py --rows {' '.join(map(str, arguments.rows))}{chosen} --write"
             (RESULTS / "decoding_batches_cpu.md").write_text(f"# Decoding several rows on a CPU\n\n`{command}`, {text}")
         return
     against = [arguments.against] if arguments.against else []
