@@ -29,7 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from longreach.launch import configuration
-from longreach.models.decoding import next_logits, prefill
+from longreach.models.decoding import next_logits
 from longreach.models.language_model import LanguageModel
 from longreach.parallel.sequence import DecodingCache
 
@@ -117,6 +117,8 @@ def decode(names: list[str], tokens: int, checkouts: list[Path]) -> Iterator[lis
 
 def throughput(model: LanguageModel, rows: int) -> float:
     """Tokens per second of so many rows together, after prompts of START / 2 to START tokens."""
+    from longreach.models.decoding import prefill  # which another checkout may not have
+
     generator = torch.Generator().manual_seed(rows)
     lengths = torch.randint(START // 2, START + 1, (rows,), generator=generator).tolist()
     prompts = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
