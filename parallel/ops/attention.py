@@ -220,6 +220,13 @@ def _documents_of_cached(seq: Sequence, stretches: tuple[Stretch, ...]) -> Docum
 
 
 def _tile_of_cached(seq: Sequence, op: Attend, stretches: tuple[Stretch, ...]) -> Any:
+    if isinstance(op, SoftmaxAttend) and seq.layout.length == 1 and len(stretches) > 1:
+        # Of a window, which is written over in turn, a token sees every key: in whatever order, so as one run.
+        first, total = min(part.column for part in stretches), sum(part.length for part in stretches)
+        tile = op.tile(seq.local, documents_of_cached(seq, (Stretch(0, total, first),)))
+        at_end = max(part.column + part.length for part in stretches) == first + total
+        if first >= 0 and at_end and tile is not None and tile.pairs == seq.tokens * total:
+            return tile
     keys = documents_of_cached(seq, stretches)
     if isinstance(op, ListedAttend):
         return op.tile(seq.local, keys, op.layout(documents_so_far(seq)))
