@@ -251,6 +251,13 @@ class TokenStream(RowStream):
     def _plan_of(self, unread: Unread, packing: str, length: int, mark: int | None) -> Plan:
         return PACKINGS[packing](self.epochs, unread, length, mark)
 
+    def left(self) -> tuple[int, list[Piece]]:
+        """The epoch that earlier segments ended in, from 0, and what they have left unread of it: at least a token."""
+        unread = self._plan.unread
+        epoch = unread.token(0) // self.tokens
+        count = unread.below((epoch + 1) * self.tokens)
+        return epoch, [piece for interval in unread.intervals(0, count) for piece in self.epochs.pieces(*interval)]
+
     @property
     def targets(self) -> int:
         """Targets in all documents once over: every token but the first of each document has one."""
