@@ -94,7 +94,7 @@ class AuditFile:
         return [*kept, *([last] if last is not None else [])]
 
     def append(self, frames: bytes, *, sync: bool = False) -> None:
-        """Raises OSError, with nothing added, where there is no room. sync: returns when a loss of power loses nothing."""
+        """Raises OSError, with nothing added, where there is no room. sync: so that a loss of power loses nothing."""
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
