@@ -59,7 +59,7 @@ def test_a_node_that_is_lost_leaves_the_run_to_the_others(texts: list[str], tmp_
         free.bind(("127.0.0.1", 0))
         end = f"localhost:{free.getsockname()[1]}"
     elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=night"]
-    program = [sys.executable, "-m", "torch.distributed.run", *elastic, f"--rdzv-endpoint={end}"]
+    program = [sys.executable, "-m", "longreach.trainer.ranks.torchrun", *elastic, f"--rdzv-endpoint={end}"]
     program += ["-m", "longreach.launch.train", *SETTINGS, *texts, "run.dir=run", "trainer.steps=300"]
     nodes = []
     for name in ("first", "second"):

@@ -222,7 +222,7 @@ def _compare(
 ) -> None:
     """Adds what is read twice in an epoch and, where it is complete, what is not read.
 
-    rest: a step behind which pieces are yet to be read.
+    rest: the step after which those pieces that have not been read are to be read.
     """
     source = finding.source
     order = np.lexsort((part[:, 1], part[:, 0]))
@@ -242,11 +242,13 @@ def _compare(
     twice = np.maximum(np.minimum(reached, begin + tokens) - begin, 0)
     finding.repeats += int(twice.sum())
     for index in np.flatnonzero(twice)[:NAMED]:
-        again = int(step[order][index])
-        when = f"read again in step {again}" if rest is None or again <= rest else f"to be read again after step {rest}"
+        # What was read twice until `rest` has been found before.
+        again = (
+            f"read again in step {step[order][index]}" if rest is None else f"read until step {rest} and to be again"
+        )
         finding.problems.append(
             f"{source.name}: document {document[index]}, tokens {first[index]} to {first[index] + tokens[index] - 1}, "
-            f"{when}, in epoch {epoch + 1}"
+            f"{again}, in epoch {epoch + 1}"
         )
     if not complete:
         return

@@ -185,7 +185,7 @@ def test_what_is_left_of_an_epoch_completes_it(tmp_path: Path, packing: str, ste
 
 ELSEWHERE: dict[str, tuple[int, str]] = {
     "a row that no step has read": (1, "not read until step 8, nor left to be read, in epoch 5"),
-    "a row that was read": (-1, "to be read again after step 8, in epoch 5"),
+    "a row that was read": (-1, "read until step 8 and to be again, in epoch 5"),
     "rows up to the next epoch": (6, "in epoch 5 until step 8, then in 6"),
 }
 
