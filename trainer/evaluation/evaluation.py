@@ -167,8 +167,8 @@ def _evaluated(engine: Engine, batches: Iterator[MicroBatch], longest: int = 0) 
                 if not ends:
                     sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
                     continue
-                losses, *counts = engine(tokens, part.seq, targets, True, False, True)
-                sums += torch.stack([x.double() for x in (losses.sum(), *counts)])
+                losses, count, right = engine(tokens, part.seq, targets, True, False, True)
+                sums += torch.stack([x.double() for x in (losses.sum(), count, right.sum())])
                 _add(buckets, borders, part.seq.reach(engine.device), losses, targets)
     finally:
         engine.module.train()
