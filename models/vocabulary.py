@@ -25,8 +25,8 @@ class Head(nn.Linear):
     hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
     losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
     gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
-    largest logit; with `each` too, in place of sum and number what they are of, by token `[B, T]`. Logits are multiplied
-    by the constant `multiplier`; those l become softcap * tanh(l / softcap) then, where there is a softcap.
+    largest logit; with `each` too, both by token `[B, T]`, in place of sum and number. Logits are multiplied by the
+    constant `multiplier`; those l become softcap * tanh(l / softcap) then, where there is a softcap.
     """
 
     def __init__(self, width: int, vocabulary: int, multiplier: float = 1.0, softcap: float | None = None) -> None:

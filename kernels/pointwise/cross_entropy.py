@@ -63,7 +63,7 @@ def loss_and_correct(
 
     Shapes, dtypes and errors as of `cross_entropy`; the second is an int64 scalar, and of equal logits the first is the
     largest. Again the logits of at most `chunk` tokens exist at a time. With `each`, both are of every token, `[B, T]`,
-    in place of their sum and number: its loss, 0 where there is no target, and whether its target has the largest logit.
+    in place of their sum and number: its loss, 0 where there is no target, and whether its target's logit is largest.
     """
     chunk = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, None, chunk)

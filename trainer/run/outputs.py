@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..settings import Settings
@@ -103,6 +104,13 @@ class Outputs:
         figures = f"validation loss {record['validation_loss']:.4f}  {bits}accuracy {record['accuracy']:.2%}"
         self.say(f"step {record['step']}  {figures}")
         self.plot()
+
+    def scores(self, record: dict[str, Any], table: list[str], draw: Callable[[Path], None]) -> None:
+        """Scores of tasks, as a line of metrics, a table, and the maps that `draw` makes in a folder."""
+        self.log(record)
+        self.say("\n".join(table))
+        if self.first:
+            self._keep(lambda: draw(self.directory.plot.parent))
 
     def sample(self, step: int, text: str) -> None:
         if self.first:

@@ -15,7 +15,8 @@ from ..settings import Settings
 CHANGEABLE = (
     "model", "data", "parallel", "schedule", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.only",
     "engine.zero_stage", "trainer.activation_checkpointing", "trainer.clip", "evaluation.every", "evaluation.rows",
-    "evaluation.context", "evaluation.context_rows", "evaluation.positions",
+    "evaluation.context", "evaluation.context_rows", "evaluation.positions", "evaluation.tasks", "evaluation.lengths",
+    "evaluation.problems", "evaluation.depths",
 )  # fmt: skip
 # What they must not change of these groups: other ids, other held-out documents, what is fixed when processes meet.
 FIXED = (

@@ -75,7 +75,7 @@ def read_questions(path: str, setting: str) -> tuple[Question, ...]:
         given = [record.get(name) if isinstance(record, dict) else None for name in FIELDS]
         if not all(isinstance(value, str) and value.strip() for value in given):
             raise ValueError(
-                f"{setting} must give {', '.join(FIELDS)} as texts in each line; got {path}:{number} without one. Add it"
+                f"{setting} must give {', '.join(FIELDS)} as texts in each line; got {path}:{number} without. Add them"
             )
         made.append(Question(*(str(value).strip() for value in given)))
     if not made:

@@ -15,8 +15,8 @@ from .drawing import Draw
 
 NO_ANSWER = -1
 NOISE = (
-    " The grass is green. The sky is blue. The sun is warm. The road goes on over the hill. A bird sings in a tree, and "
-    "another one answers it."
+    " The grass is green. The sky is blue. The sun is warm. The road goes on over the hill. A bird sings in a tree, "
+    "and another one answers it."
 )
 
 
@@ -77,7 +77,9 @@ class Problem(NamedTuple):
     others: tuple[list[int], ...] = ()
 
     @classmethod
-    def of(cls, tokens: np.ndarray, places: np.ndarray, answers: np.ndarray, others: tuple[list[int], ...] = ()):  # noqa: ANN206
+    def of(
+        cls, tokens: np.ndarray, places: np.ndarray, answers: np.ndarray, others: tuple[list[int], ...] = ()
+    ) -> Problem:
         """tokens of which those at `places` are to be predicted, each from those before it."""
         targets, belongs = np.full(len(tokens), NO_TARGET, np.int64), np.full(len(tokens), NO_ANSWER, np.int64)
         targets[places - 1], belongs[places - 1] = tokens[places], answers

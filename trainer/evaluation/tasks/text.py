@@ -1,4 +1,4 @@
-"""Text tasks: a draft of a problem without its filler, and filler until the problem has exactly as many tokens as asked."""
+"""Text tasks: a problem's draft, and filler until the problem has exactly as many tokens as are asked for."""
 
 from __future__ import annotations
 
