@@ -74,8 +74,8 @@ class Validation(Callback):
             return
         settings = trainer.settings
         strategy, spans = strategy_of(settings.parallel), spans_of(settings.parallel)
-        places = trainer.layout.local_length * settings.data.rows_per_micro_batch
-        lines = self.suite.score(trainer.engine, trainer.mesh.sequence_ranks, spans, strategy, places)
+        at_once = settings.data.rows_per_micro_batch
+        lines = self.suite.score(trainer.engine, trainer.mesh.sequence_ranks, spans, strategy, at_once)
         record, draw = {"step": trainer.step, **metrics(lines)}, partial(draw_task_maps, lines)
         trainer.outputs.scores(record, [f"step {trainer.step}", *table(lines)], draw)
 

@@ -6,10 +6,14 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .suite import grouped
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLES = {"accuracy": "greedy decoding", "choice": "likeliest choice"}
 WRITTEN = 400  # cells of a map in which their values still can be read
 
 
@@ -39,8 +43,26 @@ def draw_checkpoint_map(scored: Sequence[tuple[str, Sequence[dict[str, Any]]]], 
         means = [{key: _mean(group, measure) for key, group in grouped(lines).items()} for _, lines in scored]
         values = [[of.get(name, math.nan) for of in means] for name in names]
         rows = [f"{task}, {length}" for task, length in names]
-        maps.append(Map(measure, rows, [name for name, _ in scored], values))
+        maps.append(Map(TITLES[measure], rows, [name for name, _ in scored], values))
     _draw(maps, file, "checkpoint", "")
+
+
+def draw_positions(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """The loss by position in long documents, a curve for each length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for length in sorted({line["length"] for line in lines}):
+        own = [line for line in lines if line["length"] == length]
+        axes.plot(
+            [line["last"] + 1 for line in own], [line["loss"] for line in own], marker="o", label=f"{length} tokens"
+        )
+    axes.set(xlabel="position: up to so many tokens of the document", ylabel="loss (nats a token)")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.25)
+    axes.legend()
+    _save(figure, path)
 
 
 def _of_depths(label: str, lines: Sequence[dict[str, Any]]) -> list[Map]:
@@ -48,7 +70,7 @@ def _of_depths(label: str, lines: Sequence[dict[str, Any]]) -> list[Map]:
     found = {(line["depth"], line["length"]): line for line in lines}
     return [
         Map(
-            f"{label}: {measure}",
+            f"{label}: {TITLES[measure]}",
             [f"{depth:.0%}" for depth in depths],
             [str(length) for length in lengths],
             [[_value(found.get((depth, length)), measure) for length in lengths] for depth in depths],
@@ -62,7 +84,7 @@ def _of_tasks(lines: Sequence[dict[str, Any]]) -> list[Map]:
     groups = grouped(lines)
     return [
         Map(
-            measure,
+            TITLES[measure],
             labels,
             [str(length) for length in lengths],
             [[_mean(groups.get((label, length), []), measure) for length in lengths] for label in labels],
@@ -103,6 +125,10 @@ def _draw(maps: Sequence[Map], path: Path, across: str, down: str) -> None:
                         colour = "black" if value > 0.6 else "white"
                         panel.text(x, y, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(panels[0].images[0], ax=list(panels))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True, parents=True)
     aside = path.with_name(f".{path.name}")
     try:

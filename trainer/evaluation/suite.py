@@ -112,17 +112,16 @@ class Suite:
                     yield label, Cell(task, length, depth, self.problems)
 
     def score(
-        self, model: Scored, ranks: int, spans: int, strategy: Strategy, places: int | None = None
+        self, model: Scored, ranks: int, spans: int, strategy: Strategy, rows_at_once: int = 1
     ) -> list[dict[str, Any]]:
         """A line for each task, length and depth; every rank calls it. Rows are padded to what the ranks can share.
 
-        places: about how many tokens a rank computes at once; None: those of one row of the longest length.
+        rows_at_once: of the longest problems; of shorter ones as many as have so many tokens.
         """
-        lines = []
+        places, lines = rows_at_once * layout_for(max(self.lengths), ranks, spans).local_length, []
         for label, cell in self.cells():
             layout = layout_for(cell.length, ranks, spans)
-            at_once = places or layout_for(max(self.lengths), ranks, spans).local_length
-            scores = score(model, cell, self.material, layout, strategy, at_once)
+            scores = score(model, cell, self.material, layout, strategy, places)
             line: dict[str, Any] = {"task": label, "length": cell.length}
             line["depth"] = cell.depth if cell.task.by_depth else None
             line |= {"problems": cell.problems, **scores._asdict()}
