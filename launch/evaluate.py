@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 
 from ..models.part import cast_parameters
 from ..parallel.mesh import Mesh
-from ..trainer.checkpoint import checkpoint
 from ..trainer.evaluation.checkpoints import Reading, Subject, score_documents
 from ..trainer.evaluation.documents import LongDocuments, Texts, as_haystack
 from ..trainer.evaluation.evaluation import Whole
@@ -36,7 +35,7 @@ from .build import build
 
 @dataclass
 class EvaluateSettings:
-    """A checkpoint is its folder, or a run's, of which the newest is taken."""
+    """A checkpoint is its folder, a run's, of which the newest is taken, or that of a model of Hugging Face."""
 
     checkpoint: str | None = None
     checkpoints: list[str] = field(default_factory=list)  # several, in place of one
@@ -123,7 +122,7 @@ class Plan:
             text, tokenizer = None, subject.tokenizer
             if chosen.reads_documents and texts is not None and tokenizer is not None:
                 text = as_haystack(texts, tokenizer, 2 * max(lengths))
-            return open_suite(chosen, subject.length, subject.vocabulary, tokenizer, text)
+            return open_suite(chosen, lengths[0], subject.vocabulary, tokenizer, text)
 
         return cls(subject, lengths, together(mesh, suite), texts)
 
@@ -154,7 +153,7 @@ def score(plan: Plan, settings: EvaluateSettings, mesh: Mesh, device: torch.devi
     def load() -> torch.nn.Module:
         with device:
             model = build(subject.model)
-        model.at_step(checkpoint.load_weights(subject.path, model)["step"])
+        subject.read(model)
         cast_parameters(model, getattr(torch, settings.dtype))
         return model
 

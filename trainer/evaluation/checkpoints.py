@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...models import hf
 from ...models.activations.recomputation import SETTINGS as MEMORY
+from ...models.language_model import LanguageModel
 from ...parallel.mesh import Mesh
 from ...parallel.strategy import Strategy
 from ..checkpoint import checkpoint
-from ..checkpoint.choice import locate, read_config
+from ..checkpoint.choice import is_own, locate, read_config
 from ..data.corpus import Corpus, open_corpus
 from ..data.settings import DataSettings, RecallSettings
 from ..data.tokenizers import Tokenizer, load_tokenizer
@@ -24,7 +27,10 @@ from .suite import layout_for
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint that is evaluated; tokenizer: None for a model without text."""
+    """A checkpoint that is evaluated; tokenizer: None for a model without text.
+
+    config: of its run, or of the model alone where that is one of Hugging Face.
+    """
 
     path: Path
     step: int
@@ -33,7 +39,13 @@ class Subject:
 
     @classmethod
     def at(cls, path: str, setting: str) -> Subject:
-        """The checkpoint at `path`, or the newest of a run. Raises ValueError where there is none that is complete."""
+        """The checkpoint at `path`, the newest of a run, or a model of Hugging Face.
+
+        Raises ValueError where there is none that is complete.
+        """
+        folder = Path(path).expanduser()
+        if (folder / hf.CONFIG).is_file() and not is_own(folder):
+            return cls(folder, 0, {"model": hf.read_settings(folder)}, load_tokenizer(folder))
         found = locate(path, setting)
         stored = checkpoint.verify(found)
         tokenizer = load_tokenizer(found / "tokenizer") if (found / "tokenizer").is_dir() else None
@@ -42,16 +54,25 @@ class Subject:
     @property
     def name(self) -> str:
         """As maps call it."""
-        return self.path.name.removeprefix("step-").lstrip("0") or "0"
+        return re.sub(r"^step-0*(?=\d)", "", self.path.name)
 
     @property
     def model(self) -> dict[str, Any]:
         """Its model's configuration, without what saves memory in training."""
         return {name: value for name, value in self.config["model"].items() if name not in MEMORY}
 
+    def read(self, model: LanguageModel) -> None:
+        """Fills the model. Raises ValueError for weights that are damaged or another model's."""
+        if "data" in self.config:
+            model.at_step(checkpoint.load_weights(self.path, model)["step"])
+        else:
+            hf.load(self.path, model)
+
     @property
     def length(self) -> int:
-        """The tokens of a row that it was trained on."""
+        """The tokens of a row that it was trained on. Raises ValueError where that is not known."""
+        if "data" not in self.config:
+            raise ValueError(f"lengths must be given for a model of Hugging Face; got none with {self.path}")
         return int(self.config["data"]["sequence_length"])
 
     @property
@@ -67,6 +88,8 @@ class Subject:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError(f"checkpoint must be of a model of text; got {self.path}, which has no tokenizer")
+        if path is None and "data" not in self.config:
+            raise ValueError(f"text must be given with a model of Hugging Face; got none with {self.path}")
         if path is not None:
             return prepare(mesh, lambda: read_texts(path, tokenizer, "text"))
         corpus = prepare(mesh, lambda: open_corpus(_data_of(self.config["data"]), tokenizer=tokenizer))

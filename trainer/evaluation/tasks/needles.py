@@ -18,19 +18,21 @@ class PassKey(TextTask):
     name = "passkey"
     paper = "Mohtashami and Jaggi, 2023, arXiv 2305.16300"
 
+    candidates: int = CHOICES  # that the number is chosen from, itself among them; 0: no choice, and so much less work
+
     @property
     def by_depth(self) -> bool:
         return True
 
     @property
     def choices(self) -> int:
-        return CHOICES
+        return self.candidates
 
     def check(self, material: Material) -> None:
-        pass
+        _check_candidates(self.candidates)
 
     def draft(self, material: Material, number: int) -> Draft:
-        key, *others = _numbers(material, self.draw(material, number), CHOICES, digits=5)
+        key, *others = _numbers(material, self.draw(material, number), max(1, self.candidates), digits=5)
         encode = material.encode
         said = [*encode("\nThe pass key is"), *key, *encode(". Remember it:"), *key, *encode(" is the pass key.\n")]
         return Draft(
@@ -46,7 +48,7 @@ class Needles(TextTask):
     """`keys` words with `values` numbers each, a sentence for each number; `queries` of the words are asked for.
 
     One sentence alone stands at the depth asked for, several anywhere alike. Where one number is the answer, it is also
-    chosen from four: against other numbers of the text, or, where there are no more, against drawn ones.
+    chosen from `candidates`: against other numbers of the text, or, where there are no more, against drawn ones.
     """
 
     name = "needle"
@@ -57,6 +59,7 @@ class Needles(TextTask):
     queries: int = 1
     digits: int = 7
     haystack: str = "noise"  # or documents: held-out ones
+    candidates: int = CHOICES  # 0: no choice, and so much less work
 
     @property
     def by_depth(self) -> bool:
@@ -68,7 +71,7 @@ class Needles(TextTask):
 
     @property
     def choices(self) -> int:
-        return CHOICES if self.answers == 1 else 0
+        return self.candidates if self.answers == 1 else 0
 
     @property
     def filled_with(self) -> str:
@@ -80,14 +83,16 @@ class Needles(TextTask):
         check_range("values", self.values, 1)
         check_range("queries", self.queries, 1, self.keys)
         check_range("digits", self.digits, 4, 12)
+        _check_candidates(self.candidates)
+        if self.answers > 1 and self.candidates != CHOICES:
+            raise ValueError(f"candidates must be left out with several answers; got {self.candidates}. Remove it")
 
     def draft(self, material: Material, number: int) -> Draft:
         draw, encode = self.draw(material, number), material.encode
         words = draw.words(self.keys)
-        numbers = _numbers(material, draw, max(self.keys * self.values, CHOICES), self.digits)
+        numbers = _numbers(material, draw, max(self.keys * self.values, self.choices), self.digits)
         of = [numbers[key * self.values : (key + 1) * self.values] for key in range(self.keys)]
-        drawn = sorted(draw.fractions(self.keys * self.values).tolist())
-        depths = iter([None] if self.by_depth else [drawn[place] for place in draw.permutation(len(drawn))])
+        depths = iter([None] if self.by_depth else draw.fractions(self.keys * self.values).tolist())
         hidden, ordered = list[Hidden](), list[list[list[int]]]()
         for word, theirs in zip(words, of, strict=True):
             at = [next(depths) for _ in theirs]
@@ -101,9 +106,15 @@ class Needles(TextTask):
             for place, value in enumerate(ordered[key]):
                 ending += [Said(encode(" and"))] if place else []
                 ending.append(Said(value, query * self.values + place))
-        others = [value for value in numbers if value is not ordered[asked[0]][0]][: CHOICES - 1]
+        others = [value for value in numbers if value is not ordered[asked[0]][0]]
         instruction = "Special numbers are hidden in the text below. Remember them.\n"
-        return Draft(beginning(material, instruction), hidden, ending, tuple(others) if self.choices else ())
+        return Draft(beginning(material, instruction), hidden, ending, tuple(others[: max(0, self.choices - 1)]))
+
+
+def _check_candidates(candidates: int) -> None:
+    check_range("candidates", candidates, 0, 100)
+    if candidates == 1:
+        raise ValueError("candidates must be 0, for no choice, or at least 2; got 1. Change it")
 
 
 def _numbers(material: Material, draw: Draw, count: int, digits: int) -> list[list[int]]:
