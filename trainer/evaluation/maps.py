@@ -110,20 +110,21 @@ def _draw(maps: Sequence[Map], path: Path, across: str, down: str) -> None:
     from matplotlib.figure import Figure  # takes long to import, and one rank draws
 
     rows, columns = len(maps[0].rows), len(maps[0].columns)
-    width = (1.8 + 0.75 * columns) * len(maps) + 1
+    width = 0.08 * max(map(len, maps[0].rows)) + (0.6 + 0.75 * columns) * len(maps) + 1.5
     figure = Figure(figsize=(max(4.5, width), max(2.2, 1.2 + 0.42 * rows)), layout="constrained")
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     for panel, each in zip(panels, maps, strict=True):
         panel.imshow(each.values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        panel.set(title=each.title, xlabel=across, ylabel=down)
+        panel.set(title=each.title, xlabel=across)
         panel.set_xticks(range(columns), each.columns, rotation=45 if columns > 4 else 0, fontsize=8)
-        panel.set_yticks(range(rows), each.rows, fontsize=8)
+        panel.set_yticks(range(rows), each.rows if panel is panels[0] else [""] * rows, fontsize=8)
         if rows * columns <= WRITTEN:
             for y, values in enumerate(each.values):
                 for x, value in enumerate(values):
                     if not math.isnan(value):
                         colour = "black" if value > 0.6 else "white"
                         panel.text(x, y, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7)
+    panels[0].set_ylabel(down)
     figure.colorbar(panels[0].images[0], ax=list(panels))
     _save(figure, path)
 
