@@ -13,6 +13,7 @@ from ..data.packing import RowStream
 from ..data.recall import RecallCorpus
 from ..ranks.settings import spans_of, strategy_of
 from ..run import report
+from ..run.metrics import BEFORE_STAGE
 from .baselines import text_baselines
 from .documents import HeldOut, as_haystack
 from .evaluation import Loss, evaluate, evaluate_truncated
@@ -29,7 +30,7 @@ class Validation(Callback):
     """Logs the loss on held-out rows every `evaluation.every` steps, with `evaluation.at_start` before the first one
     too, with `evaluation.positions` also by position, and then scores `evaluation.tasks`. After the last step it adds
     the comparisons with counting models and with a shorter context. Where a stage begins, the loss is logged by its
-    settings too, under the step that ended the one before.
+    settings too, under the step that ended the one before; BEFORE_STAGE in that line tells the two apart.
     """
 
     suite: Suite | None = None
@@ -44,12 +45,12 @@ class Validation(Callback):
     def next_stage(self, trainer: Trainer) -> None:
         self.suite = suite_of(trainer.settings, trainer.corpus)
         if trainer.settings.evaluation.every:
-            self._before_step(trainer)
+            self._before_step(trainer, {BEFORE_STAGE: True})
 
-    def _before_step(self, trainer: Trainer) -> None:
+    def _before_step(self, trainer: Trainer, more: dict[str, Any] | None = None) -> None:
         cast(LanguageModel, trainer.engine.module).at_step(trainer.step)
-        trainer.outputs.validation(_validated(trainer))
-        self._score(trainer)
+        trainer.outputs.validation(_validated(trainer) | (more or {}))
+        self._score(trainer, more)
 
     def after_step(self, trainer: Trainer) -> None:
         chosen = trainer.settings.evaluation
@@ -68,7 +69,7 @@ class Validation(Callback):
                 lines = report.recall_comparison(record, corpus.chance if chosen.baselines else None)
             trainer.outputs.say("\n".join(lines))
 
-    def _score(self, trainer: Trainer) -> None:
+    def _score(self, trainer: Trainer, more: dict[str, Any] | None = None) -> None:
         """Logs the scores of the tasks, and draws their maps."""
         if self.suite is None:
             return
@@ -76,8 +77,8 @@ class Validation(Callback):
         strategy, spans = strategy_of(settings.parallel), spans_of(settings.parallel)
         at_once = settings.data.rows_per_micro_batch
         lines = self.suite.score(trainer.engine, trainer.mesh.sequence_ranks, spans, strategy, at_once)
-        record, draw = {"step": trainer.step, **metrics(lines)}, partial(draw_task_maps, lines)
-        trainer.outputs.scores(record, [f"step {trainer.step}", *table(lines)], draw)
+        record = {"step": trainer.step, **metrics(lines), **(more or {})}
+        trainer.outputs.scores(record, [f"step {trainer.step}", *table(lines)], partial(draw_task_maps, lines))
 
 
 def suite_of(settings: Settings, corpus: Corpus | RecallCorpus) -> Suite | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,13 +149,19 @@ def layout_for(length: int, ranks: int, spans: int) -> Layout:
 
 def metrics(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The lines as they are logged: all of them as `tasks`, and the mean of each task and length by name."""
-    found: dict[str, Any] = {"tasks": list(lines)}
+    finite = [{name: _finite(value) for name, value in line.items()} for line in lines]
+    found: dict[str, Any] = {"tasks": finite}
     for (label, length), group in grouped(lines).items():
         for measure in ("accuracy", "exact", "loss", "choice"):
             values = [line[measure] for line in group]
             if None not in values:
                 found[f"task_{label}_{length}_{measure}"] = sum(values) / len(values)
     return found
+
+
+def _finite(value: Any) -> Any:
+    """The value, or None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def grouped(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
