@@ -18,6 +18,7 @@ TASKS = "[{task: needle, digits: 4},parity,{task: mqar, pairs: 2}]"
 SETTINGS = (
     "data=text",
     "data.tokenizer=bytes",
+    "data.validation_fraction=0.3",
     "data.sequence_length=320",
     "data.rows_per_step=1",
     "model=llama_tiny",
