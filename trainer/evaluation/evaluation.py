@@ -196,7 +196,8 @@ def _evaluated(engine: Scored, batches: Iterator[MicroBatch], longest: int = 0) 
                     sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
                     continue
                 losses, count, right = engine(tokens, part.seq, targets, True, False, True)
-                sums += torch.stack([x.double() for x in (losses.sum(), count, right.sum())])
+                losses = losses.double()  # of which the sums of all buckets make the whole one
+                sums += torch.stack([losses.sum(), count.double(), right.sum().double()])
                 _add(buckets, borders, part.seq.reach(engine.device), losses, targets)
     finally:
         engine.module.train()
