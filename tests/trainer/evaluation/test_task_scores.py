@@ -72,7 +72,13 @@ def copying_model() -> Any:
 
 
 def random_model(vocabulary: int = VOCABULARY) -> Any:
-    made: Any = build(
+    made = without_values(vocabulary).double()
+    made.initialise(0)
+    return made
+
+
+def without_values(vocabulary: int = VOCABULARY) -> Any:
+    return build(
         {
             "_target_": "longreach.models.language_model.LanguageModel",
             "vocabulary": vocabulary,
@@ -87,9 +93,7 @@ def random_model(vocabulary: int = VOCABULARY) -> Any:
             },
             "initial_std": 0.3,
         }
-    ).double()
-    made.initialise(0)
-    return made
+    )
 
 
 def gathered(numbers: list[float], mesh: Mesh) -> torch.Tensor:
@@ -273,7 +277,7 @@ def test_long_documents_are_read_from_their_beginning_and_positions_average_to_t
 
 def under_zero(rank: int, world: int, sequence: int, stage: int) -> Scores:
     engine = Engine(
-        lambda: random_model().float(),
+        without_values,
         settings=EngineSettings(stage, {}),
         optimizer=OptimizerSettings(),
         mesh=Mesh.create(sequence),
