@@ -189,8 +189,9 @@ class LanguageModel(nn.Module):
         tokens, targets: int64 `[B, T]`; a target of −100 counts for nothing. Without any target the loss is a zero
         that every parameter is connected to. With `correct`, for evaluation: without a gradient of the head, and third
         the number of targets that have the largest logit; with `each` too, in place of the sum the loss of every token
-        `[B, T]`, 0 without a target. With `reports`, for training: last, by path, what the parts report of `losses` and
-        `sums`; see `Part`. The loss holds none of it.
+        `[B, T]`, 0 without a target, and in place of the number whether it is one of them, bool `[B, T]`. With
+        `reports`, for training: last, by path, what the parts report of `losses` and `sums`; see `Part`. The loss holds
+        none of it.
         """
         hidden, reported = self._run(tokens, seq)
         if targets is None:

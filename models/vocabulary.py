@@ -25,7 +25,7 @@ class Head(nn.Linear):
     hidden `[B, T, D]` to logits `[B, T, Vocab]`; with targets int64 `[B, T]` (−100 = none) to the sum of the token
     losses, a scalar in float32 or, for float64, float64. The loss is computed in here because this is where ZeRO-3
     gathers the weight. With `correct`, for evaluation: without gradient, and also the number of targets that have the
-    largest logit; with `each` too, in place of the sum the loss of every token `[B, T]`. Logits are multiplied by the
+    largest logit; with `each` too, both by token `[B, T]`, in place of sum and number. Logits are multiplied by the
     constant `multiplier`; those l become softcap * tanh(l / softcap) then, where there is a softcap.
     """
 

@@ -62,20 +62,20 @@ def loss_and_correct(
     """What evaluation counts: (`cross_entropy` of the same, without gradient; targets that have the largest logit).
 
     Shapes, dtypes and errors as of `cross_entropy`; the second is an int64 scalar, and of equal logits the first is the
-    largest. Again the logits of at most `chunk` tokens exist at a time. With `each`, the first is the loss of every
-    token, `[B, T]`, in place of their sum: 0 where there is no target.
+    largest. Again the logits of at most `chunk` tokens exist at a time. With `each`, both are of every token, `[B, T]`,
+    in place of their sum and number: its loss, 0 where there is no target, and whether its target's logit is largest.
     """
     chunk = _chunk(hidden, weight, chunk)
     _check(hidden, weight, targets, None, chunk)
     rows, ids = hidden.flatten(0, -2), targets.flatten()
-    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    correct = torch.zeros(len(ids), dtype=torch.bool, device=hidden.device)
 
     def count(part: slice, logits: Tensor) -> None:
-        correct.add_((logits.argmax(-1) == ids[part]).sum())
+        correct[part] = logits.argmax(-1) == ids[part]
 
     lse, picked = _scan(rows, weight, ids, None, chunk, logit_scale, softcap, count)
     losses = _losses(lse, picked, ids)
-    return (losses.view(targets.shape) if each else losses.sum()), correct
+    return (losses.view(targets.shape), correct.view(targets.shape)) if each else (losses.sum(), correct.sum())
 
 
 def chunk_tokens(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:

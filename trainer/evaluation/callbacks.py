@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ...models.language_model import LanguageModel
 from ..callback import Callback
 from ..data.corpus import Corpus
 from ..data.packing import RowStream
-from ..ranks.settings import strategy_of
+from ..data.recall import RecallCorpus
+from ..ranks.settings import spans_of, strategy_of
 from ..run import report
 from ..run.metrics import BEFORE_STAGE
 from .baselines import text_baselines
+from .documents import HeldOut, as_haystack
 from .evaluation import Loss, evaluate, evaluate_truncated
+from .maps import draw_task_maps
 from .sample import draw_sample
+from .suite import Suite, metrics, open_suite, table
 
 if TYPE_CHECKING:
+    from ..settings import Settings
     from ..trainer import Trainer
 
 
 class Validation(Callback):
     """Logs the loss on held-out rows every `evaluation.every` steps, with `evaluation.at_start` before the first one
-    too, with `evaluation.positions` also by position. After the last step it adds the comparisons with counting models
-    and with a shorter context. Where a stage begins, the loss is logged by its settings too, under the step that ended
-    the one before; BEFORE_STAGE in that line tells the two apart.
+    too, with `evaluation.positions` also by position, and then scores `evaluation.tasks`. After the last step it adds
+    the comparisons with counting models and with a shorter context. Where a stage begins, the loss is logged by its
+    settings too, under the step that ended the one before; BEFORE_STAGE in that line tells the two apart.
     """
 
+    suite: Suite | None = None
+
     def start(self, trainer: Trainer) -> None:
+        self.suite = suite_of(trainer.settings, trainer.corpus)
         if trainer.step == trainer.stage.first > 0:  # the run ended where this stage begins
             self.next_stage(trainer)
         if trainer.settings.evaluation.at_start and trainer.step == 0:
             self._before_step(trainer)
 
     def next_stage(self, trainer: Trainer) -> None:
+        self.suite = suite_of(trainer.settings, trainer.corpus)
         if trainer.settings.evaluation.every:
             self._before_step(trainer, {BEFORE_STAGE: True})
 
     def _before_step(self, trainer: Trainer, more: dict[str, Any] | None = None) -> None:
         cast(LanguageModel, trainer.engine.module).at_step(trainer.step)
         trainer.outputs.validation(_validated(trainer) | (more or {}))
+        self._score(trainer, more)
 
     def after_step(self, trainer: Trainer) -> None:
         chosen = trainer.settings.evaluation
@@ -49,6 +60,7 @@ class Validation(Callback):
         if trainer.done and chosen.context is not None:
             record |= _truncated(trainer, chosen.context)
         trainer.outputs.validation(record)
+        self._score(trainer)
         if trainer.done and trainer.mesh.rank == 0 and (chosen.baselines or chosen.context is not None):
             corpus = trainer.corpus
             if isinstance(corpus, Corpus):
@@ -56,6 +68,30 @@ class Validation(Callback):
             else:
                 lines = report.recall_comparison(record, corpus.chance if chosen.baselines else None)
             trainer.outputs.say("\n".join(lines))
+
+    def _score(self, trainer: Trainer, more: dict[str, Any] | None = None) -> None:
+        """Logs the scores of the tasks, and draws their maps."""
+        if self.suite is None:
+            return
+        settings = trainer.settings
+        strategy, spans = strategy_of(settings.parallel), spans_of(settings.parallel)
+        at_once = settings.data.rows_per_micro_batch
+        lines = self.suite.score(trainer.engine, trainer.mesh.sequence_ranks, spans, strategy, at_once)
+        record = {"step": trainer.step, **metrics(lines), **(more or {})}
+        trainer.outputs.scores(record, [f"step {trainer.step}", *table(lines)], partial(draw_task_maps, lines))
+
+
+def suite_of(settings: Settings, corpus: Corpus | RecallCorpus) -> Suite | None:
+    """The tasks of a stage, on its data; None where it has none. Raises ValueError as `open_suite` does."""
+    chosen, length = settings.evaluation.suite, settings.data.sequence_length
+    if not chosen.tasks:
+        return None
+    if not isinstance(corpus, Corpus):
+        return open_suite(chosen, length, corpus.vocabulary_size)
+    text, most = None, 2 * max([length, *chosen.lengths])
+    if chosen.reads_documents:
+        text = as_haystack(HeldOut(corpus), corpus.tokenizer, most)
+    return open_suite(chosen, length, corpus.vocabulary_size, corpus.tokenizer, text)
 
 
 def _validated(trainer: Trainer) -> dict[str, Any]:

@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.documents import Documents
 from ...parallel.layout import Layout
+from ...parallel.mesh import Mesh
 from ...parallel.strategy import Strategy
 from ..data.ahead import Ahead
 from ..data.packing import NO_TARGET, Batch, RowStream, batch
 from ..data.reading import MicroBatch, alone, prepared, shard
-from ..engine import Engine
 from ..ranks.exchange import gather_numbers
 
 FIRST_BUCKET = 16  # positions; each bucket behind it ends where the position has doubled
+
+
+class Scored(Protocol):
+    """A model on the ranks of a mesh: under an `Engine`, or `Whole` on each of them."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model of which every rank has all weights; its forward may share rows all the same."""
+
+    module: nn.Module
+    mesh: Mesh
+    device: torch.device
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
 
 
 class Loss(NamedTuple):
@@ -73,7 +101,7 @@ class Loss(NamedTuple):
 
 
 def evaluate(
-    engine: Engine,
+    engine: Scored,
     stream: RowStream,
     layout: Layout,
     strategy: Strategy,
@@ -97,7 +125,7 @@ def evaluate(
     return _evaluated(engine, batches(), layout.length if positions else 0)
 
 
-def evaluate_truncated(engine: Engine, stream: RowStream, rows: int, context: int, places: int) -> Loss:
+def evaluate_truncated(engine: Scored, stream: RowStream, rows: int, context: int, places: int) -> Loss:
     """The loss of the same targets as `evaluate`, each predicted from its last `context` tokens alone.
 
     Each run of a document in a row becomes overlapping pieces of `context` tokens, one token apart. Of its first piece
@@ -150,7 +178,7 @@ def _stacked(pieces: list[Piece], rows: int, context: int) -> Batch:
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), documents)
 
 
-def _evaluated(engine: Engine, batches: Iterator[MicroBatch], longest: int = 0) -> Loss:
+def _evaluated(engine: Scored, batches: Iterator[MicroBatch], longest: int = 0) -> Loss:
     """The loss on all ranks' batches, which another thread makes ahead; the device is read once, at the end.
 
     longest: of the documents whose positions are told apart; 0: they are not.
@@ -167,8 +195,9 @@ def _evaluated(engine: Engine, batches: Iterator[MicroBatch], longest: int = 0) 
                 if not ends:
                     sums += torch.stack([x.double() for x in engine(tokens, part.seq, targets, True)])
                     continue
-                losses, *counts = engine(tokens, part.seq, targets, True, False, True)
-                sums += torch.stack([x.double() for x in (losses.sum(), *counts)])
+                losses, count, right = engine(tokens, part.seq, targets, True, False, True)
+                losses = losses.double()  # of which the sums of all buckets make the whole one
+                sums += torch.stack([losses.sum(), count.double(), right.sum().double()])
                 _add(buckets, borders, part.seq.reach(engine.device), losses, targets)
     finally:
         engine.module.train()

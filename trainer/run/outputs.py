@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..settings import Settings
@@ -104,6 +105,13 @@ class Outputs:
         where = f"step {record['step']}" + (f", before stage {self.stage}" if record.get(BEFORE_STAGE) else "")
         self.say(f"{where}  {figures}")
         self.plot()
+
+    def scores(self, record: dict[str, Any], table: list[str], draw: Callable[[Path], None]) -> None:
+        """Scores of tasks, as a line of metrics, a table, and the maps that `draw` makes in a folder."""
+        self.log(record)
+        self.say("\n".join(table))
+        if self.first:
+            self._keep(lambda: draw(self.directory.plot.parent))
 
     def sample(self, step: int, text: str) -> None:
         if self.first:

@@ -81,7 +81,7 @@ class Tracker:
         self.directory = Path(self._run.dir).parent
 
     def log(self, record: dict[str, Any]) -> None:
-        """Mirrors a line of metrics at its own step.
+        """Mirrors a line of metrics at its own step; a list of lines in it is a table.
 
         Of two values of one name at a step W&B keeps the later one: where a stage begins, names begin with
         `before_stage/`.
@@ -91,7 +91,7 @@ class Tracker:
         prefix = f"{BEFORE_STAGE}/" if record.get(BEFORE_STAGE) else ""
         known = {key: value for key, value in record.items() if key not in ("step", BEFORE_STAGE)}
         values = {prefix + key: value for key, value in known.items() if value is not None}
-        self._actions.put(lambda: self._run.log(values, step=record["step"]))
+        self._actions.put(lambda: self._run.log({key: _shown(x) for key, x in values.items()}, step=record["step"]))
 
     def sample(self, step: int, text: str) -> None:
         """Shows a sample at its step."""
@@ -128,6 +128,16 @@ class Tracker:
                 f"W&B: {type(error).__name__}: {error}. metrics.jsonl has everything; training goes on without it"
             )
             self._run = None
+
+
+def _shown(value: Any) -> Any:
+    """A value as W&B shows it."""
+    if not (isinstance(value, list) and value and all(isinstance(line, dict) for line in value)):
+        return value
+    import wandb
+
+    columns = list(dict.fromkeys(name for line in value for name in line))
+    return wandb.Table(columns=columns, data=[[line.get(name) for name in columns] for line in value])
 
 
 def choose_mode(mode: str) -> str:

@@ -17,6 +17,7 @@ CHANGEABLE = (
     "trainer.tile_tokens", "trainer.offload_activations", "trainer.clip", "trainer.max_skipped_steps",
     "trainer.max_rollbacks", "trainer.spike_deviations", "trainer.spike_window", "checkpoint.every", "evaluation.every",
     "evaluation.rows", "evaluation.context", "evaluation.context_rows", "evaluation.positions",
+    "evaluation.tasks", "evaluation.lengths", "evaluation.problems", "evaluation.depths",
 )  # fmt: skip
 # What they must not change of these groups: other ids, other held-out documents, other states, what is fixed when
 # processes meet.

@@ -13,6 +13,7 @@ from ..data.corpus import Corpus, open_corpus
 from ..data.recall import RecallCorpus
 from ..data.tokenizers import Tokenizer
 from ..engine import saved_buffers
+from ..evaluation.callbacks import suite_of
 from ..preparation import Build, check_model, check_same_model, configured_model, model_settings, on_meta
 from ..ranks.exchange import prepare, together
 from ..ranks.settings import ParallelSettings, ulysses_ranks
@@ -70,6 +71,7 @@ class Opening:
         for stage in plan.stages:
             with stage.checked():
                 stage.settings.model = self._model(stage)
+                together(mesh, lambda stage=stage: suite_of(stage.settings, self._corpora[0]))
 
     def mesh(self, stage: Stage) -> Mesh:
         """The ranks as the stage arranges them; groups of processes are made once."""

@@ -31,6 +31,7 @@ def test_config_curves_and_sample_are_recorded_at_their_steps(tmp_path: Path) ->
         tracker.log({"step": step, "loss": 1.0 / step, "mfu": None})
     tracker.log({"step": 5, "validation_loss": 3.0, "stage": "short"})
     tracker.log({"step": 5, "validation_loss": 4.0, "stage": "long", "before_stage": True})
+    tracker.log({"step": 5, "tasks": [{"task": "needle", "choice": 0.5}, {"task": "mqar", "choice": None}]})
     tracker.sample(5, "def f(x): <b>")
     tracker.close()
     assert said == []
@@ -43,6 +44,8 @@ def test_config_curves_and_sample_are_recorded_at_their_steps(tmp_path: Path) ->
     assert history[5] | {"validation_loss": 3.0, "stage": "short", "before_stage/validation_loss": 4.0} == history[5]
     page = tracker.directory / "files" / history[5]["sample.path"]
     assert "def f(x): &lt;b&gt;" in page.read_text()
+    table = json.loads((tracker.directory / "files" / history[5]["tasks.path"]).read_text())
+    assert (table["columns"], table["data"]) == (["task", "choice"], [["needle", 0.5], ["mqar", None]])
     assert "mfu" not in history[1]
     again = Tracker(settings, tmp_path, {}, said.append)
     again.close()

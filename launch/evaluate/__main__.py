@@ -1,0 +1,5 @@
+"""`python -m longreach.launch.evaluate`."""
+
+from . import main
+
+main()

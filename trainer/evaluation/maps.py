@@ -1,0 +1,139 @@
+"""Maps of scores as PNG, without pyplot's global state: depth by length, task by length, task by checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .suite import grouped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLES = {"accuracy": "greedy decoding", "choice": "likeliest choice"}
+WRITTEN = 400  # cells of a map in which their values still can be read
+
+
+class Map(NamedTuple):
+    """Shares by row and column; NaN where there is none."""
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+
+
+def draw_task_maps(lines: Sequence[dict[str, Any]], folder: Path) -> None:
+    """A map of depth by length for each task with depths, and one of all tasks by length."""
+    depths = [line for line in lines if line["depth"] is not None]
+    for label in dict.fromkeys(line["task"] for line in depths):
+        own = [line for line in depths if line["task"] == label]
+        _draw(_of_depths(label, own), folder / f"{label}.png", "tokens", "depth")
+    _draw(_of_tasks(lines), folder / "tasks.png", "tokens", "")
+
+
+def draw_checkpoint_map(scored: Sequence[tuple[str, Sequence[dict[str, Any]]]], file: Path) -> None:
+    """A map of every task and length by checkpoint, named in the order of training."""
+    names = list(dict.fromkeys((line["task"], line["length"]) for _, lines in scored for line in lines))
+    maps = []
+    for measure in _measures([line for _, lines in scored for line in lines]):
+        means = [{key: _mean(group, measure) for key, group in grouped(lines).items()} for _, lines in scored]
+        values = [[of.get(name, math.nan) for of in means] for name in names]
+        rows = [f"{task}, {length}" for task, length in names]
+        maps.append(Map(TITLES[measure], rows, [name for name, _ in scored], values))
+    _draw(maps, file, "checkpoint", "")
+
+
+def draw_positions(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """The loss by position in long documents, a curve for each length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for length in sorted({line["length"] for line in lines}):
+        own = [line for line in lines if line["length"] == length]
+        axes.plot(
+            [line["last"] + 1 for line in own], [line["loss"] for line in own], marker="o", label=f"{length} tokens"
+        )
+    axes.set(xlabel="position: up to so many tokens of the document", ylabel="loss (nats a token)")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.25)
+    axes.legend()
+    _save(figure, path)
+
+
+def _of_depths(label: str, lines: Sequence[dict[str, Any]]) -> list[Map]:
+    lengths, depths = (sorted({line[name] for line in lines}) for name in ("length", "depth"))
+    found = {(line["depth"], line["length"]): line for line in lines}
+    return [
+        Map(
+            f"{label}: {TITLES[measure]}",
+            [f"{depth:.0%}" for depth in depths],
+            [str(length) for length in lengths],
+            [[_value(found.get((depth, length)), measure) for length in lengths] for depth in depths],
+        )
+        for measure in _measures(lines)
+    ]
+
+
+def _of_tasks(lines: Sequence[dict[str, Any]]) -> list[Map]:
+    lengths, labels = sorted({line["length"] for line in lines}), list(dict.fromkeys(line["task"] for line in lines))
+    groups = grouped(lines)
+    return [
+        Map(
+            TITLES[measure],
+            labels,
+            [str(length) for length in lengths],
+            [[_mean(groups.get((label, length), []), measure) for length in lengths] for label in labels],
+        )
+        for measure in _measures(lines)
+    ]
+
+
+def _measures(lines: Sequence[dict[str, Any]]) -> list[str]:
+    return ["accuracy", *(["choice"] if any(line["choice"] is not None for line in lines) else [])]
+
+
+def _mean(lines: Sequence[dict[str, Any]], measure: str) -> float:
+    values = [_value(line, measure) for line in lines]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _value(line: dict[str, Any] | None, measure: str) -> float:
+    return math.nan if line is None or line[measure] is None else float(line[measure])
+
+
+def _draw(maps: Sequence[Map], path: Path, across: str, down: str) -> None:
+    from matplotlib.figure import Figure  # takes long to import, and one rank draws
+
+    rows, columns = len(maps[0].rows), len(maps[0].columns)
+    width = 0.08 * max(map(len, maps[0].rows)) + (0.6 + 0.75 * columns) * len(maps) + 1.5
+    figure = Figure(figsize=(max(4.5, width), max(2.2, 1.2 + 0.42 * rows)), layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for panel, each in zip(panels, maps, strict=True):
+        panel.imshow(each.values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        panel.set(title=each.title, xlabel=across)
+        panel.set_xticks(range(columns), each.columns, rotation=45 if columns > 4 else 0, fontsize=8)
+        panel.set_yticks(range(rows), each.rows if panel is panels[0] else [""] * rows, fontsize=8)
+        if rows * columns <= WRITTEN:
+            for y, values in enumerate(each.values):
+                for x, value in enumerate(values):
+                    if not math.isnan(value):
+                        colour = "black" if value > 0.6 else "white"
+                        panel.text(x, y, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7)
+    panels[0].set_ylabel(down)
+    figure.colorbar(panels[0].images[0], ax=list(panels))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    aside = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(aside, dpi=150, format="png")
+        os.replace(aside, path)  # so that a full disk leaves the one before
+    finally:
+        aside.unlink(missing_ok=True)
