@@ -1,51 +1,122 @@
-"""Multi-query associative recall (arXiv 2312.04927) by every mixer: who recalls what with which state.
+"""Multi-query associative recall (MQAR, arXiv 2312.04927) by every kind of mixer: accuracy against bytes of state.
 
-    python benchmarks/learning/recall_mixers.py [--mixers retnet mamba2 …] [--steps 800] [--jobs 2]
-                                                [--runs runs/recall_mixers] [--write]
+    python benchmarks/learning/recall_mixers.py [--study state|length] [--kinds linear gla …]
+                                                [--runs runs/recall_mixers] [--jobs 1] [--minutes 60] [--write]
 
-Problems of 256 tokens with 16 pairs and 64 queries, for a model of two layers of width 64, each a gated short
-convolution and this mixer, with the settings of conf/mixer but for the sizes named in the table. A model learns with 2
-pairs in 32 tokens, then 4 in 64, 8 in 128 and 16 in 256, and goes on to the next when it recalls 90 % of held-out
-queries. Training ends with 99 % of the last, or when 240 steps have brought nothing. Results are kept in the folder of
-the runs, and a mixer that has one with as many steps is not trained again.
-`--write` keeps the table in benchmarks/results/.
+`state`: models of width 64, in which each mixer stands behind a gated short convolution, learn problems of 4, 8, 16 and
+32 pairs in turn, at three learning rates, of which the best is kept; the size of the state is varied. `length`: a model
+of each kind learns 8 pairs in rows of 64 to 512 tokens, and is tested in rows of up to 8,192.
+Runs that are finished in the folder are not run again; `--minutes` starts no run later. `--write` keeps the table in
+benchmarks/results/ and the figure in docs/ of the runs that there are.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import subprocess
+import multiprocessing
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from longreach.benchmarks.layers.mixers import standing_alone, with_sizes
+from longreach.benchmarks.layers.mixers import with_sizes
 from longreach.benchmarks.machine import RESULTS, machine
 from longreach.kernels.documents import Documents
-from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
-from longreach.models.mixer import small_sizes
 from longreach.models.mixers.elementwise.gated_short_convolution import GatedShortConvolution
 from longreach.parallel.sequence import DecodingCache, Sequence
 from longreach.trainer.data.recall import RecallTask
+from longreach.trainer.optimizers.groups import parameter_groups
 
+DOCS = RESULTS.parent.parent / "docs"
 PAGE = RESULTS / "recall_mixers_cpu.md"
-WIDTH, DEPTH, VOCABULARY = 64, 2, 64
-STAGES = tuple(RecallTask(16 * pairs, pairs, 4 * pairs, VOCABULARY, power=1.0) for pairs in (2, 4, 8, 16))
-TASK = STAGES[-1]
-ROWS, HELD_OUT, EVERY, PATIENCE, GO_ON, ENOUGH = 16, 32, 20, 240, 0.9, 0.99
-HEADS = {"heads": 2, "kv_heads": 2, "key_heads": 2}
-SIZES = {"head_dim": 32, "key_dim": 32, "value_dim": 32, "state": 16, "gate_rank": 16, "window": 64}
-MATRIX_RATE, RATE = 0.02, 5e-3
+WIDTH, HEADS, VOCABULARY, VALUE_DIM = 64, 2, 128, 32
+TASKS = tuple(RecallTask(4 * pairs, pairs, pairs, VOCABULARY, power=1.0) for pairs in (4, 8, 16, 32))
+LENGTH_TASKS = tuple(
+    RecallTask(length, 8, 16, VOCABULARY, power=1.0, spread=length // 2) for length in (64, 128, 256, 512)
+)
+LONGER = tuple(
+    RecallTask(length, 8, 256, VOCABULARY, power=1.0, spread=length // 2) for length in (1024, 2048, 4096, 8192)
+)
+TOKENS = 1024  # of a step
+STEPS, EVERY, GROW, PATIENCE = 400, 20, 100, 100
+GO_ON, ENOUGH = 0.8, 0.99
+RATES = (0.02, 0.006, 0.05)
+ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
+BLOCKS = {"block_size": 8, "dense_steps": 200, **ATTENTION}
+KEPT_BLOCKS = 4
+
+
+class Kind(NamedTuple):
+    """What is shown as `label`: a mixer of conf/mixer with settings, of which `size` varies; how often it stands.
+
+    wave: when its first size is trained. hybrid: how many of this mixer come before one of softmax attention.
+    """
+
+    label: str
+    mixer: str
+    size: str
+    sizes: tuple[int, ...]
+    settings: Mapping[str, Any]
+    wave: int = 0
+    hybrid: int = 0
+
+
+MATRIX = {"heads": HEADS, "value_dim": VALUE_DIM}
+DIMS = (8, 32, 16, 4)
+KINDS = {
+    "softmax": Kind("softmax", "softmax_attention", "head_dim", (32, 8), ATTENTION),
+    "linear": Kind("linear", "linear_attention", "key_dim", DIMS, MATRIX),
+    "gla": Kind("GLA", "gated_linear_attention", "key_dim", DIMS, {**MATRIX, "gate_rank": 16}),
+    "deltanet": Kind("DeltaNet", "deltanet", "key_dim", DIMS, MATRIX),
+    "gated_deltanet": Kind("Gated DeltaNet", "gated_deltanet", "key_dim", DIMS, {**MATRIX, "key_heads": HEADS}),
+    "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3),
+    "mamba2": Kind("Mamba-2", "mamba2", "state", DIMS, {"head_dim": 32}),
+    "window": Kind("window", "sliding_window_attention", "window", (16, 64, 32), ATTENTION),
+    "retnet": Kind("RetNet", "retnet", "key_dim", DIMS, MATRIX),
+    "kda": Kind("KDA", "kimi_delta_attention", "head_dim", DIMS, MATRIX),
+    "mamba": Kind("Mamba", "mamba", "state", (8, 32, 16), {}),
+    "s4d": Kind("S4D", "s4d", "state", (16, 64), {}),
+    "hybrid_7": Kind("7 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, wave=1, hybrid=7),
+    "moba": Kind("MoBA", "moba", "top_k", (KEPT_BLOCKS,), BLOCKS, wave=1),
+    "indexer": Kind(
+        "indexer", "minimax_sparse_attention", "count", (KEPT_BLOCKS,),
+        {**BLOCKS, "head_dim": 32, "index_dim": 32, "rope_fraction": 1.0}, wave=1,
+    ),
+    "nsa": Kind(
+        "NSA", "native_sparse_attention", "count", (KEPT_BLOCKS,), {
+            "heads": HEADS, "kv_heads": 1, "rope_base": None, "block_size": 8, "window_size": 8, "window_stride": 4,
+            "initial": 0, "local": 1, "near": 16, "compression_hidden": 32,
+        }, wave=1,
+    ),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One model that is trained: its result is `<study>-<kind>-<size>-<rate>.json` in the folder of runs."""
+
+    study: str
+    kind: str
+    size: int
+    rate: float
+
+    def result(self, runs: Path) -> dict[str, Any] | None:
+        file = self.file(runs)
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def file(self, runs: Path) -> Path:
+        return runs / f"{'-'.join(map(str, self))}.json"
 
 
 def problems(task: RecallTask, split: str, first: int, number: int) -> tuple[Tensor, Tensor]:
@@ -55,33 +126,43 @@ def problems(task: RecallTask, split: str, first: int, number: int) -> tuple[Ten
     return tokens, targets
 
 
-def made(name: str, pattern: str = "convolution|it") -> tuple[LanguageModel, dict[str, int]]:
-    """The model, and the sizes of the mixer that differ from those of conf/mixer."""
-    target = get_class(str(with_sizes(name, {})[0]["_target_"]))
-    settings, changed = with_sizes(name, {**small_sizes(target), **SIZES, **HEADS})
+def made(kind: str, size: int) -> LanguageModel:
+    """The model; not `convolved`: without the convolutions, so that all state is that of the mixers."""
+    chosen = KINDS[kind]
+    settings = {**with_sizes(chosen.mixer, {})[0], **chosen.settings, chosen.size: size}
     mixers = {"convolution": partial(GatedShortConvolution), "it": instantiate(settings, _convert_="all")}
+    pattern = ["it"] * (chosen.hybrid or 1)
+    if chosen.hybrid:
+        pattern.append("softmax")
+        mixers["softmax"] = instantiate({**with_sizes("softmax_attention", {})[0], **ATTENTION}, _convert_="all")
+    pattern = ["convolution", *pattern]
     model = LanguageModel(
-        vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, pattern=[pattern], initial_std=0.1, tied_embeddings=True,
-        mixers={part: mixers[part] for part in pattern.split("|")}, feed_forward=partial(SwiGLU, hidden=128),
-    )  # fmt: skip
+        vocabulary=VOCABULARY, width=WIDTH, depth=len(pattern), pattern=pattern, mixers=mixers, tied_embeddings=True
+    )
     model.initialise(0)
-    return model, changed
+    return model
+
+
+@cache
+def whole(rows: int, length: int) -> Sequence:
+    """Rows of one problem each: made once, with all that follows from where documents start."""
+    return Sequence.single(Documents.whole(rows, length))
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, task: RecallTask) -> float:
+def accuracy(model: LanguageModel, task: RecallTask, first: int, rows: int) -> float:
     """The share of held-out queries whose value is the likeliest token."""
-    tokens, targets = problems(task, "validation", 0, HELD_OUT)
-    _, count, correct = model(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets, correct=True)
+    tokens, targets = problems(task, "validation", first, rows)
+    _, count, correct = model(tokens, whole(*tokens.shape), targets, correct=True)
     return float(correct / count)
 
 
 @torch.no_grad()
-def state_bytes(name: str) -> int:
-    """What decoding keeps of a problem for the mixers of both layers."""
-    cache, model = DecodingCache(), made(name, "it")[0]
-    model(problems(TASK, "validation", 0, 1)[0], Sequence.decoding(cache, 1, TASK.length))
-    return sum(kept_bytes(each) for each in (cache, *(cache.of(part) for part in ("mixer", "feed_forward"))))
+def state_bytes(kind: str, size: int, length: int) -> int:
+    """What decoding keeps of a row of `length` tokens for all mixers, the convolutions before them left out."""
+    cache, model = DecodingCache(), made(kind, size, convolved=False)
+    model(torch.ones(1, length, dtype=torch.int64), Sequence.decoding(cache, 1, length))
+    return sum(kept_bytes(each) for each in (cache, cache.of("mixer")))
 
 
 def kept_bytes(cache: DecodingCache) -> int:
@@ -89,101 +170,150 @@ def kept_bytes(cache: DecodingCache) -> int:
     return rows + sum(x.numel() * x.element_size() for x in cache.states.values())
 
 
-def train(name: str, steps: int) -> dict[str, Any]:
-    """Trains one mixer, for at most so many steps."""
+def optimizers_of(model: LanguageModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of hidden layers, AdamW for the rest."""
+    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for group in parameter_groups(model, 0.01, kind="muon"):
+        matrices = group["kind"] == "muon"
+        groups[matrices].append({"params": group["params"], "weight_decay": group["weight_decay"]})
+    return [torch.optim.Muon(groups[True], lr=rate), torch.optim.AdamW(groups[False], lr=rate, betas=(0.9, 0.95))]
+
+
+def step_on(model: LanguageModel, task: RecallTask, first: int, optimizers: list[torch.optim.Optimizer]) -> None:
+    tokens, targets = problems(task, "train", first, TOKENS // task.length)
+    seq = whole(*tokens.shape)
+    loss, count, reports = model(tokens, seq, targets, reports=True)
+    total, counts = loss / count, model.loss_counts(seq.documents)
+    for (path, weight), divisor in zip(model.losses.items(), counts, strict=True):
+        total = total + weight * reports[path] / divisor
+    model.zero_grad()
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def learn(
+    model: LanguageModel, tasks: tuple[RecallTask, ...], rate: float, dense_steps: int = 0, steps: int = STEPS
+) -> list[tuple[int, list[float]]]:
+    """Trains, and leaves the best weights in the model. (step, accuracy on each task), on held-out problems.
+
+    It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
+    joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long.
+    """
+    optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
+    kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
+    for step in range(1, steps + 1):
+        model.at_step(step - 1)
+        step_on(model, learning[step % len(learning)], step * TOKENS, optimizers)
+        if step % EVERY:
+            continue
+        model.at_step(max(step, dense_steps))
+        recalled = [accuracy(model, task, 0, TOKENS // task.length) for task in tasks]
+        curve.append((step, recalled))
+        mean = sum(recalled) / len(tasks)
+        improved = step if mean >= best + 0.01 else improved
+        if mean > best:
+            best, kept = mean, copy.deepcopy(model.state_dict())
+        if min(recalled) >= ENOUGH or step - max(improved, dense_steps) >= PATIENCE:
+            break
+        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= GROW):
+            joined, since = joined + 1, step
+        learning = [task for task, share in zip(tasks[:joined], recalled, strict=False) if share < ENOUGH] or [tasks[0]]
+    model.load_state_dict(kept)
+    model.at_step(max(steps, dense_steps))
+    return curve
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains the model of a run, and tests it on other problems than those that chose its weights."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    start = time.process_time()
-    model, changed = made(name)
-    kept = state_bytes(name)
-    of_layers = [weight for layer in model.blocks.modules() for weight in layer.parameters(recurse=False)]
-    matrices = [weight for weight in of_layers if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.95)),
-    ]
-    stage, step, best, improved = 0, 0, 0.0, 0
-    while step < steps and stage < len(STAGES) and step - improved < PATIENCE:
-        task = STAGES[stage]
-        tokens, targets = problems(task, "train", step * ROWS, ROWS)
-        loss, count = model(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets)
-        model.zero_grad()
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        if step % EVERY == 0 or step == steps:
-            recalled = accuracy(model, task)
-            if recalled >= best + 0.01:
-                best, improved = recalled, step
-            if recalled >= (ENOUGH if task is TASK else GO_ON):
-                stage, best, improved = stage + 1, 0.0, step
-            told = f"{name}, step {step}, {task.pairs} pairs: loss {loss / count:.2f}, {recalled:.1%}"
-            print(told, file=sys.stderr, flush=True)
+    start, model = time.process_time(), made(run.kind, run.size)
+    tasks = TASKS if run.study == "state" else LENGTH_TASKS
+    curve = learn(model, tasks, run.rate, int(KINDS[run.kind].settings.get("dense_steps", 0)))
+    tested = TASKS if run.study == "state" else (*LENGTH_TASKS, *LONGER)
+    keys = [task.pairs if run.study == "state" else task.length for task in tested]
+    rows = [max(4, 4 * TOKENS // task.length) for task in tested]
     return {
-        "accuracy": accuracy(model, TASK), "steps": step, "limit": steps, "state": kept, "changed": changed,
-        "pairs": STAGES[min(stage, len(STAGES) - 1)].pairs,
-        "seconds": time.process_time() - start, "parameters": model.parameter_count(),
+        **run._asdict(),
+        "accuracy": {
+            key: accuracy(model, task, 10_000, number) for key, task, number in zip(keys, tested, rows, strict=True)
+        },
+        "state": {key: state_bytes(run.kind, run.size, task.length) for key, task in zip(keys, tested, strict=True)},
+        "steps": curve[-1][0], "curve": curve, "parameters": model.parameter_count(),
+        "seconds": time.process_time() - start,
     }  # fmt: skip
 
 
-def result(name: str, steps: int, runs: Path) -> dict[str, Any]:
-    """That of a mixer: from the folder of runs, or from a process of its own."""
-    file = runs / f"{name}.json"
-    found = json.loads(file.read_text()) if file.exists() else None
-    if found is None or found["limit"] != steps:
-        command = [sys.executable, str(Path(__file__).resolve()), "--train", name, "--steps", str(steps)]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        file.write_text(ran.stdout.splitlines()[-1] + "\n")
-        found = json.loads(file.read_text())
-    print(f"{name}: {found['accuracy']:.1%} after {found['steps']} steps, {found['seconds']:.0f} s", flush=True)
-    return found
+def cells(study: str, kinds: list[str]) -> list[list[tuple[str, int]]]:
+    """(kind, size) of all models, by waves: the most telling ones first."""
+    if study == "length":
+        return [[(kind, length_size(kind)) for kind in kinds]]
+    found: dict[int, list[tuple[str, int]]] = {}
+    for kind in kinds:
+        for place, size in enumerate(KINDS[kind].sizes):
+            found.setdefault(KINDS[kind].wave + place, []).append((kind, size))
+    return [found[wave] for wave in sorted(found)]
 
 
-def row(name: str, found: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{size} {value}" for size, value in found["changed"].items())
-    cells = name, f"{found['accuracy']:.1%}", found["pairs"], found["steps"], f"{found['state'] / 1024:,.1f} KiB"
-    return f"| {' | '.join(map(str, (*cells, format(found['parameters'], ','), sizes)))} |"
+def length_size(kind: str) -> int:
+    """The largest of a kind that is not a hybrid, so that lengths are compared rather than sizes."""
+    return max(KINDS[kind].sizes)
+
+
+def best_of(study: str, kind: str, size: int, runs: Path) -> dict[str, Any] | None:
+    """The result of the learning rate that recalls most, over all tasks that were learned."""
+    found = [result for rate in RATES if (result := Run(study, kind, size, rate).result(runs)) is not None]
+    return max(found, key=mean_accuracy, default=None)
+
+
+def mean_accuracy(result: Mapping[str, Any]) -> float:
+    return sum(list(result["accuracy"].values())[: len(TASKS)]) / len(TASKS)
+
+
+def rounds(study: str, kinds: list[str], runs: Path) -> Iterator[list[Run]]:
+    """What is still to be trained, in the order of telling most; another rate only where none has solved the tasks."""
+    waves = cells(study, kinds)
+    for place in range(len(waves) + len(RATES) - 1):
+        for number, rate in enumerate(RATES):
+            wave = waves[place - number] if 0 <= place - number < len(waves) else []
+            todo = [Run(study, kind, size, rate) for kind, size in wave if not solved(study, kind, size, runs)]
+            yield [run for run in todo if run.result(runs) is None]
+
+
+def solved(study: str, kind: str, size: int, runs: Path) -> bool:
+    best = best_of(study, kind, size, runs)
+    return best is not None and min(list(best["accuracy"].values())[: len(TASKS)]) >= ENOUGH
+
+
+def finish(run: Run, runs: Path, until: float) -> str:
+    """Trains what the run is, unless time is up, and keeps its result; what is to be said of it."""
+    if time.time() > until:
+        return f"{run}: not begun"
+    result = train(run)
+    unfinished = run.file(runs).with_suffix(".part")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.rename(run.file(runs))
+    told = ", ".join(f"{key}: {share:.1%}" for key, share in result["accuracy"].items())
+    return f"{'-'.join(map(str, run))}: {told} after {result['steps']} steps, {result['seconds']:.0f} s"
 
 
 def main() -> None:
-    names = standing_alone()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mixers", nargs="+", choices=names, default=names)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--study", choices=("state", "length"), default="state")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--runs", type=Path, default=Path("runs/recall_mixers"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--train", choices=names, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.train:
-        print(json.dumps(train(chosen.train, chosen.steps)))
-        return
-    runs = chosen.runs.resolve()
+    runs, until = chosen.runs.resolve(), time.time() + 60 * chosen.minutes
     runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        results = list(pool.map(lambda name: result(name, chosen.steps, runs), chosen.mixers))
-    ordered = sorted(
-        zip(chosen.mixers, results, strict=True), key=lambda pair: (-pair[1]["pairs"], -pair[1]["accuracy"])
-    )
-    head = "| mixer | recalled | pairs | steps | state | parameters | sizes other than in conf/mixer |"
-    table = "\n".join([head, "|---" * 7 + "|", *(row(*pair) for pair in ordered)])
-    print(table)
-    if chosen.write:
-        told = (
-            f"Two layers of width {WIDTH}, each a gated short convolution and one mixer; {ROWS} problems a step, at "
-            f"most {chosen.steps} steps: 2 pairs in 32 tokens until 90 % of held-out queries are recalled, then 4 in "
-            f"64, 8 in 128, and {TASK.pairs} in {TASK.length} until 99 % are; {PATIENCE} steps without progress end "
-            f"it. Recalled: of {TASK.pairs} pairs, in the end (guessing: {1 / TASK.values:.1%}). Pairs: of the "
-            "problems that training had come to. State: what decoding keeps of a problem for the mixers of both "
-            "layers, in float32. One seed and one learning rate: a mixer that has not come far learns slower here; "
-            "that it cannot learn is not shown."
-        )
-        made_by = f"`python benchmarks/learning/recall_mixers.py --write`, {machine('cpu')}"
-        PAGE.write_text(f"# Recall by mixers\n\n{made_by}\n\n{told}\n\n{table}\n")
-        print(f"written to {PAGE}")
+    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+        for todo in rounds(chosen.study, chosen.kinds, runs):
+            for told in pool.map(partial(finish, runs=runs, until=until), todo):
+                print(told, flush=True)
 
 
 if __name__ == "__main__":
