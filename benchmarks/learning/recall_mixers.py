@@ -1,6 +1,6 @@
 """Multi-query associative recall (MQAR, arXiv 2312.04927) by every kind of mixer: accuracy against bytes of state.
 
-    python benchmarks/learning/recall_mixers.py [--study state|length] [--kinds linear gla …]
+    python benchmarks/learning/recall_mixers.py [--studies state length] [--kinds linear gla …]
                                                 [--runs runs/recall_mixers] [--jobs 1] [--minutes 60] [--write]
 
 `state`: models of width 64, in which each mixer stands behind a gated short convolution, learn problems of 4, 8, 16 and
@@ -13,237 +13,55 @@ benchmarks/results/ and the figure in docs/ of the runs that there are.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from hydra.utils import instantiate
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from longreach.benchmarks.layers.mixers import with_sizes
+from longreach.benchmarks.learning.recall_training import (
+    ENOUGH,
+    HEADS,
+    KINDS,
+    LENGTH_TASKS,
+    LONGER,
+    RATES,
+    STEPS,
+    TASKS,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Run,
+    train,
+)
 from longreach.benchmarks.machine import RESULTS, machine
-from longreach.kernels.documents import Documents
-from longreach.models.language_model import LanguageModel
-from longreach.models.mixers.elementwise.gated_short_convolution import GatedShortConvolution
-from longreach.parallel.sequence import DecodingCache, Sequence
-from longreach.trainer.data.recall import RecallTask
-from longreach.trainer.optimizers.groups import parameter_groups
 
 DOCS = RESULTS.parent.parent / "docs"
 PAGE = RESULTS / "recall_mixers_cpu.md"
-WIDTH, HEADS, VOCABULARY, VALUE_DIM = 64, 2, 128, 32
-TASKS = tuple(RecallTask(4 * pairs, pairs, pairs, VOCABULARY, power=1.0) for pairs in (4, 8, 16, 32))
-LENGTH_TASKS = tuple(
-    RecallTask(length, 8, 16, VOCABULARY, power=1.0, spread=length // 2) for length in (64, 128, 256, 512)
-)
-LONGER = tuple(
-    RecallTask(length, 8, 256, VOCABULARY, power=1.0, spread=length // 2) for length in (1024, 2048, 4096, 8192)
-)
-TOKENS = 1024  # of a step
-STEPS, EVERY, GROW, PATIENCE = 400, 20, 100, 100
-GO_ON, ENOUGH = 0.8, 0.99
-RATES = (0.02, 0.006, 0.05)
-ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
-BLOCKS = {"block_size": 8, "dense_steps": 200, **ATTENTION}
-KEPT_BLOCKS = 4
-
-
-class Kind(NamedTuple):
-    """What is shown as `label`: a mixer of conf/mixer with settings, of which `size` varies; how often it stands.
-
-    wave: when its first size is trained. hybrid: how many of this mixer come before one of softmax attention.
-    """
-
-    label: str
-    mixer: str
-    size: str
-    sizes: tuple[int, ...]
-    settings: Mapping[str, Any]
-    wave: int = 0
-    hybrid: int = 0
-
-
-MATRIX = {"heads": HEADS, "value_dim": VALUE_DIM}
-DIMS = (8, 32, 16, 4)
-KINDS = {
-    "softmax": Kind("softmax", "softmax_attention", "head_dim", (32, 8), ATTENTION),
-    "linear": Kind("linear", "linear_attention", "key_dim", DIMS, MATRIX),
-    "gla": Kind("GLA", "gated_linear_attention", "key_dim", DIMS, {**MATRIX, "gate_rank": 16}),
-    "deltanet": Kind("DeltaNet", "deltanet", "key_dim", DIMS, MATRIX),
-    "gated_deltanet": Kind("Gated DeltaNet", "gated_deltanet", "key_dim", DIMS, {**MATRIX, "key_heads": HEADS}),
-    "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3),
-    "mamba2": Kind("Mamba-2", "mamba2", "state", DIMS, {"head_dim": 32}),
-    "window": Kind("window", "sliding_window_attention", "window", (16, 64, 32), ATTENTION),
-    "retnet": Kind("RetNet", "retnet", "key_dim", DIMS, MATRIX),
-    "kda": Kind("KDA", "kimi_delta_attention", "head_dim", DIMS, MATRIX),
-    "mamba": Kind("Mamba", "mamba", "state", (8, 32, 16), {}),
-    "s4d": Kind("S4D", "s4d", "state", (16, 64), {}),
-    "hybrid_7": Kind("7 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, wave=1, hybrid=7),
-    "moba": Kind("MoBA", "moba", "top_k", (KEPT_BLOCKS,), BLOCKS, wave=1),
-    "indexer": Kind(
-        "indexer", "minimax_sparse_attention", "count", (KEPT_BLOCKS,),
-        {**BLOCKS, "head_dim": 32, "index_dim": 32, "rope_fraction": 1.0}, wave=1,
+STUDIES = ("state", "length")
+TITLES = {"state": "Accuracy against state", "length": "Longer rows than those that were learned"}
+HEADINGS = {"state": "{} pairs", "length": "{:,} tokens"}
+TOLD = {
+    "state": (
+        f"A gated short convolution and one mixer (hybrids: several), width {WIDTH}, {HEADS} heads, no feed-forward "
+        f"layers, no rotary positions but in RetNet. P pairs in 4 P tokens, each asked for once, vocabulary "
+        f"{VOCABULARY}; {TOKENS:,} tokens a step, at most {STEPS} steps, seed 0. The columns of pairs give the percent "
+        f"of held-out queries recalled (guessing: {100 / TASKS[0].values:.1f}). State: what decoding keeps of "
+        f"{TASKS[-1].length} tokens for the mixers, in float32. The best of the learning rates "
+        f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every task."
     ),
-    "nsa": Kind(
-        "NSA", "native_sparse_attention", "count", (KEPT_BLOCKS,), {
-            "heads": HEADS, "kv_heads": 1, "rope_base": None, "block_size": 8, "window_size": 8, "window_stride": 4,
-            "initial": 0, "local": 1, "near": 16, "compression_hidden": 32,
-        }, wave=1,
+    "length": (
+        f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "
+        f"rows of {', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, with queries anywhere in the second "
+        "and blanks between, and were tested in longer rows without another step. Percent of queries recalled. State: "
+        f"of {LENGTH_TASKS[-1].length} tokens."
     ),
 }  # fmt: skip
-
-
-class Run(NamedTuple):
-    """One model that is trained: its result is `<study>-<kind>-<size>-<rate>.json` in the folder of runs."""
-
-    study: str
-    kind: str
-    size: int
-    rate: float
-
-    def result(self, runs: Path) -> dict[str, Any] | None:
-        file = self.file(runs)
-        return json.loads(file.read_text()) if file.exists() else None
-
-    def file(self, runs: Path) -> Path:
-        return runs / f"{'-'.join(map(str, self))}.json"
-
-
-def problems(task: RecallTask, split: str, first: int, number: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets `[number, length]`."""
-    found = [task.problem(split, first + index) for index in range(number)]
-    tokens, targets = (torch.from_numpy(np.stack(parts)) for parts in zip(*found, strict=True))
-    return tokens, targets
-
-
-def made(kind: str, size: int) -> LanguageModel:
-    """The model; not `convolved`: without the convolutions, so that all state is that of the mixers."""
-    chosen = KINDS[kind]
-    settings = {**with_sizes(chosen.mixer, {})[0], **chosen.settings, chosen.size: size}
-    mixers = {"convolution": partial(GatedShortConvolution), "it": instantiate(settings, _convert_="all")}
-    pattern = ["it"] * (chosen.hybrid or 1)
-    if chosen.hybrid:
-        pattern.append("softmax")
-        mixers["softmax"] = instantiate({**with_sizes("softmax_attention", {})[0], **ATTENTION}, _convert_="all")
-    pattern = ["convolution", *pattern]
-    model = LanguageModel(
-        vocabulary=VOCABULARY, width=WIDTH, depth=len(pattern), pattern=pattern, mixers=mixers, tied_embeddings=True
-    )
-    model.initialise(0)
-    return model
-
-
-@cache
-def whole(rows: int, length: int) -> Sequence:
-    """Rows of one problem each: made once, with all that follows from where documents start."""
-    return Sequence.single(Documents.whole(rows, length))
-
-
-@torch.no_grad()
-def accuracy(model: LanguageModel, task: RecallTask, first: int, rows: int) -> float:
-    """The share of held-out queries whose value is the likeliest token."""
-    tokens, targets = problems(task, "validation", first, rows)
-    _, count, correct = model(tokens, whole(*tokens.shape), targets, correct=True)
-    return float(correct / count)
-
-
-@torch.no_grad()
-def state_bytes(kind: str, size: int, length: int) -> int:
-    """What decoding keeps of a row of `length` tokens for all mixers, the convolutions before them left out."""
-    cache, model = DecodingCache(), made(kind, size, convolved=False)
-    model(torch.ones(1, length, dtype=torch.int64), Sequence.decoding(cache, 1, length))
-    return sum(kept_bytes(each) for each in (cache, cache.of("mixer")))
-
-
-def kept_bytes(cache: DecodingCache) -> int:
-    rows = sum(of.kept * sum(x[0, 0].numel() * x.element_size() for x in of.tensors) for of in cache.rows.values())
-    return rows + sum(x.numel() * x.element_size() for x in cache.states.values())
-
-
-def optimizers_of(model: LanguageModel, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers, AdamW for the rest."""
-    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for group in parameter_groups(model, 0.01, kind="muon"):
-        matrices = group["kind"] == "muon"
-        groups[matrices].append({"params": group["params"], "weight_decay": group["weight_decay"]})
-    return [torch.optim.Muon(groups[True], lr=rate), torch.optim.AdamW(groups[False], lr=rate, betas=(0.9, 0.95))]
-
-
-def step_on(model: LanguageModel, task: RecallTask, first: int, optimizers: list[torch.optim.Optimizer]) -> None:
-    tokens, targets = problems(task, "train", first, TOKENS // task.length)
-    seq = whole(*tokens.shape)
-    loss, count, reports = model(tokens, seq, targets, reports=True)
-    total, counts = loss / count, model.loss_counts(seq.documents)
-    for (path, weight), divisor in zip(model.losses.items(), counts, strict=True):
-        total = total + weight * reports[path] / divisor
-    model.zero_grad()
-    total.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def learn(
-    model: LanguageModel, tasks: tuple[RecallTask, ...], rate: float, dense_steps: int = 0, steps: int = STEPS
-) -> list[tuple[int, list[float]]]:
-    """Trains, and leaves the best weights in the model. (step, accuracy on each task), on held-out problems.
-
-    It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
-    joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long.
-    """
-    optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
-    kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
-    for step in range(1, steps + 1):
-        model.at_step(step - 1)
-        step_on(model, learning[step % len(learning)], step * TOKENS, optimizers)
-        if step % EVERY:
-            continue
-        model.at_step(max(step, dense_steps))
-        recalled = [accuracy(model, task, 0, TOKENS // task.length) for task in tasks]
-        curve.append((step, recalled))
-        mean = sum(recalled) / len(tasks)
-        improved = step if mean >= best + 0.01 else improved
-        if mean > best:
-            best, kept = mean, copy.deepcopy(model.state_dict())
-        if min(recalled) >= ENOUGH or step - max(improved, dense_steps) >= PATIENCE:
-            break
-        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= GROW):
-            joined, since = joined + 1, step
-        learning = [task for task, share in zip(tasks[:joined], recalled, strict=False) if share < ENOUGH] or [tasks[0]]
-    model.load_state_dict(kept)
-    model.at_step(max(steps, dense_steps))
-    return curve
-
-
-def train(run: Run) -> dict[str, Any]:
-    """Trains the model of a run, and tests it on other problems than those that chose its weights."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    start, model = time.process_time(), made(run.kind, run.size)
-    tasks = TASKS if run.study == "state" else LENGTH_TASKS
-    curve = learn(model, tasks, run.rate, int(KINDS[run.kind].settings.get("dense_steps", 0)))
-    tested = TASKS if run.study == "state" else (*LENGTH_TASKS, *LONGER)
-    keys = [task.pairs if run.study == "state" else task.length for task in tested]
-    rows = [max(4, 4 * TOKENS // task.length) for task in tested]
-    return {
-        **run._asdict(),
-        "accuracy": {
-            key: accuracy(model, task, 10_000, number) for key, task, number in zip(keys, tested, rows, strict=True)
-        },
-        "state": {key: state_bytes(run.kind, run.size, task.length) for key, task in zip(keys, tested, strict=True)},
-        "steps": curve[-1][0], "curve": curve, "parameters": model.parameter_count(),
-        "seconds": time.process_time() - start,
-    }  # fmt: skip
 
 
 def cells(study: str, kinds: list[str]) -> list[list[tuple[str, int]]]:
@@ -299,9 +117,91 @@ def finish(run: Run, runs: Path, until: float) -> str:
     return f"{'-'.join(map(str, run))}: {told} after {result['steps']} steps, {result['seconds']:.0f} s"
 
 
+def best_results(study: str, kinds: list[str], runs: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """By (kind, size), of those that there are, sizes in order; `rates` is how many rates were tried."""
+    found = {}
+    for kind, size in [(each, size) for each in kinds for size in sorted(KINDS[each].sizes)]:
+        if (best := best_of(study, kind, size, runs)) is not None:
+            rates = sum(Run(study, kind, size, rate).file(runs).exists() for rate in RATES)
+            found[kind, size] = {**best, "rates": rates}
+    return found
+
+
+def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> str:
+    """A line for each model; heading: of a column of accuracies, for a number of pairs or tokens."""
+    columns = list(next(iter(results.values()))["accuracy"])
+    heads = ["mixer", "size", "parameters", "state", *(heading.format(int(column)) for column in columns)]
+    lines = [f"| {' | '.join([*heads, 'steps', 'rate', 'rates tried'])} |", "|---" * (len(heads) + 3) + "|"]
+    for (kind, size), found in results.items():
+        chosen = KINDS[kind]
+        shares = [f"{100 * share:.1f}" for share in found["accuracy"].values()]
+        state = f"{found['state'][columns[len(TASKS) - 1]] / 1024:,.1f} KiB"
+        ends = [found["steps"], found["rate"], found["rates"]]
+        cells = [chosen.label, f"{chosen.size} {size}", f"{found['parameters']:,}", state, *shares, *ends]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def style(kind: str) -> dict[str, Any]:
+    place = list(KINDS).index(kind)
+    marker = "os^Dv<>Pp*XhdH8s"[place]
+    return {"color": f"C{place % 10}", "marker": marker, "markersize": 5, "linewidth": 1.3, "label": KINDS[kind].label}
+
+
+def draw_state(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
+    """Accuracy against state, a panel for each number of pairs but the smallest, and the course of training."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    places = figure.subplots(2, 2).flat
+    kinds = list(dict.fromkeys(kind for kind, _ in results))
+    for place, task in zip(places, TASKS[1:], strict=False):
+        for kind in kinds:
+            points = [found for (each, _), found in results.items() if each == kind]
+            states, shares = ([found[what][str(task.pairs)] for found in points] for what in ("state", "accuracy"))
+            place.plot(states, shares, **style(kind))
+        place.set(title=f"{task.pairs} pairs, {task.length} tokens", xlabel="bytes of state", xscale="log")
+    for (kind, size), found in results.items():
+        if size == max(each for name, each in results if name == kind):
+            steps, shares = zip(*found["curve"], strict=True)
+            places[-1].plot(steps, [sum(each) / len(each) for each in shares], **style(kind))
+    places[-1].set(title="all tasks, the largest state of each", xlabel="step")
+    return finished(figure)
+
+
+def draw_length(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
+    """Accuracy by length of the row."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    place = figure.subplots()
+    for (kind, _), found in results.items():
+        place.plot([int(length) for length in found["accuracy"]], list(found["accuracy"].values()), **style(kind))
+    place.axvline(LENGTH_TASKS[-1].length, color="black", linestyle=":", linewidth=1)
+    place.set(title=f"{LONGER[0].pairs} pairs; learned left of the line", xlabel="tokens")
+    place.set_xscale("log", base=2)
+    return finished(figure)
+
+
+def finished(figure: Figure) -> Figure:
+    for place in figure.axes:
+        place.set(ylabel="accuracy on held-out problems", ylim=(-0.03, 1.05))
+        place.grid(alpha=0.25)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    return figure
+
+
+def write(studies: Mapping[str, Mapping[tuple[str, int], dict[str, Any]]], runs: Path) -> None:
+    """The page of results, and a figure for each study that has any."""
+    parts = [f"# Recall by mixers\n\n`python benchmarks/learning/recall_mixers.py --write`, {machine('cpu')}"]
+    for study, results in studies.items():
+        if results:
+            seconds = [json.loads(file.read_text())["seconds"] for file in runs.glob(f"{study}-*.json")]
+            told = f"{TOLD[study]} {len(seconds)} runs took {sum(seconds) / 60:.0f} minutes of one core."
+            parts += [f"## {TITLES[study]}", told, table(results, HEADINGS[study])]
+            (draw_state if study == "state" else draw_length)(results).savefig(DOCS / f"recall_{study}.png", dpi=100)
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", choices=("state", "length"), default="state")
+    parser.add_argument("--studies", nargs="*", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--runs", type=Path, default=Path("runs/recall_mixers"))
     parser.add_argument("--jobs", type=int, default=1)
@@ -311,9 +211,16 @@ def main() -> None:
     runs, until = chosen.runs.resolve(), time.time() + 60 * chosen.minutes
     runs.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
-        for todo in rounds(chosen.study, chosen.kinds, runs):
-            for told in pool.map(partial(finish, runs=runs, until=until), todo):
-                print(told, flush=True)
+        for study in chosen.studies:
+            for todo in rounds(study, chosen.kinds, runs):
+                for told in pool.map(partial(finish, runs=runs, until=until), todo):
+                    print(told, flush=True)
+    studies = {study: best_results(study, list(KINDS), runs) for study in STUDIES}
+    for study, results in studies.items():
+        print(table(results, HEADINGS[study]) if results else f"{study}: no runs yet")
+    if chosen.write:
+        write(studies, runs)
+        print(f"written to {PAGE} and {DOCS}")
 
 
 if __name__ == "__main__":
