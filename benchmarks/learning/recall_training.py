@@ -32,7 +32,7 @@ LONGER = tuple(
     RecallTask(length, 8, 256, VOCABULARY, power=1.0, spread=length // 2) for length in (1024, 2048, 4096, 8192)
 )
 TOKENS = 1024  # of a step
-STEPS, EVERY, GROW, PATIENCE = 400, 20, 100, 100
+STEPS, EVERY, GROW, PATIENCE, PLATEAU = 400, 20, 100, 100, 200
 GO_ON, ENOUGH = 0.8, 0.99
 RATES = (0.02, 0.006, 0.05)
 ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
@@ -182,7 +182,8 @@ def learn(
     """Trains, and leaves the best weights in the model. (step, accuracy on each task), on held-out problems.
 
     It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
-    joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long.
+    joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long
+    after the plateau before the first recall.
     """
     optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
     kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
@@ -198,7 +199,7 @@ def learn(
         improved = step if mean >= best + 0.01 else improved
         if mean > best:
             best, kept = mean, copy.deepcopy(model.state_dict())
-        if min(recalled) >= ENOUGH or step - max(improved, dense_steps) >= PATIENCE:
+        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, PLATEAU) >= PATIENCE:
             break
         if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= GROW):
             joined, since = joined + 1, step
