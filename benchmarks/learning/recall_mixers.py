@@ -6,9 +6,8 @@
 `state`: models of width 64, in which each mixer stands behind a gated short convolution, learn problems of 4, 8, 16 and
 32 pairs in turn, at three learning rates, of which the best is kept; the size of the state is varied. `length`: a model
 of each kind learns 8 pairs in rows of 64 to 512 tokens, and is tested in rows of up to 8,192.
-Runs that are finished in the folder are not run again; `--minutes` starts no run later, and `--studies`
-without a name starts none. `--write` keeps the table in
-benchmarks/results/ and the figure in docs/ of the runs that there are.
+Runs that are finished in the folder are not run again; `--minutes` starts no run later, and `--studies` without a name
+starts none. `--write` keeps the table in benchmarks/results/ and the figures in docs/ of the runs that there are.
 """
 
 from __future__ import annotations
