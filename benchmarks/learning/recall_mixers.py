@@ -1,189 +1,226 @@
-"""Multi-query associative recall (arXiv 2312.04927) by every mixer: who recalls what with which state.
+"""Multi-query associative recall (MQAR, arXiv 2312.04927) by every kind of mixer: accuracy against bytes of state.
 
-    python benchmarks/learning/recall_mixers.py [--mixers retnet mamba2 …] [--steps 800] [--jobs 2]
-                                                [--runs runs/recall_mixers] [--write]
+    python benchmarks/learning/recall_mixers.py [--studies state length] [--kinds linear gla …]
+                                                [--runs runs/recall_mixers] [--jobs 1] [--minutes 60] [--write]
 
-Problems of 256 tokens with 16 pairs and 64 queries, for a model of two layers of width 64, each a gated short
-convolution and this mixer, with the settings of conf/mixer but for the sizes named in the table. A model learns with 2
-pairs in 32 tokens, then 4 in 64, 8 in 128 and 16 in 256, and goes on to the next when it recalls 90 % of held-out
-queries. Training ends with 99 % of the last, or when 240 steps have brought nothing. Results are kept in the folder of
-the runs, and a mixer that has one with as many steps is not trained again.
-`--write` keeps the table in benchmarks/results/.
+`state`: models of width 64, in which each mixer stands behind a gated short convolution, learn problems of 4, 8, 16 and
+32 pairs in turn, at three learning rates, of which the best is kept; the size of the state is varied. `length`: a model
+of each kind learns 8 pairs in rows of 64 to 512 tokens, and is tested in rows of up to 8,192.
+Runs that are finished in the folder are not run again; `--minutes` starts no run later, and `--studies` without a name
+starts none. `--write` keeps the table in benchmarks/results/ and the figures in docs/ of the runs that there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from hydra.utils import get_class, instantiate
-from torch import Tensor
+from matplotlib.figure import Figure
 
-from longreach.benchmarks.layers.mixers import standing_alone, with_sizes
+from longreach.benchmarks.learning.recall_training import (
+    ENOUGH,
+    HEADS,
+    KINDS,
+    LENGTH_TASKS,
+    LONGER,
+    RATES,
+    STEPS,
+    TASKS,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Run,
+    train,
+)
 from longreach.benchmarks.machine import RESULTS, machine
-from longreach.kernels.documents import Documents
-from longreach.models.feed_forward.swiglu import SwiGLU
-from longreach.models.language_model import LanguageModel
-from longreach.models.mixer import small_sizes
-from longreach.models.mixers.elementwise.gated_short_convolution import GatedShortConvolution
-from longreach.parallel.sequence import DecodingCache, Sequence
-from longreach.trainer.data.recall import RecallTask
 
+DOCS = RESULTS.parent.parent / "docs"
 PAGE = RESULTS / "recall_mixers_cpu.md"
-WIDTH, DEPTH, VOCABULARY = 64, 2, 64
-STAGES = tuple(RecallTask(16 * pairs, pairs, 4 * pairs, VOCABULARY, power=1.0) for pairs in (2, 4, 8, 16))
-TASK = STAGES[-1]
-ROWS, HELD_OUT, EVERY, PATIENCE, GO_ON, ENOUGH = 16, 32, 20, 240, 0.9, 0.99
-HEADS = {"heads": 2, "kv_heads": 2, "key_heads": 2}
-SIZES = {"head_dim": 32, "key_dim": 32, "value_dim": 32, "state": 16, "gate_rank": 16, "window": 64}
-MATRIX_RATE, RATE = 0.02, 5e-3
+STUDIES = ("state", "length")
+TITLES = {"state": "Accuracy against state", "length": "Longer rows than those that were learned"}
+HEADINGS = {"state": "{} pairs", "length": "{:,} tokens"}
+TOLD = {
+    "state": (
+        f"A gated short convolution and one mixer (hybrids: several), width {WIDTH}, {HEADS} heads, no feed-forward "
+        f"layers, no rotary positions but in RetNet. P pairs in 4 P tokens, each asked for once, vocabulary "
+        f"{VOCABULARY}; {TOKENS:,} tokens a step, at most {STEPS} steps, seed 0. The columns of pairs give the percent "
+        f"of held-out queries recalled (guessing: {100 / TASKS[0].values:.1f}). State: what decoding keeps of "
+        f"{TASKS[-1].length} tokens for the mixers, in float32. The best of the learning rates "
+        f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every task."
+    ),
+    "length": (
+        f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "
+        f"rows of {', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, with queries anywhere in the second "
+        "and blanks between, and were tested in longer rows without another step. Percent of queries recalled. State: "
+        f"of {LENGTH_TASKS[-1].length} tokens."
+    ),
+}  # fmt: skip
 
 
-def problems(task: RecallTask, split: str, first: int, number: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets `[number, length]`."""
-    found = [task.problem(split, first + index) for index in range(number)]
-    tokens, targets = (torch.from_numpy(np.stack(parts)) for parts in zip(*found, strict=True))
-    return tokens, targets
+def cells(study: str, kinds: list[str]) -> list[list[tuple[str, int]]]:
+    """(kind, size) of all models, by waves: the most telling ones first."""
+    if study == "length":
+        return [[(kind, length_size(kind)) for kind in kinds]]
+    found: dict[int, list[tuple[str, int]]] = {}
+    for kind in kinds:
+        for place, size in enumerate(KINDS[kind].sizes):
+            found.setdefault(KINDS[kind].wave + place, []).append((kind, size))
+    return [found[wave] for wave in sorted(found)]
 
 
-def made(name: str, pattern: str = "convolution|it") -> tuple[LanguageModel, dict[str, int]]:
-    """The model, and the sizes of the mixer that differ from those of conf/mixer."""
-    target = get_class(str(with_sizes(name, {})[0]["_target_"]))
-    settings, changed = with_sizes(name, {**small_sizes(target), **SIZES, **HEADS})
-    mixers = {"convolution": partial(GatedShortConvolution), "it": instantiate(settings, _convert_="all")}
-    model = LanguageModel(
-        vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, pattern=[pattern], initial_std=0.1, tied_embeddings=True,
-        mixers={part: mixers[part] for part in pattern.split("|")}, feed_forward=partial(SwiGLU, hidden=128),
-    )  # fmt: skip
-    model.initialise(0)
-    return model, changed
+def length_size(kind: str) -> int:
+    """The largest of a kind that is not a hybrid, so that lengths are compared rather than sizes."""
+    return max(KINDS[kind].sizes)
 
 
-@torch.no_grad()
-def accuracy(model: LanguageModel, task: RecallTask) -> float:
-    """The share of held-out queries whose value is the likeliest token."""
-    tokens, targets = problems(task, "validation", 0, HELD_OUT)
-    _, count, correct = model(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets, correct=True)
-    return float(correct / count)
+def best_of(study: str, kind: str, size: int, runs: Path) -> dict[str, Any] | None:
+    """The result of the learning rate that recalls most, over all tasks that were learned."""
+    found = [result for rate in RATES if (result := Run(study, kind, size, rate).result(runs)) is not None]
+    return max(found, key=mean_accuracy, default=None)
 
 
-@torch.no_grad()
-def state_bytes(name: str) -> int:
-    """What decoding keeps of a problem for the mixers of both layers."""
-    cache, model = DecodingCache(), made(name, "it")[0]
-    model(problems(TASK, "validation", 0, 1)[0], Sequence.decoding(cache, 1, TASK.length))
-    return sum(kept_bytes(each) for each in (cache, *(cache.of(part) for part in ("mixer", "feed_forward"))))
+def mean_accuracy(result: Mapping[str, Any]) -> float:
+    return sum(list(result["accuracy"].values())[: len(TASKS)]) / len(TASKS)
 
 
-def kept_bytes(cache: DecodingCache) -> int:
-    rows = sum(of.kept * sum(x[0, 0].numel() * x.element_size() for x in of.tensors) for of in cache.rows.values())
-    return rows + sum(x.numel() * x.element_size() for x in cache.states.values())
+def rounds(study: str, kinds: list[str], runs: Path) -> Iterator[list[Run]]:
+    """What is still to be trained, in the order of telling most; another rate only where none has solved the tasks."""
+    waves = cells(study, kinds)
+    for place in range(len(waves) + len(RATES) - 1):
+        for number, rate in enumerate(RATES):
+            wave = waves[place - number] if 0 <= place - number < len(waves) else []
+            todo = [Run(study, kind, size, rate) for kind, size in wave if not solved(study, kind, size, runs)]
+            yield [run for run in todo if run.result(runs) is None]
 
 
-def train(name: str, steps: int) -> dict[str, Any]:
-    """Trains one mixer, for at most so many steps."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    start = time.process_time()
-    model, changed = made(name)
-    kept = state_bytes(name)
-    of_layers = [weight for layer in model.blocks.modules() for weight in layer.parameters(recurse=False)]
-    matrices = [weight for weight in of_layers if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=RATE, weight_decay=0.01, betas=(0.9, 0.95)),
-    ]
-    stage, step, best, improved = 0, 0, 0.0, 0
-    while step < steps and stage < len(STAGES) and step - improved < PATIENCE:
-        task = STAGES[stage]
-        tokens, targets = problems(task, "train", step * ROWS, ROWS)
-        loss, count = model(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets)
-        model.zero_grad()
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        if step % EVERY == 0 or step == steps:
-            recalled = accuracy(model, task)
-            if recalled >= best + 0.01:
-                best, improved = recalled, step
-            if recalled >= (ENOUGH if task is TASK else GO_ON):
-                stage, best, improved = stage + 1, 0.0, step
-            told = f"{name}, step {step}, {task.pairs} pairs: loss {loss / count:.2f}, {recalled:.1%}"
-            print(told, file=sys.stderr, flush=True)
-    return {
-        "accuracy": accuracy(model, TASK), "steps": step, "limit": steps, "state": kept, "changed": changed,
-        "pairs": STAGES[min(stage, len(STAGES) - 1)].pairs,
-        "seconds": time.process_time() - start, "parameters": model.parameter_count(),
-    }  # fmt: skip
+def solved(study: str, kind: str, size: int, runs: Path) -> bool:
+    best = best_of(study, kind, size, runs)
+    return best is not None and min(list(best["accuracy"].values())[: len(TASKS)]) >= ENOUGH
 
 
-def result(name: str, steps: int, runs: Path) -> dict[str, Any]:
-    """That of a mixer: from the folder of runs, or from a process of its own."""
-    file = runs / f"{name}.json"
-    found = json.loads(file.read_text()) if file.exists() else None
-    if found is None or found["limit"] != steps:
-        command = [sys.executable, str(Path(__file__).resolve()), "--train", name, "--steps", str(steps)]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        file.write_text(ran.stdout.splitlines()[-1] + "\n")
-        found = json.loads(file.read_text())
-    print(f"{name}: {found['accuracy']:.1%} after {found['steps']} steps, {found['seconds']:.0f} s", flush=True)
+def finish(run: Run, runs: Path, until: float) -> str:
+    """Trains what the run is, unless time is up, and keeps its result; what is to be said of it."""
+    if time.time() > until:
+        return f"{run}: not begun"
+    result = train(run)
+    unfinished = run.file(runs).with_suffix(".part")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.rename(run.file(runs))
+    told = ", ".join(f"{key}: {share:.1%}" for key, share in result["accuracy"].items())
+    return f"{'-'.join(map(str, run))}: {told} after {result['steps']} steps, {result['seconds']:.0f} s"
+
+
+def best_results(study: str, kinds: list[str], runs: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """By (kind, size), of those that there are, sizes in order; `rates` is how many rates were tried."""
+    found = {}
+    for kind, size in [(each, size) for each in kinds for size in sorted(KINDS[each].sizes)]:
+        if (best := best_of(study, kind, size, runs)) is not None:
+            rates = sum(Run(study, kind, size, rate).file(runs).exists() for rate in RATES)
+            found[kind, size] = {**best, "rates": rates}
     return found
 
 
-def row(name: str, found: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{size} {value}" for size, value in found["changed"].items())
-    cells = name, f"{found['accuracy']:.1%}", found["pairs"], found["steps"], f"{found['state'] / 1024:,.1f} KiB"
-    return f"| {' | '.join(map(str, (*cells, format(found['parameters'], ','), sizes)))} |"
+def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> str:
+    """A line for each model; heading: of a column of accuracies, for a number of pairs or tokens."""
+    columns = list(next(iter(results.values()))["accuracy"])
+    heads = ["mixer", "size", "parameters", "state", *(heading.format(int(column)) for column in columns)]
+    lines = [f"| {' | '.join([*heads, 'steps', 'rate', 'rates tried'])} |", "|---" * (len(heads) + 3) + "|"]
+    for (kind, size), found in results.items():
+        chosen = KINDS[kind]
+        shares = [f"{100 * share:.1f}" for share in found["accuracy"].values()]
+        state = f"{found['state'][columns[len(TASKS) - 1]] / 1024:,.1f} KiB"
+        ends = [found["steps"], found["rate"], found["rates"]]
+        cells = [chosen.label, f"{chosen.size} {size}", f"{found['parameters']:,}", state, *shares, *ends]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def style(kind: str) -> dict[str, Any]:
+    place = list(KINDS).index(kind)
+    marker = "os^Dv<>Pp*XhdH8s"[place]
+    return {"color": f"C{place % 10}", "marker": marker, "markersize": 5, "linewidth": 1.3, "label": KINDS[kind].label}
+
+
+def draw_state(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
+    """Accuracy against state, a panel for each number of pairs but the smallest, and the course of training."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    places = figure.subplots(2, 2).flat
+    kinds = list(dict.fromkeys(kind for kind, _ in results))
+    for place, task in zip(places, TASKS[1:], strict=False):
+        for kind in kinds:
+            points = [found for (each, _), found in results.items() if each == kind]
+            states, shares = ([found[what][str(task.pairs)] for found in points] for what in ("state", "accuracy"))
+            place.plot(states, shares, **style(kind))
+        place.set(title=f"{task.pairs} pairs, {task.length} tokens", xlabel="bytes of state", xscale="log")
+    for (kind, size), found in results.items():
+        if size == max(each for name, each in results if name == kind):
+            steps, shares = zip(*found["curve"], strict=True)
+            places[-1].plot(steps, [sum(each) / len(each) for each in shares], **style(kind))
+    places[-1].set(title="all tasks, the largest state of each", xlabel="step")
+    return finished(figure)
+
+
+def draw_length(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
+    """Accuracy by length of the row."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    place = figure.subplots()
+    for (kind, _), found in results.items():
+        place.plot([int(length) for length in found["accuracy"]], list(found["accuracy"].values()), **style(kind))
+    place.axvline(LENGTH_TASKS[-1].length, color="black", linestyle=":", linewidth=1)
+    place.set(title=f"{LONGER[0].pairs} pairs; learned left of the line", xlabel="tokens")
+    place.set_xscale("log", base=2)
+    return finished(figure)
+
+
+def finished(figure: Figure) -> Figure:
+    for place in figure.axes:
+        place.set(ylabel="accuracy on held-out problems", ylim=(-0.03, 1.05))
+        place.grid(alpha=0.25)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    return figure
+
+
+def write(studies: Mapping[str, Mapping[tuple[str, int], dict[str, Any]]], runs: Path) -> None:
+    """The page of results, and a figure for each study that has any."""
+    parts = [f"# Recall by mixers\n\n`python benchmarks/learning/recall_mixers.py --write`, {machine('cpu')}"]
+    for study, results in studies.items():
+        if results:
+            seconds = [json.loads(file.read_text())["seconds"] for file in runs.glob(f"{study}-*.json")]
+            told = f"{TOLD[study]} {len(seconds)} runs took {sum(seconds) / 60:.0f} minutes of one core."
+            parts += [f"## {TITLES[study]}", told, table(results, HEADINGS[study])]
+            (draw_state if study == "state" else draw_length)(results).savefig(DOCS / f"recall_{study}.png", dpi=100)
+    PAGE.write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:
-    names = standing_alone()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mixers", nargs="+", choices=names, default=names)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--studies", nargs="*", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--runs", type=Path, default=Path("runs/recall_mixers"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--train", choices=names, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.train:
-        print(json.dumps(train(chosen.train, chosen.steps)))
-        return
-    runs = chosen.runs.resolve()
+    runs, until = chosen.runs.resolve(), time.time() + 60 * chosen.minutes
     runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        results = list(pool.map(lambda name: result(name, chosen.steps, runs), chosen.mixers))
-    ordered = sorted(
-        zip(chosen.mixers, results, strict=True), key=lambda pair: (-pair[1]["pairs"], -pair[1]["accuracy"])
-    )
-    head = "| mixer | recalled | pairs | steps | state | parameters | sizes other than in conf/mixer |"
-    table = "\n".join([head, "|---" * 7 + "|", *(row(*pair) for pair in ordered)])
-    print(table)
+    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+        for study in chosen.studies:
+            for todo in rounds(study, chosen.kinds, runs):
+                for told in pool.map(partial(finish, runs=runs, until=until), todo):
+                    print(told, flush=True)
+    studies = {study: best_results(study, list(KINDS), runs) for study in STUDIES}
+    for study, results in studies.items():
+        print(table(results, HEADINGS[study]) if results else f"{study}: no runs yet")
     if chosen.write:
-        told = (
-            f"Two layers of width {WIDTH}, each a gated short convolution and one mixer; {ROWS} problems a step, at "
-            f"most {chosen.steps} steps: 2 pairs in 32 tokens until 90 % of held-out queries are recalled, then 4 in "
-            f"64, 8 in 128, and {TASK.pairs} in {TASK.length} until 99 % are; {PATIENCE} steps without progress end "
-            f"it. Recalled: of {TASK.pairs} pairs, in the end (guessing: {1 / TASK.values:.1%}). Pairs: of the "
-            "problems that training had come to. State: what decoding keeps of a problem for the mixers of both "
-            "layers, in float32. One seed and one learning rate: a mixer that has not come far learns slower here; "
-            "that it cannot learn is not shown."
-        )
-        made_by = f"`python benchmarks/learning/recall_mixers.py --write`, {machine('cpu')}"
-        PAGE.write_text(f"# Recall by mixers\n\n{made_by}\n\n{told}\n\n{table}\n")
-        print(f"written to {PAGE}")
+        write(studies, runs)
+        print(f"written to {PAGE} and {DOCS}")
 
 
 if __name__ == "__main__":
