@@ -49,7 +49,7 @@ MIXERS: dict[str, Callable[..., Any]] = {
     "softmax": partial(SoftmaxAttention, heads=4, kv_heads=2),
     "window": partial(SoftmaxAttention, heads=4, kv_heads=2, window=512),
     "lightning": partial(LightningAttention, heads=4),
-    "gated_deltanet": partial(GatedDeltaNet, heads=4, head_dim=64),
+    "gated_deltanet": partial(GatedDeltaNet, heads=4, key_dim=64),
 }
 # Memory that is let go of goes back to the system, so that the resident set is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
@@ -274,8 +274,8 @@ def _write(new: dict[int, str]) -> None:
     parts = [
         "# The planner beside what steps take",
         f"`python benchmarks/planner/validate.py --write`, {datetime.date.today()}; {machine}; float32, AdamW, gloo.",
-        f"{Case.build.__doc__} Tokens are those of a rank. Memory is that of a rank at the peak of a step: predicted by "
-        "the account, measured as the growth of the resident set. Bytes are those that each rank of a row sends in a "
+        f"{Case.build.__doc__} Tokens are those of a rank. Memory is that of a rank at the peak of a step: predicted "
+        "by the account, measured as the growth of the resident set. Bytes are those that each rank of a row sends in a "
         "step for its sequence, and those that each rank sends for ZeRO, as rings send them.",
         "\n".join([HEAD, *(rows[key] for key in sorted(rows))]) + "\n",
     ]
