@@ -54,7 +54,9 @@ FIGURES = {
     ),
     "own step, H200, llama_125m": Figure(("model=llama_125m", *H200), 2.75, 0.378, 42.0),
     "own step, H200, minimax_01_125m": Figure(("model=minimax_01_125m", *H200), 0.622, 0.354, 60.5),
-    "own step, H200, gated_deltanet_hybrid_125m": Figure(("model=gated_deltanet_hybrid_125m", *H200), 1.08, 0.304, 50.9),
+    "own step, H200, gated_deltanet_hybrid_125m": Figure(
+        ("model=gated_deltanet_hybrid_125m", *H200), 1.08, 0.304, 50.9
+    ),
     "own step, H200, nsa_1b of one layer": Figure(("model=nsa_1b", "model.depth=1", *H200), 0.366, 0.346, 20.7),
 }  # fmt: skip
 

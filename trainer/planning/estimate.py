@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from .sending import Call, calls
 from .work import HEAD, Work, work
 from .zero import held_by_zero, zero_sends
 
+FEW_RANKS = 8  # the same of what is kept
+LONGEST = 2**15  # tokens of a rank on which the account is made
 MOST_RANKS = 64  # in a ring whose calls are counted one by one; of more, what grows with the ranks goes on as it did
 PASSES = 5  # over what layers keep: written and read in forward; read in backward, whose gradient is written and read
 STEP_BYTES = 28  # that AdamW reads and writes for each number: two moments and a master twice, and a gradient
@@ -111,7 +113,7 @@ class Estimator:
 
     def estimate(self, settings: Settings, cluster: ClusterSettings) -> Estimate:
         """Raises ValueError for what the model or an exchange refuses."""
-        of_rows = work(self.whole, settings)
+        of_rows = self.work(settings)
         sent, kernels = self.sent(settings, cluster)
         made = self.account(settings, cluster.gpus)
         data_ranks = cluster.gpus // settings.parallel.sequence
@@ -126,6 +128,15 @@ class Estimator:
         _time(estimate, self.moved(settings))
         return estimate
 
+    def work(self, settings: Settings) -> Work:
+        """FLOPs by kind of layer."""
+        trainer, data = settings.trainer, settings.data
+        chosen = str(trainer.activation_checkpointing), trainer.tile_tokens
+        key = (*chosen, str(settings.parallel), data.sequence_length, data.rows_per_micro_batch)
+        if key not in self._work:
+            self._work[key] = work(self.whole, settings)
+        return self._work[key]
+
     def _shallow(self, settings: Settings, **changes: Any) -> Shallow:
         trainer = settings.trainer
         modes = {
@@ -137,21 +148,40 @@ class Estimator:
         return Shallow.of(self.build, self.model | chosen, self.whole.names)
 
     def account(self, settings: Settings, ranks: int) -> Account:
-        """The account of a rank: activations once for each way to keep them, states by formula of `states_of`."""
+        """The account of a rank: activations once for each way to keep them, states by `states_of`.
+
+        Of rows that many ranks share, what grows with their number goes on as it did from few to more of them.
+        """
+        parallel, most = settings.parallel, FEW_RANKS * ulysses_ranks(settings.parallel)
+        if parallel.sequence <= most:
+            made = self._activations(settings, ranks)
+        else:
+            less, made = (self._activations(_with_ranks(settings, most // by), ranks) for by in (2, 1))
+            times = (parallel.sequence - most) / (most // 2)
+            before = {share.part: share for share in less.kept}
+            kept = tuple(
+                replace(x, fixed=max(0.0, x.fixed + times * (x.fixed - before.get(x.part, x).fixed))) for x in made.kept
+            )
+            made = replace(made, kept=kept)
+        tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // parallel.sequence
+        cast_parameters(self.whole, getattr(torch, settings.trainer.dtype))
+        return replace(made, tokens=tokens, states=states_of(self.whole, settings, ranks))
+
+    def _activations(self, settings: Settings, ranks: int) -> Account:
         trainer, parallel = settings.trainer, settings.parallel
-        cut = deepcopy(settings)
-        cut.data.sequence_length = settings.data.sequence_length
         key = (
             str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, str(parallel),
-            settings.data.rows_per_micro_batch, settings.data.sequence_length, trainer.dtype,
+            settings.data.rows_per_micro_batch, trainer.dtype,
         )  # fmt: skip
         if key not in self._accounts:
-            shallow = self._shallow(settings)
-            self._accounts[key] = shallow.account(lambda build: account(build, cut, ranks, torch.device("cuda")))
-        made = self._accounts[key]
-        cast_parameters(self.whole, getattr(torch, trainer.dtype))
-        states = states_of(self.whole, settings, ranks)
-        return Account(made.tokens, states, made.kept, made.working, made.exact)
+            cut = deepcopy(settings)
+            tokens = settings.data.sequence_length // parallel.sequence
+            while tokens > LONGEST and tokens % 2 == 0:  # bytes per token do not depend on the length
+                tokens //= 2
+            cut.data.sequence_length = tokens * parallel.sequence
+            shallow, device = self._shallow(settings), torch.device("cuda")
+            self._accounts[key] = shallow.account(lambda build: account(build, cut, ranks, device))
+        return self._accounts[key]
 
     def moved(self, settings: Settings) -> float:
         """Bytes of a rank's memory that what layers keep moves in a micro-batch, where nothing is recomputed."""
@@ -159,16 +189,12 @@ class Estimator:
         plain.trainer.activation_checkpointing, plain.trainer.tile_tokens = "none", None
         plain.trainer.offload_activations = False
         plain.parallel = type(plain.parallel)(layout=settings.parallel.layout, spans=settings.parallel.spans)
-        plain.data.sequence_length = self._few_tokens(settings)
+        plain.data.sequence_length = LONGEST
         made = self.account(plain, 1)
         tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // settings.parallel.sequence
         kept = sum(share.bytes(tokens) for share in made.kept)
         again = 2 * kept if settings.trainer.activation_checkpointing != "none" else 0
         return PASSES * kept + again
-
-    @staticmethod
-    def _few_tokens(settings: Settings) -> int:
-        return 8192
 
     def sent(self, settings: Settings, cluster: ClusterSettings) -> tuple[dict[Key, Sent], dict[str, set[str]]]:
         """What a rank at the border of a node sends for the sequence in a micro-batch, by op; the kernels of mixers."""

@@ -29,7 +29,7 @@ def zero_sends(model: nn.Module, settings: Settings, ranks: int, micro_batches: 
     """
     if ranks == 1:
         return []
-    stage, sizes = settings.engine.zero_stage, [(x.numel(), x.itemsize) for x in _whole(model)]
+    stage, sizes = settings.engine.zero_stage, [(x.numel(), x.itemsize) for x in model.parameters()]
     if stage < 3:
         numbers = sum(size for size, _ in sizes)
         times = micro_batches if stage == 2 else 1
@@ -48,10 +48,6 @@ def zero_sends(model: nn.Module, settings: Settings, ranks: int, micro_batches: 
         ZeroSend("small parameters, gathered", _gathered(sum(n * e for n, e in kept), ranks)),
         ZeroSend("gradients, summed and scattered", micro_batches * _gathered(scattered, ranks), True),
     ]
-
-
-def _whole(model: nn.Module) -> list[Tensor]:
-    return list(model.parameters())
 
 
 def _summed(held: int, ranks: int) -> int:
