@@ -22,7 +22,7 @@ from .sending import Call, calls
 from .work import HEAD, Work, work
 from .zero import held_by_zero, zero_sends
 
-FEW_RANKS = 8  # the same of what is kept
+FEW_RANKS = (4, 8)  # two numbers of them, from which what is kept on any number is told
 LONGEST = 2**15  # tokens of a rank on which the account is made
 MOST_RANKS = 64  # in a ring whose calls are counted one by one; of more, what grows with the ranks goes on as it did
 PASSES = 5  # over what layers keep: written and read in forward; read in backward, whose gradient is written and read
@@ -150,14 +150,15 @@ class Estimator:
     def account(self, settings: Settings, ranks: int) -> Account:
         """The account of a rank: activations once for each way to keep them, states by `states_of`.
 
-        Of rows that many ranks share, what grows with their number goes on as it did from few to more of them.
+        Of a row that ranks share, what is kept is a constant and so much for each further rank, told from two numbers
+        of them. How attention is shared makes no difference to it.
         """
-        parallel, most = settings.parallel, FEW_RANKS * ulysses_ranks(settings.parallel)
-        if parallel.sequence <= most:
-            made = self._activations(settings, ranks)
+        parallel = settings.parallel
+        if parallel.sequence == 1:
+            made = self._activations(settings, ranks, 1)
         else:
-            less, made = (self._activations(_with_ranks(settings, most // by), ranks) for by in (2, 1))
-            times = (parallel.sequence - most) / (most // 2)
+            less, made = (self._activations(settings, ranks, number) for number in FEW_RANKS)
+            times = (parallel.sequence - FEW_RANKS[1]) / (FEW_RANKS[1] - FEW_RANKS[0])
             before = {share.part: share for share in less.kept}
             kept = tuple(
                 replace(x, fixed=max(0.0, x.fixed + times * (x.fixed - before.get(x.part, x).fixed))) for x in made.kept
@@ -167,18 +168,23 @@ class Estimator:
         cast_parameters(self.whole, getattr(torch, settings.trainer.dtype))
         return replace(made, tokens=tokens, states=states_of(self.whole, settings, ranks))
 
-    def _activations(self, settings: Settings, ranks: int) -> Account:
-        trainer, parallel = settings.trainer, settings.parallel
+    def _activations(self, settings: Settings, ranks: int, number: int) -> Account:
+        """The account on so many ranks that share a row."""
+        trainer, cut = settings.trainer, deepcopy(settings)
+        tokens = settings.data.sequence_length // settings.parallel.sequence
+        while tokens > LONGEST and tokens % 2 == 0:  # bytes per token do not depend on the length
+            tokens //= 2
+        cut.data.sequence_length, cut.parallel.sequence = tokens * number, number
+        if number == 1:
+            cut.parallel.layout, cut.parallel.spans = "contiguous", None
+        cut.parallel.attention, cut.parallel.ulysses, cut.parallel.mixers = "ring", None, {}
+        if cut.parallel.recurrent == "ulysses":
+            cut.parallel.ulysses = min(2, number)
         key = (
-            str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, str(parallel),
+            str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, str(cut.parallel),
             settings.data.rows_per_micro_batch, trainer.dtype,
         )  # fmt: skip
         if key not in self._accounts:
-            cut = deepcopy(settings)
-            tokens = settings.data.sequence_length // parallel.sequence
-            while tokens > LONGEST and tokens % 2 == 0:  # bytes per token do not depend on the length
-                tokens //= 2
-            cut.data.sequence_length = tokens * parallel.sequence
             shallow, device = self._shallow(settings), torch.device("cuda")
             self._accounts[key] = shallow.account(lambda build: account(build, cut, ranks, device))
         return self._accounts[key]
@@ -198,15 +204,20 @@ class Estimator:
 
     def sent(self, settings: Settings, cluster: ClusterSettings) -> tuple[dict[Key, Sent], dict[str, set[str]]]:
         """What a rank at the border of a node sends for the sequence in a micro-batch, by op; the kernels of mixers."""
-        parallel = settings.parallel
+        parallel, modes = settings.parallel, settings.trainer.activation_checkpointing
         ulysses = ulysses_ranks(parallel)
         key = (
-            str(settings.trainer.activation_checkpointing), str(parallel), settings.data.sequence_length,
-            settings.data.rows_per_micro_batch, settings.trainer.dtype, cluster.name, cluster.gpus_per_node,
+            modes if modes in ("none", "mixing", "full") else str(modes), str(parallel), cluster.gpus_per_node,
+            settings.data.sequence_length, settings.data.rows_per_micro_batch, settings.trainer.dtype, cluster.name,
         )  # fmt: skip
         if key not in self._sent:
             most = MOST_RANKS * ulysses
-            if parallel.sequence <= most:
+            if modes in ("mixing", "full"):  # a block that is recomputed sends again what it keeps nothing of
+                plain = deepcopy(settings)
+                plain.trainer.activation_checkpointing, plain.trainer.offload_activations = "none", False
+                sent, kernels = self.sent(plain, cluster)
+                self._sent[key] = sent if modes == "mixing" else _again(sent), kernels
+            elif parallel.sequence <= most:
                 self._sent[key] = self._counted(settings, cluster)
             else:  # of as many tokens a rank
                 less, more = (self._counted(_with_ranks(settings, most // by), cluster) for by in (2, 1))
@@ -241,6 +252,16 @@ def _with_ranks(settings: Settings, ranks: int) -> Settings:
     made.data.sequence_length = settings.data.sequence_length // settings.parallel.sequence * ranks
     made.parallel.sequence = ranks
     return made
+
+
+def _again(sent: dict[Key, Sent]) -> dict[Key, Sent]:
+    """What is sent where every forward runs twice."""
+    return {
+        key: replace(of, bytes=Counter({link: 2 * count for link, count in of.bytes.items()}), seconds=2 * of.seconds)
+        if key[2] == "forward"
+        else of
+        for key, of in sent.items()
+    }
 
 
 def _further(less: dict[Key, Sent], more: dict[Key, Sent], times: float) -> dict[Key, Sent]:

@@ -42,12 +42,12 @@ class Shallow:
     def sum(self, count: Callable[[Build], Mapping[Any, float]]) -> dict[Any, float]:
         """What `count` counts, by key, over all layers of the deep model."""
         base = count(self.base)
-        total = Counter[Any](base)
+        total: dict[Any, float] = dict(base)
         for layers, twice in self.more.values():
             found = count(twice)
             for key in {*found, *base}:
-                total[key] += layers * (found.get(key, 0) - base.get(key, 0))
-        return dict(total)
+                total[key] = total.get(key, 0) + layers * (found.get(key, 0) - base.get(key, 0))
+        return total
 
     def account(self, make: Callable[[Build], Account]) -> Account:
         """The account of the deep model but for its states, which are those of `base`."""

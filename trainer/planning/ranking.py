@@ -56,7 +56,7 @@ def ranked(estimator: Estimator, settings: Settings, cluster: ClusterSettings, t
         if kind in seen:
             continue
         seen.add(kind)
-        near = min(fitting, key=lambda each: _distance(each, estimate), default=None) if estimate else None
+        near = None if estimate is None else _nearest(fitting, estimate)
         yield f"  {name}: {reason}" + (f"; nearest: {layout(near)}" if near else "")
 
 
@@ -93,6 +93,10 @@ def _name(settings: Settings) -> str:
 def _way(settings: Settings) -> tuple[Any, ...]:
     trainer, engine = settings.trainer, settings.engine
     return str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, engine.zero_stage
+
+
+def _nearest(fitting: list[Estimate], other: Estimate) -> Estimate | None:
+    return min(fitting, key=lambda each: _distance(each, other), default=None)
 
 
 def _distance(fits: Estimate, other: Estimate) -> tuple[int, float]:

@@ -20,6 +20,7 @@ from longreach.trainer.planning.cluster import ClusterSettings
 from longreach.trainer.planning.estimate import Estimator
 from longreach.trainer.planning.links import NETWORK, NODE, travel
 from longreach.trainer.planning.ranking import ranked
+from longreach.trainer.planning.sending import calls
 from longreach.trainer.planning.zero import zero_sends
 from longreach.trainer.ranks.settings import layout_of, strategy_of
 
@@ -75,6 +76,17 @@ def test_an_estimate_adds_up() -> None:
     assert faster.step <= made.step
     tight = estimator.estimate(settings, cluster_of(memory_gb=4.0))
     assert "of 4 GB a GPU" in (tight.refusal() or "")
+
+
+def test_what_is_recomputed_is_sent_again() -> None:
+    """By the rule of the estimate as by the calls of a recomputed model."""
+    settings = settings_of(4, "ring", "state_passing", None)
+    estimator, mixers = estimator_of("softmax", "delta"), ("softmax", "delta")
+    for mode in ("none", "mixing", "full"):
+        settings.trainer.activation_checkpointing = mode
+        sent, _ = estimator.sent(settings, cluster_of())
+        counted = calls(partial(build, mixers, "none" if mode == "mixing" else mode), settings, 3)
+        assert sum(sum(of.bytes.values()) for of in sent.values()) == sum(c.bytes * n for c, n in counted.items())
 
 
 def test_links_by_nodes() -> None:
