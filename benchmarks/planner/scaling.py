@@ -39,6 +39,7 @@ COMMON = (
 )  # fmt: skip
 LENGTHS = (2**20, 2**22, 2**24)
 GPUS = (8, 64, 512, 4096)
+SHARES = tuple(2**n for n in range(9, 18))  # tokens of a rank, for crossing points
 
 
 def ways(settings: Settings, gpus: int, length: int) -> Iterator[Settings]:
@@ -101,12 +102,54 @@ def study(name: str, known: list[dict[str, Any]]) -> Iterator[list[dict[str, Any
             yield rows
 
 
+def crossings() -> dict[str, dict[int, int | None]]:
+    """For numbers of ranks, the fewest tokens of a rank, a power of two, from which on …; None where at none."""
+    found: dict[str, dict[int, int | None]] = {}
+    for name, kind, what in (
+        ("llama", "softmax", "a ring of Llama's attention is hidden"),
+        ("llama", "softmax", "a ring takes less than heads exchanged within a node and a ring between nodes"),
+        ("lightning 7:1", "lightning", "lightning attention's states take less than its heads exchanged"),
+        ("KDA:MLA 3:1", "kda", "KDA's states take less than its heads exchanged"),
+    ):
+        settings, cluster = composed(*MODELS[name], *COMMON)
+        of, by_ranks = estimator(settings), found.setdefault(what, {})
+        for ranks in (8, 64, 512):
+            cluster.nodes = ranks // cluster.gpus_per_node
+            by_ranks[ranks] = None
+            for tokens in reversed(SHARES):
+                made = deepcopy(settings)
+                made.parallel.sequence, made.data.sequence_length = ranks, ranks * tokens
+                first, second = exposed(of, made, cluster, kind), 0.0
+                if "hidden" not in what:
+                    made.parallel.attention, made.parallel.ulysses = "ulysses", 8
+                    if kind != "softmax":
+                        made.parallel.recurrent = "ulysses"
+                    second = exposed(of, made, cluster, kind)
+                if first > second + 1e-9:
+                    break
+                by_ranks[ranks] = tokens
+            print(what, ranks, by_ranks[ranks], flush=True)
+    return found
+
+
+def exposed(of: Estimator, settings: Settings, cluster: ClusterSettings, kind: str) -> float:
+    """Seconds of a step in which layers of a kind wait for what is sent."""
+    made = of.estimate(settings, cluster)
+    return sum(made.seconds[name] for name in made.hidden if name.startswith(f"{kind}: "))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--crossings", action="store_true", help="where one exchange takes less than another")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if chosen.crossings:
+        kept["crossings"] = crossings()
+        chosen.models = []
+        if chosen.write:
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     for name in chosen.models:
         for rows in study(name, kept.get(name, [])):
             kept[name] = rows
@@ -119,8 +162,14 @@ def main() -> None:
         page.write_text(before + "<!-- tables -->\n" + "\n".join(tables(kept)) + "\n")
 
 
-def tables(kept: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    for name, rows in kept.items():
+def tables(kept: dict[str, Any]) -> Iterator[str]:
+    if "crossings" in kept:
+        yield "\nBy ranks that share a row, the fewest tokens of a rank (powers of two from 512 to 131,072):\n"
+        yield "| from so many tokens of a rank on | 8 ranks | 64 ranks | 512 ranks |\n|---|---|---|---|"
+        for what, by_ranks in kept["crossings"].items():
+            yield f"| {what} | " + " | ".join(f"{n:,}" if n else "at none" for n in by_ranks.values()) + " |"
+    for name in (name for name in MODELS if kept.get(name)):
+        rows = kept[name]
         yield f"\n### {name}, {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
         yield "Seconds a step, MFU and the share of the step that is exposed communication; – does not fit.\n"
         yield "| tokens | " + " | ".join(f"{gpus:,} GPUs" for gpus in GPUS) + " |"
@@ -139,7 +188,7 @@ def tables(kept: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             yield f"| {length:,} | " + " | ".join(cells) + " |"
 
 
-def draw(kept: dict[str, list[dict[str, Any]]]) -> None:
+def draw(kept: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,8 +196,8 @@ def draw(kept: dict[str, list[dict[str, Any]]]) -> None:
 
     figure, axes = pyplot.subplots(1, len(LENGTHS), figsize=(3.2 * len(LENGTHS), 3.2), sharey=True)
     for axis, length in zip(axes, LENGTHS, strict=True):
-        for name, rows in kept.items():
-            found = [r for r in rows if r["tokens"] == length and r["seconds"] is not None]
+        for name in (name for name in MODELS if kept.get(name)):
+            found = [r for r in kept[name] if r["tokens"] == length and r["seconds"] is not None]
             axis.plot([r["gpus"] for r in found], [r["mfu"] for r in found], marker="o", label=name)
         axis.set_xscale("log", base=2)
         axis.set_title(f"{length // 2**20}M tokens")

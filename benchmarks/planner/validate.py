@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,15 +180,25 @@ class _Recorded:
             self._inside = before
 
 
-def measure(number: int) -> None:
-    """Takes two steps on this rank, and prints as JSON what the second takes."""
-    case = CASES[number]
-    settings, device = case.settings(), processes.start(10.0)
+def measure(numbers: list[int]) -> None:
+    """Takes two steps of each setting on this rank, and prints as JSON what the second takes."""
+    device = processes.start(10.0)
+    with _Recorded() as recorded:
+        small = partial(LanguageModel, vocabulary=64, width=16, depth=1, pattern=["lightning"])
+        first = Engine(
+            lambda: small(mixers={"lightning": partial(LightningAttention, heads=1)}), settings=Settings().engine,
+            optimizer=OptimizerSettings(), mesh=Mesh.create(), device=device,
+        )  # fmt: skip
+        first.close()
+        for number in numbers:
+            print(json.dumps(_measured(CASES[number], device, recorded) | {"case": number}), flush=True)
+    processes.end()
+
+
+def _measured(case: Case, device: torch.device, recorded: _Recorded) -> dict[str, Any]:
+    settings = case.settings()
     mesh = Mesh.create(case.sequence, ulysses_ranks(settings.parallel))
     layout = layout_of(settings.parallel, settings.data.sequence_length)
-
-    def make(build: Callable[[], LanguageModel]) -> Engine:
-        return Engine(build, settings=settings.engine, optimizer=OptimizerSettings(), mesh=mesh, device=device)
 
     def step(engine: Engine) -> None:
         seq = Sequence.shared(Documents.whole(1, layout.length), layout, mesh, strategy_of(settings.parallel))
@@ -196,52 +207,50 @@ def measure(number: int) -> None:
         engine.backward(loss, layout.length * mesh.data_ranks)
         engine.step(1e-3)
 
-    small = partial(LanguageModel, vocabulary=64, width=16, depth=1, pattern=["lightning"])
-    with _Recorded() as recorded:
-        first = make(lambda: small(mixers={"lightning": partial(LightningAttention, heads=1)}))
-        first.close()
-        before = _status("VmRSS")
-        engine = make(case.build)
+    gc.collect()
+    before = _status("VmRSS")
+    engine = Engine(case.build, settings=settings.engine, optimizer=OptimizerSettings(), mesh=mesh, device=device)
+    step(engine)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
+    recorded.bytes.clear()
+    with counting() as sent:
         step(engine)
-        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
-        recorded.bytes.clear()
-        with counting() as sent:
-            step(engine)
-    of_rows = sum(sent.values())
-    everything = sum(recorded.bytes.values())
-    result = {"rank": mesh.rank, "memory": _status("VmHWM") - before, "sequence": of_rows}
-    sums = sent["sum"]  # of the sequence's own all-reduces, which the recorder sees too
-    print(json.dumps({**result, "zero": everything - sums, "calls": recorded.bytes}), flush=True)
-    processes.end()
+    zero = sum(recorded.bytes.values()) - sent["sum"]  # of the sequence's own all-reduces, which the recorder sees too
+    found = {"rank": mesh.rank, "memory": _status("VmHWM") - before, "sequence": sum(sent.values()), "zero": zero}
+    found["calls"] = dict(recorded.bytes)
+    engine.close()
+    return found
 
 
-def measured(number: int) -> list[dict[str, Any]]:
-    """What each rank printed."""
+def measured(ranks: int, numbers: list[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """For each setting, as it ends, what each rank printed. The settings have so many ranks, all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = CASES[number].ranks
     ran = []
     for rank in range(ranks):
         where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--measure", str(number)]
+        command = [sys.executable, __file__, "--measure", *map(str, numbers)]
         environment = {**os.environ, **MALLOC, **where}
-        ran.append(subprocess.Popen(command, env=environment, text=True, stdout=-1, stderr=-1))
-    results = []
+        ran.append(subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE))
+    for number in numbers:
+        results = []
+        for process in ran:
+            assert process.stdout is not None
+            line = next((line for line in process.stdout if line.startswith("{")), None)
+            if line is None:
+                raise SystemExit(f"a rank ended in setting {number}")
+            results.append(json.loads(line))
+        yield number, results
     for process in ran:
-        out, error = process.communicate()
-        if process.returncode:
-            raise SystemExit(out + error)
-        results.append(json.loads(out.splitlines()[-1]))
-    return results
+        process.wait()
 
 
-def row(number: int) -> str:
+def row(number: int, found: list[dict[str, Any]]) -> str:
     """A line of the table."""
     case = CASES[number]
     peak, sends, zero = predicted(case)
-    found = measured(number)
     memory = max(each["memory"] for each in found)
     counted = [each["sequence"] for each in sorted(found, key=lambda each: each["rank"])][: case.sequence]
     cells = [
@@ -256,19 +265,19 @@ def row(number: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
-    parser.add_argument("--measure", type=int)
+    parser.add_argument("--measure", type=int, nargs="+")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     if chosen.measure is not None:
         measure(chosen.measure)
         return
     print(HEAD, flush=True)
-    lines = []
-    for number in chosen.cases:
-        lines.append(row(number))
-        print(lines[-1], flush=True)
-        if chosen.write:
-            _write({number: lines[-1]})
+    for ranks in sorted({CASES[number].ranks for number in chosen.cases}):
+        for number, found in measured(ranks, [number for number in chosen.cases if CASES[number].ranks == ranks]):
+            line = row(number, found)
+            print(line, flush=True)
+            if chosen.write:
+                _write({number: line})
 
 
 def _write(new: dict[int, str]) -> None:
