@@ -27,6 +27,7 @@ class Operation(ABC):
     """One op under one strategy, a `kernels.operation.Operation`; every rank calls its methods in the same order."""
 
     outputs: ClassVar[int] = 1
+    sends: ClassVar[bool] = True  # whether ranks that share a row exchange anything in it
 
     @property
     def kernel(self) -> str | None:

@@ -37,6 +37,8 @@ def traffic(op: Operation, inputs: Tensors, seq: Sequence, noted: list[Sending])
 
     An op over listed blocks is counted as if every rank listed all that its queries can see.
     """
+    if seq.layout.ranks == 1 or not op.sends:
+        return Traffic((), ())
     if isinstance(inner := getattr(op, "op", None), ListedAttend):
         return _of_lists(inner, inputs, seq)
     quick = without_kernels(op, seq.rank)
@@ -70,8 +72,6 @@ def without_kernels(op: Any, rank: int) -> Any:
 def _of_lists(op: ListedAttend, inputs: Tensors, seq: Sequence) -> Traffic:
     """At most: every rank lists all blocks that its queries see. The numbers are those of docs/communication.md."""
     ranks, named = seq.layout.ranks, op.record(*inputs)
-    if ranks == 1:
-        return Traffic((), (), True)
     members = tuple(range(ranks))
     travels = op.sent(named)
     reached = Mask().reached(seq.layout.parts(seq.documents), ranks)

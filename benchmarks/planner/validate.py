@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import re
 import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,7 @@ from longreach.trainer.ranks.settings import layout_of, strategy_of, ulysses_ran
 from longreach.trainer.settings import Settings
 
 RESULTS = Path(__file__).parent.parent / "results" / "planner_cpu.md"
+KEPT = RESULTS.with_suffix(".json")
 MIXERS: dict[str, Callable[..., Any]] = {
     "softmax": partial(SoftmaxAttention, heads=4, kv_heads=2),
     "window": partial(SoftmaxAttention, heads=4, kv_heads=2, window=512),
@@ -69,7 +72,7 @@ class Case(NamedTuple):
     checkpointing: str
     mixers: tuple[str, ...]
     strategy: str = "ring"
-    tokens: int = 4096
+    tokens: int = 2048
 
     def settings(self) -> Settings:
         made = Settings()
@@ -99,22 +102,22 @@ HYBRID = ("lightning", "window")
 CASES = [
     Case(1, 1, 0, "none", HYBRID),
     Case(1, 1, 1, "full", HYBRID),
-    Case(1, 1, 1, "mixing", ("softmax",), tokens=2048),
+    Case(1, 1, 1, "mixing", ("softmax",), tokens=1024),
     Case(1, 1, 2, "full", ("gated_deltanet",)),
     Case(2, 1, 0, "full", ("lightning",)),
-    Case(2, 1, 1, "none", ("softmax",), tokens=2048),
+    Case(2, 1, 1, "none", ("softmax",), tokens=1024),
     Case(2, 1, 2, "full", HYBRID),
     Case(2, 1, 3, "full", ("lightning",)),
     Case(2, 2, 0, "none", ("lightning",)),
-    Case(2, 2, 1, "full", ("softmax",), tokens=2048),
+    Case(2, 2, 1, "full", ("softmax",), tokens=1024),
     Case(2, 2, 1, "mixing", HYBRID),
     Case(2, 2, 2, "full", ("gated_deltanet",)),
     Case(2, 2, 3, "full", HYBRID),
-    Case(2, 2, 1, "full", ("softmax",), "gather", 2048),
-    Case(2, 2, 1, "full", ("lightning", "softmax"), "ulysses", 2048),
-    Case(4, 2, 1, "full", HYBRID, tokens=2048),
-    Case(4, 4, 2, "mixing", ("lightning", "softmax"), tokens=2048),
-    Case(4, 4, 3, "none", ("gated_deltanet", "window"), tokens=2048),
+    Case(2, 2, 1, "full", ("softmax",), "gather", 1024),
+    Case(2, 2, 1, "full", ("lightning", "softmax"), "ulysses", 1024),
+    Case(4, 2, 1, "full", HYBRID, tokens=1024),
+    Case(4, 4, 2, "mixing", ("lightning", "softmax"), tokens=1024),
+    Case(4, 4, 3, "none", ("gated_deltanet", "window"), tokens=1024),
 ]
 
 
@@ -180,8 +183,10 @@ class _Recorded:
             self._inside = before
 
 
-def measure(numbers: list[int]) -> None:
-    """Takes two steps of each setting on this rank, and prints as JSON what the second takes."""
+def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connection) -> None:
+    """Takes two steps of each setting on this rank, and sends what the second takes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = processes.start(10.0)
     with _Recorded() as recorded:
         small = partial(LanguageModel, vocabulary=64, width=16, depth=1, pattern=["lightning"])
@@ -191,7 +196,7 @@ def measure(numbers: list[int]) -> None:
         )  # fmt: skip
         first.close()
         for number in numbers:
-            print(json.dumps(_measured(CASES[number], device, recorded) | {"case": number}), flush=True)
+            told.send(_measured(CASES[number], device, recorded))
     processes.end()
 
 
@@ -223,28 +228,25 @@ def _measured(case: Case, device: torch.device, recorded: _Recorded) -> dict[str
 
 
 def measured(ranks: int, numbers: list[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """For each setting, as it ends, what each rank printed. The settings have so many ranks, all of them."""
+    """For each setting, as it ends, what each rank says. The settings have so many ranks, all of them.
+
+    Ranks are forked, so that libraries are imported once; the parent must not have run anything by then.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ran = []
+    context = multiprocessing.get_context("fork")
+    ends, ran = [], []
     for rank in range(ranks):
-        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--measure", *map(str, numbers)]
-        environment = {**os.environ, **MALLOC, **where}
-        ran.append(subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE))
+        ours, theirs = context.Pipe()
+        ran.append(context.Process(target=measure, args=(rank, ranks, port, numbers, theirs)))
+        ran[-1].start()
+        theirs.close()
+        ends.append(ours)
     for number in numbers:
-        results = []
-        for process in ran:
-            assert process.stdout is not None
-            line = next((line for line in process.stdout if line.startswith("{")), None)
-            if line is None:
-                raise SystemExit(f"a rank ended in setting {number}")
-            results.append(json.loads(line))
-        yield number, results
+        yield number, [end.recv() for end in ends]
     for process in ran:
-        process.wait()
+        process.join()
 
 
 def row(number: int, found: list[dict[str, Any]]) -> str:
@@ -258,34 +260,47 @@ def row(number: int, found: list[dict[str, Any]]) -> str:
         f"{case.tokens:,}", size(peak), size(memory), f"{peak / memory:.3f}", " ".join(f"{x:,}" for x in sends),
         " ".join(f"{x:,}" for x in counted), f"{zero:,}", " ".join(f"{x:,}" for x in {e["zero"] for e in found}),
     ]  # fmt: skip
-    print(found[0]["calls"], file=sys.stderr)
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
-    parser.add_argument("--measure", type=int, nargs="+")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="settings that the page has are not measured again")
     chosen = parser.parse_args()
-    if chosen.measure is not None:
-        measure(chosen.measure)
-        return
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # read when a process starts
+        os.environ |= MALLOC | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    importlib.import_module("deepspeed")
+    kept = _kept() if chosen.write else {}
+    cases = [number for number in chosen.cases if str(number) not in kept]
+    groups = [[number for number in cases if CASES[number].ranks == ranks] for ranks in (1, 2, 4)]
+    for numbers in filter(None, groups):
+        for number, of_ranks in measured(CASES[numbers[0]].ranks, numbers):
+            kept[str(number)] = {"ranks": of_ranks}
+            print(number, of_ranks, flush=True)
+            _keep(kept, chosen.write)
     print(HEAD, flush=True)
-    for ranks in sorted({CASES[number].ranks for number in chosen.cases}):
-        for number, found in measured(ranks, [number for number in chosen.cases if CASES[number].ranks == ranks]):
-            line = row(number, found)
-            print(line, flush=True)
-            if chosen.write:
-                _write({number: line})
+    for number in chosen.cases:
+        of = kept[str(number)]
+        of["row"] = of.get("row") or row(number, of["ranks"])
+        print(of["row"], flush=True)
+        _keep(kept, chosen.write)
+    if chosen.write:
+        _write([kept[key]["row"] for key in sorted(kept, key=int) if "row" in kept[key]])
 
 
-def _write(new: dict[int, str]) -> None:
-    """Settings may be measured one after another: rows that the page has stay."""
-    kept = RESULTS.with_suffix(".json")
-    rows = {int(key): line for key, line in json.loads(kept.read_text()).items()} if kept.exists() else {}
-    rows |= new
-    kept.write_text(json.dumps(rows, indent=1) + "\n")
+def _kept() -> dict[str, Any]:
+    """What earlier runs measured and predicted: a run that ends early loses nothing."""
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+
+
+def _keep(kept: dict[str, Any], write: bool) -> None:
+    if write:
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _write(rows: list[str]) -> None:
     machine = f"{platform.machine()} CPU, {os.cpu_count()} cores; torch {torch.__version__}; one thread a rank"
     parts = [
         "# The planner beside what steps take",
@@ -293,7 +308,7 @@ def _write(new: dict[int, str]) -> None:
         f"{Case.build.__doc__} Tokens are those of a rank. Memory is that of a rank at the peak of a step: predicted "
         "by the account, measured as the growth of the resident set. Bytes are those that each rank of a row sends in "
         "a step for its sequence, and those that each rank sends for ZeRO, as rings send them.",
-        "\n".join([HEAD, *(rows[key] for key in sorted(rows))]) + "\n",
+        "\n".join([HEAD, *rows]) + "\n",
     ]
     RESULTS.write_text("\n\n".join(parts))
 
