@@ -40,7 +40,8 @@ from longreach.parallel.collectives import counting
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine import Engine, OptimizerSettings
-from longreach.trainer.memory.account import account, size
+from longreach.trainer.memory.account import account
+from longreach.trainer.memory.allocations import size
 from longreach.trainer.planning.sending import calls
 from longreach.trainer.planning.zero import zero_sends
 from longreach.trainer.ranks import processes
@@ -82,6 +83,7 @@ class Case(NamedTuple):
         elif self.strategy == "gather":
             made.parallel.attention = "gather"
         made.data.sequence_length, made.data.rows_per_micro_batch = self.tokens * self.sequence, 1
+        made.checkpoint.asynchronous = False  # no copy is kept for saving
         made.engine = type(made.engine)(zero_stage=self.stage)
         return made
 

@@ -12,7 +12,8 @@ import torch
 
 from ...models.language_model import LanguageModel
 from ...models.part import cast_parameters
-from ..memory.account import Account, account, states_of
+from ..memory.account import Account, account
+from ..memory.states import Share, states_of, stepping
 from ..ranks.settings import ulysses_ranks
 from ..settings import Settings
 from .cluster import ClusterSettings
@@ -20,7 +21,7 @@ from .layers import Shallow
 from .links import ring, travel
 from .sending import Call, calls
 from .work import HEAD, Work, work
-from .zero import held_by_zero, zero_sends
+from .zero import gathered_at_once, zero_sends
 
 FEW_RANKS = (4, 8)  # two numbers of them, from which what is kept on any number is told
 LONGEST = 2**15  # tokens of a rank on which the account is made
@@ -67,8 +68,7 @@ class Estimate:
     @property
     def host(self) -> int:
         """Bytes of the host's memory, of all GPUs of a node."""
-        shares = (share for share in self.account.shares() if share.host)
-        return sum(share.bytes(self.account.tokens) for share in shares) * self.cluster.gpus_per_node
+        return self.account.on_host() * self.cluster.gpus_per_node
 
     @property
     def step(self) -> float:
@@ -108,6 +108,7 @@ class Estimator:
             self.whole = build(self.model)
         self._accounts: dict[Any, Account] = {}
         self._sent: dict[Any, tuple[dict[Key, Sent], dict[str, set[str]]]] = {}
+        self._states: dict[Any, tuple[tuple[Share, ...], Share]] = {}
         self._work: dict[Any, Work] = {}
         self._traffic: dict[Any, Any] = {}
 
@@ -119,7 +120,7 @@ class Estimator:
         data_ranks = cluster.gpus // settings.parallel.sequence
         micro_batches = settings.data.rows_per_step // (data_ranks * settings.data.rows_per_micro_batch)
         zero = zero_sends(self.whole, settings, cluster.gpus, micro_batches)
-        extra = round(cluster.reserved_gb * 1e9) + held_by_zero(self.whole, settings)
+        extra = round(cluster.reserved_gb * 1e9) + gathered_at_once(self.whole, settings)
         parameters = self.whole.parameter_count()
         estimate = Estimate(
             settings, cluster, made, extra, of_rows, sent, zero, {}, {}, micro_batches, kernels, parameters,
@@ -165,8 +166,20 @@ class Estimator:
             )
             made = replace(made, kept=kept)
         tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // parallel.sequence
-        cast_parameters(self.whole, getattr(torch, settings.trainer.dtype))
-        return replace(made, tokens=tokens, states=states_of(self.whole, settings, ranks))
+        states, step = self._states_of(settings, ranks)
+        return replace(made, tokens=tokens, states=states, stepping=step)
+
+    def _states_of(self, settings: Settings, ranks: int) -> tuple[tuple[Share, ...], Share]:
+        trainer, key = (
+            settings.trainer,
+            (str(settings.engine), settings.trainer.dtype, ranks, settings.parallel.experts),
+        )
+        if key not in self._states:
+            cast_parameters(self.whole, getattr(torch, trainer.dtype))
+            device = torch.device("cuda")
+            states = states_of(self.whole, settings, ranks, device)
+            self._states[key] = states, stepping(self.whole, settings, ranks, device, states)
+        return self._states[key]
 
     def _activations(self, settings: Settings, ranks: int, number: int) -> Account:
         """The account on so many ranks that share a row."""
@@ -310,7 +323,7 @@ def _time(estimate: Estimate, moved: float) -> None:
     if away:
         taken = away / (cluster.host_gbps * 1e9 * cluster.link_share)
         seconds["offloaded activations"] = times * (max(0.0, taken - forward) + max(0.0, taken - backward))
-    numbers = sum(share.fixed for share in estimate.account.states if share.part == "moments") / 8
+    numbers = estimate.parameters / (cluster.gpus if settings.engine.zero_stage else 1)
     rate = cluster.memory_gbps * 1e9 * cluster.efficiency["memory"]
     if settings.engine.offload == "none":
         seconds["optimizer"] = numbers * STEP_BYTES / rate

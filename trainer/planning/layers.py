@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...models.language_model import LanguageModel
-from ..memory.account import Account, Share
+from ..memory.account import Account
+from ..memory.states import Share
 
 Build = Callable[[], LanguageModel]
 BuildModel = Callable[[dict[str, Any]], LanguageModel]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..memory.account import size
+from ..memory.allocations import size
 from .estimate import Estimate, kernel_share
 
 

@@ -10,7 +10,6 @@ from ..settings import Settings
 
 SMALLEST_SPLIT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: stage 3 keeps smaller parameters whole
 NEAR = 1_000_000_000  # numbers: its max_reuse_distance: what is used again so soon stays gathered
-BUCKET = 500_000_000  # numbers: its reduce_bucket_size
 
 
 class ZeroSend(NamedTuple):
@@ -60,13 +59,8 @@ def _gathered(held: int, ranks: int) -> int:
     return (ranks - 1) * held // ranks
 
 
-def held_by_zero(model: nn.Module, settings: Settings) -> int:
-    """Bytes that the account does not have: what stage 3 gathers for two blocks, what stage 2 collects in a bucket."""
+def gathered_at_once(model: nn.Module, settings: Settings) -> int:
+    """Bytes that the account does not have: what stage 3 gathers of two blocks, one of them ahead."""
     blocks = getattr(model, "blocks", [])
-    largest = max((sum(x.numel() * x.itemsize for x in block.parameters()) for block in blocks), default=0)
-    if settings.engine.zero_stage == 3:
-        return 2 * largest
-    if settings.engine.zero_stage == 2:
-        numbers = sum(x.numel() for x in model.parameters())
-        return min(BUCKET, numbers) * (2 if settings.trainer.dtype == "bfloat16" else 4)
-    return 0
+    largest = max((sum(x.nbytes for x in block.parameters()) for block in blocks), default=0)
+    return 2 * largest if settings.engine.zero_stage == 3 else 0
