@@ -144,22 +144,28 @@ def main() -> None:
     parser.add_argument("--crossings", action="store_true", help="where one exchange takes less than another")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if chosen.crossings:
-        kept["crossings"] = crossings()
+        _keep("crossings", crossings(), chosen.write)
         chosen.models = []
-        if chosen.write:
-            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
     for name in chosen.models:
-        for rows in study(name, kept.get(name, [])):
-            kept[name] = rows
-            if chosen.write:
-                RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        for rows in study(name, _kept().get(name, [])):
+            _keep(name, rows, chosen.write)
     if chosen.write:
+        kept = _kept()
         draw(kept)
         page = DOCS / "scaling.md"
-        before, _, _ = page.read_text().partition("<!-- tables -->") if page.exists() else ("", "", "")
+        before, _, _ = page.read_text().partition("<!-- tables -->")
         page.write_text(before + "<!-- tables -->\n" + "\n".join(tables(kept)) + "\n")
+
+
+def _kept() -> dict[str, Any]:
+    """What earlier runs have found: a run that ends early loses nothing."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def _keep(name: str, found: Any, write: bool) -> None:
+    if write:
+        RESULTS.write_text(json.dumps({**_kept(), name: found}, indent=1) + "\n")
 
 
 def tables(kept: dict[str, Any]) -> Iterator[str]:
