@@ -23,6 +23,7 @@ from .sending import Call, calls
 from .work import HEAD, Work, work
 from .zero import gathered_at_once, zero_sends
 
+FEW_LOGITS = 256  # tokens of a vocabulary whose logits take little
 FEW_RANKS = (4, 8)  # two numbers of them, from which what is kept on any number is told
 LONGEST = 2**15  # tokens of a rank on which the account is made
 MOST_RANKS = 64  # in a ring whose calls are counted one by one; of more, what grows with the ranks goes on as it did
@@ -169,6 +170,16 @@ class Estimator:
         states, step = self._states_of(settings, ranks)
         return replace(made, tokens=tokens, states=states, stepping=step)
 
+    def _of_blocks(self, settings: Settings, cut: Settings, ranks: int) -> tuple[Share, ...]:
+        """What backward holds beside what is kept where blocks are at their peak, which a loss of many logits hides in
+        the short rows of an account: that of a model of few tokens in its vocabulary, and the head's gradient.
+        """
+        few = min(FEW_LOGITS, self.whole.vocabulary)
+        shallow, device = self._shallow(settings, vocabulary=few), torch.device("cuda")
+        head = 4 * self.whole.vocabulary * self.whole.width
+        found = account(shallow.base, cut, ranks, device).working
+        return tuple(replace(share, fixed=share.fixed + head) for share in found)
+
     def _states_of(self, settings: Settings, ranks: int) -> tuple[tuple[Share, ...], Share]:
         trainer, key = (
             settings.trainer,
@@ -199,7 +210,10 @@ class Estimator:
         )  # fmt: skip
         if key not in self._accounts:
             shallow, device = self._shallow(settings), torch.device("cuda")
-            self._accounts[key] = shallow.account(lambda build: account(build, cut, ranks, device))
+            made = shallow.account(lambda build: account(build, cut, ranks, device))
+            if number != FEW_RANKS[0]:
+                made = replace(made, working=(*made.working, *self._of_blocks(settings, cut, ranks)))
+            self._accounts[key] = made
         return self._accounts[key]
 
     def moved(self, settings: Settings) -> float:
