@@ -289,6 +289,7 @@ def main() -> None:
         print(of["row"], flush=True)
         _keep(kept, chosen.write)
     if chosen.write:
+        kept = _kept()
         _write([kept[key]["row"] for key in sorted(kept, key=int) if "row" in kept[key]])
 
 
@@ -299,7 +300,7 @@ def _kept() -> dict[str, Any]:
 
 def _keep(kept: dict[str, Any], write: bool) -> None:
     if write:
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        KEPT.write_text(json.dumps(_kept() | kept, indent=1) + "\n")
 
 
 def _write(rows: list[str]) -> None:
