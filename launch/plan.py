@@ -47,6 +47,7 @@ def told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) 
         model.pop(name, None)
     model["vocabulary"] = model.get("vocabulary") or settings.data.vocabulary_size or VOCABULARY
     estimator = Estimator(build, model)
+    estimator.refuse(settings)
     yield from lines(estimator.estimate(settings, cluster), budget)
     if top:
         yield ""

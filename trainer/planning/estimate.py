@@ -15,6 +15,7 @@ from ...models.part import cast_parameters
 from ..memory.account import Account, account
 from ..memory.states import Share, states_of, stepping
 from ..ranks.settings import ulysses_ranks
+from ..rehearsal import rehearse
 from ..settings import Settings
 from .cluster import ClusterSettings
 from .layers import Shallow
@@ -129,6 +130,10 @@ class Estimator:
         )  # fmt: skip
         _time(estimate, self.moved(settings))
         return estimate
+
+    def refuse(self, settings: Settings) -> None:
+        """Raises what a rehearsal of training raises: for settings that the model has no use for, and its own."""
+        rehearse(self._shallow(settings).base, settings)
 
     def work(self, settings: Settings) -> Work:
         """FLOPs by kind of layer."""

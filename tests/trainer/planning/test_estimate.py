@@ -121,9 +121,11 @@ def test_what_training_refuses_is_refused() -> None:
     settings.data.rows_per_step = 1
     estimator = Estimator(lambda model: build(("latent",), "none"), {"pattern": ["latent"], "depth": 1})
     assert estimator.estimate(settings, cluster_of()).sent
-    lines = list(ranked(estimator_of("lightning"), settings, cluster_of(nodes=2), 3))
+    lines = list(ranked(estimator_of("softmax"), settings, cluster_of(nodes=2), 3))
     assert any("heads must be a multiple of the 8 ranks" in line for line in lines)
     assert "layouts of" in lines[0]
+    with pytest.raises(ValueError, match=r"parallel\.ulysses|parallel\.attention"):  # no layer has use for it
+        estimator_of("lightning").refuse(settings)
 
 
 def peak_of(rank: int, world: int, model, settings) -> int:
