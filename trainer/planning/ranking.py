@@ -16,6 +16,7 @@ from .estimate import Estimate, Estimator
 from .report import layout
 
 TILE = 4096
+OFTEN = 50  # layouts from one line of progress to the next
 WAYS = (  # to keep activations: checkpointing, tiles, offloading
     ("none", None, False),
     ("mixing", None, False),
@@ -30,7 +31,9 @@ def ranked(estimator: Estimator, settings: Settings, cluster: ClusterSettings, t
     """A table of the best, then what does not fit; lines of progress meanwhile."""
     fitting: list[Estimate] = []
     failing: list[tuple[Estimate | None, str, str]] = []
-    for chosen in candidates(estimator, settings, cluster):
+    for number, chosen in enumerate(candidates(estimator, settings, cluster)):
+        if number and number % OFTEN == 0:
+            yield f"… {number} layouts tried"
         name = _name(chosen)
         try:
             check(chosen, cluster.gpus, torch.device("cuda"))

@@ -123,7 +123,7 @@ def test_what_training_refuses_is_refused() -> None:
     assert estimator.estimate(settings, cluster_of()).sent
     lines = list(ranked(estimator_of("softmax"), settings, cluster_of(nodes=2), 3))
     assert any("heads must be a multiple of the 8 ranks" in line for line in lines)
-    assert "layouts of" in lines[0]
+    assert any("layouts of" in line for line in lines)
     with pytest.raises(ValueError, match=r"parallel\.ulysses|parallel\.attention"):  # no layer has use for it
         estimator_of("lightning").refuse(settings)
 
