@@ -102,9 +102,8 @@ def study(name: str, known: list[dict[str, Any]]) -> Iterator[list[dict[str, Any
             yield rows
 
 
-def crossings() -> dict[str, dict[int, int | None]]:
+def crossings(found: dict[str, dict[str, int | None]], write: bool) -> None:
     """For numbers of ranks, the fewest tokens of a rank, a power of two, from which on …; None where at none."""
-    found: dict[str, dict[int, int | None]] = {}
     for name, kind, what in (
         ("llama", "softmax", "a ring of Llama's attention is hidden"),
         ("llama", "softmax", "a ring takes less than heads exchanged within a node and a ring between nodes"),
@@ -114,8 +113,10 @@ def crossings() -> dict[str, dict[int, int | None]]:
         settings, cluster = composed(*MODELS[name], *COMMON)
         of, by_ranks = estimator(settings), found.setdefault(what, {})
         for ranks in (8, 64, 512):
+            if str(ranks) in by_ranks:
+                continue
             cluster.nodes = ranks // cluster.gpus_per_node
-            by_ranks[ranks] = None
+            fewest = None
             for tokens in reversed(SHARES):
                 made = deepcopy(settings)
                 made.parallel.sequence, made.data.sequence_length = ranks, ranks * tokens
@@ -127,9 +128,10 @@ def crossings() -> dict[str, dict[int, int | None]]:
                     second = exposed(of, made, cluster, kind)
                 if first > second + 1e-9:
                     break
-                by_ranks[ranks] = tokens
-            print(what, ranks, by_ranks[ranks], flush=True)
-    return found
+                fewest = tokens
+            by_ranks[str(ranks)] = fewest
+            print(what, ranks, fewest, flush=True)
+            _keep("crossings", found, write)
 
 
 def exposed(of: Estimator, settings: Settings, cluster: ClusterSettings, kind: str) -> float:
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     if chosen.crossings:
-        _keep("crossings", crossings(), chosen.write)
+        crossings(_kept().get("crossings", {}), chosen.write)
         chosen.models = []
     for name in chosen.models:
         for rows in study(name, _kept().get(name, [])):

@@ -241,7 +241,7 @@ def measured(ranks: int, numbers: list[int]) -> Iterator[tuple[int, list[dict[st
     ends, ran = [], []
     for rank in range(ranks):
         ours, theirs = context.Pipe()
-        ran.append(context.Process(target=measure, args=(rank, ranks, port, numbers, theirs)))
+        ran.append(context.Process(target=measure, args=(rank, ranks, port, numbers, theirs), daemon=True))
         ran[-1].start()
         theirs.close()
         ends.append(ours)
