@@ -19,8 +19,8 @@ def composed(*overrides: str) -> tuple[Settings, ClusterSettings]:
     """What `python -m longreach.launch.plan OVERRIDES` works with."""
     with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
         config = hydra.compose("plan", list(overrides))
-    given = configuration.to_schema(config, Configuration)
-    return to_settings(config, list(overrides), {}), given.cluster
+    settings = to_settings(config, list(overrides), {})
+    return settings, configuration.to_schema(config, Configuration).cluster
 
 
 def estimator(settings: Settings) -> Estimator:
