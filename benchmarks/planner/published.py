@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-from composed import composed, estimate
-
+from longreach.benchmarks.planner.composed import composed, estimate
 from longreach.kernels import delta_rule
 from longreach.trainer.planning.links import ring
 

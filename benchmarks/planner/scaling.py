@@ -15,8 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from composed import composed, estimator
-
+from longreach.benchmarks.planner.composed import composed, estimator
 from longreach.trainer.planning.cluster import ClusterSettings
 from longreach.trainer.planning.estimate import Estimate, Estimator
 from longreach.trainer.settings import Settings, check
