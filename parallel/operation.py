@@ -8,7 +8,8 @@ document border, and are not recompiled for the next batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -26,6 +27,7 @@ class Operation(ABC):
     """One op under one strategy, a `kernels.operation.Operation`; every rank calls its methods in the same order."""
 
     outputs: ClassVar[int] = 1
+    sends: ClassVar[bool] = True  # whether ranks that share a row exchange anything in it
 
     @property
     def kernel(self) -> str | None:
@@ -116,10 +118,27 @@ def mix(
     seq.claim(slot)
     op = build(*settings)
     if seq.backend == "auto" and next(x.device.type for x in inputs if x is not None) == "meta":
-        return operation.run(_Rehearsal(op), inputs, seq)
+        return operation.run(_Rehearsal(op), inputs, seq, kept=seq.kept, slot=slot)
     ranks = f"rank {seq.rank} of the {seq.layout.ranks} that share a row"
     note = f"in {type(op).__name__} of layer {seq.layer}, on {ranks}"
     return operation.Run.runner()(op, seq, seq.kept, slot, note, *inputs)
+
+
+Observer: TypeAlias = Callable[[str, Operation, Tensors, Sequence], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Within, rehearsed operations are told to it as they run: "forward" or "backward", operation, inputs, sequence.
+
+    What is recomputed runs forward again, unless its results were kept.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 class _Rehearsal:
@@ -131,11 +150,15 @@ class _Rehearsal:
     def forward(self, inputs: Tensors, where: Sequence) -> tuple[Tensors, Tensors]:
         if self.op.kernel is not None:
             note(self.op.kernel)
+        for observer in _observers:
+            observer("forward", self.op, inputs, where)
         return self.op.like(inputs, where.layout.ranks, where.layout.spans)
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Sequence
     ) -> Tensors:
+        for observer in _observers:
+            observer("backward", self.op, inputs, where)
         return tuple(None if x is None else torch.empty_like(x) for x in inputs)
 
 

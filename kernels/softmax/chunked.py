@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attend import Gradient, merge_weight
+from ..dispatch import kind_of
 from ..masks import Tile
 from ..masks.rectangles import rectangles
 from .rectangle import FlashRectangles, PlainRectangles
@@ -17,7 +18,7 @@ Routine = type[FlashRectangles] | type[PlainRectangles]
 
 def routine_for(device: torch.device, logits: dict[str, Any]) -> Routine:
     """Which routine computes a rectangle on `device`, with what the logits need besides a scale."""
-    return FlashRectangles if device.type == "cpu" and not logits else PlainRectangles
+    return FlashRectangles if kind_of(device) == "cpu" and not logits else PlainRectangles
 
 
 def attend(

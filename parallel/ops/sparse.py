@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -204,6 +204,8 @@ class BlockSelection(Operation):
     hold no document and a recomputation takes the first lists; its inputs are (q, summaries, lse, weights), the last
     two None where there are none.
     """
+
+    sends: ClassVar[bool] = False
 
     scale: float
     rule: Rule

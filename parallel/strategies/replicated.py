@@ -17,6 +17,7 @@ class ReplicatedAttention(SharedAttention):
 
     returns_lse: ClassVar[bool] = True
     outputs: ClassVar[int] = 2
+    sends: ClassVar[bool] = False
 
     def over_keys(self, inputs: Any, where: Sequence) -> tuple[Tensor, Tensor]:
         return self.op.attend(inputs, self.op.sent(inputs), self._tile(where), where.backend)

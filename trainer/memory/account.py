@@ -1,8 +1,9 @@
 """Account: what a step holds on one rank, by part, as its modules allocate it when they run without data.
 
 No module states a second formula: the model runs forward and backward on `meta`, at two lengths, and what it allocates
-is counted. On a CPU that one rank has, ops run the code that training runs, so that their temporaries count too; else
-they give the shapes that they give on as many ranks, and what their kernels need meanwhile is not counted.
+is counted. For a CPU, ops and what brings tensors from rank to rank run the code that training runs, so that their
+temporaries count too; else they give the shapes that they give on as many ranks, and what their kernels need meanwhile
+is not counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ...kernels.documents import Documents
 from ...kernels.pointwise import chunk_tokens
 from ...models.language_model import LanguageModel
 from ...models.part import FeedForward, cast_parameters, tile
+from ...parallel.alone import alone
 from ...parallel.layout import Layout
 from ...parallel.sequence import Sequence
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
@@ -133,7 +135,7 @@ def account(
     until = time.monotonic() + seconds
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
     dtype = getattr(torch, settings.trainer.dtype)
-    exact = temporaries and device.type == "cpu" and layout.ranks == 1
+    exact = temporaries and device.type == "cpu"
     missing = "" if exact else "what kernels and libraries need meanwhile"
     with torch.device("meta"):
         model = build()
@@ -219,11 +221,11 @@ def _counted(
         tile([part for _, part in model.leaves()], tile_tokens)
         model.at_step(0)
         documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
-        if exact:
-            seq = Sequence.single(documents, backend="chunked")
+        strategy, ulysses = strategy_of(settings.parallel), ulysses_ranks(settings.parallel)
+        if exact:  # the last rank, which sees the most keys
+            seq, _ = alone(documents, layout, layout.ranks - 1, strategy, ulysses)
         else:
-            strategy = strategy_of(settings.parallel)
-            seq = Sequence.rehearsal(documents, layout, strategy, ulysses_ranks(settings.parallel))
+            seq = Sequence.rehearsal(documents, layout, strategy, ulysses)
         away = model.copies = _Away()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # as from an earlier micro-batch: counted with the states

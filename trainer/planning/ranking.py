@@ -1,0 +1,113 @@
+"""Ranking: which layouts fit a cluster, the fastest first; and for others why not, and the nearest that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..settings import Settings, check
+from .cluster import ClusterSettings
+from .estimate import Estimate, Estimator
+from .report import layout
+
+TILE = 4096
+OFTEN = 50  # layouts from one line of progress to the next
+WAYS = (  # to keep activations: checkpointing, tiles, offloading
+    ("none", None, False),
+    ("mixing", None, False),
+    ("full", None, False),
+    ("full", TILE, False),
+    ("full", TILE, True),
+)
+STATES = ((1, "none"), (2, "none"), (3, "none"), (3, "optimizer"))  # ZeRO's stage, what is offloaded
+
+
+def ranked(estimator: Estimator, settings: Settings, cluster: ClusterSettings, top: int) -> Iterator[str]:
+    """A table of the best, then what does not fit; lines of progress meanwhile."""
+    fitting: list[Estimate] = []
+    failing: list[tuple[Estimate | None, str, str]] = []
+    for number, chosen in enumerate(candidates(estimator, settings, cluster)):
+        if number and number % OFTEN == 0:
+            yield f"… {number} layouts tried"
+        name = _name(chosen)
+        try:
+            check(chosen, cluster.gpus, torch.device("cuda"))
+            estimate = estimator.estimate(chosen, cluster)
+        except ValueError as error:
+            failing.append((None, name, str(error)))
+            continue
+        reason = estimate.refusal()
+        if reason is None:
+            fitting.append(estimate)
+        else:
+            failing.append((estimate, layout(estimate), reason))
+    fitting.sort(key=lambda each: each.step)
+    yield f"{len(fitting)} layouts of {len(fitting) + len(failing)} fit; the fastest"
+    yield f"  {'seconds':>9}{'MFU':>7}{'GB':>7}{'tokens a day':>18}   layout"
+    for each in fitting[:top]:
+        gb = each.memory / 1e9
+        yield f"  {each.step:>9.3g}{each.mfu:>7.1%}{gb:>7.1f}{each.tokens_a_day:>18,.0f}   {layout(each)}"
+    yield "do not fit, or are refused; of each reason the first, and the nearest that fits"
+    seen = set[Any]()
+    for estimate, name, reason in failing:
+        kind = reason.partition(";")[0] if estimate is None else _way(estimate.settings)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        near = None if estimate is None else _nearest(fitting, estimate)
+        yield f"  {name}: {reason}" + (f"; nearest: {layout(near)}" if near else "")
+
+
+def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> Iterator[Settings]:
+    """Layouts that are worth trying: powers of two of the ranks that share a row, each way to keep activations."""
+    gpus, rows = cluster.gpus, settings.data.rows_per_step
+    degrees = [2**n for n in range(gpus.bit_length()) if gpus % 2**n == 0]
+    degrees = [n for n in degrees if rows % (gpus // n * settings.data.rows_per_micro_batch) == 0] or [gpus]
+    for ranks in degrees:
+        heads = sorted({1, min(ranks, cluster.gpus_per_node), ranks}) if ranks > 1 else [1]
+        experts = [1] if not _has_experts(estimator) else sorted({1, min(gpus, cluster.gpus_per_node)})
+        for ulysses, count, way, states in product(heads, experts, WAYS, STATES):
+            made = deepcopy(settings)
+            parallel = made.parallel
+            parallel.sequence, parallel.experts = ranks, count
+            parallel.attention, parallel.ulysses = ("ulysses", ulysses) if ulysses > 1 else ("ring", None)
+            if ranks > 1 and parallel.layout == "contiguous":
+                parallel.layout, parallel.spans = "zigzag", None
+            trainer = made.trainer
+            trainer.activation_checkpointing, trainer.tile_tokens, trainer.offload_activations = way
+            made.engine = replace(made.engine, zero_stage=states[0], offload=states[1], hierarchical=None)
+            yield made
+
+
+def _has_experts(estimator: Estimator) -> bool:
+    return any(getattr(module, "by_expert", ()) for module in estimator.whole.modules())
+
+
+def _name(settings: Settings) -> str:
+    parallel = settings.parallel
+    return f"sequence {parallel.sequence} ({parallel.attention} {parallel.ulysses or ''})".replace(" )", ")")
+
+
+def _way(settings: Settings) -> tuple[Any, ...]:
+    trainer, engine = settings.trainer, settings.engine
+    return str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, engine.zero_stage
+
+
+def _nearest(fitting: list[Estimate], other: Estimate) -> Estimate | None:
+    return min(fitting, key=lambda each: _distance(each, other), default=None)
+
+
+def _distance(fits: Estimate, other: Estimate) -> tuple[int, float]:
+    """How many settings differ, then seconds."""
+    a, b = fits.settings, other.settings
+    pairs = [
+        (a.parallel.sequence, b.parallel.sequence), (a.parallel.attention, b.parallel.attention),
+        (a.parallel.ulysses, b.parallel.ulysses), (a.parallel.experts, b.parallel.experts),
+        (a.engine.offload, b.engine.offload), *zip(_way(a), _way(b), strict=True),
+    ]  # fmt: skip
+    return sum(x != y for x, y in pairs), fits.step
