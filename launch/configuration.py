@@ -113,7 +113,8 @@ def help_page(about: str, config_name: str) -> str:
     (schema, *_) = yaml.safe_load((PACKAGE / "conf" / f"{config_name}.yaml").read_text())["defaults"]
     settings = OmegaConf.get_type(ConfigStore.instance().load(f"{schema}.yaml").node)
     own = [name for name in vars(settings).get("__annotations__", {}) if settings.__base__ is Settings]
-    return page.page(about, settings(), {} if own else page.groups(config_name), own)
+    groups = {name: options for name, options in page.groups(config_name).items() if not own or name in own}
+    return page.page(about, settings(), groups, own)
 
 
 def _as_field(argument: str) -> str:
