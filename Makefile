@@ -22,7 +22,7 @@ gpu:  ## tests and measures the GPU within nine minutes; the report goes to benc
 	$(ENVIRONMENT) && install_missing && $$PYTHON -m longreach.launch.gpu_check $(ARGUMENTS)
 
 bench:  ## every op beside its peers; the table goes to benchmarks/results/
-	$(ENVIRONMENT) && PYTHONPATH=benchmarks:$$PYTHONPATH $$PYTHON benchmarks/kernels.py --write
+	$(ENVIRONMENT) && $$PYTHON benchmarks/ops/kernels.py --write
 
 kernels:  ## compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(ENVIRONMENT) && cd / && $$PYTHON -m longreach.kernels.compilation

@@ -1,9 +1,9 @@
-"""Times: each op of benchmarks/kernels.py, forward + backward, beside its floor and what a user would take instead."""
+"""Times of the ops of benchmarks/ops/kernels.py, forward + backward, beside a floor and what a user would take."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ ROUNDS, ONCE = 3, 1
 LEAST_SECONDS = 5.0  # for an op at one length
 OWN_SECONDS = 60.0  # for an op and the peers that need no tuning
 PEER = "flash-linear-attention"
-LATER = (PEER, "transformers")  # the second, on a CPU, is left to benchmarks/kernels.py
+LATER = (PEER, "transformers")  # the second, on a CPU, is left to benchmarks/ops/kernels.py
 PEER_SECONDS = 40.0  # for this peer at one op: it tunes its kernels for each shape, in minutes
 
 
@@ -24,7 +24,7 @@ def steps(here: Here) -> list[Step]:
     benchmark = _benchmark()
     found = [Step(name, partial(_time, name), OWN_SECONDS if here.on_gpu else None) for name in benchmark.CASES]
     if not here.on_gpu:
-        here.note("On a CPU: one thread, small sizes. benchmarks/kernels.py measures a CPU properly.")
+        here.note("On a CPU: one thread, small sizes. benchmarks/ops/kernels.py measures a CPU properly.")
         return found
     if importlib.util.find_spec("fla") is None:
         here.skip(PEER, "it is not installed")
@@ -34,21 +34,10 @@ def steps(here: Here) -> list[Step]:
 
 
 def _benchmark() -> ModuleType:
-    """benchmarks/kernels.py of the checkout. Its folder is found by nothing else: `kernels` is another package."""
-    folder = Path(package[0]) / "benchmarks"
-    if not (folder / "kernels.py").is_file():
+    """benchmarks/ops/kernels.py of the checkout: no distribution holds it."""
+    if not (Path(package[0]) / "benchmarks").is_dir():
         raise ModuleNotFoundError(f"no benchmarks in {package[0]}", name="the benchmarks of a checkout")
-    if "benchmark_of_kernels" not in sys.modules:
-        sys.path.insert(0, str(folder))
-        try:
-            spec = importlib.util.spec_from_file_location("benchmark_of_kernels", folder / "kernels.py")
-            assert spec is not None
-            assert spec.loader is not None
-            sys.modules["benchmark_of_kernels"] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(folder))
-    return sys.modules["benchmark_of_kernels"]
+    return importlib.import_module("longreach.benchmarks.ops.kernels")
 
 
 def _time(name: str, here: Here) -> None:

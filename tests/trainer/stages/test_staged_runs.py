@@ -21,6 +21,7 @@ from longreach.parallel.mesh import Mesh
 from longreach.trainer.callback import Callback
 from longreach.trainer.checkpoint import checkpoint
 from longreach.trainer.data.corpus import open_corpus
+from longreach.trainer.schedule import schedule_in
 from longreach.trainer.settings import Settings
 from longreach.trainer.stages.plan import plan_of
 from longreach.trainer.trainer import Trainer
@@ -115,11 +116,14 @@ def test_steps_are_numbered_on_and_a_border_is_validated_on_both_sides(uninterru
     training = [line for line in records if "loss" in line]
     assert [(line["step"], line["stage"]) for line in training] == [(n, "1" if n < 5 else "long") for n in range(1, 8)]
     assert [line["tokens"] for line in training] == [384 * step for step in range(1, 8)]
-    validation = [(line["step"], line["stage"]) for line in records if "validation_loss" in line]
-    assert validation == [(4, "1"), (4, "long"), (7, "long")]
+    validation = [
+        (line["step"], line["stage"], "before_stage" in line) for line in records if "validation_loss" in line
+    ]
+    assert validation == [(4, "1", False), (4, "long", True), (7, "long", False)]
     before, after = [line["validation_loss"] for line in records if "validation_loss" in line][:2]
     assert before != after
-    assert (uninterrupted / "checkpoints" / "step-00000004").is_dir()
+    saved = checkpoint.verify(uninterrupted / "checkpoints" / "step-00000004").state
+    assert schedule_in(saved) == plan_of(settings(uninterrupted, uninterrupted, *STAGES)).stages[0].schedule
 
 
 def test_the_loss_by_position_goes_up_to_the_length_of_each_stage(uninterrupted: Path) -> None:

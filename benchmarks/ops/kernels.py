@@ -1,6 +1,6 @@
 """Every op, forward + backward, beside what a user would take instead: time, memory, and time per token by length.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--ops delta_rule …] [--lengths 4096 8192 65536] [--write]
+    python benchmarks/ops/kernels.py [--device cpu|cuda] [--ops delta_rule …] [--lengths 4096 8192 65536] [--write]
 
 On a CPU in float32 with one thread, whose own time is taken (other work on the machine counts little then); on CUDA in
 bf16 by events. The floor is the op's own count of FLOPs (a backward as 2.5 forwards) at the rate of a plain matrix
@@ -11,20 +11,17 @@ CPU the torch functions of transformers. `--write` keeps the tables and a plot i
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import gc
-import platform
 import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from ops_and_peers import CASES, DIM, GOAL_LENGTH, HEADS, LINEAR, Pass, draw
+
+from longreach.benchmarks.machine import RESULTS, machine, peak_bytes
+from longreach.benchmarks.ops.ops_and_peers import CASES, DIM, GOAL_LENGTH, HEADS, LINEAR, Pass, draw
 
 warnings.filterwarnings("ignore")
-RESULTS = Path(__file__).parent / "results"
 PATIENCE_SECONDS = 20.0  # what takes longer is run once
 Key = tuple[str, int]  # who, and at how many tokens
 
@@ -77,27 +74,6 @@ def _once(run: Pass, device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def peak_bytes(run: Pass, device: str) -> int:
-    """The most memory that the pass held beyond what was there before it."""
-    gc.collect()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def product(device: str) -> tuple[Pass, int]:
@@ -203,15 +179,6 @@ def plot(results: dict[tuple[str, str, int], Measured], names: list[str], length
     figure.savefig(path, dpi=120)
 
 
-def machine(device: str) -> str:
-    chip = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread"
-    )
-    return f"{datetime.date.today()}; {chip}; torch {torch.__version__}, Python {platform.python_version()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -236,7 +203,7 @@ def main() -> None:
     print("\n" + text)
     if arguments.write:
         stem = RESULTS / f"kernels_{'cpu' if device == 'cpu' else torch.cuda.get_device_name().split()[-1].lower()}"
-        command = "`python benchmarks/kernels.py --write`"
+        command = "`python benchmarks/ops/kernels.py --write`"
         stem.with_suffix(".md").write_text(f"# Ops on {'a CPU' if device == 'cpu' else 'a GPU'}\n\n{command}, {text}")
         plot(results, names, lengths, stem.with_suffix(".png"))
         print(f"written to {stem}.md and .png")

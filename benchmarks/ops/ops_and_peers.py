@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py times: each op at one length, and what a user would take instead of it."""
+"""What benchmarks/ops/kernels.py times: each op at one length, and what a user would take instead of it."""
 
 from __future__ import annotations
 

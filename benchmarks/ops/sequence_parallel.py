@@ -1,6 +1,6 @@
 """Ops shared by two ranks of one thread each, beside one process with two threads on the same rows; forward + backward.
 
-    python benchmarks/sequence_parallel.py [--length 16384] [--rounds 5] [--write]
+    python benchmarks/ops/sequence_parallel.py [--length 16384] [--rounds 5] [--write]
 
 Both take turns within one run, in float32 on a CPU over gloo; times are wall times of the slower rank, the best of the
 rounds. Goals: a ring at most 1.25 times, state passing at most 1.15 times the time of one process.
@@ -14,7 +14,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch import Tensor
 
+from longreach.benchmarks.machine import RESULTS
 from longreach.kernels.documents import Documents
 from longreach.parallel import ops
 from longreach.parallel.layout import Layout
@@ -29,7 +29,6 @@ from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 
-RESULTS = Path(__file__).parent / "results"
 RANKS, HEADS, DIM = 2, 8, 64
 CASES = {  # op, documents, spans a rank, at most so many times the time of one process
     "softmax, one document": ("softmax", "whole", 2, 1.25),
@@ -128,7 +127,7 @@ def main() -> None:
     )
     print("\n" + text)
     if arguments.write:
-        title = "# Two ranks beside one process\n\n`python benchmarks/sequence_parallel.py --write`, "
+        title = "# Two ranks beside one process\n\n`python benchmarks/ops/sequence_parallel.py --write`, "
         (RESULTS / "sequence_parallel_cpu.md").write_text(f"{title}{text}\n")
 
 

@@ -1,7 +1,7 @@
 """Multi-query associative recall (arXiv 2312.04927) by every mixer: who recalls what with which state.
 
-    python benchmarks/recall_mixers.py [--mixers retnet mamba2 …] [--steps 800] [--jobs 2] [--runs runs/recall_mixers]
-                                       [--write]
+    python benchmarks/learning/recall_mixers.py [--mixers retnet mamba2 …] [--steps 800] [--jobs 2]
+                                                [--runs runs/recall_mixers] [--write]
 
 Problems of 256 tokens with 16 pairs and 64 queries, for a model of two layers of width 64, each a gated short
 convolution and this mixer, with the settings of conf/mixer but for the sizes named in the table. A model learns with 2
@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import get_class, instantiate
-from mixers import HERE, standing_alone, with_sizes
 from torch import Tensor
 
-from kernels import machine
+from longreach.benchmarks.layers.mixers import standing_alone, with_sizes
+from longreach.benchmarks.machine import RESULTS, machine
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
@@ -38,7 +38,7 @@ from longreach.models.mixers.elementwise.gated_short_convolution import GatedSho
 from longreach.parallel.sequence import DecodingCache, Sequence
 from longreach.trainer.data.recall import RecallTask
 
-RESULTS = HERE / "results" / "recall_mixers_cpu.md"
+PAGE = RESULTS / "recall_mixers_cpu.md"
 WIDTH, DEPTH, VOCABULARY = 64, 2, 64
 STAGES = tuple(RecallTask(16 * pairs, pairs, 4 * pairs, VOCABULARY, power=1.0) for pairs in (2, 4, 8, 16))
 TASK = STAGES[-1]
@@ -181,9 +181,9 @@ def main() -> None:
             "layers, in float32. One seed and one learning rate: a mixer that has not come far learns slower here; "
             "that it cannot learn is not shown."
         )
-        made_by = f"`python benchmarks/recall_mixers.py --write`, {machine('cpu')}"
-        RESULTS.write_text(f"# Recall by mixers\n\n{made_by}\n\n{told}\n\n{table}\n")
-        print(f"written to {RESULTS}")
+        made_by = f"`python benchmarks/learning/recall_mixers.py --write`, {machine('cpu')}"
+        PAGE.write_text(f"# Recall by mixers\n\n{made_by}\n\n{told}\n\n{table}\n")
+        print(f"written to {PAGE}")
 
 
 if __name__ == "__main__":

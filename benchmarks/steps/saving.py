@@ -1,6 +1,6 @@
 """What saving costs training on this machine: how long it waits for a checkpoint, and how much a step beside it slows.
 
-    python benchmarks/saving.py [--ranks 1] [--steps 24] [--width 512] [--depth 8] [--length 1024]
+    python benchmarks/steps/saving.py [--ranks 1] [--steps 24] [--width 512] [--depth 8] [--length 1024]
 
 One run saves every other step with checkpoint.asynchronous=true, one with false. Steps that a checkpoint is written
 beside alternate with steps without, so that both see the same machine; figures are medians.
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[2]
 WARM_UP = 4  # steps
 TIMES = """
 import json

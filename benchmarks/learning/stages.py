@@ -1,6 +1,6 @@
 """The loss by position at both sides of the borders of a staged run: 512, 2,048, then 8,192 tokens.
 
-    python benchmarks/stages.py [--run runs/stages] [--write] [SETTING=VALUE …]
+    python benchmarks/learning/stages.py [--run runs/stages] [--write] [SETTING=VALUE …]
 
 Trains `experiment=stdlib_512_to_8192`, one process on one core, unless the run in that folder is finished; settings at
 the end, such as trainer.seed=1, change it. Any other finished run that has `stages` and `evaluation.positions=true` can
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import yaml
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-MARKERS = ("<!-- table: made by benchmarks/stages.py -->", "<!-- end of the table -->")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+MARKERS = ("<!-- table: made by benchmarks/learning/stages.py -->", "<!-- end of the table -->")
 PICTURE = "![Held-out loss by position at both sides of the borders](stages.png)"
 EXPERIMENT = ("experiment=stdlib_512_to_8192", "logger.wandb.mode=disabled")
 BUCKET = re.compile(r"validation_loss_at_(\d+)_to_(\d+)")

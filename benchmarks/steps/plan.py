@@ -1,6 +1,6 @@
 """The host's work for a batch: what a rank derives from the documents of its rows ahead of a step.
 
-    python benchmarks/plan.py [--ranks 64] [--spans 8] [--tokens 1048576] [--documents 1 1000 16000] [--rounds 9]
+    python benchmarks/steps/plan.py [--ranks 64] [--spans 8] [--tokens 1048576] [--documents 1 1000 16000] [--rounds 9]
 
 A row of so many tokens is cut into documents at random places and shared by the ranks. Timed are: the documents, which
 ranks need which keys (a ring, causal and with a window), lists of blocks for the kernels of this rank's tiles, the

@@ -1,6 +1,6 @@
 """Sparse mixers beside softmax attention of the same heads on a CPU, forward + backward, by length.
 
-    python benchmarks/sparse_attention.py [--lengths 4096 8192 16384 32768] [--write]
+    python benchmarks/layers/sparse_attention.py [--lengths 4096 8192 16384 32768] [--write]
 
 One layer each, of 8 query heads in 2 groups of 64 and with its projections, in float32; one thread, whose own time is
 taken.
@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from kernels import machine, peak_bytes
+from longreach.benchmarks.machine import RESULTS, machine, peak_bytes
 from longreach.kernels.documents import Documents
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.block_sparse_attention import InfLLMv2, MoBA
 from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
 from longreach.parallel.sequence import Sequence
 
-RESULTS = Path(__file__).parent / "results"
 WIDTH, SIZES = 512, {"heads": 8, "kv_heads": 2, "head_dim": 64}
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "softmax attention": lambda: SoftmaxAttention(width=WIDTH, **SIZES),
@@ -87,7 +85,7 @@ def main() -> None:
     print("\n" + text)
     if arguments.write:
         path = RESULTS / "sparse_attention_cpu.md"
-        path.write_text(f"# Sparse mixers on a CPU\n\n`python benchmarks/sparse_attention.py --write`, {text}")
+        path.write_text(f"# Sparse mixers on a CPU\n\n`python benchmarks/layers/sparse_attention.py --write`, {text}")
         print(f"written to {path}")
 
 

@@ -1,6 +1,7 @@
 """Muon beside AdamW on the quickstart's model and data: the same rows in the same order, from the same weights.
 
-    python benchmarks/optimizers.py [--runs runs/optimizers] [--steps 200] [--share 0.75] [--write] [SETTING=VALUE …]
+    python benchmarks/learning/optimizers.py [--runs runs/optimizers] [--steps 200] [--share 0.75] [--write]
+                                            [SETTING=VALUE …]
 
 AdamW takes `steps` steps and Muon `share` of them, each with its own decay at the end, so that the ends compare. One
 process runs each; settings at the end, such as data.sequence_length=2048, change both. Runs that are finished in the
@@ -19,8 +20,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-MARKERS = ("<!-- table: made by benchmarks/optimizers.py -->", "<!-- end of the table -->")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+MARKERS = ("<!-- table: made by benchmarks/learning/optimizers.py -->", "<!-- end of the table -->")
 COMMON = (
     "experiment=quickstart", "parallel.sequence=1", "data.rows_per_step=1", "evaluation.rows=8",
     "evaluation.context=null", "evaluation.baselines=false", "evaluation.sample_tokens=0", "checkpoint.every=0",

@@ -1,7 +1,7 @@
 """Mixtures of experts on a CPU: the grouped product beside one dense product of as many FLOPs, and the experts' load.
 
-    python benchmarks/experts.py [--rows 8192] [--width 512] [--hidden 1024] [--experts 8] [--threads 1]
-    python benchmarks/experts.py --load [--steps 150] [--runs runs/experts] [--write]
+    python benchmarks/layers/experts.py [--rows 8192] [--width 512] [--hidden 1024] [--experts 8] [--threads 1]
+    python benchmarks/layers/experts.py --load [--steps 150] [--runs runs/experts] [--write]
 
 The first prints times of the processors, in float32, forward and with both gradients; the lowest of several rounds, in
 which the two take turns. The second trains a small model without balancing, with the balancing loss and with the bias,
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from longreach.kernels.grouped_matmul import grouped_matmul
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROUNDS = 9
 BALANCING = {
     "without balancing": ("balance=0", "bias_rate=0"),

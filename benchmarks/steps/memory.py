@@ -1,6 +1,6 @@
 """The peak memory of a step by the length of the row, beside the account of `longreach.trainer.memory`.
 
-    python benchmarks/memory.py [--lengths 32768 65536 131072] [--write]
+    python benchmarks/steps/memory.py [--lengths 32768 65536 131072] [--write]
 
 Each step is taken in a process of its own, in float32 on a CPU with one thread, by the engine with ZeRO-1, after a
 short one that makes the optimizer's states. Measured is by how much the largest resident set within the step exceeds
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from longreach.benchmarks.machine import RESULTS, resident
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
@@ -35,7 +36,7 @@ from longreach.trainer.memory.account import Account, account, size
 from longreach.trainer.ranks import processes
 from longreach.trainer.settings import Settings
 
-RESULTS = Path(__file__).parent / "results" / "memory_cpu.md"
+PAGE = RESULTS / "memory_cpu.md"
 WARM_UP = 2048  # tokens
 TILE = 1024
 CASES = {
@@ -76,12 +77,6 @@ def predicted(mode: str, tile: int | None, length: int) -> Account:
     return account(lambda: build(mode, tile), settings, 1, torch.device("cpu"))
 
 
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
-
-
 def measure(mode: str, tile: int | None, length: int) -> None:
     """Takes the two steps in this process, and prints the growth of memory in the second, and its time."""
     device = processes.start(10.0)
@@ -97,10 +92,10 @@ def measure(mode: str, tile: int | None, length: int) -> None:
         engine.step(1e-3)
 
     step(WARM_UP)
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = resident("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
     step(length)
-    print(json.dumps({"bytes": _status("VmHWM") - before, "seconds": time.perf_counter() - started}))
+    print(json.dumps({"bytes": resident("VmHWM") - before, "seconds": time.perf_counter() - started}))
 
 
 def measured(case: str, length: int) -> tuple[int, float]:
@@ -141,7 +136,7 @@ def main() -> None:
 
 def _written() -> dict[tuple[str, int], str]:
     """The rows that the page has: lengths and cases may be measured one after another."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
     found = ((re.match(r"\| ([^|]+) \| ([\d,]+) \|", line), line) for line in lines)
     return {(match[1], int(match[2].replace(",", ""))): line for match, line in found if match}
 
@@ -153,13 +148,13 @@ def _write(rows: dict[tuple[str, int], str]) -> None:
     by_part = "\n".join(predicted("full", TILE, longest).lines())
     parts = [
         "# Peak memory of a step",
-        f"`python benchmarks/memory.py --write`, {datetime.date.today()}; {machine}; float32, ZeRO-1.",
+        f"`python benchmarks/steps/memory.py --write`, {datetime.date.today()}; {machine}; float32, ZeRO-1.",
         f"{build.__doc__} By how much the largest resident set within the step exceeds the one before it.",
         "\n".join([HEAD, *(rows[key] for key in order)]),
         f"The account of {longest:,} tokens with full checkpointing, in tiles:",
         f"```text\n{by_part}\n```\n",
     ]
-    RESULTS.write_text("\n\n".join(parts))
+    PAGE.write_text("\n\n".join(parts))
 
 
 if __name__ == "__main__":

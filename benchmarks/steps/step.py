@@ -1,7 +1,7 @@
 """Steps of the trainer itself on a CPU, by preset, ranks and documents per row; or beside another checkout.
 
-    python benchmarks/step.py [--models minimax_01_tiny gated_deltanet_hybrid_tiny] [--ranks 1 2] [--documents 1 5000]
-                              [--length 16384] [--steps 3] [--rounds 5] [--against CHECKOUT]
+    python benchmarks/steps/step.py [--models minimax_01_tiny gated_deltanet_hybrid_tiny] [--ranks 1 2]
+                                    [--documents 1 5000] [--length 16384] [--steps 3] [--rounds 5] [--against CHECKOUT]
 
 Each measurement is a training run of its own by the command line, in float32, one thread per rank, on text of one byte
 per token; ranks share the row. Its first two steps are left out, and a figure is the median of the steps of all rounds.
@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[2]
 WARM_UP = 2  # steps
 
 

@@ -1,6 +1,6 @@
 """One layer of every mixer on a CPU, forward + backward: tokens per second and peak memory, at two lengths.
 
-    python benchmarks/mixers.py [--mixers retnet mamba2 …] [--lengths 2048 16384] [--write]
+    python benchmarks/layers/mixers.py [--mixers retnet mamba2 …] [--lengths 2048 16384] [--write]
 
 Settings are those of conf/mixer with at most 4 heads, in a model of width 256, in float32 on one thread, whose own time
 is taken: of steps on short and long rows in turns, as many tokens of each, while glibc keeps freed memory. A peak is
@@ -11,7 +11,6 @@ that of a process of its own.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import inspect
 import json
 import re
@@ -28,16 +27,15 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from kernels import machine, peak_bytes
+from longreach.benchmarks.machine import CHECKOUT, RESULTS, keep_memory, machine, peak_bytes
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
 from longreach.models.mixer import Mixer
 from longreach.parallel.sequence import Sequence
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "mixers_cpu.md"
-CONF = HERE.parent / "conf" / "mixer"
+PAGE = RESULTS / "mixers_cpu.md"
+CONF = CHECKOUT / "conf" / "mixer"
 WIDTH, SIZES = 256, {"heads": 4, "kv_heads": 2, "key_heads": 2}
 ROUNDS = 3
 
@@ -92,14 +90,6 @@ def step(name: str, length: int) -> Callable[[], None]:
     return run
 
 
-def keep_memory() -> None:
-    """From now on glibc keeps what is freed: giving large tensors back costs page faults for each of the next ones."""
-    libc = ctypes.CDLL(None)
-    for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        if not libc.mallopt(option, value):
-            raise OSError("mallopt must be that of glibc; it refused an option. Run this on Linux")
-
-
 def measure(name: str, lengths: list[int]) -> list[float]:
     """The bytes of a step on a row of one length, or the median seconds of steps on several, timed in turns."""
     torch.set_num_threads(1)
@@ -136,7 +126,7 @@ def measured(name: str, lengths: list[int]) -> str:
 
 def rows_kept() -> dict[str, str]:
     """The rows of the last table, by mixer."""
-    text = RESULTS.read_text() if RESULTS.exists() else ""
+    text = PAGE.read_text() if PAGE.exists() else ""
     return {found[1]: found[0] for found in re.finditer(r"^\| (\w+) \| [\d,]+ \|.*$", text, re.MULTILINE)}
 
 
@@ -153,8 +143,8 @@ def main() -> None:
         return
     short, long = (f"{length:,}" for length in chosen.lengths)
     head = f"| mixer | tokens/s at {short} | peak | tokens/s at {long} | peak | time per token, {long} to {short} |"
-    if chosen.write and chosen.mixers != names and RESULTS.exists() and head not in RESULTS.read_text():
-        parser.error(f"--lengths must be those of {RESULTS.name} for --write with --mixers; got {short} and {long}")
+    if chosen.write and chosen.mixers != names and PAGE.exists() and head not in PAGE.read_text():
+        parser.error(f"--lengths must be those of {PAGE.name} for --write with --mixers; got {short} and {long}")
     lines = [head, "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
     rows = {}
@@ -168,10 +158,9 @@ def main() -> None:
             "beyond what was there before, and how much longer a token takes in the longer row."
         )
         table = "\n".join([*lines, *rows.values()])
-        RESULTS.write_text(
-            f"# Mixers on a CPU\n\n`python benchmarks/mixers.py --write`, {machine('cpu')}\n\n{told}\n\n{table}\n"
-        )
-        print(f"written to {RESULTS}")
+        made_by = f"`python benchmarks/layers/mixers.py --write`, {machine('cpu')}"
+        PAGE.write_text(f"# Mixers on a CPU\n\n{made_by}\n\n{told}\n\n{table}\n")
+        print(f"written to {PAGE}")
 
 
 if __name__ == "__main__":

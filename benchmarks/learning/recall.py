@@ -1,6 +1,6 @@
 """Multi-query associative recall (arXiv 2312.04927) at 2,048 tokens: sparse attention beside full, and beside a window.
 
-    python benchmarks/recall.py [--runs runs/recall] [--models full nsa …] [--write]
+    python benchmarks/learning/recall.py [--runs runs/recall] [--models full nsa …] [--write]
 
 Two layers each, of width 64 and with short convolutions, without rotary positions. Pairs stand anywhere in the first
 half of a row, queries anywhere in the second, and all other tokens are random ones: nothing but the key tells the block
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-MARKERS = ("<!-- table: made by benchmarks/recall.py -->", "<!-- end of the table -->")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+MARKERS = ("<!-- table: made by benchmarks/learning/recall.py -->", "<!-- end of the table -->")
 STAGES = {
     64: (
         "data.recall.pairs=4", "data.recall.queries=8", "data.recall.spread=32", "data.rows_per_step=32",

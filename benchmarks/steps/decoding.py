@@ -1,7 +1,7 @@
 """Time per token and memory while a model decodes thousands of tokens on a CPU: at the start, and at the end.
 
-    python benchmarks/decoding.py [--models llama_tiny mamba2_hybrid_tiny:mamba2 …] [--tokens 4000] [--against FOLDER]
-                                  [--write]
+    python benchmarks/steps/decoding.py [--models llama_tiny mamba2_hybrid_tiny:mamba2 …] [--tokens 4000]
+                                        [--against FOLDER] [--write]
 
 Models of `conf/model` with a vocabulary of 1,024 and random weights, one row, in float32; `model:mixer` has that mixer
 in every layer. One thread, whose own time is taken. With layers whose state does not grow, a token takes as long at the
@@ -32,8 +32,7 @@ from longreach.models.decoding import next_logits
 from longreach.models.language_model import LanguageModel
 from longreach.parallel.sequence import DecodingCache
 
-RESULTS = Path(__file__).parent / "results"
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).resolve().parents[2]
 MODELS = (
     "minimax_01_tiny:lightning", "mamba2_hybrid_tiny:mamba2", "gated_deltanet_hybrid_tiny:delta",
     "sliding_window_tiny:window", "llama_tiny", "nsa_tiny", "moba_tiny", "infllm_v2_tiny", "minimax_01_tiny",
@@ -126,7 +125,7 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.models, arguments.tokens)
         return
-    from kernels import machine
+    from longreach.benchmarks.machine import RESULTS, machine  # the worker of another checkout may find none there
 
     torch.set_num_threads(1)
     against = [arguments.against] if arguments.against else []
@@ -145,7 +144,8 @@ def main() -> None:
         f"{machine('cpu')}\n\nDecoding one row, token by token: median time per token and size of the cache for tokens "
         f"{START} to {START + TIMED} and {arguments.tokens - TIMED:,} to {arguments.tokens:,}, timed in turns.\n"
     )
-    command = ["python benchmarks/decoding.py", *([f"--tokens {arguments.tokens}"] if arguments.tokens != 4000 else [])]
+    told = [f"--tokens {arguments.tokens}"] if arguments.tokens != 4000 else []
+    command = ["python benchmarks/steps/decoding.py", *told]
     if against:
         commit = subprocess.run(
             ["git", "-C", arguments.against, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
