@@ -110,11 +110,12 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str
 
 def help_page(about: str, config_name: str) -> str:
     """What --help prints for the command that conf/<config_name>.yaml configures; `about` is its module's docstring."""
-    (schema, *_) = yaml.safe_load((PACKAGE / "conf" / f"{config_name}.yaml").read_text())["defaults"]
-    settings = OmegaConf.get_type(ConfigStore.instance().load(f"{schema}.yaml").node)
-    own = [name for name in vars(settings).get("__annotations__", {}) if settings.__base__ is Settings]
-    groups = {name: options for name, options in page.groups(config_name).items() if not own or name in own}
-    return page.page(about, settings(), groups, own)
+    (name, *_) = yaml.safe_load((PACKAGE / "conf" / f"{config_name}.yaml").read_text())["defaults"]
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{name}.yaml").node)
+    assert schema is not None
+    own = [part for part in vars(schema).get("__annotations__", {}) if schema.__base__ is Settings]
+    groups = {group: options for group, options in page.groups(config_name).items() if not own or group in own}
+    return page.page(about, schema(), groups, own)
 
 
 def _as_field(argument: str) -> str:

@@ -117,14 +117,19 @@ def code(language: str) -> list[str]:
     return [textwrap.dedent(block) for block in re.findall(rf"```{language}\n(.*?)```", RECIPE, re.DOTALL)]
 
 
-def test_the_recipe_for_a_mixer_makes_one(tmp_path: Path) -> None:
+def decayed_attention(tmp_path: Path) -> type[Mixer]:
+    """The class that the recipe writes, in the place that it says."""
     path = tmp_path / "decayed_attention.py"
     path.write_text(code("python")[0])
     name = "longreach.models.mixers.linear.decayed_attention"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    mixer = module.DecayedAttention(width=32, heads=4)
+    return module.DecayedAttention
+
+
+def test_the_recipe_for_a_mixer_makes_one(tmp_path: Path) -> None:
+    mixer = decayed_attention(tmp_path)(width=32, heads=4)
     assert isinstance(mixer, Mixer)
     seq = Sequence.single(Documents.from_lengths([[5, 9]]))
     assert mixer(torch.randn(1, 14, 32), seq).shape == (1, 14, 32)
@@ -161,12 +166,13 @@ def test_the_recipe_for_a_mixer_outside_the_checkout_makes_a_hybrid(tmp_path: Pa
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_the_recipe_for_initial_values_is_what_the_model_calls() -> None:
+def test_the_recipe_for_initial_values_is_what_the_model_calls(tmp_path: Path) -> None:
     names = {"torch": torch, "Tensor": torch.Tensor}
     exec(code("python")[1], names)
-    mixer = SoftmaxAttention(width=32, heads=4)
+    mixer = decayed_attention(tmp_path)(width=32, heads=4)
     mixer.register_parameter("scale", torch.nn.Parameter(torch.zeros(3)))
     mixer.initialise_parameter = partial(names["initialise_parameter"], mixer)
     model = LanguageModel(vocabulary=16, width=32, depth=1, pattern=["mine"], mixers={"mine": lambda **_: mixer})
     model.initialise(seed=0)
     assert torch.equal(mixer.scale, torch.ones(3))
+    assert mixer.query.weight.std() > 0
