@@ -172,7 +172,11 @@ def test_the_recipe_for_initial_values_is_what_the_model_calls(tmp_path: Path) -
     mixer = decayed_attention(tmp_path)(width=32, heads=4)
     mixer.register_parameter("scale", torch.nn.Parameter(torch.zeros(3)))
     mixer.initialise_parameter = partial(names["initialise_parameter"], mixer)
-    model = LanguageModel(vocabulary=16, width=32, depth=1, pattern=["mine"], mixers={"mine": lambda **_: mixer})
+
+    def mine(*, width: int) -> Mixer:
+        return mixer
+
+    model = LanguageModel(vocabulary=16, width=32, depth=1, pattern=["mine"], mixers={"mine": mine})
     model.initialise(seed=0)
     assert torch.equal(mixer.scale, torch.ones(3))
     assert mixer.query.weight.std() > 0
