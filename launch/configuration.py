@@ -248,6 +248,8 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
         return f"error: {_unknown_option(option[1], option[2], message, overrides)}"
     if key:
         given = next((item for item in overrides if item.lstrip("+~").startswith(f"{key[1]}=")), key[1])
+        if key[1] in settings_names(config_name, overrides):
+            return f"error: {key[1]} must get what it has not yet by +; got {given}. Write +{given}"
         near = " ".join([*_near(key[1], config_name, overrides), *_addition(key[1], given)])
         return f"error: {key[1]} must be the name of a setting; got {given}. {near or '--help lists them'}"
     if value:

@@ -144,6 +144,10 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("learning_rate=3", ["got learning_rate=3. Did you mean optimizer.learning_rate?"]),
         ("data.seqence_length=4", ["Did you mean data.sequence_length"]),
         ("model.widht=4", ["Did you mean model.width", "To add one that the configuration leaves out: +model.widht=4"]),
+        (
+            "engine.config={a: 1}",
+            ["engine.config must get what it has not yet by +; got engine.config={a: 1}. Write +eng"],
+        ),
         ("steps=5", ["error: steps must be the name of a setting; got steps=5. Did you mean trainer.steps"]),
         (
             "model=lama_tiny",
