@@ -21,7 +21,8 @@ def test_it_prints_a_line_per_part_and_the_peak():
     assert told[0] == "4,096 tokens at once on each of 4 ranks"
     assert told[-1] == "not counted: what kernels and libraries need meanwhile"
     parts = [line.split("  ")[0] for line in told[2:]]
-    assert parts[:5] == ["parameters", "gradients", "float32 masters", "moments", "copy for saving (host)"]
+    states = ["parameters", "gradients", "float32 masters", "moments", "DeepSpeed's buffers", "copy for saving (host)"]
+    assert parts[:6] == states
     assert {"kept: residual stream and norms", "kept: softmax", "peak of a rank", "on the host"} <= set(parts)
 
 

@@ -36,7 +36,7 @@ SETTINGS = (
     "logger.print_every=1",
 )
 AGAIN = 75  # the status of a run that a signal has ended and that can go on
-SECONDS = 150
+SECONDS = 600  # after which a launch hangs: sixty steps beside other work on the same cores take minutes
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from longreach.trainer.engine_config import EngineSettings
 from longreach.trainer.memory.account import PEAK, account, account_of_run, size
 from longreach.trainer.memory.allocations import Allocations
 from longreach.trainer.memory.states import BUFFERS, SAVING, states_of
+from longreach.trainer.optimizers.settings import OptimizerSettings
 from longreach.trainer.settings import Settings
 
 WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 512, 2048
@@ -144,6 +145,18 @@ def test_states_by_zero_stage():
         "parameters": (4 * number, False), "gradients": (number, False), "float32 masters": (number, False),
         "moments": (2 * number, False),
     }  # fmt: skip
+
+
+def test_states_by_optimizer():
+    """Two moments per number, one with Lion and of the matrices that Muon steps; all are in the copy for saving."""
+    model = make_model()
+    number = sum(parameter.numel() for parameter in model.parameters())
+    inner = sum(x.numel() for name, x in model.named_parameters() if name.startswith("blocks") and x.dim() == 2)
+    assert 0 < inner < number
+    for kind, moments in (("adamw", 8 * number), ("lion", 4 * number), ("muon", 8 * number - 4 * inner)):
+        settings = Settings(optimizer=OptimizerSettings(kind=kind))
+        held = {share.part: share.fixed for share in states_of(model, settings, 1)}
+        assert (held["moments"], held[SAVING]) == (moments, moments + 4 * number)
 
 
 def test_ranks_that_share_a_row_are_rehearsed():

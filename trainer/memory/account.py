@@ -29,12 +29,13 @@ from ...parallel.sequence import Sequence
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
 from .allocations import Allocations, size
-from .states import Share, states_of, stepping
+from .states import STEP, Share, states_of, stepping
 
 SHORTEST = 4096  # tokens of a rank: of fewer, the workspaces of ops would grow with the length
 SMALL_TILE = 256  # tokens: with tiles of a few, what else a step holds at its peak shows already in short rows
 FEW, SECONDS = 1024, 60.0  # tokens of a rank, and the time, that suffice for the account of a run that starts
 PEAK = "peak of a rank"
+NO_STEP = Share(STEP, 0.0)
 STREAM, LOSS, WORKING = "residual stream and norms", "embedding and loss", "working memory of backward"
 
 
@@ -46,16 +47,16 @@ class Account:
         from forward to backward.
     working: what backward holds beside at the peak, as it is where tiles of feed-forward layers make it, and as it is
         elsewhere: the larger counts, which may change with the length.
-    stepping: what the optimizer's step holds when no activation is there any more.
     missing: what is not counted; "" where the ops' own temporaries are in.
+    stepping: what the optimizer's step holds when no activation is there any more.
     """
 
     tokens: int
     states: tuple[Share, ...]
     kept: tuple[Share, ...]
     working: tuple[Share, ...]
-    stepping: Share
     missing: str
+    stepping: Share = NO_STEP
 
     @property
     def exact(self) -> bool:
@@ -164,7 +165,7 @@ def account(
     step = stepping(model, settings, world_size, device, states)
     if device.type == "cpu":  # which is the host
         states, step = tuple(replace(share, host=False) for share in states), replace(step, host=False)
-    return Account(rows * layout.local_length, states, tuple(kept), working, step, missing)
+    return Account(rows * layout.local_length, states, tuple(kept), working, missing, step)
 
 
 def account_of_run(
