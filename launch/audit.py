@@ -18,7 +18,7 @@ from . import configuration
 class AuditSettings:
     """`run` is the folder of a run with data.audit=true."""
 
-    run: str | None = None
+    run: str | None = None  # the folder of a run with data.audit=true
 
 
 configuration.register("audit_settings", AuditSettings)

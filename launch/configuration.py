@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,11 +26,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..trainer.ranks import launchers
+from ..trainer.settings import Settings
+from .help import page
 
 CONFIGURATIONS = "../conf"
 PACKAGE = Path(__file__).resolve().parent.parent
 Schema = TypeVar("Schema")
 ConfigurationError = (HydraException, OmegaConfBaseException)
+HYDRA_FLAGS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
+)  # fmt: skip
+TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+# Settings to which + may add one that the configuration has not, since their schema is open.
+OPEN = ("model.", "data.mixture.", "engine.config.", "callbacks.", "parallel.mixers.", "optimizer.groups.")
+MANY = 12
 # One text in Hydra's quotes and no more, unlike '"Yes," she said, "no"'.
 QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*["]""", flags=re.DOTALL)
 
@@ -80,17 +91,31 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str
             file=sys.stderr,
             flush=True,
         )
+    if any(argument in page.FLAGS for argument in sys.argv[1:]):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(help_page(sys.modules[compose.__module__].__doc__ or "", config_name))
+        sys.exit(0)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come here rather than to Hydra's own printing
     sys.argv[1:] = [quoted(_as_field(argument), texts) for argument in without_launcher_arguments(sys.argv[1:])]
     try:
-        _refuse_multirun(sys.argv[1:])
+        _refuse_flags(sys.argv[1:])
         compose()
-    except (*ConfigurationError, MultirunError) as error:
+    except (*ConfigurationError, FlagError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(_as_written(explain(error, config_name, sys.argv[1:])), file=sys.stderr, flush=True)
         else:
             time.sleep(5)
         sys.exit(1)
+
+
+def help_page(about: str, config_name: str) -> str:
+    """What --help prints for the command that conf/<config_name>.yaml configures; `about` is its module's docstring."""
+    (name, *_) = yaml.safe_load((PACKAGE / "conf" / f"{config_name}.yaml").read_text())["defaults"]
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{name}.yaml").node)
+    assert schema is not None
+    own = [part for part in vars(schema).get("__annotations__", {}) if schema.__base__ is Settings]
+    groups = {group: options for group, options in page.groups(config_name).items() if not own or group in own}
+    return page.page(about, schema(), groups, own)
 
 
 def _as_field(argument: str) -> str:
@@ -130,22 +155,28 @@ def run_once() -> None:
         sys.exit(0)
 
 
-class MultirunError(ValueError):
-    """Hydra's sweeps were asked for."""
+class FlagError(ValueError):
+    """Hydra's sweeps were asked for, or a flag that there is not."""
 
 
-def _refuse_multirun(arguments: list[str]) -> None:
-    """Raises MultirunError for -m, --multirun (which argparse lets one shorten) and hydra.mode=MULTIRUN.
+def _refuse_flags(arguments: list[str]) -> None:
+    """Raises FlagError for flags that Hydra does not know, and for sweeps: -m, --multirun, hydra.mode=MULTIRUN.
 
-    Hydra would run the jobs one after another in the same processes, but those are one world: process groups, compiled
-    ops and the engine's global state belong to the first job.
+    argparse lets one shorten flags. Hydra would run the jobs of a sweep one after another in the same processes, but
+    those are one world: process groups, compiled ops and the engine's global state belong to the first job.
     """
     for argument in arguments:
         flag = argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument))
         if flag or re.fullmatch(r"\+*hydra\.mode=['\"]?(multirun|2)['\"]?", argument, flags=re.IGNORECASE):
-            raise MultirunError(
+            raise FlagError(
                 f"{argument} must be left out; a command is one run, since its processes form one world. Start one "
                 "command for each value: for x in 1 2 3; do … trainer.seed=$x; done"
+            )
+        name = argument.partition("=")[0]
+        if name.startswith("--") and not any(known.startswith(name) for known in HYDRA_FLAGS):
+            raise FlagError(
+                f"an argument must be NAME=VALUE; got {argument}. Settings are written without dashes, such as "
+                "trainer.steps=100; --help lists them"
             )
 
 
@@ -194,43 +225,60 @@ def quoted(argument: str, texts: Collection[str]) -> str:
 
 
 def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
-    """Hydra's message with its cause, and names similar to the unknown one."""
-    if isinstance(error, MultirunError):
+    """What is wrong in one message, with names similar to an unknown one, instead of Hydra's."""
+    if isinstance(error, FlagError):
         return f"error: {error}"
     lines = [str(error).partition("\nConfig search path")[0].strip()]
     lines[0] = re.sub(r"\n3\. To sweep over it, add --multirun.*", "", lines[0]).replace("\\'", "'")
     if isinstance(error, OverrideParseException):
         override = error.override
-        return f"The override {override!r} cannot be read: {lines[0]}\nPut the value in quotes: \"name='value'\""
+        if not override or re.fullmatch(r"[\w.@/+]+", override):
+            return f"error: an argument must be NAME=VALUE; got {override!r}. Write {override}=VALUE; --help lists all"
+        return f"error: {override!r} cannot be read: {lines[0]}\nPut the value in quotes: \"name='value'\""
     cause = error.__cause__
     if cause is not None and str(cause).splitlines():
         first = str(cause).splitlines()[0].strip()
         if first not in lines[0]:
             lines.append(first)
-    lines += _near("\n".join(lines), config_name, overrides)
-    return "\n".join(lines)
+    message = "\n".join(lines)
+    option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
+    key = re.search(r"Could not override '([^'@]+)'", message)
+    value = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n.*could not be converted to (\w+)", message)
+    if option:
+        return f"error: {_unknown_option(option[1], option[2], message, overrides)}"
+    if key:
+        given = next((item for item in overrides if item.lstrip("+~").startswith(f"{key[1]}=")), key[1])
+        if key[1] in settings_names(config_name, overrides):
+            return f"error: {key[1]} must get what it has not yet by +; got {given}. Write +{given}"
+        near = " ".join([*_near(key[1], config_name, overrides), *_addition(key[1], given)])
+        return f"error: {key[1]} must be the name of a setting; got {given}. {near or '--help lists them'}"
+    if value:
+        return f"error: {value[1]} must be {TYPES.get(value[3], value[3])}; got {value[2]}"
+    missing = key or re.search(r"Key '([^'@]+)'", message)
+    return "\n".join([f"error: {message}", *(_near(missing[1], config_name, overrides) if missing else [])])
 
 
-def _near(message: str, config_name: str, overrides: list[str]) -> list[str]:
-    missing_option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
-    if missing_option:
-        group, name = missing_option.groups()
-        options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
-        chosen = next((item.rpartition("=")[0] for item in overrides if item.endswith(f"={name}")), group)
-        return _suggest(name, options, lambda option: f"{chosen}={option}")
-    missing_key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)'", message)
-    if not missing_key:
-        return []
-    key = missing_key.group(1)
-    if "@" in key:
-        return []  # Hydra's own lines say what to write
+def _unknown_option(group: str, name: str, message: str, overrides: list[str]) -> str:
+    options = re.findall(r"^\t([^_\s]\S*)$", message, flags=re.MULTILINE)
+    chosen = next((item.rpartition("=")[0] for item in overrides if item.endswith(f"={name}")), group)
+    near = _suggest(name, options, lambda option: f"{chosen}={option}")
+    among = ", ".join(options) if len(options) <= MANY else f"the files of conf/{group}"
+    return " ".join([f"{chosen.lstrip('+')} must be one of {among}; got {name!r}.", *(near or ["--help lists all"])])
+
+
+def _addition(key: str, given: str) -> list[str]:
+    return [f"To add one that the configuration leaves out: +{given}"] if key.startswith(OPEN) else []
+
+
+def _near(key: str, config_name: str, overrides: list[str]) -> list[str]:
     if "/" in key:  # a family's folder, taken for a group
         return _suggestion([re.sub(r"^(\w+)/(\w+)=", r"\1=\2/", item) for item in overrides if item.startswith(key)])
     known = [name for name in settings_names(config_name, overrides) if not key.startswith(f"{name}.")]
-    near = _suggest(key, known, str)
+    prefix, last = (key.rpartition(".")[0], key.rpartition(".")[2])
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = _suggestion(same[:3]) or _suggest(key, known, str)
     if near:
         return near
-    prefix, last = (key.rpartition(".")[0], key.rpartition(".")[2])
     elsewhere = [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.8)]
     if elsewhere:
         return _suggestion(elsewhere[:3])

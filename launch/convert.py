@@ -27,8 +27,8 @@ class ConvertSettings(FormSettings):
     Without a form, or with a family, `to` becomes a Hugging Face model; else a checkpoint, with which init_from begins.
     """
 
-    from_: str | None = None
-    to: str | None = None
+    from_: str | None = None  # a Hugging Face model, a checkpoint, or a run, of which the newest is taken
+    to: str | None = None  # a new folder
     family: str | None = None  # model type to write; null: that of the origin, or else the one that others yield to
     dtype: str | None = None  # of a Hugging Face model, float32, bfloat16 or float16; null: as its tensors are
     max_positions: int | None = None  # null: YaRN's own, or else the longest rows of any stage, or those of the origin

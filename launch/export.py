@@ -35,15 +35,11 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 class ExportSettings:
     """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken; `path` is a new folder."""
 
-    checkpoint: str | None = None
-    path: str | None = None
-    # Model type to write; null: that of init_from, or else the one that others yield to; own: no family's, but any
-    # model's tensors by their names in LongReach, for other programs.
-    family: str | None = None
+    checkpoint: str | None = None  # a checkpoint, or a run, of which the newest is taken
+    path: str | None = None  # a new folder
+    family: str | None = None  # to write; null: init_from's, or the one that others yield to; own: LongReach's names
     dtype: str = "float32"  # as in the checkpoint, or bfloat16, float16
-    max_positions: int | None = (
-        None  # null: the scaling's own, or else the longest rows of any stage, or those of init_from
-    )
+    max_positions: int | None = None  # null: the scaling's, or the longest rows of any stage, or those of init_from
     shard_bytes: int = 5_000_000_000  # largest file
 
 

@@ -26,17 +26,17 @@ from .build import build
 class GenerationSettings:
     """`checkpoint` is a checkpoint, or a run's folder, of which the newest is taken."""
 
-    checkpoint: str | None = None
-    prompt: str = ""
+    checkpoint: str | None = None  # a checkpoint, or a run, of which the newest is taken
+    prompt: str = ""  # what the model continues
     prompts: str | None = None  # in place of prompt, a file with one in every line
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # at most; the end of a document ends earlier
     max_length: int | None = None  # of prompt and new tokens together
     batch_size: int = 8  # prompts at once, each of whatever length
     prefill_tokens: int | None = 4096  # of a prompt that are read at a time; null reads it at once
     temperature: float = 0.8  # 0 takes the likeliest token
     top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
     stop: list[str] = field(default_factory=list)  # texts at which to end; the end of a document always ends
-    seed: int = 0
+    seed: int = 0  # of what is drawn
     device: str = "auto"  # or cpu, cuda
 
 

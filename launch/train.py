@@ -1,4 +1,4 @@
-"""python -m longreach.launch.train — alone, under torchrun, under deepspeed, under Slurm."""
+"""python -m longreach.launch.train model=… data=… — pretraining, alone or under torchrun, DeepSpeed, Slurm."""
 
 from __future__ import annotations
 

@@ -171,7 +171,9 @@ def check_expert_ranks(experts: int, world_size: int) -> None:
 
 def check_sequence_ranks(sequence: int, world_size: int) -> None:
     """Raises ValueError unless `sequence` divides the number of processes."""
-    if sequence < 1 or world_size % sequence:
+    if sequence < 1:
+        raise ValueError(f"parallel.sequence must be at least 1; got {sequence}. With 1 each rank holds whole rows")
+    if world_size % sequence:
         raise ValueError(
             f"parallel.sequence must divide the number of processes, {world_size}; got {sequence}. "
             "Start more processes (torchrun --nproc-per-node) or lower parallel.sequence"

@@ -137,17 +137,29 @@ def test_the_quickstart_is_what_it_promises() -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("trainer.stepps=3", ["Could not override 'trainer.stepps'", "Did you mean trainer.steps"]),
-        ("learning_rate=3", ["Could not override 'learning_rate'", "Did you mean optimizer.learning_rate?"]),
+        (
+            "trainer.stepps=3",
+            ["trainer.stepps must be the name of a setting; got trainer.stepps=3. Did you mean trainer.steps"],
+        ),
+        ("learning_rate=3", ["got learning_rate=3. Did you mean optimizer.learning_rate?"]),
         ("data.seqence_length=4", ["Did you mean data.sequence_length"]),
-        ("model.widht=4", ["Did you mean model.width"]),
-        ("model=lama_tiny", ["Could not find 'model/lama_tiny'", "Did you mean model=llama_tiny"]),
-        ("model=lama/1b", ["Could not find 'model/lama/1b'", "Did you mean model=llama_1b"]),
+        ("model.widht=4", ["Did you mean model.width", "To add one that the configuration leaves out: +model.widht=4"]),
+        (
+            "engine.config={a: 1}",
+            ["engine.config must get what it has not yet by +; got engine.config={a: 1}. Write +eng"],
+        ),
+        ("steps=5", ["error: steps must be the name of a setting; got steps=5. Did you mean trainer.steps"]),
+        (
+            "model=lama_tiny",
+            ["model must be one of the files of conf/model; got 'lama_tiny'. Did you mean model=llama_tiny"],
+        ),
+        ("model=lama/1b", ["got 'lama/1b'. Did you mean model=llama_1b"]),
         ("model/llama=1b", ["Did you mean model=llama/1b?"]),
         ("+mixer@model.mixers.m=mamba4", [" or +mixer@model.mixers.m=mamba2"]),
-        ("schedule=wds", ["Available options", "Did you mean schedule=wsd?"]),
-        ("trainer.steps=abc", ["trainer.steps=abc", "could not be converted to Integer"]),
-        ("trainer.steps", ["'trainer.steps' cannot be read"]),
+        ("schedule=wds", ["error: schedule must be one of cosine, wsd; got 'wds'. Did you mean schedule=wsd?"]),
+        ("trainer.steps=abc", ["error: trainer.steps must be an integer; got abc"]),
+        ("trainer.steps", ["error: an argument must be NAME=VALUE; got 'trainer.steps'"]),
+        ("--steps=5", ["error: an argument must be NAME=VALUE; got --steps=5. Settings are written without dashes"]),
     ],
 )
 def test_wrong_overrides_are_named_with_what_is_near(
@@ -157,6 +169,8 @@ def test_wrong_overrides_are_named_with_what_is_near(
     for part in parts:
         assert part in printed
     assert "Traceback" not in printed
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1, "more than a line"
 
 
 def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch) -> None:

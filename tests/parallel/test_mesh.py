@@ -15,7 +15,13 @@ def test_one_process_needs_no_group() -> None:
         Mesh.create(2)
 
 
-@pytest.mark.parametrize(("sequence", "world"), [(3, 4), (0, 2), (8, 4)])
+@pytest.mark.parametrize("sequence", [0, -2])
+def test_sequence_ranks_must_be_at_least_one(sequence: int) -> None:
+    with pytest.raises(ValueError, match=f"parallel.sequence must be at least 1; got {sequence}"):
+        check_sequence_ranks(sequence, 2)
+
+
+@pytest.mark.parametrize(("sequence", "world"), [(3, 4), (8, 4)])
 def test_sequence_ranks_must_divide_the_processes(sequence: int, world: int) -> None:
     with pytest.raises(ValueError, match=f"must divide the number of processes, {world}; got {sequence}"):
         check_sequence_ranks(sequence, world)

@@ -115,7 +115,8 @@ def _make(settings: RunSettings) -> tuple[Path, list[Path]]:
             return path, [*reversed(missing[1:]), path]
         path.mkdir(exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run.dir must be a folder that can be made; {error}. Name another") from None
+        said = f"got {path}: {error.strerror}"
+        raise ValueError(f"run.dir must be a folder that can be made; {said}. Name another") from None
     return path, missing[::-1]
 
 

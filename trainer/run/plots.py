@@ -73,7 +73,7 @@ class LossCurves:
         if self.validation.points:
             means = [point.mean for point in self.validation.points]
             axes.plot(*zip(*means, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
         axes.grid(alpha=0.25)
         if self.training.points or self.validation.points:
             axes.legend()
