@@ -9,10 +9,11 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ..trainer.diagnosis.diagnose import diagnose
+from ..trainer.diagnosis.diagnose import checked, diagnose
 from ..trainer.run import failure
 from ..trainer.settings import Settings
-from ..trainer.stages.plan import plan_of
+from ..trainer.stages.opening import check_models
+from ..trainer.stages.plan import Stage, plan_of
 from . import configuration
 from .build import build
 from .train import to_settings
@@ -40,15 +41,35 @@ PREPARE = "longreach.launch.working_directory:use"  # so that ranks can import w
 
 
 def examine(settings: Settings, chosen: DoctorSettings) -> bool:
-    """Prints the report, one for each stage; whether all that was tested passed."""
+    """Prints the report, one for each stage that differs from those before it; whether all that was tested passed.
+
+    Raises ValueError, with the stage in front, for what any of them cannot be, before the first is examined.
+    """
     console = Console(width=None if sys.stdout.isatty() else 160)
     plan = plan_of(settings)
-    passed = True
     for stage in plan.stages:
+        with stage.checked():
+            checked(stage.settings)
+    check_models(build, plan)
+    passed, examined = True, list[tuple[Stage, Settings]]()
+    for stage in plan.stages:
+        own = _looked_at(stage.settings)
+        same = next((other for other, seen in examined if seen == own), None)
         if plan.staged:
-            console.print(stage.setting, markup=False)
-        passed &= _passes(replace(stage.settings, stages=[]), chosen, console)
+            told = f": as {same.setting}, but for rows, steps and learning rate" if same is not None else ""
+            console.print(f"{stage.setting}{told}", markup=False)
+        if same is None:
+            examined.append((stage, own))
+            passed &= _passes(replace(stage.settings, stages=[]), chosen, console)
     return passed
+
+
+def _looked_at(settings: Settings) -> Settings:
+    """The settings without those that change nothing in what is examined, which has rows and steps of its own."""
+    usual = Settings()
+    optimizer = replace(settings.optimizer, learning_rate=usual.optimizer.learning_rate)
+    kept = {"schedule": usual.schedule, "evaluation": usual.evaluation, "checkpoint": usual.checkpoint}
+    return replace(settings, data=usual.data, optimizer=optimizer, stages=[], **kept)
 
 
 def _passes(settings: Settings, chosen: DoctorSettings, console: Console) -> bool:

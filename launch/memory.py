@@ -49,8 +49,7 @@ def lines(settings: Settings, chosen: MemorySettings) -> list[str]:
     model = configured_model(settings)
     model["vocabulary"] = model.get("vocabulary") or settings.data.vocabulary_size or VOCABULARY
     made = account(lambda: build(model), settings, chosen.ranks, device)
-    note = "" if made.exact else "; without what kernels and libraries need meanwhile"
-    return [f"{made.tokens:,} tokens at once on each of {chosen.ranks} ranks{note}", *made.lines()]
+    return [f"{made.tokens:,} tokens at once on each of {chosen.ranks} ranks", *made.lines()]
 
 
 def main() -> None:

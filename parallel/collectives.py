@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from .mesh import Group
 from .sequence import Sequence
 from .threads import ThreadGroup, this_rank
+from .waiting import Waits
 
 # torch 2.13 renamed it; 2.11 has only the old name.
 all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 _sent_by_process: Counter[str] = Counter()
+_waits_of_process = Waits()
 
 
 class Work(Protocol):
@@ -32,6 +34,12 @@ def sent() -> Counter[str]:
     """Bytes that this rank has sent to others, by kind of collective, since it began (as rings send them)."""
     rank = this_rank()
     return _sent_by_process if rank is None else rank.sent
+
+
+def waits() -> Waits:
+    """The time in which what this rank computes has waited for these collectives."""
+    rank = this_rank()
+    return _waits_of_process if rank is None else rank.waits
 
 
 @contextmanager
@@ -85,14 +93,16 @@ class Gathering:
         sent()["gather"] += (seq.layout.ranks - 1) * _bytes(self._source)
         out, source, self._work = self._out.view(-1), self._source.view(-1), None
         if isinstance(seq.group, ThreadGroup):
-            seq.group.all_gather(out, source)
+            with waits().measured(x.device):
+                seq.group.all_gather(out, source)
         else:
             self._work = all_gather(out, source, group=seq.group, async_op=True)
 
     def wait(self) -> Tensor:
         """`[P, spans, …]`."""
         if self._work is not None:
-            self._work.wait()
+            with waits().measured(self._out.device):
+                self._work.wait()
         return self._out
 
 
@@ -110,10 +120,11 @@ def all_to_all(x: Tensor, group: Group) -> Tensor:
     """`[ranks, …]`, x[r] for rank r of the group, to what every rank sent to this one, by rank."""
     received = torch.empty_like(x)
     sent()["all to all"] += (x.shape[0] - 1) * _bytes(x) // x.shape[0]
-    if isinstance(group, ThreadGroup):
-        group.all_to_all(received, x)
-    else:
-        dist.all_to_all_single(received, x.contiguous(), group=group)
+    with waits().measured(x.device):
+        if isinstance(group, ThreadGroup):
+            group.all_to_all(received, x)
+        else:
+            dist.all_to_all_single(received, x.contiguous(), group=group)
     return received
 
 
@@ -123,10 +134,11 @@ def all_to_all_rows(x: Tensor, sends: list[int], receives: list[int], group: Gro
     received = x.new_empty(sum(receives), *x.shape[1:])
     own = group.rank if isinstance(group, ThreadGroup) else group.rank()
     sent()["all to all"] += (x.shape[0] - sends[own]) * (_bytes(x) // max(1, x.shape[0]))
-    if isinstance(group, ThreadGroup):
-        group.all_to_all_rows(received, x, sends)
-    else:
-        dist.all_to_all_single(received, x, receives, sends, group=group)
+    with waits().measured(x.device):
+        if isinstance(group, ThreadGroup):
+            group.all_to_all_rows(received, x, sends)
+        else:
+            dist.all_to_all_single(received, x, receives, sends, group=group)
     return received
 
 
@@ -134,10 +146,11 @@ def sum_over_ranks(x: Tensor, seq: Sequence) -> None:
     """Makes x, in place, the sum of what every rank has."""
     ranks = seq.layout.ranks
     sent()["sum"] += 2 * (ranks - 1) * _bytes(x) // ranks
-    if isinstance(seq.group, ThreadGroup):
-        seq.group.all_reduce(x)
-    else:
-        dist.all_reduce(x, group=seq.group)
+    with waits().measured(x.device):
+        if isinstance(seq.group, ThreadGroup):
+            seq.group.all_reduce(x)
+        else:
+            dist.all_reduce(x, group=seq.group)
 
 
 def scatter_sum(parts: Tensor, seq: Sequence) -> Tensor:
@@ -156,20 +169,33 @@ def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
 
     The tensors must be contiguous and stay untouched until the works are waited for.
     """
-    if seq.group is None:
+    if seq.group is None or not (sends or receives):
         return []
+    device = (sends or receives)[0][0].device
     sent()["exchange"] += sum(_bytes(t) for t, _ in sends)
     if isinstance(seq.group, ThreadGroup):
-        return [*seq.group.exchange(sends, receives)]
+        return [_Exchanged(seq.group.exchange(sends, receives), device)]
     ops = [dist.P2POp(dist.isend, t, group=seq.group, group_peer=peer) for t, peer in sends]
     ops += [dist.P2POp(dist.irecv, t, group=seq.group, group_peer=peer) for t, peer in receives]
-    return [*dist.batch_isend_irecv(ops)] if ops else []
+    return [_Exchanged(dist.batch_isend_irecv(ops), device)]
 
 
 def finish(works: list[Work]) -> None:
     """Waits for the messages of an `exchange`."""
     for work in works:
         work.wait()
+
+
+class _Exchanged:
+    """The messages of one exchange, under way."""
+
+    def __init__(self, works: Iterable[Work], device: torch.device) -> None:
+        self._works, self._device = works, device
+
+    def wait(self) -> None:
+        with waits().measured(self._device):
+            for work in self._works:
+                work.wait()
 
 
 def agree(error: str | None, ranks: int, group: Group | None = None) -> None:

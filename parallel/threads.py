@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .waiting import Waits
+
 Result = TypeVar("Result")
 
 GRACE_SECONDS = 5.0  # what ranks that compute get to reach their next collective, after another one failed
@@ -136,10 +138,10 @@ class _World:
 
 
 class Rank:
-    """The rank that the calling thread is: its number among `ranks`, its groups, and what it has sent."""
+    """The rank that the calling thread is: its number among `ranks`, its groups, what it has sent, and its waits."""
 
     def __init__(self, world: _World, rank: int) -> None:
-        self.rank, self.ranks, self.sent = rank, world.ranks, Counter[str]()
+        self.rank, self.ranks, self.sent, self.waits = rank, world.ranks, Counter[str](), Waits()
         self._world = world
         self._groups: dict[tuple[int, ...], ThreadGroup] = {}
 

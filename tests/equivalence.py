@@ -41,6 +41,7 @@ SETTINGS = (
     "evaluation.sample_tokens=0",
     "checkpoint.every=0",
     "logger.wandb.mode=disabled",
+    "logger.memory=false",
 )
 
 

@@ -23,6 +23,7 @@ from .data.packing import RowStream
 from .data.reading import Reader
 from .evaluation.callbacks import Sampling, Validation
 from .faults.recovery import Recovery
+from .memory.account import Account, account_of_run
 from .optimizers.qk_clip import QKClip
 from .preparation import Build, check_origin, extension_of, make_engine, on_meta
 from .ranks.exchange import together
@@ -108,12 +109,22 @@ class Assembly:
         self.layout = layout_of(settings.parallel, settings.data.sequence_length)
         self.corpus, self.row = self._opening.data(stage, start)
         self.shape = together(self.mesh, lambda: on_meta(self._build, settings.model))
+        self.memory = self._account()
         torch.manual_seed(settings.trainer.seed)
         self.engine = make_engine(settings, self._build, self.mesh, self.device, resuming=start is not None)
         self._state = {} if start is None else checkpoint.load(self.engine, start, examined=examined)
         self.step, self.tokens = int(self._state.get("step", 0)), int(self._state.get("tokens", 0))
         self._begin(self.corpus.train, peak_flops(self.device, settings.trainer.dtype))
         self.recovery.resume(self._state)
+        if isinstance(self.memory, Account):
+            self.records.once = {"memory": self.memory.figures()}
+
+    def _account(self) -> Account | str | None:
+        """What a step of the stage holds on the first rank, which alone asks; why it is not known; None unasked."""
+        if not self.settings.logger.memory or self.mesh.rank:
+            return None
+        build = self._build
+        return account_of_run(lambda: build(self.settings.model), self.settings, self.mesh.world_size, self.device)
 
     def begin_at(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a checkpoint of this stage, or of the end of the one before, or begins where it is

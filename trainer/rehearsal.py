@@ -16,6 +16,7 @@ from ..models.part import Part, cast_parameters
 from ..parallel.layout import Layout
 from ..parallel.sequence import Sequence
 from .effects import Uses, check_effects, chooses
+from .optimizers.qk_clip import Tried
 from .ranks.settings import layout_of, strategy_of, ulysses_ranks
 from .settings import Settings
 
@@ -30,8 +31,8 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
     No memory is taken and nothing is sent; ops give the shapes and types that they give on as many ranks. Raises, with
     the part in front, whatever a mixer's or another layer's forward raises, and ValueError where its output does not
     fit its input, where two ops of a mixer share a slot, where ranks that exchange tokens for heads do not divide them,
-    or where a backend or a strategy is chosen that this model has no use for. What cannot be rehearsed is among the
-    notes.
+    or where a backend, a strategy or a bound of logits is chosen that this model has no use for. What cannot be
+    rehearsed is among the notes.
     """
     with torch.device("meta"):
         model = build()
@@ -41,6 +42,8 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
         for _, part in model.leaves():
             _check_outputs(part)
         model.at_step(0)
+        most = settings.optimizer.qk_clip
+        clipping = None if most is None else Tried(model)
         layout = layout_of(settings.parallel, settings.data.sequence_length)
         uses, tried = Uses(set(), set()), _shortened(layout)
         error = _attempt(model, tried, settings, uses)
@@ -54,6 +57,8 @@ def rehearse(build: Callable[[], LanguageModel], settings: Settings) -> list[str
                 error = _attempt(model, tried, settings, uses)
     if error is None:
         check_effects(settings, model, uses)
+        if most is not None and clipping is not None:
+            clipping.check(most)
         return notes
     if isinstance(error, ValueError) or not any(word in str(error).lower() for word in UNREHEARSABLE):
         raise error

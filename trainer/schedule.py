@@ -147,17 +147,31 @@ class Schedule:
             "schedule.extended": [f"{each['how']} after step {each['after']}" for each in self.settings.extended],
         }
 
-    def announcement(self, before: Schedule, step: int) -> str | None:
-        """The notice for a run that followed `before` for `step` steps and now follows this one; None if they agree."""
-        old = before.parts
+    def announcement(self, before: Schedule, step: int, after: Schedule | None = None) -> str | None:
+        """The notice for a run that followed `before` for `step` steps, which by now are of this schedule; None if the
+        two agree.
+
+        after: the schedule of the next steps, that of a stage which begins there; by default this one.
+        """
+        old, after = before.parts, after or self
         changed = [f"{name} was {old[name]} and is {new}" for name, new in self.parts.items() if old[name] != new]
-        if not changed or step < 1 or step >= self.steps:
+        if not changed or step < 1 or step >= after.first + after.steps:
             return None
-        last, following = before(step - 1), self(step)
+        last, following = before(step - 1), after(step)
         return (
             f"the schedule has changed: {', '.join(changed)}. The learning rate was {last:.3g} at step {step} and is "
             f"{following:.3g} at step {step + 1} (x {following / last:.3g})"
         )
+
+
+def schedule_in(state: dict[str, Any]) -> Schedule:
+    """The schedule that `asdict` has made a part of a checkpoint's state. Raises ValueError where there is none."""
+    try:
+        kept = state["schedule"]
+        return Schedule(**kept | {"settings": ScheduleSettings(**kept["settings"])})
+    except (KeyError, TypeError) as error:
+        told = f"a checkpoint must hold the schedule of its stage; got none that can be read ({error})"
+        raise ValueError(told) from None
 
 
 def schedule_of(config: dict[str, Any]) -> Schedule:

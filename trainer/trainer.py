@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from ..models.language_model import LanguageModel
+from ..parallel.collectives import waits
 from ..parallel.mesh import Mesh
 from .assembly import Assembly
 from .callback import Callback
@@ -184,7 +185,7 @@ class Trainer(Assembly):
         """Takes a step; nothing but the optimizer waits for the device, unless it is time to read the numbers."""
         model, work = cast(LanguageModel, self.engine.module), part.work
         self.recovery.meet(part)
-        with self.records.timing():
+        with self.records.timing(), waits().counting():
             model.at_step(self.step)
             totals = torch.zeros(1 + len(part.source_targets), dtype=torch.float64, device=self.device)
             reported = Reported(model.losses, part.loss_counts, self.mesh)
@@ -200,7 +201,8 @@ class Trainer(Assembly):
             rate = self.schedule(self.step)
             factors, largest = ({}, None) if self.qk_clip is None else self.qk_clip.factors()
             norm = self.engine.step(rate, factors)
-            losses = gather(torch.cat([totals, totals.new_full((1,), peak_memory_bytes(self.device))]), self.mesh)
+            own = [totals.new_full((1,), x) for x in (waits().take(), peak_memory_bytes(self.device))]
+            losses = gather(torch.cat([totals, *own]), self.mesh)
             reported.exchange()
             sums = reported.sums()
             statistics = model.statistics(sums) | ({} if largest is None else {LOGIT: largest})

@@ -90,7 +90,7 @@ def test_a_callback_that_raises_on_one_rank_ends_all_and_is_shown_once(own: Path
     words = (
         "longreach.launch.train data=recall model=llama_tiny model.width=32 model.depth=1 data.vocabulary_size=32 "
         "data.sequence_length=64 data.recall.pairs=4 parallel.sequence=2 logger.wandb.mode=disabled run.dir=run "
-        "trainer.steps=50 checkpoint.every=1 evaluation.every=0 evaluation.sample_tokens=0 "
+        "logger.memory=false trainer.steps=50 checkpoint.every=1 evaluation.every=0 evaluation.sample_tokens=0 "
         "+callbacks.mine._target_=own_callbacks.Mine +callbacks.mine.every=2"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}

@@ -26,6 +26,31 @@ def test_it_has_the_settings_of_training_and_its_own() -> None:
     assert vars(examined) == vars(trained)
 
 
+def test_every_stage_that_differs_is_examined(monkeypatch, capsys) -> None:
+    """And what one of them cannot be is told before the first is."""
+    examined = []
+
+    def note(settings: Settings, *_: object) -> bool:
+        examined.append(settings)
+        return len(examined) < 2
+
+    monkeypatch.setattr(doctor, "_passes", note)
+    zigzag = "{steps: 1, parallel.sequence: 2, parallel.layout: zigzag}"
+    for more in ("{steps: 1, data.sequence_length: 64}", "{steps: 1, data.sequence_length: 62}"):
+        stages = f"stages=[{{steps: 1}}, {{steps: 2, optimizer.learning_rate: 1e-4}}, {zigzag}, {more}]"
+        settings = to_settings(compose("doctor", "model=llama_tiny", stages), [], {})
+        if "62" not in more:
+            assert not doctor.examine(settings, doctor.DoctorSettings())
+            assert [(each.parallel.layout, each.stages) for each in examined] == [("contiguous", []), ("zigzag", [])]
+            said = capsys.readouterr().out
+            assert "stages[1] (2): as stages[0] (1), but for rows" in said
+            assert "stages[3] (4): as stages[2] (3), but for rows" in said
+            continue
+        with pytest.raises(ValueError, match=r"^stages\[3\] \(4\): data.sequence_length must be a multiple of 4"):
+            doctor.examine(settings, doctor.DoctorSettings())
+        assert len(examined) == 2
+
+
 def run_doctor(*overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "longreach.launch.doctor", *overrides]
     return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

@@ -59,8 +59,8 @@ def test_a_node_that_is_lost_leaves_the_run_to_the_others(texts: list[str], tmp_
         free.bind(("127.0.0.1", 0))
         end = f"localhost:{free.getsockname()[1]}"
     elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=night"]
-    program = [sys.executable, "-m", "torch.distributed.run", *elastic, f"--rdzv-endpoint={end}"]
-    program += ["-m", "longreach.launch.train", *SETTINGS, *texts, "run.dir=run", "trainer.steps=300"]
+    program = [sys.executable, "-m", "longreach.trainer.ranks.torchrun", *elastic, f"--rdzv-endpoint={end}"]
+    program += ["-m", "longreach.launch.train", *SETTINGS, *texts, "run.dir=run", "trainer.steps=120"]
     nodes = []
     for name in ("first", "second"):
         with (tmp_path / name).open("w") as output:
@@ -81,6 +81,6 @@ def test_a_node_that_is_lost_leaves_the_run_to_the_others(texts: list[str], tmp_
     assert "on 1 data x 1 sequence rank(s)" in said
     assert said.count("going on after step") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 301))
+    assert steps == list(range(1, 121))
     starts = json.loads((tmp_path / "run/environment.json").read_text())
     assert [start["variables"]["WORLD_SIZE"] for start in starts] == ["2", "1"]

@@ -37,6 +37,7 @@ SETTINGS = (
     "evaluation.sample_tokens=0",
     "checkpoint.every=2",
     "logger.wandb.mode=disabled",
+    "logger.memory=false",
     "logger.print_every=1",
 )
 ENDLESS = "trainer.steps=100000"

@@ -32,10 +32,11 @@ SETTINGS = (
     "evaluation.every=0",
     "evaluation.sample_tokens=0",
     "logger.wandb.mode=disabled",
+    "logger.memory=false",
     "logger.print_every=1",
 )
 AGAIN = 75  # the status of a run that a signal has ended and that can go on
-SECONDS = 150
+SECONDS = 600  # after which a launch hangs: sixty steps beside other work on the same cores take minutes
 
 
 @dataclass(frozen=True)

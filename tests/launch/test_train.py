@@ -90,6 +90,8 @@ def test_a_run_leaves_the_files_of_the_contract(run: Path) -> None:
     training = [line for line in lines(run) if "loss" in line]
     wanted = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes"}
     assert all(wanted <= set(line) for line in training)
+    assert ["memory" in line for line in training] == [True] + [False] * (len(training) - 1)
+    assert {"parameters", "moments", "kept: lightning", "peak of a rank"} < set(training[0]["memory"])
     validation = [line for line in lines(run) if "validation_loss" in line]
     assert all({"step", "validation_loss", "bits_per_byte"} <= set(line) for line in validation)
 

@@ -156,6 +156,29 @@ def test_new_data_are_given_on_purpose(folders: dict[str, Path], tmp_path: Path)
     assert "data.restart must be left out" in run_ranks(1, refused, fresh)[0]
 
 
+def test_a_source_that_a_stage_drops_is_read_on_by_a_later_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """From where it was, whatever the rows are by then; of each source the epoch that is not over is proved."""
+    chosen = mixed(folders, tmp_path / "run")
+    chosen.evaluation = EvaluationSettings(every=0, sample_tokens=0)
+    code, books, more = ({"path": str(folders[name]), "weight": 0.75} for name in ("code", "books", "more"))
+    chosen.stages = [
+        {"steps": 2},
+        {"steps": 2, "data.mixture": {"books": None, "more": more}, "data.sequence_length": 96},
+        {"steps": 2, "data.mixture": None, "data.source": "text", "data.path": str(folders["more"])},
+        {"steps": 2, "data": {"source": "mixture", "path": None, "mixture": {"code": code, "books": books}}},
+    ]
+    run_ranks(1, train, chosen, 3)
+    run_ranks(1, train, chosen)
+    proof = prove(tmp_path / "run")
+    assert proof.holds, proof.table()
+    assert proof.goes_on == proof.steps == 8
+    assert {finding.source.name for finding in proof.findings} == {"code", "books", "more"}
+    assert [finding.left for finding in proof.findings] == [-f.tokens % f.source.lengths.sum() for f in proof.findings]
+    training = lines(tmp_path / "run", "loss")
+    assert [line["source_code_rows"] for line in training if "source_code_rows" in line] == [6, 12, 16, 20, 24, 28]
+    assert [line["source_books_rows"] for line in training if "source_books_rows" in line] == [2, 4, 8, 12]
+
+
 def refused(rank: int, world: int, chosen: Settings) -> str:
     with pytest.raises(ValueError, match="must") as raised:
         train(rank, world, chosen)

@@ -14,8 +14,10 @@ from longreach.models.mixers.linear.lightning_attention import LightningAttentio
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.engine_config import EngineSettings
-from longreach.trainer.memory.account import account, size, states_of
+from longreach.trainer.memory.account import PEAK, account, account_of_run, size
 from longreach.trainer.memory.allocations import Allocations
+from longreach.trainer.memory.states import BUFFERS, SAVING, states_of
+from longreach.trainer.optimizers.settings import OptimizerSettings
 from longreach.trainer.settings import Settings
 
 WIDTH, DEPTH, VOCABULARY, LENGTH = 16, 4, 512, 2048
@@ -134,18 +136,27 @@ def test_states_by_zero_stage():
         return {share.part: (round(share.fixed), share.host) for share in shares}
 
     number = sum(parameter.numel() for parameter in make_model().parameters())
-    assert states(zero_stage=0) == {
+    saving = {SAVING: (3 * number, True)}
+    assert states(zero_stage=0) == saving | {
         "parameters": (4 * number, False), "gradients": (4 * number, False), "moments": (8 * number, False)
     }  # fmt: skip
-    assert states(zero_stage=2) == {
+    bucket = {BUFFERS: (2 * 10**9, False)}
+    assert states(zero_stage=2) == saving | bucket | {
         "parameters": (4 * number, False), "gradients": (number, False), "float32 masters": (number, False),
         "moments": (2 * number, False),
     }  # fmt: skip
-    everything = states(zero_stage=3, offload="all")
-    assert {name: held for name, (held, _) in everything.items()} == {
-        "parameters": number, "gradients": number, "float32 masters": number, "moments": 2 * number
-    }  # fmt: skip
-    assert all(host for _, host in everything.values())
+
+
+def test_states_by_optimizer():
+    """Two moments per number, one with Lion and of the matrices that Muon steps; all are in the copy for saving."""
+    model = make_model()
+    number = sum(parameter.numel() for parameter in model.parameters())
+    inner = sum(x.numel() for name, x in model.named_parameters() if name.startswith("blocks") and x.dim() == 2)
+    assert 0 < inner < number
+    for kind, moments in (("adamw", 8 * number), ("lion", 4 * number), ("muon", 8 * number - 4 * inner)):
+        settings = Settings(optimizer=OptimizerSettings(kind=kind))
+        held = {share.part: share.fixed for share in states_of(model, settings, 1)}
+        assert (held["moments"], held[SAVING]) == (moments, moments + 4 * number)
 
 
 def test_ranks_that_share_a_row_are_rehearsed():
@@ -171,3 +182,41 @@ def test_allocations_count_each_storage_once_until_it_is_let_go():
 
 def test_sizes_are_read_by_people():
     assert [size(n) for n in (1023, 2048, 3 * 2**20, 5 * 2**40)] == ["1,023 B", "2.0 KiB", "3.0 MiB", "5,120.00 GiB"]
+
+
+class Reads(SwiGLU):
+    """Asks for a value where it runs the code of a CPU."""
+
+    def forward(self, x, seq):
+        if seq.backend == "chunked":
+            x.sum().item()
+        return super().forward(x, seq)
+
+
+def test_what_is_not_counted_is_said():
+    build = partial(make_model, feed_forward=partial(Reads, hidden=48))
+    made = account_of(build, length=64)
+    assert not made.exact
+    assert made.missing.startswith("what ops need meanwhile, as model.feed_forward (Reads), layer 0 reads values (")
+    assert made.lines()[-1] == f"not counted: {made.missing}"
+    assert made.missing in made.summary()
+
+
+def test_the_account_of_a_run_is_a_dictionary_of_bytes_and_never_an_error(monkeypatch):
+    settings = Settings()
+    settings.data.sequence_length = 64
+    made = account_of_run(make_model, settings, 1, CPU)
+    figures = made.figures()
+    assert figures[PEAK] == made.peak()
+    assert figures["parameters"] == 4 * sum(parameter.numel() for parameter in make_model().parameters())
+    assert {"kept: lightning", "kept: feed-forward"} < set(figures)
+
+    class Unable(SwiGLU):
+        def forward(self, x, seq):
+            raise ValueError("no, I will not\nat all")
+
+    assert "no, I will not" in account_of_run(
+        partial(make_model, feed_forward=partial(Unable, hidden=8)), settings, 1, CPU
+    )
+    monkeypatch.setattr(importlib.import_module("longreach.trainer.memory.account"), "SECONDS", 0.0)
+    assert account_of_run(make_model, settings, 1, CPU) == "counting has taken too long"

@@ -1,6 +1,7 @@
 """QK-clip: heads above the bound are brought to it, all else stays bit for bit, alike on ranks and ZeRO stages."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,13 +11,17 @@ import torch
 from distributed import run_ranks
 from small_model import ADAM, full, make_engine
 from test_trainer import lines, settings, train
+from torch import nn
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
+from longreach.kernels.masks import Mask
 from longreach.kernels.softmax.largest_logits import SHARPNESS
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
+from longreach.models.mixer import Mixer
 from longreach.models.mixers.linear.lightning_attention import LightningAttention
+from longreach.models.mixers.softmax.attention import Attention
 from longreach.models.mixers.softmax.cosine_attention import CosineAttention
 from longreach.models.mixers.softmax.differential_attention import DifferentialAttention
 from longreach.models.mixers.softmax.forgetting_attention import ForgettingAttention
@@ -24,6 +29,8 @@ from longreach.models.mixers.softmax.latent_attention import LatentAttention
 from longreach.models.mixers.softmax.softmax_attention import SoftmaxAttention
 from longreach.models.mixers.sparse.block_sparse_attention import MoBA
 from longreach.models.mixers.sparse.native_sparse_attention import NativeSparseAttention
+from longreach.models.part import Clipped
+from longreach.parallel import ops
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
@@ -31,9 +38,59 @@ from longreach.trainer.data.settings import DataSettings, RecallSettings
 from longreach.trainer.evaluation.settings import EvaluationSettings
 from longreach.trainer.optimizers.qk_clip import QKClip, check_clipping
 from longreach.trainer.optimizers.settings import OptimizerSettings
+from longreach.trainer.preparation import check_model
+from longreach.trainer.settings import Settings
 
 LENGTH, VOCABULARY, WINDOW, MOST = 24, 31, 9, 2.0
 LENGTHS = [[7, 12], [24]]  # row 0 ends in padding
+
+
+class Windowed(Attention):
+    """As a user writes it: the base class's projections, and a mask of its own."""
+
+    measures_logits = True
+
+    def attend(self, q, k, v, seq):
+        return ops.softmax_attention(q, k, v, seq=seq, mask=Mask(window=WINDOW), largest=self.largest_logits)
+
+
+class Plain(Mixer):
+    """Without the base class."""
+
+    def __init__(self, *, width, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x, seq):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        return self.output(ops.softmax_attention(q, k, v, seq=seq, largest=self.largest_logits).flatten(-2))
+
+    def mixing_flops(self, seq):
+        return 0
+
+
+class Stated(Plain):
+    def clipped(self):
+        return Clipped(self.query, self.heads)
+
+
+class Forgetful(SoftmaxAttention):
+    """Inherits the word that its logits are measured, and does not keep it."""
+
+    def attend(self, q, k, v, seq):
+        return ops.softmax_attention(q, k, v, seq=seq)
+
+
+class Unmeasured(Attention):
+    def attend(self, q, k, v, seq):
+        return ops.softmax_attention(q, k, v, seq=seq)
+
+
+class Bare(Attention):
+    """Attends as the base class does."""
+
+
 MIXERS = {
     "softmax": partial(SoftmaxAttention, heads=4, kv_heads=2, rope_base=None, window=WINDOW, bias=True),
     "latent": partial(LatentAttention, heads=2, latent_rank=6, query_rank=5, rope_dim=0, rope_base=None, value_dim=3),
@@ -137,6 +194,9 @@ KINDS = {
     "differential": partial(DifferentialAttention, heads=2),
     "forgetting": partial(ForgettingAttention, heads=4, qk_norm=None),
     "latent": partial(LatentAttention, heads=4, latent_rank=6, rope_dim=4, rope_heads=2, sink_logits=True),
+    "own mask": partial(Windowed, heads=4, kv_heads=2),
+    "own class": partial(Bare, heads=4),
+    "own mixer": Stated,
 }
 
 
@@ -240,6 +300,7 @@ def test_a_run_logs_the_largest_logit_and_keeps_to_the_bound(tmp_path):
     [
         (partial(SoftmaxAttention, heads=2, qk_norm="head"), "whose qk_norm .head. bounds logits"),
         (partial(SoftmaxAttention, heads=2, softcap=30.0), "whose softcap bounds logits already"),
+        (partial(Unmeasured, heads=2), "whose largest logits are not measured"),
         (partial(CosineAttention, heads=2), "whose largest logits are not measured"),
         (partial(MoBA, heads=2, block_size=4, top_k=2), "whose largest logits are not measured"),
         (
@@ -255,6 +316,30 @@ def test_attention_that_cannot_be_clipped_is_refused(mixer, why):
     with pytest.raises(ValueError, match=said):
         check_clipping(model, 100.0, [])
     check_clipping(model, None, [])
+
+
+@pytest.mark.parametrize(
+    ("mixer", "why"),
+    [
+        (partial(Forgetful, heads=2), r"\(Forgetful\), which says how it is clipped and does not raise"),
+        (Plain, r"\(Plain\), which runs softmax_attention and does not say how it is clipped"),
+        (Stated, None),
+        (partial(Windowed, heads=2), None),
+        (partial(Bare, heads=2), None),
+        (partial(LightningAttention, heads=2), None),
+    ],
+)
+def test_a_mixer_of_ones_own_is_clipped_or_refused_by_name(mixer, why):
+    def build(configuration):
+        return make_model(mixers={"softmax": MIXERS["softmax"], "latent": MIXERS["latent"], "other": mixer})
+
+    chosen = Settings(optimizer=OptimizerSettings(qk_clip=100.0))
+    chosen.data.sequence_length = LENGTH
+    refused = nullcontext() if why is None else pytest.raises(ValueError, match=rf"^optimizer.qk_clip .*other {why}")
+    with refused:
+        check_model(build, {"vocabulary": VOCABULARY}, chosen)
+    chosen.optimizer = OptimizerSettings()
+    check_model(build, {"vocabulary": VOCABULARY}, chosen)
 
 
 def test_what_has_no_effect_is_refused():

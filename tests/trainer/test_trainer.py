@@ -93,7 +93,7 @@ def settings(texts: Path, run: Path, **changes: Any) -> Settings:
         engine=EngineSettings(zero_stage=1),
         evaluation=EvaluationSettings(every=4, at_start=True, rows=3, prompt="def ", sample_tokens=8),
         checkpoint=CheckpointSettings(every=2, keep=2),
-        logger=LoggerSettings(wandb=WandbSettings(mode="disabled")),
+        logger=LoggerSettings(memory=False, wandb=WandbSettings(mode="disabled")),
         run=RunSettings(dir=str(run)),
     )
     for name, value in changes.items():
@@ -147,6 +147,7 @@ def test_a_run_learns_and_leaves_what_it_should(uninterrupted: Path) -> None:
     assert training[-1]["loss"] < 0.85 * training[0]["loss"]
     for key in ("grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes", "flops_per_second"):
         assert all(line[key] > 0 for line in training)
+    assert all(0 < line["communication_seconds"] < line["seconds"] for line in training)
     assert all(line["attention_imbalance"] >= 1 and line["padding"] == 0 for line in training)
     validation = [line for line in records if "validation_loss" in line]
     assert [line["step"] for line in validation] == [0, 4, 8]

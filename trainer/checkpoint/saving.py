@@ -91,6 +91,7 @@ class Saving(Callback):
         state = {
             "step": step,
             "stage": trainer.stage.identity,
+            "schedule": asdict(trainer.schedule),
             "tokens": trainer.tokens,
             "data": trainer.corpus.train.state(trainer.row),
             "model": trainer.settings.model,

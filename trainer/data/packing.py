@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -149,6 +151,11 @@ class RowStream(ABC):
         read = {name: [list(reading) for reading in readings] for name, readings in self.read.items()}
         return self._identity() | {"row": row, "mark": self.mark, "reading": reading, "read": read}
 
+    @property
+    def segment(self) -> str:
+        """Which segment of which run this is: its rows, by number, are those of no other."""
+        return segment_of(self.state(0))
+
     def resume(self, state: dict[str, Any], *, restart: bool = False) -> int:
         """The row of a checkpoint's state. Raises ValueError if it counts the rows of another stream.
 
@@ -188,6 +195,13 @@ class RowStream(ABC):
             "seed": self.seed,
             "packing": self.packing,
         }
+
+
+def segment_of(state: dict[str, Any]) -> str:
+    """The `segment` of the stream whose state that is: what its rows follow from."""
+    made_of = [state.get(key) for key in ("version", "fingerprint", "sequence_length", "seed", "mark")]
+    made_of += [state.get("packing", "concat"), sorted(state.get("read", {}).items())]
+    return hashlib.blake2b(json.dumps(made_of).encode(), digest_size=8).hexdigest()
 
 
 class TokenStream(RowStream):
@@ -236,6 +250,13 @@ class TokenStream(RowStream):
 
     def _plan_of(self, unread: Unread, packing: str, length: int, mark: int | None) -> Plan:
         return PACKINGS[packing](self.epochs, unread, length, mark)
+
+    def left(self) -> tuple[int, list[Piece]]:
+        """The epoch that earlier segments ended in, from 0, and what they have left unread of it: at least a token."""
+        unread = self._plan.unread
+        epoch = unread.token(0) // self.tokens
+        count = unread.below((epoch + 1) * self.tokens)
+        return epoch, [piece for interval in unread.intervals(0, count) for piece in self.epochs.pieces(*interval)]
 
     @property
     def targets(self) -> int:

@@ -39,9 +39,7 @@ def diagnose(
     line for each thing begun. prepare: "module:function" that every rank calls first; tests plant faults with it.
     Raises ValueError for a configuration that training refuses.
     """
-    # The ranks here are fewer than those of training: groups of them would say nothing of it.
-    settings = replace(settings, engine=replace(settings.engine, hierarchical=None))
-    check(settings, _sharing(settings.parallel))
+    settings = checked(settings)
     configured = configured_model(settings)
     check_model(build, configured, settings, say)
     parallel = at_most(settings.parallel, MOST_RANKS)
@@ -57,6 +55,14 @@ def diagnose(
     # Rows that were not tested come last.
     report.rows.sort(key=lambda row: row.verdict == NOT_TESTED)
     return report
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings as they are examined, on the fewest ranks. Raises ValueError for what can be known before."""
+    # These are fewer than those of training: groups of them would say nothing of it.
+    settings = replace(settings, engine=replace(settings.engine, hierarchical=None))
+    check(settings, _sharing(settings.parallel))
+    return settings
 
 
 def _on_host(bench: Bench, settings: Settings, say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from ..data.corpus import Corpus
 from ..data.packing import RowStream
 from ..ranks.settings import strategy_of
 from ..run import report
+from ..run.metrics import BEFORE_STAGE
 from .baselines import text_baselines
 from .evaluation import Loss, evaluate, evaluate_truncated
 from .sample import draw_sample
@@ -23,7 +24,7 @@ class Validation(Callback):
     """Logs the loss on held-out rows every `evaluation.every` steps, with `evaluation.at_start` before the first one
     too, with `evaluation.positions` also by position. After the last step it adds the comparisons with counting models
     and with a shorter context. Where a stage begins, the loss is logged by its settings too, under the step that ended
-    the one before.
+    the one before; BEFORE_STAGE in that line tells the two apart.
     """
 
     def start(self, trainer: Trainer) -> None:
@@ -34,11 +35,11 @@ class Validation(Callback):
 
     def next_stage(self, trainer: Trainer) -> None:
         if trainer.settings.evaluation.every:
-            self._before_step(trainer)
+            self._before_step(trainer, {BEFORE_STAGE: True})
 
-    def _before_step(self, trainer: Trainer) -> None:
+    def _before_step(self, trainer: Trainer, more: dict[str, Any] | None = None) -> None:
         cast(LanguageModel, trainer.engine.module).at_step(trainer.step)
-        trainer.outputs.validation(_validated(trainer))
+        trainer.outputs.validation(_validated(trainer) | (more or {}))
 
     def after_step(self, trainer: Trainer) -> None:
         chosen = trainer.settings.evaluation

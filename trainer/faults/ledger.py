@@ -45,7 +45,8 @@ def beyond(row: int, count: int, passages: Collection[Passage]) -> int:
 class Ledger:
     """The lines of the file, one a fault, in the order in which they came.
 
-    stage: the one that they are of, since each counts its rows from 0; "" in a run without stages.
+    segment: what counts its rows from 0 (see `RowStream`): a stage, or the data since `data.restart`. Of a line without
+    one, `stage` says what it is of; "" in a run without stages.
 
     Each has `time`, `kind`, `step`, `rows` ([first, stop]) and `reason`; kinds are
 
@@ -55,18 +56,18 @@ class Ledger:
         passed over   the rows were passed over, before that step
     """
 
-    def __init__(self, folder: Path, stage: str = "") -> None:
-        self.path, self.stage = folder / NAME, stage
+    def __init__(self, folder: Path, segment: str = "", stage: str = "") -> None:
+        self.path, self.segment, self.stage = folder / NAME, segment, stage
 
     def add(self, kind: str, step: int, rows: tuple[int, int], reason: str, **more: Any) -> None:
         """Adds a line; a disk that has no room for it costs the line alone."""
-        more |= {"stage": self.stage} if self.stage else {}
+        more |= {key: value for key, value in (("stage", self.stage), ("segment", self.segment)) if value}
         line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, "rows": rows, "reason": reason}
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | more) + "\n")
 
     def passages(self) -> list[Passage]:
-        """What a run passes over because of earlier ends and rollbacks."""
+        """What the segment passes over because of earlier ends and rollbacks."""
         lines = self._lines()
         passages = [
             Passage(first, stop, f"rolled back: {line['reason']}")
@@ -87,7 +88,8 @@ class Ledger:
             for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line that a kill has torn
                     line = json.loads(text)
-                    if line.get("stage", "") != self.stage:
+                    own = self.segment if "segment" in line else self.stage
+                    if line.get("segment", line.get("stage", "")) != own:
                         continue
                     first, stop = map(int, line["rows"])
                     lines.setdefault(line["kind"], []).append({"rows": (first, stop), "reason": str(line["reason"])})

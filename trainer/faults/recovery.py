@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import checkpoint
 from ..checkpoint.stored import step_of, steps
+from ..data.packing import segment_of
 from ..data.reading import StepPart
 from ..ranks.exchange import from_first_rank
 from ..run.failure import NotFinite
@@ -39,14 +40,17 @@ class Recovery:
         self.passed: list[Passage] = []
         self.target: Path | None = None
         self._from = 0  # the step after which the weights were loaded
+        self._began = 0  # and that after which the rows of now were begun to be counted
         self._streak = 0  # the row with which the first of those in a row began
         self._at_stake: tuple[int, int] | None = None  # rows that may be why the run ends now
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state, or begins, where it is empty; every rank calls it."""
         self.skipped, self._from = int(state.get("skipped_steps", 0)), self._trainer.step
-        if state.get("stage", self._trainer.stage.identity) != self._trainer.stage.identity:
-            state = {}  # the stage before had rows of its own
+        if state and segment_of(state["data"]) == self._trainer.corpus.train.segment:
+            self._began = int(state.get("segment_began", self._trainer.stage.first))
+        else:  # the stage before, or the data before `data.restart`, had rows of their own
+            state, self._began = {}, self._trainer.step
         self.passed = [Passage(int(first), int(stop), reason) for first, stop, reason in state.get("skipped_rows", ())]
         self.guard.resume(state.get("spikes", {}))
         mine = self._ledger.passages() if self._trainer.mesh.rank == 0 else []
@@ -56,6 +60,7 @@ class Recovery:
         """What a checkpoint keeps: `skipped_rows` are the rows before the next one that no weight has learnt from."""
         spikes = self.guard.state()
         return {
+            "segment_began": self._began,
             "skipped_steps": self.skipped,
             "skipped_rows": [list(each) for each in self.passed],
         } | ({"spikes": spikes} if spikes else {})
@@ -125,9 +130,8 @@ class Recovery:
         trainer, mesh = self._trainer, self._trainer.mesh
         trainer.saving.wait(trainer)  # for one that is being written beside training
         there = steps(trainer.directory.checkpoints) if mesh.rank == 0 else []
-        # Not from before the stage, which began from a checkpoint: the engine is of this one.
-        begins = trainer.stage.first
-        there = [path for path in from_first_rank(there, mesh) if begins <= step_of(path) < first]
+        # Not from before the stage or the data of now, which began from a checkpoint: engine and rows are of these.
+        there = [path for path in from_first_rank(there, mesh) if self._began <= step_of(path) < first]
         if self.rollbacks and first == self._from + 1:
             there = [path for path in there if step_of(path) < self._from] or there
         return next((path for path in reversed(there) if checkpoint.examine(path, mesh) is None), None)
@@ -161,7 +165,8 @@ class Recovery:
 
     @property
     def _ledger(self) -> Ledger:
-        return Ledger(self._trainer.directory.path, self._trainer.stage.name)
+        trainer = self._trainer
+        return Ledger(trainer.directory.path, trainer.corpus.train.segment, trainer.stage.name)
 
     def _write(self, kind: str, rows: tuple[int, int], reason: str, step: int | None = None, **more: Any) -> None:
         if self._trainer.mesh.rank == 0:

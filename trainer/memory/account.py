@@ -7,9 +7,12 @@ they give the shapes that they give on as many ranks, and what their kernels nee
 
 from __future__ import annotations
 
+import math
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,78 +23,95 @@ from ...kernels.dispatch import standing_for
 from ...kernels.documents import Documents
 from ...kernels.pointwise import chunk_tokens
 from ...models.language_model import LanguageModel
-from ...models.part import FeedForward, cast_parameters, named_weights, tile
+from ...models.part import FeedForward, cast_parameters, tile
 from ...parallel.layout import Layout
 from ...parallel.sequence import Sequence
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
-from .allocations import Allocations
+from .allocations import Allocations, size
+from .states import STEP, Share, states_of, stepping
 
 SHORTEST = 4096  # tokens of a rank: of fewer, the workspaces of ops would grow with the length
 SMALL_TILE = 256  # tokens: with tiles of a few, what else a step holds at its peak shows already in short rows
+FEW, SECONDS = 1024, 60.0  # tokens of a rank, and the time, that suffice for the account of a run that starts
+PEAK = "peak of a rank"
+NO_STEP = Share(STEP, 0.0)
 STREAM, LOSS, WORKING = "residual stream and norms", "embedding and loss", "working memory of backward"
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of one part, bytes whatever the length, and bytes per token that this rank holds; `host`: not on the device."""
-
-    part: str
-    fixed: float
-    per_token: float = 0.0
-    host: bool = False
-
-    def bytes(self, tokens: int) -> int:
-        """Of so many tokens."""
-        return round(self.fixed + self.per_token * tokens)
 
 
 @dataclass(frozen=True)
 class Account:
     """What one rank holds at the peak of a step of `tokens` tokens at once.
 
-    states: parameters, gradients and what the optimizer keeps. kept: of the activations, from forward to backward.
+    states: parameters, gradients, what the optimizer keeps and the copy that is being saved. kept: of the activations,
+        from forward to backward.
     working: what backward holds beside at the peak, as it is where tiles of feed-forward layers make it, and as it is
-        elsewhere: the larger counts, which may change with the length. exact: whether the ops' own temporaries are in.
+        elsewhere: the larger counts, which may change with the length.
+    missing: what is not counted; "" where the ops' own temporaries are in.
+    stepping: what the optimizer's step holds when no activation is there any more.
     """
 
     tokens: int
     states: tuple[Share, ...]
     kept: tuple[Share, ...]
     working: tuple[Share, ...]
-    exact: bool
+    missing: str
+    stepping: Share = NO_STEP
+
+    @property
+    def exact(self) -> bool:
+        """Whether the ops' own temporaries are in."""
+        return not self.missing
 
     def shares(self, tokens: int | None = None) -> tuple[Share, ...]:
-        """All parts that count, by default at the step's own tokens."""
+        """All parts that count, by default at the step's own tokens; `stepping` is not held beside the activations."""
+        return (*self.states, *self._activations(tokens), *([self.stepping] if self.stepping.fixed else []))
+
+    def _activations(self, tokens: int | None) -> tuple[Share, ...]:
         number = self.tokens if tokens is None else tokens
-        return (*self.states, *self.kept, max(self.working, key=lambda share: share.bytes(number)))
+        return (*self.kept, max(self.working, key=lambda share: share.bytes(number)))
 
     def activations(self, tokens: int | None = None) -> int:
         """Bytes on the device of what is kept and of the working memory, by default of the step's own tokens."""
         number = self.tokens if tokens is None else tokens
-        return sum(share.bytes(number) for share in self.shares(number)[len(self.states) :] if not share.host)
+        return sum(share.bytes(number) for share in self._activations(tokens) if not share.host)
 
     def peak(self, tokens: int | None = None) -> int:
         """Bytes on the device, by default of the step's own tokens."""
-        return self.activations(tokens) + sum(share.bytes(0) for share in self.states if not share.host)
+        stepping = 0 if self.stepping.host else self.stepping.bytes(0)
+        return max(self.activations(tokens), stepping) + sum(x.bytes(0) for x in self.states if not x.host)
+
+    def on_host(self, tokens: int | None = None) -> int:
+        """Bytes that are on the host meanwhile, by default of the step's own tokens."""
+        number = self.tokens if tokens is None else tokens
+        return sum(share.bytes(number) for share in self.shares(tokens) if share.host)
+
+    def summary(self) -> str:
+        """One line: the peak, what of it are states, and what is on the host."""
+        states = sum(share.bytes(0) for share in self.states if not share.host)
+        host = f", {size(held)} on the host" if (held := self.on_host()) else ""
+        missing = f", without {self.missing}" if self.missing else ""
+        return f"{size(self.peak())} per rank at the peak, {size(states)} of them states{host}{missing}"
+
+    def figures(self) -> dict[str, int]:
+        """Bytes by part, and the peak: what a line of metrics says."""
+        return {_named(share): share.bytes(self.tokens) for share in self.shares()} | {PEAK: self.peak()}
 
     def lines(self) -> list[str]:
-        """A table: a line per part, and the peak."""
+        """A table: a line per part, the peak, and what is not in it."""
         lines = [f"{'part':<44}{'fixed':>12}{'per token':>14}{'at ' + format(self.tokens, ','):>16}"]
         for share in self.shares():
-            name = share.part + (" (host)" if share.host else "")
             per_token = f"{share.per_token:,.0f} B" if share.per_token else ""
-            lines.append(f"{name:<44}{size(share.fixed):>12}{per_token:>14}{size(share.bytes(self.tokens)):>16}")
-        return [*lines, f"{'peak of a rank':<44}{size(self.peak()):>42}"]
+            values = f"{size(share.fixed):>12}{per_token:>14}{size(share.bytes(self.tokens)):>16}"
+            lines.append(f"{_named(share):<44}{values}")
+        lines.append(f"{PEAK:<44}{size(self.peak()):>42}")
+        if held := self.on_host():
+            lines.append(f"{'on the host':<44}{size(held):>42}")
+        return lines + ([f"not counted: {self.missing}"] if self.missing else [])
 
 
-def size(number: float) -> str:
-    """Bytes as people read them."""
-    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
-        if abs(number) < 1024:
-            return f"{number:,.{digits}f} {unit}"
-        number /= 1024
-    return f"{number:,.2f} GiB"
+def _named(share: Share) -> str:
+    return share.part + (" (host)" if share.host else "")
 
 
 def account(
@@ -101,27 +121,32 @@ def account(
     device: torch.device,
     *,
     shortest: int = SHORTEST,
+    temporaries: bool = True,
+    seconds: float = math.inf,
 ) -> Account:
     """The account of a step of the trainer on so many ranks.
 
     build: makes a new model, complete, with the settings of `trainer` in it. shortest: how many tokens of a rank it
-    runs on at least, where there are so many. Raises what the model's forward raises.
+    runs on at least, where there are so many. temporaries: those of ops are counted where they can be, which may take
+    minutes. Raises what the model's forward raises, and TimeoutError after so many seconds.
     """
+    until = time.monotonic() + seconds
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
     dtype = getattr(torch, settings.trainer.dtype)
-    exact = device.type == "cpu" and layout.ranks == 1
+    exact = temporaries and device.type == "cpu" and layout.ranks == 1
+    missing = "" if exact else "what kernels and libraries need meanwhile"
     with torch.device("meta"):
         model = build()
     own, chunk = settings.trainer.tile_tokens, chunk_tokens(model.vocabulary, dtype, device)
     short = _lengths(layout, max(shortest, 2 * (own or 0), 2 * chunk))
-    count = partial(_counted, build, settings, device, dtype)
+    count = partial(_counted, build, settings, device, dtype, until)
     tiles = [own] if own is None or own <= SMALL_TILE else [own, SMALL_TILE]
     try:
         counted = [[count(length, each, exact) for length in short] for each in tiles]
-    except (NotImplementedError, RuntimeError):  # of an op that reads values
+    except (NotImplementedError, RuntimeError) as error:  # of an op that reads values
         if not exact:
             raise
-        exact = False
+        exact, missing = False, f"what ops need meanwhile, as {_reads_values(error)}"
         counted = [[count(length, each, exact) for length in short] for each in tiles]
     less, more = (rows * length.local_length for length in short)
 
@@ -136,34 +161,29 @@ def account(
         kept.append(share("kept: offloaded", at_less.host, at_more.host, True))
     working = tuple(share(WORKING, a.working, b.working) for a, b in counted)
     cast_parameters(model, dtype)
-    states = states_of(model, settings, world_size)
-    return Account(rows * layout.local_length, states, tuple(kept), working, exact)
+    states = states_of(model, settings, world_size, device)
+    step = stepping(model, settings, world_size, device, states)
+    if device.type == "cpu":  # which is the host
+        states, step = tuple(replace(share, host=False) for share in states), replace(step, host=False)
+    return Account(rows * layout.local_length, states, tuple(kept), working, missing, step)
 
 
-def states_of(model: nn.Module, settings: Settings, world_size: int) -> tuple[Share, ...]:
-    """Parameters, gradients, float32 masters and the optimizer's moments on one rank, by ZeRO stage.
+def account_of_run(
+    build: Callable[[], LanguageModel], settings: Settings, world_size: int, device: torch.device
+) -> Account | str:
+    """The account that a run logs when it starts, in little time and whatever the model is; or why there is none."""
+    try:
+        return account(build, settings, world_size, device, shortest=FEW, temporaries=False, seconds=SECONDS)
+    except Exception as error:  # a run does not end for it
+        return str(error).partition("\n")[0] or type(error).__name__
 
-    Two moments per parameter, one with Lion; Muon's matrices have one too, which counts as two here.
-    Gradients are as large as DeepSpeed keeps them from one micro-batch to the next: in float32, split from stage 2 on.
-    """
-    engine, expert_ranks = settings.engine, settings.parallel.experts
-    by_expert = {
-        id(each) for module in model.modules() for name in getattr(module, "by_expert", ())
-        if isinstance(each := getattr(module, name), Tensor)
-    }  # fmt: skip
-    numbers = bytes_held = 0.0
-    for _, parameter in named_weights(model):
-        held = parameter.numel() / (expert_ranks if id(parameter) in by_expert else 1)
-        numbers, bytes_held = numbers + held, bytes_held + held * parameter.itemsize
-    split = [1.0 if engine.zero_stage < stage else 1 / world_size for stage in (1, 2, 3)]
-    optimizer_away = engine.offload != "none"
-    copies = [] if engine.zero_stage == 0 else [Share("float32 masters", 4 * numbers * split[0], host=optimizer_away)]
-    return (
-        Share("parameters", bytes_held * split[2], host=engine.offload == "all"),
-        Share("gradients", 4 * numbers * split[1], host=optimizer_away and engine.zero_stage > 1),
-        *copies,
-        Share("moments", (4 if settings.optimizer.kind == "lion" else 8) * numbers * split[0], host=optimizer_away),
-    )
+
+def _reads_values(error: Exception) -> str:
+    """Which op or part has failed for want of values: as its notes say, else by the module that asked."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    asked = [name for name in modules if name.startswith(__name__.partition(".")[0])]
+    where = "; ".join(dict.fromkeys(getattr(error, "__notes__", ()))) or f"something in {asked[-1]}"
+    return f"{where} reads values ({str(error).splitlines()[0]})"
 
 
 def _lengths(layout: Layout, least: int) -> tuple[Layout, Layout]:
@@ -188,6 +208,7 @@ def _counted(
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype,
+    until: float,
     layout: Layout,
     tile_tokens: int | None,
     exact: bool,
@@ -207,7 +228,7 @@ def _counted(
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # as from an earlier micro-batch: counted with the states
         tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
-        allocations = Allocations("meta")
+        allocations = Allocations("meta", until)
         allocations.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), tokens])
         with standing_for(device.type), allocations, allocations.labelled(STREAM):
             _label(model, allocations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +20,12 @@ class Allocations(TorchDispatchMode):
 
     What an operation needs beside its results, and lets go of before it returns, is not seen.
     live, peak: bytes now, and at most.      live_by: bytes now by the label under which they were made.
+    until: the time by `time.monotonic` from which operations raise TimeoutError.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, until: float = math.inf) -> None:
         super().__init__()
+        self.until = until
         self.device = device
         self.live = self.peak = 0
         self.live_by: Counter[str] = Counter()
@@ -44,6 +48,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if time.monotonic() > self.until:
+            raise TimeoutError("counting has taken too long")
         result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._note, result)
         return result
@@ -65,3 +71,12 @@ class Allocations(TorchDispatchMode):
         size = self._known.pop(key)
         self.live -= size
         self.live_by[label] -= size
+
+
+def size(number: float) -> str:
+    """Bytes as people read them."""
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
+        if abs(number) < 1024:
+            return f"{number:,.{digits}f} {unit}"
+        number /= 1024
+    return f"{number:,.2f} GiB"

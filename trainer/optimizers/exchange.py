@@ -47,20 +47,16 @@ class Exchange:
     """Which matrices go to which rank, in how many pieces from whom.
 
     parts: the same on each of the `ranks` ranks of the group, but for offset, start and length. Every rank makes it and
-    calls its methods, in the same order.
+    calls its methods, in the same order. On `meta` nothing travels: it gives the shapes that the first rank gets, where
+    all hold equal parts.
     """
 
     def __init__(self, parts: list[Part], ranks: int, group: Any, device: torch.device) -> None:
         self._parts, self._ranks, self._group = parts, ranks, group
         self._units = assign(parts, ranks)
-        own = torch.tensor([part[-2:] for part in parts], dtype=torch.int64, device=device).view(-1)
-        every = own.new_empty(ranks, len(own))
-        if ranks > 1:
-            all_gather(every.view(-1), own, group=group)
-        else:
-            every[0] = own
-        held = every.view(ranks, -1, 2).tolist()  # of each rank, start and length of its share of each part
-        rank = 0 if ranks == 1 else torch.distributed.get_rank(group)
+        alone = ranks == 1 or device.type == "meta"
+        held = _equal(parts, ranks) if alone else _held(parts, ranks, group, device)
+        rank = 0 if alone else torch.distributed.get_rank(group)
         self._mine = [number for number, unit in enumerate(self._units) if unit.owner == rank]
         self._sends = [
             _pieces([n for n, unit in enumerate(self._units) if unit.owner == owner], self._units, held[rank])
@@ -102,12 +98,32 @@ class Exchange:
         if self._ranks == 1:
             return x
         sizes = ([sum(piece.high - piece.low for piece in pieces) for pieces in each] for each in (sends, receives))
+        if x.device.type == "meta":
+            return x.new_empty(sum([*sizes][1]))
         return all_to_all_rows(x, *sizes, group=self._group)
 
     @staticmethod
     def _split(x: Tensor, pieces: list[list[_Piece]]) -> Iterator[tuple[_Piece, Tensor]]:
         flat = [piece for each in pieces for piece in each]
         return zip(flat, x.split([piece.high - piece.low for piece in flat]), strict=True)
+
+
+def _held(parts: list[Part], ranks: int, group: Any, device: torch.device) -> list[list[list[int]]]:
+    """Of each rank, start and length of its share of each part."""
+    own = torch.tensor([part[-2:] for part in parts], dtype=torch.int64, device=device).view(-1)
+    every = own.new_empty(ranks, len(own))
+    all_gather(every.view(-1), own, group=group)
+    return every.view(ranks, -1, 2).tolist()
+
+
+def _equal(parts: list[Part], ranks: int) -> list[list[list[int]]]:
+    """The same where all ranks have equal shares, as long as the parts are."""
+    sizes = [part.count * part.rows * part.columns for part in parts]
+    lengths = [-(-size // ranks) for size in sizes]
+    return [
+        [[min(rank * n, size), min(n, max(0, size - rank * n))] for n, size in zip(lengths, sizes, strict=True)]
+        for rank in range(ranks)
+    ]
 
 
 def assign(parts: list[Part], ranks: int) -> list[_Unit]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.dispatch import kind_of
 from .exchange import Exchange, Part
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -57,7 +58,7 @@ class Muon:
         self.locate: Locate = lambda flat: []
         self.ranks, self.group = 1, None
         self._momentum, self._device = momentum, device
-        self._dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self._dtype = torch.float32 if kind_of(device) == "cpu" else torch.bfloat16
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
 
     def step(self, groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> None:

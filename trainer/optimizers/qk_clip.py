@@ -8,16 +8,22 @@ K2's three factors, which have this product.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...kernels.dispatch import note, noting
 from ...models.language_model import LanguageModel
 from ...models.mixer import name_of
 from ...models.part import Clipped, Part
 from ...parallel.mesh import Mesh
 
 LOGIT = "qk_largest_logit"
+SOFTMAX = {"softmax_attention", "block_sparse_attention"}  # ops with logits that QK-clip is about
 
 
 class QKClip:
@@ -82,6 +88,54 @@ def clipped_parts(model: LanguageModel, most: float) -> list[tuple[Part, Clipped
             f"optimizer.qk_clip must be null for a model without softmax attention; got {most}. Leave it out"
         )
     return found
+
+
+class Tried:
+    """Of a model without values that is tried: whether its parts measure the logits that they say they have, and which
+    have logits that they say nothing of."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._measuring: list[tuple[Part, Tensor]] = []
+        self._ops: dict[Part, set[str]] = {}
+        for _, part in model.leaves():
+            clipped = part.clipped()
+            if isinstance(clipped, Clipped):
+                largest = part.largest_logits = torch.full((clipped.heads,), -math.inf)
+                self._measuring.append((part, largest))
+            elif clipped is None:
+                part.forward = _noted(part.forward, self._ops.setdefault(part, set()))
+
+    def check(self, most: float) -> None:
+        """After a forward. Raises ValueError that names a part which QK-clip would pass by in silence."""
+        begin = "optimizer.qk_clip must be null with"
+        for part, largest in self._measuring:
+            if largest._version == 0:  # which counts what has been written into it, without values too
+                raise ValueError(
+                    f"{begin} {part.setting} ({name_of(type(part))}), which says how it is clipped and does not raise "
+                    f"its largest_logits; got {most}. Have it pass largest=self.largest_logits to its op, or leave "
+                    "the bound out"
+                )
+        for part, ops in self._ops.items():
+            if own := sorted(ops & SOFTMAX):
+                raise ValueError(
+                    f"{begin} {part.setting} ({name_of(type(part))}), which runs {own[0]} and does not say how it is "
+                    f"clipped; got {most}. Define its `clipped` (models/part.py) and pass largest=self.largest_logits "
+                    "to the op, or leave the bound out"
+                )
+
+
+def _noted(forward: Callable[..., Any], found: set[str]) -> Callable[..., Any]:
+    """The forward, whose ops join `found` too."""
+
+    def noted(*arguments: Any) -> Any:
+        with noting() as own:
+            result = forward(*arguments)
+        found.update(own)
+        for op in own:
+            note(op)
+        return result
+
+    return noted
 
 
 def check_clipping(model: LanguageModel, most: float | None, frozen: list[nn.Parameter]) -> None:

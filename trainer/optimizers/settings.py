@@ -62,8 +62,9 @@ class OptimizerSettings:
             raise ValueError(f"optimizer.momentum must lie in [0, 1); got {self.momentum}")
         if self.qk_clip is not None and not 0 < self.qk_clip < math.inf:
             raise ValueError(f"optimizer.qk_clip must be positive; got {self.qk_clip}. 100 is usual, null for none")
-        for name in self.groups:
-            self._check_rule(name)
+        for name, rule in self.groups.items():
+            if rule is not None:
+                self._check_rule(name)
 
     @property
     def decay(self) -> float:
@@ -72,8 +73,9 @@ class OptimizerSettings:
 
     @property
     def rules(self) -> dict[str, Rule]:
-        """`groups`, by name."""
-        return {name: Rule(**{**rule, "match": tuple(rule["match"])}) for name, rule in self.groups.items()}
+        """`groups`, by name, without those that null takes out."""
+        given = {name: rule for name, rule in self.groups.items() if rule is not None}
+        return {name: Rule(**{**rule, "match": tuple(rule["match"])}) for name, rule in given.items()}
 
     def _check_rule(self, name: str) -> None:
         setting, rule = f"optimizer.groups.{name}", self.groups[name]

@@ -2,7 +2,8 @@
 
 torchrun itself ends with 1 whatever its ranks say, and a signal that it gets leaves them 30 seconds. Here SIGTERM and
 Ctrl-C are passed on to the ranks, which save and end in their own time; a second one is torchrun's again. Where all
-ranks of this machine leave with AGAIN (see `trainer.run.failure`), so does this.
+ranks of this machine leave with AGAIN (see `trainer.run.failure`), so does this: they are not started again, whatever
+`--max-restarts` says, which is for ranks that fail.
 """
 
 from __future__ import annotations
@@ -11,15 +12,37 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import Any, cast
 
 import psutil
+from torch.distributed.elastic.agent.server import WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
 from ..run.failure import AGAIN, ECHO_SECONDS
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, which does not start ranks again that were told to end."""
+
+    _ended: RunResult | None = None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        ended = cast(RunResult, cast(Any, super())._monitor_workers(worker_group))
+        self._ended = ended
+        return ended
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        failures = self._ended.failures if self._ended is not None else {}
+        if failures and all(failed.exitcode == AGAIN for failed in failures.values()):
+            raise ChildFailedError(worker_group.spec.get_entrypoint_name(), failures)
+        cast(Any, super())._restart_workers(worker_group)
 
 
 def pass_signals_on() -> None:
@@ -44,6 +67,7 @@ def main() -> None:
     if hasattr(arguments, "signals_to_handle"):  # a version without it keeps its own handlers
         arguments.signals_to_handle = "SIGHUP,SIGQUIT"
         pass_signals_on()
+    api.LocalElasticAgent = Agent  # type: ignore[misc]  # torch has no other way to give one
     try:
         run(arguments)
     except ChildFailedError as error:

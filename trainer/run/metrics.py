@@ -32,6 +32,10 @@ PEAK_FLOPS = {
     "MI300X": (1307e12, 163e12),
 }
 
+# True in the line of a validation with the settings of a stage before its first step: its step has another one, of the
+# stage that ends there.
+BEFORE_STAGE = "before_stage"
+
 
 class MetricsFile:
     """One JSON object per line, each line flushed as it is written, so that a kill loses none.
@@ -180,8 +184,12 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has used: what torch allocated on CUDA, the resident set on the CPU."""
+    """The most memory that this rank has used: what torch allocated on CUDA since the last call, on the CPU the
+    resident set since the process began.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,7 @@ from ..settings import Settings
 from .directory import RunDirectory, unwritable
 from .environment import keep as keep_environment
 from .failure import remedy
-from .metrics import MetricsFile
+from .metrics import BEFORE_STAGE, MetricsFile
 from .plots import LossCurves
 from .progress import RunProgress
 from .tracking import Tracker
@@ -101,7 +101,8 @@ class Outputs:
         self.log(record)
         bits = f"{record['bits_per_byte']:.4f} bits per byte  " if "bits_per_byte" in record else ""
         figures = f"validation loss {record['validation_loss']:.4f}  {bits}accuracy {record['accuracy']:.2%}"
-        self.say(f"step {record['step']}  {figures}")
+        where = f"step {record['step']}" + (f", before stage {self.stage}" if record.get(BEFORE_STAGE) else "")
+        self.say(f"{where}  {figures}")
         self.plot()
 
     def sample(self, step: int, text: str) -> None:

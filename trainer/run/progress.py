@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..memory.allocations import size
+
 
 class RunProgress:
-    """Shows step, loss, tokens/s and time left; `say` prints a message above the bar, in one write."""
+    """Shows step, loss, tokens/s, meters and time left; `say` prints a message above the bar, in one write."""
 
     def __init__(self, steps: int, first: int, every: int, *, quiet: bool, console: Console | None = None) -> None:
         self.steps, self.every, self.quiet = steps, every, quiet
@@ -42,14 +44,14 @@ class RunProgress:
             return
         self._seconds.append(seconds)
         left = duration(sum(self._seconds) / len(self._seconds) * (self.steps - step))
-        rate = count(record["tokens_per_second"])
+        rate = f"{count(record['tokens_per_second'])} tokens/s{_meters(record)}"
         if self._bar is not None:
-            figures = f"loss {record['loss']:.4f}  {rate} tokens/s  {left} left"
+            figures = f"loss {record['loss']:.4f}  {rate}  {left} left"
             self._bar.update(self._task, completed=step, figures=figures)
         elif step == self._first + 1 or step % self.every == 0 or step == self.steps:
             self.say(
                 f"step {step}/{self.steps}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  "
-                f"learning_rate {record['learning_rate']:.2e}  {rate} tokens/s  {left} left"
+                f"learning_rate {record['learning_rate']:.2e}  {rate}  {left} left"
             )
 
     def say(self, message: str) -> None:
@@ -60,6 +62,20 @@ class RunProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _meters(record: dict[str, Any]) -> str:
+    """What there is of a step's meters, each behind two spaces; what is nothing is not shown."""
+    shown = []
+    if mfu := record.get("mfu"):
+        shown.append(f"{mfu:.1%} MFU")
+    if memory := record.get("peak_memory_bytes"):
+        shown.append(size(memory))
+    if waited := record.get("communication_seconds"):
+        shown.append(f"{waited / record['seconds']:.0%} waiting")
+    if (padding := record.get("padding", 0.0)) >= 0.005:
+        shown.append(f"{padding:.0%} padding")
+    return "".join(f"  {each}" for each in shown)
 
 
 def duration(seconds: float) -> str:
@@ -74,8 +90,8 @@ def duration(seconds: float) -> str:
 
 def count(number: float) -> str:
     """874, 12.3k, 1.20M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            scaled = number / size
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            scaled = number / unit
             return f"{scaled:.1f}{suffix}" if scaled >= 10 else f"{scaled:.2f}{suffix}"
     return f"{number:.0f}"

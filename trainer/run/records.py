@@ -20,8 +20,8 @@ class TakenStep:
     """A step whose results are still on the device.
 
     step, tokens: steps taken and tokens read, with this one.       rate: its learning rate.
-    losses: float64 `[ranks, 2 + sources]`, each rank's sum of token losses, those of each source of a mixture in
-    micro-batches of it alone, and the most memory in bytes that it has used.
+    losses: float64 `[ranks, 3 + sources]`, each rank's sum of token losses, those of each source of a mixture in
+    micro-batches of it alone, the seconds that it has waited for others, and the most memory in bytes that it has used.
     norm: of the gradient, on the device or, where the optimizer has read it, a float.
     auxiliary: scalars, the auxiliary losses by name.                work: of the whole global batch.
     statistics: scalars that parts show of what they sum up, by name.
@@ -49,10 +49,11 @@ class Records:
     """Keeps the steps since the last `read`, which copies their numbers to the host all at once.
 
     peak: FLOPs per second that each rank's device has at most; None where it is not known.
+    once: what the next line says besides.
     """
 
     def __init__(self, peak: float | None) -> None:
-        self.peak = peak
+        self.peak, self.once = peak, dict[str, Any]()
         self._unread: list[TakenStep] = []
         self._seconds = 0.0
 
@@ -68,16 +69,21 @@ class Records:
         self._unread.append(taken)
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines of metrics of the steps since the last time, each with the mean of the time that they took."""
+        """The lines of metrics of the steps since the last time, each with the mean of the time that they took and,
+        over the ranks too, of what of it they waited for one another."""
         if not self._unread:
             return []
         steps, self._unread = self._unread, []
         with self.timing():
             numbers = _read([[step.losses, *_tensors(step.norm), *step.named.values()] for step in steps])
         seconds, self._seconds = self._seconds / len(steps), 0.0
-        return [self._line(step, values, seconds) for step, values in zip(steps, numbers, strict=True)]
+        waited = sum(float(losses[:, -2].mean()) for losses, *_ in numbers) / len(steps)
+        lines = [self._line(step, values, seconds, waited) for step, values in zip(steps, numbers, strict=True)]
+        lines[0] |= self.once
+        self.once = {}
+        return lines
 
-    def _line(self, taken: TakenStep, values: list[Tensor], seconds: float) -> dict[str, Any]:
+    def _line(self, taken: TakenStep, values: list[Tensor], seconds: float, waited: float) -> dict[str, Any]:
         losses, *scalars = values
         ranks, work = len(losses), taken.work
         norm = float(scalars.pop(0)) if isinstance(taken.norm, Tensor) else taken.norm
@@ -91,13 +97,14 @@ class Records:
             "tokens_per_second": work.tokens / seconds,
             "peak_memory_bytes": int(losses[:, -1].max()),
             "seconds": seconds,
+            "communication_seconds": waited,
             "flops_per_second": flops,
             "mfu": flops / ranks / self.peak if self.peak else None,
             "padding": work.padding,
             "attention_imbalance": work.imbalance,
         }
         line |= {name: float(x) for name, x in zip(taken.named, scalars, strict=True)}
-        return line | _of_sources(taken, losses[:, 1:-1].sum(dim=0).tolist())
+        return line | _of_sources(taken, losses[:, 1:-2].sum(dim=0).tolist())
 
 
 def _of_sources(taken: TakenStep, losses: list[float]) -> dict[str, Any]:

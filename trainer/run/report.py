@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.choice import read_config
-from ..checkpoint.stored import is_complete, step_of, steps
+from ..checkpoint.stored import is_complete, step_of, steps, verify
 from ..data.corpus import Corpus
 from ..evaluation.baselines import Baselines
 from ..ranks import launchers
-from ..schedule import Schedule, schedule_of
+from ..schedule import Schedule, schedule_in, schedule_of
 from ..settings import Settings
 from .directory import RunDirectory
 from .progress import count
 
 if TYPE_CHECKING:
     from ...models.language_model import LanguageModel
+    from ..stages.plan import Plan
     from ..trainer import Trainer
 
 
@@ -42,11 +43,12 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
         f"data          {source}: {corpus.summary}, vocabulary {corpus.vocabulary_size}",
         *(["stages", *trainer.plan.table(), f"stage         {trainer.stage.name}"] if trainer.plan.staged else []),
         f"a step        {_a_step(trainer)}",
+        *_memory(trainer),
         *notes,
     ]
     if start is not None:
         lines.append(f"going on after step {step} from {start}")
-        if not trainer.plan.staged and (changed := changed_schedule(trainer.schedule, start, step)):
+        if changed := changed_schedule(trainer.plan, start, step):
             lines.append(changed)
     if trainer.done:
         lines.append(f"nothing is left to do: trainer.steps={settings.trainer.steps}")
@@ -55,7 +57,16 @@ def introduction(trainer: Trainer, start: Path | None, notes: list[str]) -> list
 
 def next_stage(trainer: Trainer) -> str:
     """What a run shows where a stage begins."""
-    return f"stage         {trainer.stage.name}, after step {trainer.step}: {_a_step(trainer)}"
+    began = f"stage         {trainer.stage.name}, after step {trainer.step}: {_a_step(trainer)}"
+    return "\n".join([began, *_memory(trainer)])
+
+
+def _memory(trainer: Trainer) -> list[str]:
+    """What a step holds, by the account; nothing where nobody asked."""
+    made = trainer.memory
+    if made is None:
+        return []
+    return [f"memory        {f'no account: {made}' if isinstance(made, str) else made.summary()}"]
 
 
 def _a_step(trainer: Trainer) -> str:
@@ -185,13 +196,17 @@ def continuation(command: list[str], directory: RunDirectory, settings: Settings
     return changed, "the learning rate has decayed: a new stage from these weights, which warms up again"
 
 
-def changed_schedule(schedule: Schedule, start: Path, step: int) -> str | None:
-    """The notice for a run that goes on from a checkpoint, after `step`, by another schedule than before."""
+def changed_schedule(plan: Plan, start: Path, step: int) -> str | None:
+    """The notice for a run that goes on from a checkpoint, after `step`, by another schedule than before.
+
+    With stages it is about the schedule of the last of these steps: one that a later stage names is no change.
+    """
     try:
-        before = schedule_of(read_config(start))
+        before = schedule_in(verify(start).state) if plan.staged else schedule_of(read_config(start))
     except ValueError as error:
         return f"whether the schedule has changed is not known: {error}"
-    return schedule.announcement(before, step)
+    said = plan.behind(step).schedule.announcement(before, step, plan.at(step).schedule)
+    return said.replace("trainer.steps", "its number of steps") if said and plan.staged else said
 
 
 SMALL_FRACTION = 0.01  # of the peak: at a smaller learning rate there is little to go on with

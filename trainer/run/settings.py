@@ -24,6 +24,7 @@ class LoggerSettings:
     """What the run reports while it goes; run.dir/metrics.jsonl is always written."""
 
     every: int | None = None  # steps whose numbers are read from the device together; null: 1 on a CPU, 10 on CUDA
+    memory: bool = True  # say at the start what a step holds by part, as counted on the first rank: some seconds
     print_every: int = 10  # steps between lines where the output is not a terminal
     wandb: WandbSettings = field(default_factory=WandbSettings)
 

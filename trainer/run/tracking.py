@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .metrics import BEFORE_STAGE
 from .settings import WandbSettings
 
 FAILED_SECONDS = 20.0  # what a run that has failed gives W&B to write what is left
@@ -80,10 +81,16 @@ class Tracker:
         self.directory = Path(self._run.dir).parent
 
     def log(self, record: dict[str, Any]) -> None:
-        """Mirrors a line of metrics at its own step."""
+        """Mirrors a line of metrics at its own step.
+
+        Of two values of one name at a step W&B keeps the later one: where a stage begins, names begin with
+        `before_stage/`.
+        """
         if self._run is None:
             return
-        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        prefix = f"{BEFORE_STAGE}/" if record.get(BEFORE_STAGE) else ""
+        known = {key: value for key, value in record.items() if key not in ("step", BEFORE_STAGE)}
+        values = {prefix + key: value for key, value in known.items() if value is not None}
         self._actions.put(lambda: self._run.log(values, step=record["step"]))
 
     def sample(self, step: int, text: str) -> None:

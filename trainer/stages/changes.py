@@ -13,14 +13,16 @@ from ..settings import Settings
 
 # Groups and settings that a stage may change: what leaves parameters, tokens and the run's files as they are.
 CHANGEABLE = (
-    "model", "data", "parallel", "schedule", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.only",
-    "engine.zero_stage", "trainer.activation_checkpointing", "trainer.clip", "evaluation.every", "evaluation.rows",
-    "evaluation.context", "evaluation.context_rows", "evaluation.positions",
+    "model", "data", "parallel", "schedule", "optimizer", "engine", "trainer.activation_checkpointing",
+    "trainer.tile_tokens", "trainer.offload_activations", "trainer.clip", "trainer.max_skipped_steps",
+    "trainer.max_rollbacks", "trainer.spike_deviations", "trainer.spike_window", "checkpoint.every", "evaluation.every",
+    "evaluation.rows", "evaluation.context", "evaluation.context_rows", "evaluation.positions",
 )  # fmt: skip
-# What they must not change of these groups: other ids, other held-out documents, what is fixed when processes meet.
+# What they must not change of these groups: other ids, other held-out documents, other states, what is fixed when
+# processes meet.
 FIXED = (
     "data.tokenizer", "data.bos", "data.vocabulary_size", "data.validation_fraction", "data.cache_dir",
-    "data.audit", "data.restart", "schedule.extension", "schedule.extended", "model.vocabulary",
+    "data.audit", "data.restart", "schedule.extension", "schedule.extended", "model.vocabulary", "optimizer.kind",
     "parallel.timeout_minutes",
 )  # fmt: skip
 
@@ -99,13 +101,23 @@ def _replaced(holder: Any, path: list[str], value: Any, name: str, free: bool) -
 
 
 def _with_parts(before: Mapping[str, Any], part: Any, changes: Any, name: str) -> dict[str, Any]:
-    """Parts by name, such as the sources of a mixture, some of them changed, added, or removed by null."""
+    """Parts by name, such as the sources of a mixture, some of them changed, added, or removed by null; all by null."""
+    if changes is None:
+        return {}
     if not isinstance(changes, Mapping):
-        raise ValueError(f"{name} must be a mapping; got {changes!r}")
+        raise ValueError(f"{name} must be a mapping, or null to leave out all of it; got {changes!r}")
     made = dict(before)
     for key, value in changes.items():
         if value is None:
-            made.pop(key, None)
+            if made.pop(key, None) is None:
+                raise ValueError(
+                    f"{name}.{key} must be there to be left out by null. {_near(key, list(before), name + '.')}"
+                )
+            if not made:
+                raise ValueError(
+                    f"{name} must keep one of {', '.join(before)}; got null for each. Give null for {name} itself, and "
+                    "say what is read instead"
+                )
             continue
         made[key] = made.get(key, part())
         if not isinstance(value, Mapping):

@@ -82,16 +82,16 @@ class Plan:
         for stage in self.stages:
             with stage.checked():
                 check(stage.settings, world_size, device)
+                if self.borders and not stage.settings.checkpoint.every:
+                    raise ValueError(
+                        "checkpoint.every must be at least 1 with stages, each of which begins from the checkpoint of "
+                        "the one before; got 0"
+                    )
             if self.staged and (extension := stage.settings.schedule.extension) != "stretch":
                 raise ValueError(
                     f"schedule.extension must be left out with stages; got {extension}. Add a stage with a schedule of "
                     "its own instead"
                 )
-        if self.borders and not self.settings.checkpoint.every:
-            raise ValueError(
-                "checkpoint.every must be at least 1 with stages, each of which begins from the checkpoint of the one "
-                "before; got 0"
-            )
 
     def table(self) -> list[str]:
         """A line for each stage: its name, its steps, and what it changes."""

@@ -49,7 +49,7 @@ class Attention(Mixer):
     Raises ValueError for sizes that do not divide and for settings without effect.
     """
 
-    measures_logits = False  # whether `attend` raises `largest_logits`
+    measures_logits = False  # whether an `attend` of its own raises `largest_logits`
     shares_keys = False  # whether `attend` can read keys that another layer keeps; it needs the forward of this class
 
     def __init__(
@@ -173,13 +173,15 @@ class Attention(Mixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         """The mixing itself, `[B, T, heads, head_dim]`: here of all keys."""
-        return ops.softmax_attention(q, k, v, seq=seq, keys_as=self.keys_as, keys_of=self.keys_of)
+        return ops.softmax_attention(
+            q, k, v, seq=seq, keys_as=self.keys_as, keys_of=self.keys_of, largest=self.largest_logits
+        )
 
     def mixing_flops(self, seq: Sequence) -> int:
         return flops(seq.pairs(Mask()), heads=self.heads, key_dim=self.head_dim, value_dim=self.head_dim)
 
     def clipped(self) -> Clipped | str | None:
-        if not self.measures_logits:
+        if not self.measures_logits and type(self).attend is not Attention.attend:
             return UNMEASURED
         if self.qk_norm is not None:
             return f"whose qk_norm ({self.qk_norm}) bounds logits and undoes a scale of the queries"

@@ -268,6 +268,7 @@ SETTINGS = (
     "checkpoint.every=2",
     "trainer.steps=4",
     "logger.wandb.mode=disabled",
+    "logger.memory=false",
 )
 
 

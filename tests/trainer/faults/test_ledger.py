@@ -39,6 +39,18 @@ def test_what_happened_once_is_met_again_and_what_happened_twice_is_not(tmp_path
     assert kinds == ["died", "died", "died", "skipped", "died", "rollback"]
 
 
+def test_rows_of_another_segment_are_others(tmp_path: Path) -> None:
+    """Also within a stage; lines from before segments were named are of their stage."""
+    for segment in ("a", "a", "b"):
+        Ledger(tmp_path, segment, "long").add("died", 3, (4, 6), "RuntimeError")
+    for _ in range(2):
+        Ledger(tmp_path, stage="long").add("died", 3, (8, 9), "RuntimeError")
+    rows = [
+        [passage[:2] for passage in Ledger(tmp_path, *of).passages()] for of in (("a", "long"), ("b", "long"), ("a",))
+    ]
+    assert rows == [[(4, 6), (8, 9)], [(8, 9)], [(4, 6)]]
+
+
 def test_a_folder_that_cannot_be_written_costs_the_line_alone(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "gone")
     ledger.add("died", 3, (4, 6), "RuntimeError")

@@ -16,6 +16,8 @@ from test_trainer import exact, lines, settings, train
 from longreach.launch.build import build
 from longreach.parallel.mesh import Mesh
 from longreach.trainer.data.audit.proof import prove
+from longreach.trainer.data.packing import segment_of
+from longreach.trainer.faults.ledger import Ledger
 from longreach.trainer.run import failure
 from longreach.trainer.run.outputs import Outputs
 from longreach.trainer.settings import Settings
@@ -191,3 +193,29 @@ def test_rows_in_which_a_run_died_twice_are_passed_over(texts: Path, tmp_path: P
     state = json.loads((tmp_path / "run/checkpoints/step-00000005/index.json").read_text())["state"]
     assert state["skipped_rows"] == [[8, 12, "the run died there 2 times: RuntimeError"]]
     assert state["data"]["row"] == 24
+
+
+def test_other_data_have_faults_of_their_own(texts: Path, tmp_path: Path) -> None:
+    """Of data given by data.restart, no row is passed over for what the ones before did, and none of those comes back.
+
+    Rows of both are counted from 0. Of the new ones 0 to 15 are bad: two rollbacks, none behind the restart.
+    """
+    (tmp_path / "other").mkdir()
+    for number in range(40):
+        (tmp_path / "other" / f"{number}.txt").write_text(f"another text, {number} in number, " * 30)
+    run, quiet = tmp_path / "run", QUIET | {"trainer__max_skipped_steps": 2, "checkpoint__keep": 9}
+    before = settings(texts, run, trainer__steps=4, **quiet)
+    ((steps, _, _),) = run_ranks(1, bad_rows, before, 4, 8)
+    assert steps == [1, 2, 3, 4]
+    state = json.loads((run / "checkpoints/step-00000004/index.json").read_text())["state"]
+    assert [each[:2] for each in state["skipped_rows"]] == [[4, 8]]
+    for _ in range(2):
+        Ledger(run, segment_of(state["data"])).add("died", 5, (20, 24), "RuntimeError")
+    after = settings(tmp_path / "other", run, trainer__steps=10, data__restart=True, **quiet)
+    ((steps, said, failed),) = run_ranks(1, bad_rows, after, 0, 16)
+    assert not failed
+    assert steps == [5, 6, 5, 6, 5, 6, 7, 8, 9, 10]
+    assert [line.partition(",")[0] for line in said if "back from" in line] == 2 * ["back from step 6 to step-00000004"]
+    state = json.loads((run / "checkpoints/step-00000010/index.json").read_text())["state"]
+    assert [each[:2] for each in state["skipped_rows"]] == [[0, 16]]
+    assert (state["data"]["row"], state["segment_began"]) == (16 + 4 * 6, 4)

@@ -61,6 +61,25 @@ def test_torchrun_ranks_find_one_another(tmp_path):
     assert result.stdout.count("ranks 2 2\n") == 2
 
 
+RESTARTED = """
+import os, pathlib, sys
+with pathlib.Path(sys.argv[1]).open("a") as file:
+    file.write(".")
+sys.exit(int(sys.argv[2]) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "ends", "starts"), [(75, 75, 2), (7, 0, 4)])
+def test_ranks_that_were_told_to_end_are_not_started_again(tmp_path, status, ends, starts):
+    """And ranks that fail are, as torchrun's --max-restarts says."""
+    (tmp_path / "program.py").write_text(RESTARTED)
+    launcher = ["-m", "longreach.trainer.ranks.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    result = run([str(tmp_path / "program.py"), str(tmp_path / "starts"), str(status)], *launcher)
+    assert result.returncode == ends, result.stderr
+    assert len((tmp_path / "starts").read_text()) == starts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_tasks_of_srun_and_mpirun_find_one_another(launcher):

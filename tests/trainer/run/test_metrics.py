@@ -124,6 +124,14 @@ def test_what_is_not_known_is_not_invented() -> None:
     assert peak_memory_bytes(torch.device("cpu")) > 10_000_000
 
 
+def test_on_cuda_the_peak_is_that_since_it_was_last_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = [300]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: max(allocated))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.__delitem__(slice(0, -1)))
+    allocated.append(200)
+    assert [peak_memory_bytes(torch.device("cuda")) for _ in range(2)] == [300, 200]
+
+
 def test_the_plot_holds_both_curves(tmp_path: Path) -> None:
     curves = LossCurves()
     curves.draw(tmp_path / "empty.png")  # a run that ended before its first step

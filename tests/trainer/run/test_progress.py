@@ -29,6 +29,19 @@ def test_plain_lines_every_few_steps_and_at_both_ends() -> None:
     assert lines[3] == "step 8/10  loss 0.6250  grad_norm 1.000  learning_rate 1.00e-03  12.3k tokens/s  4 s left"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_meters_are_shown_where_there_are_any(terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=140, highlight=False, soft_wrap=True)
+    progress = RunProgress(1, 0, 1, quiet=False, console=console)
+    progress.start()
+    record = {"loss": 5.0, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 12345.0, "seconds": 2.0}
+    meters = {"mfu": 0.412, "peak_memory_bytes": 3 << 29, "communication_seconds": 0.3, "padding": 0.07}
+    progress.step(1, record | meters, 2.0)
+    progress.close()
+    assert "12.3k tokens/s  41.2% MFU  1.50 GiB  15% waiting  7% padding  0 s left" in out.getvalue()
+
+
 def test_a_terminal_gets_a_bar() -> None:
     shown = run(terminal=True)
     for part in ("10/10", "loss 0.5000", "12.3k tokens/s", "0 s left", "━"):

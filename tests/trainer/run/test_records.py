@@ -11,7 +11,7 @@ WORK = Work(targets=8, tokens=10, places=20, flops=100, heaviest=3.0, mean=2.0)
 
 
 def taken(step: int, norm: float = 0.5, **auxiliary: float) -> TakenStep:
-    losses = torch.tensor([[4.0 * step, 100.0], [8.0, 200.0 + step]], dtype=torch.float64)
+    losses = torch.tensor([[4.0 * step, 0.5, 100.0], [8.0, 1.0 * step, 200.0 + step]], dtype=torch.float64)
     scalars = {name: torch.tensor(value, dtype=torch.float64) for name, value in auxiliary.items()}
     return TakenStep(step, 10 * step, 0.1 * step, losses, norm, scalars, WORK)
 
@@ -27,7 +27,8 @@ def test_each_step_has_its_line_and_the_mean_of_their_times(monkeypatch: pytest.
     first, second = kept.read()  # (1 + 3 + 2) / 2 seconds each: the wait for the device counts
     assert first == {
         "step": 1, "tokens": 10, "loss": 1.5, "grad_norm": 0.5, "learning_rate": 0.1, "tokens_per_second": 10 / 3,
-        "peak_memory_bytes": 201, "seconds": 3.0, "flops_per_second": 100.0, "mfu": 100 / 2 / 75, "padding": 0.5,
+        "peak_memory_bytes": 201, "seconds": 3.0,
+        "communication_seconds": 1.0, "flops_per_second": 100.0, "mfu": 100 / 2 / 75, "padding": 0.5,
         "attention_imbalance": 1.5, "auxiliary_z": 1.0,
     }  # fmt: skip
     assert (second["step"], second["loss"], second["auxiliary_z"]) == (2, 2.0, 2.0)
@@ -44,3 +45,14 @@ def test_norms_may_be_on_the_host_or_on_the_device() -> None:
     assert second["auxiliary_z"] == 7.0
     assert "auxiliary_z" not in first
     assert first["mfu"] is None
+
+
+def test_what_is_said_once_is_in_the_next_line_alone() -> None:
+    kept = Records(peak=None)
+    kept.once = {"memory": {"parameters": 7}}
+    for step in (1, 2):
+        kept.add(taken(step))
+    first, second = kept.read()
+    kept.add(taken(3))
+    assert first["memory"] == {"parameters": 7}
+    assert not any("memory" in line for line in (second, *kept.read()))

@@ -1,16 +1,27 @@
 """What a finished run shows."""
 
+import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stored_checkpoints import store, truncated
 
 from longreach.trainer.evaluation.baselines import Baselines
 from longreach.trainer.run.directory import RunDirectory
-from longreach.trainer.run.report import commands, comparison, launch_command, resume_command, whereabouts
+from longreach.trainer.run.report import (
+    changed_schedule,
+    commands,
+    comparison,
+    launch_command,
+    resume_command,
+    whereabouts,
+)
 from longreach.trainer.schedule import Schedule, ScheduleSettings
 from longreach.trainer.settings import Settings, TrainerSettings
+from longreach.trainer.stages.plan import Plan, plan_of
 
 
 def test_a_report_compares_with_counting_and_with_less_context() -> None:
@@ -116,3 +127,27 @@ def test_the_command_to_resume_leaves_out_where_the_run_once_began(tmp_path: Pat
     run, given = RunDirectory(tmp_path / "run"), [*COMMAND, "checkpoint.resume=none"]
     assert resume_command(given, run, run.checkpoints / "step-2") == shlex.join([*COMMAND[:-1], f"run.dir={run.path}"])
     assert "checkpoint.resume=none" in resume_command(given, run, tmp_path / "other" / "step-2")
+
+
+def test_a_staged_run_is_told_what_became_of_the_schedule_that_it_followed(tmp_path: Path) -> None:
+    def plan(*stages: dict[str, Any]) -> Plan:
+        return plan_of(Settings(stages=[{"steps": 100}, *stages]))
+
+    first, own = {"steps": 50}, {"steps": 30, "schedule.warmup_steps": 3}
+    before = plan(first)
+    saved = store(tmp_path, 150)
+    index = json.loads((saved / "index.json").read_text())
+    index["state"]["schedule"] = asdict(before.stages[-1].schedule)
+    (saved / "index.json").write_text(json.dumps(index))
+    assert changed_schedule(before, saved, 150) is None  # nothing is left to do
+    assert changed_schedule(plan(first, own), saved, 150) is None  # as the new stage says
+    longer = plan(first, {"steps": 50})
+    last, following = before.stages[-1].schedule(149), longer.stages[-1].schedule(150)
+    assert following > 2 * last
+    assert changed_schedule(longer, saved, 150) == (
+        "the schedule has changed: its number of steps was 150 and is 200, schedule.warmup_steps was 3 and is 4. The "
+        f"learning rate was {last:.3g} at step 150 and is {following:.3g} at step 151 (x {following / last:.3g})"
+    )
+    del index["state"]["schedule"]  # as before checkpoints held it
+    (saved / "index.json").write_text(json.dumps(index))
+    assert "is not known" in str(changed_schedule(longer, saved, 150))

@@ -29,7 +29,8 @@ def test_config_curves_and_sample_are_recorded_at_their_steps(tmp_path: Path) ->
     tracker = Tracker(settings, tmp_path, {"trainer": {"steps": 7}}, said.append)
     for step in (1, 2, 5):  # a resumed run begins anywhere
         tracker.log({"step": step, "loss": 1.0 / step, "mfu": None})
-    tracker.log({"step": 5, "validation_loss": 3.0})
+    tracker.log({"step": 5, "validation_loss": 3.0, "stage": "short"})
+    tracker.log({"step": 5, "validation_loss": 4.0, "stage": "long", "before_stage": True})
     tracker.sample(5, "def f(x): <b>")
     tracker.close()
     assert said == []
@@ -39,7 +40,7 @@ def test_config_curves_and_sample_are_recorded_at_their_steps(tmp_path: Path) ->
     assert any('"steps": 7' in json.dumps(record) for record in written if record["type"] == "run")
     history = {record["history"]["step"]["num"]: record["history"]["item"] for record in written if "history" in record}
     assert {step: item["loss"] for step, item in history.items()} == {1: 1.0, 2: 0.5, 5: 0.2}
-    assert history[5]["validation_loss"] == 3.0
+    assert history[5] | {"validation_loss": 3.0, "stage": "short", "before_stage/validation_loss": 4.0} == history[5]
     page = tracker.directory / "files" / history[5]["sample.path"]
     assert "def f(x): &lt;b&gt;" in page.read_text()
     assert "mfu" not in history[1]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from longreach.trainer.data.settings import MixtureSource
 from longreach.trainer.schedule import Schedule, ScheduleSettings
 from longreach.trainer.settings import Settings
 from longreach.trainer.stages.plan import Plan, plan_of
@@ -58,6 +59,37 @@ def test_a_mapping_with_a_target_takes_the_place_of_another() -> None:
     assert kept.stages[1].settings.model["mixers"]["softmax"]["heads"] == 2
 
 
+def test_a_mixture_changes_source_by_source_and_null_takes_one_out() -> None:
+    made = plan(
+        {"steps": 1, "data.mixture": {"a": {"path": "x"}, "b": {"path": "y", "weight": 2}}},
+        {"steps": 1, "data.mixture.a": None, "data": {"mixture": {"b": {"weight": 3}, "c": {"path": "z"}}}},
+        {"steps": 1, "data": {"mixture": {"c": None}}},
+        {"steps": 1, "data.mixture": None, "data.source": "text", "data.path": "x"},
+    )
+    mixtures = [stage.settings.data.mixture for stage in made.stages]
+    told = [{name: (each.path, each.weight) for name, each in mixture.items()} for mixture in mixtures]
+    assert told == [{"a": ("x", 1), "b": ("y", 2)}, {"b": ("y", 3), "c": ("z", 1)}, {"b": ("y", 3)}, {}]
+
+
+def test_what_computes_otherwise_with_the_same_parameters_and_states_may_change() -> None:
+    """And goes back to what it was, where that is null or a rule that null takes out."""
+    memory = {"trainer.tile_tokens": 64, "trainer.activation_checkpointing": {"softmax": "full"}, "checkpoint.every": 3}
+    rule = {"match": ["*.query.weight"], "weight_decay": 0.0}
+    optimizer = {"qk_clip": 50, "betas": [0.8, 0.9], "groups": {"queries": rule}, "eps": 1e-9}
+    first, second, third = plan(
+        {"steps": 1},
+        {"steps": 1, **memory, "optimizer": optimizer, "engine": {"offload": "optimizer", "zero_stage": 2}},
+        {"steps": 1, "optimizer": {"qk_clip": None, "groups": {"queries": None}}, "trainer.tile_tokens": None},
+    ).stages
+    assert (second.settings.optimizer.qk_clip, second.settings.optimizer.betas) == (50.0, (0.8, 0.9))
+    assert (second.settings.engine.offload, second.settings.checkpoint.every) == ("optimizer", 3)
+    assert (second.settings.trainer.tile_tokens, second.settings.trainer.steps) == (64, 3)
+    assert list(second.settings.optimizer.rules) == ["queries"]
+    third.settings.optimizer.check()
+    assert (third.settings.optimizer.qk_clip, third.settings.optimizer.rules) == (None, {})
+    assert (third.settings.trainer.tile_tokens, first.settings.optimizer.groups) == (None, {})
+
+
 def test_a_schedule_lasts_until_a_stage_names_one() -> None:
     """One over the first two stages, and one over the last two: none jumps at a border that names none."""
     made = plan(
@@ -84,6 +116,12 @@ def test_a_schedule_lasts_until_a_stage_names_one() -> None:
         ({"tokens": 1.5}, "tokens must be a whole number of at least 1; got 1.5"),
         ({"steps": 1, "length": 2}, "length must be a setting, or one of a stage's own"),
         ({"steps": 1, "trainer.dtype": "bfloat16"}, "trainer.dtype must stay the same in all stages"),
+        ({"steps": 1, "optimizer.kind": "muon"}, "optimizer.kind must stay the same in all stages"),
+        ({"steps": 1, "trainer.compile": True}, "trainer.compile must stay the same in all stages"),
+        ({"steps": 1, "kernels.softmax_attention": "chunked"}, "kernels.softmax_attention must stay the same in all"),
+        ({"steps": 1, "checkpoint.every": 0}, "checkpoint.every must be at least 1 with stages"),
+        ({"steps": 1, "data.mixture.book": None}, "data.mixture.book must be there to be left out by null"),
+        ({"steps": 1, "data.mixture.books": None}, "data.mixture must keep one of books; got null for each"),
         ({"steps": 1, "run.dir": "elsewhere"}, "run.dir must stay the same in all stages"),
         ({"steps": 1, "data.tokenizer": "bytes"}, "data.tokenizer must stay the same in all stages"),
         ({"steps": 1, "model.mixers.sofmax.rope_base": 1}, "Did you mean model.mixers.softmax?"),
@@ -101,6 +139,7 @@ def test_a_schedule_lasts_until_a_stage_names_one() -> None:
 def test_a_bad_stage_is_refused_with_its_name(stage: dict[str, Any], message: str) -> None:
     settings = Settings(model=MODEL)
     settings.parallel.sequence = 2
+    settings.data.mixture = {"books": MixtureSource(path="x")}
     settings.stages = [{"steps": 5}, stage]
     with pytest.raises(ValueError, match=r"^stages") as refused:
         plan_of(settings).check(2)

@@ -1,6 +1,7 @@
 """Runs through stages: what comes after a border is what a run started by hand from its checkpoint gives."""
 
 import argparse
+import dataclasses
 import gc
 import json
 import shutil
@@ -21,6 +22,7 @@ from longreach.parallel.mesh import Mesh
 from longreach.trainer.callback import Callback
 from longreach.trainer.checkpoint import checkpoint
 from longreach.trainer.data.corpus import open_corpus
+from longreach.trainer.schedule import schedule_in
 from longreach.trainer.settings import Settings
 from longreach.trainer.stages.plan import plan_of
 from longreach.trainer.trainer import Trainer
@@ -34,7 +36,10 @@ QUIET = {
     "evaluation__positions": True,
     "checkpoint__asynchronous": False,
 }
-STAGES = ({"steps": 4}, LONG | {"model.mixers.softmax.rope_base": 1e6})
+# What changes what is computed, and what changes only where it is kept.
+OPTIMIZER = {"optimizer.qk_clip": 0.05, "optimizer.betas": [0.8, 0.9]}
+MEMORY = {"trainer.tile_tokens": 40, "trainer.activation_checkpointing": {"softmax": "full"}}
+STAGES = ({"steps": 4}, LONG | {"model.mixers.softmax.rope_base": 1e6} | OPTIMIZER | MEMORY)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +120,14 @@ def test_steps_are_numbered_on_and_a_border_is_validated_on_both_sides(uninterru
     training = [line for line in records if "loss" in line]
     assert [(line["step"], line["stage"]) for line in training] == [(n, "1" if n < 5 else "long") for n in range(1, 8)]
     assert [line["tokens"] for line in training] == [384 * step for step in range(1, 8)]
-    validation = [(line["step"], line["stage"]) for line in records if "validation_loss" in line]
-    assert validation == [(4, "1"), (4, "long"), (7, "long")]
+    validation = [
+        (line["step"], line["stage"], "before_stage" in line) for line in records if "validation_loss" in line
+    ]
+    assert validation == [(4, "1", False), (4, "long", True), (7, "long", False)]
     before, after = [line["validation_loss"] for line in records if "validation_loss" in line][:2]
     assert before != after
-    assert (uninterrupted / "checkpoints" / "step-00000004").is_dir()
+    saved = checkpoint.verify(uninterrupted / "checkpoints" / "step-00000004").state
+    assert schedule_in(saved) == plan_of(settings(uninterrupted, uninterrupted, *STAGES)).stages[0].schedule
 
 
 def test_the_loss_by_position_goes_up_to_the_length_of_each_stage(uninterrupted: Path) -> None:
@@ -163,6 +171,7 @@ def test_a_stage_equals_a_run_started_by_hand(texts: Path, uninterrupted: Path, 
     by_hand = Path(shutil.copytree(uninterrupted / "checkpoints" / "step-00000004", tmp_path / "step-00000004"))
     chosen = settings(texts, tmp_path / "run", trainer__steps=7, checkpoint__resume=str(by_hand))
     chosen.data.sequence_length, chosen.data.rows_per_step = 192, 2
+    chosen.optimizer = dataclasses.replace(chosen.optimizer, qk_clip=0.05, betas=(0.8, 0.9))
     chosen.model["mixers"] = chosen.model["mixers"] | {
         "softmax": chosen.model["mixers"]["softmax"] | {"rope_base": 1e6}
     }
@@ -174,6 +183,9 @@ def test_a_stage_equals_a_run_started_by_hand(texts: Path, uninterrupted: Path, 
     (by_hand / "index.json").write_text(json.dumps(index))
     run_ranks(1, train, chosen)
     close(tmp_path / "run", uninterrupted, after=4)
+    largest = [line.get("qk_largest_logit") for line in lines(uninterrupted) if "loss" in line]
+    assert largest[:4] == [None] * 4
+    assert max(largest[5:]) < largest[4]  # of the weights that no bound had held
 
 
 @pytest.mark.parametrize(("stop", "first"), [(StopAfter(4), 4), (StopAtBorder(), 4), (StopAfter(6), 6)])

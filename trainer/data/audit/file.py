@@ -93,13 +93,15 @@ class AuditFile:
                 file.truncate(end)
         return [*kept, *([last] if last is not None else [])]
 
-    def append(self, frames: bytes) -> None:
-        """Raises OSError, with nothing added, where there is no room."""
+    def append(self, frames: bytes, *, sync: bool = False) -> None:
+        """Raises OSError, with nothing added, where there is no room. sync: so that a loss of power loses nothing."""
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 if file.write(frames) != len(frames):
                     raise OSError(f"no room for {self.path}")
+                if sync:
+                    os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise

@@ -101,8 +101,11 @@ class Auditing(Callback):
     def _write(self, trainer: Trainer) -> None:
         if not self._unwritten:
             return
+        # A checkpoint survives a loss of power, and nothing goes on from it without the steps before it.
+        every = trainer.settings.checkpoint.every
+        saves = trainer.step == trainer.stage.stop or bool(every and trainer.step % every == 0)
         try:
-            self._file.append(self._unwritten)
+            self._file.append(self._unwritten, sync=saves)
             self._unwritten, self._failing = b"", False
         except OSError as error:
             if not self._failing:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from longreach.trainer.checkpoint.stored import FORMAT, INDEX
 from longreach.trainer.data.audit.file import NAME, AuditFile, AuditRows, AuditSource, packed
 from longreach.trainer.data.audit.proof import Proof, prove
 from longreach.trainer.data.packing import TokenStream
@@ -29,9 +32,8 @@ class Texts:
         return np.arange(self.lengths[document])
 
 
-def records(packing: str, steps: int = 12, length: int = 32) -> Records:
-    """What a run of two segments writes, of rows of 32 tokens, and 20 from step 5 on."""
-    made: Records = [AuditSource("text", "f", np.array(DOCUMENTS), np.array(LENGTHS))]
+def two_segments(packing: str, length: int = 32) -> list[TokenStream]:
+    """Of rows of 32 tokens in four steps, and of 20 after them."""
     streams = []
     for n in (length, 20):
         stream = TokenStream(
@@ -40,6 +42,13 @@ def records(packing: str, steps: int = 12, length: int = 32) -> Records:
         streams.append(stream)
     streams[0].begin(4 * ROWS)
     streams[1].follow(streams[0].state(4 * ROWS))
+    return streams
+
+
+def records(packing: str, steps: int = 12, length: int = 32) -> Records:
+    """What a run of two segments writes, of rows of 32 tokens, and 20 from step 5 on."""
+    made: Records = [AuditSource("text", "f", np.array(DOCUMENTS), np.array(LENGTHS))]
+    streams = two_segments(packing, length)
     for step in range(1, steps + 1):
         stream, row = (streams[0], (step - 1) * ROWS) if step <= 4 else (streams[1], (step - 5) * ROWS)
         pieces = [(0, *piece) for number in range(row, row + ROWS) for piece in stream.pieces(number)]
@@ -50,6 +59,14 @@ def records(packing: str, steps: int = 12, length: int = 32) -> Records:
 def proof_of(folder: Path, made: Records) -> Proof:
     (folder / NAME).write_bytes(b"".join(map(packed, made)))
     return prove(folder)
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """A checkpoint without a tensor."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True, exist_ok=True)
+    index = {"format": FORMAT, "files": {}, "adam_steps": step, "state": {"step": step, "data": state}}
+    (path / INDEX).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
@@ -150,6 +167,43 @@ def test_rows_that_were_passed_over_on_purpose_are_no_gap(tmp_path: Path) -> Non
     proof = proof_of(tmp_path, [*made[:3], over._replace(passed=True), *later])
     assert proof.holds, proof.table()
     assert proof.findings[0].passed == over.pieces[:, 3].sum()
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 8, 11])
+def test_what_is_left_of_an_epoch_completes_it(tmp_path: Path, packing: str, step: int) -> None:
+    """Amid an epoch and amid a segment, whose rows come in an order of their own; later steps may be in the audit."""
+    streams, made = two_segments(packing), records(packing, steps=11)
+    state = streams[0].state(step * ROWS) if step <= 4 else streams[1].state((step - 4) * ROWS)
+    save(tmp_path, step, json.loads(json.dumps(state)))
+    proof = proof_of(tmp_path, made)
+    assert proof.holds, proof.table()
+    read = sum(int(r.pieces[:, 3].sum()) for r in made[1 : step + 1] if isinstance(r, AuditRows))
+    assert (proof.goes_on, proof.findings[0].left) == (step, -read % 92)
+    assert f"is what the run reads after step {step}" in proof.table()[-1]
+
+
+ELSEWHERE: dict[str, tuple[int, str]] = {
+    "a row that no step has read": (1, "not read until step 8, nor left to be read, in epoch 5"),
+    "a row that was read": (-1, "read until step 8 and to be again, in epoch 5"),
+    "rows up to the next epoch": (6, "in epoch 5 until step 8, then in 6"),
+}
+
+
+@pytest.mark.parametrize("fault", ELSEWHERE)
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_run_that_goes_on_elsewhere_is_found_before_the_epoch_is_over(
+    tmp_path: Path, packing: str, fault: str
+) -> None:
+    rows, said = ELSEWHERE[fault]
+    (_, stream), made = two_segments(packing), records(packing, steps=8)
+    assert proof_of(tmp_path, made).table()[-1].startswith("no checkpoint tells what is left")
+    assert proof_of(tmp_path, made).holds
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)  # half written
+    save(tmp_path, 8, stream.state(4 * ROWS + rows))
+    proof = proof_of(tmp_path, made)
+    assert not proof.holds
+    assert said in "\n".join(proof.table())
 
 
 @pytest.mark.slow
