@@ -16,6 +16,6 @@ from longreach.benchmarks.steps import peers
 )
 def test_a_line_says_how_many_times_as_fast_and_which_goals_are_met(length, seconds, peaks, end):
     times, grown = ({"LongReach": ours, "transformers": theirs} for ours, theirs in (seconds, peaks))
-    line = peers.line("mamba2", length, times, grown, 3e-5)
-    assert line == f"| mamba2 | {length:,} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {end}"
+    line = peers.line("mamba2", length, 3, times, grown, 3e-5)
+    assert line == f"| mamba2 | {length:,} | 3 | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {end}"
     assert line.count("|") == peers.HEAD.splitlines()[0].count("|") == peers.HEAD.splitlines()[1].count("|")

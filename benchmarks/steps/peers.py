@@ -6,9 +6,9 @@ A step is forward, loss, backward, clipping and AdamW, in float32 on a CPU with 
 LongReach's is the trainer's engine, on stage 0 as nothing is split; transformers' is its class with SDPA, no cache,
 grouped products of experts and torch's fused AdamW. Both start from the same weights, written by transformers and read
 by `longreach.models.hf`, and on the way losses and gradient norms are compared. Each side is a process of its own; they
-take turns, and times are of the processors, while glibc keeps freed memory. A peak is by how much memory grows within
-a further step, in which glibc gives back what is freed. `--write` keeps the table in benchmarks/results/; with
-`--models` or `--lengths` it replaces their rows alone.
+take turns, and times are of the processors, while glibc keeps freed memory: the median of the timed steps, which follow
+one that is not. A peak is by how much memory grows within a further step, in which glibc gives back what is freed.
+`--write` keeps the table in benchmarks/results/; with `--models` or `--lengths` it replaces their rows alone.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ VOCABULARY, WARM_UP_TOKENS, RATE, CLIP = 8192, 256, 1e-3, 1.0
 ORDER = ("LongReach", "transformers")
 APART = 1e-3  # how much losses and norms may differ after a few steps of a high rate, relatively
 HEAD = """\
-| model | tokens | LongReach | transformers | ratio | goal | | peak | peak of transformers | share | goal | | \
-losses and norms differ by |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| model | tokens | timed steps | LongReach | transformers | ratio | goal | | peak | peak of transformers | share | \
+goal | | losses and norms differ by |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 LIBRARIES = ("fla", "causal_conv1d", "mamba_ssm", "kernels")  # of GPU kernels, which transformers would import
 NOTE = """\
 On a CPU the linear layers of transformers run what it calls its reference implementations in torch: chunked forms of
@@ -243,10 +243,10 @@ def measured(name: str, length: int, rounds: int) -> str:
     if apart > APART:
         raise SystemExit(f"{name}: losses and norms must differ by less than {APART}; got {apart:.0e}: another model")
     times = {side: statistics.median(answer[0] for answer in answers[1:]) for side, answers in found.items()}
-    return line(name, length, times, peaks, apart)
+    return line(name, length, rounds, times, peaks, apart)
 
 
-def line(name: str, length: int, times: dict[str, float], peaks: dict[str, float], apart: float) -> str:
+def line(name: str, length: int, rounds: int, times: dict[str, float], peaks: dict[str, float], apart: float) -> str:
     """A line of the table. The goals are of these lengths alone, and that of memory of the longer one."""
     ratio, share = times["transformers"] / times["LongReach"], peaks["LongReach"] / peaks["transformers"]
     goal, half = SHAPES[name].faster.get(length), 0.5 if length == 8192 else None
@@ -254,7 +254,7 @@ def line(name: str, length: int, times: dict[str, float], peaks: dict[str, float
     def verdict(met: bool) -> str:
         return "met" if met else "NOT met"
 
-    cells = [name, f"{length:,}", *(f"{times[side]:.2f} s" for side in ORDER), f"{ratio:.2f}"]
+    cells = [name, f"{length:,}", f"{rounds}", *(f"{times[side]:.2f} s" for side in ORDER), f"{ratio:.2f}"]
     cells += [f"{goal}", verdict(ratio >= goal)] if goal else ["", ""]
     cells += [*(f"{peaks[side] / 2**20:,.0f} MiB" for side in ORDER), f"{share:.2f}"]
     cells += [f"{half}", verdict(share <= half)] if half else ["", ""]
