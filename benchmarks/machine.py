@@ -48,7 +48,16 @@ def resident(name: str) -> int:
 
 def keep_memory() -> None:
     """From now on glibc keeps what is freed: giving large tensors back costs page faults for each of the next ones."""
+    _set_options(((-4, 0), (-1, 2**31 - 1)))  # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def return_memory() -> None:
+    """From now on glibc gives back what is freed, so that what is resident is in use."""
+    _set_options(((-4, 2**20), (-3, 2**16), (-1, 2**16), (-2, 0)))  # and M_MMAP_THRESHOLD, M_TOP_PAD
+
+
+def _set_options(options: tuple[tuple[int, int], ...]) -> None:
     libc = ctypes.CDLL(None)
-    for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    for option, value in options:
         if not libc.mallopt(option, value):
             raise OSError("mallopt must be that of glibc; it refused an option. Run this on Linux")

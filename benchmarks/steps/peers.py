@@ -1,0 +1,310 @@
+"""A training step of small Llama, Qwen3-Next, MiniMax-01, Mamba-2 and Kimi Linear, beside transformers' own classes.
+
+    python benchmarks/steps/peers.py [--models llama qwen3_next …] [--lengths 2048 8192] [--rounds 5] [--write]
+
+A step is forward, loss, backward, clipping and AdamW, in float32 on a CPU with one thread, on one row of random tokens.
+LongReach's is the trainer's engine, on stage 0 as nothing is split; transformers' is its class with SDPA, no cache,
+grouped products of experts and torch's fused AdamW. Both start from the same weights, written by transformers and read
+by `longreach.models.hf`, and on the way losses and gradient norms are compared. Each side is a process of its own; they
+take turns, and times are of the processors, while glibc keeps freed memory: the median of the timed steps, which follow
+one that is not. A peak is by how much memory grows within a further step, in which glibc gives back what is freed.
+`--write` keeps the table in benchmarks/results/; with `--models` or `--lengths` it replaces their rows alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longreach.benchmarks.machine import RESULTS, keep_memory, machine, peak_bytes, return_memory
+
+PAGE = RESULTS / "peers_cpu.md"
+VOCABULARY, WARM_UP_TOKENS, RATE, CLIP = 8192, 256, 1e-3, 1.0
+ORDER = ("LongReach", "transformers")
+APART = 1e-3  # how much losses and norms may differ after a few steps of a high rate, relatively
+HEAD = """\
+| model | tokens | timed steps | LongReach | transformers | ratio | goal | | peak | peak of transformers | share | \
+goal | | losses and norms differ by |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+LIBRARIES = ("fla", "causal_conv1d", "mamba_ssm", "kernels")  # of GPU kernels, which transformers would import
+NOTE = """\
+On a CPU the linear layers of transformers run what it calls its reference implementations in torch: chunked forms of
+Gated DeltaNet, Kimi delta attention and Mamba-2, and a loop over blocks of 256 tokens for lightning attention. The
+kernels that it uses on a GPU run on no CPU, so these rows say nothing about GPUs. Its softmax attention and LongReach's
+run the same kernel of torch here.
+"""
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+PEAK = "peak\n"
+
+COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 704, "max_position_embeddings": 65536, "rms_norm_eps": 1e-6,
+    "use_cache": False, "attention_dropout": 0.0, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+
+
+class Shape(NamedTuple):
+    """A small model: its settings as transformers has them, and goals: so many times as fast at 2k and 8k tokens."""
+
+    config: dict[str, Any]
+    faster: dict[int, float]
+    told: str
+
+
+HYBRID = {2048: 1.8, 8192: 2.5}
+SHAPES = {
+    "llama": Shape({**COMMON}, {2048: 1.1, 8192: 1.1}, "4 layers of softmax attention"),
+    "qwen3_next": Shape(
+        {
+            **COMMON, **EXPERTS, "head_dim": 64, "shared_expert_intermediate_size": 256, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        },
+        HYBRID, "3 of Gated DeltaNet, 1 of gated softmax attention; 8 experts, 2 per token, 1 for all",
+    ),
+    "minimax": Shape(
+        {
+            **COMMON, "num_hidden_layers": 8, "head_dim": 64, "rotary_dim": 32, "num_local_experts": 8,
+            "num_experts_per_tok": 2, "intermediate_size": 256, "router_jitter_noise": 0.0,
+            "layer_types": ["linear_attention"] * 7 + ["full_attention"],
+        },
+        HYBRID, "7 of lightning attention, 1 of softmax attention; 8 experts, 2 per token",
+    ),
+    "mamba2": Shape(
+        {
+            **{name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "use_cache")},
+            "num_heads": 8, "head_dim": 64, "expand": 2, "state_size": 128, "n_groups": 1, "pad_token_id": None,
+            "bos_token_id": None, "eos_token_id": None,
+        },
+        HYBRID, "4 layers, 8 heads, 128 states",
+    ),
+    "kimi_linear": Shape(
+        {
+            **COMMON, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "kv_lora_rank": 64,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "linear_num_heads": 4,
+            "linear_head_dim": 128, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        },
+        HYBRID, "3 of Kimi delta attention, 1 of latent attention; 8 experts, 2 per token, 1 for all; 1 layer without",
+    ),
+}  # fmt: skip
+
+Step = Callable[[Tensor], tuple[float, float]]
+
+
+def row(number: int, length: int) -> Tensor:
+    return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(number))
+
+
+def theirs(folder: Path) -> Step:
+    """transformers' class of the model that the folder is named by, and is filled with."""
+    sys.modules.update(dict.fromkeys(LIBRARIES))  # type: ignore[arg-type]
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    shape, implementations = SHAPES[folder.name], {}
+    if "num_attention_heads" in shape.config:
+        implementations["attn_implementation"] = "sdpa"
+    if "num_experts_per_tok" in shape.config:
+        implementations["experts_implementation"] = "grouped_mm"
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[folder.name](**json.loads(json.dumps(shape.config)), **implementations)
+    model = AutoModelForCausalLM.from_config(config).float().train()
+    model.save_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(tokens: Tensor) -> tuple[float, float]:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach()), float(norm)
+
+    return step
+
+
+def ours(folder: Path) -> Step:
+    """The trainer's engine, with the model read from the folder."""
+    from hydra.utils import instantiate
+
+    from longreach.kernels.documents import Documents
+    from longreach.models import hf
+    from longreach.parallel.mesh import Mesh
+    from longreach.parallel.sequence import Sequence
+    from longreach.trainer.engine import Engine, OptimizerSettings
+    from longreach.trainer.engine_config import EngineSettings
+    from longreach.trainer.ranks import processes
+
+    device = processes.start(10.0)
+    engine = Engine(
+        lambda: instantiate(hf.read_settings(folder), _convert_="all"),
+        settings=EngineSettings(zero_stage=0),
+        optimizer=OptimizerSettings(learning_rate=RATE, weight_decay=0.0),
+        clip=CLIP,
+        mesh=Mesh.create(),
+        device=device,
+        load=lambda model, gather: hf.load(folder, model, gather),
+    )
+
+    def step(tokens: Tensor) -> tuple[float, float]:
+        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+        loss, count = engine(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets)
+        engine.backward(loss, int(count))
+        norm = engine.step(RATE)
+        return float(loss.detach()) / int(count), float(norm)
+
+    return step
+
+
+SIDES = {"transformers": theirs, "LongReach": ours}  # the first writes the weights that the second reads
+
+
+def serve(side: str, folder: Path, length: int) -> None:
+    """A step at each line of input, which prints its seconds, loss and norm; at last its growth of memory."""
+    torch.set_num_threads(1)
+    keep_memory()
+    step = SIDES[side](folder)
+    step(row(-1, WARM_UP_TOKENS))  # makes the optimizer's states
+    print(json.dumps("ready"), flush=True)
+    for number, order in enumerate(sys.stdin):
+        tokens = row(number, length)
+        if order == PEAK:
+            return_memory()
+            print(json.dumps(peak_bytes(partial(step, tokens), "cpu")), flush=True)
+            continue
+        start = time.process_time()
+        loss, norm = step(tokens)
+        print(json.dumps([time.process_time() - start, loss, norm]), flush=True)
+
+
+class Worker:
+    """A process that takes the steps of one side."""
+
+    def __init__(self, side: str, folder: Path, length: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **QUIET}
+        command = [sys.executable, __file__, "--serve", side, str(folder), str(length)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def step(self) -> list[float]:
+        """Seconds, loss and norm of the next step."""
+        return self._ask("\n")
+
+    def end(self) -> int:
+        """The bytes by which memory grew within a last step."""
+        grown = self._ask(PEAK)
+        self._process.communicate()
+        return grown
+
+    def _ask(self, order: str) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(order)
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if re.match(r'\[|"|\d', line):  # libraries may print too
+                return json.loads(line)
+        raise SystemExit(f"{' '.join(map(str, self._process.args))} failed")
+
+
+def measured(name: str, length: int, rounds: int) -> str:
+    """The line of a model at a length."""
+    with tempfile.TemporaryDirectory() as work:
+        workers = {side: Worker(side, Path(work, name), length) for side in SIDES}
+        found: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+        for _ in range(1 + rounds):
+            for side, worker in workers.items():
+                found[side].append(worker.step())
+        peaks = {side: worker.end() for side, worker in workers.items()}
+    apart = max(
+        abs(a - b) / abs(b)
+        for ours, theirs in zip(found["LongReach"], found["transformers"], strict=True)
+        for a, b in zip(ours[1:3], theirs[1:3], strict=True)
+    )
+    if apart > APART:
+        raise SystemExit(f"{name}: losses and norms must differ by less than {APART}; got {apart:.0e}: another model")
+    times = {side: statistics.median(answer[0] for answer in answers[1:]) for side, answers in found.items()}
+    return line(name, length, rounds, times, peaks, apart)
+
+
+def line(name: str, length: int, rounds: int, times: dict[str, float], peaks: dict[str, float], apart: float) -> str:
+    """A line of the table. The goals are of these lengths alone, and that of memory of the longer one."""
+    ratio, share = times["transformers"] / times["LongReach"], peaks["LongReach"] / peaks["transformers"]
+    goal, half = SHAPES[name].faster.get(length), 0.5 if length == 8192 else None
+
+    def verdict(met: bool) -> str:
+        return "met" if met else "NOT met"
+
+    cells = [name, f"{length:,}", f"{rounds}", *(f"{times[side]:.2f} s" for side in ORDER), f"{ratio:.2f}"]
+    cells += [f"{goal}", verdict(ratio >= goal)] if goal else ["", ""]
+    cells += [*(f"{peaks[side] / 2**20:,.0f} MiB" for side in ORDER), f"{share:.2f}"]
+    cells += [f"{half}", verdict(share <= half)] if half else ["", ""]
+    return f"| {' | '.join([*cells, f'{apart:.0e}'])} |"
+
+
+def written() -> dict[tuple[str, int], str]:
+    """The rows that the page has."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    found = ((re.match(r"\| (\w+) \| ([\d,]+) \|", each), each) for each in lines)
+    return {(match[1], int(match[2].replace(",", ""))): each for match, each in found if match}
+
+
+def write(rows: dict[tuple[str, int], str]) -> None:
+    import transformers
+
+    kept = [rows[key] for key in sorted(rows, key=lambda key: (list(SHAPES).index(key[0]), key[1]))]
+    models = "\n".join(f"- {name}: {shape.told}" for name, shape in SHAPES.items())
+    parts = [
+        "# A training step beside transformers",
+        f"`python benchmarks/steps/peers.py --write`, {machine('cpu')}, transformers {transformers.__version__}.",
+        " ".join(__doc__.split("\n\n")[2].split()),
+        "\n".join([HEAD, *kept]),
+        f"Width {COMMON['hidden_size']}, a vocabulary of {VOCABULARY:,}:\n\n{models}",
+        NOTE,
+    ]
+    PAGE.write_text("\n\n".join(parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.serve:
+        side, folder, length = chosen.serve
+        serve(side, Path(folder), int(length))
+        return
+    torch.set_num_threads(1)
+    print(HEAD, flush=True)
+    for name in chosen.models:
+        for length in chosen.lengths:
+            found = measured(name, length, chosen.rounds)
+            print(found, flush=True)
+            if chosen.write:
+                write({**written(), (name, length): found})
+
+
+if __name__ == "__main__":
+    main()
