@@ -82,9 +82,10 @@ def trainer(run: Path, script: list[tuple[float, float]], every: int, callback: 
     made.mesh, made.device, made.command, made.layout = Mesh(), torch.device("cpu"), [], Layout(16)
     made.plan = plan_of(made.settings)
     made.stage, made.schedule = made.plan.stages[0], Schedule(made.settings.schedule, 0.1, len(script))
-    made.shape, made.engine, made.corpus = Model(), Engine(script), SimpleNamespace()
+    stream = TokenStream(Documents(), np.arange(4), length=16, seed=0)
+    made.shape, made.engine, made.corpus = Model(), Engine(script), SimpleNamespace(train=stream)
     made.step = made.tokens = made.row = 0
-    made._begin(TokenStream(Documents(), np.arange(4), length=16, seed=0), None)
+    made._begin(stream, None)
     made.directory = RunDirectory(run)
     made.outputs = Outputs(made.settings, made.directory, first=True, step=0, bring_up=made._read_records)
     made.saving = SimpleNamespace(saved=None, unsaved="", wait=lambda trainer: None, settle=lambda patient: None)
