@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from longreach.launch.help.page import rows
+from longreach.launch.configuration.page import rows
 from longreach.trainer.settings import Settings
 
 PAGE = Path(__file__).resolve().with_suffix(".md")

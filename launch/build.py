@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from ..models.language_model import LanguageModel
 from ..models.mixer import check_settings, name_of, naming
 from ..trainer.callback import Callback
-from . import working_directory
+from .configuration import working_directory
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")  # keys that are not settings
 PARTS = ("feed_forward", "block")  # what every layer makes anew, beside its mixer

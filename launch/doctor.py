@@ -37,7 +37,7 @@ class Configuration(Settings):
 configuration.register("doctor_settings", Configuration)
 
 
-PREPARE = "longreach.launch.working_directory:use"  # so that ranks can import what the model is built of
+PREPARE = "longreach.launch.configuration.working_directory:use"  # so that ranks can import what the model is built of
 
 
 def examine(settings: Settings, chosen: DoctorSettings) -> bool:

@@ -7,11 +7,10 @@ import sys
 
 import pytest
 
-from longreach.launch.configuration import help_page
-from longreach.launch.help import page
+from longreach.launch.configuration import help_page, page
 
-OF_TRAINING = ("doctor", "memory")
-COMMANDS = ("train", "doctor", "memory", "generate", "export", "convert", "audit")
+OF_TRAINING = ("doctor", "memory", "plan")
+COMMANDS = ("train", "doctor", "memory", "generate", "export", "convert", "audit", "evaluate", "plan")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longreach.launch import working_directory
+from longreach.launch.configuration import working_directory
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_module_and_a_package_of_the_working_directory_are_found_last(here: Pa
 def test_the_checkouts_folders_do_not_stand_in_for_packages_of_their_names(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(working_directory.__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(working_directory.__file__).resolve().parents[2])
     finder = working_directory.WorkingDirectoryFinder()
     for name in ("kernels", "models", "parallel", "trainer", "launch", "conf"):
         assert finder.find_spec(name) is None

@@ -13,31 +13,31 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from ...models.part import cast_parameters
-from ...parallel.mesh import Mesh
-from ...trainer.evaluation.checkpoints import Reading, Subject, score_documents
-from ...trainer.evaluation.documents import LongDocuments, Texts, as_haystack
-from ...trainer.evaluation.evaluation import Whole
-from ...trainer.evaluation.maps import draw_checkpoint_map, draw_positions, draw_task_maps
-from ...trainer.evaluation.suite import Suite, SuiteSettings, metrics, open_suite, table
-from ...trainer.ranks import processes
-from ...trainer.ranks.exchange import from_first_rank, together
-from ...trainer.ranks.settings import ParallelSettings, spans_of, strategy_of, ulysses_ranks
-from ...trainer.requirements import at_least, one_of
-from ...trainer.run import failure
-from ...trainer.run.outputs import show_log
-from ...trainer.run.settings import WandbSettings
-from ...trainer.run.tracking import Tracker
-from ...trainer.settings import home
-from .. import configuration
-from ..build import build
+from ..models.part import cast_parameters
+from ..parallel.mesh import Mesh
+from ..trainer.evaluation.checkpoints import Reading, Subject, score_documents
+from ..trainer.evaluation.documents import LongDocuments, Texts, as_haystack
+from ..trainer.evaluation.evaluation import Whole
+from ..trainer.evaluation.maps import draw_checkpoint_map, draw_positions, draw_task_maps
+from ..trainer.evaluation.suite import Suite, SuiteSettings, metrics, open_suite, table
+from ..trainer.ranks import processes
+from ..trainer.ranks.exchange import from_first_rank, together
+from ..trainer.ranks.settings import ParallelSettings, spans_of, strategy_of, ulysses_ranks
+from ..trainer.requirements import at_least, one_of
+from ..trainer.run import failure
+from ..trainer.run.outputs import show_log
+from ..trainer.run.settings import WandbSettings
+from ..trainer.run.tracking import Tracker
+from ..trainer.settings import home
+from . import configuration
+from .build import build
 
 
 @dataclass
 class EvaluateSettings:
     """A checkpoint is its folder, a run's, of which the newest is taken, or that of a model of Hugging Face."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = None  # a checkpoint, a run, of which the newest is taken, or a Hugging Face model
     checkpoints: list[str] = field(default_factory=list)  # several, in place of one
     tasks: list[Any] = field(default_factory=list)  # docs/evaluation.md lists them; names, or {task: NAME, …}
     lengths: list[int] = field(default_factory=list)  # tokens; empty: those of a row of the checkpoint's run
@@ -242,3 +242,7 @@ def main() -> None:
 
     configuration.run_main(compose, "evaluate", configuration.texts_of(EvaluateSettings))
     processes.leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ class WorkingDirectoryFinder:
             folder = os.getcwd()
         except OSError:  # the folder has been removed
             return None
-        if path is not None or (name in OWN and Path(folder, "launch", Path(__file__).name).exists()):
+        if path is not None or (name in OWN and Path(folder, "launch", "configuration", Path(__file__).name).exists()):
             return None
         return PathFinder.find_spec(name, [folder])
 

@@ -25,12 +25,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ..trainer.ranks import launchers
-from ..trainer.settings import Settings
-from .help import page
+from ...trainer.ranks import launchers
+from ...trainer.settings import Settings
+from . import page
 
 CONFIGURATIONS = "../conf"
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parents[2]
 Schema = TypeVar("Schema")
 ConfigurationError = (HydraException, OmegaConfBaseException)
 HYDRA_FLAGS = (
@@ -300,7 +300,7 @@ def settings_names(config_name: str, overrides: list[str]) -> list[str]:
     for chosen in (groups, []):
         GlobalHydra.instance().clear()
         try:
-            with hydra.initialize(version_base="1.3", config_path=CONFIGURATIONS):
+            with hydra.initialize_config_dir(str(PACKAGE / "conf"), version_base="1.3"):
                 composed = hydra.compose(config_name=config_name, overrides=chosen)
             return _names(OmegaConf.to_container(composed, resolve=False), "")
         except ConfigurationError:

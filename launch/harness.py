@@ -1,4 +1,8 @@
-"""A checkpoint as a model of lm-evaluation-harness, of which this is the adapter: `pip install longreach[eval]`."""
+"""python -m longreach.launch.harness --model longreach --model_args checkpoint=PATH --tasks … — benchmarks.
+
+This is the command of lm-evaluation-harness (`pip install longreach[eval]`), which takes its settings, with a
+checkpoint as one of its models.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...models.decoding import continue_all, log_likelihoods
-from ...trainer.checkpoint.choice import locate, read_config
-from ..generate import device_of, load
+from ..models.decoding import continue_all, log_likelihoods
+from ..trainer.checkpoint.choice import locate, read_config
+from .generate import device_of, load
 
 try:
     from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found]
@@ -159,3 +163,9 @@ def _cut(numbers: list[int], size: int) -> Iterator[list[int]]:
 def _before(text: str, stops: list[str]) -> str:
     """The text up to the first of the stops in it."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found]
+
+    cli_evaluate()

@@ -1,5 +1,0 @@
-"""`python -m longreach.launch.evaluate`."""
-
-from . import main
-
-main()
