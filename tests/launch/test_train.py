@@ -120,7 +120,7 @@ def children(pid: int) -> list[int]:
 
 def started(launcher: str, run: Path, *overrides: str) -> tuple[subprocess.Popen[str], dict[int, int]]:
     """A run that has saved a checkpoint and is three steps further than it was, and its processes by rank."""
-    before = len(lines(run)) if run.exists() else 0
+    before, saved = (len(lines(run)) if run.exists() else 0), run / "checkpoints"
     process = subprocess.Popen(
         command(launcher, run, "evaluation.every=0", "checkpoint.every=2", "trainer.steps=100000", *overrides),
         env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "MASTER_PORT": "29573"},
@@ -129,7 +129,7 @@ def started(launcher: str, run: Path, *overrides: str) -> tuple[subprocess.Popen
         text=True,
     )
     deadline = time.monotonic() + 240
-    while not (run / "metrics.jsonl").exists() or len(lines(run)) < before + 3:
+    while not any(saved.glob("step-*")) or len(lines(run)) < before + 3:  # saving goes on beside steps
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
