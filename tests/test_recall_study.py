@@ -82,6 +82,7 @@ def test_the_best_rate_is_shown(tmp_path: Path) -> None:
     assert last == f"| GLA | key_dim 8 | 7 | 8.0 KiB | 75.0 | 75.0 | 75.0 | 75.0 | 60 | {RATES[1]} | 3 |"
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_an_easy_problem() -> None:
     torch.manual_seed(0)
     task, model = RecallTask(8, 2, 2, VOCABULARY, power=1.0), made("softmax", 8)

@@ -116,6 +116,7 @@ def test_zero_sends_what_its_stage_needs() -> None:
     assert not zero_sends(model, settings, 1)
 
 
+@pytest.mark.slow
 def test_what_training_refuses_is_refused() -> None:
     settings = settings_of(4, "ulysses", "state_passing", 4)
     settings.data.rows_per_step = 1
