@@ -15,6 +15,15 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
 
+def replace(page: Path, markers: tuple[str, str], text: str) -> None:
+    """Puts the text in the place of that between a page's markers; what is said about it stays."""
+    before, first, rest = page.read_text().partition(markers[0])
+    _, last, after = rest.partition(markers[1])
+    if not (first and last):
+        raise SystemExit(f"{page} must hold the lines {markers[0]} and {markers[1]}. Put them back")
+    page.write_text(f"{before}{first}\n{text}\n{last}{after}")
+
+
 def machine(device: str) -> str:
     chip = (
         torch.cuda.get_device_name()

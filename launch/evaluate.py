@@ -211,7 +211,8 @@ class Results:
             self._tracker.log({"step": len(self._scored), "checkpoint_step": record["step"], **shown})
         folder = self.folder / "plots"
         if len(self._scored):
-            folder = folder / plan.subject.path.name
+            folder = folder / f"{len(self._scored) + 1}-{plan.subject.path.name}"  # two may have one name
+        folder.mkdir(parents=True, exist_ok=True)
         if "tasks" in record:
             draw_task_maps(record["tasks"], folder)
         if "positions" in record:

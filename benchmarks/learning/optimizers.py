@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from longreach.benchmarks.machine import replace
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARKERS = ("<!-- table: made by benchmarks/learning/optimizers.py -->", "<!-- end of the table -->")
 COMMON = (
@@ -122,10 +124,7 @@ def main() -> None:
     text = table(curves)
     print(text)
     if given.write:
-        page = DOCS / "optimizers.md"
-        before, _, rest = page.read_text().partition(MARKERS[0])
-        after = rest.partition(MARKERS[1])[2]
-        page.write_text(f"{before}{MARKERS[0]}\n{text}\n\n{PICTURE}\n{MARKERS[1]}{after}")
+        replace(DOCS / "optimizers.md", MARKERS, f"{text}\n\n{PICTURE}")
         draw(curves, DOCS / "optimizers.png")
 
 

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from longreach.benchmarks.machine import replace
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARKERS = ("<!-- table: made by benchmarks/learning/recall.py -->", "<!-- end of the table -->")
 STAGES = {
@@ -192,15 +194,8 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.write:
         draw(names, curves, runs).savefig(DOCS / "recall.png", dpi=110)
-        replace(DOCS / "recall.md", "\n".join(lines))
+        replace(DOCS / "recall.md", MARKERS, "\n".join(lines))
         print(f"written to {DOCS / 'recall.md'} and .png")
-
-
-def replace(page: Path, table: str) -> None:
-    """Puts the table in the place of the one between the page's markers; what is said about it stays."""
-    before, _, rest = page.read_text().partition(MARKERS[0])
-    _, _, after = rest.partition(MARKERS[1])
-    page.write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import yaml
 from matplotlib.figure import Figure
 
+from longreach.benchmarks.machine import replace
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARKERS = ("<!-- table: made by benchmarks/learning/stages.py -->", "<!-- end of the table -->")
 PICTURE = "![Held-out loss by position at both sides of the borders](stages.png)"
@@ -126,10 +128,7 @@ def main() -> None:
     text = table(chosen)
     print(text)
     if given.write:
-        page = DOCS / "stages.md"
-        before, _, rest = page.read_text().partition(MARKERS[0])
-        after = rest.partition(MARKERS[1])[2]
-        page.write_text(f"{before}{MARKERS[0]}\n{text}\n\n{PICTURE}\n{MARKERS[1]}{after}")
+        replace(DOCS / "stages.md", MARKERS, f"{text}\n\n{PICTURE}")
         draw(chosen).savefig(DOCS / "stages.png", dpi=120)
 
 

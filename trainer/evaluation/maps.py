@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..run.plots import save
 from .suite import grouped
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 TITLES = {"accuracy": "greedy decoding", "choice": "likeliest choice"}
 WRITTEN = 400  # cells of a map in which their values still can be read
@@ -62,7 +62,7 @@ def draw_positions(lines: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.25)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _of_depths(label: str, lines: Sequence[dict[str, Any]]) -> list[Map]:
@@ -126,14 +126,4 @@ def _draw(maps: Sequence[Map], path: Path, across: str, down: str) -> None:
                         panel.text(x, y, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7)
     panels[0].set_ylabel(down)
     figure.colorbar(panels[0].images[0], ax=list(panels))
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True, parents=True)
-    aside = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(aside, dpi=150, format="png")
-        os.replace(aside, path)  # so that a full disk leaves the one before
-    finally:
-        aside.unlink(missing_ok=True)
+    save(figure, path)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POINTS = 2000  # of a curve at most, about two for each pixel across
 
@@ -77,13 +80,18 @@ class LossCurves:
         axes.grid(alpha=0.25)
         if self.training.points or self.validation.points:
             axes.legend()
-        path.parent.mkdir(exist_ok=True)  # but not the run's folder, should that have gone
-        aside = path.with_name(f".{path.name}")
-        try:
-            figure.savefig(aside, dpi=150, format="png")
-            os.replace(aside, path)  # so that a full disk leaves the one before
-        finally:
-            aside.unlink(missing_ok=True)
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, at once: a full disk leaves the one before. Makes its folder, not the folder of that."""
+    path.parent.mkdir(exist_ok=True)  # but not the run's folder, should that have gone
+    aside = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(aside, dpi=150, format="png")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

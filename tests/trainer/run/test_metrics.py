@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
 from longreach.parallel.layout import Layout
+from longreach.trainer.evaluation.maps import draw_task_maps
 from longreach.trainer.run.metrics import MetricsFile, Work, attention_pairs, peak_flops, peak_memory_bytes, work_of
 from longreach.trainer.run.plots import POINTS, Curve, LossCurves, smoothed
 
@@ -171,3 +172,12 @@ def test_smoothing_keeps_a_constant_and_lags_little() -> None:
     assert smoothed([(step, 2.0) for step in range(100)]) == [(step, pytest.approx(2.0)) for step in range(100)]
     line = smoothed([(step, float(step)) for step in range(400)])
     assert 380 < line[-1][1] < 399
+
+
+def test_a_plot_does_not_bring_back_the_folder_of_a_run_that_has_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "run"
+    line = {"task": "needle", "length": 64, "depth": 0.5, "accuracy": 1.0, "choice": None}
+    for draw in (LossCurves().draw, lambda file: draw_task_maps([line], file.parent)):
+        with pytest.raises(FileNotFoundError):
+            draw(gone / "plots" / "loss.png")
+    assert not gone.exists()
