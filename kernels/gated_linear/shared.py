@@ -34,7 +34,7 @@ from ..problem import Problem
 from .parts import GatedLinearInputs
 
 CHUNK = 64
-KEPT = 1 << 24  # numbers of the states that backward keeps at once
+KEPT = 1 << 22  # numbers of the states that backward keeps at once
 
 
 def fits(problem: Problem[GatedLinearInputs]) -> bool:
