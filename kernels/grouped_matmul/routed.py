@@ -1,7 +1,7 @@
 """Routed SwiGLUs in one pass over the sorted rows, where the host knows the groups: on a CPU.
 
-Rows are gathered, run and added up a slab at a time, which stays in a core's caches. What is kept for backward is W_gate
-x and W_up x of each row: neither gathered rows nor what comes after the products, which a slab computes again.
+Rows are gathered, run and added up a slab at a time, which stays in a core's caches. What is kept for backward is
+W_gate x and W_up x of each row: neither gathered rows nor what follows from the products, which a slab computes again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from .grouping import Grouping
 ROWS = 512  # of a slab, about
 
 
-def routed_swiglu(
-    x: Tensor, weights: Tensor, grouping: Grouping, gate: Tensor, up: Tensor, down: Tensor
-) -> Tensor:
+def routed_swiglu(x: Tensor, weights: Tensor, grouping: Grouping, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The weighted sum of what each row's SwiGLUs make of it.
 
         out_r = sum_c weights_rc W_down (silu(W_gate x_r) * W_up x_r)        matrices of the group of choice c of row r
 
-    x `[R, D]`; weights `[R, k]`, float32 or float64, and so is out `[R, D']`; gate, up `[E, H, D]` and down `[E, D', H]`
+    x `[R, D]`; weights `[R, k]`, float32 or float64, and so is out `[R, N]`; gate, up `[E, H, D]` and down `[E, N, H]`
     like x; grouping of the R rows in E groups. Choices of no group add nothing. All tensors get their gradients.
     """
     return _RoutedSwiGLU.call(x, weights, gate, up, down, grouping.order, grouping.ends)
