@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import starts
 from ..documents import Documents
 from ..operation import Function
 
@@ -98,7 +99,7 @@ class _Convolve(Function):
         ctx.activation = activation
         taps = _taps(rows, weight)
         out = rows.new_empty(rows.shape[0], rows.shape[1] - len(taps) + 1, rows.shape[2])
-        for start in range(0, out.shape[1], SLAB):
+        for start in starts(out.shape[1], SLAB, out.device):
             part = out[:, start : start + SLAB]
             summed = _convolve(rows, taps, bias, start, part.shape[1])
             part.copy_(torch.nn.functional.silu(summed) if activation == "silu" else summed)
@@ -110,7 +111,7 @@ class _Convolve(Function):
         taps = _taps(rows, weight)
         drows = torch.zeros_like(rows, dtype=taps.dtype)
         dtaps, dbias = torch.zeros_like(taps), taps.new_zeros(rows.shape[2])
-        for start in range(0, dout.shape[1], SLAB):
+        for start in starts(dout.shape[1], SLAB, dout.device):
             dsum = dout[:, start : start + SLAB].to(taps.dtype)
             if ctx.activation == "silu":
                 summed = _convolve(rows, taps, bias, start, dsum.shape[1])

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,8 @@ class Estimator:
         if parallel.sequence == 1:
             made = self._activations(settings, ranks, 1)
         else:
-            less, made = (self._activations(settings, ranks, number) for number in FEW_RANKS)
+            less = self._activations(settings, ranks, FEW_RANKS[0], backward=False)
+            made = self._activations(settings, ranks, FEW_RANKS[1])
             times = (parallel.sequence - FEW_RANKS[1]) / (FEW_RANKS[1] - FEW_RANKS[0])
             before = {share.part: share for share in less.kept}
             kept = tuple(
@@ -197,8 +199,8 @@ class Estimator:
             self._states[key] = states, stepping(self.whole, settings, ranks, device, states)
         return self._states[key]
 
-    def _activations(self, settings: Settings, ranks: int, number: int) -> Account:
-        """The account on so many ranks that share a row."""
+    def _activations(self, settings: Settings, ranks: int, number: int, *, backward: bool = True) -> Account:
+        """The account on so many ranks that share a row; without `backward` of what is kept alone."""
         trainer, cut = settings.trainer, deepcopy(settings)
         tokens = settings.data.sequence_length // settings.parallel.sequence
         while tokens > LONGEST and tokens % 2 == 0:  # bytes per token do not depend on the length
@@ -211,12 +213,12 @@ class Estimator:
             cut.parallel.ulysses = min(2, number)
         key = (
             str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, str(cut.parallel),
-            settings.data.rows_per_micro_batch, trainer.dtype,
+            settings.data.rows_per_micro_batch, trainer.dtype, backward,
         )  # fmt: skip
         if key not in self._accounts:
             shallow, device = self._shallow(settings), torch.device("cuda")
-            made = shallow.account(lambda build: account(build, cut, ranks, device))
-            if number != FEW_RANKS[0]:
+            made = shallow.account(partial(account, settings=cut, world_size=ranks, device=device), backward=backward)
+            if backward:
                 made = replace(made, working=(*made.working, *self._of_blocks(settings, cut, ranks)))
             self._accounts[key] = made
         return self._accounts[key]
@@ -228,7 +230,7 @@ class Estimator:
         plain.trainer.offload_activations = False
         plain.parallel = type(plain.parallel)(layout=settings.parallel.layout, spans=settings.parallel.spans)
         plain.data.sequence_length = LONGEST
-        made = self.account(plain, 1)
+        made = self._activations(plain, 1, 1, backward=False)
         tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // settings.parallel.sequence
         kept = sum(share.bytes(tokens) for share in made.kept)
         again = 2 * kept if settings.trainer.activation_checkpointing != "none" else 0
