@@ -131,7 +131,8 @@ def account(
 
     build: makes a new model, complete, with the settings of `trainer` in it. shortest: how many tokens of a rank it
     runs on at least, where there are so many. temporaries: those of ops are counted where they can be, which may take
-    minutes. backward: without it only what is kept is counted, in a fraction of the time. Raises what the model's forward raises, and TimeoutError after so many seconds.
+    minutes. backward: without it only what is kept is counted, in a fraction of the time. Raises what the model's
+    forward raises, and TimeoutError after so many seconds.
     """
     until = time.monotonic() + seconds
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
