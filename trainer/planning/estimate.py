@@ -209,6 +209,7 @@ class Estimator:
         if number == 1:
             cut.parallel.layout, cut.parallel.spans = "contiguous", None
         cut.parallel.attention, cut.parallel.ulysses, cut.parallel.mixers = "ring", None, {}
+        cut.parallel.experts = 1  # which states depend on alone
         if cut.parallel.recurrent == "ulysses":
             cut.parallel.ulysses = min(2, number)
         key = (
@@ -240,6 +241,10 @@ class Estimator:
         """What a rank at the border of a node sends for the sequence in a micro-batch, by op; the kernels of mixers."""
         parallel, modes = settings.parallel, settings.trainer.activation_checkpointing
         ulysses = ulysses_ranks(parallel)
+        if parallel.experts > 1:  # whose tokens are not counted
+            settings = deepcopy(settings)
+            parallel = settings.parallel
+            parallel.experts = 1
         key = (
             modes if modes in ("none", "mixing", "full") else str(modes), str(parallel), cluster.gpus_per_node,
             settings.data.sequence_length, settings.data.rows_per_micro_batch, settings.trainer.dtype, cluster.name,
@@ -358,8 +363,10 @@ def kernel_share(estimate: Estimate, kind: str) -> tuple[float, str]:
     cluster = estimate.cluster
     if kind == "feed-forward":
         return cluster.share("matmul")
-    found = sorted(name for name in estimate.kernels.get(kind, ()) if name != "short_conv")
-    shares = [(cluster.share(name)[0], f"{name}: {cluster.share(name)[1]}") for name in found]
+    shares = list[tuple[float, str]]()
+    for name in sorted(name for name in estimate.kernels.get(kind, ()) if name != "short_conv"):
+        (share, known), entry = cluster.share(name), cluster.entry(name)
+        shares.append((share, f"{name if entry == 'other' else entry}: {known}"))
     return min(shares) if shares else cluster.share("other")
 
 
