@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from ..chunks import sweep as sweeps
+from ..chunks.centred import CentredChannelDecay
 from ..chunks.slabs import Block, Grid, Slab, States
 from ..chunks.sweep import Parts
 from ..problem import Problem
 from . import CHUNK, DeltaInputs
 from .rules import BetaRule, EraseRule
 
-MATRICES = 64  # chunks times lanes in a slab
+MATRICES = 32  # chunks times lanes in a slab: with 64 its states alone are more than a core's caches hold
 
 
 class Sweep(sweeps.Sweep):
     """A sweep by the rule that the problem's inputs ask for."""
+
+    channel_decay = CentredChannelDecay
 
     def __init__(self, problem: Problem[DeltaInputs], block: Block) -> None:
         super().__init__(problem, block)
