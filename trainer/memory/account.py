@@ -198,7 +198,9 @@ def _lengths(layout: Layout, least: int) -> tuple[Layout, Layout]:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peak of backward."""
+    """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peak, be it the loss's,
+    whose gradients its forward takes.
+    """
 
     kept: Counter[str]
     host: int
@@ -236,7 +238,6 @@ def _counted(
             _label(model, allocations)
             loss, _, reports = model(tokens, seq, tokens, False, True)
             kept, before = Counter(allocations.live_by), allocations.live
-            allocations.peak = before
             torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
     return _Counted(kept, away.bytes, allocations.peak - before)
 
