@@ -3,13 +3,17 @@
     python benchmarks/planner/validate.py [--cases 0 1 2 …] [--write]
 
 Each setting is measured in processes of its own over gloo, in float32 with one thread each, by the engine that trains.
-Memory: by how much the largest resident set of a rank in a second step exceeds that before the engine was made. Bytes:
-what the collectives of sequence parallelism count, and the arguments of every collective that DeepSpeed calls.
+Memory: by how much the largest resident set of a rank in a step exceeds that before the engine was made, in a process
+in which the same engine has taken a step and was closed: what libraries hold from their first use on (code, threads,
+compiled kernels) is no part of it. The least of two steps counts, since a thread of gloo may let go of a message late.
+Bytes: what the collectives of sequence parallelism count, and the arguments of every collective that DeepSpeed calls.
+Both are those of steps after the second, before which ZeRO-3 compares the ranks' modules, once.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import importlib
@@ -17,7 +21,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import socket
 import sys
 from collections import Counter
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from longreach.benchmarks.machine import resident
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
@@ -56,6 +60,7 @@ MIXERS: dict[str, Callable[..., Any]] = {
     "lightning": partial(LightningAttention, heads=4),
     "gated_deltanet": partial(GatedDeltaNet, heads=4, key_dim=64),
 }
+UNCOUNTED, COUNTED = 2, 2  # steps
 # Memory that is let go of goes back to the system, so that the resident set is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 HEAD = """\
@@ -83,6 +88,7 @@ class Case(NamedTuple):
         elif self.strategy == "gather":
             made.parallel.attention = "gather"
         made.data.sequence_length, made.data.rows_per_micro_batch = self.tokens * self.sequence, 1
+        made.data.rows_per_step = self.ranks // self.sequence
         made.checkpoint.asynchronous = False  # no copy is kept for saving
         made.engine = type(made.engine)(zero_stage=self.stage)
         return made
@@ -136,10 +142,10 @@ def predicted(case: Case) -> tuple[int, list[int], int]:
     return made.peak(), sends, sum(each.bytes for each in zero)
 
 
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+def _resident() -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident("VmRSS")
 
 
 class _Recorded:
@@ -186,7 +192,7 @@ class _Recorded:
 
 
 def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connection) -> None:
-    """Takes two steps of each setting on this rank, and sends what the second takes."""
+    """Takes steps of each setting on this rank, and sends what one takes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = processes.start(10.0)
@@ -214,16 +220,26 @@ def _measured(case: Case, device: torch.device, recorded: _Recorded) -> dict[str
         engine.backward(loss, layout.length * mesh.data_ranks)
         engine.step(1e-3)
 
-    gc.collect()
-    before = _status("VmRSS")
-    engine = Engine(case.build, settings=settings.engine, optimizer=OptimizerSettings(), mesh=mesh, device=device)
-    step(engine)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
-    recorded.bytes.clear()
-    with counting() as sent:
+    def make() -> Engine:
+        return Engine(case.build, settings=settings.engine, optimizer=OptimizerSettings(), mesh=mesh, device=device)
+
+    engine = make()
+    for _ in range(UNCOUNTED):
         step(engine)
+    engine.close()
+    del engine
+    before, peaks = _resident(), []
+    engine = make()
+    for _ in range(UNCOUNTED):
+        step(engine)
+    for _ in range(COUNTED):
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
+        recorded.bytes.clear()
+        with counting() as sent:
+            step(engine)
+        peaks.append(resident("VmHWM") - before)
     zero = sum(recorded.bytes.values()) - sent["sum"]  # of the sequence's own all-reduces, which the recorder sees too
-    found = {"rank": mesh.rank, "memory": _status("VmHWM") - before, "sequence": sum(sent.values()), "zero": zero}
+    found = {"rank": mesh.rank, "memory": min(peaks), "sequence": sum(sent.values()), "zero": zero}
     found["calls"] = dict(recorded.bytes)
     engine.close()
     return found
@@ -309,8 +325,9 @@ def _write(rows: list[str]) -> None:
         "# The planner beside what steps take",
         f"`python benchmarks/planner/validate.py --write`, {datetime.date.today()}; {machine}; float32, AdamW, gloo.",
         f"{Case.build.__doc__} Tokens are those of a rank. Memory is that of a rank at the peak of a step: predicted "
-        "by the account, measured as the growth of the resident set. Bytes are those that each rank of a row sends in "
-        "a step for its sequence, and those that each rank sends for ZeRO, as rings send them.",
+        "by the account, measured as the growth of the resident set in a process that has run the same engine before. "
+        "Bytes are those that each rank of a row sends in a step for its sequence, and those that each rank sends for "
+        "ZeRO, as rings send them.",
         "\n".join([HEAD, *rows]) + "\n",
     ]
     RESULTS.write_text("\n\n".join(parts))
