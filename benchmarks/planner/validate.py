@@ -23,7 +23,6 @@ import os
 import platform
 import socket
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -31,9 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from longreach.benchmarks.machine import resident
+from longreach.benchmarks.planner.recorded import Recorded
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
@@ -47,7 +46,7 @@ from longreach.trainer.engine import Engine, OptimizerSettings
 from longreach.trainer.memory.account import account
 from longreach.trainer.memory.allocations import size
 from longreach.trainer.planning.sending import calls
-from longreach.trainer.planning.zero import zero_sends
+from longreach.trainer.planning.zero import gathered_at_once, zero_sends
 from longreach.trainer.ranks import processes
 from longreach.trainer.ranks.settings import layout_of, strategy_of, ulysses_ranks
 from longreach.trainer.settings import Settings
@@ -138,8 +137,9 @@ def predicted(case: Case) -> tuple[int, list[int], int]:
         for rank in range(case.sequence)
     ]
     with torch.device("meta"):
-        zero = zero_sends(case.build(), settings, case.ranks)
-    return made.peak(), sends, sum(each.bytes for each in zero)
+        model = case.build()
+    zero = zero_sends(model, settings, case.ranks)
+    return made.peak() + gathered_at_once(model, settings), sends, sum(each.bytes for each in zero)
 
 
 def _resident() -> int:
@@ -148,55 +148,12 @@ def _resident() -> int:
     return resident("VmRSS")
 
 
-class _Recorded:
-    """Bytes of the collectives that are called within, by name, as rings send them; those of a few numbers apart.
-
-    DeepSpeed remembers functions of torch.distributed when it starts: it has to start within.
-    """
-
-    def __init__(self) -> None:
-        self.bytes, self.small = Counter[str](), Counter[str]()
-        self._inside = False
-
-    def __enter__(self) -> _Recorded:
-        share = {  # bytes of a rank from the tensor that is named first below, and the ranks
-            "all_reduce": lambda x, n: 2 * (n - 1) * x // n,
-            "reduce": lambda x, n: (n - 1) * x // n,
-            "all_gather_into_tensor": lambda x, n: (n - 1) * x // n,
-            "reduce_scatter_tensor": lambda x, n: (n - 1) * x,
-            "broadcast": lambda x, n: (n - 1) * x // n,
-            "all_gather": lambda x, n: (n - 1) * x // n,
-        }
-        self._original = {name: getattr(dist, name) for name in share}
-        for name, bytes_of in share.items():
-            for module in (dist, dist.distributed_c10d):
-                setattr(module, name, partial(self._call, name, bytes_of))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name, original in self._original.items():
-            for module in (dist, dist.distributed_c10d):
-                setattr(module, name, original)
-
-    def _call(self, name: str, bytes_of: Callable[[int, int], int], *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()))
-        held = sum(x.nbytes for x in first) if isinstance(first, list) else first.nbytes
-        if not self._inside:
-            group = kwargs.get("group")
-            (self.bytes if held > 64 else self.small)[name] += bytes_of(held, dist.get_world_size(group))
-        self._inside, before = True, self._inside
-        try:
-            return self._original[name](*args, **kwargs)
-        finally:
-            self._inside = before
-
-
 def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connection) -> None:
     """Takes steps of each setting on this rank, and sends what one takes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = processes.start(10.0)
-    with _Recorded() as recorded:
+    with Recorded() as recorded:
         small = partial(LanguageModel, vocabulary=64, width=16, depth=1, pattern=["lightning"])
         first = Engine(
             lambda: small(mixers={"lightning": partial(LightningAttention, heads=1)}), settings=Settings().engine,
@@ -208,7 +165,7 @@ def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connecti
     processes.end()
 
 
-def _measured(case: Case, device: torch.device, recorded: _Recorded) -> dict[str, Any]:
+def _measured(case: Case, device: torch.device, recorded: Recorded) -> dict[str, Any]:
     settings = case.settings()
     mesh = Mesh.create(case.sequence, ulysses_ranks(settings.parallel))
     layout = layout_of(settings.parallel, settings.data.sequence_length)
