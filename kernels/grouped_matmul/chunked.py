@@ -23,7 +23,7 @@ def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor
             out = torch.where(inside, x @ matrix, out)
         return out
     out, last = x.new_empty(x.shape[0], matrices.shape[2]), 0
-    for group, start, end in _groups(ends, x.shape[0]):
+    for group, start, end in groups_of(ends, x.shape[0]):
         torch.mm(x[start:end], matrices[group], out=out[start:end])
         last = end
     out[last:].zero_()
@@ -36,7 +36,7 @@ def gradient(dout: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         zero = dout.new_zeros(())
         return torch.stack([torch.where(inside, dout, zero).T @ x for inside in _inside(x, ends)])
     dweight = x.new_empty(ends.shape[0], dout.shape[1], x.shape[1])
-    for group, start, end in _groups(ends, x.shape[0]):
+    for group, start, end in groups_of(ends, x.shape[0]):
         torch.mm(dout[start:end].T, x[start:end], out=dweight[group])
     return dweight
 
@@ -45,7 +45,7 @@ def _host_knows(ends: Tensor) -> bool:
     return kind_of(ends.device) == "cpu"
 
 
-def _groups(ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+def groups_of(ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     """(group, first row, end) of every group, those without rows too: a product of none is 0.
 
     On `meta`, where nothing has a value, all groups are alike.

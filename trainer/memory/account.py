@@ -212,10 +212,10 @@ def _lengths(layout: Layout, least: int) -> tuple[Layout, Layout]:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peaks of backward.
+    """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peaks.
 
-    working: of each stretch of backward, up to the next parameter that gets its gradient: the numbers of the parameters
-        that have theirs, and the bytes at the peak.
+    working: of each stretch, up to the next parameter that gets its gradient: the numbers of the parameters that have
+        theirs, and the bytes at the peak; the first is forward too, which takes the loss's gradients.
     """
 
     kept: Counter[str]
@@ -261,12 +261,11 @@ def _counted(
 
 
 class _Peaks:
-    """The peaks of a backward pass that begins, between gradients that parameters get."""
+    """The peaks so far and of a backward pass that begins, between gradients that parameters get."""
 
     def __init__(self, model: LanguageModel, allocations: Allocations) -> None:
         self._allocations, self._there = allocations, dict[int, int]()
         self._found = list[tuple[int, int]]()
-        allocations.peak = allocations.live
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._has_gradient)
 

@@ -177,13 +177,11 @@ class Estimator:
 
     def _of_blocks(self, settings: Settings, cut: Settings, ranks: int) -> tuple[Share, ...]:
         """What backward holds beside what is kept where blocks are at their peak, which a loss of many logits hides in
-        the short rows of an account: that of a model of few tokens in its vocabulary, and the head's gradient.
+        the short rows of an account: that of a model of few tokens in its vocabulary.
         """
         few = min(FEW_LOGITS, self.whole.vocabulary)
         shallow, device = self._shallow(settings, vocabulary=few), torch.device("cuda")
-        head = 4 * self.whole.vocabulary * self.whole.width
-        found = account(shallow.base, cut, ranks, device).working
-        return tuple(replace(share, fixed=share.fixed + head) for share in found)
+        return account(shallow.base, cut, ranks, device).working
 
     def _states_of(self, settings: Settings, ranks: int) -> tuple[tuple[Share, ...], Share]:
         trainer, key = (
