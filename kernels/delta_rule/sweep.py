@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from copy import copy
 
 import torch
@@ -25,15 +26,19 @@ class Sweep(sweeps.Sweep):
 
     def __init__(self, problem: Problem[DeltaInputs], block: Block) -> None:
         super().__init__(problem, block)
-        self.rule = BetaRule(self) if problem.inputs.a is None else EraseRule(self)
+        self.rule = self._rule(BetaRule if problem.inputs.a is None else EraseRule)
 
     def wider(self, columns: int) -> Sweep:
         """The same sweep for states of so many columns more, into which the values write nothing."""
         wide = copy(self)
         wide.value_dim += columns
         wide.works, wide.cut = {}, {}
-        wide.rule = type(self.rule)(wide)
+        wide.rule = wide._rule(type(self.rule))
         return wide
+
+    def _rule(self, kind: type[BetaRule | EraseRule]) -> BetaRule | EraseRule:
+        """A rule refers back weakly: in a cycle all workspaces would wait for Python's collector of cycles."""
+        return kind(weakref.proxy(self))
 
     def new_grid(self, rows: int, heads: int, length: int) -> Grid:
         return Grid(rows, heads, length, self.problem.dtype, self.problem.device, CHUNK, MATRICES)

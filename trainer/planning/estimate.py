@@ -204,6 +204,7 @@ class Estimator:
         while tokens > LONGEST and tokens % 2 == 0:  # bytes per token do not depend on the length
             tokens //= 2
         cut.data.sequence_length, cut.parallel.sequence = tokens * number, number
+        cut.data.rows_per_step = 2 * ranks * cut.data.rows_per_micro_batch  # so that all gradients count throughout
         if number == 1:
             cut.parallel.layout, cut.parallel.spans = "contiguous", None
         cut.parallel.attention, cut.parallel.ulysses, cut.parallel.mixers = "ring", None, {}

@@ -151,7 +151,7 @@ def peak_of(rank: int, world: int, model, settings) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "full", "mixing"])
-@pytest.mark.parametrize("mixers", [("softmax", "lightning")])
+@pytest.mark.parametrize("mixers", [("softmax", "lightning"), ("delta", "window")])
 def test_the_account_of_a_shared_row_is_what_its_ranks_allocate(mixers, checkpointing) -> None:
     """By the largest of the ranks: threads copy what they send."""
     settings = settings_of(2, "ring", "state_passing", None)
