@@ -49,7 +49,7 @@ def ranked(estimator: Estimator, settings: Settings, cluster: ClusterSettings, t
             fitting.append(estimate)
         else:
             failing.append((estimate, layout(estimate), reason))
-    fitting.sort(key=lambda each: each.step)
+    fitting.sort(key=lambda each: (each.step, each.memory))
     yield from _best(fitting, len(tried), top)
     yield ""
     yield from _others(fitting, failing)
