@@ -119,6 +119,8 @@ def own_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
 class _NoBackward:
     """The context of a forward that no backward follows."""
 
+    needs_input_grad = ()
+
     def set_materialize_grads(self, value: bool) -> None: ...
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...

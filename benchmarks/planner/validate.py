@@ -3,13 +3,17 @@
     python benchmarks/planner/validate.py [--cases 0 1 2 …] [--write]
 
 Each setting is measured in processes of its own over gloo, in float32 with one thread each, by the engine that trains.
-Memory: by how much the largest resident set of a rank in a second step exceeds that before the engine was made. Bytes:
-what the collectives of sequence parallelism count, and the arguments of every collective that DeepSpeed calls.
+Memory: by how much the largest resident set of a rank in a step exceeds that before the engine was made, in a process
+in which the same engine has taken a step and was closed: what libraries hold from their first use on (code, threads,
+compiled kernels) is no part of it. The least of two steps counts, since a thread of gloo may let go of a message late.
+Bytes: what the collectives of sequence parallelism count, and the arguments of every collective that DeepSpeed calls.
+Both are those of steps after the second, before which ZeRO-3 compares the ranks' modules, once.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import importlib
@@ -17,10 +21,8 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import socket
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,8 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
+from longreach.benchmarks.machine import resident
+from longreach.benchmarks.planner.recorded import Recorded
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
 from longreach.models.language_model import LanguageModel
@@ -43,7 +46,7 @@ from longreach.trainer.engine import Engine, OptimizerSettings
 from longreach.trainer.memory.account import account
 from longreach.trainer.memory.allocations import size
 from longreach.trainer.planning.sending import calls
-from longreach.trainer.planning.zero import zero_sends
+from longreach.trainer.planning.zero import gathered_at_once, zero_sends
 from longreach.trainer.ranks import processes
 from longreach.trainer.ranks.settings import layout_of, strategy_of, ulysses_ranks
 from longreach.trainer.settings import Settings
@@ -56,6 +59,7 @@ MIXERS: dict[str, Callable[..., Any]] = {
     "lightning": partial(LightningAttention, heads=4),
     "gated_deltanet": partial(GatedDeltaNet, heads=4, key_dim=64),
 }
+UNCOUNTED, COUNTED = 2, 2  # steps
 # Memory that is let go of goes back to the system, so that the resident set is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 HEAD = """\
@@ -83,6 +87,7 @@ class Case(NamedTuple):
         elif self.strategy == "gather":
             made.parallel.attention = "gather"
         made.data.sequence_length, made.data.rows_per_micro_batch = self.tokens * self.sequence, 1
+        made.data.rows_per_step = self.ranks // self.sequence
         made.checkpoint.asynchronous = False  # no copy is kept for saving
         made.engine = type(made.engine)(zero_stage=self.stage)
         return made
@@ -132,65 +137,23 @@ def predicted(case: Case) -> tuple[int, list[int], int]:
         for rank in range(case.sequence)
     ]
     with torch.device("meta"):
-        zero = zero_sends(case.build(), settings, case.ranks)
-    return made.peak(), sends, sum(each.bytes for each in zero)
+        model = case.build()
+    zero = zero_sends(model, settings, case.ranks)
+    return made.peak() + gathered_at_once(model, settings), sends, sum(each.bytes for each in zero)
 
 
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-class _Recorded:
-    """Bytes of the collectives that are called within, by name, as rings send them; those of a few numbers apart.
-
-    DeepSpeed remembers functions of torch.distributed when it starts: it has to start within.
-    """
-
-    def __init__(self) -> None:
-        self.bytes, self.small = Counter[str](), Counter[str]()
-        self._inside = False
-
-    def __enter__(self) -> _Recorded:
-        share = {  # bytes of a rank from the tensor that is named first below, and the ranks
-            "all_reduce": lambda x, n: 2 * (n - 1) * x // n,
-            "reduce": lambda x, n: (n - 1) * x // n,
-            "all_gather_into_tensor": lambda x, n: (n - 1) * x // n,
-            "reduce_scatter_tensor": lambda x, n: (n - 1) * x,
-            "broadcast": lambda x, n: (n - 1) * x // n,
-            "all_gather": lambda x, n: (n - 1) * x // n,
-        }
-        self._original = {name: getattr(dist, name) for name in share}
-        for name, bytes_of in share.items():
-            for module in (dist, dist.distributed_c10d):
-                setattr(module, name, partial(self._call, name, bytes_of))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name, original in self._original.items():
-            for module in (dist, dist.distributed_c10d):
-                setattr(module, name, original)
-
-    def _call(self, name: str, bytes_of: Callable[[int, int], int], *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()))
-        held = sum(x.nbytes for x in first) if isinstance(first, list) else first.nbytes
-        if not self._inside:
-            group = kwargs.get("group")
-            (self.bytes if held > 64 else self.small)[name] += bytes_of(held, dist.get_world_size(group))
-        self._inside, before = True, self._inside
-        try:
-            return self._original[name](*args, **kwargs)
-        finally:
-            self._inside = before
+def _resident() -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident("VmRSS")
 
 
 def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connection) -> None:
-    """Takes two steps of each setting on this rank, and sends what the second takes."""
+    """Takes steps of each setting on this rank, and sends what one takes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = processes.start(10.0)
-    with _Recorded() as recorded:
+    with Recorded() as recorded:
         small = partial(LanguageModel, vocabulary=64, width=16, depth=1, pattern=["lightning"])
         first = Engine(
             lambda: small(mixers={"lightning": partial(LightningAttention, heads=1)}), settings=Settings().engine,
@@ -202,7 +165,7 @@ def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connecti
     processes.end()
 
 
-def _measured(case: Case, device: torch.device, recorded: _Recorded) -> dict[str, Any]:
+def _measured(case: Case, device: torch.device, recorded: Recorded) -> dict[str, Any]:
     settings = case.settings()
     mesh = Mesh.create(case.sequence, ulysses_ranks(settings.parallel))
     layout = layout_of(settings.parallel, settings.data.sequence_length)
@@ -214,16 +177,26 @@ def _measured(case: Case, device: torch.device, recorded: _Recorded) -> dict[str
         engine.backward(loss, layout.length * mesh.data_ranks)
         engine.step(1e-3)
 
-    gc.collect()
-    before = _status("VmRSS")
-    engine = Engine(case.build, settings=settings.engine, optimizer=OptimizerSettings(), mesh=mesh, device=device)
-    step(engine)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
-    recorded.bytes.clear()
-    with counting() as sent:
+    def make() -> Engine:
+        return Engine(case.build, settings=settings.engine, optimizer=OptimizerSettings(), mesh=mesh, device=device)
+
+    engine = make()
+    for _ in range(UNCOUNTED):
         step(engine)
+    engine.close()
+    del engine
+    before, peaks = _resident(), []
+    engine = make()
+    for _ in range(UNCOUNTED):
+        step(engine)
+    for _ in range(COUNTED):
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now
+        recorded.bytes.clear()
+        with counting() as sent:
+            step(engine)
+        peaks.append(resident("VmHWM") - before)
     zero = sum(recorded.bytes.values()) - sent["sum"]  # of the sequence's own all-reduces, which the recorder sees too
-    found = {"rank": mesh.rank, "memory": _status("VmHWM") - before, "sequence": sum(sent.values()), "zero": zero}
+    found = {"rank": mesh.rank, "memory": min(peaks), "sequence": sum(sent.values()), "zero": zero}
     found["calls"] = dict(recorded.bytes)
     engine.close()
     return found
@@ -309,8 +282,9 @@ def _write(rows: list[str]) -> None:
         "# The planner beside what steps take",
         f"`python benchmarks/planner/validate.py --write`, {datetime.date.today()}; {machine}; float32, AdamW, gloo.",
         f"{Case.build.__doc__} Tokens are those of a rank. Memory is that of a rank at the peak of a step: predicted "
-        "by the account, measured as the growth of the resident set. Bytes are those that each rank of a row sends in "
-        "a step for its sequence, and those that each rank sends for ZeRO, as rings send them.",
+        "by the account, measured as the growth of the resident set in a process that has run the same engine before. "
+        "Bytes are those that each rank of a row sends in a step for its sequence, and those that each rank sends for "
+        "ZeRO, as rings send them.",
         "\n".join([HEAD, *rows]) + "\n",
     ]
     RESULTS.write_text("\n\n".join(parts))

@@ -29,6 +29,7 @@ from ..chunks.slabs import CHUNK, Block, Grid, Slab, States, fade
 from ..chunks.sweep import Parts
 from ..operation import Tensors
 from ..problem import Problem
+from . import shared
 from .parts import GatedLinearInputs
 
 
@@ -163,6 +164,8 @@ def forward(
     problem: Problem[GatedLinearInputs], initial_state: Tensor | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, written to `out` where it is passed; final state)."""
+    if shared.fits(problem):
+        return shared.forward(problem, initial_state, out)
     return sweeps.forward(Sweep, problem, initial_state, out)
 
 
@@ -175,6 +178,8 @@ def backward(
     problem: Problem[GatedLinearInputs], dout: Tensor, dfinal_state: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensors, Tensor]:
     """The gradients of the inputs, in their types, and of the initial state."""
+    if shared.fits(problem):
+        return shared.backward(problem, dout, dfinal_state, initial_state)
     return sweeps.backward(Sweep, problem, dout, dfinal_state, initial_state)
 
 

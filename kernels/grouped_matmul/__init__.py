@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import IMPLEMENTATIONS, announce, asked, resolve
+from ..dispatch import IMPLEMENTATIONS, announce, asked, kind_of, resolve
 from ..operation import Function
 from . import chunked, library, reference
 from .grouping import Grouping, collect, spread
+from .routed import routed_swiglu
 
-__all__ = ["Grouping", "collect", "flops", "grouped_matmul", "spread"]
+__all__ = ["Grouping", "collect", "flops", "grouped_matmul", "routed_swiglu", "runs_routed", "spread"]
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor, *, backend: str = "auto") -> Tensor:
@@ -39,6 +40,13 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor, *, backend: str = "a
             f"x and weight must have one type and ends int32; got {x.dtype}, {weight.dtype} and {ends.dtype}"
         )
     return _GroupedMatmul.call(x, weight, ends, backend)
+
+
+def runs_routed(x: Tensor, backend: str = "auto") -> bool:
+    """Whether `routed_swiglu` takes rows like x, instead of grouped products: torch's on a CPU, not compiled."""
+    if torch.compiler.is_compiling() or kind_of(x.device) != "cpu":
+        return False
+    return _implementation(x, x, backend) is chunked
 
 
 def flops(rows: int, *, inputs: int, outputs: int) -> int:

@@ -1,4 +1,4 @@
-"""A norm and its gate: one launch on an accelerator, and one backward that keeps the inputs alone."""
+"""A norm and its gate: one launch on an accelerator, tiles on a CPU, and one backward that keeps the inputs alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..operation import Function
 from .rms_norm import rms_norm
 
 ACTIVATIONS = ("silu", "sigmoid")
+TILE = 1 << 16  # numbers of a tile, of which a CPU's cache holds several
 
 
 def gated_norm(
@@ -50,6 +51,8 @@ def gated_norm(
     if kernels is not None and kernels.takes_norm(x):
         kind = activation == "silu", centred, gate_first
         return _GatedNorm.call(kernels, x, gate, weight, bias, eps, kind)
+    if x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
+        return _TiledGatedNorm.call(x, gate, weight, bias, eps, (activation == "silu", centred, gate_first))
     active = F.silu if activation == "silu" else torch.sigmoid
     if not gate_first:
         return active(gate) * _norm(x, weight, bias, eps, centred).to(x.dtype)
@@ -58,7 +61,7 @@ def gated_norm(
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
-    """norm(x) by torch's operations, which its compiler fuses and which a CPU runs no faster as one."""
+    """norm(x) by torch's operations, which its compiler fuses."""
     if not centred and weight.dim() == 1 and bias is None:
         return rms_norm(x, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -89,3 +92,95 @@ class _GatedNorm(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.kernels.gated_norm_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.kind), None, None
+
+
+class _TiledGatedNorm(Function):
+    """The same in torch's operations, tile by tile, so that no result between two of them leaves the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        kind: tuple[bool, bool, bool],
+    ) -> Tensor:
+        silu, _, gate_first = ctx.kind = kind
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        wide, size = _wide(x), _tile(x)
+        scales = []
+        for part, own_x, own_gate in zip(*(_rows(y).split(size) for y in (out, x, gate)), strict=True):
+            active = _active(own_gate.to(wide), silu)
+            u = _normed(own_x.to(wide), active, kind)
+            scale = u.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            y = torch.mul(u, scale).mul_(weight)
+            if bias is not None:
+                y.add_(bias)
+            part.copy_(y if gate_first else y.mul_(active))
+            scales.append(scale)
+        ctx.save_for_backward(x, gate, weight, bias, torch.cat(scales))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """With n the normed and g = dn weight:  du = scale (g − n mean(g · n)),  dweight = Σ dn · n."""
+        x, gate, weight, bias, scales = ctx.saved_tensors
+        silu, centred, gate_first = ctx.kind
+        dx, dgate = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, gate))
+        wide, size = _wide(x), _tile(x)
+        dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
+        summed = (0, 1) if weight.dim() == 1 else (0,)
+        tiles = (_rows(y).split(size) for y in (dx, dgate, dy, x, gate))
+        for own_dx, own_dgate, *given, scale in zip(*tiles, scales.split(size), strict=True):
+            dn, own_x, own_gate = (y.to(wide) for y in given)
+            active = _active(own_gate, silu)
+            n = _normed(own_x, active, ctx.kind) * scale
+            dactive = None
+            if not gate_first:
+                dactive = (n * weight if bias is None else torch.addcmul(bias.to(wide), n, weight.to(wide))).mul_(dn)
+                dn = dn * active
+            along = dn * n
+            dweight += along.sum(summed)
+            if bias is not None:
+                dbias += dn.sum(summed)
+            along = along.mul_(weight).mean(-1, keepdim=True)
+            du = torch.mul(dn, weight).addcmul_(n, along, value=-1.0).mul_(scale)
+            if centred:
+                du.sub_(du.mean(-1, keepdim=True))
+            if dactive is None:
+                dactive = du * own_x
+                du.mul_(active)
+            own_dx.copy_(du)
+            if silu:
+                own_dgate.copy_(torch.ops.aten.silu_backward(dactive, own_gate))
+            else:
+                own_dgate.copy_(torch.ops.aten.sigmoid_backward(dactive, active))
+        return dx, dgate, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _tile(x: Tensor) -> int:
+    """Rows `[H, D]` of a tile."""
+    own = max(1, x.shape[-2] * x.shape[-1])
+    return max(1, TILE // own) if x.device.type == "cpu" else max(1, x.numel() // own)
+
+
+def _active(gate: Tensor, silu: bool) -> Tensor:
+    return F.silu(gate) if silu else torch.sigmoid(gate)
+
+
+def _normed(x: Tensor, active: Tensor, kind: tuple[bool, bool, bool]) -> Tensor:
+    """What is divided by its root mean square."""
+    _, centred, gate_first = kind
+    u = x * active if gate_first else x
+    return u - u.mean(-1, keepdim=True) if centred else u

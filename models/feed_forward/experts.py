@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, spread
+from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, routed_swiglu, runs_routed, spread
 from ...parallel.ops.experts import to_experts
 from ...parallel.sequence import Sequence
 from ..part import FeedForward, named_weights, shape_of
@@ -76,11 +76,20 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, count: int, backend: str) -> Tensor:
         grouping = Grouping.of(chosen, count)
+        if (matrices := self._swiglus()) is not None and runs_routed(x, backend):
+            return routed_swiglu(x, weights, grouping, *matrices)
         rows = spread(x, grouping)
         if self.weigh_inputs:
             rows = (rows * weights.flatten().index_select(0, grouping.order).unsqueeze(1)).to(rows.dtype)
             weights = torch.ones_like(weights)
         return collect(self.down(self._hidden(rows, grouping.ends, backend), grouping.ends, backend), weights, grouping)
+
+    def _swiglus(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The matrices, where they are all that the experts have, and at hand: ZeRO-3 gathers them layer by layer."""
+        if self.gate is None or self.gate.bias is not None or self.limit is not None or self.weigh_inputs:
+            return None
+        matrices = self.gate.weight, self.up.weight, self.down.weight
+        return None if any(hasattr(weight, "ds_shape") for weight in matrices) else matrices
 
     def _hidden(self, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
         if self.gate is not None:

@@ -13,7 +13,7 @@ from recurrence_parts import CUTS, OFTEN, PACKINGS, ROWS, Parts, assert_near, na
 
 from longreach.kernels.chunks.decay import FLOOR
 from longreach.kernels.documents import Documents
-from longreach.kernels.gated_linear import GatedLinearRecurrence, flops, gated_linear_attention
+from longreach.kernels.gated_linear import GatedLinearRecurrence, flops, gated_linear_attention, shared
 from longreach.kernels.recurrence import Summary
 
 DECAYS = ("none", "constant", "token", "channel")
@@ -114,6 +114,19 @@ def test_grouped_heads(decay, groups):
     inputs, state, *given = draw(documents, decay, query_groups=groups[0], key_groups=groups[1])
     expected = run(inputs, state, documents, *given, backend="reference")
     assert_near(run(inputs, state, documents, *given), expected, 1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("strength", [0.1, 1.0, 30.0], ids=["mild", "within twice the floor", "strong"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_heads_that_share_queries_and_keys(dtype, strength, groups, monkeypatch):
+    monkeypatch.setattr(shared, "KEPT", 1)  # the states of one chunk at once
+    for documents in (PACKINGS["packed"], Documents.whole(2, 150, position=3)):
+        inputs, state, *given = draw(documents, "token", strength, query_groups=groups, key_groups=groups)
+        expected = run(inputs, state, documents, *given, backend="reference")
+        with nan_in_fresh_memory():
+            found = run(inputs, state, documents, *given, dtype=dtype)
+        assert_near(found, expected, 1e-9 if dtype == torch.float64 else 1e-4)
 
 
 MANY_LANES = {"heads in blocks": (1, 48, 48), "one group": (1, 40, 1), "rows in blocks": (5, 16, 8)}

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from longreach.kernels.grouped_matmul import Grouping, chunked, collect, grouped_matmul, library, spread
+from longreach.kernels.dispatch import standing_for
+from longreach.kernels.grouped_matmul import (
+    Grouping,
+    chunked,
+    collect,
+    grouped_matmul,
+    library,
+    routed,
+    routed_swiglu,
+    runs_routed,
+    spread,
+)
 from longreach.kernels.grouped_matmul import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,3 +170,78 @@ def test_rows_are_sorted_by_group_and_back(left_out):
     torch.testing.assert_close(got[0], want[1])
     torch.testing.assert_close(got[1][:7], dy[:7])
     torch.testing.assert_close(got[2], dweights)
+
+
+def routed_problem(dtype, rows=23):
+    """x, weights, gate, up, down of 4 groups, the last without rows, and a row of no group; and the choices."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, 5), (rows, 2), (4, 6, 5), (4, 6, 5), (4, 3, 6)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    chosen = torch.rand(rows, 3, generator=generator).topk(2).indices
+    chosen[2, 0] = chosen[7, 0] = chosen[7, 1] = -1
+    wide = torch.promote_types(dtype, torch.float32)
+    return [x.to(wide if at == 1 else dtype) for at, x in enumerate(tensors)], chosen
+
+
+def loop_of_swiglus(x, weights, gate, up, down, chosen):
+    out = []
+    for row, groups in enumerate(chosen.tolist()):
+        total = weights.new_zeros(down.shape[1])
+        for weight, group in zip(weights[row], groups, strict=True):
+            if group >= 0:
+                total = total + weight * (down[group] @ (F.silu(gate[group] @ x[row]) * (up[group] @ x[row])))
+        out.append(total)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("slab", [4, 16, 512])
+def test_routed_swiglus_are_a_loop_over_rows(slab, monkeypatch):
+    monkeypatch.setattr(routed, "ROWS", slab)
+    tensors, chosen = routed_problem(torch.float64)
+    ours, loop = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+    got = routed_swiglu(*ours[:2], Grouping.of(chosen, 4), *ours[2:])
+    want = loop_of_swiglus(*loop, chosen)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    dout = torch.cos(torch.arange(want.numel()).double()).view_as(want)
+    grads = torch.autograd.grad(got, ours, dout), torch.autograd.grad(want, loop, dout)
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+    assert not grads[0][2][3].any()  # a group without rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", range(5))
+def test_routed_swiglus_in_narrow_types_and_of_one_tensor_that_learns(learns, dtype, monkeypatch):
+    monkeypatch.setattr(routed, "ROWS", 4)
+    tensors, chosen = routed_problem(dtype)
+    tensors[learns].requires_grad_()
+    loop = [x.detach().double().requires_grad_(at == learns) for at, x in enumerate(tensors)]
+    got = routed_swiglu(*tensors[:2], Grouping.of(chosen, 4), *tensors[2:])
+    want = loop_of_swiglus(*loop, chosen)
+    assert got.dtype == torch.float32
+    dout = torch.sin(torch.arange(want.numel()).float()).view_as(want)
+    (mine,), (theirs,) = (
+        torch.autograd.grad(got, tensors[learns], dout),
+        torch.autograd.grad(want, loop[learns], dout.double()),
+    )
+    assert mine.dtype == tensors[learns].dtype
+    for a, b in ((got, want), (mine, theirs)):
+        assert (a.double() - b).norm() <= TOLERANCES[dtype] * b.norm()
+
+
+def test_routed_swiglus_keep_two_products_of_each_row():
+    tensors, chosen = routed_problem(torch.float32)
+    tensors = [x.requires_grad_() for x in tensors]
+    grouping, kept = Grouping.of(chosen, 4), []
+    given = {x.data_ptr() for x in (*tensors, *grouping)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        routed_swiglu(*tensors[:2], grouping, *tensors[2:])
+    assert [x.shape for x in kept if x.data_ptr() not in given] == [(43, 6), (43, 6)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "library", "auto"])
+def test_routed_swiglus_run_by_torch_on_a_cpu_alone(backend):
+    assert runs_routed(torch.zeros(4, 4), backend) == (backend == "auto")
+    assert not runs_routed(torch.zeros(4, 4, device="meta"), backend)  # which stands for no CPU
+    with standing_for("cpu"):
+        assert runs_routed(torch.zeros(4, 4, device="meta")) == runs_routed(torch.zeros(4, 4))

@@ -1,13 +1,14 @@
 """Short convolutions and token shift against their definition and torch's own convolution."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
-from longreach.kernels.short_conv import bytes_sent, flops, short_conv, state_bytes, token_shift
+from longreach.kernels.short_conv import bytes_sent, chunked, flops, short_conv, state_bytes, token_shift
 
 WIDTH = 5
 PACKED = Documents.from_lengths([[3, 1, 1, 290, 5, 50], [350]], 400)
@@ -58,6 +59,22 @@ def test_outputs_and_gradients_are_those_of_the_definition(documents, taps, acti
     assert_near(run(convolve(documents, activation), inputs, dout), expected)
     single = run(convolve(documents, activation), [x.float() for x in inputs], dout)
     assert_near(single, expected, 1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("taps", [1, 4])
+def test_slabs_and_rows_without_history(taps, activation, monkeypatch):
+    monkeypatch.setattr(chunked, "SLAB", 2 * WIDTH * 7)
+    documents = Documents.whole(2, 30)
+    x, weight, bias, _, dout = draw(documents, taps)
+    for history in (None, torch.ones(2, taps - 1, WIDTH, dtype=torch.float64)):
+
+        def op(x, weight, bias, history=history, backend="auto"):
+            return convolve(documents, activation, backend)(x, weight, bias, history)
+
+        expected = run(partial(op, backend="reference"), [x, weight, bias], dout)
+        assert_near(run(op, [x, weight, bias], dout), expected)
+        assert_near(run(op, [x.float(), weight.float(), bias.float()], dout), expected, 1e-4)
 
 
 @pytest.mark.parametrize("documents", PACKINGS.values(), ids=PACKINGS)

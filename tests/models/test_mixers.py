@@ -1,5 +1,6 @@
 """What every mixer promises, for every file in conf/mixer."""
 
+import gc
 import importlib
 import pkgutil
 
@@ -130,6 +131,23 @@ def test_every_parameter_and_the_input_get_a_gradient(name):
     for label, tensor in [("input", x), *mixer.named_parameters()]:
         assert tensor.grad is not None, label
         assert tensor.grad.abs().max() > 1e-6, label
+
+
+@pytest.mark.parametrize("name", few_or_slow())
+def test_a_pass_lets_go_of_its_tensors_when_it_ends(name):
+    """No cycle of references holds them until Python's collector comes by, in any number of steps."""
+    mixer, x = build_mixer(name), draw()
+    forward_and_gradients(mixer, x, packed())  # what is kept for good is made
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        forward_and_gradients(mixer, x, packed())
+        held = [y.shape for y in gc.get_objects() if type(y) is torch.Tensor and y.is_floating_point()]
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert not held
 
 
 def forward_and_gradients(mixer, x, seq):

@@ -114,9 +114,12 @@ def test_feed_forward_and_loss_are_a_constant_in_tiles():
 @pytest.mark.slow
 def test_full_checkpointing_keeps_one_tensor_per_block():
     kept = {share.part: share for share in account_of(partial(make_model, activation_checkpointing="full")).kept}
-    # Each block's output, the norm's of the last one, and one number per token of each: its root mean square.
+    # Each block's output, and for the last norm one number per token: its root mean square.
     blocks = kept["kept: residual stream and norms"].per_token
-    assert blocks == pytest.approx((DEPTH + 1) * WIDTH * 4, abs=2 * 4)
+    assert blocks == pytest.approx(DEPTH * WIDTH * 4, abs=2 * 4)
+    # The embedding's output, and the gradient of what the head has read.
+    assert kept["kept: embedding and loss"].per_token == 2 * WIDTH * 4
+    assert kept["kept: embedding and loss"].fixed == pytest.approx(VOCABULARY * WIDTH * 4, abs=2 * 4)
     assert "kept: feed-forward" not in kept
 
 

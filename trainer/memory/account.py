@@ -31,7 +31,7 @@ from ...parallel.sequence import Sequence
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
 from .allocations import Allocations, size
-from .states import STEP, Share, states_of, stepping
+from .states import STEP, Share, coming_gradients, states_of, stepping
 
 SHORTEST = 4096  # tokens of a rank: of fewer, the workspaces of ops would grow with the length
 SMALL_TILE = 256  # tokens: with tiles of a few, what else a step holds at its peak shows already in short rows
@@ -47,8 +47,8 @@ class Account:
 
     states: parameters, gradients, what the optimizer keeps and the copy that is being saved. kept: of the activations,
         from forward to backward.
-    working: what backward holds beside at the peak, as it is where tiles of feed-forward layers make it, and as it is
-        elsewhere: the larger counts, which may change with the length.
+    working: what backward holds beside at its peak, less the gradients that only come later: one share for each moment
+        at which that may be; the largest counts, which may change with the length.
     missing: what is not counted; "" where the ops' own temporaries are in.
     stepping: what the optimizer's step holds when no activation is there any more.
     """
@@ -124,13 +124,15 @@ def account(
     *,
     shortest: int = SHORTEST,
     temporaries: bool = True,
+    backward: bool = True,
     seconds: float = math.inf,
 ) -> Account:
     """The account of a step of the trainer on so many ranks.
 
     build: makes a new model, complete, with the settings of `trainer` in it. shortest: how many tokens of a rank it
     runs on at least, where there are so many. temporaries: those of ops are counted where they can be, which may take
-    minutes. Raises what the model's forward raises, and TimeoutError after so many seconds.
+    minutes. backward: without it only what is kept is counted, in a fraction of the time. Raises what the model's
+    forward raises, and TimeoutError after so many seconds.
     """
     until = time.monotonic() + seconds
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
@@ -141,8 +143,8 @@ def account(
         model = build()
     own, chunk = settings.trainer.tile_tokens, chunk_tokens(model.vocabulary, dtype, device)
     short = _lengths(layout, max(shortest, 2 * (own or 0), 2 * chunk))
-    count = partial(_counted, build, settings, device, dtype, until)
-    tiles = [own] if own is None or own <= SMALL_TILE else [own, SMALL_TILE]
+    count = partial(_counted, build, settings, device, dtype, until, backward)
+    tiles = [own] if own is None or own <= SMALL_TILE or not backward else [own, SMALL_TILE]
     try:
         counted = [[count(length, each, exact) for length in short] for each in tiles]
     except (NotImplementedError, RuntimeError) as error:  # of an op that reads values
@@ -152,22 +154,36 @@ def account(
         counted = [[count(length, each, exact) for length in short] for each in tiles]
     less, more = (rows * length.local_length for length in short)
 
-    def share(name: str, a: float, b: float, host: bool = False) -> Share:
+    def share(name: str, a: float, b: float, host: bool = False, less_fixed: float = 0.0) -> Share:
         slope = (b - a) / (more - less)
-        return Share(name, a - slope * less, slope, host)
+        return Share(name, a - slope * less - less_fixed, slope, host)
 
     (at_less, at_more), *_ = counted
     parts = [name for name in at_more.kept if at_more.kept[name]]
     kept = [share(f"kept: {name}", at_less.kept[name], at_more.kept[name]) for name in parts]
     if at_more.host:
         kept.append(share("kept: offloaded", at_less.host, at_more.host, True))
-    working = tuple(share(WORKING, a.working, b.working) for a, b in counted)
     cast_parameters(model, dtype)
+    coming = coming_gradients(model, settings, world_size, device)
+    working = [
+        share(WORKING, at_a, at_b, less_fixed=coming(there))
+        for a, b in counted
+        for (there, at_a), (_, at_b) in zip(a.working, b.working, strict=True)
+    ]
     states = states_of(model, settings, world_size, device)
     step = stepping(model, settings, world_size, device, states)
     if device.type == "cpu":  # which is the host
         states, step = tuple(replace(share, host=False) for share in states), replace(step, host=False)
-    return Account(rows * layout.local_length, states, tuple(kept), working, missing, step)
+    return Account(rows * layout.local_length, states, tuple(kept), _largest(working), missing, step)
+
+
+def _largest(shares: list[Share]) -> tuple[Share, ...]:
+    """Those of which each is the largest at some length."""
+    found = list[Share]()
+    for share in sorted(shares, key=lambda each: (each.per_token, each.fixed), reverse=True):
+        if not found or share.fixed > max(each.fixed for each in found):
+            found.append(share)
+    return tuple(found)
 
 
 def account_of_run(
@@ -198,11 +214,15 @@ def _lengths(layout: Layout, least: int) -> tuple[Layout, Layout]:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peak of backward."""
+    """Bytes of one run: kept by part after forward, on the host, and beside what is kept at the peaks.
+
+    working: of each stretch, up to the next parameter that gets its gradient: the numbers of the parameters that have
+        theirs, and the bytes at the peak; the first is forward too, which takes the loss's gradients.
+    """
 
     kept: Counter[str]
     host: int
-    working: int
+    working: tuple[tuple[int, int], ...]
 
 
 def _counted(
@@ -211,6 +231,7 @@ def _counted(
     device: torch.device,
     dtype: torch.dtype,
     until: float,
+    backward: bool,
     layout: Layout,
     tile_tokens: int | None,
     exact: bool,
@@ -236,9 +257,30 @@ def _counted(
             _label(model, allocations)
             loss, _, reports = model(tokens, seq, tokens, False, True)
             kept, before = Counter(allocations.live_by), allocations.live
-            allocations.peak = before
-            torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
-    return _Counted(kept, away.bytes, allocations.peak - before)
+            peaks = _Peaks(model, allocations)
+            if backward:
+                torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
+            working = tuple((numbers, peak - before) for numbers, peak in peaks.found())
+    return _Counted(kept, away.bytes, working)
+
+
+class _Peaks:
+    """The peaks so far and of a backward pass that begins, between gradients that parameters get."""
+
+    def __init__(self, model: LanguageModel, allocations: Allocations) -> None:
+        self._allocations, self._there = allocations, dict[int, int]()
+        self._found = list[tuple[int, int]]()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._has_gradient)
+
+    def _has_gradient(self, parameter: Tensor) -> None:
+        if id(parameter) not in self._there:
+            self._found.append((sum(self._there.values()), self._allocations.peak))
+            self._there[id(parameter)], self._allocations.peak = parameter.numel(), self._allocations.live
+
+    def found(self) -> list[tuple[int, int]]:
+        """The numbers of the parameters that had their gradients before, and the bytes at the peak, of each stretch."""
+        return [*self._found, (sum(self._there.values()), self._allocations.peak)]
 
 
 def _label(model: LanguageModel, allocations: Allocations) -> None:

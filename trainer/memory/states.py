@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -141,12 +141,41 @@ def _add_buffers(held: _Held, groups: list[_Group], settings: Settings, *, on_cp
     engine, stage = settings.engine, settings.engine.zero_stage
     away, in_float32 = engine.offload != "none", settings.trainer.dtype == "float32"
     if stage > 1 or (stage == 1 and (in_float32 or away)):
-        own = engine.config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
-        held.add(BUFFERS, 4 * min(own, sum(group.numbers for group in groups)) if on_cpu else 4 * own)
+        if not on_cpu:
+            held.add(BUFFERS, 4 * _bucket(settings))
+        elif stage > 1 or away:  # without offloading stage 1 writes into it when the activations are gone
+            held.add(BUFFERS, 4 * min(_bucket(settings), sum(group.numbers for group in groups)))
     if away and stage < 3:
         largest = max((x for group in groups for x in group.parameters), key=lambda x: x.numel())
         for host in (False, True):
             held.add(BUFFERS, largest.numel() * (4 if stage == 2 else largest.itemsize), host=host)
+
+
+def _bucket(settings: Settings) -> int:
+    """Numbers of the bucket in which gradients are reduced."""
+    return settings.engine.config.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
+
+
+def coming_gradients(
+    model: nn.Module, settings: Settings, world_size: int, device: torch.device
+) -> Callable[[int], float]:
+    """From how many numbers' gradients a backward pass has made: bytes of `states_of` that only come in its rest.
+
+    On stages 0 and 1 gradients come where a step has one backward pass, else they are there from the pass before. On
+    stage 2 each rank's part comes when the pass ends, and on a CPU the bucket is filled as gradients come. Stage 3 has
+    all from the start; of bfloat16 on stage 1, of offloading and of experts that ranks share out all count.
+    """
+    stage, groups = settings.engine.zero_stage, _groups(model, settings, world_size)
+    numbers, part = (sum(map(attrgetter(name), groups)) for name in ("numbers", "part"))
+    once = settings.data.micro_batches(max(1, world_size // settings.parallel.sequence)) <= 1
+    of_number, at_end = 0.0, 0.0
+    if settings.engine.offload == "none" and not any(group.experts for group in groups):
+        if stage < 2 and once and settings.trainer.dtype == "float32":
+            of_number = 4.0
+        elif stage == 2:
+            at_end = 4 * part if once else 0.0
+            of_number = 4.0 if device.type == "cpu" and numbers <= _bucket(settings) else 0.0
+    return lambda there: at_end + of_number * (numbers - there)
 
 
 def stepping(
@@ -177,6 +206,8 @@ def stepping(
     norm = 8 * largest / (world_size if stage == 3 else 1)
     own = 4 * numbers if at_once else max(0.0 if away else 4 * part, norm) - whole - (bucket if stage == 2 else 0.0)
     most = max(most, own, _step(experts, settings, device, flat=True))
+    if stage == 1 and device.type == "cpu" and settings.trainer.dtype == "float32" and not away:
+        most = max(most, 4 * min(_bucket(settings), numbers))
     return Share(STEP, most, host=away and settings.optimizer.kind != "muon")
 
 

@@ -78,7 +78,7 @@ def work(model: LanguageModel, settings: Settings) -> Work:
             kind.layers += 1
     total, heads = model.flops(documents), flops_of(model.head, whole)
     rest = total - found.flops
-    found.kinds[HEAD] = Kind(linear=max(rest, heads), again_linear=heads, layers=1)  # logits are made again in backward
+    found.kinds[HEAD] = Kind(linear=max(rest, heads), layers=1)
     return found
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
 
+from ..optimizers.groups import frozen_parameters, groups_of
 from ..settings import Settings
 
 SMALLEST_SPLIT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: stage 3 keeps smaller parameters whole
+ALIGNMENT = 2  # numbers to which DeepSpeed pads each rank's part of a flat tensor
 NEAR = 1_000_000_000  # numbers: its max_reuse_distance: what is used again so soon stays gathered
 
 
@@ -35,7 +38,7 @@ def zero_sends(model: nn.Module, settings: Settings, ranks: int, micro_batches: 
         sums = ZeroSend("gradients, summed", times * _summed(4 * numbers, ranks))
         if stage == 0:
             return [sums]
-        return [sums, ZeroSend("parameters, gathered", _gathered(sum(n * e for n, e in sizes), ranks))]
+        return [sums, ZeroSend("parameters, gathered", sum(_gathered(x, ranks) for x in _flat(model, settings, ranks)))]
     split = [(-(-n // ranks) * ranks, e) for n, e in sizes if n > SMALLEST_SPLIT]
     kept = [(-(-n // ranks) * ranks, e) for n, e in sizes if n <= SMALLEST_SPLIT]
     near = min(1.0, NEAR / max(1, sum(n for n, _ in split)))
@@ -47,6 +50,14 @@ def zero_sends(model: nn.Module, settings: Settings, ranks: int, micro_batches: 
         ZeroSend("small parameters, gathered", _gathered(sum(n * e for n, e in kept), ranks)),
         ZeroSend("gradients, summed and scattered", micro_batches * _gathered(scattered, ranks), True),
     ]
+
+
+def _flat(model: nn.Module, settings: Settings, ranks: int) -> Iterator[int]:
+    """Bytes of the flat tensors of stages 1 and 2, one for each group of the optimizer, padded to whole parts."""
+    unit = ranks * ALIGNMENT
+    for group in groups_of(model, settings.optimizer, frozen_parameters(model, settings.optimizer.only)):
+        numbers = sum(parameter.numel() for parameter in group["params"])
+        yield -(-numbers // unit) * unit * group["params"][0].itemsize
 
 
 def _summed(held: int, ranks: int) -> int:
