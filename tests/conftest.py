@@ -3,6 +3,7 @@
 Property tests draw the same examples at every run, and a busy machine does not fail them.
 """
 
+import gc
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,17 @@ with suppress(ModuleNotFoundError):  # a bare GPU machine has none, and most tes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Thousands of tests and their libraries stay until the end: the garbage collector need not walk through them again and
+# again, neither while they are collected nor during tests.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 # Files that take minutes begin first, the longest ahead: none is then left to one core when the other has ended.

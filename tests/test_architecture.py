@@ -60,9 +60,11 @@ def test_kernels_and_parallel_import_torch_triton_and_the_standard_library_only(
 
 def test_torch_distributed_stays_in_parallel_and_trainer() -> None:
     for path in modules("kernels", "models", "launch"):
-        wrong = [name for name in imports(path) if name.startswith("torch.distributed")]
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
-        assert "torch.distributed" not in path.read_text().replace("torch.distributed.run", ""), path
+        text = path.read_text()
+        assert "torch.distributed" not in text.replace("torch.distributed.run", ""), path
+        if "distributed" in text:
+            wrong = [name for name in imports(path) if name.startswith("torch.distributed")]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_strategies_know_protocols_and_no_op() -> None:

@@ -255,6 +255,7 @@ def test_bfloat16_is_computed_in_float32():
             assert (a.double() - b).norm() <= 2e-2 * b.norm(), variant
 
 
+@pytest.mark.slow  # flash-linear-attention takes seconds to import
 def test_flash_linear_attention_agrees_on_rwkv6():
     naive = pytest.importorskip("fla.ops.rwkv6.recurrent_naive", reason="flash-linear-attention is an oracle")
     _, (q, k, v, log_decay, _, bonus, _), state, *_ = draw(Documents.whole(2, 80, position=1), "bonus, channel")
@@ -266,6 +267,7 @@ def test_flash_linear_attention_agrees_on_rwkv6():
     assert_near(found, [expected.transpose(1, 2), final], 1e-4)
 
 
+@pytest.mark.slow  # flash-linear-attention takes seconds to import
 def test_flash_linear_attention_agrees_on_the_normaliser():
     naive = pytest.importorskip("fla.ops.linear_attn.naive", reason="flash-linear-attention is an oracle")
     _, (q, k, v, *_), *_ = draw(Documents.whole(2, 80), "sum")

@@ -99,6 +99,7 @@ def test_parts_of_a_row_continue_from_the_state(backend):
     torch.testing.assert_close(final, end)
 
 
+@pytest.mark.slow  # flash-linear-attention takes seconds to import
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_it_is_flash_linear_attention(backend):
     naive = pytest.importorskip("fla.ops.log_linear_attn.naive", reason="needs flash-linear-attention")

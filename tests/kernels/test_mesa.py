@@ -67,6 +67,7 @@ def test_reference_is_differentiable():
     )
 
 
+@pytest.mark.slow  # flash-linear-attention takes seconds to import
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_it_is_flash_linear_attention(backend):
     naive = pytest.importorskip("fla.ops.mesa_net.naive", reason="needs flash-linear-attention")

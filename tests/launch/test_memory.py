@@ -15,10 +15,10 @@ def lines(*overrides, **chosen):
 
 def test_it_prints_a_line_per_part_and_the_peak():
     told = lines(
-        "data.sequence_length=8192", "trainer.activation_checkpointing={softmax: mixing, lightning: full}",
-        "trainer.tile_tokens=1024", "parallel.sequence=2", "engine.zero_stage=2", ranks=4,
+        "data.sequence_length=1024", "trainer.activation_checkpointing={softmax: mixing, lightning: full}",
+        "trainer.tile_tokens=128", "parallel.sequence=2", "engine.zero_stage=2", ranks=4,
     )  # fmt: skip
-    assert told[0] == "4,096 tokens at once on each of 4 ranks"
+    assert told[0] == "512 tokens at once on each of 4 ranks"
     assert told[-1] == "not counted: what kernels and libraries need meanwhile"
     parts = [line.split("  ")[0] for line in told[2:]]
     states = ["parameters", "gradients", "float32 masters", "moments", "DeepSpeed's buffers", "copy for saving (host)"]

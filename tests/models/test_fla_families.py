@@ -12,13 +12,12 @@ from checkpoint_checks import (
     check_two_ranks,
     check_what_is_written,
 )
-from checkpoints import Imported, few_checkpoints, filled
+from checkpoints import Imported, filled
 from fla_models import ALSO, CASES, FULL, SMALL, WINDOW, config_of, greedy, model_of, plain_functions
 
 from longreach.models import hf
 
 FAMILIES = [name for name, family in hf.known_families().items() if family.library == "flash-linear-attention"]
-FEW = few_checkpoints(FAMILIES)[:2]
 # Those that run on ranks and decode: one of each family, with most of what it has.
 RUN = (
     "gla_conv", "retnet", "delta_net", "gated_deltanet_sigmoid", "kda", "gsa_conv", "hgrn2", "hgrn", "rwkv7",
@@ -30,9 +29,9 @@ def family_named(case):
     return max((name for name in FAMILIES if case.startswith(name)), key=len)
 
 
-def cases(fast, of=CASES):
-    """The cases, as a parameter of the fixture `imported`; those that are not among `fast` are slow."""
-    parameters = [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in of]
+def cases(of=CASES):
+    """The cases, as a parameter of the fixture `imported`; all are slow, since the library takes seconds to import."""
+    parameters = [pytest.param(case, marks=pytest.mark.slow) for case in of]
     return pytest.mark.parametrize("imported", parameters, indirect=True)
 
 
@@ -51,37 +50,37 @@ def test_every_family_has_a_case():
     assert set(FAMILIES) == {path.stem for path in folder.glob("[a-z]*.py")}
 
 
-@cases(fast=FAMILIES)
+@cases()
 def test_logits_are_theirs_in_float64_and_settings_come_back(imported):
     check_logits_in_float64_and_settings(imported)
 
 
-@cases(fast=FEW)
+@cases()
 def test_logits_are_theirs(imported):
     check_logits(imported)
 
 
-@cases(fast=FEW)
+@cases()
 def test_loss_and_gradients_are_theirs_in_float64(imported, tmp_path):
     check_loss_and_gradients(imported, tmp_path)
 
 
-@cases(fast=FEW)
+@cases()
 def test_what_is_written_is_what_was_read_and_they_load_it(imported, tmp_path):
     check_what_is_written(imported, type(imported.reference), tmp_path)
 
 
-@cases(fast=(), of=RUN)
+@cases(of=RUN)
 def test_two_ranks_give_what_one_device_and_they_give(imported):
     check_two_ranks(imported)
 
 
-@cases(fast=("hgrn2",), of=RUN)
+@cases(of=RUN)
 def test_greedy_decoding_is_theirs(imported):
     check_greedy_decoding(imported, partial(greedy, imported.reference), 64)
 
 
-@cases(fast=("mamba2",), of=ALSO)
+@cases(of=ALSO)
 def test_models_of_a_type_that_transformers_has_too_are_read(imported, tmp_path):
     check_logits_in_float64_and_settings(imported)
     check_loss_and_gradients(imported, tmp_path)

@@ -128,6 +128,7 @@ def test_kimi_delta_attention_is_the_one_in_transformers():
     assert_same_with_gradients("kimi_delta_attention", name, ours, theirs, parameters)
 
 
+@pytest.mark.slow  # flash-linear-attention takes seconds to import
 @pytest.mark.parametrize("layer", [0, 1])
 def test_rwkv7_is_the_one_in_flash_linear_attention(monkeypatch, layer):
     pytest.importorskip("fla", reason="flash-linear-attention is not installed; it is an oracle here and nothing else")

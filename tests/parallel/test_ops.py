@@ -40,7 +40,7 @@ def test_one_rank_runs_the_kernels() -> None:
     agree(0, 1, list(CASES), [PACKED, SPARSE], LENGTH, 2)
 
 
-@pytest.mark.parametrize("strategy", ["default", "gather", "ulysses"])
+@pytest.mark.parametrize("strategy", [pytest.param("default", marks=pytest.mark.slow), "gather", "ulysses"])
 def test_two_ranks_agree_with_one(strategy: str) -> None:
     compare(2, 2, strategy)
 

@@ -111,6 +111,7 @@ def test_feed_forward_and_loss_are_a_constant_in_tiles():
     assert slope(without) < slope(partial(without, hidden=480))
 
 
+@pytest.mark.slow
 def test_full_checkpointing_keeps_one_tensor_per_block():
     kept = {share.part: share for share in account_of(partial(make_model, activation_checkpointing="full")).kept}
     # Each block's output, and for the last norm one number per token: its root mean square.
