@@ -1,4 +1,4 @@
-"""How a step scales from 1M to 16M tokens and from 8 to 4,096 GPUs, as the planner predicts it; nothing is measured.
+"""How a step scales from 1M to 16M tokens and from 1 to 4,096 GPUs, as the planner predicts it; nothing is measured.
 
     python benchmarks/planner/scaling.py [--models llama …] [--write]
 
@@ -12,6 +12,8 @@ import argparse
 import json
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,37 +38,48 @@ COMMON = (
     "model.vocabulary=131072", "trainer.dtype=bfloat16", "data.rows_per_step=1", "parallel=zigzag",
     "engine.zero_stage=3", "trainer.activation_checkpointing=full", "trainer.tile_tokens=4096", "cluster=h100_node",
 )  # fmt: skip
+WITH_STATES = ("lightning", "kda")
 LENGTHS = (2**20, 2**22, 2**24)
-GPUS = (8, 64, 512, 4096)
+GPUS = (1, 8, 64, 512, 4096)
 SHARES = tuple(2**n for n in range(9, 18))  # tokens of a rank, for crossing points
 
 
-def ways(settings: Settings, gpus: int, length: int) -> Iterator[Settings]:
-    """A ring among all, heads exchanged within a node and a ring between nodes; activations kept or offloaded."""
-    for ulysses in (1, 8):
-        for offload in (False, True):
-            made = deepcopy(settings)
-            made.data.sequence_length, made.parallel.sequence = length, gpus
-            if ulysses > 1:
-                made.parallel.attention, made.parallel.ulysses = "ulysses", ulysses
-            made.trainer.offload_activations = offload
-            yield made
+def ways(settings: Settings, gpus: int, length: int, with_states: bool) -> Iterator[Settings]:
+    """A ring among all, or heads exchanged within a node and a ring between nodes, of attention alone and of layers
+    with states too; activations kept or offloaded, and the optimizer's states.
+    """
+    shared = [(1, "state_passing"), *([(8, "state_passing")] * (gpus > 1)), *([(8, "ulysses")] * with_states)]
+    for (ulysses, recurrent), offload, states in product(shared, (False, True), ("none", "optimizer")):
+        made = deepcopy(settings)
+        made.data.sequence_length, made.parallel.sequence = length, gpus
+        if gpus == 1:
+            made.parallel.layout, made.parallel.spans = "contiguous", None
+        if ulysses > 1:
+            made.parallel.attention, made.parallel.ulysses = "ulysses", ulysses
+            made.parallel.recurrent = recurrent
+        made.trainer.offload_activations = offload
+        made.engine = replace(made.engine, offload=states)
+        yield made
 
 
-def best(of: Estimator, settings: Settings, cluster: ClusterSettings, length: int, gpus: int) -> Estimate | None:
-    """The fastest that fits."""
+def best(of: Estimator, settings: Settings, cluster: ClusterSettings, length: int, gpus: int) -> Estimate | str:
+    """The fastest that fits, or what the one that needs least memory of a GPU lacks."""
     cluster = deepcopy(cluster)
+    cluster.gpus_per_node = min(gpus, cluster.gpus_per_node)
     cluster.nodes = gpus // cluster.gpus_per_node
     found: list[Estimate] = []
-    for way in ways(settings, gpus, length):
+    others: list[Estimate] = []
+    with_states = gpus > 1 and any(name.partition("|")[0] in WITH_STATES for name in of.whole.names)
+    for way in ways(settings, gpus, length, with_states):
         try:
             check(way, cluster.gpus)
             estimate = of.estimate(way, cluster)
         except ValueError:
             continue
-        if estimate.refusal() is None:
-            found.append(estimate)
-    return min(found, key=lambda each: each.step, default=None)
+        (others if estimate.refusal() else found).append(estimate)
+    if found:
+        return min(found, key=lambda each: each.step)
+    return min(others, key=lambda each: each.memory).refusal() or ""
 
 
 def facts(estimate: Estimate) -> dict[str, Any]:
@@ -81,22 +94,26 @@ def facts(estimate: Estimate) -> dict[str, Any]:
         "ring_exposed": sum(s for n, s in estimate.seconds.items() if n in estimate.hidden and "ZeRO" not in n),
         "ring_seconds": sum(of.seconds for of in attention),
         "ulysses": estimate.settings.parallel.ulysses or 1,
+        "recurrent": estimate.settings.parallel.recurrent,
         "offload": estimate.settings.trainer.offload_activations,
+        "states": estimate.settings.engine.offload,
         "tokens_a_day": estimate.tokens_a_day,
     }
 
 
 def study(name: str, known: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """All lengths and numbers of GPUs for one model, row by row; `known` are not computed again."""
+    if len(known) == len(LENGTHS) * len(GPUS):
+        return
     settings, cluster = composed(*MODELS[name], *COMMON)
     of, rows = estimator(settings), list(known)
     for length in LENGTHS:
         for gpus in GPUS:
-            if length // gpus < 2048 or any((row["tokens"], row["gpus"]) == (length, gpus) for row in known):
+            if any((row["tokens"], row["gpus"]) == (length, gpus) for row in known):
                 continue
             found = best(of, settings, cluster, length, gpus)
             row = {"model": name, "tokens": length, "gpus": gpus, "parameters": of.whole.parameter_count()}
-            rows.append(row | (facts(found) if found else {"seconds": None}))
+            rows.append(row | ({"seconds": None, "why": found} if isinstance(found, str) else facts(found)))
             print(json.dumps(rows[-1]), flush=True)
             yield rows
 
@@ -178,7 +195,7 @@ def tables(kept: dict[str, Any]) -> Iterator[str]:
     for name in (name for name in MODELS if kept.get(name)):
         rows = kept[name]
         yield f"\n### {name}, {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
-        yield "Seconds a step, MFU and the share of the step that is exposed communication; – does not fit.\n"
+        yield "Seconds a step, MFU, the share of the step that is exposed communication, and what is chosen.\n"
         yield "| tokens | " + " | ".join(f"{gpus:,} GPUs" for gpus in GPUS) + " |"
         yield "|---" * (len(GPUS) + 1) + "|"
         for length in LENGTHS:
@@ -188,10 +205,13 @@ def tables(kept: dict[str, Any]) -> Iterator[str]:
                 if row is None:
                     cells.append("")
                 elif row["seconds"] is None:
-                    cells.append("–")
+                    cells.append(f"does not fit: {row['why']}")
                 else:
-                    how = ("" if row["ulysses"] == 1 else " U") + (" o" if row["offload"] else "")
-                    cells.append(f"{row['seconds']:.3g} s, {row['mfu']:.0%}, {row['exposed']:.0%}{how}")
+                    by_heads = "r" if row["recurrent"] == "ulysses" else "u"
+                    chosen = [(by_heads, row["ulysses"] > 1), ("a", row["offload"]), ("o", row["states"] != "none")]
+                    how = "".join(letter for letter, is_so in chosen if is_so)
+                    seconds = f"{row['seconds']:,.0f}" if row["seconds"] >= 100 else f"{row['seconds']:.3g}"
+                    cells.append(f"{seconds} s, {row['mfu']:.1%}, {row['exposed']:.0%}{f' ({how})' if how else ''}")
             yield f"| {length:,} | " + " | ".join(cells) + " |"
 
 
@@ -201,16 +221,26 @@ def draw(kept: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(LENGTHS), figsize=(3.2 * len(LENGTHS), 3.2), sharey=True)
-    for axis, length in zip(axes, LENGTHS, strict=True):
+    figure, axes = pyplot.subplots(2, len(LENGTHS), figsize=(3.4 * len(LENGTHS), 6.0), sharey="row", sharex=True)
+    for (above, below), length in zip(axes.T, LENGTHS, strict=True):
         for name in (name for name in MODELS if kept.get(name)):
             found = [r for r in kept[name] if r["tokens"] == length and r["seconds"] is not None]
-            axis.plot([r["gpus"] for r in found], [r["mfu"] for r in found], marker="o", label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_title(f"{length // 2**20}M tokens")
-        axis.set_xlabel("GPUs that share the row")
-    axes[0].set_ylabel("MFU, predicted")
-    axes[0].legend(fontsize=7)
+            gpus = [r["gpus"] for r in found]
+            above.plot(gpus, [r["seconds"] for r in found], marker="o", label=name)
+            below.plot(gpus, [100 * r["mfu"] for r in found], marker="o", label=name)
+        above.set_title(f"a row of {length // 2**20}M tokens")
+        above.set_yscale("log")
+        below.set_xscale("log")
+        below.set_xlim(0.7, 6000)
+        below.set_ylim(0, 65)
+        below.set_xticks(GPUS, [f"{gpus:,}" for gpus in GPUS])
+        below.minorticks_off()
+        below.set_xlabel("H100s that share the row")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("seconds a step, predicted")
+    axes[1][0].set_ylabel("MFU in %, predicted")
+    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "scaling.png", dpi=110)
 

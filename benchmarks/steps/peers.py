@@ -5,9 +5,10 @@
 A step is forward, loss, backward, clipping and AdamW, in float32 on a CPU with one thread, on one row of random tokens.
 LongReach's is the trainer's engine, on stage 0 as nothing is split; transformers' is its class with SDPA, no cache,
 grouped products of experts and torch's fused AdamW. Both start from the same weights, written by transformers and read
-by `longreach.models.hf`, and on the way losses and gradient norms are compared. Each side is a process of its own; they
-take turns, and times are of the processors, while glibc keeps freed memory: the median of the timed steps, which follow
-one that is not. A peak is by how much memory grows within a further step, in which glibc gives back what is freed.
+by `longreach.models.hf`, and losses and gradient norms are compared: of the first step, before any weight has moved,
+and of those after it. Each side is a process of its own; they take turns, and times are of the processors, while glibc
+keeps freed memory: the median of the timed steps, which follow one that is not. A peak is by how much memory grows
+within a further step, in which glibc gives back what is freed.
 `--write` keeps the table in benchmarks/results/; with `--models` or `--lengths` it replaces their rows alone.
 """
 
@@ -33,19 +34,31 @@ from torch import Tensor
 from longreach.benchmarks.machine import RESULTS, keep_memory, machine, peak_bytes, return_memory
 
 PAGE = RESULTS / "peers_cpu.md"
-VOCABULARY, WARM_UP_TOKENS, RATE, CLIP = 8192, 256, 1e-3, 1.0
+VOCABULARY, WARM_UP_TOKENS, CLIP = 8192, 256, 1.0
+# AdamW's first steps have the rate's size in every weight, also where a gradient's sign is a matter of rounding. At
+# a rate of 1e-3, a twentieth of the weights, routers of the two sides soon choose other experts for tokens near a tie,
+# and from there on they are two models.
+RATE = 1e-5
 ORDER = ("LongReach", "transformers")
-APART = 1e-3  # how much losses and norms may differ after a few steps of a high rate, relatively
+FIRST_APART = 1e-4  # how much losses and norms may differ on the same weights; torch's norm of float32 is 4e-5 off
+APART = 1e-3  # … and after some steps
 HEAD = """\
 | model | tokens | timed steps | LongReach | transformers | ratio | goal | | peak | peak of transformers | share | \
-goal | | losses and norms differ by |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+goal | | losses and norms differ by, first | later |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 LIBRARIES = ("fla", "causal_conv1d", "mamba_ssm", "kernels")  # of GPU kernels, which transformers would import
 NOTE = """\
 On a CPU the linear layers of transformers run what it calls its reference implementations in torch: chunked forms of
 Gated DeltaNet, Kimi delta attention and Mamba-2, and a loop over blocks of 256 tokens for lightning attention. The
 kernels that it uses on a GPU run on no CPU, so these rows say nothing about GPUs. Its softmax attention and LongReach's
 run the same kernel of torch here.
+
+Losses and norms are compared on the same weights first, where torch's norm of millions of float32 numbers is 4e-5 too
+small. Later steps are of a low rate. At 1e-3 routers soon choose other experts for tokens near a tie, since AdamW's
+first steps depend on signs that rounding decides: with Kimi Linear at 2,048 tokens 76 tokens of a layer in the third
+step, and losses and norms differed by 2e-3 after some more. The models are the same: in float64 losses and norms of all
+three steps differed by less than 1e-7, and in float32, with one side's choices given to both, losses of five steps by
+2e-6 and norms by 3e-5.
 """
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 PEAK = "peak\n"
@@ -103,7 +116,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-Step = Callable[[Tensor], tuple[float, float]]
+Step = Callable[[Tensor, float], tuple[float, float]]  # of tokens at a rate: the loss and the gradient's norm
 
 
 def row(number: int, length: int) -> Tensor:
@@ -124,9 +137,11 @@ def theirs(folder: Path) -> Step:
     config = CONFIG_MAPPING[folder.name](**json.loads(json.dumps(shape.config)), **implementations)
     model = AutoModelForCausalLM.from_config(config).float().train()
     model.save_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def step(tokens: Tensor) -> tuple[float, float]:
+    def step(tokens: Tensor, rate: float) -> tuple[float, float]:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -160,11 +175,11 @@ def ours(folder: Path) -> Step:
         load=lambda model, gather: hf.load(folder, model, gather),
     )
 
-    def step(tokens: Tensor) -> tuple[float, float]:
+    def step(tokens: Tensor, rate: float) -> tuple[float, float]:
         targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
         loss, count = engine(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets)
         engine.backward(loss, int(count))
-        norm = engine.step(RATE)
+        norm = engine.step(rate)
         return float(loss.detach()) / int(count), float(norm)
 
     return step
@@ -178,16 +193,16 @@ def serve(side: str, folder: Path, length: int) -> None:
     torch.set_num_threads(1)
     keep_memory()
     step = SIDES[side](folder)
-    step(row(-1, WARM_UP_TOKENS))  # makes the optimizer's states
+    step(row(-1, WARM_UP_TOKENS), 0.0)  # makes the optimizer's states, and leaves the weights as they are
     print(json.dumps("ready"), flush=True)
     for number, order in enumerate(sys.stdin):
         tokens = row(number, length)
         if order == PEAK:
             return_memory()
-            print(json.dumps(peak_bytes(partial(step, tokens), "cpu")), flush=True)
+            print(json.dumps(peak_bytes(partial(step, tokens, RATE), "cpu")), flush=True)
             continue
         start = time.process_time()
-        loss, norm = step(tokens)
+        loss, norm = step(tokens, RATE)
         print(json.dumps([time.process_time() - start, loss, norm]), flush=True)
 
 
@@ -235,18 +250,23 @@ def measured(name: str, length: int, rounds: int) -> str:
             for side, worker in workers.items():
                 found[side].append(worker.step())
         peaks = {side: worker.end() for side, worker in workers.items()}
-    apart = max(
-        abs(a - b) / abs(b)
+    apart = [
+        max(abs(a - b) / abs(b) for a, b in zip(ours[1:], theirs[1:], strict=True))
         for ours, theirs in zip(found["LongReach"], found["transformers"], strict=True)
-        for a, b in zip(ours[1:3], theirs[1:3], strict=True)
-    )
-    if apart > APART:
-        raise SystemExit(f"{name}: losses and norms must differ by less than {APART}; got {apart:.0e}: another model")
+    ]
+    differ = apart[0], max(apart[1:])
+    if differ[0] > FIRST_APART or differ[1] > APART:
+        raise SystemExit(
+            f"{name}: losses and norms must differ by less than {FIRST_APART} in the first step and {APART} in later "
+            f"ones; got {differ[0]:.0e} and {differ[1]:.0e}: another model"
+        )
     times = {side: statistics.median(answer[0] for answer in answers[1:]) for side, answers in found.items()}
-    return line(name, length, rounds, times, peaks, apart)
+    return line(name, length, rounds, times, peaks, differ)
 
 
-def line(name: str, length: int, rounds: int, times: dict[str, float], peaks: dict[str, float], apart: float) -> str:
+def line(
+    name: str, length: int, rounds: int, times: dict[str, float], peaks: dict[str, float], differ: tuple[float, float]
+) -> str:
     """A line of the table. The goals are of these lengths alone, and that of memory of the longer one."""
     ratio, share = times["transformers"] / times["LongReach"], peaks["LongReach"] / peaks["transformers"]
     goal, half = SHAPES[name].faster.get(length), 0.5 if length == 8192 else None
@@ -258,7 +278,7 @@ def line(name: str, length: int, rounds: int, times: dict[str, float], peaks: di
     cells += [f"{goal}", verdict(ratio >= goal)] if goal else ["", ""]
     cells += [*(f"{peaks[side] / 2**20:,.0f} MiB" for side in ORDER), f"{share:.2f}"]
     cells += [f"{half}", verdict(share <= half)] if half else ["", ""]
-    return f"| {' | '.join([*cells, f'{apart:.0e}'])} |"
+    return f"| {' | '.join([*cells, *(f'{each:.0e}' for each in differ)])} |"
 
 
 def written() -> dict[tuple[str, int], str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..operation import Tensors
 from ..problem import Problem
+from .centred import CentredChannelDecay
 from .channel import ChannelDecay
 from .decay import TokenDecay
 from .slabs import Block, Borders, Grid, Lanes, LastSteps, Masks, Slab, States, blocks, rows_of
@@ -30,7 +31,7 @@ class Sweep(ABC):
     """
 
     token_decay: ClassVar[type[TokenDecay]] = TokenDecay
-    channel_decay: ClassVar[type[ChannelDecay]] = ChannelDecay
+    channel_decay: ClassVar[type[ChannelDecay] | type[CentredChannelDecay]] = ChannelDecay
 
     def __init__(self, problem: Problem[Any], block: Block) -> None:
         self.problem, self.block, inputs = problem, block, problem.inputs

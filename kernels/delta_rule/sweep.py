@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from ..chunks import sweep as sweeps
+from ..chunks.centred import CentredChannelDecay
 from ..chunks.slabs import Block, Grid, Slab, States
 from ..chunks.sweep import Parts
 from ..problem import Problem
 from . import CHUNK, DeltaInputs
 from .rules import BetaRule, EraseRule
 
-MATRICES = 64  # chunks times lanes in a slab
+MATRICES = 32  # chunks times lanes in a slab: with 64 its states alone are more than a core's caches hold
 
 
 class Sweep(sweeps.Sweep):
     """A sweep by the rule that the problem's inputs ask for."""
+
+    channel_decay = CentredChannelDecay
 
     def __init__(self, problem: Problem[DeltaInputs], block: Block) -> None:
         super().__init__(problem, block)
@@ -71,38 +74,53 @@ class Sweep(sweeps.Sweep):
         out.baddbmm_(self.work("query", self.key_dim, slab), states.before[slab.chunks])
         self.rule.read(slab, out)
 
-    def retreat(self, slab: Slab, dstates: States, dout: Tensor) -> None:
-        """Fills dR and the gradients of the states before each chunk, from that of the one after the last."""
+    def retreat(
+        self, slab: Slab, dout: Tensor, states: States, dstates: States, dq: Tensor, dcolumns: Tensor,
+        ends: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Fills dR and the gradients of the states before each chunk, from that of the one after the last.
+
+        And, while its states are in cache, each chunk's products with them: dQ̂, dÊ as `drows`, dB̂, and in `ends`
+        `[N, K]`, where that is wanted, Σ_v S ⊙ dS of the state that leaves it.
+        """
         keys, values, size = self.key_dim, self.value_dim, self.grid.chunk
         torch.bmm(self.work("scores", size, slab).mT, dout, out=self.work("dz", values, slab))
-        torch.bmm(self.work("query", keys, slab).mT, dout, out=dstates.before[slab.chunks])
         system, erase = self.by_chunk("system", size, slab), self.by_chunk("erase", keys, slab)
+        query, write = self.by_chunk("query", keys, slab), self.by_chunk("write", keys, slab)
+        drows, z = self.by_chunk("drows", keys, slab), self.by_chunk("z", values, slab)
         dright, dz = self.by_chunk("dright", values, slab), self.by_chunk("dz", values, slab)
-        write = self.by_chunk("write", keys, slab)
+        dout, dq, dcolumns = (x.view(slab.chunks, -1, *x.shape[1:]) for x in (dout, dq, dcolumns))
+        product = torch.empty_like(dstates.at[0])
         for n in reversed(range(slab.chunks)):
-            before, after = dstates.at[n], dstates.at[n + 1]
+            entering, before, after = states.at[n], dstates.at[n], dstates.at[n + 1]
             dz[n].baddbmm_(write[n], after)
             torch.linalg.solve_triangular(system[n].mT, dz[n], upper=True, unitriangular=True, out=dright[n])
-            before.addcmul_(after, self.decay.through[n]).baddbmm_(erase[n].mT, dright[n], alpha=-1.0)
+            torch.mul(after, self.decay.through[n], out=before)
+            before.baddbmm_(query[n].mT, dout[n]).baddbmm_(erase[n].mT, dright[n], alpha=-1.0)
+            if ends is not None:
+                torch.sum(torch.mul(states.at[n + 1], after, out=product), -1, out=ends.view(slab.chunks, -1, keys)[n])
+            torch.bmm(z[n], after.mT, out=dcolumns[n])
+            torch.bmm(dout[n], entering.mT, out=dq[n])
+            torch.baddbmm(drows[n], dright[n], entering.mT, beta=0.0, alpha=-1.0, out=drows[n])
 
     def differentiate(self, slab: Slab, dout: Tensor, states: States, dstates: States, parts: Parts) -> None:
+        n, keys, values, size = slab.chunks, self.key_dim, self.value_dim, self.grid.chunk
         self.load(slab)
         self.advance(slab, states)
-        self.retreat(slab, dstates, dout)
-        n, keys, values, size = slab.chunks, self.key_dim, self.value_dim, self.grid.chunk
         q, z, dright = self.sources["q"].flat[n], self.work("z", values, slab), self.work("dright", values, slab)
         dq, drows, dcolumns = parts["q"].flat[n], self.work("drows", keys, slab), self.rule.dcolumns(slab, parts)
-        torch.bmm(dout, states.before[n].mT, out=dq).mul_(self.decay.enter)
-        torch.baddbmm(drows, dright, states.before[n].mT, beta=0.0, alpha=-1.0, out=drows).mul_(self.rule.enter)
-        torch.bmm(z, dstates.after[n].mT, out=dcolumns).mul_(self.decay.leave)
+        ends = q.new_empty(q.shape[0], keys) if "log_decay" in parts else None
+        self.retreat(slab, dout, states, dstates, dq, dcolumns, ends)
+        dq.mul_(self.decay.enter)
+        drows.mul_(self.rule.enter)
+        dcolumns.mul_(self.decay.leave)
 
         dscores = self.work("dscores", size, slab)
         self.decay.add_gradients(torch.bmm(dout, z.mT, out=dscores), q, self.rule.columns, dq, dcolumns)
         torch.baddbmm(dscores, dright, z.mT, beta=0.0, alpha=-1.0, out=dscores)
         self.rule.meeting.add_gradients(slab, dscores, drows, self.rule.columns, dcolumns)
-        moments = self.work("moments", keys, slab) if "log_decay" in parts else None
+        moments = None if ends is None else self.work("moments", keys, slab)
         self.rule.differentiate(slab, dout, dright, drows, dstates, parts, moments)
-        if moments is not None:
+        if moments is not None and ends is not None:
             moments.addcmul_(q, dq)
-            ends = torch.linalg.vecdot(states.after[n], dstates.after[n])
             parts["log_decay"].flat[n].copy_(self.decay.gradient(moments, ends))

@@ -1,7 +1,8 @@
 """Grouped matrix products by torch: on the CPU one matrix product for each group that has rows.
 
 Elsewhere the host does not know the groups and would have to wait for them: there every matrix meets every row, and
-only its own rows are kept. This is for what the Triton kernels do not take, float64.
+only its own rows are kept. This is for what the Triton kernels do not take, float64. On `meta` there is the result
+alone, as kernels and the CPU's products hold nothing else.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import kind_of
-
 
 def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
     """See `reference.product`."""
     matrices = weight.transpose(1, 2) if transposed else weight
+    if x.device.type == "meta":
+        return x.new_empty(x.shape[0], matrices.shape[2])
     if not _host_knows(ends):
         out = x.new_zeros(x.shape[0], matrices.shape[2])
         for matrix, inside in zip(matrices, _inside(x, ends), strict=True):
@@ -32,6 +33,8 @@ def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor
 
 def gradient(dout: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """See `reference.gradient`."""
+    if x.device.type == "meta":
+        return x.new_empty(ends.shape[0], dout.shape[1], x.shape[1])
     if not _host_knows(ends):
         zero = dout.new_zeros(())
         return torch.stack([torch.where(inside, dout, zero).T @ x for inside in _inside(x, ends)])
@@ -42,7 +45,7 @@ def gradient(dout: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _host_knows(ends: Tensor) -> bool:
-    return kind_of(ends.device) == "cpu"
+    return ends.device.type == "cpu"
 
 
 def groups_of(ends: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import starts
 from ..operation import Function
 
 Compute = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -35,14 +36,12 @@ class _Tiled(Function):
         ctx.compute, ctx.size, ctx.weights = compute, size, tensors[count:]
         out: Tensor | None = None
         sums: list[Tensor] = []
-        start = 0
-        for tile in zip(*(x.split(size) for x in tokens), strict=True):
-            part, *rest = _as_tuple(compute(*tile))
+        for start in starts(tokens[0].shape[0], size, tokens[0].device):
+            part, *rest = _as_tuple(compute(*(x[start : start + size] for x in tokens)))
             if out is None:
                 out = part.new_empty(tokens[0].shape[0], *part.shape[1:])
                 sums = [torch.zeros_like(each) for each in rest]
             out[start : start + len(part)] = part
-            start += len(part)
             for total, each in zip(sums, rest, strict=True):
                 total.add_(each)
         assert out is not None
@@ -59,7 +58,7 @@ class _Tiled(Function):
             for w, need in zip(weights, needed[len(tokens) :], strict=True)
         ]
         wanted = [w for w, dw in zip(weights, dweights, strict=True) if dw is not None]
-        for start in range(0, tokens[0].shape[0], ctx.size):
+        for start in starts(tokens[0].shape[0], ctx.size, tokens[0].device):
             part = slice(start, start + ctx.size)
             tile = [x[part].detach().requires_grad_(dx is not None) for x, dx in zip(tokens, dtokens, strict=True)]
             with torch.enable_grad():

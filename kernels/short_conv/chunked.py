@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import starts
 from ..documents import Documents
 from ..operation import Function
 
@@ -113,7 +114,7 @@ class _Convolve(Function):
         length = rows.shape[1] + before - len(taps) + 1
         out = torch.empty(rows.shape[0], length, rows.shape[2], dtype=rows.dtype, device=rows.device)
         slab = _slab(rows)
-        for start in range(0, length, slab):
+        for start in starts(length, slab, rows.device):
             part = out[:, start : start + slab]
             summed = _convolve(_window(rows, taps, start - before, part.shape[1]), taps, bias)
             if activation == "silu" and part.dtype == summed.dtype:
@@ -131,7 +132,7 @@ class _Convolve(Function):
         # Of the tokens of all slabs at one place in them, and of all these at last: a pass less than sums of slabs.
         dtaps = taps.new_zeros(len(taps), batch, min(slab, length), dim)
         dbias = taps.new_zeros(dim)
-        for start in range(0, length, slab):
+        for start in starts(length, slab, rows.device):
             dsum = dout[:, start : start + slab].to(taps.dtype)
             size = dsum.shape[1]
             near = _window(rows, taps, start - before, size)

@@ -124,13 +124,15 @@ def account(
     *,
     shortest: int = SHORTEST,
     temporaries: bool = True,
+    backward: bool = True,
     seconds: float = math.inf,
 ) -> Account:
     """The account of a step of the trainer on so many ranks.
 
     build: makes a new model, complete, with the settings of `trainer` in it. shortest: how many tokens of a rank it
     runs on at least, where there are so many. temporaries: those of ops are counted where they can be, which may take
-    minutes. Raises what the model's forward raises, and TimeoutError after so many seconds.
+    minutes. backward: without it only what is kept is counted, in a fraction of the time. Raises what the model's
+    forward raises, and TimeoutError after so many seconds.
     """
     until = time.monotonic() + seconds
     layout, rows = layout_of(settings.parallel, settings.data.sequence_length), settings.data.rows_per_micro_batch
@@ -141,8 +143,8 @@ def account(
         model = build()
     own, chunk = settings.trainer.tile_tokens, chunk_tokens(model.vocabulary, dtype, device)
     short = _lengths(layout, max(shortest, 2 * (own or 0), 2 * chunk))
-    count = partial(_counted, build, settings, device, dtype, until)
-    tiles = [own] if own is None or own <= SMALL_TILE else [own, SMALL_TILE]
+    count = partial(_counted, build, settings, device, dtype, until, backward)
+    tiles = [own] if own is None or own <= SMALL_TILE or not backward else [own, SMALL_TILE]
     try:
         counted = [[count(length, each, exact) for length in short] for each in tiles]
     except (NotImplementedError, RuntimeError) as error:  # of an op that reads values
@@ -229,6 +231,7 @@ def _counted(
     device: torch.device,
     dtype: torch.dtype,
     until: float,
+    backward: bool,
     layout: Layout,
     tile_tokens: int | None,
     exact: bool,
@@ -255,7 +258,8 @@ def _counted(
             loss, _, reports = model(tokens, seq, tokens, False, True)
             kept, before = Counter(allocations.live_by), allocations.live
             peaks = _Peaks(model, allocations)
-            torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
+            if backward:
+                torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
             working = tuple((numbers, peak - before) for numbers, peak in peaks.found())
     return _Counted(kept, away.bytes, working)
 

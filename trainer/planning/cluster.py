@@ -51,14 +51,15 @@ class ClusterSettings:
             if name not in self.efficiency:
                 raise ValueError(f"cluster.efficiency must say that of {name}; got none. See conf/cluster")
 
+    def entry(self, kernel: str) -> str:
+        """Under which name the efficiency of a kernel stands: its own, that without its variant, or "other"."""
+        return next(name for name in (kernel, kernel.partition(",")[0], "other") if name in self.efficiency)
+
     def share(self, kernel: str) -> tuple[float, str]:
         """The share of the peak that a kernel reaches, and how that is known."""
-        for name in (kernel, kernel.partition(",")[0], "other"):
-            if name in self.efficiency:
-                known = self.measured.get(name)
-                text = f"{self.efficiency[name]:.1%} of the peak"
-                return self.efficiency[name], f"{text}, {f'measured: {known}' if known else 'assumed'}"
-        raise KeyError(kernel)
+        name = self.entry(kernel)
+        known, text = self.measured.get(name), f"{self.efficiency[name]:.1%} of the peak"
+        return self.efficiency[name], f"{text}, {f'measured: {known}' if known else 'assumed'}"
 
     def link(self, crosses: bool) -> tuple[float, float]:
         """Bytes a second that a GPU sends by a link, and the latency; `crosses`: to another node."""

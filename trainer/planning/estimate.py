@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,8 @@ class Estimator:
         if parallel.sequence == 1:
             made = self._activations(settings, ranks, 1)
         else:
-            less, made = (self._activations(settings, ranks, number) for number in FEW_RANKS)
+            less = self._activations(settings, ranks, FEW_RANKS[0], backward=False)
+            made = self._activations(settings, ranks, FEW_RANKS[1])
             times = (parallel.sequence - FEW_RANKS[1]) / (FEW_RANKS[1] - FEW_RANKS[0])
             before = {share.part: share for share in less.kept}
             kept = tuple(
@@ -195,8 +197,8 @@ class Estimator:
             self._states[key] = states, stepping(self.whole, settings, ranks, device, states)
         return self._states[key]
 
-    def _activations(self, settings: Settings, ranks: int, number: int) -> Account:
-        """The account on so many ranks that share a row."""
+    def _activations(self, settings: Settings, ranks: int, number: int, *, backward: bool = True) -> Account:
+        """The account on so many ranks that share a row; without `backward` of what is kept alone."""
         trainer, cut = settings.trainer, deepcopy(settings)
         tokens = settings.data.sequence_length // settings.parallel.sequence
         while tokens > LONGEST and tokens % 2 == 0:  # bytes per token do not depend on the length
@@ -206,16 +208,17 @@ class Estimator:
         if number == 1:
             cut.parallel.layout, cut.parallel.spans = "contiguous", None
         cut.parallel.attention, cut.parallel.ulysses, cut.parallel.mixers = "ring", None, {}
+        cut.parallel.experts = 1  # which states depend on alone
         if cut.parallel.recurrent == "ulysses":
             cut.parallel.ulysses = min(2, number)
         key = (
             str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, str(cut.parallel),
-            settings.data.rows_per_micro_batch, trainer.dtype,
+            settings.data.rows_per_micro_batch, trainer.dtype, backward,
         )  # fmt: skip
         if key not in self._accounts:
             shallow, device = self._shallow(settings), torch.device("cuda")
-            made = shallow.account(lambda build: account(build, cut, ranks, device))
-            if number != FEW_RANKS[0]:
+            made = shallow.account(partial(account, settings=cut, world_size=ranks, device=device), backward=backward)
+            if backward:
                 made = replace(made, working=(*made.working, *self._of_blocks(settings, cut, ranks)))
             self._accounts[key] = made
         return self._accounts[key]
@@ -227,7 +230,7 @@ class Estimator:
         plain.trainer.offload_activations = False
         plain.parallel = type(plain.parallel)(layout=settings.parallel.layout, spans=settings.parallel.spans)
         plain.data.sequence_length = LONGEST
-        made = self.account(plain, 1)
+        made = self._activations(plain, 1, 1, backward=False)
         tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // settings.parallel.sequence
         kept = sum(share.bytes(tokens) for share in made.kept)
         again = 2 * kept if settings.trainer.activation_checkpointing != "none" else 0
@@ -237,6 +240,10 @@ class Estimator:
         """What a rank at the border of a node sends for the sequence in a micro-batch, by op; the kernels of mixers."""
         parallel, modes = settings.parallel, settings.trainer.activation_checkpointing
         ulysses = ulysses_ranks(parallel)
+        if parallel.experts > 1:  # whose tokens are not counted
+            settings = deepcopy(settings)
+            parallel = settings.parallel
+            parallel.experts = 1
         key = (
             modes if modes in ("none", "mixing", "full") else str(modes), str(parallel), cluster.gpus_per_node,
             settings.data.sequence_length, settings.data.rows_per_micro_batch, settings.trainer.dtype, cluster.name,
@@ -355,8 +362,10 @@ def kernel_share(estimate: Estimate, kind: str) -> tuple[float, str]:
     cluster = estimate.cluster
     if kind == "feed-forward":
         return cluster.share("matmul")
-    found = sorted(name for name in estimate.kernels.get(kind, ()) if name != "short_conv")
-    shares = [(cluster.share(name)[0], f"{name}: {cluster.share(name)[1]}") for name in found]
+    shares = list[tuple[float, str]]()
+    for name in sorted(name for name in estimate.kernels.get(kind, ()) if name != "short_conv"):
+        (share, known), entry = cluster.share(name), cluster.entry(name)
+        shares.append((share, f"{name if entry == 'other' else entry}: {known}"))
     return min(shares) if shares else cluster.share("other")
 
 

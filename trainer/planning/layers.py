@@ -50,13 +50,16 @@ class Shallow:
                 total[key] = total.get(key, 0) + layers * (found.get(key, 0) - base.get(key, 0))
         return total
 
-    def account(self, make: Callable[[Build], Account]) -> Account:
-        """The account of the deep model but for its states, which are those of `base`."""
+    def account(self, make: Callable[..., Account], *, backward: bool = True) -> Account:
+        """The account of the deep model but for its states and its working memory, which are those of `base`.
+
+        `make(build, backward=…)` makes the account of a model; without backward, of what it keeps alone.
+        """
         first, made = None, {}
 
         def shares(build: Build) -> dict[tuple[str, bool, str], float]:
             nonlocal first
-            account = make(build)
+            account = make(build, backward=backward and first is None)
             first = first or account
             found = dict[tuple[str, bool, str], float]()
             for share in account.kept:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -13,10 +15,10 @@ import torch
 from ..settings import Settings, check
 from .cluster import ClusterSettings
 from .estimate import Estimate, Estimator
-from .report import layout
+from .report import choices, layout
 
 TILE = 4096
-OFTEN = 50  # layouts from one line of progress to the next
+OFTEN = 10.0  # seconds from one line of progress to the next
 WAYS = (  # to keep activations: checkpointing, tiles, offloading
     ("none", None, False),
     ("mixing", None, False),
@@ -31,36 +33,74 @@ def ranked(estimator: Estimator, settings: Settings, cluster: ClusterSettings, t
     """A table of the best, then what does not fit; lines of progress meanwhile."""
     fitting: list[Estimate] = []
     failing: list[tuple[Estimate | None, str, str]] = []
-    for number, chosen in enumerate(candidates(estimator, settings, cluster)):
-        if number and number % OFTEN == 0:
-            yield f"… {number} layouts tried"
-        name = _name(chosen)
+    tried, told = list(candidates(estimator, settings, cluster)), time.monotonic()
+    for number, chosen in enumerate(tried):
+        if time.monotonic() - told > OFTEN:
+            told = time.monotonic()
+            yield f"… {number} of {len(tried)} layouts tried"
         try:
             check(chosen, cluster.gpus, torch.device("cuda"))
             estimate = estimator.estimate(chosen, cluster)
         except ValueError as error:
-            failing.append((None, name, str(error)))
+            failing.append((None, _name(chosen), str(error)))
             continue
         reason = estimate.refusal()
         if reason is None:
             fitting.append(estimate)
         else:
             failing.append((estimate, layout(estimate), reason))
-    fitting.sort(key=lambda each: each.step)
-    yield f"{len(fitting)} layouts of {len(fitting) + len(failing)} fit; the fastest"
+    fitting.sort(key=lambda each: (each.step, each.memory))
+    yield from _best(fitting, len(tried), top)
+    yield ""
+    yield from _others(fitting, failing)
+    yield ""
+    yield from _as_given(estimator.estimate(settings, cluster), fitting)
+
+
+def _best(fitting: list[Estimate], tried: int, top: int) -> Iterator[str]:
+    """The fastest of each way to share rows and experts: others of the same keep less than fits."""
+    first = {_sharing(each.settings): each for each in reversed(fitting)}
+    shown = sorted(first.values(), key=lambda each: each.step)[:top]
+    yield f"{len(fitting)} of {tried} layouts fit, as predicted by the shares and links above; of each way to share"
+    yield "rows and experts the fastest:"
     yield f"  {'seconds':>9}{'MFU':>7}{'GB':>7}{'tokens a day':>18}   layout"
-    for each in fitting[:top]:
+    for each in shown:
         gb = each.memory / 1e9
         yield f"  {each.step:>9.3g}{each.mfu:>7.1%}{gb:>7.1f}{each.tokens_a_day:>18,.0f}   {layout(each)}"
-    yield "do not fit, or are refused; of each reason the first, and the nearest that fits"
+    if not shown:
+        yield "  none"
+
+
+def _others(fitting: list[Estimate], failing: list[tuple[Estimate | None, str, str]]) -> Iterator[str]:
+    """Of each reason and each way to keep activations and states the first, and what the nearest that fits changes."""
+    yield "do not fit, or are refused; of each reason the first, and what the nearest that fits has instead:"
     seen = set[Any]()
     for estimate, name, reason in failing:
-        kind = reason.partition(";")[0] if estimate is None else _way(estimate.settings)
+        kind = re.sub(r"\d+", "", reason) if estimate is None else _way(estimate.settings)
         if kind in seen:
             continue
         seen.add(kind)
-        near = None if estimate is None else _nearest(fitting, estimate)
-        yield f"  {name}: {reason}" + (f"; nearest: {layout(near)}" if near else "")
+        yield f"  {name}"
+        yield f"      {reason}{'' if estimate is None else _instead(fitting, estimate)}"
+    if not failing:
+        yield "  none"
+
+
+def _as_given(estimate: Estimate, fitting: list[Estimate]) -> Iterator[str]:
+    reason = estimate.refusal()
+    if reason is None:
+        ahead = sum(each.step < estimate.step for each in fitting)
+        yield f"as given: fits, {estimate.step:.3g} s a step; {ahead} layouts are faster"
+    else:
+        yield f"as given: {reason}{_instead(fitting, estimate)}"
+
+
+def _instead(fitting: list[Estimate], other: Estimate) -> str:
+    near = min(fitting, key=lambda each: _distance(each, other), default=None)
+    if near is None:
+        return "; no layout that was tried fits"
+    changed = [each for each in choices(near) if each not in choices(other)]
+    return f"; fits with {', '.join(changed) or 'fewer of these'}: {near.memory / 1e9:.1f} GB, {near.step:.3g} s"
 
 
 def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> Iterator[Settings]:
@@ -93,13 +133,14 @@ def _name(settings: Settings) -> str:
     return f"sequence {parallel.sequence} ({parallel.attention} {parallel.ulysses or ''})".replace(" )", ")")
 
 
+def _sharing(settings: Settings) -> tuple[Any, ...]:
+    parallel = settings.parallel
+    return parallel.sequence, parallel.attention, parallel.ulysses, parallel.experts
+
+
 def _way(settings: Settings) -> tuple[Any, ...]:
     trainer, engine = settings.trainer, settings.engine
     return str(trainer.activation_checkpointing), trainer.tile_tokens, trainer.offload_activations, engine.zero_stage
-
-
-def _nearest(fitting: list[Estimate], other: Estimate) -> Estimate | None:
-    return min(fitting, key=lambda each: _distance(each, other), default=None)
 
 
 def _distance(fits: Estimate, other: Estimate) -> tuple[int, float]:

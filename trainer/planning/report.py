@@ -28,6 +28,11 @@ def lines(estimate: Estimate, budget: float) -> list[str]:
 
 def layout(estimate: Estimate) -> str:
     """The setting in a line."""
+    return ", ".join(choices(estimate))
+
+
+def choices(estimate: Estimate) -> list[str]:
+    """What a layout chooses, one by one."""
     settings = estimate.settings
     parallel, trainer = settings.parallel, settings.trainer
     data_ranks = estimate.cluster.gpus // parallel.sequence
@@ -46,7 +51,7 @@ def layout(estimate: Estimate) -> str:
         parts.append("activations offloaded")
     if settings.engine.offload != "none":
         parts.append(f"{settings.engine.offload} offloaded")
-    return ", ".join(parts)
+    return parts
 
 
 def _memory(estimate: Estimate) -> list[str]:
@@ -75,6 +80,8 @@ def _seconds(estimate: Estimate, budget: float) -> list[str]:
     cluster = estimate.cluster
     table = ["seconds of a step"]
     for name, seconds in estimate.seconds.items():
+        if not seconds and not estimate.hidden.get(name):
+            continue
         note = ""
         kind, _, what = name.partition(": ")
         if what == "linear layers":
@@ -88,6 +95,8 @@ def _seconds(estimate: Estimate, budget: float) -> list[str]:
             note = (
                 f"{cluster.efficiency['memory']:.0%} of the bandwidth, {'measured: ' + known if known else 'assumed'}"
             )
+        elif name.startswith(("offloaded", "optimizer")):
+            note = "links and the host's memory assumed"
         table.append(f"  {name:<52}{seconds:>12.4g}   {note}".rstrip())
     days = budget / estimate.tokens_a_day
     return [

@@ -94,12 +94,14 @@ def _observed(phase: str, op: Operation, inputs: Tensors, seq: Sequence) -> _Obs
 
 
 def kernel_of(op: Any, inputs: Tensors) -> str:
-    """The kernel that an operation runs, with the kind of decay where kernels differ by it."""
+    """The kernel that an operation runs, with the kind of decay or the size of heads where kernels differ by it."""
     while hasattr(op, "inner"):
         op = op.inner
     name = op.kernel or ""
     record = getattr(getattr(op, "op", None), "record", None)
     fields = getattr(record, "_fields", ())
+    if name == "softmax_attention" and "q" in fields and (q := inputs[fields.index("q")]) is not None:
+        return f"{name}, heads of {q.shape[-1]}"
     if name not in ("gated_linear_attention", "delta_rule") or "log_decay" not in fields:
         return name
     decay = inputs[fields.index("log_decay")]

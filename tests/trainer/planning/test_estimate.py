@@ -9,6 +9,7 @@ import torch
 from distributed import run_threads
 from test_sending import LENGTH, build, settings_of
 
+from longreach.kernels import softmax
 from longreach.kernels.documents import Documents
 from longreach.launch.configuration import CONFIGURATIONS
 from longreach.parallel.alone import Sending
@@ -59,6 +60,12 @@ def test_shares_of_the_peak_are_the_measured_ones() -> None:
         assert known["efficiency"][name] == pytest.approx(ratio[op] * plain, rel=0.01), name
         assert "h200_2026-11-27_5.json" in known["measured"][name]
     assert known["efficiency"]["matmul"] == pytest.approx(plain, rel=0.01)
+    steps = json.loads((RESULTS / "h200_2026-11-27_6.json").read_text())["parts"][0]["tables"]
+    (rows,) = (table["rows"] for table in steps if "kernels of a step of llama_125m" in json.dumps(table))
+    seconds = sum(row["ms"] for row in rows if "sdpa" in row["kernel"]) / 1e3
+    pairs = 131072 * 131073 // 2
+    flops = 12 * 3.5 * softmax.flops(pairs, heads=12, key_dim=64, value_dim=64)  # layers, forward and backward
+    assert known["efficiency"]["softmax_attention, heads of 64"] == pytest.approx(flops / seconds / 989e12, rel=0.01)
 
 
 def test_an_estimate_adds_up() -> None:
