@@ -1,6 +1,7 @@
 """Estimates: from measured tables and the model's own counts; refusals are those of training."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +132,8 @@ def test_what_training_refuses_is_refused() -> None:
     assert estimator.estimate(settings, cluster_of()).sent
     lines = list(ranked(estimator_of("softmax"), settings, cluster_of(nodes=2), 3))
     assert any("heads must be a multiple of the 8 ranks" in line for line in lines)
-    assert any("layouts of" in line for line in lines)
+    assert any(re.search(r"^\d+ of \d+ layouts fit", line) for line in lines)
+    assert lines[-1].startswith("as given: ")
     with pytest.raises(ValueError, match=r"parallel\.ulysses|parallel\.attention"):  # no layer has use for it
         estimator_of("lightning").refuse(settings)
 
