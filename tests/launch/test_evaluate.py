@@ -10,8 +10,10 @@ from typing import Any
 
 import commands
 import pytest
+import transformers
 
 from longreach.launch.evaluate import EvaluateSettings
+from longreach.trainer.data.tokenizers import byte_tokenizer
 from longreach.trainer.ranks.settings import ParallelSettings
 
 TASKS = "[{task: needle, digits: 4},parity,{task: mqar, pairs: 2}]"
@@ -123,3 +125,25 @@ def test_ranks_that_do_not_divide_are_refused_and_lengths_are_padded() -> None:
     settings.parallel = ParallelSettings(experts=2)
     with pytest.raises(ValueError, match=r"parallel\.experts must be 1, since every rank has the whole model"):
         settings.check(2)
+
+
+@pytest.mark.slow
+def test_a_model_of_hugging_face_is_scored_with_its_tokenizer_or_without(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=300, max_position_embeddings=256, **sizes)
+    for folder in ("tokens", "text"):
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / folder)
+    byte_tokenizer().save(tmp_path / "text")
+    given = ("checkpoints=[tokens,text]", "tasks=[induction,{task: mqar, pairs: 2}]", "lengths=[128]", "problems=2")
+    done = run("longreach.launch.evaluate", *given, "path=found", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scored = [json.loads(line) for line in (tmp_path / "found" / "metrics.jsonl").read_text().splitlines()]
+    assert [{line["task"] for line in record["tasks"]} for record in scored] == [{"induction", "mqar_pairs_2"}] * 2
+    needles = ("tasks=[needle]", "lengths=[250]", "problems=1", "depths=[0.5]")
+    done = run("longreach.launch.evaluate", "checkpoint=text", *needles, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = run("longreach.launch.evaluate", "checkpoint=tokens", *needles, folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: tasks (needle): its model must have a tokenizer"), done.stderr
+    done = run("longreach.launch.evaluate", "checkpoint=text", "tasks=[induction]", folder=tmp_path)
+    assert done.stderr.startswith("error: lengths must be given for a model of Hugging Face")

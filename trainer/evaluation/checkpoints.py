@@ -45,7 +45,8 @@ class Subject:
         """
         folder = Path(path).expanduser()
         if (folder / hf.CONFIG).is_file() and not is_own(folder):
-            return cls(folder, 0, {"model": hf.read_settings(folder)}, load_tokenizer(folder))
+            tokenizer = load_tokenizer(folder) if any(folder.glob("tokenizer*")) else None
+            return cls(folder, 0, {"model": hf.read_settings(folder)}, tokenizer)
         found = locate(path, setting)
         stored = checkpoint.verify(found)
         tokenizer = load_tokenizer(found / "tokenizer") if (found / "tokenizer").is_dir() else None
