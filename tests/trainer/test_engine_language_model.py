@@ -136,7 +136,7 @@ def test_two_data_times_two_sequence_ranks(stage):
 
 
 def test_bfloat16_gives_equal_norms_on_every_stage():
-    std = 0.05  # with larger ones roundings change the size of the gradient by up to its own, depending on the seed
+    std = 0.02  # with 0.05 roundings change the size of the gradient by up to 5e-3, depending on the batch
     runs = [run_ranks(2, train, 2, 2, stage, "bfloat16", True, "mixing", None, STEPS, std)[0] for stage in (1, 2, 3)]
     losses, norms, _ = reference(True, std)
     for got_losses, got_norms, _ in runs:
