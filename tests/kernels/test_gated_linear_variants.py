@@ -140,9 +140,10 @@ def test_the_recurrence_passes_gradcheck(variant):
 
 
 ROWS = Documents.from_lengths([[150], [50, 25, 75], [30, 1, 1, 60, 20], [75, 75]], 150)
-CUTS = [(1, 50, 75, 92, 150), *(pytest.param(cuts, marks=pytest.mark.slow) for cuts in [(75, 150), (30, 91, 150)])]
+CUTS = [(1, 50, 75, 92, 150), (75, 150), (30, 91, 150)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_segments_put_together_are_the_whole_row(variant, cuts):

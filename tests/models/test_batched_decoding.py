@@ -53,8 +53,9 @@ def compare(model, found, rows, lengths=LENGTHS, ends=ENDS):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_or_many())
-@pytest.mark.parametrize("prefill_tokens", [7, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prefill_tokens", [7, None])
 def test_rows_of_unequal_length_give_what_each_gives_alone(name, prefill_tokens):
     model, rows = small_hybrid(name), rows_of()
     compare(model, together(model, rows, prefill_tokens=prefill_tokens)[0], rows)

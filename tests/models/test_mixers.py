@@ -133,7 +133,8 @@ def test_every_parameter_and_the_input_get_a_gradient(name):
         assert tensor.grad.abs().max() > 1e-6, label
 
 
-@pytest.mark.parametrize("name", few_or_slow())
+@pytest.mark.slow  # collecting all of a test run's garbage takes the better part of a second
+@pytest.mark.parametrize("name", few_or_many())
 def test_a_pass_lets_go_of_its_tensors_when_it_ends(name):
     """No cycle of references holds them until Python's collector comes by, in any number of steps."""
     mixer, x = build_mixer(name), draw()

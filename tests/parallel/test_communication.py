@@ -197,6 +197,6 @@ def test_one_gather_carries_the_keys_and_the_values_of_slots(monkeypatch) -> Non
     assert sorted(gathers) == [0, 0, 1, 1]  # forward and backward
 
 
-@pytest.mark.parametrize("name", ["scalar", "delta"])
+@pytest.mark.parametrize("name", ["scalar", pytest.param("delta", marks=pytest.mark.slow)])
 def test_states_do_not_grow_with_the_length(name: str) -> None:
     assert counted(name, 2, length=4096) == counted(name, 2, length=65536)

@@ -71,7 +71,7 @@ def step(rank: int, world: int, model: LanguageModel, settings: Settings) -> int
     return sum(sent.values())
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("layout", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mixers", "ranks", "attention", "recurrent", "ulysses", "checkpointing"), CASES)
 def test_ranks_send_what_is_predicted(mixers, ranks, attention, recurrent, ulysses, checkpointing, layout) -> None:
     settings = settings_of(ranks, attention, recurrent, ulysses, layout)
