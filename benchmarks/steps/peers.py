@@ -53,6 +53,13 @@ Gated DeltaNet, Kimi delta attention and Mamba-2, and a loop over blocks of 256 
 kernels that it uses on a GPU run on no CPU, so these rows say nothing about GPUs. Its softmax attention and LongReach's
 run the same kernel of torch here.
 
+What both sides must compute bounds these ratios: of transformers' step of Llama at 2,048 tokens, products of linear
+layers and the attention kernel take 92 % (by torch's profiler). With products at the 85 to 95 GFLOP/s that they reach
+here, the goals of MiniMax-01 at both lengths, of Qwen3-Next at 8,192 tokens and of Llama at 8,192 lie below the time
+of these alone. Attention in tiles of torch's products, with powers of 2, was as fast as the kernel and no faster;
+oneDNN's linear layers, a tenth faster one by one, made no step of Llama faster. Kimi Linear at 8,192 tokens is not in
+the table: transformers would take some 20 GB for it.
+
 Losses and norms are compared on the same weights first, where torch's norm of millions of float32 numbers is 4e-5 too
 small. Later steps are of a low rate. At 1e-3 routers soon choose other experts for tokens near a tie, since AdamW's
 first steps depend on signs that rounding decides: with Kimi Linear at 2,048 tokens 76 tokens of a layer in the third
