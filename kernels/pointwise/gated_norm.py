@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import by_kernels
+from ..dispatch import by_kernels, starts
 from ..operation import Function
 from .rms_norm import rms_norm
 
@@ -109,18 +110,17 @@ class _TiledGatedNorm(Function):
     ) -> Tensor:
         silu, _, gate_first = ctx.kind = kind
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        wide, size = _wide(x), _tile(x)
-        scales = []
-        for part, own_x, own_gate in zip(*(_rows(y).split(size) for y in (out, x, gate)), strict=True):
+        wide = _wide(x)
+        scales = torch.empty(*x.shape[:-1], 1, dtype=wide, device=x.device)
+        for part, own_x, own_gate, own_scales in _tiles(x, out, x, gate, scales):
             active = _active(own_gate.to(wide), silu)
             u = _normed(own_x.to(wide), active, kind)
-            scale = u.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            y = torch.mul(u, scale).mul_(weight)
+            own_scales.copy_(u.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+            y = torch.mul(u, own_scales).mul_(weight)
             if bias is not None:
                 y.add_(bias)
             part.copy_(y if gate_first else y.mul_(active))
-            scales.append(scale)
-        ctx.save_for_backward(x, gate, weight, bias, torch.cat(scales))
+        ctx.save_for_backward(x, gate, weight, bias, scales)
         return out
 
     @staticmethod
@@ -130,11 +130,10 @@ class _TiledGatedNorm(Function):
         x, gate, weight, bias, scales = ctx.saved_tensors
         silu, centred, gate_first = ctx.kind
         dx, dgate = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, gate))
-        wide, size = _wide(x), _tile(x)
+        wide = _wide(x)
         dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
         summed = (0, 1) if weight.dim() == 1 else (0,)
-        tiles = (_rows(y).split(size) for y in (dx, dgate, dy, x, gate))
-        for own_dx, own_dgate, *given, scale in zip(*tiles, scales.split(size), strict=True):
+        for own_dx, own_dgate, *given, scale in _tiles(x, dx, dgate, dy, x, gate, scales):
             dn, own_x, own_gate = (y.to(wide) for y in given)
             active = _active(own_gate, silu)
             n = _normed(own_x, active, ctx.kind) * scale
@@ -165,14 +164,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[-2:])
-
-
-def _tile(x: Tensor) -> int:
-    """Rows `[H, D]` of a tile."""
-    own = max(1, x.shape[-2] * x.shape[-1])
-    return max(1, TILE // own) if x.device.type == "cpu" else max(1, x.numel() // own)
+def _tiles(like: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows `[H, D]` of tensors `[..., H, D]`, some at a time; on `meta` two tiles stand for all, which are alike."""
+    size = max(1, TILE // max(1, like.shape[-2] * like.shape[-1]))
+    rows = [x.reshape(-1, *x.shape[-2:]) for x in tensors]
+    for start in starts(len(rows[0]), size, like.device):
+        yield tuple(x[start : start + size] for x in rows)
 
 
 def _active(gate: Tensor, silu: bool) -> Tensor:

@@ -123,7 +123,7 @@ def test_thirty_steps_lower_the_loss(preset):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, foreach=True)
     losses = []
     for step in range(30):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 30)  # at one rate the last steps go up and down
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 30)  # at one rate the last steps go up and down
         loss, count = model(inputs, Sequence.single(documents), targets)
         optimizer.zero_grad()
         (loss / count).backward()
