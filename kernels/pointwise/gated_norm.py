@@ -112,7 +112,7 @@ class _TiledGatedNorm(Function):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         wide = _wide(x)
         scales = torch.empty(*x.shape[:-1], 1, dtype=wide, device=x.device)
-        for part, own_x, own_gate, own_scales in _tiles(x, out, x, gate, scales):
+        for part, own_x, own_gate, own_scales in _tiles(weight, out, x, gate, scales):
             active = _active(own_gate.to(wide), silu)
             u = _normed(own_x.to(wide), active, kind)
             own_scales.copy_(u.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
@@ -132,8 +132,7 @@ class _TiledGatedNorm(Function):
         dx, dgate = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, gate))
         wide = _wide(x)
         dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
-        summed = (0, 1) if weight.dim() == 1 else (0,)
-        for own_dx, own_dgate, *given, scale in _tiles(x, dx, dgate, dy, x, gate, scales):
+        for own_dx, own_dgate, *given, scale in _tiles(weight, dx, dgate, dy, x, gate, scales):
             dn, own_x, own_gate = (y.to(wide) for y in given)
             active = _active(own_gate, silu)
             n = _normed(own_x, active, ctx.kind) * scale
@@ -142,9 +141,9 @@ class _TiledGatedNorm(Function):
                 dactive = (n * weight if bias is None else torch.addcmul(bias.to(wide), n, weight.to(wide))).mul_(dn)
                 dn = dn * active
             along = dn * n
-            dweight += along.sum(summed)
+            dweight += along.sum(0)
             if bias is not None:
-                dbias += dn.sum(summed)
+                dbias += dn.sum(0)
             along = along.mul_(weight).mean(-1, keepdim=True)
             du = torch.mul(dn, weight).addcmul_(n, along, value=-1.0).mul_(scale)
             if centred:
@@ -164,11 +163,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _tiles(like: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows `[H, D]` of tensors `[..., H, D]`, some at a time; on `meta` two tiles stand for all, which are alike."""
-    size = max(1, TILE // max(1, like.shape[-2] * like.shape[-1]))
-    rows = [x.reshape(-1, *x.shape[-2:]) for x in tensors]
-    for start in starts(len(rows[0]), size, like.device):
+def _tiles(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows, which are like the weight, some at a time; on `meta` two tiles stand for all, which are alike."""
+    size = max(1, TILE // max(1, weight.numel()))
+    rows = [x.reshape(-1, *x.shape[x.dim() - weight.dim() :]) for x in tensors]
+    for start in starts(len(rows[0]), size, weight.device):
         yield tuple(x[start : start + size] for x in rows)
 
 
