@@ -6,11 +6,8 @@ check:  ## style, types, import order and the fast tests
 	$(ENVIRONMENT) && ruff check . && ruff format --check . && (cd / && lint-imports --no-cache --config $(CURDIR)/pyproject.toml)
 	@$(MAKE) --no-print-directory -j 2 types fast
 
-# Pyright's garbage collector takes less time with more room for what is new; an old Node refuses the setting.
-ROOM := --max-semi-space-size=128
-
 types:  ## Pyright, which uses one core, beside the tests
-	$(ENVIRONMENT) && NODE_OPTIONS="$$NODE_OPTIONS $$(NODE_OPTIONS=$(ROOM) node -e 0 2>/dev/null && echo $(ROOM))" pyright
+	$(ENVIRONMENT) && pyright
 
 fast:  ## all tests but those marked slow; asserts are rewritten once and kept, though an environment may keep no bytecode
 	$(ENVIRONMENT) && PYTHONDONTWRITEBYTECODE= $$PYTHON -m pytest -n 2 --dist worksteal -m "not slow"

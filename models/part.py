@@ -274,6 +274,11 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has the parameter, and gathers it for the calls of the module that owns it alone."""
+    return hasattr(parameter, "ds_shape")
+
+
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, by name, in the model's order, with those of experts that this rank alone holds.
 

@@ -147,14 +147,13 @@ def _scan(
     dtype = torch.promote_types(rows.dtype, torch.float32)
     lse, picked = (torch.empty(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(2))
     kernels = by_kernels("cross_entropy", rows) if bias is None and softcap is None and look is None else None
-    one = torch.ones((), dtype=dtype, device=rows.device)
 
     def scan(part: slice) -> None:  # lets go of its logits before the next ones are made
         if kernels is not None:
             logits = rows[part] @ weight.t()
             kernels.likelihood(logits, ids[part], scale, lse[part], picked[part])
             if sums is not None:
-                kernels.likelihood_gradient(logits, ids[part], lse[part], one, scale)
+                kernels.likelihood_gradient(logits, ids[part], lse[part], scale)
                 sums.add(part, logits, rows[part], weight)
             return
         logits = _capped(_logits(rows[part], weight, bias, scale, dtype), softcap)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import by_kernels, starts
+from ..dispatch import by_kernels
 from ..operation import Function
+from . import gated_tiles
 from .rms_norm import rms_norm
 
 ACTIVATIONS = ("silu", "sigmoid")
-TILE = 1 << 16  # numbers of a tile, of which a CPU's cache holds several
 
 
 def gated_norm(
@@ -48,12 +47,11 @@ def gated_norm(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    kernels = by_kernels("gated_norm", x)
+    kernels, kind = by_kernels("gated_norm", x), (activation == "silu", centred, gate_first)
     if kernels is not None and kernels.takes_norm(x):
-        kind = activation == "silu", centred, gate_first
         return _GatedNorm.call(kernels, x, gate, weight, bias, eps, kind)
     if x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
-        return _TiledGatedNorm.call(x, gate, weight, bias, eps, (activation == "silu", centred, gate_first))
+        return _GatedNorm.call(gated_tiles, x, gate, weight, bias, eps, kind)
     active = F.silu if activation == "silu" else torch.sigmoid
     if not gate_first:
         return active(gate) * _norm(x, weight, bias, eps, centred).to(x.dtype)
@@ -72,7 +70,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: b
 
 
 class _GatedNorm(Function):
-    """The kernels, of which backward needs the inputs alone."""
+    """By kernels, or in tiles; backward needs the inputs alone."""
 
     @staticmethod
     def forward(
@@ -93,90 +91,3 @@ class _GatedNorm(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.kernels.gated_norm_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.kind), None, None
-
-
-class _TiledGatedNorm(Function):
-    """The same in torch's operations, tile by tile, so that no result between two of them leaves the cache."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        kind: tuple[bool, bool, bool],
-    ) -> Tensor:
-        silu, _, gate_first = ctx.kind = kind
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        wide = _wide(x)
-        scales = torch.empty(*x.shape[:-1], 1, dtype=wide, device=x.device)
-        for part, own_x, own_gate, own_scales in _tiles(weight, out, x, gate, scales):
-            active = _active(own_gate.to(wide), silu)
-            u = _normed(own_x.to(wide), active, kind)
-            own_scales.copy_(u.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
-            y = torch.mul(u, own_scales).mul_(weight)
-            if bias is not None:
-                y.add_(bias)
-            part.copy_(y if gate_first else y.mul_(active))
-        ctx.save_for_backward(x, gate, weight, bias, scales)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """With n the normed and g = dn weight:  du = scale (g − n mean(g · n)),  dweight = Σ dn · n."""
-        x, gate, weight, bias, scales = ctx.saved_tensors
-        silu, centred, gate_first = ctx.kind
-        dx, dgate = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, gate))
-        wide = _wide(x)
-        dweight, dbias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
-        for own_dx, own_dgate, *given, scale in _tiles(weight, dx, dgate, dy, x, gate, scales):
-            dn, own_x, own_gate = (y.to(wide) for y in given)
-            active = _active(own_gate, silu)
-            n = _normed(own_x, active, ctx.kind) * scale
-            dactive = None
-            if not gate_first:
-                dactive = (n * weight if bias is None else torch.addcmul(bias.to(wide), n, weight.to(wide))).mul_(dn)
-                dn = dn * active
-            along = dn * n
-            dweight += along.sum(0)
-            if bias is not None:
-                dbias += dn.sum(0)
-            along = along.mul_(weight).mean(-1, keepdim=True)
-            du = torch.mul(dn, weight).addcmul_(n, along, value=-1.0).mul_(scale)
-            if centred:
-                du.sub_(du.mean(-1, keepdim=True))
-            if dactive is None:
-                dactive = du * own_x
-                du.mul_(active)
-            own_dx.copy_(du)
-            if silu:
-                own_dgate.copy_(torch.ops.aten.silu_backward(dactive, own_gate))
-            else:
-                own_dgate.copy_(torch.ops.aten.sigmoid_backward(dactive, active))
-        return dx, dgate, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _tiles(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows, which are like the weight, some at a time; on `meta` two tiles stand for all, which are alike."""
-    size = max(1, TILE // max(1, weight.numel()))
-    rows = [x.reshape(-1, *x.shape[x.dim() - weight.dim() :]) for x in tensors]
-    for start in starts(len(rows[0]), size, weight.device):
-        yield tuple(x[start : start + size] for x in rows)
-
-
-def _active(gate: Tensor, silu: bool) -> Tensor:
-    return F.silu(gate) if silu else torch.sigmoid(gate)
-
-
-def _normed(x: Tensor, active: Tensor, kind: tuple[bool, bool, bool]) -> Tensor:
-    """What is divided by its root mean square."""
-    _, centred, gate_first = kind
-    u = x * active if gate_first else x
-    return u - u.mean(-1, keepdim=True) if centred else u

@@ -228,15 +228,15 @@ def _likelihood(logits, ids, lse, picked, V, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _likelihood_gradient(logits, ids, lse, dloss, V, scale, BLOCK: tl.constexpr):
-    """Each logit becomes its gradient: dloss scale (softmax - 1 at the target), 0 in rows without a target."""
+def _likelihood_gradient(logits, ids, lse, V, scale, BLOCK: tl.constexpr):
+    """Each logit becomes its gradient: scale (softmax - 1 at the target), 0 in rows without a target."""
     row = tl.cast(tl.program_id(0), tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = logits + row * V + j
     target, level = tl.load(ids + row), tl.load(lse + row)
     x = tl.load(at, mask=j < V, other=0.0).to(tl.float32) * scale
     gradient = tl.exp(x - level) - tl.where(j == target, 1.0, 0.0)
-    gradient *= tl.where(target >= 0, tl.load(dloss).to(tl.float32) * scale, 0.0)
+    gradient *= tl.where(target >= 0, scale, 0.0)
     tl.store(at, gradient.to(logits.dtype.element_ty), mask=j < V)
 
 
@@ -360,18 +360,18 @@ def likelihood(logits: Tensor, ids: Tensor, scale: float, lse: Tensor, picked: T
     _likelihood[(n,)](logits, ids, lse, picked, vocabulary, scale, BLOCK=VOCABULARY_BLOCK, num_warps=8)
 
 
-def likelihood_gradient(logits: Tensor, ids: Tensor, lse: Tensor, dloss: Tensor, scale: float) -> Tensor:
+def likelihood_gradient(logits: Tensor, ids: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The gradient of the summed loss by the logits, in their place."""
     n, vocabulary = logits.shape
     _likelihood_gradient[(n, triton.cdiv(vocabulary, VOCABULARY_BLOCK))](
-        logits, ids, lse, dloss, vocabulary, scale, BLOCK=VOCABULARY_BLOCK, num_warps=8
+        logits, ids, lse, vocabulary, scale, BLOCK=VOCABULARY_BLOCK, num_warps=8
     )
     return logits
 
 
 _KINDS = {"rows": "i32", "D": "i32", "V": "i32", "size": "i64", "steps": "i32", "eps": "fp32", "offset": "fp32"}
 _KINDS |= {"scale": "fp32", "direction": "fp32", "ids": "*i64"}
-_KINDS |= dict.fromkeys(("inverse", "sums", "bias_sums", "lse", "picked", "dloss", "cos", "sin"), "*fp32")
+_KINDS |= dict.fromkeys(("inverse", "sums", "bias_sums", "lse", "picked", "cos", "sin"), "*fp32")
 _KINDS |= dict.fromkeys(("T", "H", "x_row", "x_token", "x_head"), "i32")
 
 

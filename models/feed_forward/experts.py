@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...kernels.grouped_matmul import Grouping, collect, flops, grouped_matmul, routed_swiglu, runs_routed, spread
 from ...parallel.ops.experts import to_experts
 from ...parallel.sequence import Sequence
-from ..part import FeedForward, named_weights, shape_of
+from ..part import FeedForward, is_sharded, named_weights, shape_of
 from .mlp import ACTIVATIONS, MLP
 from .router import Router, Routing
 from .swiglu import SwiGLU, check_limit, gated
@@ -85,11 +85,11 @@ class Experts(nn.Module):
         return collect(self.down(self._hidden(rows, grouping.ends, backend), grouping.ends, backend), weights, grouping)
 
     def _swiglus(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The matrices, where they are all that the experts have, and at hand: ZeRO-3 gathers them layer by layer."""
+        """The matrices, where they are all that the experts have, and at hand."""
         if self.gate is None or self.gate.bias is not None or self.limit is not None or self.weigh_inputs:
             return None
         matrices = self.gate.weight, self.up.weight, self.down.weight
-        return None if any(hasattr(weight, "ds_shape") for weight in matrices) else matrices
+        return None if any(map(is_sharded, matrices)) else matrices
 
     def _hidden(self, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
         if self.gate is not None:

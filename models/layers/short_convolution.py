@@ -26,24 +26,13 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(self, x: Tensor, seq: Sequence, slot: str = "conv") -> Tensor:
-        return ops.short_conv(x, self.weight, seq=seq, bias=self.bias, activation=self.activation, slot=slot)
+    def forward(self, x: Tensor | tuple[Tensor, ...], seq: Sequence, slot: str = "conv") -> Tensor | tuple[Tensor, ...]:
+        convolve = ops.short_conv if isinstance(x, Tensor) else ops.short_convs
+        return convolve(x, self.weight, seq=seq, bias=self.bias, activation=self.activation, slot=slot)  # type: ignore[arg-type]
 
     def of_parts(self, parts: tuple[Tensor, ...], seq: Sequence, slot: str = "conv") -> tuple[Tensor, ...]:
-        """Convolves tensors that share the channels as one, so that ranks exchange one message for all of them.
-
-        On a CPU that holds whole rows there is no message, and each is convolved where it lies.
-        """
-        sizes = [part.shape[-1] for part in parts]
-        alone = seq.layout.ranks == 1 and seq.cache is None and not torch.compiler.is_compiling()
-        if alone and parts[0].device.type == "cpu":
-            weights = self.weight.split(sizes)
-            biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
-            return tuple(
-                ops.short_conv(part, weight, seq=seq, bias=bias, activation=self.activation, slot=f"{slot} {number}")
-                for number, (part, weight, bias) in enumerate(zip(parts, weights, biases, strict=True))
-            )
-        return self(torch.cat(parts, dim=-1), seq, slot).split(sizes, dim=-1)
+        """Convolves tensors that share the channels: a call of the module, as ZeRO-3 gathers weights for calls."""
+        return self(parts, seq, slot)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name != "weight":

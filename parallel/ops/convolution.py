@@ -30,6 +30,32 @@ def short_conv(
     return seq.unfold(out)
 
 
+def short_convs(
+    parts: tuple[Tensor, ...],
+    weight: Tensor,
+    *,
+    seq: Sequence,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    slot: str = "conv",
+) -> tuple[Tensor, ...]:
+    """The convolution of `[B, T, D_i]` that share the channels, in this order: D is the sum of the D_i.
+
+    They are one tensor, so that ranks exchange one message for all. On a CPU that has whole rows there is no message,
+    and each is convolved where it lies.
+    """
+    sizes = [part.shape[-1] for part in parts]
+    alone = seq.layout.ranks == 1 and seq.cache is None and not torch.compiler.is_compiling()
+    if not (alone and parts[0].device.type == "cpu"):
+        whole = short_conv(torch.cat(parts, dim=-1), weight, seq=seq, bias=bias, activation=activation, slot=slot)
+        return whole.split(sizes, dim=-1)
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return tuple(
+        short_conv(part, own, seq=seq, bias=offset, activation=activation, slot=f"{slot} {number}")
+        for number, (part, own, offset) in enumerate(zip(parts, weight.split(sizes), biases, strict=True))
+    )
+
+
 def _traced_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, seq: Sequence, activation: str | None, slot: str
 ) -> Tensor:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..run.plots import save
 from .suite import grouped
-
-if TYPE_CHECKING:
-    pass
 
 TITLES = {"accuracy": "greedy decoding", "choice": "likeliest choice"}
 WRITTEN = 400  # cells of a map in which their values still can be read
