@@ -27,8 +27,7 @@ class ShortConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x: Tensor | tuple[Tensor, ...], seq: Sequence, slot: str = "conv") -> Tensor | tuple[Tensor, ...]:
-        convolve = ops.short_conv if isinstance(x, Tensor) else ops.short_convs
-        return convolve(x, self.weight, seq=seq, bias=self.bias, activation=self.activation, slot=slot)  # type: ignore[arg-type]
+        return ops.short_conv(x, self.weight, seq=seq, bias=self.bias, activation=self.activation, slot=slot)
 
     def of_parts(self, parts: tuple[Tensor, ...], seq: Sequence, slot: str = "conv") -> tuple[Tensor, ...]:
         """Convolves tensors that share the channels: a call of the module, as ZeRO-3 gathers weights for calls."""

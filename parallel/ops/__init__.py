@@ -5,7 +5,7 @@ layer need two slots. With a decoding `seq` the same call continues from the cac
 """
 
 from .attention import attention, keep_keys, kernel_attention, latent_attention, softmax_attention
-from .convolution import short_conv, short_convs, token_shift
+from .convolution import short_conv, token_shift
 from .index import gate_divergence, index_divergence
 from .recurrent import (
     delta_rule,
@@ -53,7 +53,6 @@ __all__ = [
     "select_blocks",
     "selective_scan",
     "short_conv",
-    "short_convs",
     "slot_attention",
     "slstm",
     "softmax_attention",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ..sequence import Sequence
 from ..strategies.halo import halo, last_rows
 
 
+@overload
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -18,42 +21,50 @@ def short_conv(
     bias: Tensor | None = None,
     activation: str | None = None,
     slot: str = "conv",
-) -> Tensor:
-    """Causal depthwise convolution of `[B, T, D]` with `weight [D, W]`; taps never cross a document's start."""
-    if torch.compiler.is_compiling():
-        return _traced_conv(x, weight, bias, seq=seq, activation=activation, slot=slot)
-    width = weight.shape[1] - 1
-    folded, history = _with_history(x, seq, width, slot)
-    out = kernels.short_conv(
-        folded, weight, bias=bias, documents=seq.spans, history=history, activation=activation, backend=seq.backend
-    )
-    return seq.unfold(out)
-
-
-def short_convs(
-    parts: tuple[Tensor, ...],
+) -> Tensor: ...
+@overload
+def short_conv(
+    x: tuple[Tensor, ...],
     weight: Tensor,
     *,
     seq: Sequence,
     bias: Tensor | None = None,
     activation: str | None = None,
     slot: str = "conv",
-) -> tuple[Tensor, ...]:
-    """The convolution of `[B, T, D_i]` that share the channels, in this order: D is the sum of the D_i.
+) -> tuple[Tensor, ...]: ...
+def short_conv(
+    x: Tensor | tuple[Tensor, ...],
+    weight: Tensor,
+    *,
+    seq: Sequence,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    slot: str = "conv",
+) -> Tensor | tuple[Tensor, ...]:
+    """Causal depthwise convolution of `[B, T, D]` with `weight [D, W]`; taps never cross a document's start.
 
-    They are one tensor, so that ranks exchange one message for all. On a CPU that has whole rows there is no message,
-    and each is convolved where it lies.
+    x may be several `[B, T, D_i]` that share the D channels in this order. They are convolved as one tensor, so that
+    ranks exchange one message for all; on a CPU that has whole rows there is no message, and each is where it lies.
     """
-    sizes = [part.shape[-1] for part in parts]
-    alone = seq.layout.ranks == 1 and seq.cache is None and not torch.compiler.is_compiling()
-    if not (alone and parts[0].device.type == "cpu"):
-        whole = short_conv(torch.cat(parts, dim=-1), weight, seq=seq, bias=bias, activation=activation, slot=slot)
-        return whole.split(sizes, dim=-1)
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    return tuple(
-        short_conv(part, own, seq=seq, bias=offset, activation=activation, slot=f"{slot} {number}")
-        for number, (part, own, offset) in enumerate(zip(parts, weight.split(sizes), biases, strict=True))
+    settings: dict[str, Any] = {"seq": seq, "activation": activation}
+    if isinstance(x, tuple):
+        sizes = [part.shape[-1] for part in x]
+        alone = seq.layout.ranks == 1 and seq.cache is None and not torch.compiler.is_compiling()
+        if not (alone and x[0].device.type == "cpu"):
+            return short_conv(torch.cat(x, dim=-1), weight, bias=bias, slot=slot, **settings).split(sizes, dim=-1)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return tuple(
+            short_conv(part, own, bias=offset, slot=f"{slot} {number}", **settings)
+            for number, (part, own, offset) in enumerate(zip(x, weight.split(sizes), biases, strict=True))
+        )
+    if torch.compiler.is_compiling():
+        return _traced_conv(x, weight, bias, slot=slot, **settings)
+    width = weight.shape[1] - 1
+    folded, history = _with_history(x, seq, width, slot)
+    out = kernels.short_conv(
+        folded, weight, bias=bias, documents=seq.spans, history=history, activation=activation, backend=seq.backend
     )
+    return seq.unfold(out)
 
 
 def _traced_conv(
