@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.documents import Documents
+from ...parallel import ops
 from ...parallel.layout import Layout
+from ...parallel.sequence import Sequence
 
 NO_TARGET = -100
 FAR = 100_000  # bfloat16 counts to 256, float32 angles are off by a hundredth here
@@ -131,3 +135,38 @@ def _places(lengths: list[int], edge: int) -> list[tuple[int, int]]:
         places = {start, start + (stop - start) // 2, min(stop - 1, (start // edge + 1) * edge)}
         places_and_ends += [(place, stop) for place in sorted(places)]
     return places_and_ends
+
+
+class FarSequence(Sequence):
+    """A sequence that tells mixers positions from `FAR` on."""
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        return super().positions(device) + FAR
+
+    def positions_within(self, most: int, device: torch.device | str = "cpu", setting: str = "max_length") -> Tensor:
+        """As far as there is room."""
+        near = super().positions(device)
+        super().positions_within(most, device, setting)
+        return near + min(FAR, most - int(self.documents.columns.end_position.max()))
+
+    @classmethod
+    def of_near(cls, seq: Sequence) -> FarSequence:
+        return cls(**{field.name: getattr(seq, field.name) for field in fields(seq)})
+
+
+@contextmanager
+def far_positions(seq: Sequence) -> Iterator[Sequence]:
+    """A sequence that tells mixers far positions; inside, ops get the true ones."""
+
+    def near(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, seq: Sequence, **kwargs: Any) -> Any:
+            return op(*args, seq=Sequence(**{field.name: getattr(seq, field.name) for field in fields(seq)}), **kwargs)
+
+        return call
+
+    with ExitStack() as restored:
+        for name in ops.__all__:
+            original = getattr(ops, name)
+            restored.callback(setattr, ops, name, original)
+            setattr(ops, name, near(original))
+        yield FarSequence.of_near(seq)

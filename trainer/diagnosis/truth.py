@@ -8,7 +8,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, cast
@@ -25,13 +25,14 @@ from ...models.language_model import LanguageModel
 from ...parallel import ops
 from ...parallel.sequence import Sequence
 from . import definitions, selections
-from .cases import FAR, Case
+from .cases import Case, FarSequence
 from .choices import choices, noted_lists
 from .model import first_parts
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 BESIDE = ("keys_as", "keys_of", "largest")  # say where decoding keeps keys, and what is measured: outputs are the same
 WITH_LSE = ("compressed_attention",)  # ops that give mixers the log-sum-exp too
+IN_PARTS = ("short_conv",)  # ops that take their first argument in parts too, and give the output so
 SUMMARIES = {  # of windows, known to every rank
     "compressed_attention": ("k", "v"), "select_blocks": ("summaries",), "gate_divergence": ("gate_k",),
 }  # fmt: skip
@@ -120,6 +121,20 @@ def package_of(name: str) -> ModuleType | None:
 
 def plain(name: str, backend: str = "reference") -> Op:
     """The op on one device without ranks: as it is defined, or by another backend of its kernel."""
+    return _of_parts(_of_whole(name, backend)) if name in IN_PARTS else _of_whole(name, backend)
+
+
+def _of_parts(whole: Op) -> Op:
+    def op(x: Tensor | tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        if not isinstance(x, tuple):
+            return whole(x, *args, **kwargs)
+        joined = cast(Tensor, whole(torch.cat(x, dim=-1), *args, **kwargs))
+        return joined.split([part.shape[-1] for part in x], dim=-1)
+
+    return op
+
+
+def _of_whole(name: str, backend: str) -> Op:
     if backend == "reference" and (function := _definition(name)) is not None:
         return _defined(name, function)
     if name == "attention":
@@ -135,7 +150,7 @@ def plain(name: str, backend: str = "reference") -> Op:
 
     def op(*args: Any, seq: Sequence, slot: str = "", **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         result = kernel(*args, **kwargs, documents=seq.documents, backend=backend)
-        return result if name in WITH_LSE else _first(result)
+        return result if name in WITH_LSE else output_of(name, result)
 
     return op
 
@@ -207,9 +222,11 @@ def plain_op(name: str, backend: str = "reference") -> Op:
     return replayed(name, lambda name: plain(name, backend))
 
 
-def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output among the results of an op."""
-    return result[0] if isinstance(result, tuple) else result
+def output_of(name: str, result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output among the results of an op, whole where it came in parts."""
+    if not isinstance(result, tuple):
+        return result
+    return torch.cat(result, dim=-1) if name in IN_PARTS else result[0]
 
 
 @contextmanager
@@ -226,7 +243,7 @@ def plain_ops(calls: list[Call], names: list[str], backend: str = "reference") -
                 return op(*args, seq=seq, **kwargs)
             kwargs = {setting: value for setting, value in kwargs.items() if setting not in BESIDE}
             result = op(*args, seq=seq, **kwargs)
-            shape = _first(result).shape
+            shape = output_of(name, result).shape
             if name == "local_windows":  # see `replayed`
                 shape = torch.Size((shape[0], seq.layout.length // kwargs["stride"], *shape[3:]))
             if name != "gather_windows":
@@ -254,41 +271,6 @@ def _define_pointwise(restored: ExitStack) -> None:
             if vars(module).get(name) is original:
                 restored.callback(setattr, module, name, original)
                 setattr(module, name, getattr(definitions, name))
-
-
-class FarSequence(Sequence):
-    """A sequence that tells mixers positions from `FAR` on."""
-
-    def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        return super().positions(device) + FAR
-
-    def positions_within(self, most: int, device: torch.device | str = "cpu", setting: str = "max_length") -> Tensor:
-        """As far as there is room."""
-        near = super().positions(device)
-        super().positions_within(most, device, setting)
-        return near + min(FAR, most - int(self.documents.columns.end_position.max()))
-
-    @classmethod
-    def of_near(cls, seq: Sequence) -> FarSequence:
-        return cls(**{field.name: getattr(seq, field.name) for field in fields(seq)})
-
-
-@contextmanager
-def far_positions(seq: Sequence) -> Iterator[Sequence]:
-    """A sequence that tells mixers far positions; inside, ops get the true ones."""
-
-    def near(op: Op) -> Op:
-        def call(*args: Any, seq: Sequence, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-            return op(*args, seq=Sequence(**{field.name: getattr(seq, field.name) for field in fields(seq)}), **kwargs)
-
-        return call
-
-    with ExitStack() as restored:
-        for name in ops.__all__:
-            original = getattr(ops, name)
-            restored.callback(setattr, ops, name, original)
-            setattr(ops, name, near(original))
-        yield FarSequence.of_near(seq)
 
 
 def run(
@@ -385,7 +367,7 @@ def alone(model: LanguageModel, case: Case) -> Tensor:
 def gradients_of(op: Any, call: Call, dout: Tensor, seq: Sequence) -> list[Tensor]:
     """[output, gradient of each tensor of the call]."""
     leaves = call.mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()))
-    out = _first(op(*leaves.args, **leaves.kwargs, seq=seq))
+    out = output_of(call.op, op(*leaves.args, **leaves.kwargs, seq=seq))
     if out.requires_grad:
         out.backward(dout.to(out.dtype))
     gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.tensors()]

@@ -18,9 +18,9 @@ from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.sequence import Sequence
 from ..ranks.settings import ParallelSettings, strategy_of, ulysses_ranks
-from .cases import Case
+from .cases import Case, far_positions
 from .model import Build, fill
-from .truth import Call, Result, far_positions, gradients_of, run, shared_op
+from .truth import Call, Result, gradients_of, run, shared_op
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ....kernels.documents import Documents
 from ....models.layers.rotary import Rotary
 from ....parallel import ops
 from ....parallel.sequence import Sequence
-from ..truth import Call, gradients_of
+from ..truth import Call, gradients_of, output_of
 from .comparison import Difference, rms
 
 
@@ -39,9 +39,9 @@ def noted_ops() -> Iterator[list[Noted]]:
         @wraps(originals[name])
         def op(*args: Any, seq: Sequence, **kwargs: Any) -> Any:
             result = originals[name](*args, seq=seq, **kwargs)
-            first = result[0] if isinstance(result, tuple) else result
-            if first.is_floating_point():
-                call = Call(seq.layer, "", name, args, kwargs, first.shape)
+            output = output_of(name, result)
+            if output.is_floating_point():
+                call = Call(seq.layer, "", name, args, kwargs, output.shape)
                 noted.append(Noted(call.mapped(lambda x: x.detach().clone()), seq))
             return result
 
