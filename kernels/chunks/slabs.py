@@ -266,6 +266,12 @@ class Borders:
             # One id before the first token, so that every chunk can look back; the last token's beyond the end.
             self.ids = torch.cat([own[:, :1], own, own[:, -1:].expand(-1, tail)], dim=1)
 
+    def met(self, slabs: list[Slab]) -> list[bool]:
+        """Whether documents meet in each of some slabs, or end in padding."""
+        if self.ids is None:
+            return [False] * len(slabs)
+        return [bool(self.marked[slab.start : slab.stop].any()) for slab in slabs]
+
     def masks(self, slab: Slab) -> Masks | None:
         """The masks of a slab, or None where each of its rows goes on through it in one document."""
         if self.ids is None or not bool(self.marked[slab.start : slab.stop].any()):
