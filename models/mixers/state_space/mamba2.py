@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.gated_linear import flops
-from ....kernels.pointwise import gated_norm, swiglu
+from ....kernels.pointwise import add_skip, gated_norm, scale_heads, swiglu
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear, check_steps, fill_with_steps
@@ -91,9 +91,8 @@ class Mamba2(Mixer):
         k, q = (part.unflatten(-1, (self.groups, self.state)) for part in (k, q))
         step = self.steps(x)
         log_decay = -self.A_log.to(step.dtype).exp() * step
-        out = self.read(x, q, k, v * step.to(v.dtype).unsqueeze(-1), log_decay, seq)
-        out = out + self.D.to(v.dtype)[:, None] * v
-        out, gate = out.flatten(-2), self.times("gate", self.gate(x))
+        out = self.read(x, q, k, scale_heads(v, step), log_decay, seq)
+        out, gate = add_skip(out, v, self.D).flatten(-2), self.times("gate", self.gate(x))
         return self.output(swiglu(gate, out) if self.norm is None else self.norm(out, gate))
 
     def times(self, name: str, x: Tensor) -> Tensor:
