@@ -13,7 +13,7 @@ a forward's products more, whatever the network. In backward the same holds for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -109,8 +109,8 @@ class StatePassing(Operation):
     def _problem(self, inputs: Tensors, seq: Sequence, out: Tensor | None = None) -> Problem[Any]:
         """The call on this rank's spans, folded into the batch; exact where outputs are to be corrected."""
         folded = tuple(x if x is None or not is_sequence(x) else seq.fold(x) for x in inputs)
-        exact, given = seq.layout.ranks > 1, None if out is None else partial(seq.fold, out)
-        return self.op.problem(folded, seq.spans, backend=seq.backend, exact=exact, out=given)
+        problem = self.op.problem(folded, seq.spans, backend=seq.backend, exact=seq.layout.ranks > 1)
+        return problem if out is None else replace(problem, out=partial(seq.fold, out))
 
 
 def _before(problem: Problem[Any], mine: Summary, seq: Sequence) -> tuple[Tensor, Tensor]:
