@@ -174,7 +174,7 @@ class Rows:
         (dout, dfinal), (out, final), initial = gradients, outputs, inputs[-1]
         dout = torch.zeros_like(out) if dout is None else dout
         dfinal = None if dfinal is None else self.op.with_units(dfinal, final)
-        problem = self.op.problem(inputs[:-1], where, backend=self.backend, out=lambda: out)
+        problem = replace(self.op.problem(inputs[:-1], where, backend=self.backend), out=lambda: out)
         dinputs, dinitial = self.op.backward(problem, dout, dfinal, initial)
         if initial is None:
             return *dinputs, None

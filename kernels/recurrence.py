@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
@@ -225,9 +225,8 @@ class Recurrence(ABC, Generic[Record]):
         return out, final
 
     def problem(
-        self, tensors: Tensors, documents: Documents, *, backend: str = "auto", exact: bool = False,
-        out: Callable[[], Tensor] | None = None,
-    ) -> Problem[Record]:  # fmt: skip
+        self, tensors: Tensors, documents: Documents, *, backend: str = "auto", exact: bool = False
+    ) -> Problem[Record]:
         """The call for these inputs. Raises ValueError for documents of other tokens, or a backend that cannot run."""
         inputs = self.record(*tensors)
         documents.require(*(first := inputs[0]).shape[:2])
@@ -235,7 +234,7 @@ class Recurrence(ABC, Generic[Record]):
         if first.shape[1] == 1 and asked(self.name, backend) == "auto" and best(first.device, first.dtype) == "chunked":
             offered, why = ("reference",), "the recurrence itself, for a single token"
         chosen = resolve(self.name, backend, first.device, first.dtype, offered, why)
-        problem = Problem(self, inputs, documents, chosen, exact or self.raw, out=out)
+        problem = Problem(self, inputs, documents, chosen, exact or self.raw)
         if chosen == "library" and (refusal := _implementation(type(self).__module__, chosen).refusal(problem)):
             raise ValueError(f"backend must be one that can run; got 'library' for {self.name}: {refusal}. Use 'auto'")
         return problem
