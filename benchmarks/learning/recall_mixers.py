@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from longreach.benchmarks.learning.recall_training import (
@@ -82,7 +83,7 @@ def length_size(kind: str) -> int:
 
 def best_of(study: str, kind: str, size: int, runs: Path) -> dict[str, Any] | None:
     """The result of the learning rate that recalls most, over all tasks that were learned."""
-    found = [result for rate in RATES if (result := Run(study, kind, size, rate).result(runs)) is not None]
+    found = [result for rate in KINDS[kind].rates if (result := Run(study, kind, size, rate).result(runs)) is not None]
     return max(found, key=mean_accuracy, default=None)
 
 
@@ -94,9 +95,10 @@ def rounds(study: str, kinds: list[str], runs: Path) -> Iterator[list[Run]]:
     """What is still to be trained, in the order of telling most; another rate only where none has solved the tasks."""
     waves = cells(study, kinds)
     for place in range(len(waves) + len(RATES) - 1):
-        for number, rate in enumerate(RATES):
+        for number in range(len(RATES)):
             wave = waves[place - number] if 0 <= place - number < len(waves) else []
-            todo = [Run(study, kind, size, rate) for kind, size in wave if not solved(study, kind, size, runs)]
+            left = [(kind, size) for kind, size in wave if not solved(study, kind, size, runs)]
+            todo = [Run(study, kind, size, KINDS[kind].rates[number]) for kind, size in left]
             yield [run for run in todo if run.result(runs) is None]
 
 
@@ -122,7 +124,7 @@ def best_results(study: str, kinds: list[str], runs: Path) -> dict[tuple[str, in
     found = {}
     for kind, size in [(each, size) for each in kinds for size in sorted(KINDS[each].sizes)]:
         if (best := best_of(study, kind, size, runs)) is not None:
-            rates = sum(Run(study, kind, size, rate).file(runs).exists() for rate in RATES)
+            rates = sum(Run(study, kind, size, rate).file(runs).exists() for rate in KINDS[kind].rates)
             found[kind, size] = {**best, "rates": rates}
     return found
 
@@ -144,8 +146,8 @@ def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> st
 
 def style(kind: str) -> dict[str, Any]:
     place = list(KINDS).index(kind)
-    marker = "os^Dv<>Pp*XhdH8s"[place]
-    return {"color": f"C{place % 10}", "marker": marker, "markersize": 5, "linewidth": 1.3, "label": KINDS[kind].label}
+    color, marker = colormaps["tab20"](place), "os^Dv<>Pp*XhdH8sPD"[place]
+    return {"color": color, "marker": marker, "markersize": 6, "linewidth": 1.4, "label": KINDS[kind].label}
 
 
 def draw_state(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
@@ -176,6 +178,8 @@ def draw_length(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
     place.axvline(LENGTH_TASKS[-1].length, color="black", linestyle=":", linewidth=1)
     place.set(title=f"{LONGER[0].pairs} pairs; learned left of the line", xlabel="tokens")
     place.set_xscale("log", base=2)
+    lengths = [task.length for task in (*LENGTH_TASKS, *LONGER)]
+    place.set_xticks(lengths, [f"{length:,}" for length in lengths])
     return finished(figure)
 
 
