@@ -26,6 +26,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from longreach.benchmarks.learning.recall_training import (
+    DEEPER,
     ENOUGH,
     HEADS,
     KINDS,
@@ -34,6 +35,7 @@ from longreach.benchmarks.learning.recall_training import (
     RATES,
     STEPS,
     TASKS,
+    TESTED_ROWS,
     TOKENS,
     VOCABULARY,
     WIDTH,
@@ -54,13 +56,15 @@ TOLD = {
         f"{VOCABULARY}; {TOKENS:,} tokens a step, at most {STEPS} steps, seed 0. The columns of pairs give the percent "
         f"of held-out queries recalled (guessing: {100 / TASKS[0].values:.1f}). State: what decoding keeps of "
         f"{TASKS[-1].length} tokens for the mixers, in float32. The best of the learning rates "
-        f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every task."
+        f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every "
+        f"task. Hybrids, being deeper: {', '.join(map(str, DEEPER['rates']))}, and {DEEPER['times']} times the steps."
     ),
     "length": (
         f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "
         f"rows of {', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, with queries anywhere in the second "
         "and blanks between, and were tested in longer rows without another step. Percent of queries recalled. State: "
-        f"of {LENGTH_TASKS[-1].length} tokens."
+        f"of {LENGTH_TASKS[-1].length} tokens. Each length is tested with {TESTED_ROWS * LONGER[0].queries} queries, "
+        f"{LONGER[0].queries} a row as in training."
     ),
 }  # fmt: skip
 

@@ -34,7 +34,8 @@ TOKENS = 1024  # of a step
 STEPS, EVERY, GROW, PATIENCE, PLATEAU = 400, 20, 100, 100, 200
 GO_ON, ENOUGH = 0.8, 0.99
 RATES = (0.02, 0.006, 0.05)
-DEEPER = {"rates": (0.006, 0.002, 0.02), "times": 3}  # Muon moves every layer as far, so that depth wants lower rates
+# Muon moves every matrix as far, whatever the depth: deeper models want lower rates, and take longer to begin.
+DEEPER: Mapping[str, Any] = {"rates": (0.006, 0.002, 0.02), "times": 3}
 ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
 BLOCKS = {"block_size": 8, "dense_steps": 200, **ATTENTION}
 KEPT_BLOCKS = 4
@@ -44,7 +45,7 @@ class Kind(NamedTuple):
     """What is shown as `label`: a mixer of conf/mixer with settings, of which `size` varies; how often it stands.
 
     wave: when its first size is trained. hybrid: how many of this mixer come before one of softmax attention. rates: of
-    learning, best guess first. times: how many times the steps of other kinds it may take, and wait for a first recall.
+    learning, the most promising first. times: how many times as long as other kinds it may learn.
     """
 
     label: str
@@ -68,6 +69,7 @@ KINDS = {
     "gated_deltanet": Kind("Gated DeltaNet", "gated_deltanet", "key_dim", DIMS, {**MATRIX, "key_heads": HEADS}),
     "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3, **DEEPER),
     "mamba2": Kind("Mamba-2", "mamba2", "state", DIMS, {"head_dim": 32}),
+    "mamba2_no_skip": Kind("Mamba-2, D from 0", "mamba2", "state", (16, 8, 32), {"head_dim": 32, "initial_skip": 0.0}),
     "window": Kind("window", "sliding_window_attention", "window", (16, 64, 32), ATTENTION),
     "retnet": Kind("RetNet", "retnet", "key_dim", DIMS, MATRIX),
     "kda": Kind("KDA", "kimi_delta_attention", "head_dim", DIMS, MATRIX),
@@ -185,17 +187,17 @@ def learn(
     rate: float,
     dense_steps: int = 0,
     steps: int = STEPS,
-    plateau: int = PLATEAU,
+    times: int = 1,
 ) -> list[tuple[int, list[float]]]:
     """Trains, and leaves the best weights in the model. (step, accuracy on each task), on held-out problems.
 
     It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
     joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long
-    after the plateau before the first recall.
+    after the plateau before the first recall. times: how many times as long all of this may take.
     """
     optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
     kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
-    for step in range(1, steps + 1):
+    for step in range(1, times * steps + 1):
         model.at_step(step - 1)
         step_on(model, learning[step % len(learning)], step * TOKENS, optimizers)
         if step % EVERY:
@@ -207,13 +209,13 @@ def learn(
         improved = step if mean >= best + 0.01 else improved
         if mean > best:
             best, kept = mean, copy.deepcopy(model.state_dict())
-        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, plateau) >= PATIENCE:
+        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, times * PLATEAU) >= times * PATIENCE:
             break
-        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= GROW):
+        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= times * GROW):
             joined, since = joined + 1, step
         learning = [task for task, share in zip(tasks[:joined], recalled, strict=False) if share < ENOUGH] or [tasks[0]]
     model.load_state_dict(kept)
-    model.at_step(max(steps, dense_steps))
+    model.at_step(max(times * steps, dense_steps))
     return curve
 
 
@@ -224,8 +226,7 @@ def train(run: Run) -> dict[str, Any]:
     start, model = time.process_time(), made(run.kind, run.size)
     tasks = TASKS if run.study == "state" else LENGTH_TASKS
     kind = KINDS[run.kind]
-    dense_steps, steps, plateau = kind.settings.get("dense_steps", 0), kind.times * STEPS, kind.times * PLATEAU
-    curve = learn(model, tasks, run.rate, dense_steps, steps, plateau)
+    curve = learn(model, tasks, run.rate, int(kind.settings.get("dense_steps", 0)), times=kind.times)
     tested = TASKS if run.study == "state" else (*LENGTH_TASKS, *LONGER)
     keys = [task.pairs if run.study == "state" else task.length for task in tested]
     rows = [4 * TOKENS // task.length if run.study == "state" else TESTED_ROWS for task in tested]
