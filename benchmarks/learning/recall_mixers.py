@@ -57,7 +57,7 @@ TOLD = {
         f"of held-out queries recalled (guessing: {100 / TASKS[0].values:.1f}). State: what decoding keeps of "
         f"{TASKS[-1].length} tokens for the mixers, in float32. The best of the learning rates "
         f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every "
-        f"task. Hybrids, being deeper: {', '.join(map(str, DEEPER['rates']))}, and {DEEPER['times']} times the steps."
+        f"task. Hybrids, deeper: {', '.join(map(str, DEEPER['rates']))}, and {DEEPER['patience']} times the steps."
     ),
     "length": (
         f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "

@@ -29,13 +29,13 @@ LENGTH_TASKS, LONGER = (
     tuple(RecallTask(length, 8, 16, VOCABULARY, power=1.0, spread=length // 2) for length in lengths)
     for lengths in ((64, 128, 256, 512), (1024, 2048, 4096, 8192))
 )
-TESTED_ROWS = 32  # of each length
+TESTED_ROWS = 16  # of each length
 TOKENS = 1024  # of a step
 STEPS, EVERY, GROW, PATIENCE, PLATEAU = 400, 20, 100, 100, 200
 GO_ON, ENOUGH = 0.8, 0.99
 RATES = (0.02, 0.006, 0.05)
 # Muon moves every matrix as far, whatever the depth: deeper models want lower rates, and take longer to begin.
-DEEPER: Mapping[str, Any] = {"rates": (0.006, 0.002, 0.02), "times": 3}
+DEEPER: Mapping[str, Any] = {"rates": (0.006, 0.002, 0.02), "patience": 3}
 ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
 BLOCKS = {"block_size": 8, "dense_steps": 200, **ATTENTION}
 KEPT_BLOCKS = 4
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
     """What is shown as `label`: a mixer of conf/mixer with settings, of which `size` varies; how often it stands.
 
     wave: when its first size is trained. hybrid: how many of this mixer come before one of softmax attention. rates: of
-    learning, the most promising first. times: how many times as long as other kinds it may learn.
+    learning, the most promising first. patience: of `learn`.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
     wave: int = 0
     hybrid: int = 0
     rates: tuple[float, ...] = RATES
-    times: int = 1
+    patience: int = 1
 
 
 MATRIX = {"heads": HEADS, "value_dim": VALUE_DIM}
@@ -187,17 +187,18 @@ def learn(
     rate: float,
     dense_steps: int = 0,
     steps: int = STEPS,
-    times: int = 1,
+    patience: int = 1,
 ) -> list[tuple[int, list[float]]]:
     """Trains, and leaves the best weights in the model. (step, accuracy on each task), on held-out problems.
 
     It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
     joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long
-    after the plateau before the first recall. times: how many times as long all of this may take.
+    after the plateau before the first recall. patience: how many times as long all of this may take; where that is more
+    than once, the next task joins only when the newest is recalled.
     """
     optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
     kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
-    for step in range(1, times * steps + 1):
+    for step in range(1, patience * steps + 1):
         model.at_step(step - 1)
         step_on(model, learning[step % len(learning)], step * TOKENS, optimizers)
         if step % EVERY:
@@ -209,13 +210,13 @@ def learn(
         improved = step if mean >= best + 0.01 else improved
         if mean > best:
             best, kept = mean, copy.deepcopy(model.state_dict())
-        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, times * PLATEAU) >= times * PATIENCE:
+        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, patience * PLATEAU) >= patience * PATIENCE:
             break
-        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= times * GROW):
+        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or (patience == 1 and step - since >= GROW)):
             joined, since = joined + 1, step
         learning = [task for task, share in zip(tasks[:joined], recalled, strict=False) if share < ENOUGH] or [tasks[0]]
     model.load_state_dict(kept)
-    model.at_step(max(times * steps, dense_steps))
+    model.at_step(max(patience * steps, dense_steps))
     return curve
 
 
@@ -226,7 +227,7 @@ def train(run: Run) -> dict[str, Any]:
     start, model = time.process_time(), made(run.kind, run.size)
     tasks = TASKS if run.study == "state" else LENGTH_TASKS
     kind = KINDS[run.kind]
-    curve = learn(model, tasks, run.rate, int(kind.settings.get("dense_steps", 0)), times=kind.times)
+    curve = learn(model, tasks, run.rate, int(kind.settings.get("dense_steps", 0)), patience=kind.patience)
     tested = TASKS if run.study == "state" else (*LENGTH_TASKS, *LONGER)
     keys = [task.pairs if run.study == "state" else task.length for task in tested]
     rows = [4 * TOKENS // task.length if run.study == "state" else TESTED_ROWS for task in tested]
