@@ -74,14 +74,6 @@ def test_finished_runs_and_solved_models_are_not_trained_again(tmp_path: Path) -
     assert {run for run in todo if run.size in others and run != (*todo[0][:2], others[0], RATES[0])} == set(left)
 
 
-def test_hybrids_are_trained_at_rates_of_their_own(tmp_path: Path) -> None:
-    keep(Run("state", "hybrid_7", 8, 0.05), 0.9, tmp_path)  # none of them
-    keep(Run("state", "hybrid_7", 8, 0.006), 0.5, tmp_path)
-    left = [run.rate for part in rounds("state", ["hybrid_7"], tmp_path) for run in part]
-    assert left == [0.002, 0.02]
-    assert best_results("state", ["hybrid_7"], tmp_path)["hybrid_7", 8]["accuracy"]["4"] == 0.5
-
-
 def test_rows_of_every_length_ask_for_as_much() -> None:
     assert {(task.pairs, task.queries) for task in (*LENGTH_TASKS, *LONGER)} == {(8, 16)}
 

@@ -26,12 +26,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from longreach.benchmarks.learning.recall_training import (
-    DEEPER,
     ENOUGH,
     HEADS,
     KINDS,
     LENGTH_TASKS,
     LONGER,
+    PATIENT,
     RATES,
     STEPS,
     TASKS,
@@ -57,7 +57,7 @@ TOLD = {
         f"of held-out queries recalled (guessing: {100 / TASKS[0].values:.1f}). State: what decoding keeps of "
         f"{TASKS[-1].length} tokens for the mixers, in float32. The best of the learning rates "
         f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every "
-        f"task. Hybrids, deeper: {', '.join(map(str, DEEPER['rates']))}, and {DEEPER['patience']} times the steps."
+        f"task. Hybrids, which are deeper, may take {PATIENT} times the steps."
     ),
     "length": (
         f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "
@@ -87,7 +87,7 @@ def length_size(kind: str) -> int:
 
 def best_of(study: str, kind: str, size: int, runs: Path) -> dict[str, Any] | None:
     """The result of the learning rate that recalls most, over all tasks that were learned."""
-    found = [result for rate in KINDS[kind].rates if (result := Run(study, kind, size, rate).result(runs)) is not None]
+    found = [result for rate in RATES if (result := Run(study, kind, size, rate).result(runs)) is not None]
     return max(found, key=mean_accuracy, default=None)
 
 
@@ -99,10 +99,9 @@ def rounds(study: str, kinds: list[str], runs: Path) -> Iterator[list[Run]]:
     """What is still to be trained, in the order of telling most; another rate only where none has solved the tasks."""
     waves = cells(study, kinds)
     for place in range(len(waves) + len(RATES) - 1):
-        for number in range(len(RATES)):
+        for number, rate in enumerate(RATES):
             wave = waves[place - number] if 0 <= place - number < len(waves) else []
-            left = [(kind, size) for kind, size in wave if not solved(study, kind, size, runs)]
-            todo = [Run(study, kind, size, KINDS[kind].rates[number]) for kind, size in left]
+            todo = [Run(study, kind, size, rate) for kind, size in wave if not solved(study, kind, size, runs)]
             yield [run for run in todo if run.result(runs) is None]
 
 
@@ -128,7 +127,7 @@ def best_results(study: str, kinds: list[str], runs: Path) -> dict[tuple[str, in
     found = {}
     for kind, size in [(each, size) for each in kinds for size in sorted(KINDS[each].sizes)]:
         if (best := best_of(study, kind, size, runs)) is not None:
-            rates = sum(Run(study, kind, size, rate).file(runs).exists() for rate in KINDS[kind].rates)
+            rates = sum(Run(study, kind, size, rate).file(runs).exists() for rate in RATES)
             found[kind, size] = {**best, "rates": rates}
     return found
 

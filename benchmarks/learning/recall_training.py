@@ -34,8 +34,7 @@ TOKENS = 1024  # of a step
 STEPS, EVERY, GROW, PATIENCE, PLATEAU = 400, 20, 100, 100, 200
 GO_ON, ENOUGH = 0.8, 0.99
 RATES = (0.02, 0.006, 0.05)
-# Muon moves every matrix as far, whatever the depth: deeper models want lower rates, and take longer to begin.
-DEEPER: Mapping[str, Any] = {"rates": (0.006, 0.002, 0.02), "patience": 3}
+PATIENT = 3  # hybrids, which are deeper
 ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
 BLOCKS = {"block_size": 8, "dense_steps": 200, **ATTENTION}
 KEPT_BLOCKS = 4
@@ -44,8 +43,8 @@ KEPT_BLOCKS = 4
 class Kind(NamedTuple):
     """What is shown as `label`: a mixer of conf/mixer with settings, of which `size` varies; how often it stands.
 
-    wave: when its first size is trained. hybrid: how many of this mixer come before one of softmax attention. rates: of
-    learning, the most promising first. patience: of `learn`.
+    wave: when its first size is trained. hybrid, after: how many of this mixer come before and after one of softmax
+    attention. patience: of `learn`.
     """
 
     label: str
@@ -55,7 +54,7 @@ class Kind(NamedTuple):
     settings: Mapping[str, Any]
     wave: int = 0
     hybrid: int = 0
-    rates: tuple[float, ...] = RATES
+    after: int = 0
     patience: int = 1
 
 
@@ -67,7 +66,7 @@ KINDS = {
     "gla": Kind("GLA", "gated_linear_attention", "key_dim", DIMS, {**MATRIX, "gate_rank": 16}),
     "deltanet": Kind("DeltaNet", "deltanet", "key_dim", DIMS, MATRIX),
     "gated_deltanet": Kind("Gated DeltaNet", "gated_deltanet", "key_dim", DIMS, {**MATRIX, "key_heads": HEADS}),
-    "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3, **DEEPER),
+    "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3, patience=PATIENT),
     "mamba2": Kind("Mamba-2", "mamba2", "state", DIMS, {"head_dim": 32}),
     "mamba2_no_skip": Kind("Mamba-2, D from 0", "mamba2", "state", (16, 8, 32), {"head_dim": 32, "initial_skip": 0.0}),
     "window": Kind("window", "sliding_window_attention", "window", (16, 64, 32), ATTENTION),
@@ -75,7 +74,9 @@ KINDS = {
     "kda": Kind("KDA", "kimi_delta_attention", "head_dim", DIMS, MATRIX),
     "mamba": Kind("Mamba", "mamba", "state", (16, 8, 32), {}),
     "s4d": Kind("S4D", "s4d", "state", (16, 64), {}),
-    "hybrid_7": Kind("7 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, wave=1, hybrid=7, **DEEPER),
+    "hybrid_7": Kind(
+        "7 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, wave=1, hybrid=3, after=4, patience=PATIENT
+    ),
     "moba": Kind("MoBA", "moba", "top_k", (KEPT_BLOCKS,), BLOCKS, wave=1),
     "indexer": Kind(
         "indexer", "minimax_sparse_attention", "count", (KEPT_BLOCKS,),
@@ -120,7 +121,7 @@ def made(kind: str, size: int, convolved: bool = True) -> LanguageModel:
     mixers, pattern = {"it": instantiate(settings, _convert_="all")}, ["it"] * (chosen.hybrid or 1)
     if chosen.hybrid:
         mixers["softmax"] = instantiate({**with_sizes("softmax_attention", {})[0], **ATTENTION}, _convert_="all")
-        pattern = [*pattern, "softmax"]
+        pattern = [*pattern, "softmax", *["it"] * chosen.after]
     if convolved:
         mixers["convolution"] = partial(GatedShortConvolution)
         pattern = ["convolution", *pattern]
@@ -193,8 +194,7 @@ def learn(
 
     It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
     joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long
-    after the plateau before the first recall. patience: how many times as long all of this may take; where that is more
-    than once, the next task joins only when the newest is recalled.
+    after the plateau before the first recall. patience: how many times as long that is, and all of it may take.
     """
     optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
     kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
@@ -212,7 +212,7 @@ def learn(
             best, kept = mean, copy.deepcopy(model.state_dict())
         if min(recalled) >= ENOUGH or step - max(improved, dense_steps, patience * PLATEAU) >= patience * PATIENCE:
             break
-        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or (patience == 1 and step - since >= GROW)):
+        if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= GROW):
             joined, since = joined + 1, step
         learning = [task for task, share in zip(tasks[:joined], recalled, strict=False) if share < ENOUGH] or [tasks[0]]
     model.load_state_dict(kept)
