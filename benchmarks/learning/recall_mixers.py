@@ -133,13 +133,14 @@ def best_results(study: str, kinds: list[str], runs: Path) -> dict[tuple[str, in
 
 
 def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> str:
-    """A line for each model; heading: of a column of accuracies, for a number of pairs or tokens."""
-    columns = list(next(iter(results.values()))["accuracy"])
+    """A line for each model, blank where one was not tested; heading: of a column, for a number of pairs or tokens."""
+    columns = max((list(found["accuracy"]) for found in results.values()), key=len)
     heads = ["mixer", "size", "parameters", "state", *(heading.format(int(column)) for column in columns)]
     lines = [f"| {' | '.join([*heads, 'steps', 'rate', 'rates tried'])} |", "|---" * (len(heads) + 3) + "|"]
     for (kind, size), found in results.items():
         chosen = KINDS[kind]
-        shares = [f"{100 * share:.1f}" for share in found["accuracy"].values()]
+        tested = found["accuracy"]
+        shares = [f"{100 * tested[column]:.1f}" if column in tested else "" for column in columns]
         state = f"{found['state'][columns[len(TASKS) - 1]] / 1024:,.1f} KiB"
         ends = [found["steps"], found["rate"], found["rates"]]
         cells = [chosen.label, f"{chosen.size} {size}", f"{found['parameters']:,}", state, *shares, *ends]
@@ -149,7 +150,8 @@ def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> st
 
 def style(kind: str) -> dict[str, Any]:
     place = list(KINDS).index(kind)
-    color, marker = colormaps["tab20"](place), "os^Dv<>Pp*XhdH8sPD"[place]
+    color = colormaps["tab20"](2 * place if place < 10 else 2 * place - 19)  # the dark ones first
+    marker = "os^Dv<>Pp*XhdH8sPD"[place]
     return {"color": color, "marker": marker, "markersize": 6, "linewidth": 1.4, "label": KINDS[kind].label}
 
 
