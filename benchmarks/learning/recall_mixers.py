@@ -64,7 +64,8 @@ TOLD = {
         f"rows of {', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, with queries anywhere in the second "
         "and blanks between, and were tested in longer rows without another step. Percent of queries recalled. State: "
         f"of {LENGTH_TASKS[-1].length} tokens. Each length is tested with {TESTED_ROWS * LONGER[0].queries} queries, "
-        f"{LONGER[0].queries} a row as in training."
+        f"{LONGER[0].queries} a row as in training; what ends at {LENGTH_TASKS[-1].length} tokens is of earlier runs, "
+        "with 128 to 1,024 queries."
     ),
 }  # fmt: skip
 
