@@ -12,7 +12,7 @@ from ..dispatch import starts
 from ..operation import Function
 
 Compute = Callable[..., Tensor | tuple[Tensor, ...]]
-TILE = 1 << 16  # numbers of a tile, of which a CPU's cache holds several
+TILE = 1 << 17  # numbers of a tile; of half as many, operations take too long to start
 
 
 def in_cache(compute: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
