@@ -310,10 +310,15 @@ def line(
 
 
 def written() -> dict[tuple[str, int], str]:
-    """The rows that the page has."""
+    """The rows that the page has, but for those of a table of other columns."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
     found = ((re.match(r"\| (\w+) \| ([\d,]+) \|", each), each) for each in lines)
-    return {(match[1], int(match[2].replace(",", ""))): each for match, each in found if match}
+    columns = HEAD.partition("\n")[0].count("|")
+    return {
+        (match[1], int(match[2].replace(",", ""))): each
+        for match, each in found
+        if match and each.count("|") == columns
+    }
 
 
 def write(rows: dict[tuple[str, int], str]) -> None:

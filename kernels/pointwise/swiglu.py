@@ -73,7 +73,7 @@ class _SwiGLU(Function):
         ctx.kernels = by_kernels("swiglu", gate)
         if ctx.kernels is not None:
             return ctx.kernels.gated(gate, up)
-        return in_cache(_gated, _rows(gate, up), 1)[0].view(gate.shape)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -82,16 +82,9 @@ class _SwiGLU(Function):
         gate, up = ctx.saved_tensors
         if ctx.kernels is not None:
             return ctx.kernels.gated_backward(dy, gate, up)
-        dgate, dup = in_cache(_gradients, _rows(dy, gate, up), 2)
+        rows = tuple(x.reshape(-1, x.shape[-1] if x.dim() else 1) for x in (dy, gate, up))
+        dgate, dup = in_cache(_gradients, rows, 2)
         return dgate.view(gate.shape), dup.view(up.shape)
-
-
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1) for x in tensors)
-
-
-def _gated(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    return (F.silu(gate).mul_(up),)
 
 
 def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from ..dispatch import starts
 from ..operation import Function
 
 Compute = Callable[..., Tensor | tuple[Tensor, ...]]
-TILE = 1 << 16  # numbers of a tile, of which a CPU's cache holds several
+TILE = 1 << 17  # numbers of a tile; of half as many, operations take too long to start
 
 
 def in_cache(compute: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
@@ -22,8 +22,10 @@ def in_cache(compute: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...
     what is summed over rows. Not differentiable. On `meta` two tiles stand for all; see `starts`.
     """
     count, device = rows[0].shape[0], rows[0].device
+    if device.type not in ("cpu", "meta") or torch.compiler.is_compiling():
+        return compute(*rows)
     size = max(1, TILE // max(1, rows[0].shape[1:].numel()))
-    if device.type not in ("cpu", "meta") or torch.compiler.is_compiling() or count <= size:
+    if count <= size:
         return compute(*rows)
     results: tuple[Tensor, ...] = ()
     for start in starts(count, size, device):

@@ -13,7 +13,7 @@ def positions_of(batch, length, start=0):
     return torch.arange(start, start + length, dtype=torch.int32).expand(batch, length)
 
 
-@pytest.mark.parametrize(("start", "length"), [(0, 63), (1000, 63), (0, 701)])  # the last is of two tiles
+@pytest.mark.parametrize(("start", "length"), [(0, 63), (1000, 63), (0, 1301)])  # the last is of two tiles
 def test_rotation_equals_that_of_transformers(start, length):
     llama = definitions_of("llama")
     frequencies, factor = rope_frequencies(16, 10000.0)
