@@ -3,12 +3,11 @@
     python benchmarks/learning/needles.py [--run runs/needles] [--write] [SETTING=VALUE …]
 
 Writes texts of up to 512 bytes, trains on them and on Python's standard library, one process on one core, and scores
-the checkpoints on other problems, of up to sixteen times the length. Settings at the end change the run. What is
+the checkpoints on other problems, of up to eight times the length. Settings at the end change the run. What is
 finished in that folder is not done again. `--write` keeps the maps in docs/.
 
 The texts are a curriculum: strings that repeat themselves, in which a byte tells the next one; words and numbers that
-are listed and then asked for in other orders; and problems of the tasks. From problems alone, of which few bytes can be
-known, such a model learns nothing in so many steps.
+are listed and then come in other orders; and problems of the tasks, of which few bytes can be known.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def main() -> None:
     if not (checkpoints / f"step-{STEPS:08}").is_dir():
         sources = f"{{text: {{source: stdlib, weight: 1}}, problems: {{source: jsonl, path: {file}, weight: 7}}}}"
         run("train", *SETTINGS, f"data.mixture={sources}", f"run.dir={trained}", *more)
-    tasks, lengths = "tasks=[needle,needle_multikey,passkey]", "lengths=[512,1024,2048,4096,8192]"
+    tasks, lengths = "tasks=[needle,needle_multikey,passkey]", "lengths=[512,1024,2048,4096]"
     if not (folder / "depths" / "metrics.jsonl").is_file():
         run("evaluate", f"checkpoint={trained}", tasks, lengths, "problems=6", f"path={folder / 'depths'}")
     steps = ",".join(map(str, sorted(checkpoints.glob("step-*"))))
