@@ -149,6 +149,9 @@ def score(plan: Plan, settings: EvaluateSettings, mesh: Mesh, device: torch.devi
     """The record of a checkpoint; every rank calls it."""
     subject, parallel = plan.subject, settings.parallel
     say(f"checkpoint    {subject.path}")
+    if (declared := subject.declared) is not None and (beyond := [n for n in plan.lengths if n > declared]):
+        some = ", ".join(map(str, beyond))
+        say(f"lengths       {some}: beyond the {declared} tokens that its configuration declares")
 
     def load() -> torch.nn.Module:
         with device:

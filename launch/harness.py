@@ -6,6 +6,7 @@ checkpoint as one of its models.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,10 @@ try:
     from lm_eval.api.registry import register_model  # type: ignore[import-not-found]
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-not-found]
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}. Install lm-evaluation-harness: pip install 'longreach[eval]'") from error
+    MISSING = f"{error}. Install lm-evaluation-harness: pip install 'longreach[eval]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {MISSING}")
+    raise ModuleNotFoundError(MISSING) from error
 
 Request = TypeVar("Request")
 NEW_TOKENS = 256  # that are generated where a task does not say how many

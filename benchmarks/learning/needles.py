@@ -7,8 +7,7 @@ the checkpoints on other problems, of up to eight times the length. Settings at 
 finished in that folder is not done again. `--write` keeps the maps in docs/.
 
 The texts are a curriculum: strings that repeat themselves, in which a byte tells the next one; words and numbers that
-are listed and then asked for in other orders; and problems of the tasks. From problems alone, of which few bytes can be
-known, such a model learns nothing in so many steps.
+are listed and then come in other orders; and problems of the tasks, of which few bytes can be known.
 """
 
 from __future__ import annotations

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import commands
+import matplotlib.image
 import pytest
 import transformers
 
 from longreach.launch.evaluate import EvaluateSettings
 from longreach.trainer.data.tokenizers import byte_tokenizer
+from longreach.trainer.evaluation.checkpoints import Subject
+from longreach.trainer.evaluation.maps import draw_checkpoint_map
 from longreach.trainer.ranks.settings import ParallelSettings
 
 TASKS = "[{task: needle, digits: 4},parity,{task: mqar, pairs: 2}]"
@@ -91,10 +95,33 @@ def test_a_run_and_the_command_score_a_checkpoint_alike(tmp_path: Path) -> None:
     for name in ("checkpoints", "needle_digits_4", "positions"):
         assert (tmp_path / "found" / "plots" / f"{name}.png").read_bytes().startswith(PNG)
 
-    refused = run("longreach.launch.evaluate", "checkpoint=run", "tasks=[needle]", "lengths=[40]", folder=tmp_path)
+    assert done.stdout.count("365: beyond the 320 tokens that its configuration declares") == 2
+    subject = Subject.at(str(tmp_path / "run"), "checkpoint")
+    assert (subject.step, subject.declared) == (2, 320)
+    shutil.rmtree(subject.path / "tokenizer")
+    with pytest.raises(ValueError, match=r"checkpoint must hold the tokenizer of its text; got .*step-00000002 w"):
+        Subject.at(str(subject.path), "checkpoint")
+
+    refused = run(
+        "longreach.launch.evaluate", f"checkpoint={steps[0]}", "tasks=[needle]", "lengths=[40]", folder=tmp_path
+    )
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: lengths must be at least ")
     assert "Traceback" not in refused.stderr
+
+
+def test_maps_of_many_checkpoints_stand_one_below_the_other(tmp_path: Path) -> None:
+    lines = [
+        {"task": name, "length": 512, "depth": None, "accuracy": 0.5, "choice": choice}
+        for name, choice in (("parity", 0.5), ("mqar", None))
+    ]
+    sizes = []
+    for count in (4, 12):
+        draw_checkpoint_map([(str(step), lines) for step in range(count)], tmp_path / "map.png")
+        sizes.append(matplotlib.image.imread(tmp_path / "map.png").shape[:2])
+    (low, few), (high, many) = sizes
+    assert high > 1.5 * low
+    assert many < 1.5 * few
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import harness_stand_in
 import pytest
 import torch
@@ -22,6 +23,7 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from longreach.launch import harness
 
+MISSING = harness_stand_in.TemplateLM is harness.TemplateLM
 LENGTH, END = 24, 256
 
 
@@ -137,3 +139,12 @@ def test_what_cannot_be_is_refused(adapter, call, message):
 def test_it_is_named_by_its_checkpoint(adapter):
     assert adapter().tokenizer_name == str(Path("runs/mine"))
     assert adapter(max_length="7").max_length == 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MISSING, reason="lm-evaluation-harness is installed")
+def test_without_the_harness_the_command_says_what_to_install(tmp_path):
+    done = commands.run("longreach.launch.harness", "--model", "longreach", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No module named 'lm_eval'. Install lm-evaluation-harness: pip install")
+    assert done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..checkpoint import checkpoint
 from ..checkpoint.choice import is_own, locate, read_config
 from ..data.corpus import Corpus, open_corpus
 from ..data.settings import DataSettings, RecallSettings
-from ..data.tokenizers import Tokenizer, load_tokenizer
+from ..data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from ..ranks.exchange import prepare
 from .documents import HeldOut, LongDocuments, Texts, read_texts
 from .evaluation import FIRST_BUCKET, Loss, Scored, evaluate, evaluate_truncated
@@ -49,8 +50,15 @@ class Subject:
             return cls(folder, 0, {"model": hf.read_settings(folder)}, tokenizer)
         found = locate(path, setting)
         stored = checkpoint.verify(found)
-        tokenizer = load_tokenizer(found / "tokenizer") if (found / "tokenizer").is_dir() else None
-        return cls(found, int(stored.state["step"]), read_config(found), tokenizer)
+        config = read_config(found)
+        of_text = config["data"].get("source") != "recall"
+        if of_text and not (found / "tokenizer" / TOKENIZER_FILE).is_file():
+            raise ValueError(
+                f"{setting} must hold the tokenizer of its text; got {found} without tokenizer/{TOKENIZER_FILE}. Copy "
+                "the folder from another checkpoint of the run"
+            )
+        tokenizer = load_tokenizer(found / "tokenizer") if of_text else None
+        return cls(found, int(stored.state["step"]), config, tokenizer)
 
     @property
     def name(self) -> str:
@@ -68,6 +76,14 @@ class Subject:
             model.at_step(checkpoint.load_weights(self.path, model)["step"])
         else:
             hf.load(self.path, model)
+
+    @property
+    def declared(self) -> int | None:
+        """The longest row that it was trained on, or that its config.json declares; None where it says nothing."""
+        if "data" in self.config:
+            return self.length
+        text = json.loads((self.path / hf.CONFIG).read_text(encoding="utf-8"))
+        return text.get("max_position_embeddings", text.get("text_config", {}).get("max_position_embeddings"))
 
     @property
     def length(self) -> int:

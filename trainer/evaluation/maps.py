@@ -12,6 +12,7 @@ from .suite import grouped
 
 TITLES = {"accuracy": "greedy decoding", "choice": "likeliest choice"}
 WRITTEN = 400  # cells of a map in which their values still can be read
+BESIDE = 6  # columns of maps that still stand side by side
 
 
 class Map(NamedTuple):
@@ -69,7 +70,7 @@ def _of_depths(label: str, lines: Sequence[dict[str, Any]]) -> list[Map]:
         Map(
             f"{label}: {TITLES[measure]}",
             [f"{depth:.0%}" for depth in depths],
-            [str(length) for length in lengths],
+            [f"{length:,}" for length in lengths],
             [[_value(found.get((depth, length)), measure) for length in lengths] for depth in depths],
         )
         for measure in _measures(lines)
@@ -83,7 +84,7 @@ def _of_tasks(lines: Sequence[dict[str, Any]]) -> list[Map]:
         Map(
             TITLES[measure],
             labels,
-            [str(length) for length in lengths],
+            [f"{length:,}" for length in lengths],
             [[_mean(groups.get((label, length), []), measure) for length in lengths] for label in labels],
         )
         for measure in _measures(lines)
@@ -104,23 +105,38 @@ def _value(line: dict[str, Any] | None, measure: str) -> float:
 
 
 def _draw(maps: Sequence[Map], path: Path, across: str, down: str) -> None:
+    """Maps side by side; wide ones one below the other."""
     from matplotlib.figure import Figure  # takes long to import, and one rank draws
+    from matplotlib.ticker import PercentFormatter
 
-    rows, columns = len(maps[0].rows), len(maps[0].columns)
-    width = 0.08 * max(map(len, maps[0].rows)) + (0.6 + 0.75 * columns) * len(maps) + 1.5
-    figure = Figure(figsize=(max(4.5, width), max(2.2, 1.2 + 0.42 * rows)), layout="constrained")
-    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    maps = [_with_values(each) for each in maps]
+    columns, rows = len(maps[0].columns), [len(each.rows) for each in maps]
+    beside = columns <= BESIDE
+    names = 0.08 * max(len(row) for each in maps for row in each.rows)
+    width = 1.5 + (sum(names + 0.6 + 0.75 * columns for _ in maps) if beside else names + 0.6 + 0.6 * columns)
+    height = max(rows) * 0.42 + 1.2 if beside else sum(rows) * 0.42 + 1.2 * len(maps)
+    figure = Figure(figsize=(max(4.5, width), max(2.2, height)), layout="constrained")
+    if beside:
+        panels = figure.subplots(1, len(maps), squeeze=False).flatten()
+    else:
+        panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=rows).flatten()
     for panel, each in zip(panels, maps, strict=True):
         panel.imshow(each.values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        panel.set(title=each.title, xlabel=across)
+        panel.set(title=each.title, xlabel=across, ylabel=down)
         panel.set_xticks(range(columns), each.columns, rotation=45 if columns > 4 else 0, fontsize=8)
-        panel.set_yticks(range(rows), each.rows if panel is panels[0] else [""] * rows, fontsize=8)
-        if rows * columns <= WRITTEN:
+        panel.set_yticks(range(len(each.rows)), each.rows, fontsize=8)
+        if len(each.rows) * columns <= WRITTEN:
             for y, values in enumerate(each.values):
                 for x, value in enumerate(values):
                     if not math.isnan(value):
                         colour = "black" if value > 0.6 else "white"
                         panel.text(x, y, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7)
-    panels[0].set_ylabel(down)
-    figure.colorbar(panels[0].images[0], ax=list(panels))
+    bar = figure.colorbar(panels[0].images[0], ax=list(panels), format=PercentFormatter(1), fraction=0.05, pad=0.02)
+    bar.ax.tick_params(labelsize=8)
     save(figure, path)
+
+
+def _with_values(each: Map) -> Map:
+    """The map without rows that have no value at all: tasks without choices."""
+    kept = [y for y, values in enumerate(each.values) if not all(map(math.isnan, values))]
+    return each._replace(rows=[each.rows[y] for y in kept], values=[each.values[y] for y in kept]) if kept else each

@@ -64,7 +64,10 @@ def read_questions(path: str, setting: str) -> tuple[Question, ...]:
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{setting} must be a JSON Lines file that can be read; got {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{setting} must be a JSON Lines file that can be read; got {path}: {reason}. Check the path"
+        ) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
