@@ -229,7 +229,8 @@ class Recurrence(ABC, Generic[Record]):
     ) -> Problem[Record]:
         """The call for these inputs. Raises ValueError for documents of other tokens, or a backend that cannot run."""
         inputs = self.record(*tensors)
-        documents.require(*(first := inputs[0]).shape[:2])
+        first = inputs[0]
+        documents.require(*first.shape[:2])
         offered, why = _offered(type(self).__module__), None
         if first.shape[1] == 1 and asked(self.name, backend) == "auto" and best(first.device, first.dtype) == "chunked":
             offered, why = ("reference",), "the recurrence itself, for a single token"
