@@ -25,7 +25,7 @@ from ..sequence import Sequence
 Run = Callable[[Tensor, Tensor, Tensor, int, str, int | None], Tensor]
 Travel = Callable[[Tensor, Tensor, Run], Tensor]
 Choices = Callable[[int], Tensor]
-TRIED = 4096  # tokens by whose choices a rehearsal tells how many go to each rank
+TRIED = 2048  # tokens by whose choices a rehearsal tells how many go to each rank
 
 
 def to_experts(chosen: Tensor, count: int, *, seq: Sequence, even: Choices) -> Travel:
@@ -91,9 +91,11 @@ class _Plan(NamedTuple):
 
 def _holders(chosen: Tensor, count: int, ranks: int) -> tuple[Tensor, Tensor]:
     """`[ranks]`: how many choices are experts of each rank; `[N, ranks]`: whether a token has a choice there."""
-    holders = torch.where(chosen < 0, -1, chosen // (count // ranks))
-    there = holders.unsqueeze(2) == torch.arange(ranks, device=chosen.device)
-    return there.sum((0, 1)), there.any(1)
+    holders = torch.where(chosen < 0, ranks, chosen // (count // ranks))
+    flat = holders.flatten()
+    choices = flat.new_zeros(ranks + 1).scatter_add_(0, flat, torch.ones_like(flat))
+    goes = torch.zeros(len(holders), ranks + 1, dtype=torch.bool, device=chosen.device).scatter_(1, holders, True)
+    return choices[:ranks], goes[:, :ranks]
 
 
 def _of_even_loads(chosen: Tensor, tried: Tensor, count: int, ranks: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -104,13 +105,15 @@ def _instead(fitting: list[Estimate], other: Estimate) -> str:
 
 
 def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> Iterator[Settings]:
-    """Layouts that are worth trying: powers of two of the ranks that share a row, each way to keep activations."""
+    """Layouts that are worth trying: powers of two of the ranks that share a row, each way to keep activations, and
+    experts on one rank, on those of a node, and on as many as there can be.
+    """
     gpus, rows = cluster.gpus, settings.data.rows_per_step
     degrees = [2**n for n in range(gpus.bit_length()) if gpus % 2**n == 0]
     degrees = [n for n in degrees if rows % (gpus // n * settings.data.rows_per_micro_batch) == 0] or [gpus]
+    experts = sorted({1, *(math.gcd(ranks, *_experts(estimator)) for ranks in (cluster.gpus_per_node, gpus))})
     for ranks in degrees:
         heads = sorted({1, min(ranks, cluster.gpus_per_node), ranks}) if ranks > 1 else [1]
-        experts = [1] if not _has_experts(estimator) else sorted({1, min(gpus, cluster.gpus_per_node)})
         for ulysses, count, way, states in product(heads, experts, WAYS, STATES):
             made = deepcopy(settings)
             parallel = made.parallel
@@ -124,8 +127,11 @@ def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSetting
             yield made
 
 
-def _has_experts(estimator: Estimator) -> bool:
-    return any(getattr(module, "by_expert", ()) for module in estimator.whole.modules())
+def _experts(estimator: Estimator) -> set[int]:
+    """How many experts layers have; 1 where they have none."""
+    modules = list(estimator.whole.modules())
+    weights = (getattr(module, name) for module in modules for name in getattr(module, "by_expert", ()))
+    return {len(weight) for weight in weights if weight is not None} or {1}
 
 
 def _name(settings: Settings) -> str:
