@@ -100,18 +100,20 @@ def _instead(fitting: list[Estimate], other: Estimate) -> str:
     near = min(fitting, key=lambda each: _distance(each, other), default=None)
     if near is None:
         return "; no layout that was tried fits"
-    changed = [each for each in choices(near) if each not in choices(other)]
-    return f"; fits with {', '.join(changed) or 'fewer of these'}: {near.memory / 1e9:.1f} GB, {near.step:.3g} s"
+    has, had = choices(near), choices(other)
+    changed = [each for each in has if each not in had]
+    changed = [f"with {', '.join(changed)}"] if changed else [f"without {each}" for each in had if each not in has]
+    return f"; fits {', '.join(changed)}: {near.memory / 1e9:.1f} GB, {near.step:.3g} s"
 
 
 def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> Iterator[Settings]:
     """Layouts that are worth trying: powers of two of the ranks that share a row, each way to keep activations, and
-    experts on one rank, on those of a node, and on as many as there can be.
+    experts whole or shared out.
     """
     gpus, rows = cluster.gpus, settings.data.rows_per_step
     degrees = [2**n for n in range(gpus.bit_length()) if gpus % 2**n == 0]
     degrees = [n for n in degrees if rows % (gpus // n * settings.data.rows_per_micro_batch) == 0] or [gpus]
-    experts = sorted({1, *(math.gcd(ranks, *_experts(estimator)) for ranks in (cluster.gpus_per_node, gpus))})
+    experts = _expert_ranks(estimator, settings, cluster)
     for ranks in degrees:
         heads = sorted({1, min(ranks, cluster.gpus_per_node), ranks}) if ranks > 1 else [1]
         for ulysses, count, way, states in product(heads, experts, WAYS, STATES):
@@ -127,11 +129,17 @@ def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSetting
             yield made
 
 
-def _experts(estimator: Estimator) -> set[int]:
-    """How many experts layers have; 1 where they have none."""
+def _expert_ranks(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> list[int]:
+    """1, and how many ranks share out experts: those of a node, or as many as can where theirs alone exceed a GPU."""
     modules = list(estimator.whole.modules())
-    weights = (getattr(module, name) for module in modules for name in getattr(module, "by_expert", ()))
-    return {len(weight) for weight in weights if weight is not None} or {1}
+    named = [getattr(module, name) for module in modules for name in getattr(module, "by_expert", ())]
+    weights = {id(weight): weight for weight in named if weight is not None}.values()
+    if not weights:
+        return [1]
+    itemsize = getattr(torch, settings.trainer.dtype).itemsize
+    held = (itemsize + 4) * sum(weight.numel() for weight in weights)  # with gradients in float32
+    node, most = (math.gcd(ranks, *(len(x) for x in weights)) for ranks in (cluster.gpus_per_node, cluster.gpus))
+    return sorted({1, node if held / node <= cluster.memory_gb * 1e9 else most})
 
 
 def _name(settings: Settings) -> str:
