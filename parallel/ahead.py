@@ -52,7 +52,8 @@ def _following(folded: Tensor, seq: Sequence, most: int, fill: int) -> Tensor:
     if folded.device.type == "meta":
         tell("forward", first, (folded,), seq)
         return folded.new_full(shape, fill)
-    spans = in_row_order(*present(*first.forward((folded,), seq)[0]), seq)
+    (gathered,) = present(*first.forward((folded,), seq)[0])
+    spans = in_row_order(gathered, seq)
     beyond = folded.new_full((folded.shape[0] // layout.spans, most, *folded.shape[2:]), fill)
     parts = [torch.cat([*spans[span + 1 :][:most], beyond], dim=1)[:, :most] for span in layout.spans_of(seq.rank)]
     return torch.cat(parts)
