@@ -300,10 +300,10 @@ def _write(rows: list[str]) -> None:
     parts = [
         "# The planner beside what steps take",
         f"`python benchmarks/planner/validate.py --write`, {datetime.date.today()}; {machine}; float32, AdamW, gloo.",
-        f"{Case.build.__doc__} Tokens are those of a rank. Memory is that of a rank at the peak of a step: predicted "
-        "by the account, measured as the growth of the resident set in a process that has run the same engine before. "
-        "Bytes are those that each rank of a row sends in a step for its sequence, and those that each rank sends for "
-        "ZeRO, as rings send them.",
+        f"{' '.join((Case.build.__doc__ or '').split())} Tokens are those of a rank. Memory is that of a rank at the "
+        "peak of a step: predicted by the account, measured as the growth of the resident set in a process that has "
+        "run the same engine before. Bytes are those that each rank of a row sends in a step for its sequence, and "
+        "those that each rank sends for ZeRO, as rings send them.",
         "\n".join([HEAD, *rows]) + "\n",
     ]
     RESULTS.write_text("\n\n".join(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -85,9 +86,7 @@ class Router(nn.Module):
 
         What tokens choose of experts with even loads, as far as that can be known without any.
         """
-        generator = torch.Generator("cpu").manual_seed(0)
-        scores = torch.rand(tokens, self.experts, generator=generator, device="cpu")
-        return self._allowed(scores).topk(self.chosen, dim=-1).indices
+        return _even(tokens, self.experts, self.chosen, self.groups, self.chosen_groups, self.group_scores)
 
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name != "logit_bias":
@@ -96,13 +95,23 @@ class Router(nn.Module):
         return True
 
     def _allowed(self, ranked: Tensor) -> Tensor:
-        """-inf for experts outside the chosen groups."""
-        if self.groups == 1:
-            return ranked
-        by_group = ranked.unflatten(1, (self.groups, -1))
-        best = by_group.topk(self.group_scores, dim=-1).values.sum(-1).topk(self.chosen_groups, dim=-1).indices
-        outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=ranked.device).scatter_(1, best, False)
-        return by_group.masked_fill(outside.unsqueeze(2), -torch.inf).flatten(1)
+        return _allowed(ranked, self.groups, self.chosen_groups, self.group_scores)
+
+
+def _allowed(ranked: Tensor, groups: int, chosen_groups: int, group_scores: int) -> Tensor:
+    """-inf for experts outside the chosen groups."""
+    if groups == 1:
+        return ranked
+    by_group = ranked.unflatten(1, (groups, -1))
+    best = by_group.topk(group_scores, dim=-1).values.sum(-1).topk(chosen_groups, dim=-1).indices
+    outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=ranked.device).scatter_(1, best, False)
+    return by_group.masked_fill(outside.unsqueeze(2), -torch.inf).flatten(1)
+
+
+@cache
+def _even(tokens: int, experts: int, chosen: int, *grouping: int) -> Tensor:
+    scores = torch.rand(tokens, experts, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return _allowed(scores, *grouping).topk(chosen, dim=-1).indices
 
 
 def _check(

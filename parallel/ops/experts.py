@@ -25,7 +25,7 @@ from ..sequence import Sequence
 Run = Callable[[Tensor, Tensor, Tensor, int, str, int | None], Tensor]
 Travel = Callable[[Tensor, Tensor, Run], Tensor]
 Choices = Callable[[int], Tensor]
-TRIED = 4096  # tokens by whose choices a rehearsal tells how many go to each rank
+TRIED = 2048  # tokens by whose choices a rehearsal tells how many go to each rank
 
 
 def to_experts(chosen: Tensor, count: int, *, seq: Sequence, even: Choices) -> Travel:
@@ -62,8 +62,7 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, chosen: Tensor, count: int, seq: Sequence, ranks: Experts, even: Choices) -> _Plan:
         choices, goes = _holders(chosen, count, ranks.ranks)
-        number = torch.arange(ranks.ranks, device=chosen.device)
-        grouping = Grouping.of(torch.where(goes, number, -1), ranks.ranks)
+        grouping = Grouping.of(goes, ranks.ranks)
         sends = grouping.ends.long().diff(prepend=grouping.ends.new_zeros(1, dtype=torch.int64))
         told = torch.stack([sends, choices], dim=1)
         if chosen.device.type == "meta":
@@ -90,17 +89,23 @@ class _Plan(NamedTuple):
 
 
 def _holders(chosen: Tensor, count: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """`[ranks]`: how many choices are experts of each rank; `[N, ranks]`: whether a token has a choice there."""
-    holders = torch.where(chosen < 0, -1, chosen // (count // ranks))
-    there = holders.unsqueeze(2) == torch.arange(ranks, device=chosen.device)
-    return there.sum((0, 1)), there.any(1)
+    """`[ranks]`: how many choices are experts of each rank. `[N, n]`: the ranks that each token goes to, once, −1 for
+    none; n is the least of k and the ranks, so that it grows with neither.
+    """
+    holders = torch.where(chosen < 0, ranks, chosen // (count // ranks)).sort(dim=1).values
+    flat = holders.flatten()
+    choices = flat.new_zeros(ranks + 1).scatter_add_(0, flat, torch.ones_like(flat))
+    again = torch.zeros_like(holders, dtype=torch.bool)
+    again[:, 1:] = holders[:, 1:] == holders[:, :-1]
+    goes = holders.masked_fill(again, ranks).sort(dim=1).values[:, :ranks]
+    return choices[:ranks], goes.masked_fill(goes == ranks, -1)
 
 
 def _of_even_loads(chosen: Tensor, tried: Tensor, count: int, ranks: int) -> Tensor:
     """The counts of a plan, on the host, for tokens that choose as those that were `tried` do on the average."""
     tokens, each = chosen.shape
     _, goes = _holders(tried, count, ranks)
-    rows = round(tokens * int(goes.sum()) / (len(tried) * ranks))
+    rows = round(tokens * int((goes >= 0).sum()) / (len(tried) * ranks))
     held = [tokens * each * (n + 1) // ranks - tokens * each * n // ranks for n in range(ranks)]
     return torch.tensor([rows] * 2 * ranks + held, device="cpu")
 

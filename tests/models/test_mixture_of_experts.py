@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.experts import MixtureOfExperts
+from longreach.models.feed_forward.router import Router
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
@@ -388,3 +389,14 @@ def test_one_graph_holds_the_layer(settings):
 
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     close(with_gradients(total(compiled), x, parameters), with_gradients(total(made), x, parameters))
+
+
+def test_even_choices_are_a_router_s_own():
+    """Of tokens whose scores are drawn: all experts alike, in as many groups as the router allows."""
+    router = Router(8, 32, 4, groups=8, chosen_groups=2)
+    chosen = router.even(2048)
+    assert chosen.shape == (2048, 4)
+    assert all(len(set(row.tolist())) == 4 for row in chosen[:64])
+    assert (chosen // 4).sort(-1).values.diff(dim=-1).ne(0).sum(-1).max() + 1 <= 2
+    load = torch.bincount(chosen.flatten(), minlength=32).double()
+    assert load.sub(load.mean()).abs().max() < 5 * load.mean().sqrt()  # five standard deviations

@@ -13,6 +13,7 @@ import torch
 
 from ...models.language_model import LanguageModel
 from ...models.part import cast_parameters
+from ...parallel.ops.experts import Rows
 from ..memory.account import Account, account
 from ..memory.states import Share, states_of, stepping
 from ..ranks.settings import ulysses_ranks
@@ -37,12 +38,16 @@ HOST_GBPS = 200.0  # bytes a second of a node's memory, of the optimizer's step 
 
 @dataclass
 class Estimate:
-    """Of one setting. Seconds are those of a step; `seconds` names what they are of, in the order of lines."""
+    """Of one setting. Seconds are those of a step; `seconds` names what they are of, in the order of lines.
+
+    gathered, reserved: bytes that ZeRO-3 holds gathered, and for CUDA and fragments.
+    """
 
     settings: Settings
     cluster: ClusterSettings
     account: Account
-    extra: int
+    gathered: int
+    reserved: int
     work: Work
     sent: dict[Key, Sent]
     zero: list[ZeroSend]
@@ -56,7 +61,7 @@ class Estimate:
     @property
     def memory(self) -> int:
         """Bytes of a GPU at the peak, with what is reserved."""
-        return self.account.peak() + self.extra
+        return self.account.peak() + self.gathered + self.reserved
 
     @property
     def host(self) -> int:
@@ -104,6 +109,7 @@ class Estimator:
         self._states: dict[Any, tuple[tuple[Share, ...], Share]] = {}
         self._work: dict[Any, Work] = {}
         self._traffic: dict[Any, Any] = {}
+        self._experts: dict[Any, dict[Call, float]] = {}
         self._zero: dict[Any, tuple[list[ZeroSend], int]] = {}
         self._parameters = self.whole.parameter_count(), self.whole.parameter_count(active=True)
 
@@ -115,20 +121,20 @@ class Estimator:
         data_ranks = cluster.gpus // settings.parallel.sequence
         micro_batches = settings.data.rows_per_step // (data_ranks * settings.data.rows_per_micro_batch)
         zero, at_once = self._of_zero(settings, cluster.gpus, micro_batches)
-        extra = round(cluster.reserved_gb * 1e9) + at_once
+        reserved = round(cluster.reserved_gb * 1e9)
         estimate = Estimate(
-            settings, cluster, made, extra, of_rows, sent, zero, {}, {}, micro_batches, kernels, *self._parameters
-        )
+            settings, cluster, made, at_once, reserved, of_rows, sent, zero, {}, {}, micro_batches, kernels,
+            *self._parameters,
+        )  # fmt: skip
         _time(estimate, self.moved(settings))
         return estimate
 
     def _of_zero(self, settings: Settings, ranks: int, micro_batches: int) -> tuple[list[ZeroSend], int]:
         """What ZeRO sends, and the bytes that it holds gathered at most."""
         trainer = settings.trainer
-        key = (
-            str(settings.engine), trainer.dtype, settings.parallel.experts, ranks, micro_batches,
-            str(trainer.activation_checkpointing), trainer.tile_tokens is None,
-        )  # fmt: skip
+        stage, config = settings.engine.zero_stage, str(settings.engine.config)
+        gathers = (str(trainer.activation_checkpointing), trainer.tile_tokens is None) if stage == 3 else ()
+        key = stage, config, trainer.dtype, settings.parallel.experts, ranks, micro_batches, *gathers
         if key not in self._zero:
             sends = zero_sends(self.whole, settings, ranks, micro_batches)
             self._zero[key] = sends, gathered_at_once(self.whole, settings)
@@ -161,19 +167,25 @@ class Estimator:
         """The account of a rank: activations once for each way to keep them, states by `states_of`.
 
         Of a row that ranks share, what is kept is a constant and so much for each further rank, told from two numbers
-        of them. How attention is shared makes no difference to it.
+        of them. How attention is shared makes no difference to it, nor experts to what further ranks add.
         """
         parallel = settings.parallel
         if parallel.sequence == 1:
             made = self._activations(settings, ranks, 1)
         else:
-            less = self._activations(settings, ranks, FEW_RANKS[0], backward=False)
             made = self._activations(settings, ranks, FEW_RANKS[1])
-            times = (parallel.sequence - FEW_RANKS[1]) / (FEW_RANKS[1] - FEW_RANKS[0])
-            before = {share.part: share for share in less.kept}
-            kept = tuple(
-                replace(x, fixed=max(0.0, x.fixed + times * (x.fixed - before.get(x.part, x).fixed))) for x in made.kept
+            alone = deepcopy(settings)
+            alone.parallel.experts = 1
+            less, more = (
+                {
+                    x.part: x.fixed
+                    for x in self._activations(alone, ranks, number, backward=number == max(FEW_RANKS)).kept
+                }
+                for number in FEW_RANKS
             )
+            times = (parallel.sequence - FEW_RANKS[1]) / (FEW_RANKS[1] - FEW_RANKS[0])
+            grown = {part: times * (fixed - less.get(part, fixed)) for part, fixed in more.items()}
+            kept = tuple(replace(x, fixed=max(0.0, x.fixed + grown.get(x.part, 0.0))) for x in made.kept)
             made = replace(made, kept=kept)
         tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // parallel.sequence
         states, step = self._states_of(settings, ranks)
@@ -261,25 +273,47 @@ class Estimator:
                 self._sent[key] = further(less[0], more[0], times), more[1]
         return self._sent[key]
 
+    def _tokens_of_experts(self, settings: Settings, rank: int) -> dict[Call, float]:
+        """Calls that bring tokens to experts: as many as if each rank had rows of its own, of as many tokens."""
+        short = deepcopy(settings)
+        short.data.sequence_length = settings.data.sequence_length // settings.parallel.sequence
+        short.parallel = type(settings.parallel)(experts=settings.parallel.experts)
+        key = str(short.parallel), rank, short.data.sequence_length, short.data.rows_per_micro_batch, str(short.trainer)
+        if key not in self._experts:
+            total = self._shallow(short, tile_tokens=None).sum(lambda build: calls(build, short, rank, self._traffic))
+            self._experts[key] = {call: number for call, number in total.items() if call.mixer == Rows.where}
+        return self._experts[key]
+
     def _counted(self, settings: Settings, cluster: ClusterSettings) -> tuple[dict[Key, Sent], dict[str, set[str]]]:
         ranks = settings.parallel.sequence
         rank = cluster.gpus_per_node - 1 if ranks > cluster.gpus_per_node else ranks - 1
-        total: dict[Call, float] = self._shallow(settings, tile_tokens=None).sum(
-            lambda build: calls(build, settings, rank, self._traffic)
-        )
-        found: dict[Key, Sent] = defaultdict(Sent)
-        kernels: dict[str, set[str]] = defaultdict(set)
-        for call, number in total.items():
-            of = found[call.mixer, call.op, call.phase]
-            taken = travel(call.sends, cluster, rank)
-            of.seconds += number * taken.seconds
-            for link, count in taken.bytes.items():
-                of.bytes[link] += round(number * count)
-            of.overlaps |= any(each.kind == "exchange" for each in call.sends) and not call.listed
-            of.listed |= call.listed
-            if call.kernel:
-                kernels[call.mixer].add(call.kernel)
-        return dict(found), dict(kernels)
+        if settings.parallel.experts > 1:
+            others = deepcopy(settings)
+            others.parallel.experts = 1
+            sent, kernels = self.sent(others, cluster)
+            own, _ = _of_calls(self._tokens_of_experts(settings, rank), cluster, rank)
+            return sent | own, kernels
+        shallow = self._shallow(settings, tile_tokens=None)
+        return _of_calls(shallow.sum(lambda build: calls(build, settings, rank, self._traffic)), cluster, rank)
+
+
+def _of_calls(
+    total: Mapping[Call, float], cluster: ClusterSettings, rank: int
+) -> tuple[dict[Key, Sent], dict[str, set[str]]]:
+    """By op what calls of a rank send together, and the kernels of mixers."""
+    found: dict[Key, Sent] = defaultdict(Sent)
+    kernels: dict[str, set[str]] = defaultdict(set)
+    for call, number in total.items():
+        of = found[call.mixer, call.op, call.phase]
+        taken = travel(call.sends, cluster, rank)
+        of.seconds += number * taken.seconds
+        for link, count in taken.bytes.items():
+            of.bytes[link] += round(number * count)
+        of.overlaps |= any(each.kind == "exchange" for each in call.sends) and not call.listed
+        of.listed |= call.listed
+        if call.kernel:
+            kernels[call.mixer].add(call.kernel)
+    return dict(found), dict(kernels)
 
 
 def _time(estimate: Estimate, moved: float) -> None:

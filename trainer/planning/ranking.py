@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -99,18 +100,22 @@ def _instead(fitting: list[Estimate], other: Estimate) -> str:
     near = min(fitting, key=lambda each: _distance(each, other), default=None)
     if near is None:
         return "; no layout that was tried fits"
-    changed = [each for each in choices(near) if each not in choices(other)]
-    return f"; fits with {', '.join(changed) or 'fewer of these'}: {near.memory / 1e9:.1f} GB, {near.step:.3g} s"
+    has, had = choices(near), choices(other)
+    changed = [each for each in has if each not in had]
+    changed = [f"with {', '.join(changed)}"] if changed else [f"without {each}" for each in had if each not in has]
+    return f"; fits {', '.join(changed)}: {near.memory / 1e9:.1f} GB, {near.step:.3g} s"
 
 
 def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> Iterator[Settings]:
-    """Layouts that are worth trying: powers of two of the ranks that share a row, each way to keep activations."""
+    """Layouts that are worth trying: powers of two of the ranks that share a row, each way to keep activations, and
+    experts whole or shared out.
+    """
     gpus, rows = cluster.gpus, settings.data.rows_per_step
     degrees = [2**n for n in range(gpus.bit_length()) if gpus % 2**n == 0]
     degrees = [n for n in degrees if rows % (gpus // n * settings.data.rows_per_micro_batch) == 0] or [gpus]
+    experts = _expert_ranks(estimator, settings, cluster)
     for ranks in degrees:
         heads = sorted({1, min(ranks, cluster.gpus_per_node), ranks}) if ranks > 1 else [1]
-        experts = [1] if not _has_experts(estimator) else sorted({1, min(gpus, cluster.gpus_per_node)})
         for ulysses, count, way, states in product(heads, experts, WAYS, STATES):
             made = deepcopy(settings)
             parallel = made.parallel
@@ -124,8 +129,17 @@ def candidates(estimator: Estimator, settings: Settings, cluster: ClusterSetting
             yield made
 
 
-def _has_experts(estimator: Estimator) -> bool:
-    return any(getattr(module, "by_expert", ()) for module in estimator.whole.modules())
+def _expert_ranks(estimator: Estimator, settings: Settings, cluster: ClusterSettings) -> list[int]:
+    """1, and how many ranks share out experts: those of a node, or as many as can where theirs alone exceed a GPU."""
+    modules = list(estimator.whole.modules())
+    named = [getattr(module, name) for module in modules for name in getattr(module, "by_expert", ())]
+    weights = {id(weight): weight for weight in named if weight is not None}.values()
+    if not weights:
+        return [1]
+    itemsize = getattr(torch, settings.trainer.dtype).itemsize
+    held = (itemsize + 4) * sum(weight.numel() for weight in weights)  # with gradients in float32
+    node, most = (math.gcd(ranks, *(len(x) for x in weights)) for ranks in (cluster.gpus_per_node, cluster.gpus))
+    return sorted({1, node if held / node <= cluster.memory_gb * 1e9 else most})
 
 
 def _name(settings: Settings) -> str:

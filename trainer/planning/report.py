@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...parallel.ops.experts import Rows
 from ..memory.allocations import size
 from .estimate import Estimate, kernel_share
 
@@ -57,7 +58,9 @@ def choices(estimate: Estimate) -> list[str]:
 def _memory(estimate: Estimate) -> list[str]:
     table = ["memory of a GPU at the peak of a step, by the modules run without data"]
     table += [f"  {line}" for line in estimate.account.lines()]
-    table.append(f"  {'CUDA, fragments, what ZeRO gathers (assumed)':<44}{size(estimate.extra):>42}")
+    if estimate.gathered:
+        table.append(f"  {'gathered at once by ZeRO-3':<44}{size(estimate.gathered):>42}   by its rules")
+    table.append(f"  {'CUDA, fragments':<44}{size(estimate.reserved):>42}   assumed: cluster.reserved_gb")
     fits = estimate.refusal() or "fits"
     table.append(f"  {'all':<44}{size(estimate.memory):>42}   {fits}")
     return table
@@ -69,10 +72,12 @@ def _sent(estimate: Estimate) -> list[str]:
     for (mixer, op, phase), sent in estimate.sent.items():
         for link, count in sorted(sent.bytes.items()):
             if count:
-                most = "; at most, every block listed" if sent.listed else ""
-                table.append(f"  {mixer + ': ' + op + ', ' + phase:<52}{size(times * count):>14}   {link}{most}")
+                known = "; at most, every block listed" if sent.listed else ""
+                known = "; assumed: experts have even loads" if mixer == Rows.where else known
+                table.append(f"  {mixer + ': ' + op + ', ' + phase:<52}{size(times * count):>14}   {link}{known}")
     for each in estimate.zero:
-        table.append(f"  {'ZeRO: ' + each.what:<52}{size(each.bytes):>14}   among all ranks")
+        among = "all ranks" if each.apart == 1 else "ranks that hold the same experts"
+        table.append(f"  {'ZeRO: ' + each.what:<52}{size(each.bytes):>14}   among {among}")
     return table
 
 
@@ -89,7 +94,8 @@ def _seconds(estimate: Estimate, budget: float) -> list[str]:
         elif what == "ops":
             note = kernel_share(estimate, kind)[1]
         elif name in estimate.hidden:
-            note = f"exposed; {estimate.hidden[name]:.3g} s more beside computation; links assumed"
+            beside = f"; {hidden:.3g} s more beside computation" if (hidden := estimate.hidden[name]) else ""
+            note = f"exposed{beside}; links assumed"
         elif name.startswith(("memory", "optimizer")) and "host" not in name:
             known = cluster.measured.get("memory")
             note = (
