@@ -52,8 +52,7 @@ def _following(folded: Tensor, seq: Sequence, most: int, fill: int) -> Tensor:
     if folded.device.type == "meta":
         tell("forward", first, (folded,), seq)
         return folded.new_full(shape, fill)
-    (gathered,), _ = first.forward((folded,), seq)
-    spans = in_row_order(gathered, seq)
+    spans = in_row_order(*present(*first.forward((folded,), seq)[0]), seq)
     beyond = folded.new_full((folded.shape[0] // layout.spans, most, *folded.shape[2:]), fill)
     parts = [torch.cat([*spans[span + 1 :][:most], beyond], dim=1)[:, :most] for span in layout.spans_of(seq.rank)]
     return torch.cat(parts)

@@ -38,6 +38,7 @@ HYDRA_FLAGS = (
     "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
 )  # fmt: skip
 TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+LISTED = {"Integer": "a list of integers", "Float": "a list of numbers", "Boolean": "a list of true and false"}
 # Settings to which + may add one that the configuration has not, since their schema is open.
 OPEN = ("model.", "data.mixture.", "engine.config.", "callbacks.", "parallel.mixers.", "optimizer.groups.")
 MANY = 12
@@ -243,7 +244,8 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     message = "\n".join(lines)
     option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
     key = re.search(r"Could not override '([^'@]+)'", message)
-    value = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n.*could not be converted to (\w+)", message)
+    merged = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n(.*)", message)
+    value = merged and re.search(r"could not be converted to (\w+)", merged[3])
     if option:
         return f"error: {_unknown_option(option[1], option[2], message, overrides)}"
     if key:
@@ -252,8 +254,13 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
             return f"error: {key[1]} must get what it has not yet by +; got {given}. Write +{given}"
         near = " ".join([*_near(key[1], config_name, overrides), *_addition(key[1], given)])
         return f"error: {key[1]} must be the name of a setting; got {given}. {near or '--help lists them'}"
-    if value:
-        return f"error: {value[1]} must be {TYPES.get(value[3], value[3])}; got {value[2]}"
+    if merged and value:
+        types = LISTED if merged[2].startswith("[") else TYPES
+        return f"error: {merged[1]} must be {types.get(value[1], value[1])}; got {merged[2]}"
+    if merged and "ListConfig" in merged[3]:
+        return f"error: {merged[1]} must be a list; got {merged[2]}. Write '{merged[1]}=[{merged[2]}]'"
+    if merged and "is not a subclass of" in merged[3]:
+        return f"error: {merged[1]} must be settings, each by its name; got {merged[2]}. Write {merged[1]}.NAME=VALUE"
     missing = key or re.search(r"Key '([^'@]+)'", message)
     return "\n".join([f"error: {message}", *(_near(missing[1], config_name, overrides) if missing else [])])
 

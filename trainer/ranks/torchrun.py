@@ -8,6 +8,8 @@ ranks of this machine leave with AGAIN (see `trainer.run.failure`), so does this
 
 from __future__ import annotations
 
+import logging
+import re
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ from torch.distributed.elastic.agent.server import WorkerGroup
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
@@ -61,9 +64,22 @@ def pass_signals_on() -> None:
         signal.signal(number, pass_on)
 
 
+def says_more_than_ranks(line: logging.LogRecord) -> bool:
+    """Whether a line of torchrun's log tells what no rank has: not that it ends them, nor that one left with a reason.
+
+    A rank that leaves with 1 or AGAIN has said why. What was killed has not, and stays in the log.
+    """
+    text = line.getMessage()
+    left = re.match(r"failed \(exitcode: (-?\d+)\)", text)
+    return not re.match(r"Sending process \d+ closing signal SIGTERM", text) and not (
+        left and int(left[1]) in (1, AGAIN)
+    )
+
+
 @record
 def main() -> None:
     arguments = parse_args(sys.argv[1:])
+    logging.getLogger(processes.__name__).addFilter(says_more_than_ranks)
     if hasattr(arguments, "signals_to_handle"):  # a version without it keeps its own handlers
         arguments.signals_to_handle = "SIGHUP,SIGQUIT"
         pass_signals_on()

@@ -80,6 +80,29 @@ def test_ranks_that_were_told_to_end_are_not_started_again(tmp_path, status, end
     assert len((tmp_path / "starts").read_text()) == starts
 
 
+FAILING = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep(60)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit("error: why")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["leaves", "killed"])
+def test_what_a_rank_says_stands_alone_and_what_was_killed_is_named(tmp_path, how):
+    (tmp_path / "program.py").write_text(FAILING)
+    launcher = ["-m", "longreach.trainer.ranks.torchrun", "--standalone", "--nproc-per-node=2"]
+    result = run([str(tmp_path / "program.py"), how], *launcher)
+    assert result.returncode == 1
+    if how == "leaves":
+        assert result.stderr == "error: why\n"
+    else:
+        assert "failed (exitcode: -9) local_rank: 0" in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_tasks_of_srun_and_mpirun_find_one_another(launcher):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...checkpoint.stored import CheckpointError, step_of, verify
+from ...checkpoint.stored import CheckpointError, is_complete, step_of, verify
 from ...checkpoint.stored import steps as checkpoints
 from ..packing import TokenStream
 from .file import NAME, AuditFile, AuditRows, AuditSource
@@ -153,7 +153,16 @@ def prove(run: Path) -> Proof:
             before = own & (step <= rest.step)
             _compare_rest(finding, pieces[before, 1:], step[before], rest)
         findings.append(finding)
-    return Proof(last, findings, _missing(steps), None if rest is None else rest.step)
+    return Proof(last, findings, [*_missing(steps), *_cut_off(run, last)], None if rest is None else rest.step)
+
+
+def _cut_off(run: Path, last: int) -> list[str]:
+    """What is wrong with the file's end: a checkpoint is written after the steps before it."""
+    later = [path for path in checkpoints(run / "checkpoints") if step_of(path) > last and is_complete(path)]
+    if not later:
+        return []
+    step = step_of(later[-1])
+    return [f"{later[-1].name} was saved after step {step}: steps {last + 1} to {step} are not in the audit"]
 
 
 def _missing(records: list[AuditRows]) -> list[str]:

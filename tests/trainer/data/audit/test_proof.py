@@ -206,6 +206,17 @@ def test_a_run_that_goes_on_elsewhere_is_found_before_the_epoch_is_over(
     assert said in "\n".join(proof.table())
 
 
+@pytest.mark.parametrize("kept", [0, 5, 7])
+def test_a_file_without_the_last_steps_before_a_checkpoint_proves_nothing(tmp_path: Path, kept: int) -> None:
+    """An empty file too, which no rank of a run that has saved can have left."""
+    (_, stream), made = two_segments("concat"), records("concat", steps=8)
+    save(tmp_path, 8, stream.state(4 * ROWS))
+    proof = proof_of(tmp_path, made[: kept + 1] if kept else [])
+    assert not proof.holds
+    assert f"steps {kept + 1} to 8 are not in the audit" in proof.table()[-1]
+    assert proof_of(tmp_path, made).holds
+
+
 @pytest.mark.slow
 def test_the_command_says_it_and_its_status_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "longreach.launch.audit", f"run={tmp_path}"]
