@@ -17,7 +17,7 @@ from ..problem import Problem
 from . import CHUNK, DeltaInputs
 from .rules import BetaRule, EraseRule
 
-MATRICES = 32  # chunks times lanes in a slab: with 64 its states alone are more than a core's caches hold
+MATRICES = 16  # chunks times lanes in a slab: with more, states and workspaces are more than a core's own caches hold
 
 
 class Sweep(sweeps.Sweep):
