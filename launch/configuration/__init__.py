@@ -244,6 +244,9 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
     key = re.search(r"Could not override '([^'@]+)'", message)
     value = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n.*could not be converted to (\w+)", message)
+    truth = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n.*is not a valid bool", message)
+    there = re.search(r"Could not append to config\. An item is already at '([^']+)'", message)
+    kept = re.search(r"Error merging override ~([\w.]+)\n.*does not support deletion", message)
     if option:
         return f"error: {_unknown_option(option[1], option[2], message, overrides)}"
     if key:
@@ -252,6 +255,13 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
             return f"error: {key[1]} must get what it has not yet by +; got {given}. Write +{given}"
         near = " ".join([*_near(key[1], config_name, overrides), *_addition(key[1], given)])
         return f"error: {key[1]} must be the name of a setting; got {given}. {near or '--help lists them'}"
+    if there:
+        given = next((item for item in overrides if item.startswith(f"+{there[1]}=")), there[1])
+        return f"error: {there[1]} must be set without +, since it is there; got {given}. Write {given.lstrip('+')}"
+    if kept:
+        return f"error: {kept[1]} must stay, with a value; got ~{kept[1]}. Leave ~{kept[1]} out for its default"
+    if truth:
+        return f"error: {truth[1]} must be {TYPES['Boolean']}; got {truth[2]}"
     if value:
         return f"error: {value[1]} must be {TYPES.get(value[3], value[3])}; got {value[2]}"
     missing = key or re.search(r"Key '([^'@]+)'", message)

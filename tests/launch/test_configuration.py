@@ -158,6 +158,12 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("+mixer@model.mixers.m=mamba4", [" or +mixer@model.mixers.m=mamba2"]),
         ("schedule=wds", ["error: schedule must be one of cosine, wsd; got 'wds'. Did you mean schedule=wsd?"]),
         ("trainer.steps=abc", ["error: trainer.steps must be an integer; got abc"]),
+        ("trainer.compile=maybe", ["error: trainer.compile must be true or false; got maybe"]),
+        ("~trainer.steps", ["error: trainer.steps must stay, with a value; got ~trainer.steps. Leave"]),
+        (
+            "+model.width=4",
+            ["error: model.width must be set without +, since it is there; got +model.width=4. Write model.width=4"],
+        ),
         ("trainer.steps", ["error: an argument must be NAME=VALUE; got 'trainer.steps'"]),
         ("--steps=5", ["error: an argument must be NAME=VALUE; got --steps=5. Settings are written without dashes"]),
     ],
