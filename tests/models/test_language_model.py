@@ -73,11 +73,11 @@ def test_patterns_that_do_not_fit_are_refused(pattern, depth, message):
         ({"mixers": {"lightning": {"heads": 7}}}, "heads must divide width=256; got 7"),
         (
             {"mixers": {"lightning": {"head_dim": -4}}},
-            r"LightningAttention\): sizes must be positive; got a tensor of \[",
+            r"Attention\): sizes must be positive; got a tensor of \[",
         ),
         (
             {"mixers": {"lightning": {"head_dim": 0}}},
-            r"LightningAttention\): sizes must be positive; got query.weight of",
+            r"Attention\): sizes must be positive; got query.weight of \[",
         ),
         ({"feed_forward": {"hidden": 0}}, "feed_forward.hidden must be at least 1"),
     ],
