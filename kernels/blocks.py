@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
@@ -38,6 +38,9 @@ class Numbered(Deriving, ABC):
     documents: Documents
 
     def __post_init__(self) -> None:
+        # A copy that shares the table: rows keep what is derived from them, and in a cycle with it all would wait for
+        # Python's collector of cycles.
+        object.__setattr__(self, "documents", replace(self.documents))
         runs = self.documents.columns
         late = (runs.position > 0).nonzero()
         if len(late):

@@ -23,7 +23,7 @@ class Problem(Generic[Record]):
     """One call of an op: its inputs, their documents, and the backend that runs it.
 
     exact: whether outputs stay in the type of the accumulators, for arithmetic on them to follow. unrounded: whether
-    gradients of queries, keys and values do, for the same reason.
+    gradients of queries, keys and values do, for the same reason. out: gives the output of forward, for backward.
     """
 
     op: Any  # a Recurrence, with the settings of its class
@@ -32,6 +32,7 @@ class Problem(Generic[Record]):
     backend: str
     exact: bool = False
     unrounded: bool = False
+    out: Callable[[], Tensor] | None = None
     _made: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, make: Callable[[Problem[Record]], Made]) -> Made:
@@ -173,7 +174,7 @@ class Rows:
         (dout, dfinal), (out, final), initial = gradients, outputs, inputs[-1]
         dout = torch.zeros_like(out) if dout is None else dout
         dfinal = None if dfinal is None else self.op.with_units(dfinal, final)
-        problem = self.op.problem(inputs[:-1], where, backend=self.backend)
+        problem = replace(self.op.problem(inputs[:-1], where, backend=self.backend), out=lambda: out)
         dinputs, dinitial = self.op.backward(problem, dout, dfinal, initial)
         if initial is None:
             return *dinputs, None

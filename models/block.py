@@ -175,7 +175,8 @@ class MiniMaxBlock(Block):
 
     def step(self, name: str, x: Tensor, seq: Sequence, values: dict[str, Tensor]) -> Tensor:
         x = self.norm(name, x)
-        return self.alpha * x + self.beta * self.run(name, x, seq, values)
+        out = self.run(name, x, seq, values)
+        return torch.add(out if self.beta == 1.0 else self.beta * out, x, alpha=self.alpha)
 
 
 class ZambaBlock(Block):

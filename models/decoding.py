@@ -36,6 +36,7 @@ def generate(
     device: torch.device | str = "cpu",
     experts: Experts | None = None,
     mesh: Mesh | None = None,
+    together: bool = False,
 ) -> Iterator[int]:
     """Yields new token ids of one prompt as they are drawn, ending before the first id of `stop`.
 
@@ -44,6 +45,7 @@ def generate(
     rows = continue_all(
         model, [prompt_ids], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
         known=known, seed=seed, prefill_tokens=prefill_tokens, device=device, experts=experts, mesh=mesh,
+        together=together,
     )  # fmt: skip
     return (token for (token,) in rows if token is not None)
 
@@ -63,6 +65,7 @@ def continue_all(
     device: torch.device | str = "cpu",
     experts: Experts | None = None,
     mesh: Mesh | None = None,
+    together: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yields the next token id of each prompt, as they are drawn: at most `max_new_tokens` times, None for ended rows.
 
@@ -71,12 +74,13 @@ def continue_all(
     temperature: divides the logits; 0 takes the likeliest token. top_p: draws from the smallest set of tokens that
     has at least this probability (nucleus sampling, Holtzman et al., 2020, arXiv 1904.09751). known: the only ids that
     are drawn, by default all: an embedding can have more rows than its tokenizer has tokens. The draws of row r depend
-    on `seed + r` alone; they are made on the CPU. prefill_tokens, experts, mesh: see `prefill`. Ranks that share out
-    parameters (ZeRO-3) must take equally many steps: give them the same prompts, or nothing that ends rows.
+    on `seed + r` alone; they are made on the CPU. prefill_tokens, experts, mesh: see `prefill`. together: all ranks of
+    the mesh call the model equally often, until the rows of all of them have ended, as ranks that share out parameters
+    (ZeRO-3) or experts must where they have other prompts than one another; all call it with the same
+    `max_new_tokens`, and read to the end what it yields.
     Raises ValueError for settings out of range, at the call.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative; got {max_new_tokens}")
+    _check_steps(max_new_tokens, prefill_tokens, mesh, together)
     check_prompts(model, prompts, prefill_tokens, mesh)
     draw = _Draw(model, len(prompts), temperature, top_p, known, seed, torch.device(device), mesh)
 
@@ -87,21 +91,42 @@ def continue_all(
             model, prompts, room=max_new_tokens - 1, prefill_tokens=prefill_tokens, device=device, experts=experts,
             mesh=mesh,
         )  # fmt: skip
-        ended = [False] * len(prompts)
+        new, ended = [0] * len(prompts), [False] * len(prompts)
         for number in range(max_new_tokens):
-            new = draw(logits)
-            given = [None if over or token in stop else token for token, over in zip(new, ended, strict=True)]
-            if any(token is not None for token in given):
-                yield given
-            for row, token in enumerate(given):
-                if not ended[row] and (token is None or (ends is not None and ends(row, token))):
-                    ended[row] = True
-                    cache.end(row)
-            if all(ended) or number + 1 == max_new_tokens:
+            if not all(ended):  # otherwise those of other ranks go on
+                new = draw(logits)
+                given = [None if over or token in stop else token for token, over in zip(new, ended, strict=True)]
+                if any(token is not None for token in given):
+                    yield given
+                for row, token in enumerate(given):
+                    if not ended[row] and (token is None or (ends is not None and ends(row, token))):
+                        ended[row] = True
+                        cache.end(row)
+            if number + 1 == max_new_tokens or _all_ended(ended, mesh if together else None, device):
                 return
             logits = next_logits(model, torch.tensor(new, device=device).unsqueeze(1), cache, experts)
 
     return tokens()
+
+
+def _check_steps(max_new_tokens: int, prefill_tokens: int | None, mesh: Mesh | None, together: bool) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative; got {max_new_tokens}")
+    if together and mesh is None:
+        raise ValueError("mesh must be given with together, since it says which ranks there are; got none")
+    if together and prefill_tokens is not None:
+        raise ValueError(
+            "prefill_tokens must be left out with together, since longer prompts would take more calls; got "
+            f"{prefill_tokens}"
+        )
+
+
+def _all_ended(ended: Sequential[bool], mesh: Mesh | None, device: torch.device | str) -> bool:
+    """Whether these rows have ended, and with a mesh those of all its ranks, which all call it."""
+    if mesh is None or mesh.world_size == 1:
+        return all(ended)
+    mine = torch.tensor([all(ended)], dtype=torch.int32, device=device)
+    return bool(gathered(mine, mesh.all_ranks, mesh.world_size).all())
 
 
 class _Draw:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from ..kernels.operation import Tensors
 from .collectives import Gathering, in_row_order
+from .operation import Exchange, present, tell
 from .sequence import Sequence
 
 
@@ -23,14 +28,32 @@ def ahead(x: Tensor, seq: Sequence, most: int, fill: int) -> list[Tensor]:
     return [torch.where(left >= n, value, fill) for n, value in enumerate(shifted, 1)]
 
 
+@dataclass(frozen=True)
+class FirstTokens(Exchange):
+    """What each rank has of the first `most` tokens of its folded spans, on every rank: `[P, spans, B, n, ...]`."""
+
+    where: ClassVar[str] = "multi-token prediction"
+    what: ClassVar[str] = "first tokens of spans"
+    most: int
+
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
+        (folded,) = present(*inputs)
+        first = folded[:, : self.most].unflatten(0, (seq.layout.spans, -1))
+        return (Gathering(first, seq).wait(),), ()
+
+
 def _following(folded: Tensor, seq: Sequence, most: int, fill: int) -> Tensor:
     """`[spans * B, most, ...]`: the tokens of the row that follow each folded span; `fill` beyond its end."""
     layout, length = seq.layout, folded.shape[1]
     shape = folded.shape[0], most, *folded.shape[2:]
-    if layout.ranks == 1 or folded.device.type == "meta":
+    if layout.ranks == 1:
         return folded.new_full(shape, fill)
-    first = folded[:, : min(most, length)].unflatten(0, (layout.spans, -1))
-    spans = in_row_order(Gathering(first, seq).wait(), seq)
-    beyond = first.new_full((first.shape[1], most, *first.shape[3:]), fill)
+    first = FirstTokens(min(most, length))
+    if folded.device.type == "meta":
+        tell("forward", first, (folded,), seq)
+        return folded.new_full(shape, fill)
+    (gathered,) = present(*first.forward((folded,), seq)[0])
+    spans = in_row_order(gathered, seq)
+    beyond = folded.new_full((folded.shape[0] // layout.spans, most, *folded.shape[2:]), fill)
     parts = [torch.cat([*spans[span + 1 :][:most], beyond], dim=1)[:, :most] for span in layout.spans_of(seq.rank)]
     return torch.cat(parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.documents import Documents
 from .collectives import sent
 from .layout import Layout
-from .mesh import Heads
+from .mesh import Experts, Heads
 from .sequence import Sequence
 from .strategy import Strategy
 from .threads import Message, ThreadGroup
@@ -35,10 +35,10 @@ class Sending(NamedTuple):
 class AloneGroup(ThreadGroup):
     """A group of which this rank alone runs. Nothing is received: tensors on `meta` have no values anyway."""
 
-    def __init__(self, members: Iterable[int], rank: int, noted: list[Sending]) -> None:
+    def __init__(self, members: Iterable[int], rank: int, noted: list[Sending], before: Counter[str]) -> None:
         self.members = tuple(members)
         self.rank, self.size, self.noted = self.members.index(rank), len(self.members), noted
-        self._before = Counter[str](sent())
+        self._before = before  # what was counted by now, of all groups that share `noted`
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         self._note("gather")
@@ -61,28 +61,42 @@ class AloneGroup(ThreadGroup):
 
     def _note(self, kind: str) -> None:
         """What the collectives have counted since the last call."""
-        now = Counter[str](sent())
-        self.noted.append(Sending(kind, now[kind] - self._before[kind], self.members))
-        self._before = now
+        now = sent()[kind]
+        self.noted.append(Sending(kind, now - self._before[kind], self.members))
+        self._before[kind] = now
 
 
 def alone(
-    documents: Documents, layout: Layout, rank: int, strategy: Strategy, ulysses: int = 1, *, backend: str = "chunked"
+    documents: Documents,
+    layout: Layout,
+    rank: int,
+    strategy: Strategy,
+    ulysses: int = 1,
+    experts: int = 1,
+    *,
+    backend: str = "chunked",
 ) -> tuple[Sequence, list[Sending]]:
     """The sequence of one rank, and the list that what it sends is noted in.
 
-    `ulysses` of the ranks exchange tokens for heads. With a backend, ops on `meta` run their own code there.
+    `ulysses` of the ranks exchange tokens for heads. `experts` ranks share out the experts; the row's first rank is the
+    first of all. With a backend, ops on `meta` run their own code there.
     """
-    noted: list[Sending] = []
-    if layout.ranks == 1:
-        return Sequence(documents, layout, strategy=strategy, backend=backend), noted
-    heads = None
-    if ulysses > 1:
+    noted, before = list[Sending](), Counter[str](sent())
+
+    def group(members: range) -> AloneGroup:
+        return AloneGroup(members, rank, noted, before)
+
+    row, heads = None, None
+    if layout.ranks > 1:
+        row = group(range(layout.ranks))
+    if row is not None and ulysses > 1:
         first = rank // ulysses * ulysses
-        neighbours = AloneGroup(range(first, first + ulysses), rank, noted)
-        ring = None
-        if ulysses < layout.ranks:
-            ring = AloneGroup(range(rank % ulysses, layout.ranks, ulysses), rank, noted)
-        heads = Heads(ulysses, neighbours, ring)
-    group = AloneGroup(range(layout.ranks), rank, noted)
-    return Sequence(documents, layout, rank, group, strategy=strategy, heads=heads, backend=backend), noted
+        ring = group(range(rank % ulysses, layout.ranks, ulysses)) if ulysses < layout.ranks else None
+        heads = Heads(ulysses, group(range(first, first + ulysses)), ring)
+    shared = None
+    if experts > 1:
+        first = rank // experts * experts
+        shared = Experts(experts, rank % experts, group(range(first, first + experts)))
+    place = 0 if row is None else rank
+    seq = Sequence(documents, layout, place, row, strategy=strategy, heads=heads, backend=backend, experts=shared)
+    return seq, noted

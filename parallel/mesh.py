@@ -103,6 +103,12 @@ class Mesh:
         return list(dict.fromkeys(group for group in groups if isinstance(group, dist.ProcessGroup)))
 
     @property
+    def all_ranks(self) -> Group:
+        """The group of all ranks, where there are several."""
+        thread = this_rank()
+        return cast(dist.ProcessGroup, dist.group.WORLD) if thread is None else thread.group(range(self.world_size))
+
+    @property
     def data_ranks(self) -> int:
         return self.world_size // self.sequence_ranks
 

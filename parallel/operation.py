@@ -49,6 +49,22 @@ class Operation(ABC):
         """Empty tensors of the shapes and types that `forward` returns, in dense layout, for `spans` spans per rank."""
 
 
+class Exchange(Operation):
+    """What ranks exchange outside of an op, as those who count it replay it: see `tell`. It computes nothing else."""
+
+    where: ClassVar[str]  # whose it is, and
+    what: ClassVar[str]  # what travels, as tables show it
+
+    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
+        raise NotImplementedError(f"{type(self).__name__} is told to observers, and not run as an op")
+
+    def backward(
+        self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
+    ) -> Tensors:
+        """Nothing, unless a class says otherwise."""
+        return tuple(None for _ in inputs)
+
+
 class OfOneTensor(Operation):
     """An operation of one tensor that saves no tensor for backward."""
 
@@ -130,7 +146,8 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Within, rehearsed operations are told to it as they run: "forward" or "backward", operation, inputs, sequence.
+    """Within, rehearsed operations and exchanges are told to it as they run: "forward" or "backward", operation,
+    inputs, sequence.
 
     What is recomputed runs forward again, unless its results were kept.
     """
@@ -139,6 +156,12 @@ def observing(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+def tell(phase: str, exchange: Exchange, inputs: Tensors, seq: Sequence) -> None:
+    """Tells `observing` of an exchange of tensors without data."""
+    for observer in _observers:
+        observer(phase, exchange, inputs, seq)
 
 
 class _Rehearsal:

@@ -19,7 +19,7 @@ from ..kernels.operation import Tensors
 from ..kernels.problem import Problem, accumulator
 from ..kernels.recurrence import Beginning, Recurrence, Summary
 from .alone import Sending
-from .operation import Operation
+from .operation import Exchange, Operation
 from .sequence import Sequence
 
 
@@ -37,7 +37,7 @@ def traffic(op: Operation, inputs: Tensors, seq: Sequence, noted: list[Sending])
 
     An op over listed blocks is counted as if every rank listed all that its queries can see.
     """
-    if seq.layout.ranks == 1 or not op.sends:
+    if not op.sends or (seq.layout.ranks == 1 and not isinstance(op, Exchange)):
         return Traffic((), ())
     if isinstance(inner := getattr(op, "op", None), ListedAttend):
         return _of_lists(inner, inputs, seq)

@@ -11,6 +11,8 @@ from longreach.benchmarks.learning.recall_mixers import best_results, rounds, ta
 from longreach.benchmarks.learning.recall_training import (
     ENOUGH,
     KINDS,
+    LENGTH_TASKS,
+    LONGER,
     RATES,
     TASKS,
     VOCABULARY,
@@ -70,6 +72,10 @@ def test_finished_runs_and_solved_models_are_not_trained_again(tmp_path: Path) -
     keep(Run("state", "linear", others[0], RATES[0]), 0.5, tmp_path)
     left = [run for part in rounds("state", ["linear"], tmp_path) for run in part]
     assert {run for run in todo if run.size in others and run != (*todo[0][:2], others[0], RATES[0])} == set(left)
+
+
+def test_rows_of_every_length_ask_for_as_much() -> None:
+    assert {(task.pairs, task.queries) for task in (*LENGTH_TASKS, *LONGER)} == {(8, 16)}
 
 
 def test_the_best_rate_is_shown(tmp_path: Path) -> None:

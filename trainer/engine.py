@@ -29,6 +29,7 @@ from .zero.masters import Fragment, Masters
 from .zero.two_types import reduce_in_float32, split_as_made, types_kept
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+NORM_ROW = 1 << 11  # elements of a vector whose norm a CPU computes in float32
 NORM_PART = 1 << 24  # elements that are copied to float64 at once where a device cannot square them without a copy
 
 
@@ -86,6 +87,9 @@ class Engine:
         # Stage 1 in bfloat16 prints the machine's memory, asked or not.
         with types_kept(self._deepspeed), redirect_stdout(io.StringIO()):
             self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        if self.zero_stage == 0 and mesh.world_size == 1:
+            # DeepSpeed would copy all gradients to a flat tensor and back, to reduce them with nobody.
+            self._engine.enable_backward_allreduce = False
         limit_waiting()
         if two_types and self.zero_stage == 2:
             reduce_in_float32(self._engine.optimizer)
@@ -307,7 +311,21 @@ def norms(tensors: list[Tensor]) -> Tensor:
     In float32 the squares of millions of numbers lose the fourth digit on a CPU.
     """
     parts = [part for tensor in tensors for part in tensor.detach().flatten().split(NORM_PART)]
+    if all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts):
+        found = torch.cat([_norms_on_cpu(part) for part in parts])
+        if found.isfinite().all():
+            return found
     return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64))
+
+
+def _norms_on_cpu(part: Tensor) -> Tensor:
+    """Norms of rows so short that float32 is exact enough: in float64 torch would copy them all first.
+
+    Squares beyond float32 make them inf, though no number is.
+    """
+    whole = len(part) // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(part[:whole].view(-1, NORM_ROW), dim=1).double()
+    return torch.cat([rows, torch.linalg.vector_norm(part[whole:], dtype=torch.float64)[None]])
 
 
 def _sum_norms_in_float64(optimizer: Any) -> None:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from longreach.benchmarks.learning.recall_training import (
@@ -30,9 +31,11 @@ from longreach.benchmarks.learning.recall_training import (
     KINDS,
     LENGTH_TASKS,
     LONGER,
+    PATIENT,
     RATES,
     STEPS,
     TASKS,
+    TESTED_ROWS,
     TOKENS,
     VOCABULARY,
     WIDTH,
@@ -53,13 +56,16 @@ TOLD = {
         f"{VOCABULARY}; {TOKENS:,} tokens a step, at most {STEPS} steps, seed 0. The columns of pairs give the percent "
         f"of held-out queries recalled (guessing: {100 / TASKS[0].values:.1f}). State: what decoding keeps of "
         f"{TASKS[-1].length} tokens for the mixers, in float32. The best of the learning rates "
-        f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every task."
+        f"{', '.join(map(str, RATES))} is shown; the others are not tried where one recalls {ENOUGH:.0%} of every "
+        f"task. Hybrids, which are deeper, may take {PATIENT} times the steps."
     ),
     "length": (
         f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "
         f"rows of {', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, with queries anywhere in the second "
         "and blanks between, and were tested in longer rows without another step. Percent of queries recalled. State: "
-        f"of {LENGTH_TASKS[-1].length} tokens."
+        f"of {LENGTH_TASKS[-1].length} tokens. Each length is tested with {TESTED_ROWS * LONGER[0].queries} queries, "
+        f"{LONGER[0].queries} a row as in training; what ends at {LENGTH_TASKS[-1].length} tokens is of earlier runs, "
+        "with 128 to 1,024 queries."
     ),
 }  # fmt: skip
 
@@ -128,13 +134,14 @@ def best_results(study: str, kinds: list[str], runs: Path) -> dict[tuple[str, in
 
 
 def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> str:
-    """A line for each model; heading: of a column of accuracies, for a number of pairs or tokens."""
-    columns = list(next(iter(results.values()))["accuracy"])
+    """A line for each model, blank where one was not tested; heading: of a column, for a number of pairs or tokens."""
+    columns = max((list(found["accuracy"]) for found in results.values()), key=len)
     heads = ["mixer", "size", "parameters", "state", *(heading.format(int(column)) for column in columns)]
     lines = [f"| {' | '.join([*heads, 'steps', 'rate', 'rates tried'])} |", "|---" * (len(heads) + 3) + "|"]
     for (kind, size), found in results.items():
         chosen = KINDS[kind]
-        shares = [f"{100 * share:.1f}" for share in found["accuracy"].values()]
+        tested = found["accuracy"]
+        shares = [f"{100 * tested[column]:.1f}" if column in tested else "" for column in columns]
         state = f"{found['state'][columns[len(TASKS) - 1]] / 1024:,.1f} KiB"
         ends = [found["steps"], found["rate"], found["rates"]]
         cells = [chosen.label, f"{chosen.size} {size}", f"{found['parameters']:,}", state, *shares, *ends]
@@ -144,8 +151,9 @@ def table(results: Mapping[tuple[str, int], dict[str, Any]], heading: str) -> st
 
 def style(kind: str) -> dict[str, Any]:
     place = list(KINDS).index(kind)
-    marker = "os^Dv<>Pp*XhdH8s"[place]
-    return {"color": f"C{place % 10}", "marker": marker, "markersize": 5, "linewidth": 1.3, "label": KINDS[kind].label}
+    color = colormaps["tab20"](2 * place if place < 10 else 2 * place - 19)  # the dark ones first
+    marker = "os^Dv<>Pp*XhdH8sPD"[place]
+    return {"color": color, "marker": marker, "markersize": 6, "linewidth": 1.4, "label": KINDS[kind].label}
 
 
 def draw_state(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
@@ -176,6 +184,8 @@ def draw_length(results: Mapping[tuple[str, int], dict[str, Any]]) -> Figure:
     place.axvline(LENGTH_TASKS[-1].length, color="black", linestyle=":", linewidth=1)
     place.set(title=f"{LONGER[0].pairs} pairs; learned left of the line", xlabel="tokens")
     place.set_xscale("log", base=2)
+    lengths = [task.length for task in (*LENGTH_TASKS, *LONGER)]
+    place.set_xticks(lengths, [f"{length:,}" for length in lengths])
     return finished(figure)
 
 

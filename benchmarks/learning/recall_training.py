@@ -25,16 +25,16 @@ from longreach.trainer.optimizers.groups import parameter_groups
 
 WIDTH, HEADS, VOCABULARY, VALUE_DIM = 64, 2, 128, 32
 TASKS = tuple(RecallTask(4 * pairs, pairs, pairs, VOCABULARY, power=1.0) for pairs in (4, 8, 16, 32))
-LENGTH_TASKS = tuple(
-    RecallTask(length, 8, 16, VOCABULARY, power=1.0, spread=length // 2) for length in (64, 128, 256, 512)
+LENGTH_TASKS, LONGER = (
+    tuple(RecallTask(length, 8, 16, VOCABULARY, power=1.0, spread=length // 2) for length in lengths)
+    for lengths in ((64, 128, 256, 512), (1024, 2048, 4096, 8192))
 )
-LONGER = tuple(
-    RecallTask(length, 8, 256, VOCABULARY, power=1.0, spread=length // 2) for length in (1024, 2048, 4096, 8192)
-)
+TESTED_ROWS = 16  # of each length
 TOKENS = 1024  # of a step
 STEPS, EVERY, GROW, PATIENCE, PLATEAU = 400, 20, 100, 100, 200
 GO_ON, ENOUGH = 0.8, 0.99
 RATES = (0.02, 0.006, 0.05)
+PATIENT = 3  # hybrids, which are deeper
 ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "rope_base": None, "qk_norm": None}
 BLOCKS = {"block_size": 8, "dense_steps": 200, **ATTENTION}
 KEPT_BLOCKS = 4
@@ -43,7 +43,8 @@ KEPT_BLOCKS = 4
 class Kind(NamedTuple):
     """What is shown as `label`: a mixer of conf/mixer with settings, of which `size` varies; how often it stands.
 
-    wave: when its first size is trained. hybrid: how many of this mixer come before one of softmax attention.
+    wave: when its first size is trained. hybrid, after: how many of this mixer come before and after one of softmax
+    attention. patience: of `learn`.
     """
 
     label: str
@@ -53,6 +54,8 @@ class Kind(NamedTuple):
     settings: Mapping[str, Any]
     wave: int = 0
     hybrid: int = 0
+    after: int = 0
+    patience: int = 1
 
 
 MATRIX = {"heads": HEADS, "value_dim": VALUE_DIM}
@@ -63,14 +66,17 @@ KINDS = {
     "gla": Kind("GLA", "gated_linear_attention", "key_dim", DIMS, {**MATRIX, "gate_rank": 16}),
     "deltanet": Kind("DeltaNet", "deltanet", "key_dim", DIMS, MATRIX),
     "gated_deltanet": Kind("Gated DeltaNet", "gated_deltanet", "key_dim", DIMS, {**MATRIX, "key_heads": HEADS}),
-    "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3),
+    "hybrid_3": Kind("3 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, hybrid=3, patience=PATIENT),
     "mamba2": Kind("Mamba-2", "mamba2", "state", DIMS, {"head_dim": 32}),
+    "mamba2_no_skip": Kind("Mamba-2, D from 0", "mamba2", "state", (16, 8, 32), {"head_dim": 32, "initial_skip": 0.0}),
     "window": Kind("window", "sliding_window_attention", "window", (16, 64, 32), ATTENTION),
     "retnet": Kind("RetNet", "retnet", "key_dim", DIMS, MATRIX),
     "kda": Kind("KDA", "kimi_delta_attention", "head_dim", DIMS, MATRIX),
     "mamba": Kind("Mamba", "mamba", "state", (16, 8, 32), {}),
     "s4d": Kind("S4D", "s4d", "state", (16, 64), {}),
-    "hybrid_7": Kind("7 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, wave=1, hybrid=7),
+    "hybrid_7": Kind(
+        "7 linear : 1 softmax", "linear_attention", "key_dim", (8,), MATRIX, wave=1, hybrid=3, after=4, patience=PATIENT
+    ),
     "moba": Kind("MoBA", "moba", "top_k", (KEPT_BLOCKS,), BLOCKS, wave=1),
     "indexer": Kind(
         "indexer", "minimax_sparse_attention", "count", (KEPT_BLOCKS,),
@@ -115,7 +121,7 @@ def made(kind: str, size: int, convolved: bool = True) -> LanguageModel:
     mixers, pattern = {"it": instantiate(settings, _convert_="all")}, ["it"] * (chosen.hybrid or 1)
     if chosen.hybrid:
         mixers["softmax"] = instantiate({**with_sizes("softmax_attention", {})[0], **ATTENTION}, _convert_="all")
-        pattern = [*pattern, "softmax"]
+        pattern = [*pattern, "softmax", *["it"] * chosen.after]
     if convolved:
         mixers["convolution"] = partial(GatedShortConvolution)
         pattern = ["convolution", *pattern]
@@ -177,17 +183,22 @@ def step_on(model: LanguageModel, task: RecallTask, first: int, optimizers: list
 
 
 def learn(
-    model: LanguageModel, tasks: tuple[RecallTask, ...], rate: float, dense_steps: int = 0, steps: int = STEPS
+    model: LanguageModel,
+    tasks: tuple[RecallTask, ...],
+    rate: float,
+    dense_steps: int = 0,
+    steps: int = STEPS,
+    patience: int = 1,
 ) -> list[tuple[int, list[float]]]:
     """Trains, and leaves the best weights in the model. (step, accuracy on each task), on held-out problems.
 
     It begins with the first task; the next one joins when the newest is recalled or has had its time. Those that have
     joined and are not yet recalled take turns. It ends when all are recalled, or when nothing has improved for long
-    after the plateau before the first recall.
+    after the plateau before the first recall. patience: how many times as long that is, and all of it may take.
     """
     optimizers, joined, since, best, improved = optimizers_of(model, rate), 1, 0, 0.0, 0
     kept, curve, learning = copy.deepcopy(model.state_dict()), [], [tasks[0]]
-    for step in range(1, steps + 1):
+    for step in range(1, patience * steps + 1):
         model.at_step(step - 1)
         step_on(model, learning[step % len(learning)], step * TOKENS, optimizers)
         if step % EVERY:
@@ -199,13 +210,13 @@ def learn(
         improved = step if mean >= best + 0.01 else improved
         if mean > best:
             best, kept = mean, copy.deepcopy(model.state_dict())
-        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, PLATEAU) >= PATIENCE:
+        if min(recalled) >= ENOUGH or step - max(improved, dense_steps, patience * PLATEAU) >= patience * PATIENCE:
             break
         if joined < len(tasks) and (recalled[joined - 1] >= GO_ON or step - since >= GROW):
             joined, since = joined + 1, step
         learning = [task for task, share in zip(tasks[:joined], recalled, strict=False) if share < ENOUGH] or [tasks[0]]
     model.load_state_dict(kept)
-    model.at_step(max(steps, dense_steps))
+    model.at_step(max(patience * steps, dense_steps))
     return curve
 
 
@@ -215,10 +226,11 @@ def train(run: Run) -> dict[str, Any]:
     torch.manual_seed(0)
     start, model = time.process_time(), made(run.kind, run.size)
     tasks = TASKS if run.study == "state" else LENGTH_TASKS
-    curve = learn(model, tasks, run.rate, int(KINDS[run.kind].settings.get("dense_steps", 0)))
+    kind = KINDS[run.kind]
+    curve = learn(model, tasks, run.rate, int(kind.settings.get("dense_steps", 0)), patience=kind.patience)
     tested = TASKS if run.study == "state" else (*LENGTH_TASKS, *LONGER)
     keys = [task.pairs if run.study == "state" else task.length for task in tested]
-    rows = [max(4, 4 * TOKENS // task.length) for task in tested]
+    rows = [4 * TOKENS // task.length if run.study == "state" else TESTED_ROWS for task in tested]
     return {
         **run._asdict(),
         "accuracy": {

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from longreach.trainer.zero import experts
+
 FEW = 64  # bytes
 
 
@@ -34,12 +36,15 @@ class Recorded:
             "all_gather": lambda x, n: (n - 1) * x // n,
         }
         self._original = {name: getattr(dist, name) for name in share}
+        self._gather = experts.all_gather
+        experts.all_gather = partial(self._call, "all_gather_into_tensor", share["all_gather_into_tensor"])
         for name, bytes_of in share.items():
             for module in (dist, dist.distributed_c10d):
                 setattr(module, name, partial(self._call, name, bytes_of))
         return self
 
     def __exit__(self, *error: object) -> None:
+        experts.all_gather = self._gather
         for name, original in self._original.items():
             for module in (dist, dist.distributed_c10d):
                 setattr(module, name, original)

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longreach.benchmarks.machine import resident
+from longreach.benchmarks.planner.even import EvenExperts
 from longreach.benchmarks.planner.recorded import Recorded
 from longreach.kernels.documents import Documents
 from longreach.models.feed_forward.swiglu import SwiGLU
@@ -78,6 +79,8 @@ class Case(NamedTuple):
     mixers: tuple[str, ...]
     strategy: str = "ring"
     tokens: int = 2048
+    experts: int = 1  # ranks that share out eight experts in place of each dense layer
+    ahead: int = 0  # modules of multi-token prediction
 
     def settings(self) -> Settings:
         made = Settings()
@@ -87,22 +90,32 @@ class Case(NamedTuple):
         elif self.strategy == "gather":
             made.parallel.attention = "gather"
         made.data.sequence_length, made.data.rows_per_micro_batch = self.tokens * self.sequence, 1
-        made.data.rows_per_step = self.ranks // self.sequence
+        made.data.rows_per_step, made.parallel.experts = self.ranks // self.sequence, self.experts
         made.checkpoint.asynchronous = False  # no copy is kept for saving
         made.engine = type(made.engine)(zero_stage=self.stage)
         return made
 
     def build(self) -> LanguageModel:
-        """Four layers, 128 wide, with 512 hidden units and a vocabulary of 2,048."""
+        """Four layers, 128 wide, with 512 hidden units, or eight experts of 128 of which a token runs two, in turn, and
+        a vocabulary of 2,048.
+        """
+        dense, experts = partial(SwiGLU, hidden=512), partial(EvenExperts, hidden=128, shared_hidden=128)
         return LanguageModel(
             vocabulary=2048,
             width=128,
             depth=4,
             pattern=[name for name in self.mixers for _ in range(4 // len(self.mixers))],
             mixers={name: MIXERS[name] for name in self.mixers},
-            feed_forward=partial(SwiGLU, hidden=512),
+            feed_forward=dense if self.experts == 1 else experts,
+            multi_token_prediction=self.ahead,
             activation_checkpointing=self.checkpointing,
         )
+
+    @property
+    def layers(self) -> str:
+        """As the table shows them."""
+        more = [f"experts on {self.experts}"] if self.experts > 1 else []
+        return ", ".join([" + ".join(self.mixers), *more, *([f"{self.ahead} tokens ahead"] if self.ahead else [])])
 
 
 HYBRID = ("lightning", "window")
@@ -125,6 +138,11 @@ CASES = [
     Case(4, 2, 1, "full", HYBRID, tokens=1024),
     Case(4, 4, 2, "mixing", ("lightning", "softmax"), tokens=1024),
     Case(4, 4, 3, "none", ("gated_deltanet", "window"), tokens=1024),
+    Case(2, 2, 1, "full", HYBRID, experts=2),
+    Case(2, 1, 2, "none", HYBRID, experts=2),
+    Case(4, 2, 3, "full", HYBRID, tokens=1024, experts=2),
+    Case(4, 2, 1, "mixing", HYBRID, tokens=1024, experts=4),
+    Case(2, 2, 1, "full", HYBRID, ahead=2),
 ]
 
 
@@ -167,14 +185,15 @@ def measure(rank: int, ranks: int, port: int, numbers: list[int], told: Connecti
 
 def _measured(case: Case, device: torch.device, recorded: Recorded) -> dict[str, Any]:
     settings = case.settings()
-    mesh = Mesh.create(case.sequence, ulysses_ranks(settings.parallel))
+    mesh = Mesh.create(case.sequence, ulysses_ranks(settings.parallel), case.experts)
     layout = layout_of(settings.parallel, settings.data.sequence_length)
 
     def step(engine: Engine) -> None:
         seq = Sequence.shared(Documents.whole(1, layout.length), layout, mesh, strategy_of(settings.parallel))
         ids = seq.shard(torch.arange(layout.length).remainder(2048).unsqueeze(0))
-        loss, _ = engine(ids, seq, ids)
-        engine.backward(loss, layout.length * mesh.data_ranks)
+        loss, _, reports = engine(ids, seq, ids, False, True)
+        reported = sum((reports[path] for path in engine.module.losses), start=loss)
+        engine.backward(reported, layout.length * mesh.data_ranks)
         engine.step(1e-3)
 
     def make() -> Engine:
@@ -231,7 +250,7 @@ def row(number: int, found: list[dict[str, Any]]) -> str:
     memory = max(each["memory"] for each in found)
     counted = [each["sequence"] for each in sorted(found, key=lambda each: each["rank"])][: case.sequence]
     cells = [
-        case.ranks, case.sequence, case.stage, case.checkpointing, " + ".join(case.mixers), case.strategy,
+        case.ranks, case.sequence, case.stage, case.checkpointing, case.layers, case.strategy,
         f"{case.tokens:,}", size(peak), size(memory), f"{peak / memory:.3f}", " ".join(f"{x:,}" for x in sends),
         " ".join(f"{x:,}" for x in counted), f"{zero:,}", " ".join(f"{x:,}" for x in {e["zero"] for e in found}),
     ]  # fmt: skip

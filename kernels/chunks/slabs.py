@@ -112,10 +112,10 @@ class Grid:
         """The numbers of chunks that slabs have."""
         return {slab.chunks for slab in self.slabs()}
 
-    def workspace(self, dim: int) -> Tensor:
-        """Zeros `[chunks, rows, heads, C, dim]`."""
+    def workspace(self, dim: int, *, zero: bool = False) -> Tensor:
+        """Room for `[chunks, rows, heads, C, dim]`; with `zero` it holds zeros, which takes a pass over memory."""
         shape = (self.chunks, self.rows, self.heads, self.chunk, dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return (torch.zeros if zero else torch.empty)(shape, dtype=self.dtype, device=self.device)
 
 
 class Lanes:
@@ -209,11 +209,17 @@ def _copy(x: Tensor, scale: float, out: Tensor) -> None:
 
 
 class States:
-    """States, or their gradients, at the borders of a slab's chunks: `[chunks + 1, lanes, K, V]`."""
+    """States, or their gradients, at the borders of a slab's chunks: `[chunks + 1, lanes, K, V]`.
 
-    def __init__(self, grid: Grid, key_dim: int, value_dim: int) -> None:
-        shape = (grid.chunks + 1, grid.lanes, key_dim, value_dim)
-        self.each = torch.zeros(shape, dtype=grid.dtype, device=grid.device)
+    The first is zero until it is written, and no other is anything; or they are those of `each`.
+    """
+
+    def __init__(self, grid: Grid, key_dim: int, value_dim: int, each: Tensor | None = None) -> None:
+        if each is None:
+            shape = (grid.chunks + 1, grid.lanes, key_dim, value_dim)
+            each = torch.empty(shape, dtype=grid.dtype, device=grid.device)
+            each[0].zero_()
+        self.each = each
         self.at = self.each.unbind(0)
         sizes = grid.sizes
         self.before = {n: self.each[:n].view(-1, key_dim, value_dim) for n in sizes}  # each chunk's entering state
@@ -265,6 +271,12 @@ class Borders:
             own = documents.ids(grid.device)
             # One id before the first token, so that every chunk can look back; the last token's beyond the end.
             self.ids = torch.cat([own[:, :1], own, own[:, -1:].expand(-1, tail)], dim=1)
+
+    def met(self, slabs: list[Slab]) -> list[bool]:
+        """Whether documents meet in each of some slabs, or end in padding."""
+        if self.ids is None:
+            return [False] * len(slabs)
+        return [bool(self.marked[slab.start : slab.stop].any()) for slab in slabs]
 
     def masks(self, slab: Slab) -> Masks | None:
         """The masks of a slab, or None where each of its rows goes on through it in one document."""

@@ -1,14 +1,14 @@
 """Sweeps over a block of rows and heads, slab by slab: what chunked linear ops have in common.
 
 Backward sweeps once from the left for the states at the starts of slabs, then from the right, where each slab
-recomputes its own: no more states than that are ever kept.
+recomputes its own: no more states than that are ever kept, unless an op says otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -78,7 +78,7 @@ class Sweep(ABC):
     def differentiate(self, slab: Slab, dout: Tensor, states: States, dstates: States, parts: Parts) -> None:
         """Fills the slab's gradients, but for the scale of the queries'.
 
-        States are filled from the one before the slab, gradients of states from the one after it.
+        States are as `retraced` has them, gradients of states are filled from the one after the slab.
         """
 
     def _decay(self, log_decay: Tensor | None) -> Any:
@@ -97,12 +97,19 @@ class Sweep(ABC):
         return (Lanes if x.shape[1] == self.grid.length else LastSteps)(own, self.grid)
 
     def work(self, name: str, dim: int, slab: Slab) -> Tensor:
-        """The workspace `name` for a slab, `[N, C, dim]`; zero when first used."""
+        """The workspace `name` for a slab, `[N, C, dim]`."""
+        return self._work(name, dim, slab, False)
+
+    def square(self, name: str, slab: Slab) -> Tensor:
+        """The workspace `name` for scores between the tokens of each chunk, `[N, C, C]`; zero when first used."""
+        return self._work(name, self.grid.chunk, slab, True)
+
+    def _work(self, name: str, dim: int, slab: Slab, zero: bool) -> Tensor:
         key = name, slab.chunks
         if key not in self.works:
             whole = self.works.get((name, 0))
             if whole is None:
-                whole = self.works[name, 0] = self.grid.workspace(dim)
+                whole = self.works[name, 0] = self.grid.workspace(dim, zero=zero)
             self.works[key] = whole[: slab.chunks].view(-1, self.grid.chunk, dim)
         return self.works[key]
 
@@ -132,6 +139,16 @@ class Sweep(ABC):
             self.read(slab, states, out.flat[slab.chunks])
             out.store(slab)
             states.at[0].copy_(states.at[slab.chunks])
+
+    def retraced(self, state: Tensor) -> Iterator[tuple[Slab, States]]:
+        """All slabs from the last to the first, given the state before the first, and of each its states.
+
+        What `differentiate` takes of them is filled: here the one before the slab.
+        """
+        states = self.new_states()
+        for slab, start in zip(reversed(self.grid.slabs()), reversed(self.slab_starts(state)), strict=True):
+            states.at[0].copy_(start)
+            yield slab, states
 
     def slab_starts(self, state: Tensor) -> list[Tensor]:
         """The states at the starts of all slabs."""
@@ -195,12 +212,10 @@ def backward(
         parts = {name: each.part(dx) for name, dx in gradients._asdict().items() if dx is not None and dx.dim() > 2}
         if gradients.log_decay is not None and "log_decay" not in parts:
             each.constant = gradients.log_decay[each.block.heads]
-        douts, states, dstates = each.part(dout), each.new_states(), each.new_states()
+        douts, dstates = each.part(dout), each.new_states()
         if dfinal_state is not None:
             dstates.at[0].copy_(each.lanes(dfinal_state))
-        starts = each.slab_starts(each.lanes(entering))
-        for slab, start in zip(reversed(each.grid.slabs()), reversed(starts), strict=True):
-            states.at[0].copy_(start)
+        for slab, states in each.retraced(each.lanes(entering)):
             dstates.at[slab.chunks].copy_(dstates.at[0])
             each.differentiate(slab, douts.load(slab), states, dstates, parts)
             for name, part in parts.items():

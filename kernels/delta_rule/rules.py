@@ -54,6 +54,7 @@ class Early:
         sweep, enter = self.sweep, self.sweep.decay.enter
         self.rows, self.before = rows, sweep.work("rows before", sweep.key_dim, slab)
         self.before[:, :-1] = rows[:, 1:]
+        self.before[:, -1] = 0.0
         self.enter = sweep.work("enter", enter.shape[-1], slab)
         self.enter[:, 1:] = enter[:, :-1]
         self.enter[:, 0] = 1.0
@@ -63,7 +64,7 @@ class Early:
 
     def scores(self, slab: Slab, columns: Tensor, out: Tensor) -> Tensor:
         sweep = self.sweep
-        shifted = sweep.work("shifted", sweep.grid.chunk, slab)
+        shifted = sweep.square("shifted", slab)
         sweep.decay.scores(self.before, columns, shifted)
         out[:, 1:] = shifted[:, :-1]
         if sweep.masks is not None:
@@ -72,7 +73,7 @@ class Early:
 
     def add_gradients(self, slab: Slab, dscores: Tensor, drows: Tensor, columns: Tensor, dcolumns: Tensor) -> None:
         sweep = self.sweep
-        shifted = sweep.work("dshifted", sweep.grid.chunk, slab)
+        shifted = sweep.square("dshifted", slab)
         spare = sweep.work("drows before", sweep.key_dim, slab).zero_()
         if sweep.masks is not None:
             by_row(dscores, sweep.grid).mul_(sweep.masks.same)
@@ -116,7 +117,7 @@ class BetaRule:
             torch.mul(v, beta, out=right)
         self.meeting.load(slab, rows)
         self.enter = self.meeting.enter
-        self.meeting.scores(slab, self.columns, sweep.work("system", sweep.grid.chunk, slab))
+        self.meeting.scores(slab, self.columns, sweep.square("system", slab))
         torch.mul(self.columns, sweep.decay.leave, out=sweep.work("write", keys, slab))
 
     def load_reads(self, slab: Slab, q: Tensor) -> None:
@@ -157,8 +158,10 @@ class BetaRule:
             return
         beta = self.beta.flat[n]
         torch.mul(dright, beta, out=parts["v"].flat[n])
-        dbeta = torch.linalg.vecdot(drows, self.erased).add_(torch.linalg.vecdot(dright, v))
-        parts["beta"].flat[n].copy_(dbeta.unsqueeze(-1))
+        # In memory that is at hand and needed no more: fresh memory costs more than these sums.
+        room = self.sweep.work("query", self.sweep.key_dim, slab), self.sweep.work("dz", self.sweep.value_dim, slab)
+        dbeta, of_values = parts["beta"].flat[n], torch.mul(dright, v, out=room[1]).sum(-1, keepdim=True)
+        torch.sum(torch.mul(drows, self.erased, out=room[0]), -1, keepdim=True, out=dbeta).add_(of_values)
         dkeys.addcmul_(drows, beta)
 
 
@@ -171,15 +174,15 @@ class EraseRule:
         self.wide = sweep.value_dim > sweep.problem.inputs.v.shape[-1]
 
     def load(self, slab: Slab) -> None:
-        sweep, keys, size = self.sweep, self.sweep.key_dim, self.sweep.grid.chunk
+        sweep, keys = self.sweep, self.sweep.key_dim
         k, v, a = self.keys.load(slab), self.values.load(slab), self.a.load(slab)
         self.columns = self.b.load(slab)
         self.meeting.load(slab, torch.neg(a, out=sweep.work("rows", keys, slab)))
         self.enter = self.meeting.enter
         torch.mul(self.columns, sweep.decay.leave, out=sweep.work("write", keys, slab))
         torch.mul(k, sweep.decay.leave, out=sweep.work("keys", keys, slab))
-        self.meeting.scores(slab, self.columns, sweep.work("system", size, slab))
-        erased = self.meeting.scores(slab, k, sweep.work("erased keys", size, slab))
+        self.meeting.scores(slab, self.columns, sweep.square("system", slab))
+        erased = self.meeting.scores(slab, k, sweep.square("erased keys", slab))
         right = sweep.work("right", sweep.value_dim, slab)
         if self.wide:
             right.zero_()
@@ -187,7 +190,7 @@ class EraseRule:
         right.copy_(torch.bmm(erased, v)).neg_()
 
     def load_reads(self, slab: Slab, q: Tensor) -> None:
-        scores = self.sweep.work("key scores", self.sweep.grid.chunk, slab)
+        scores = self.sweep.square("key scores", slab)
         self.sweep.decay.scores(q, self.keys.flat[slab.chunks], scores)
 
     def write(self, slab: Slab, states: States) -> None:
@@ -205,7 +208,7 @@ class EraseRule:
 
     def read(self, slab: Slab, out: Tensor) -> None:
         v = self.values.flat[slab.chunks]
-        out[..., : v.shape[-1]].baddbmm_(self.sweep.work("key scores", self.sweep.grid.chunk, slab), v)
+        out[..., : v.shape[-1]].baddbmm_(self.sweep.square("key scores", slab), v)
 
     def dcolumns(self, slab: Slab, parts: Parts) -> Tensor:
         return parts["b"].flat[slab.chunks]
@@ -221,17 +224,17 @@ class EraseRule:
         moments: Tensor | None,
     ) -> None:
         """Completes the gradients of all but the decays, and fills `moments` with what all but the queries add."""
-        sweep, n, size = self.sweep, slab.chunks, self.sweep.grid.chunk
+        sweep, n = self.sweep, slab.chunks
         k, v, after = self.keys.flat[n], self.values.flat[n], dstates.after[n]
         dk, dv = parts["k"].flat[n], parts["v"].flat[n]
         torch.bmm(v, after.mT, out=dk).mul_(sweep.decay.leave)
-        dscores = torch.bmm(dout, v.mT, out=sweep.work("dscores", size, slab))
+        dscores = torch.bmm(dout, v.mT, out=sweep.square("dscores", slab))
         sweep.decay.add_gradients(dscores, sweep.sources["q"].flat[n], k, parts["q"].flat[n], dk)
         torch.baddbmm(dscores, dright, v.mT, beta=0.0, alpha=-1.0, out=dscores)
         self.meeting.add_gradients(slab, dscores, drows, k, dk)
 
-        torch.bmm(sweep.work("key scores", size, slab).mT, dout, out=dv)
-        dv.baddbmm_(sweep.work("erased keys", size, slab).mT, dright, alpha=-1.0)
+        torch.bmm(sweep.square("key scores", slab).mT, dout, out=dv)
+        dv.baddbmm_(sweep.square("erased keys", slab).mT, dright, alpha=-1.0)
         dv.baddbmm_(sweep.work("keys", sweep.key_dim, slab), after)
         torch.neg(drows, out=parts["a"].flat[n])
         if moments is not None:

@@ -70,7 +70,7 @@ class Sweep(sweeps.Sweep):
             self.through = [keys * values.mT for keys, values in across]
 
     def scores(self, slab: Slab) -> Tensor:
-        return self.work("scores", self.grid.chunk, slab)
+        return self.square("scores", slab)
 
     def advance(self, slab: Slab, states: States) -> None:
         self.fill(slab, states, self.k.mul_(self.decay.leave), self.leaving(slab))
@@ -114,7 +114,7 @@ class Sweep(sweeps.Sweep):
         self.load(slab)
         q, k, v = self.q, self.k, self.v
 
-        scores, dscores = self.scores(slab), self.work("dscores", self.grid.chunk, slab)
+        scores, dscores = self.scores(slab), self.square("dscores", slab)
         if value_decay is None:
             torch.bmm(scores.mT, dout, out=dv)
             torch.bmm(dout, v.mT, out=dscores)

@@ -5,6 +5,7 @@ from .depth_attention import depth_attention
 from .doubly_stochastic import doubly_stochastic
 from .embedding import embedding
 from .gated_norm import gated_norm
+from .heads import add_skip, scale_heads
 from .rms_norm import l2_norm, rms_norm
 from .rope import ROPE_SCALINGS, RopeScaling, Rotation, rope, rope_frequencies, rotate, rotations
 from .swiglu import clamped_swiglu, swiglu
@@ -14,6 +15,7 @@ __all__ = [
     "ROPE_SCALINGS",
     "RopeScaling",
     "Rotation",
+    "add_skip",
     "chunk_tokens",
     "clamped_swiglu",
     "cross_entropy",
@@ -28,6 +30,7 @@ __all__ = [
     "rope_frequencies",
     "rotate",
     "rotations",
+    "scale_heads",
     "swiglu",
     "tiled",
 ]

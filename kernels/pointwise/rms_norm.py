@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..dispatch import by_kernels, by_library
 from ..operation import Function
 from . import library
+from .tiles import in_cache
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
@@ -55,15 +57,9 @@ class _RmsNorm(Function):
             ctx.save_for_backward(x, weight, inverse)
             ctx.kernels = kernels
             return y
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = wide * inverse
-        if weight is not None:
-            y.mul_(weight.to(wide.dtype) + offset if offset else weight)
-        elif offset != 1.0:
-            y.mul_(offset)
-        ctx.save_for_backward(x, weight, inverse)
-        return y.to(x.dtype)
+        y, inverse = in_cache(partial(_normed, weight=weight, eps=eps, offset=offset), (_rows(x),), 2)
+        ctx.save_for_backward(x, weight, inverse.view(*x.shape[:-1], 1))
+        return y.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -72,18 +68,43 @@ class _RmsNorm(Function):
         x, weight, inverse = ctx.saved_tensors
         if ctx.kernels is not None:
             return *ctx.kernels.norm_backward(dy, x, weight, inverse, ctx.offset), None, None
-        g = dy.to(inverse.dtype)
-        n = x.to(inverse.dtype) * inverse
-        dweight = None
-        if weight is not None:
-            if ctx.needs_input_grad[1]:
-                dweight = (g * n).flatten(0, -2).sum(0).to(weight.dtype)
-            g = g * (weight.to(inverse.dtype) + ctx.offset)
-        elif ctx.offset != 1.0:
-            g = g * ctx.offset
-        along = (g * n).mean(-1, keepdim=True)
-        dx = n.mul_(along).neg_().add_(g).mul_(inverse)
-        return dx.to(x.dtype), dweight, None, None
+        of_weight: bool = weight is not None and ctx.needs_input_grad[1]
+        compute = partial(_gradients, weight=weight, offset=ctx.offset, of_weight=of_weight)
+        dx, *sums = in_cache(compute, (_rows(dy), _rows(x), _rows(inverse)), 1)
+        dweight = sums[0].to(weight.dtype) if weight is not None and sums else None
+        return dx.view(x.shape), dweight, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _normed(x: Tensor, *, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """y and the inverse of each row."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y = wide * inverse
+    if weight is not None:
+        y.mul_(weight.to(wide.dtype) + offset if offset else weight)
+    elif offset != 1.0:
+        y.mul_(offset)
+    return y.to(x.dtype), inverse
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, inverse: Tensor, *, weight: Tensor | None, offset: float, of_weight: bool
+) -> tuple[Tensor, ...]:
+    """dx and, if wanted, that of the weight in the inverse's type."""
+    n = x.to(inverse.dtype) * inverse
+    g = dy.to(inverse.dtype)
+    dweight = (g * n).sum(0) if of_weight else None
+    if weight is not None:
+        g = g * (weight.to(inverse.dtype) + offset)
+    elif offset != 1.0:
+        g = g * offset
+    along = (g * n).mean(-1, keepdim=True)
+    dx = n.mul_(along).neg_().add_(g).mul_(inverse).to(x.dtype)
+    return (dx,) if dweight is None else (dx, dweight)
 
 
 def _kernels(x: Tensor) -> Any:

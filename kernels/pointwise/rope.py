@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dispatch import by_kernels
 from ..operation import Function
+from .tiles import in_cache
 
 # The settings that each kind of scaling reads beside `factor`; `_REQUIRED` have no default.
 _READS = {
@@ -297,12 +298,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     kernels = by_kernels("rope", x)
     if kernels is not None and x.numel():
         return kernels.turned(x, cos, sin, direction)
+    (y,) = in_cache(partial(_turned, direction=direction), (x.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1)), 1)
+    return y.view(x.shape)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> tuple[Tensor, ...]:
+    """Of tokens `[n, H, K]`."""
     half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = (x[..., i * half : (i + 1) * half].to(cos.dtype) for i in range(2))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     y[..., :half] = (first * cos).addcmul_(second, sin, value=-direction)
     y[..., half : 2 * half] = (second * cos).addcmul_(first, sin, value=direction)
     if 2 * half < x.shape[-1]:
         y[..., 2 * half :] = x[..., 2 * half :]
-    return y
+    return (y,)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..dispatch import by_kernels, by_library
 from ..operation import Function
 from . import library
+from .tiles import in_cache
 
 SLOPE = 1.702  # sigmoid(1.702 x) is near the normal distribution function, so that x times it is near GELU
 
@@ -72,7 +73,7 @@ class _SwiGLU(Function):
         ctx.kernels = by_kernels("swiglu", gate)
         if ctx.kernels is not None:
             return ctx.kernels.gated(gate, up)
-        return F.silu(gate).mul_(up)
+        return in_cache(_gated, _rows(gate, up), 1)[0].view(gate.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,5 +82,17 @@ class _SwiGLU(Function):
         gate, up = ctx.saved_tensors
         if ctx.kernels is not None:
             return ctx.kernels.gated_backward(dy, gate, up)
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, F.silu(gate).mul_(dy)
+        dgate, dup = in_cache(_gradients, _rows(dy, gate, up), 2)
+        return dgate.view(gate.shape), dup.view(up.shape)
+
+
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1) for x in tensors)
+
+
+def _gated(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    return (F.silu(gate).mul_(up),)
+
+
+def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)

@@ -12,6 +12,33 @@ from ..dispatch import starts
 from ..operation import Function
 
 Compute = Callable[..., Tensor | tuple[Tensor, ...]]
+TILE = 1 << 16  # numbers of a tile, of which a CPU's cache holds several
+
+
+def in_cache(compute: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
+    """compute(*rows), on a CPU some rows at a time, so that no result between two operations leaves its caches.
+
+    rows: `[R, …]` each; `compute` must treat each by itself, and returns `outputs` tensors `[n, …]` of n rows and then
+    what is summed over rows. Not differentiable. On `meta` two tiles stand for all; see `starts`.
+    """
+    count, device = rows[0].shape[0], rows[0].device
+    size = max(1, TILE // max(1, rows[0].shape[1:].numel()))
+    if device.type not in ("cpu", "meta") or torch.compiler.is_compiling() or count <= size:
+        return compute(*rows)
+    results: tuple[Tensor, ...] = ()
+    for start in starts(count, size, device):
+        found = compute(*(x[start : start + size] for x in rows))
+        if not results:
+            results = (
+                *(x.new_empty(count, *x.shape[1:]) for x in found[:outputs]),
+                *map(torch.zeros_like, found[outputs:]),
+            )
+        for place, (whole, part) in enumerate(zip(results, found, strict=True)):
+            if place < outputs:
+                whole[start : start + size] = part
+            else:
+                whole.add_(part)
+    return results
 
 
 def tiled(compute: Compute, tokens: tuple[Tensor, ...], weights: Iterable[Tensor], size: int) -> tuple[Tensor, ...]:

@@ -127,8 +127,9 @@ class _Convolve(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight, bias = ctx.saved_tensors
         taps, before = _taps(rows, weight), ctx.before
-        (batch, length, dim), slab = dout.shape, _slab(rows)
-        drows = taps.new_zeros(batch, before + rows.shape[1], dim)
+        (batch, length, dim), slab = dout.shape, max(1, _slab(rows) // 2)  # of twice as many tensors
+        drows, last = taps.new_empty(batch, before + rows.shape[1], dim), len(taps) - 1
+        drows[:, :last].zero_()
         # Of the tokens of all slabs at one place in them, and of all these at last: a pass less than sums of slabs.
         dtaps = taps.new_zeros(len(taps), batch, min(slab, length), dim)
         dbias = taps.new_zeros(dim)
@@ -138,8 +139,10 @@ class _Convolve(Function):
             near = _window(rows, taps, start - before, size)
             if ctx.activation == "silu":
                 dsum = torch.ops.aten.silu_backward(dsum, _convolve(near, taps, bias))
+            torch.mul(dsum, taps[last], out=drows[:, start + last : start + last + size])  # the first to come there
             for tap, factor in enumerate(taps):
-                drows[:, start + tap : start + tap + size].addcmul_(dsum, factor)
+                if tap < last:
+                    drows[:, start + tap : start + tap + size].addcmul_(dsum, factor)
                 dtaps[tap, :, :size].addcmul_(dsum, near[:, tap : tap + size])
             if bias is not None:
                 dbias += dsum.sum((0, 1))

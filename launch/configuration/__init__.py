@@ -38,6 +38,7 @@ HYDRA_FLAGS = (
     "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
 )  # fmt: skip
 TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+LISTED = {"Integer": "a list of integers", "Float": "a list of numbers", "Boolean": "a list of true and false"}
 # Settings to which + may add one that the configuration has not, since their schema is open.
 OPEN = ("model.", "data.mixture.", "engine.config.", "callbacks.", "parallel.mixers.", "optimizer.groups.")
 MANY = 12
@@ -243,8 +244,8 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     message = "\n".join(lines)
     option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
     key = re.search(r"Could not override '([^'@]+)'", message)
-    value = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n.*could not be converted to (\w+)", message)
-    truth = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n.*is not a valid bool", message)
+    merged = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n(.*)", message)
+    value = merged and re.search(r"could not be converted to (\w+)", merged[3])
     there = re.search(r"Could not append to config\. An item is already at '([^']+)'", message)
     kept = re.search(r"Error merging override ~([\w.]+)\n.*does not support deletion", message)
     if option:
@@ -260,10 +261,15 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
         return f"error: {there[1]} must be set without +, since it is there; got {given}. Write {given.lstrip('+')}"
     if kept:
         return f"error: {kept[1]} must stay, with a value; got ~{kept[1]}. Leave ~{kept[1]} out for its default"
-    if truth:
-        return f"error: {truth[1]} must be {TYPES['Boolean']}; got {truth[2]}"
-    if value:
-        return f"error: {value[1]} must be {TYPES.get(value[3], value[3])}; got {value[2]}"
+    if merged and "is not a valid bool" in merged[3]:
+        return f"error: {merged[1]} must be {TYPES['Boolean']}; got {merged[2]}"
+    if merged and value:
+        types = LISTED if merged[2].startswith("[") else TYPES
+        return f"error: {merged[1]} must be {types.get(value[1], value[1])}; got {merged[2]}"
+    if merged and "ListConfig" in merged[3]:
+        return f"error: {merged[1]} must be a list; got {merged[2]}. Write '{merged[1]}=[{merged[2]}]'"
+    if merged and "is not a subclass of" in merged[3]:
+        return f"error: {merged[1]} must be settings, each by its name; got {merged[2]}. Write {merged[1]}.NAME=VALUE"
     missing = key or re.search(r"Key '([^'@]+)'", message)
     return "\n".join([f"error: {message}", *(_near(missing[1], config_name, overrides) if missing else [])])
 

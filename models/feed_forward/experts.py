@@ -52,7 +52,8 @@ class Experts(nn.Module):
     """Feed-forward layers of which each row runs the chosen ones: y = sum_c weights_c * expert_c(x).
 
     x `[N, width]`, chosen int64 `[N, k]` (−1 for none), weights `[N, k]`; `[N, width]` in the type of the weights. No
-    row is dropped or padded, whatever the experts' loads. With weigh_inputs y = sum_c expert_c(weights_c * x).
+    row is dropped or padded, whatever the experts' loads. choices: how many of `chosen` are not −1, where the host
+    knows it; else there is room for all. With weigh_inputs y = sum_c expert_c(weights_c * x).
     activation: "swiglu", or one of those of `MLP`, with which experts have two matrices. bias, limit: as in `SwiGLU`.
     """
 
@@ -74,8 +75,11 @@ class Experts(nn.Module):
         self.down = ExpertLinear(experts, hidden, width, bias)
         self.limit, self.weigh_inputs = limit, weigh_inputs
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, count: int, backend: str) -> Tensor:
+    def forward(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, count: int, backend: str, choices: int | None = None
+    ) -> Tensor:
         grouping = Grouping.of(chosen, count)
+        grouping = grouping if choices is None else grouping.first(choices)
         if (matrices := self._swiglus()) is not None and runs_routed(x, backend):
             return routed_swiglu(x, weights, grouping, *matrices)
         rows = spread(x, grouping)
@@ -212,7 +216,9 @@ class MixtureOfExperts(FeedForward):
         rows, real, count = x.flatten(0, -2), real.flatten(), self.router.experts
         routing = self.router(rows)
         chosen = torch.where(real.unsqueeze(1), routing.experts, -1)
-        travel = to_experts(chosen, count, seq=seq)  # where ranks share the experts; what is shared runs meanwhile
+        travel = to_experts(
+            chosen, count, seq=seq, even=self.router.even
+        )  # where ranks share the experts; what is shared runs meanwhile
         shared = self._shared(x, seq)
         out = travel(rows if self.narrow is None else self.narrow(rows), routing.weights, self.experts).to(x.dtype)
         out = (out if self.widen is None else self.widen(out)).view(x.shape)

@@ -80,6 +80,15 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.scale
 
+    def even(self, tokens: int) -> Tensor:
+        """int64 `[tokens, k]`, on the host: the choices of tokens whose scores are drawn, by which no expert is better.
+
+        What tokens choose of experts with even loads, as far as that can be known without any.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        scores = torch.rand(tokens, self.experts, generator=generator, device="cpu")
+        return self._allowed(scores).topk(self.chosen, dim=-1).indices
+
     def initialise_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         if name != "logit_bias":
             return False

@@ -253,7 +253,7 @@ MAMBA2 = Component(
         "bias": Flag("use_bias"),
         "conv_bias": Flag("use_conv_bias", default=True),
         "norm_eps": Unread("layer_norm_epsilon"),
-        **dict.fromkeys(("step_range", "step_floor"), Unread()),
+        **dict.fromkeys(("step_range", "step_floor", "initial_skip"), Unread()),
     },
     {
         **{name: _input(number) for number, name in enumerate(("gate", "value", "key", "query", "step"))},

@@ -13,7 +13,8 @@ a forward's products more, whatever the network. In backward the same holds for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class StatePassing(Operation):
     ) -> Tensors:
         (dout,), (initial, transitions, reads) = gradients, saved
         assert dout is not None
-        problem, dout = self._problem(inputs, seq), seq.fold(dout)
+        problem, dout = self._problem(inputs, seq, outputs[0]), seq.fold(dout)
         dfinal = None
         if transitions is not None:
             local = self.op.summarize_backward(problem, dout, initial, reads)
@@ -105,10 +106,11 @@ class StatePassing(Operation):
         after = ranks * spans - 1 - self.rank  # a rank's first span has its number
         return (out,), (initial, transition.new_empty(after, batch, *rest), reads)
 
-    def _problem(self, inputs: Tensors, seq: Sequence) -> Problem[Any]:
+    def _problem(self, inputs: Tensors, seq: Sequence, out: Tensor | None = None) -> Problem[Any]:
         """The call on this rank's spans, folded into the batch; exact where outputs are to be corrected."""
         folded = tuple(x if x is None or not is_sequence(x) else seq.fold(x) for x in inputs)
-        return self.op.problem(folded, seq.spans, backend=seq.backend, exact=seq.layout.ranks > 1)
+        problem = self.op.problem(folded, seq.spans, backend=seq.backend, exact=seq.layout.ranks > 1)
+        return problem if out is None else replace(problem, out=partial(seq.fold, out))
 
 
 def _before(problem: Problem[Any], mine: Summary, seq: Sequence) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from longreach.kernels.pointwise import rms_norm
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 24), (2, 5, 3, 16)])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 24), (2, 5, 3, 16), (1, 3001, 24)])  # the last is of two tiles
 def test_equals_torch_with_gradients(shape, offset):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(shape[-1], dtype=torch.float64, requires_grad=True)

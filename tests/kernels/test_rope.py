@@ -13,12 +13,12 @@ def positions_of(batch, length, start=0):
     return torch.arange(start, start + length, dtype=torch.int32).expand(batch, length)
 
 
-@pytest.mark.parametrize("start", [0, 1000])
-def test_rotation_equals_that_of_transformers(start):
+@pytest.mark.parametrize(("start", "length"), [(0, 63), (1000, 63), (0, 701)])  # the last is of two tiles
+def test_rotation_equals_that_of_transformers(start, length):
     llama = definitions_of("llama")
     frequencies, factor = rope_frequencies(16, 10000.0)
-    positions = positions_of(2, 63, start)
-    q, k = torch.randn(2, 63, 4, 16), torch.randn(2, 63, 2, 16)
+    positions = positions_of(2, length, start)
+    q, k = torch.randn(2, length, 4, 16), torch.randn(2, length, 2, 16)
     angles = positions[..., None].double() * frequencies.double()
     cos, sin = (torch.cat([f(angles), f(angles)], dim=-1).float() for f in (torch.cos, torch.sin))
     wanted = llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)

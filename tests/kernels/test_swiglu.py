@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from longreach.kernels.pointwise import swiglu
 
 
-def test_equals_the_formula_with_gradients():
-    gate, up = (torch.randn(2, 63, 24, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    dy = torch.randn(2, 63, 24, dtype=torch.float64)
+@pytest.mark.parametrize("length", [63, 1501])  # of one tile and of two
+def test_equals_the_formula_with_gradients(length):
+    gate, up = (torch.randn(2, length, 24, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    dy = torch.randn(2, length, 24, dtype=torch.float64)
     got, want = swiglu(gate, up), F.silu(gate) * up
     torch.testing.assert_close(got, want)
     for a, b in zip(torch.autograd.grad(got, (gate, up), dy), torch.autograd.grad(want, (gate, up), dy), strict=True):

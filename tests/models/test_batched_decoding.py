@@ -1,5 +1,7 @@
 """Rows of unequal length that are decoded together, read in pieces or by several ranks, give what each gives alone."""
 
+from collections import Counter
+
 import pytest
 import torch
 from distributed import run_ranks, run_threads
@@ -15,6 +17,7 @@ from longreach.models.decoding import continue_all, generate, log_likelihoods, n
 from longreach.parallel import ops
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import DecodingCache, Sequence
+from longreach.parallel.threads import this_rank
 
 LENGTHS = [23, 5, 37, 1, 23]  # of prompts
 STEPS = 20  # tokens that follow: blocks and windows are completed at times that differ by row
@@ -174,6 +177,30 @@ def continued_by_ranks(rank, world, name):
 def test_ranks_that_share_prompts_continue_them_as_one_does():
     parts = run_threads(2, continued_by_ranks, "gated_deltanet")
     assert parts == [texts(small_hybrid("gated_deltanet"), temperature=0)] * 2
+
+
+def test_ranks_with_other_prompts_call_the_model_equally_often():
+    """As they must where they share out its parameters: rows of the second data rank end later."""
+    model, calls = small_hybrid("gated_deltanet"), []
+    free = texts(model, temperature=0)
+
+    def continued(rank, world):
+        mesh, seen = Mesh.create(2), []
+
+        def ends(row, token):
+            seen.append(token)
+            return len(seen) == 3 + 6 * mesh.data_rank
+
+        return texts(model, [PROMPTS[mesh.data_rank]], temperature=0, mesh=mesh, together=True, ends=ends)
+
+    with model.head.register_forward_hook(lambda *_: calls.append(this_rank().rank)):
+        found = run_threads(4, continued)
+    assert found == [[free[0][:3]]] * 2 + [[free[1][:9]]] * 2
+    assert Counter(calls) == dict.fromkeys(range(4), 9)
+    with pytest.raises(ValueError, match="mesh must be given with together"):
+        texts(model, together=True)
+    with pytest.raises(ValueError, match="prefill_tokens must be left out with together"):
+        texts(model, together=True, mesh=Mesh(), prefill_tokens=2)
 
 
 @pytest.mark.parametrize("prefill_tokens", [None, 5])

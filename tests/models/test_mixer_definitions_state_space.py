@@ -7,6 +7,7 @@ from oracles import assert_agrees
 
 from longreach.kernels.documents import Documents
 from longreach.models.mixers.linear.mlstm import MLSTM
+from longreach.models.mixers.state_space.log_linear_mamba2 import LogLinearMamba2
 from longreach.models.mixers.state_space.mamba2 import Mamba2
 from longreach.parallel.sequence import Sequence
 from longreach.trainer.optimizers.groups import parameter_groups
@@ -107,6 +108,13 @@ def test_mamba2_starts_as_published():
     assert (values["D"] == 1).all()
     steps = torch.nn.functional.softplus(values["dt_bias"])
     assert ((steps >= 1e-3 * 0.99) & (steps <= 0.1 * 1.01)).all()
+
+
+@pytest.mark.parametrize("mixer", [Mamba2, LogLinearMamba2])
+def test_the_skip_starts_where_it_is_set(mixer):
+    skip = torch.empty(8)
+    assert mixer(width=32, head_dim=8, initial_skip=0.25).initialise_parameter("D", skip, torch.Generator())
+    assert (skip == 0.25).all()
 
 
 def test_mlstm_starts_with_closed_input_gates():

@@ -3,11 +3,14 @@
 import gc
 import importlib
 import pkgutil
+import weakref
 
 import pytest
 import torch
 from distributed import run_threads
 from model_presets import MIXERS, WIDTH, build_mixer, few_or_many, few_or_slow, in_pieces, mixer_partial
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longreach.kernels.documents import Documents
 from longreach.models import mixers
@@ -133,23 +136,40 @@ def test_every_parameter_and_the_input_get_a_gradient(name):
         assert tensor.grad.abs().max() > 1e-6, label
 
 
-@pytest.mark.slow  # collecting all of a test run's garbage takes the better part of a second
-@pytest.mark.parametrize("name", few_or_many())
+class Made(TorchDispatchMode):
+    """Every tensor that an operation makes, and the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[tuple[weakref.ref[torch.Tensor], str]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.tensors += [(weakref.ref(y), str(func)) for y in tree_leaves(out) if isinstance(y, torch.Tensor)]
+        return out
+
+    @property
+    def held(self):
+        return [(tuple(y.shape), y.dtype, made_by) for of, made_by in self.tensors if (y := of()) is not None]
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_a_pass_lets_go_of_its_tensors_when_it_ends(name):
     """No cycle of references holds them until Python's collector comes by, in any number of steps."""
     mixer, x = build_mixer(name), draw()
     forward_and_gradients(mixer, x, packed())  # what is kept for good is made
-    gc.collect()
-    gc.freeze()
+    mixer.zero_grad()
+    collects, made = gc.isenabled(), Made()
     gc.disable()
     try:
-        forward_and_gradients(mixer, x, packed())
+        with made:
+            forward_and_gradients(mixer, x, packed())
         mixer.zero_grad()
-        held = [y.shape for y in gc.get_objects() if type(y) is torch.Tensor and y.is_floating_point()]
+        assert made.tensors
+        assert not made.held
     finally:
-        gc.enable()
-        gc.unfreeze()
-    assert not held
+        if collects:
+            gc.enable()
 
 
 def forward_and_gradients(mixer, x, seq):

@@ -9,6 +9,7 @@ import torch
 from distributed import RankError, run_ranks
 from small_model import ADAM, SmallModel, batch, full, make_engine, rate, train_step
 
+from longreach.trainer.engine import norms as norms_of_parts
 from longreach.trainer.optimizers.groups import frozen_parameters, parameter_groups
 from longreach.trainer.ranks import processes
 
@@ -168,6 +169,19 @@ def test_the_norm_of_millions_of_numbers_is_right_to_the_sixth_digit_and_clips(s
     clipped = run_ranks(world, norms_of_a_wide_model, stage, dtype, clip, config)
     assert sum(square for _, square in clipped) / (world if stage == 0 else 1) == pytest.approx(clip**2, rel=2e-6)
     assert clipped[0][0] == pytest.approx(results[0][0], rel=1e-7)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25])  # squares of the latter are beyond float32
+@pytest.mark.parametrize("length", [5, 2048, 300_000])
+def test_norms_of_parts_are_those_of_float64(size, length):
+    tensors = [size * torch.randn(length), size * torch.randn(3, 7)]
+    expected = torch.cat([x.double().flatten() for x in tensors]).norm()
+    assert float(norms_of_parts(tensors).norm()) == pytest.approx(float(expected), rel=1e-7)
+
+
+def test_norms_of_what_is_not_finite_are_not():
+    assert not norms_of_parts([torch.tensor([1.0, float("nan")])]).norm().isfinite()
+    assert not norms_of_parts([torch.full((4096,), float("inf"))]).norm().isfinite()
 
 
 def largest_held(rank, world, stage):

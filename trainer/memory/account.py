@@ -30,6 +30,7 @@ from ...parallel.layout import Layout
 from ...parallel.sequence import Sequence
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
+from ..zero.experts import cut_as_made
 from .allocations import Allocations, size
 from .states import STEP, Share, coming_gradients, states_of, stepping
 
@@ -236,17 +237,17 @@ def _counted(
     tile_tokens: int | None,
     exact: bool,
 ) -> _Counted:
-    with torch.device("meta"):
+    documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
+    strategy, ulysses = strategy_of(settings.parallel), ulysses_ranks(settings.parallel)
+    # The last rank, which sees the most keys.
+    seq, _ = alone(documents, layout, layout.ranks - 1, strategy, ulysses, settings.parallel.experts)
+    with torch.device("meta"), cut_as_made(seq.experts):
         model = build().to("meta")
         cast_parameters(model, dtype)
         tile([part for _, part in model.leaves()], tile_tokens)
         model.at_step(0)
-        documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
-        strategy, ulysses = strategy_of(settings.parallel), ulysses_ranks(settings.parallel)
-        if exact:  # the last rank, which sees the most keys
-            seq, _ = alone(documents, layout, layout.ranks - 1, strategy, ulysses)
-        else:
-            seq = Sequence.rehearsal(documents, layout, strategy, ulysses)
+        if not exact:
+            seq = replace(Sequence.rehearsal(documents, layout, strategy, ulysses), experts=seq.experts)
         away = model.copies = _Away()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # as from an earlier micro-batch: counted with the states

@@ -204,7 +204,8 @@ def stepping(
     numbers, part = (sum(map(attrgetter(name), others)) for name in ("numbers", "part"))
     largest = max((parameter.numel() for group in others for parameter in group.parameters), default=0)
     norm = 8 * largest / (world_size if stage == 3 else 1)
-    own = 4 * numbers if at_once else max(0.0 if away else 4 * part, norm) - whole - (bucket if stage == 2 else 0.0)
+    reduced = 4 * numbers if stage or world_size > 1 else 0.0  # alone on stage 0 there is nobody to reduce with
+    own = reduced if at_once else max(0.0 if away else 4 * part, norm) - whole - (bucket if stage == 2 else 0.0)
     most = max(most, own, _step(experts, settings, device, flat=True))
     if stage == 1 and device.type == "cpu" and settings.trainer.dtype == "float32" and not away:
         most = max(most, 4 * min(_bucket(settings), numbers))

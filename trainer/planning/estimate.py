@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ from .cluster import ClusterSettings
 from .layers import Shallow
 from .links import ring, travel
 from .sending import Call, calls
+from .sent import Key, Sent, again, further, with_ranks
 from .work import HEAD, Work, work
-from .zero import gathered_at_once, zero_sends
+from .zero import ZeroSend, gathered_at_once, zero_sends
 
 FEW_LOGITS = 256  # tokens of a vocabulary whose logits take little
 FEW_RANKS = (4, 8)  # two numbers of them, from which what is kept on any number is told
@@ -32,17 +33,6 @@ MOST_RANKS = 64  # in a ring whose calls are counted one by one; of more, what g
 PASSES = 5  # over what layers keep: written and read in forward; read in backward, whose gradient is written and read
 STEP_BYTES = 28  # that AdamW reads and writes for each number: two moments and a master twice, and a gradient
 HOST_GBPS = 200.0  # bytes a second of a node's memory, of the optimizer's step on the host; an assumption
-Key = tuple[str, str, str]  # mixer, op, phase
-
-
-@dataclass
-class Sent:
-    """Of all calls of one op in a micro-batch: bytes by link, seconds, and whether values say how much it is."""
-
-    bytes: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    overlaps: bool = False
-    listed: bool = False
 
 
 @dataclass
@@ -55,7 +45,7 @@ class Estimate:
     extra: int
     work: Work
     sent: dict[Key, Sent]
-    zero: list[Any]
+    zero: list[ZeroSend]
     seconds: dict[str, float]
     hidden: dict[str, float]
     micro_batches: int
@@ -114,6 +104,8 @@ class Estimator:
         self._states: dict[Any, tuple[tuple[Share, ...], Share]] = {}
         self._work: dict[Any, Work] = {}
         self._traffic: dict[Any, Any] = {}
+        self._zero: dict[Any, tuple[list[ZeroSend], int]] = {}
+        self._parameters = self.whole.parameter_count(), self.whole.parameter_count(active=True)
 
     def estimate(self, settings: Settings, cluster: ClusterSettings) -> Estimate:
         """Raises ValueError for what the model or an exchange refuses."""
@@ -122,15 +114,25 @@ class Estimator:
         made = self.account(settings, cluster.gpus)
         data_ranks = cluster.gpus // settings.parallel.sequence
         micro_batches = settings.data.rows_per_step // (data_ranks * settings.data.rows_per_micro_batch)
-        zero = zero_sends(self.whole, settings, cluster.gpus, micro_batches)
-        extra = round(cluster.reserved_gb * 1e9) + gathered_at_once(self.whole, settings)
-        parameters = self.whole.parameter_count()
+        zero, at_once = self._of_zero(settings, cluster.gpus, micro_batches)
+        extra = round(cluster.reserved_gb * 1e9) + at_once
         estimate = Estimate(
-            settings, cluster, made, extra, of_rows, sent, zero, {}, {}, micro_batches, kernels, parameters,
-            self.whole.parameter_count(active=True),
-        )  # fmt: skip
+            settings, cluster, made, extra, of_rows, sent, zero, {}, {}, micro_batches, kernels, *self._parameters
+        )
         _time(estimate, self.moved(settings))
         return estimate
+
+    def _of_zero(self, settings: Settings, ranks: int, micro_batches: int) -> tuple[list[ZeroSend], int]:
+        """What ZeRO sends, and the bytes that it holds gathered at most."""
+        trainer = settings.trainer
+        key = (
+            str(settings.engine), trainer.dtype, settings.parallel.experts, ranks, micro_batches,
+            str(trainer.activation_checkpointing), trainer.tile_tokens is None,
+        )  # fmt: skip
+        if key not in self._zero:
+            sends = zero_sends(self.whole, settings, ranks, micro_batches)
+            self._zero[key] = sends, gathered_at_once(self.whole, settings)
+        return self._zero[key]
 
     def refuse(self, settings: Settings) -> None:
         """Raises what a rehearsal of training raises: for settings that the model has no use for, and its own."""
@@ -208,7 +210,6 @@ class Estimator:
         if number == 1:
             cut.parallel.layout, cut.parallel.spans = "contiguous", None
         cut.parallel.attention, cut.parallel.ulysses, cut.parallel.mixers = "ring", None, {}
-        cut.parallel.experts = 1  # which states depend on alone
         if cut.parallel.recurrent == "ulysses":
             cut.parallel.ulysses = min(2, number)
         key = (
@@ -233,34 +234,31 @@ class Estimator:
         made = self._activations(plain, 1, 1, backward=False)
         tokens = settings.data.rows_per_micro_batch * settings.data.sequence_length // settings.parallel.sequence
         kept = sum(share.bytes(tokens) for share in made.kept)
-        again = 2 * kept if settings.trainer.activation_checkpointing != "none" else 0
-        return PASSES * kept + again
+        more = 2 * kept if settings.trainer.activation_checkpointing != "none" else 0
+        return PASSES * kept + more
 
     def sent(self, settings: Settings, cluster: ClusterSettings) -> tuple[dict[Key, Sent], dict[str, set[str]]]:
         """What a rank at the border of a node sends for the sequence in a micro-batch, by op; the kernels of mixers."""
         parallel, modes = settings.parallel, settings.trainer.activation_checkpointing
         ulysses = ulysses_ranks(parallel)
-        if parallel.experts > 1:  # whose tokens are not counted
-            settings = deepcopy(settings)
-            parallel = settings.parallel
-            parallel.experts = 1
         key = (
-            modes if modes in ("none", "mixing", "full") else str(modes), str(parallel), cluster.gpus_per_node,
-            settings.data.sequence_length, settings.data.rows_per_micro_batch, settings.trainer.dtype, cluster.name,
+            str(modes), settings.trainer.tile_tokens, str(parallel), cluster.gpus_per_node, cluster.name,
+            settings.data.sequence_length, settings.data.rows_per_micro_batch, settings.trainer.dtype,
         )  # fmt: skip
         if key not in self._sent:
             most = MOST_RANKS * ulysses
-            if modes in ("mixing", "full"):  # a block that is recomputed sends again what it keeps nothing of
-                plain = deepcopy(settings)
-                plain.trainer.activation_checkpointing, plain.trainer.offload_activations = "none", False
+            plain = deepcopy(settings)
+            plain.trainer.activation_checkpointing, plain.trainer.offload_activations = "none", False
+            plain.trainer.tile_tokens = None
+            if plain.trainer != settings.trainer and isinstance(modes, str):
                 sent, kernels = self.sent(plain, cluster)
-                self._sent[key] = sent if modes == "mixing" else _again(sent), kernels
+                self._sent[key] = again(sent, settings), kernels
             elif parallel.sequence <= most:
                 self._sent[key] = self._counted(settings, cluster)
             else:  # of as many tokens a rank
-                less, more = (self._counted(_with_ranks(settings, most // by), cluster) for by in (2, 1))
+                less, more = (self._counted(with_ranks(settings, most // by), cluster) for by in (2, 1))
                 times = (parallel.sequence - most) / (most // 2)
-                self._sent[key] = _further(less[0], more[0], times), more[1]
+                self._sent[key] = further(less[0], more[0], times), more[1]
         return self._sent[key]
 
     def _counted(self, settings: Settings, cluster: ClusterSettings) -> tuple[dict[Key, Sent], dict[str, set[str]]]:
@@ -282,36 +280,6 @@ class Estimator:
             if call.kernel:
                 kernels[call.mixer].add(call.kernel)
         return dict(found), dict(kernels)
-
-
-def _with_ranks(settings: Settings, ranks: int) -> Settings:
-    """The settings with as many tokens a rank on fewer ranks."""
-    made = deepcopy(settings)
-    made.data.sequence_length = settings.data.sequence_length // settings.parallel.sequence * ranks
-    made.parallel.sequence = ranks
-    return made
-
-
-def _again(sent: dict[Key, Sent]) -> dict[Key, Sent]:
-    """What is sent where every forward runs twice."""
-    return {
-        key: replace(of, bytes=Counter({link: 2 * count for link, count in of.bytes.items()}), seconds=2 * of.seconds)
-        if key[2] == "forward"
-        else of
-        for key, of in sent.items()
-    }
-
-
-def _further(less: dict[Key, Sent], more: dict[Key, Sent], times: float) -> dict[Key, Sent]:
-    """What grows as it did from `less` to `more`, so many times as far."""
-    found = {}
-    for key, of in more.items():
-        before = less.get(key, Sent())
-        links = {*of.bytes, *before.bytes}
-        sent = Counter({x: round(of.bytes[x] + times * (of.bytes[x] - before.bytes[x])) for x in links})
-        seconds = of.seconds + times * (of.seconds - before.seconds)
-        found[key] = Sent(sent, seconds, of.overlaps, of.listed)
-    return found
 
 
 def _time(estimate: Estimate, moved: float) -> None:
@@ -336,12 +304,15 @@ def _time(estimate: Estimate, moved: float) -> None:
                 label = f"{name}: {op} sends, {phase}"
                 seconds[label] = times * (of.seconds - beside)
                 hidden[label] = times * beside
+    for (mixer, op, phase), of in estimate.sent.items():
+        if mixer not in estimate.work.kinds:  # between layers, and tokens of experts: nothing is computed beside
+            seconds[f"{mixer}: {op}, {phase}"] = times * of.seconds
+            hidden[f"{mixer}: {op}, {phase}"] = 0.0
     seconds["memory traffic of what layers keep"] = (
         times * moved / (cluster.memory_gbps * 1e9 * cluster.efficiency["memory"])
     )
-    everything = range(cluster.gpus)
     for each in estimate.zero:
-        taken = ring(each.bytes, everything, cluster).seconds
+        taken = ring(each.bytes, range(0, cluster.gpus, each.apart), cluster).seconds
         beside = min(taken, times * (forward + backward)) if each.overlapped else 0.0
         seconds[f"ZeRO: {each.what}"], hidden[f"ZeRO: {each.what}"] = taken - beside, beside
     away = sum(s.bytes(estimate.account.tokens) for s in estimate.account.kept if s.host)
@@ -369,4 +340,4 @@ def kernel_share(estimate: Estimate, kind: str) -> tuple[float, str]:
     return min(shares) if shares else cluster.share("other")
 
 
-__all__ = ["HEAD", "Estimate", "Estimator", "Sent", "kernel_share"]
+__all__ = ["HEAD", "Estimate", "Estimator", "kernel_share"]

@@ -29,10 +29,14 @@ class Shallow:
     @classmethod
     def of(cls, build: BuildModel, model: Mapping[str, Any], names: Iterable[str]) -> Shallow:
         """`names`: of the mixers of each layer of the model that the configuration describes."""
+        names = list(names)
         counts = Counter(names)
         whole = cls(lambda: build(dict(model)), {})
         if sum(counts.values()) <= len(counts) + 2 or "pattern" not in model:
             return whole
+
+        if model.get("multi_token_prediction"):  # whose blocks repeat the last layer
+            counts[names[-1]] = counts.pop(names[-1])
 
         def cut(twice: str | None = None) -> Build:
             pattern = [item for name in counts for item in ([name, name] if name == twice else [name])]

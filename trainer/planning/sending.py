@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +14,19 @@ from ...kernels.operation import Tensors
 from ...models.language_model import LanguageModel
 from ...models.part import cast_parameters, tile
 from ...parallel.alone import Sending, alone
-from ...parallel.operation import Operation, observing
+from ...parallel.operation import Exchange, Operation, observing
 from ...parallel.sequence import Sequence
 from ...parallel.traffic import Traffic, traffic
 from ..ranks.settings import layout_of, strategy_of, ulysses_ranks
 from ..settings import Settings
+from ..zero.experts import cut_as_made
 
 
 class Call(NamedTuple):
-    """Calls of one op that send alike: of a mixer by its name in the pattern, in "forward" or "backward"."""
+    """Calls of one op that send alike: of a mixer by its name in the pattern, in "forward" or "backward".
+
+    Of what is exchanged outside of ops, `mixer` and `op` are what the exchange says of itself.
+    """
 
     mixer: str
     op: str
@@ -52,23 +56,23 @@ def calls(
     """What the rank of a row sends for one micro-batch of rows of one document: calls, and how many there are.
 
     The model runs forward and backward without data, with recomputation as it is set. `cache` spares ops that are met
-    again. Experts' tokens and what multi-token prediction gathers are not in it.
+    again. Routers are taken to give experts even loads: see `to_experts`.
     """
     layout = layout_of(settings.parallel, settings.data.sequence_length)
     documents = Documents.whole(settings.data.rows_per_micro_batch, layout.length)
     strategy, ulysses = strategy_of(settings.parallel), ulysses_ranks(settings.parallel)
     found: list[_Observed] = []
-    with torch.device("meta"):
+    seq, noted = alone(documents, layout, rank, strategy, ulysses, settings.parallel.experts)
+    with torch.device("meta"), cut_as_made(seq.experts):
         model = build().to("meta")
         cast_parameters(model, getattr(torch, settings.trainer.dtype))
         tile([part for _, part in model.leaves()], None)
         model.at_step(0)
-        rehearsed = Sequence.rehearsal(documents, layout, strategy, ulysses)
+        rehearsed = replace(Sequence.rehearsal(documents, layout, strategy, ulysses), experts=seq.experts)
         tokens = torch.zeros(documents.batch, layout.local_length, dtype=torch.int64)
         with observing(lambda phase, op, inputs, seq: found.append(_observed(phase, op, inputs, seq))):
             loss, _, reports = model(tokens, rehearsed, tokens, False, True)
             torch.stack([loss, *(reports[path].to(loss.dtype) for path in model.losses)]).sum().backward()
-    seq, noted = alone(documents, layout, rank, strategy, ulysses)
     cache = {} if cache is None else cache
     counted = Counter[Call]()
     for each in found:
@@ -78,13 +82,16 @@ def calls(
             seq.layout,
             rank,
             ulysses,
+            settings.parallel.experts if isinstance(each.op, Exchange) else 1,
         )
         if key not in cache:
             cache[key] = traffic(each.op, each.inputs, seq, noted)
         of = cache[key]
         sends = of.forward if each.phase == "forward" else of.backward
-        name = each.op.kernel or type(each.op).__name__
-        counted[Call(each.mixer, name, kernel_of(each.op, each.inputs), each.phase, sends, of.listed)] += 1
+        mixer, name = each.mixer, each.op.kernel or type(each.op).__name__
+        if isinstance(each.op, Exchange):
+            mixer, name = each.op.where, each.op.what
+        counted[Call(mixer, name, kernel_of(each.op, each.inputs), each.phase, sends, of.listed)] += 1
     return counted
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....kernels.gated_linear import flops
-from ....kernels.pointwise import gated_norm, swiglu
+from ....kernels.pointwise import add_skip, gated_norm, scale_heads, swiglu
 from ....parallel import ops
 from ....parallel.sequence import Sequence
 from ...layers.decay_gate import GateLinear, check_steps, fill_with_steps
@@ -28,7 +28,9 @@ class Mamba2(Mixer):
     expansion: the width inside over the width; head_dim: of a head, so that there are expansion * width / head_dim
     heads. state: channels of B and C, which `groups` of heads share. conv_size: taps of the convolution. step_range,
     step_floor: where steps softplus(dt_bias) start, log-uniformly; step_limit: what steps are clamped to, None for no
-    upper bound. bias, conv_bias: of the linear layers and of the convolution.
+    upper bound. initial_skip: where D starts. From 1, as published, D x is a hundred times what is read at first, and
+    what the norm divides by; from 0 small models learn recall far sooner (`docs/recall.md`). bias, conv_bias: of the
+    linear layers and of the convolution.
     output_norm: "gate_first" as above, "norm_first" for RMSNorm(y) * silu(W_z u), None for no norm (Falcon-H1, arXiv
     2507.22448). multipliers: constants for W_z u, W_x u, W_B u, W_C u and W_delta u by the names of their layers,
     `gate`, `value`, `key`, `query` and `step`, as in Falcon-H1.
@@ -49,6 +51,7 @@ class Mamba2(Mixer):
         step_range: tuple[float, float] = (1e-3, 1e-1),
         step_floor: float = 1e-4,
         step_limit: tuple[float, float | None] = (0.0, None),
+        initial_skip: float = 1.0,
         bias: bool = False,
         conv_bias: bool = True,
         output_norm: str | None = "gate_first",
@@ -67,6 +70,7 @@ class Mamba2(Mixer):
         self.heads, self.head_dim, self.groups, self.state = heads, head_dim, groups, state
         self.multipliers = dict(multipliers or {})
         self.step_range, self.step_floor, self.step_limit = check_steps(step_range), step_floor, tuple(step_limit)
+        self.initial_skip = initial_skip
         self.gate = nn.Linear(width, inner, bias=bias)
         self.value = nn.Linear(width, inner, bias=bias)  # x
         self.key = nn.Linear(width, groups * state, bias=bias)  # B
@@ -87,9 +91,8 @@ class Mamba2(Mixer):
         k, q = (part.unflatten(-1, (self.groups, self.state)) for part in (k, q))
         step = self.steps(x)
         log_decay = -self.A_log.to(step.dtype).exp() * step
-        out = self.read(x, q, k, v * step.to(v.dtype).unsqueeze(-1), log_decay, seq)
-        out = out + self.D.to(v.dtype)[:, None] * v
-        out, gate = out.flatten(-2), self.times("gate", self.gate(x))
+        out = self.read(x, q, k, scale_heads(v, step), log_decay, seq)
+        out, gate = add_skip(out, v, self.D).flatten(-2), self.times("gate", self.gate(x))
         return self.output(swiglu(gate, out) if self.norm is None else self.norm(out, gate))
 
     def times(self, name: str, x: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class Mamba2(Mixer):
         if name == "A_log":
             tensor.copy_(torch.arange(1, len(tensor) + 1)).log_()
         elif name == "D":
-            tensor.fill_(1.0)
+            tensor.fill_(self.initial_skip)
         elif name == "dt_bias":
             fill_with_steps(tensor, generator, self.step_range, self.step_floor)
         else:

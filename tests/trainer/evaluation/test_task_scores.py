@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,23 @@ from torch.nn import functional as F
 
 from longreach.kernels.documents import Documents
 from longreach.launch.build import build
-from longreach.models.decoding import generate
+from longreach.models.decoding import continue_all, generate
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 from longreach.parallel.strategy import Strategy
 from longreach.parallel.threads import this_rank
+from longreach.trainer.data.tokenizers import byte_tokenizer
 from longreach.trainer.engine import Engine, EngineSettings, OptimizerSettings
 from longreach.trainer.evaluation import evaluation, scoring
 from longreach.trainer.evaluation.checkpoints import by_position
 from longreach.trainer.evaluation.documents import LongDocuments
 from longreach.trainer.evaluation.evaluation import Whole, evaluate
+from longreach.trainer.evaluation.sample import draw_sample
 from longreach.trainer.evaluation.scoring import Cell, Scores, score
 from longreach.trainer.evaluation.suite import SuiteSettings, layout_for, metrics, open_suite
 from longreach.trainer.evaluation.tasks.catalogue import tasks_of
+from longreach.trainer.evaluation.tasks.drawing import Draw
 from longreach.trainer.evaluation.tasks.task import Material, Problem, Task
 
 MIXERS = "longreach.models.mixers"
@@ -294,3 +298,74 @@ def test_scores_are_the_same_at_every_stage_of_zero() -> None:
         for each in run_ranks(2, under_zero, sequence, stage):
             assert (each.accuracy, each.exact, each.choice) == (one.accuracy, one.exact, one.choice)
             assert each.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+@dataclass(frozen=True)
+class Written(Task):
+    """Rows whose last tokens were decoded: of even numbers as they are, of odd ones with a fault."""
+
+    name = "written"
+    paper = ""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    def check(self, material: Material) -> None:
+        pass
+
+    def least(self, material: Material, number: int) -> int:
+        return 6
+
+    def problem(self, material: Material, length: int, number: int, depth: float = 0.0) -> Problem:
+        tokens = np.array(self.rows[number][:length])
+        if number % 2:
+            tokens[length - 1 - number] = (tokens[length - 1 - number] + 1) % VOCABULARY
+        return Problem.of(tokens, np.arange(length - 5, length), np.zeros(5, np.int64))
+
+
+def decoded_under_zero(rank: int, world: int, sequence: int, stage: int) -> Any:
+    """Four rows continued by 5 to 8 tokens, each data rank its own; their scores, those of tasks, and a sample."""
+    tokenizer, device = byte_tokenizer(), torch.device("cpu")
+    engine = Engine(
+        partial(without_values, tokenizer.vocabulary_size),
+        settings=EngineSettings(stage, {}),
+        optimizer=OptimizerSettings(),
+        mesh=Mesh.create(sequence),
+        device=device,
+    )
+    mesh, model = engine.mesh, engine.module.eval()
+    prompts = [Draw(0, "prompts", row).below(VOCABULARY, 20).tolist() for row in range(4)]
+    mine = range(4)[4 // mesh.data_ranks * mesh.data_rank :][: 4 // mesh.data_ranks]
+    rows = [list(prompts[row]) for row in mine]
+
+    def ends(place: int, token: int) -> bool:
+        rows[place].append(token)
+        return len(rows[place]) == 25 + mine[place]
+
+    for _ in continue_all(
+        model, [prompts[row] for row in mine], max_new_tokens=9, temperature=0, ends=ends, mesh=mesh, together=True
+    ):
+        pass
+    every: list[Any] = [rows] * world
+    if world > 1:
+        torch.distributed.all_gather_object(every, rows)
+    found = tuple(tuple(row) for part in every[::sequence] for row in part)
+    layout, material = layout_for(25, sequence, 2), Material(tokenizer.vocabulary_size)
+    own = score(engine, Cell(Written(found), 25, 0.0, 4), material, layout, Strategy(), 26)
+    chosen = SuiteSettings(["passkey", "parity", {"task": "mqar", "pairs": 3}], lengths=[301], problems=3, depths=[0.3])
+    suite = open_suite(chosen, 301, tokenizer.vocabulary_size, tokenizer)
+    lines = suite.score(engine, sequence, 2, Strategy())
+    corpus: Any = SimpleNamespace(tokenizer=tokenizer)
+    return found, own, lines, draw_sample(engine, corpus, "Ab", tokens=9, temperature=0.8, seed=1)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_rows_and_parameters_decode_and_score_as_one_does() -> None:
+    ((rows, own, lines, text),) = run_ranks(1, decoded_under_zero, 1, 0)
+    assert [len(row) for row in rows] == [25, 26, 27, 28]
+    assert own[:2] == (0.5, 0.5)
+    for found in run_ranks(4, decoded_under_zero, 2, 3):
+        assert found[0] == rows
+        assert found[1][:2] == own[:2]
+        for line, expected in zip(found[2], lines, strict=True):
+            assert line == {**expected, "loss": pytest.approx(expected["loss"], rel=1e-5)}
+        assert found[3] == text
