@@ -3,6 +3,8 @@
 torchrun --standalone --nproc-per-node 4 examples/03_four_ranks_on_cpu.py
 """
 
+import os
+import sys
 from functools import partial
 
 import torch
@@ -17,6 +19,8 @@ from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.sequence import Sequence
 
+if "RANK" not in os.environ:
+    sys.exit(f"start it as its four ranks: torchrun --standalone --nproc-per-node 4 {sys.argv[0]}")
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 mesh = Mesh.create(sequence=dist.get_world_size())

@@ -128,7 +128,9 @@ def write_hub(
 
     setting: that gives `out`, for messages. Raises ValueError as `export` does.
     """
-    tokenizer = checkpoint_tokenizer(source.path) if isinstance(source, OwnSource) else None
+    tokenizer = None
+    if isinstance(source, OwnSource) and not source.came_without_tokenizer:
+        tokenizer = checkpoint_tokenizer(source.path)
     origin = read_origin(source.path, tokenizer)
     ids = {key: origin.config[key] for key in IDS if key in origin.config}
     generation = origin.generation

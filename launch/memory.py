@@ -14,6 +14,7 @@ from ..trainer.preparation import configured_model
 from ..trainer.requirements import at_least, one_of
 from ..trainer.run import failure
 from ..trainer.settings import Settings, check
+from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
 from .train import to_settings
@@ -41,9 +42,17 @@ configuration.register("memory_settings", Configuration)
 
 
 def lines(settings: Settings, chosen: MemorySettings) -> list[str]:
-    """The account of a rank. Raises ValueError for settings that training refuses."""
+    """The account of a rank, of each stage. Raises ValueError for settings that training refuses."""
     at_least("memory.ranks", chosen.ranks, 1)
     one_of("memory.device", chosen.device, DEVICES)
+    made, plan = [], plan_of(settings)
+    for stage in plan.stages:
+        with stage.checked():
+            made += [f"stage {stage.name}"] * plan.staged + _lines(stage.settings, chosen)
+    return made
+
+
+def _lines(settings: Settings, chosen: MemorySettings) -> list[str]:
     device = torch.device(chosen.device)
     check(settings, chosen.ranks, device)
     model = configured_model(settings)

@@ -18,6 +18,7 @@ from ..trainer.preparation import configured_model
 from ..trainer.requirements import at_least
 from ..trainer.run import failure
 from ..trainer.settings import Settings, check
+from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
 from .memory import VOCABULARY
@@ -37,10 +38,21 @@ configuration.register("plan_settings", Configuration)
 
 
 def told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) -> Iterator[str]:
-    """The estimate and the ranking, as they come. Raises ValueError for settings that training refuses."""
+    """Estimate and ranking, of each stage, as they come. Raises ValueError for settings that training refuses."""
     at_least("top", top, 0)
     at_least("budget", budget, 1)
     cluster.check()
+    plan = plan_of(settings)
+    for stage in plan.stages:
+        if stage.number:
+            yield ""
+        if plan.staged:
+            yield f"stage {stage.name}, steps {stage.first + 1} to {stage.stop}"
+        with stage.checked():
+            yield from _told(stage.settings, cluster, budget, top)
+
+
+def _told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) -> Iterator[str]:
     check(settings, cluster.gpus, torch.device("cuda"))
     model = configured_model(settings)
     for name in ("activation_checkpointing", "tile_tokens", "offload_activations"):  # they are of the settings

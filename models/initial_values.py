@@ -29,6 +29,18 @@ class Model(Protocol):
     def naming(self, number: int) -> AbstractContextManager[None]: ...
 
 
+def check_stds(initial_std: float, embedding_std: float | None, tied_embeddings: bool) -> None:
+    """Raises ValueError for standard deviations that weights cannot begin with."""
+    for name, value in (("initial_std", initial_std), ("embedding_std", embedding_std or 0)):
+        if value < 0:
+            raise ValueError(f"model.{name} must not be negative; got {value}")
+    if embedding_std is not None and tied_embeddings:
+        raise ValueError(
+            f"model.embedding_std must be null with tied_embeddings; got {embedding_std}. Set model.initial_std, by "
+            "which the head's weight starts"
+        )
+
+
 def initial_value(
     model: Model, name: str, shape: torch.Size, seed: int, std: float, embedding_std: float | None
 ) -> Tensor:

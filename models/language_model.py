@@ -15,7 +15,7 @@ from ..parallel.sequence import Sequence
 from .activations.offloading import Copies, Journey, copies_of, departures
 from .activations.recomputation import Modes, call, check_recomputation, mode_of
 from .block import Block, SideBySide
-from .initial_values import initial_value
+from .initial_values import check_stds, initial_value
 from .layers.normalisation import norm_of
 from .mixer import check_composite, check_part, construct, name_of, naming
 from .multi_token_prediction import MultiTokenPrediction, PredictionModule
@@ -94,8 +94,9 @@ class LanguageModel(nn.Module):
         for name, value in (("vocabulary", vocabulary), ("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"model.{name} must be at least 1; got {value}")
-        if multi_token_prediction < 0:
-            raise ValueError(f"model.multi_token_prediction must not be negative; got {multi_token_prediction}")
+        for name, value in (("multi_token_prediction", multi_token_prediction), ("norm_eps", norm_eps)):
+            if value < 0:
+                raise ValueError(f"model.{name} must not be negative; got {value}")
         for name, value in (("embedding_multiplier", embedding_multiplier), ("logit_multiplier", logit_multiplier)):
             if value <= 0:
                 raise ValueError(f"model.{name} must be positive; got {value}. 1 leaves it out")
@@ -109,11 +110,7 @@ class LanguageModel(nn.Module):
         self.vocabulary, self.width, self.depth = vocabulary, width, depth
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.copies: Copies | None = None  # how what is offloaded travels; None: as its device has it
-        if embedding_std is not None and tied_embeddings:
-            raise ValueError(
-                f"model.embedding_std must be null with tied_embeddings; got {embedding_std}. Set model.initial_std, "
-                "by which the head's weight starts"
-            )
+        check_stds(initial_std, embedding_std, tied_embeddings)
         self.initial_std, self.embedding_std = initial_std, embedding_std
         sharing = Sharing(shared, adapter_rank, [*mixers, *(["feed_forward"] if feed_forward is not None else [])])
         occurrences: Counter[str] = Counter()

@@ -89,12 +89,26 @@ def construct(part: Callable[..., nn.Module], setting: str, **available: Any) ->
     known = inspect.signature(function).parameters
     arguments = {name: value for name, value in available.items() if name in known and name not in given}
     with naming(f"{setting} ({name_of(function)})"):
-        made = part(**arguments)
+        try:
+            made = part(**arguments)
+        except RuntimeError as error:
+            if "negative dimension" not in str(error):
+                raise
+            raise ValueError(f"sizes must be positive; got a tensor of {str(error).rpartition(': ')[2]}") from None
     if not isinstance(made, nn.Module):
         raise ValueError(f"{setting} must make a torch.nn.Module; got a {type(made).__name__}. Name a class of them")
     if "_modules" not in vars(made):
         raise ValueError(f"{setting} must be made by {name_of(function)}.__init__ calling super().__init__() first")
+    with naming(f"{setting} ({name_of(function)})"):
+        _refuse_empty(made)
     return made
+
+
+def _refuse_empty(part: nn.Module) -> None:
+    """Raises ValueError for a parameter without an element, whose part would fail at its first token, or do nothing."""
+    for name, parameter in part.named_parameters():
+        if not parameter.numel():
+            raise ValueError(f"sizes must be positive; got {name} of {list(parameter.shape)}")
 
 
 def check_settings(

@@ -17,8 +17,12 @@ def expand_pattern(pattern: list[str], depth: int, known: list[str]) -> list[str
     Raises ValueError for unknown names, for a name that is twice side by side, for mixers that the pattern does not
     use, and for a depth that it does not divide.
     """
+    if not pattern:
+        raise ValueError(f"model.pattern must name at least one mixer; got []. Known: {', '.join(known)}")
     items: list[str] = []
     for repeated in pattern:
+        if not isinstance(repeated, str):
+            raise ValueError(f"model.pattern must use names of model.mixers ({', '.join(known)}); got {repeated!r}")
         item, star, times = repeated.partition("*")
         for together in stages(item):
             for name in together:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .requirements import at_least
+
 KINDS = ("cosine", "wsd")
 EXTENSIONS = ("stretch", "hold", "rewarm")
 
@@ -58,6 +60,7 @@ class Schedule:
             )
         if not (self.peak > 0 and math.isfinite(self.peak)):
             raise ValueError(f"optimizer.learning_rate must be a positive number; got {self.peak}")
+        at_least("trainer.steps", self.steps, 1)
         if chosen.warmup_steps is not None and chosen.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps must not be negative; got {chosen.warmup_steps}")
         if chosen.decay_steps is not None and chosen.decay_steps < 1:

@@ -242,7 +242,7 @@ class Trainer(Assembly):
             why = f"ended after step {self.step}, as {signal.Signals(early).name} asks"
             where = f"{self.saving.saved.name} is saved" if self.saving.saved else "no checkpoint was saved"
             again = report.resume_command(self.command, self.directory, self.saving.saved)
-            self.outputs.say(f"{why}; {where}\nto resume     {again}")
+            self.outputs.say(f"{why}; {where}\n{'to resume    ' if self.saving.saved else 'to begin anew'} {again}")
         else:
             why = "the run has trained to its end"
             if self.mesh.rank == 0:

@@ -246,6 +246,8 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     key = re.search(r"Could not override '([^'@]+)'", message)
     merged = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n(.*)", message)
     value = merged and re.search(r"could not be converted to (\w+)", merged[3])
+    there = re.search(r"Could not append to config\. An item is already at '([^']+)'", message)
+    kept = re.search(r"Error merging override ~([\w.]+)\n.*does not support deletion", message)
     if option:
         return f"error: {_unknown_option(option[1], option[2], message, overrides)}"
     if key:
@@ -254,6 +256,13 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
             return f"error: {key[1]} must get what it has not yet by +; got {given}. Write +{given}"
         near = " ".join([*_near(key[1], config_name, overrides), *_addition(key[1], given)])
         return f"error: {key[1]} must be the name of a setting; got {given}. {near or '--help lists them'}"
+    if there:
+        given = next((item for item in overrides if item.startswith(f"+{there[1]}=")), there[1])
+        return f"error: {there[1]} must be set without +, since it is there; got {given}. Write {given.lstrip('+')}"
+    if kept:
+        return f"error: {kept[1]} must stay, with a value; got ~{kept[1]}. Leave ~{kept[1]} out for its default"
+    if merged and "is not a valid bool" in merged[3]:
+        return f"error: {merged[1]} must be {TYPES['Boolean']}; got {merged[2]}"
     if merged and value:
         types = LISTED if merged[2].startswith("[") else TYPES
         return f"error: {merged[1]} must be {types.get(value[1], value[1])}; got {merged[2]}"

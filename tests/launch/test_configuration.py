@@ -158,6 +158,12 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("+mixer@model.mixers.m=mamba4", [" or +mixer@model.mixers.m=mamba2"]),
         ("schedule=wds", ["error: schedule must be one of cosine, wsd; got 'wds'. Did you mean schedule=wsd?"]),
         ("trainer.steps=abc", ["error: trainer.steps must be an integer; got abc"]),
+        ("trainer.compile=maybe", ["error: trainer.compile must be true or false; got maybe"]),
+        ("~trainer.steps", ["error: trainer.steps must stay, with a value; got ~trainer.steps. Leave"]),
+        (
+            "+model.width=4",
+            ["error: model.width must be set without +, since it is there; got +model.width=4. Write model.width=4"],
+        ),
         ("evaluation.lengths=[ten]", ["error: evaluation.lengths must be a list of integers; got [ten]"]),
         ("evaluation.lengths=512", ["evaluation.lengths must be a list; got 512. Write 'evaluation.lengths=[512]'"]),
         ("evaluation.tasks=needle", ["evaluation.tasks must be a list; got needle. Write 'evaluation.tasks=[needle]'"]),

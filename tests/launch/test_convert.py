@@ -100,6 +100,20 @@ def test_logits_are_the_same_where_it_is_exact(saved, tmp_path, capsys):
         convert(settings)
 
 
+def test_a_model_that_came_without_a_tokenizer_goes_back_without_one(tmp_path):
+    """In another form it is a checkpoint of ours, which is converted again."""
+    full = {"_target_": MIXER, "_partial_": True, "heads": 4, "kv_heads": 4}
+    saved = save_own(tmp_path / "step-00000003", MODEL | {"pattern": ["full"], "mixers": {"full": full}})
+    export(ExportSettings(str(saved), str(tmp_path / "theirs")))
+    for file in (*(tmp_path / "theirs").glob("tokenizer*"), *(tmp_path / "theirs").glob("special_tokens*")):
+        file.unlink()
+    given = {"from_": str(tmp_path / "theirs"), "to": str(tmp_path / "grouped")}
+    grouped = convert(ConvertSettings("grouped", kv_heads=1, **given))
+    back = convert(ConvertSettings(from_=str(grouped), to=str(tmp_path / "back")))
+    assert (back / "model.safetensors").is_file()
+    assert not (back / "tokenizer.json").exists()
+
+
 def test_errors_of_every_layer_are_printed(saved, tmp_path, capsys):
     out = convert(ConvertSettings("grouped", kv_heads=1, from_=str(saved), to=str(tmp_path / "out")))
     lines = capsys.readouterr().out.splitlines()

@@ -26,6 +26,16 @@ def test_it_prints_a_line_per_part_and_the_peak():
     assert {"kept: residual stream and norms", "kept: softmax", "peak of a rank", "on the host"} <= set(parts)
 
 
+def test_each_stage_has_an_account_of_its_own():
+    """That of the run's settings alone would be of rows that no stage has."""
+    told = lines("stages=[{steps: 2, data.sequence_length: 512}, {steps: 2, name: long, data.sequence_length: 1024}]")
+    heads = [index for index, line in enumerate(told) if line.startswith("stage ")]
+    assert [told[index : index + 2] for index in heads] == [
+        ["stage 1", "512 tokens at once on each of 1 ranks"],
+        ["stage long", "1,024 tokens at once on each of 1 ranks"],
+    ]
+
+
 def test_what_training_refuses_is_refused():
     with pytest.raises(ValueError, match=r"got 'softmx'. Did you mean softmax"):
         lines("trainer.activation_checkpointing={softmx: full}")

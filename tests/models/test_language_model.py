@@ -44,7 +44,8 @@ def test_the_pattern_is_tiled_to_the_depth():
     ("pattern", "depth", "message"),
     [
         (["a*3", "b"], 6, "depth must be a multiple of the pattern's 4 layers; got 6"),
-        ([], 4, "model.mixers must all occur"),
+        ([], 4, r"model.pattern must name at least one mixer; got \[\]. Known: a, b"),
+        ([1, "b"], 4, r"names of model.mixers \(a, b\); got 1"),
         (["a", "c"], 4, r"names of model.mixers \(a, b\); got 'c'"),
         (["a*0", "b"], 4, "positive number, as in a\\*3; got 'a\\*0'"),
         (["a*x", "b"], 4, "positive number"),
@@ -62,12 +63,22 @@ def test_patterns_that_do_not_fit_are_refused(pattern, depth, message):
     [
         ({"width": 0}, "model.width must be at least 1; got 0"),
         ({"vocabulary": 0}, "model.vocabulary must be at least 1"),
+        ({"norm_eps": -1e-6}, "model.norm_eps must not be negative; got -1e-06"),
+        ({"initial_std": -0.02}, "model.initial_std must not be negative; got -0.02"),
         ({"activation_checkpointing": "some"}, "must be one of none, full, mixing; got 'some'"),
         (
             {"mixers": {"softmax": {"head": 8}}},
             "model.mixers.softmax must use settings of SoftmaxAttention; got 'head'",
         ),
         ({"mixers": {"lightning": {"heads": 7}}}, "heads must divide width=256; got 7"),
+        (
+            {"mixers": {"lightning": {"head_dim": -4}}},
+            r"Attention\): sizes must be positive; got a tensor of \[",
+        ),
+        (
+            {"mixers": {"lightning": {"head_dim": 0}}},
+            r"Attention\): sizes must be positive; got query.weight of \[",
+        ),
         ({"feed_forward": {"hidden": 0}}, "feed_forward.hidden must be at least 1"),
     ],
 )

@@ -14,9 +14,10 @@ from torch import Tensor
 from ...models import hf
 from ...models.hf import Entries
 from ...models.language_model import LanguageModel
+from ..data.tokenizers import TOKENIZER_FILE
 from ..engine import saved_buffers
 from .choice import is_own, locate, read_config
-from .origin import FILE, Origin
+from .origin import FILE, Origin, read_origin
 from .stored import CheckpointError, check_bytes, differences, verify
 
 Build = Callable[[dict[str, Any]], LanguageModel]
@@ -75,6 +76,11 @@ class OwnSource(Readable):
                 f"checkpoint {path} must hold the model of its config.yaml; {problems}. Use another one, or correct "
                 "config.yaml"
             )
+
+    @property
+    def came_without_tokenizer(self) -> bool:
+        """Whether it began as a Hugging Face model that had none, or a slow one alone."""
+        return not (self.tokenizer / TOKENIZER_FILE).is_file() and bool(read_origin(self.path, None).config)
 
     def read(self, name: str) -> Tensor:
         check_bytes(self.stored, [name])

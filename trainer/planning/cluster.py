@@ -47,6 +47,12 @@ class ClusterSettings:
                     f"cluster.{name} must be positive; got {getattr(self, name)}. Choose a cluster, as "
                     "cluster=h100_node, or give all its numbers"
                 )
+        shares = {"link_share": self.link_share, **{f"efficiency.{name}": x for name, x in self.efficiency.items()}}
+        for name, share in shares.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"cluster.{name} must be a share, above 0 and at most 1; got {share}")
+        for name in ("reserved_gb", "host_memory_gb", "node_latency", "network_latency"):
+            at_least(f"cluster.{name}", getattr(self, name), 0)
         for name in ("matmul", "other", "memory"):
             if name not in self.efficiency:
                 raise ValueError(f"cluster.efficiency must say that of {name}; got none. See conf/cluster")

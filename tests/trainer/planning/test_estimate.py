@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +123,12 @@ def test_zero_sends_what_its_stage_needs() -> None:
         sent[stage] = sum(each.bytes for each in zero_sends(model, settings, 2))
     assert sent == {0: held, 1: held + held // 2, 2: held + held // 2}
     assert not zero_sends(model, settings, 1)
+
+
+@pytest.mark.parametrize("share", [{"link_share": 2.0}, {"efficiency": {"matmul": 0.0, "memory": 0.9, "other": 0.5}}])
+def test_shares_are_above_nothing_and_at_most_all(share) -> None:
+    with pytest.raises(ValueError, match=r"must be a share, above 0 and at most 1; got [02]\.0"):
+        replace(cluster_of(), **share).check()
 
 
 @pytest.mark.slow
