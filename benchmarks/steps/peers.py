@@ -58,7 +58,12 @@ Gated DeltaNet, Kimi delta attention and Mamba-2, and a loop over blocks of 256 
 kernels that it uses on a GPU run on no CPU, so these rows say nothing about GPUs. Its softmax attention and LongReach's
 run the same kernel of torch here.
 
-Kimi Linear at 8,192 tokens is not in the table: transformers would take some 20 GB for it.
+`bound` leaves out the products within linear attention, of which nobody does without all: for Gated DeltaNet at 8,192
+tokens they are some 0.6 s more by their FLOPs, which leaves a step of 2.5 times transformers' speed nothing for the
+rest; all products of Mamba-2's step at 8,192, its op's too, took 2.8 s alone, where one of ours takes 3.4.
+
+Kimi Linear at 8,192 tokens is not in the table: the system ended transformers' process for want of memory, with 22 GiB
+free before it.
 
 Losses and norms are compared on the same weights first, where torch's norm of millions of float32 numbers is 4e-5 too
 small. Later steps are of a low rate. At 1e-3 routers soon choose other experts for tokens near a tie, since AdamW's
