@@ -43,7 +43,7 @@ def test_scores_and_their_gradients_are_those_of_the_sum(fall, centred, dtype):
     wide = [x.double().clone().requires_grad_() for x in (q, k)]
     expected = dense(*wide, log_decay.double().clamp(min=-1e3))
     given = [part.load(slab) for part in parts]
-    out = grid.workspace(CHUNK).flatten(0, 2)
+    out = grid.workspace(CHUNK, zero=True).flatten(0, 2)
     decay.scores(*given, out)
     worst = 40 * torch.finfo(dtype).eps  # a rounded exponent of 40
     torch.testing.assert_close(out.view(expected.shape).double(), expected.detach(), rtol=worst, atol=worst)
