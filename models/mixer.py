@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from ..parallel.sequence import Sequence
-from .part import Composite, Part
+from .part import Composite, Part, shape_of
 
 UNMEASURED = "whose largest logits are not measured"
 RECIPE = "examples/04_add_a_mixer.md"
@@ -107,8 +107,8 @@ def construct(part: Callable[..., nn.Module], setting: str, **available: Any) ->
 def _refuse_empty(part: nn.Module) -> None:
     """Raises ValueError for a parameter without an element, whose part would fail at its first token, or do nothing."""
     for name, parameter in part.named_parameters():
-        if not parameter.numel():
-            raise ValueError(f"sizes must be positive; got {name} of {list(parameter.shape)}")
+        if not all(shape := shape_of(parameter)):
+            raise ValueError(f"sizes must be positive; got {name} of {list(shape)}")
 
 
 def check_settings(

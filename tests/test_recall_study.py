@@ -93,7 +93,7 @@ def test_a_small_model_learns_an_easy_problem() -> None:
     torch.manual_seed(0)
     task, model = RecallTask(8, 2, 2, VOCABULARY, power=1.0), made("softmax", 16)
     assert accuracy(model, task, 5000, 128) < 0.1
-    curve = learn(model, (task,), 0.02, steps=160)
+    curve = learn(model, (task,), 0.01, steps=160)
     assert curve[-1][1][0] >= ENOUGH
     assert curve[-1][0] < 160  # it ends where the task is recalled
     assert accuracy(model, task, 5000, 128) > 0.95
