@@ -60,7 +60,7 @@ run the same kernel of torch here.
 
 `bound` leaves out the products within linear attention, of which nobody does without all: for Gated DeltaNet at 8,192
 tokens they are some 0.6 s more by their FLOPs, which leaves a step of 2.5 times transformers' speed nothing for the
-rest; all products of Mamba-2's step at 8,192, its op's too, took 2.8 s alone, where one of ours takes 3.4.
+rest; all products of Mamba-2's step at 8,192, its op's too, took 2.8 s alone, where a whole step of ours takes 3.3.
 
 Kimi Linear at 8,192 tokens is not in the table: the system ended transformers' process for want of memory, with 22 GiB
 free before it.
