@@ -49,14 +49,15 @@ class Operation(ABC):
         """Empty tensors of the shapes and types that `forward` returns, in dense layout, for `spans` spans per rank."""
 
 
-class Exchange(Operation):
+class Exchange(ABC):
     """What ranks exchange outside of an op, as those who count it replay it: see `tell`. It computes nothing else."""
 
     where: ClassVar[str]  # whose it is, and
     what: ClassVar[str]  # what travels, as tables show it
 
-    def like(self, inputs: Tensors, ranks: int, spans: int) -> tuple[tuple[Tensor, ...], Tensors]:
-        raise NotImplementedError(f"{type(self).__name__} is told to observers, and not run as an op")
+    @abstractmethod
+    def forward(self, inputs: Tensors, seq: Sequence) -> tuple[Tensors, Tensors]:
+        """What comes, and nothing for backward."""
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, seq: Sequence
@@ -140,7 +141,7 @@ def mix(
     return operation.Run.runner()(op, seq, seq.kept, slot, note, *inputs)
 
 
-Observer: TypeAlias = Callable[[str, Operation, Tensors, Sequence], None]
+Observer: TypeAlias = Callable[[str, Operation | Exchange, Tensors, Sequence], None]
 _observers: list[Observer] = []
 
 
@@ -158,10 +159,10 @@ def observing(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def tell(phase: str, exchange: Exchange, inputs: Tensors, seq: Sequence) -> None:
-    """Tells `observing` of an exchange of tensors without data."""
+def tell(phase: str, what: Operation | Exchange, inputs: Tensors, seq: Sequence) -> None:
+    """Tells `observing` of what runs on tensors without data."""
     for observer in _observers:
-        observer(phase, exchange, inputs, seq)
+        observer(phase, what, inputs, seq)
 
 
 class _Rehearsal:
@@ -173,15 +174,13 @@ class _Rehearsal:
     def forward(self, inputs: Tensors, where: Sequence) -> tuple[Tensors, Tensors]:
         if self.op.kernel is not None:
             note(self.op.kernel)
-        for observer in _observers:
-            observer("forward", self.op, inputs, where)
+        tell("forward", self.op, inputs, where)
         return self.op.like(inputs, where.layout.ranks, where.layout.spans)
 
     def backward(
         self, gradients: Tensors, inputs: Tensors, outputs: tuple[Tensor, ...], saved: Tensors, where: Sequence
     ) -> Tensors:
-        for observer in _observers:
-            observer("backward", self.op, inputs, where)
+        tell("backward", self.op, inputs, where)
         return tuple(None if x is None else torch.empty_like(x) for x in inputs)
 
 

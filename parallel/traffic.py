@@ -32,12 +32,12 @@ class Traffic(NamedTuple):
 
 
 @torch.no_grad()
-def traffic(op: Operation, inputs: Tensors, seq: Sequence, noted: list[Sending]) -> Traffic:
+def traffic(op: Operation | Exchange, inputs: Tensors, seq: Sequence, noted: list[Sending]) -> Traffic:
     """Of the op on inputs of `seq`'s rank, on `meta`; `seq` and `noted` are made by `alone`.
 
     An op over listed blocks is counted as if every rank listed all that its queries can see.
     """
-    if not op.sends or (seq.layout.ranks == 1 and not isinstance(op, Exchange)):
+    if isinstance(op, Operation) and (seq.layout.ranks == 1 or not op.sends):
         return Traffic((), ())
     if isinstance(inner := getattr(op, "op", None), ListedAttend):
         return _of_lists(inner, inputs, seq)

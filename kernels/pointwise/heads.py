@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import starts
 from ..operation import Function
-
-TILE = 1 << 16  # numbers of a tile, of which a CPU's cache holds several
+from .tiles import in_cache
 
 
 def scale_heads(x: Tensor, factor: Tensor) -> Tensor:
@@ -32,15 +29,6 @@ def _in_tiles(x: Tensor) -> bool:
     return x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
 
 
-def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tokens of tensors `[B, T, …]`, some at a time."""
-    first = tensors[0]
-    size = max(1, TILE // max(1, first.shape[2:].numel()))
-    rows = [x.flatten(0, 1) for x in tensors]
-    for start in starts(len(rows[0]), size, first.device):
-        yield tuple(x[start : start + size] for x in rows)
-
-
 class _Scale(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
@@ -51,11 +39,12 @@ class _Scale(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, factor = ctx.saved_tensors
-        dx, dfactor = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (x, factor))
-        for own_dx, own_dfactor, own_dy, own_x, own in _tiles(dx, dfactor, dy, x, factor):
-            torch.mul(own_dy, own.to(x.dtype).unsqueeze(-1), out=own_dx)
-            own_dfactor.copy_((own_dy * own_x).sum(-1))
-        return dx, dfactor
+
+        def of_tokens(dy: Tensor, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+            return dy * factor.to(x.dtype).unsqueeze(-1), (dy * x).sum(-1).to(factor.dtype)
+
+        dx, dfactor = in_cache(of_tokens, tuple(each.flatten(0, 1) for each in (dy, x, factor)), 2)
+        return dx.view(x.shape), dfactor.view(factor.shape)
 
 
 class _Skip(Function):
@@ -68,9 +57,8 @@ class _Skip(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         x, skip = ctx.saved_tensors
-        dx, factor = torch.empty(x.shape, dtype=x.dtype, device=x.device), skip.to(x.dtype)[:, None]
-        total = torch.zeros(x.shape[2:], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for own_dx, own_dy, own_x in _tiles(dx, dy, x):
-            torch.mul(own_dy, factor, out=own_dx)
-            total += (own_dy * own_x).sum(0, dtype=total.dtype)
-        return dy, dx, total.sum(-1).to(skip.dtype)
+        factor, wide = skip.to(x.dtype)[:, None], torch.promote_types(x.dtype, torch.float32)
+        dx, total = in_cache(
+            lambda dy, x: (dy * factor, (dy * x).sum(0, dtype=wide)), (dy.flatten(0, 1), x.flatten(0, 1)), 1
+        )
+        return dy, dx.view(x.shape), total.sum(-1).to(skip.dtype)

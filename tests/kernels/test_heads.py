@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longreach.kernels.pointwise import add_skip, heads, scale_heads
+from longreach.kernels.pointwise import add_skip, scale_heads, tiles
 
 SHAPE = 2, 13, 3, 4
 
@@ -27,7 +27,7 @@ def assert_same(ours, plain, inputs, tolerance=1e-12):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(heads, "TILE", 5 * 12)  # five tokens: the last tile of 26 is shorter
+    monkeypatch.setattr(tiles, "TILE", 5 * 12)  # five tokens: the last tile of 26 is shorter
 
 
 def test_a_factor_of_each_token_scales_its_heads():

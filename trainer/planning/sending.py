@@ -45,7 +45,7 @@ class _Observed:
     """A call as the rehearsal saw it."""
 
     phase: str
-    op: Operation
+    op: Operation | Exchange
     inputs: Tensors
     mixer: str
 
@@ -88,14 +88,15 @@ def calls(
             cache[key] = traffic(each.op, each.inputs, seq, noted)
         of = cache[key]
         sends = of.forward if each.phase == "forward" else of.backward
-        mixer, name = each.mixer, each.op.kernel or type(each.op).__name__
         if isinstance(each.op, Exchange):
-            mixer, name = each.op.where, each.op.what
-        counted[Call(mixer, name, kernel_of(each.op, each.inputs), each.phase, sends, of.listed)] += 1
+            told = each.op.where, each.op.what, ""
+        else:
+            told = each.mixer, each.op.kernel or type(each.op).__name__, kernel_of(each.op, each.inputs)
+        counted[Call(*told, each.phase, sends, of.listed)] += 1
     return counted
 
 
-def _observed(phase: str, op: Operation, inputs: Tensors, seq: Sequence) -> _Observed:
+def _observed(phase: str, op: Operation | Exchange, inputs: Tensors, seq: Sequence) -> _Observed:
     shapes = tuple(None if x is None else torch.empty_like(x, device="meta") for x in inputs)
     return _Observed(phase, op, shapes, seq.mixer)
 
