@@ -20,6 +20,7 @@ from ..parallel.layout import Layout
 from ..parallel.mesh import Experts, Mesh
 from ..parallel.sequence import DecodingCache, Sequence
 from .language_model import LanguageModel
+from .uncompiled import uncompiled
 
 
 def generate(
@@ -225,7 +226,7 @@ def prefill(
     tokens = torch.tensor(rows, device=device)
     if ranks > 1:
         seq = Sequence.prefilling(cache, len(prompts), Layout(columns, ranks, spans), experts=experts)
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             hidden = of_last(model.hidden(seq.shard(tokens), seq)[:, -1], seq)
         cache.advance(columns)
         return model.head(hidden), cache
@@ -250,7 +251,7 @@ def read(
 ) -> Tensor:
     """What the head reads of tokens `[B, T]` that follow those of the cache, or of the `last` alone; advances it."""
     seq = Sequence.decoding(cache, tokens.shape[0], tokens.shape[1], experts=experts)
-    with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training, and see no cache
+    with uncompiled():
         hidden = model.hidden(tokens, seq, last=last)
     cache.advance(tokens.shape[1])
     return hidden

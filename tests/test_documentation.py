@@ -136,13 +136,12 @@ def test_the_recipe_for_a_mixer_makes_one(tmp_path: Path) -> None:
     assert mixer.mixing_flops(seq) > 0
 
 
-def test_the_recipe_for_a_mixer_outside_the_checkout_makes_a_hybrid(tmp_path: Path, monkeypatch) -> None:
+def test_the_recipe_for_a_mixer_outside_the_checkout_makes_a_hybrid(module_folder: Path) -> None:
     """The module with `from longreach.…`, the two YAML files, the pattern, and the override of the command line."""
     source = code("python")[0]
     for dots, package in (("....", "longreach."), ("...", "longreach.models.")):
         source = source.replace(f"from {dots}", f"from {package}")
-    (tmp_path / "my_mixers.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
+    (module_folder / "my_mixers.py").write_text(source)
     mixer, base = (yaml.safe_load(block) for block in code("yaml"))
     assert mixer.pop("_target_") == "longreach.models.mixers.linear.decayed_attention.DecayedAttention"
     assert base["defaults"][1] == {"/mixer@mixers.decayed": "decayed_attention"}

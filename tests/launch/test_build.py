@@ -1,7 +1,6 @@
 """What a model's writer is told: look-ups by name, and everything else with its traceback and the setting in front."""
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,12 @@ MODEL = {
 
 
 @pytest.fixture(autouse=True)
-def my_mixers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_mixers.py").write_text(MODULE)
-    (tmp_path / "broken_module.py").write_text("def f(:\n")
-    (tmp_path / "lacking_module.py").write_text("import a_package_that_is_not_there\n")
-    (tmp_path / "raising_module.py").write_text("raise ValueError('this is no setting')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_mixers", raising=False)
+def my_mixers(module_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (module_folder / "my_mixers.py").write_text(MODULE)
+    (module_folder / "broken_module.py").write_text("def f(:\n")
+    (module_folder / "lacking_module.py").write_text("import a_package_that_is_not_there\n")
+    (module_folder / "raising_module.py").write_text("raise ValueError('this is no setting')\n")
+    monkeypatch.chdir(module_folder)
 
 
 def model(**mixer: Any) -> dict[str, Any]:

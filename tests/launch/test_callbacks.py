@@ -34,12 +34,11 @@ class Other:
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own(module_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a module of callbacks, in which the command is given."""
-    (tmp_path / "own_callbacks.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_callbacks", raising=False)
-    return tmp_path
+    (module_folder / "own_callbacks.py").write_text(OWN)
+    monkeypatch.chdir(module_folder)
+    return module_folder
 
 
 def composed(*overrides: str) -> Any:

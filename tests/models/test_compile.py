@@ -3,6 +3,8 @@
 Gradients are traced too, and ranks share rows, for some mixers that use all ops, and for all with `-m many`.
 """
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from distributed import run_ranks
@@ -10,6 +12,7 @@ from model_presets import MIXERS, WIDTH, build_mixer, few_mixers, few_or_many
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from longreach.kernels.documents import Documents
+from longreach.models.uncompiled import uncompiled
 from longreach.parallel import sequence
 from longreach.parallel.layout import Layout
 from longreach.parallel.mesh import Mesh
@@ -88,3 +91,17 @@ def test_a_sequence_is_kept_by_its_handle_and_no_longer():
     number = int(handle)
     del handle
     assert number not in sequence._live
+
+
+def test_ranks_that_are_threads_leave_where_nothing_is_compiled_in_any_order():
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(lambda x: x + 1, backend=counter)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(uncompiled())
+    second.enter_context(uncompiled())
+    first.close()
+    call(torch.ones(3))
+    assert counter.frame_count == 0
+    second.close()
+    call(torch.ones(3))
+    assert counter.frame_count == 1

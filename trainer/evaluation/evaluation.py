@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.documents import Documents
+from ...models.uncompiled import uncompiled
 from ...parallel.layout import Layout
 from ...parallel.mesh import Mesh
 from ...parallel.strategy import Strategy
@@ -143,7 +144,7 @@ def evaluate_truncated(engine: Scored, stream: RowStream, rows: int, context: in
                 part = _stacked(mine[index * at_once : (index + 1) * at_once], at_once, context)
                 yield alone(part, engine.device)
 
-    with torch.compiler.set_stance("force_eager"):  # graphs are of the shapes of training
+    with uncompiled():
         return _evaluated(engine, batches())
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.documents import Documents
+from ...models.uncompiled import uncompiled
 from ...parallel.layout import Layout
 from ...parallel.sequence import Sequence
 from ...parallel.strategy import Strategy
@@ -80,11 +81,7 @@ def score(model: Scored, cell: Cell, material: Material, layout: Layout, strateg
     model.module.eval()
     try:
         parts = _parts(model, cell, material, layout, strategy, max(1, places // layout.local_length))
-        with (
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),  # graphs are of the shapes of training
-            Ahead(prepared(parts), device) as ahead,
-        ):
+        with torch.no_grad(), uncompiled(), Ahead(prepared(parts), device) as ahead:
             for part in ahead:
                 tokens, targets = part.micro_batch.on(device)
                 losses, _, right = model(tokens, part.micro_batch.seq, targets, True, False, True)
