@@ -90,8 +90,8 @@ class _Small:
         if not isinstance(settings, dict):
             return settings
         least = {name: size for name, size in _least(settings).items() if name not in self.kept}
-        result = {}
-        for name, value in {**settings, **_numbers(settings, least)}.items():
+        result, whole = {}, {**settings, **_numbers(settings, least)}
+        for name, value in whole.items():
             if type(value) is int and (name == "window" or (name == "block" and name not in least)):
                 result[name] = min(value, max(2, self.window - 3 * self._above(name, value)))
             elif type(value) is int and name in least:
@@ -99,7 +99,7 @@ class _Small:
                 result[name] = min(value, least[name] << self._below(name, value))
             else:
                 result[name] = self(value)
-        return result
+        return {name: value for name, value in result.items() if name in settings or value != whole[name]}
 
     def _below(self, name: str, value: int) -> int:
         return sum(other < value for other in self.values.get(name, ()))

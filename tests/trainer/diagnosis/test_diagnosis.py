@@ -434,11 +434,13 @@ def test_settings_that_differ_stay_different_and_two_layers_of_each_kind_remain(
 
 
 class Demanding(GatedDeltaNet):
-    """Whose keys and values must be equally wide, and whose blocks are a size of its own."""
+    """Whose keys and values must be equally wide, and whose blocks are a size of its own; `extra` ones it has none."""
 
-    small = MappingProxyType({"block": 3})
+    small = MappingProxyType({"block": 3, "extra": 3})
 
-    def __init__(self, *, width: int, heads: int, key_dim: int = 64, value_dim: int = 64, block: int = 8):
+    def __init__(
+        self, *, width: int, heads: int, key_dim: int = 64, value_dim: int = 64, block: int = 8, extra: int = 0
+    ):
         if key_dim != value_dim:
             raise ValueError("value_dim must equal key_dim")
         super().__init__(width=width, heads=heads, key_dim=key_dim, value_dim=value_dim)
@@ -455,7 +457,7 @@ def test_a_mixer_states_its_own_small_sizes_and_keeps_those_that_do_not_fit(give
     model = settings_of("model=sliding_window_tiny").model
     model["mixers"]["full"] = {"_target_": f"{__name__}.Demanding", "_partial_": True, "heads": 2, **given}
     small = reduced(model, build, window=10)["mixers"]
-    sizes = {name: value for name, value in small["full"].items() if name in ("key_dim", "value_dim", "block")}
+    sizes = {name: value for name, value in small["full"].items() if name in ("key_dim", "value_dim", "block", "extra")}
     assert sizes == expected
     assert small["window"]["window"] == 10
 
