@@ -1,8 +1,9 @@
 """A training step of small Llama, Qwen3-Next, MiniMax-01, Mamba-2 and Kimi Linear, beside transformers' own classes.
 
-    python benchmarks/steps/peers.py [--models llama qwen3_next …] [--lengths 2048 8192] [--rounds 5] [--write]
+    python benchmarks/steps/peers.py [--models llama qwen3_next …] [--rows 2048 8192 packed] [--rounds 5] [--write]
 
-A step is forward, loss, backward, clipping and AdamW, in float32 on a CPU with one thread, on one row of random tokens.
+A step is forward, loss, backward, clipping and AdamW, in float32 on a CPU with one thread, on one row of random tokens,
+which are one document, or, in the row that is called packed, several.
 LongReach's is the trainer's engine, on stage 0 as nothing is split; transformers' is its class with SDPA, no cache,
 grouped products of experts and torch's fused AdamW. Both start from the same weights, written by transformers and read
 by `longreach.models.hf`, and losses and gradient norms are compared: of the first step, before any weight has moved,
@@ -14,7 +15,7 @@ ways that are tried first, over memory that it reuses: the products of linear la
 and head, of forward and both of backward; causal softmax attention; and AdamW. Linear attention is not in it, nor are
 norms, activations, rotations and the loss. `bound` is transformers' time over that: no step that computes all of it in
 float32 at the rates of these libraries can be more times as fast, and a goal above it is out of reach.
-`--write` keeps the table in benchmarks/results/; with `--models` or `--lengths` it replaces their rows alone.
+`--write` keeps the table in benchmarks/results/; with `--models` or `--rows` it replaces those rows alone.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ORDER = ("LongReach", "transformers")
 FIRST_APART = 1e-4  # how much losses and norms may differ on the same weights; torch's norm of float32 is 4e-5 off
 APART = 1e-3  # … and after some steps
 HEAD = """\
-| model | tokens | timed steps | LongReach | transformers | ratio | goal | | unavoidable | bound | \
+| model | row | timed steps | LongReach | transformers | ratio | goal | | unavoidable | bound | \
 peak | peak of transformers | share | goal | | losses and norms differ by, first | later |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 LIBRARIES = ("fla", "causal_conv1d", "mamba_ssm", "kernels")  # of GPU kernels, which transformers would import
@@ -61,6 +62,10 @@ run the same kernel of torch here.
 `bound` leaves out the products within linear attention, of which nobody does without all: for Gated DeltaNet at 8,192
 tokens they are some 0.6 s more by their FLOPs, which leaves a step of 2.5 times transformers' speed nothing for the
 rest; all products of Mamba-2's step at 8,192, its op's too, took 2.8 s alone, where a whole step of ours takes 3.3.
+
+Packed rows are of Llama alone: told of documents by positions that begin anew, transformers keeps them apart in
+softmax attention, by a mask with which it computes every score of the row, and carries the states of linear layers over
+their borders (on such a row its MiniMax has another loss than ours, and than its own on each document alone).
 
 Kimi Linear at 8,192 tokens is not in the table: the system ended transformers' process for want of memory, with 22 GiB
 free before it.
@@ -84,16 +89,21 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 class Shape(NamedTuple):
-    """A small model: its settings as transformers has them, and goals: so many times as fast at 2k and 8k tokens."""
+    """A small model: its settings as transformers has them, and goals: so many times as fast on 2k and 8k tokens.
+
+    packs: whether transformers keeps the documents of a row apart.
+    """
 
     config: dict[str, Any]
-    faster: dict[int, float]
+    faster: dict[str, float]
     told: str
+    packs: bool = False
 
 
-HYBRID = {2048: 1.8, 8192: 2.5}
+HYBRID = {"2048": 1.8, "8192": 2.5}
+ROWS = {"2048": [2048], "8192": [8192], "packed": [3072, 2048, 1280, 768, 512, 256, 128, 128]}
 SHAPES = {
-    "llama": Shape({**COMMON}, {2048: 1.1, 8192: 1.1}, "4 layers of softmax attention"),
+    "llama": Shape({**COMMON}, {"2048": 1.1, "8192": 1.1}, "4 layers of softmax attention", packs=True),
     "qwen3_next": Shape(
         {
             **COMMON, **EXPERTS, "head_dim": 64, "shared_expert_intermediate_size": 256, "linear_num_value_heads": 4,
@@ -128,11 +138,16 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-Step = Callable[[Tensor, float], tuple[float, float]]  # of tokens at a rate: the loss and the gradient's norm
+Step = Callable[[Tensor, list[int], float], tuple[float, float]]  # of documents at a rate: loss and gradient's norm
 
 
 def row(number: int, length: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(number))
+
+
+def starts(lengths: list[int]) -> Tensor:
+    """Where the documents of a row begin: no token before them predicts those tokens."""
+    return torch.tensor([0, *lengths[:-1]]).cumsum(0)
 
 
 def theirs(folder: Path) -> Step:
@@ -151,10 +166,14 @@ def theirs(folder: Path) -> Step:
     model.save_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def step(tokens: Tensor, rate: float) -> tuple[float, float]:
+    def step(tokens: Tensor, lengths: list[int], rate: float) -> tuple[float, float]:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        packed = {}
+        if len(lengths) > 1:  # positions that begin anew are how it is told of documents
+            packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+        labels = tokens.index_fill(1, starts(lengths), -100)
+        loss = model(input_ids=tokens, labels=labels, use_cache=False, **packed).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -187,9 +206,9 @@ def ours(folder: Path) -> Step:
         load=lambda model, gather: hf.load(folder, model, gather),
     )
 
-    def step(tokens: Tensor, rate: float) -> tuple[float, float]:
-        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
-        loss, count = engine(tokens, Sequence.single(Documents.whole(*tokens.shape)), targets)
+    def step(tokens: Tensor, lengths: list[int], rate: float) -> tuple[float, float]:
+        targets = tokens.index_fill(1, starts(lengths), -100).roll(-1, 1)
+        loss, count = engine(tokens, Sequence.single(Documents.from_lengths([lengths])), targets)
         engine.backward(loss, int(count))
         norm = engine.step(rate)
         return float(loss.detach()) / int(count), float(norm)
@@ -201,32 +220,34 @@ ALONE = "unavoidable"
 SIDES = {"transformers": theirs, "LongReach": ours}  # the first writes the weights that the second reads
 
 
-def serve(side: str, folder: Path, length: int) -> None:
+def serve(side: str, folder: Path, lengths: list[int]) -> None:
     """A step at each line of input, which prints its seconds, loss and norm; at last its growth of memory."""
     torch.set_num_threads(1)
     keep_memory()
     if side == ALONE:
-        serve_unavoidable(folder, length)
+        serve_unavoidable(folder, lengths)
         return
     step = SIDES[side](folder)
-    step(row(-1, WARM_UP_TOKENS), 0.0)  # makes the optimizer's states, and leaves the weights as they are
+    step(
+        row(-1, WARM_UP_TOKENS), [WARM_UP_TOKENS], 0.0
+    )  # makes the optimizer's states, and leaves the weights as they are
     print(json.dumps("ready"), flush=True)
     for number, order in enumerate(sys.stdin):
-        tokens = row(number, length)
+        tokens = row(number, sum(lengths))
         if order == PEAK:
             return_memory()
-            print(json.dumps(peak_bytes(partial(step, tokens, RATE), "cpu")), flush=True)
+            print(json.dumps(peak_bytes(partial(step, tokens, lengths, RATE), "cpu")), flush=True)
             continue
         start = time.process_time()
-        loss, norm = step(tokens, RATE)
+        loss, norm = step(tokens, lengths, RATE)
         print(json.dumps([time.process_time() - start, loss, norm]), flush=True)
 
 
-def serve_unavoidable(folder: Path, length: int) -> None:
+def serve_unavoidable(folder: Path, lengths: list[int]) -> None:
     """At each line of input prints the seconds of a step's unavoidable work: its products, attention and AdamW."""
     from longreach.benchmarks.steps.unavoidable import Unavoidable
 
-    work = Unavoidable(folder, length)
+    work = Unavoidable(folder, lengths)
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         print(json.dumps(list(work.step().values())), flush=True)
@@ -235,9 +256,9 @@ def serve_unavoidable(folder: Path, length: int) -> None:
 class Worker:
     """A process that takes the steps of one side."""
 
-    def __init__(self, side: str, folder: Path, length: int) -> None:
+    def __init__(self, side: str, folder: Path, kind: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **QUIET}
-        command = [sys.executable, __file__, "--serve", side, str(folder), str(length)]
+        command = [sys.executable, __file__, "--serve", side, str(folder), kind]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -270,10 +291,10 @@ class Worker:
         raise SystemExit(f"{' '.join(map(str, self._process.args))} failed")
 
 
-def measured(name: str, length: int, rounds: int) -> str:
-    """The line of a model at a length."""
+def measured(name: str, kind: str, rounds: int) -> str:
+    """The line of a model on a kind of row."""
     with tempfile.TemporaryDirectory() as work:
-        workers = {side: Worker(side, Path(work, name), length) for side in (*SIDES, ALONE)}
+        workers = {side: Worker(side, Path(work, name), kind) for side in (*SIDES, ALONE)}
         found: dict[str, list[list[float]]] = {side: [] for side in workers}
         for _ in range(1 + rounds):
             for side, worker in workers.items():
@@ -292,21 +313,21 @@ def measured(name: str, length: int, rounds: int) -> str:
         )
     found[ALONE] = [[sum(parts)] for parts in found[ALONE]]
     times = {side: statistics.median(answer[0] for answer in answers[1:]) for side, answers in found.items()}
-    return line(name, length, rounds, times, peaks, differ)
+    return line(name, kind, rounds, times, peaks, differ)
 
 
 def line(
-    name: str, length: int, rounds: int, times: dict[str, float], peaks: dict[str, float], differ: tuple[float, float]
+    name: str, kind: str, rounds: int, times: dict[str, float], peaks: dict[str, float], differ: tuple[float, float]
 ) -> str:
-    """A line of the table. The goals are of these lengths alone, and that of memory of the longer one."""
+    """A line of the table. The goals are of whole rows alone, and that of memory of the longer one."""
     ratio, share = times["transformers"] / times["LongReach"], peaks["LongReach"] / peaks["transformers"]
-    goal, half = SHAPES[name].faster.get(length), 0.5 if length == 8192 else None
+    goal, half = SHAPES[name].faster.get(kind), 0.5 if kind == "8192" else None
     bound = times["transformers"] / times[ALONE]
 
     def verdict(met: bool, reachable: bool = True) -> str:
         return "met" if met else "NOT met" if reachable else f"NOT met (bound {bound:.2f})"
 
-    cells = [name, f"{length:,}", f"{rounds}", *(f"{times[side]:.2f} s" for side in ORDER), f"{ratio:.2f}"]
+    cells = [name, kind, f"{rounds}", *(f"{times[side]:.2f} s" for side in ORDER), f"{ratio:.2f}"]
     cells += [f"{goal}", verdict(ratio >= goal, goal <= bound)] if goal else ["", ""]
     cells += [f"{times[ALONE]:.2f} s", f"{bound:.2f}"]
     cells += [*(f"{peaks[side] / 2**20:,.0f} MiB" for side in ORDER), f"{share:.2f}"]
@@ -314,22 +335,18 @@ def line(
     return f"| {' | '.join([*cells, *(f'{each:.0e}' for each in differ)])} |"
 
 
-def written() -> dict[tuple[str, int], str]:
+def written() -> dict[tuple[str, str], str]:
     """The rows that the page has, but for those of a table of other columns."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
-    found = ((re.match(r"\| (\w+) \| ([\d,]+) \|", each), each) for each in lines)
+    found = ((re.match(r"\| (\w+) \| (\w+) \| \d", each), each) for each in lines)
     columns = HEAD.partition("\n")[0].count("|")
-    return {
-        (match[1], int(match[2].replace(",", ""))): each
-        for match, each in found
-        if match and each.count("|") == columns
-    }
+    return {(match[1], match[2]): each for match, each in found if match and each.count("|") == columns}
 
 
-def write(rows: dict[tuple[str, int], str]) -> None:
+def write(rows: dict[tuple[str, str], str]) -> None:
     import transformers
 
-    kept = [rows[key] for key in sorted(rows, key=lambda key: (list(SHAPES).index(key[0]), key[1]))]
+    kept = [rows[key] for key in sorted(rows, key=lambda key: (list(SHAPES).index(key[0]), list(ROWS).index(key[1])))]
     models = "\n".join(f"- {name}: {shape.told}" for name, shape in SHAPES.items())
     parts = [
         "# A training step beside transformers",
@@ -337,6 +354,7 @@ def write(rows: dict[tuple[str, int], str]) -> None:
         " ".join(__doc__.split("\n\n")[2].split()),
         "\n".join([HEAD, *kept]),
         f"Width {COMMON['hidden_size']}, a vocabulary of {VOCABULARY:,}:\n\n{models}",
+        f"A packed row has documents of {', '.join(map(str, ROWS['packed']))} tokens; others are one document.",
         NOTE,
     ]
     PAGE.write_text("\n\n".join(parts))
@@ -345,23 +363,25 @@ def write(rows: dict[tuple[str, int], str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
-        side, folder, length = chosen.serve
-        serve(side, Path(folder), int(length))
+        side, folder, kind = chosen.serve
+        serve(side, Path(folder), ROWS[kind])
         return
     torch.set_num_threads(1)
     print(HEAD, flush=True)
     for name in chosen.models:
-        for length in chosen.lengths:
-            found = measured(name, length, chosen.rounds)
+        for kind in chosen.rows:
+            if kind == "packed" and not SHAPES[name].packs:
+                continue
+            found = measured(name, kind, chosen.rounds)
             print(found, flush=True)
             if chosen.write:
-                write({**written(), (name, length): found})
+                write({**written(), (name, kind): found})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Product(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """Causal attention to a row of so many tokens."""
+    """Causal attention to a document of so many tokens."""
 
     tokens: int
     heads: int
@@ -67,19 +67,19 @@ class Work(NamedTuple):
     parameters: int
 
 
-def work_of(model: LanguageModel, length: int) -> Work:
-    """That of a step on a row of so many tokens; the model is on `meta`.
+def work_of(model: LanguageModel, lengths: list[int]) -> Work:
+    """That of a step on a row of documents of so many tokens; the model is on `meta`.
 
     Experts have even shares of the rows. Raises ValueError where the products of forward are not all of what the model
     states in `flops` but for its mixers' ops.
     """
     parts, places, read = list[Product | Softmax](), dict[tuple[int, int], int](), list[Tensor]()
-    documents = Documents.whole(1, length)
+    documents, length = Documents.from_lengths([lengths]), sum(lengths)
     seq = Sequence.rehearsal(documents, Layout(length), Strategy())
 
     def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not isinstance(module, nn.Linear):
-            parts.extend(_parts(module, inputs, length))
+            parts.extend(_parts(module, inputs, lengths))
             return
         reader = id(inputs[0]), module.in_features
         read.append(inputs[0])  # so that no other tensor gets its id
@@ -105,9 +105,9 @@ def work_of(model: LanguageModel, length: int) -> Work:
     return Work(parts, model.parameter_count())
 
 
-def _parts(module: nn.Module, inputs: tuple[Any, ...], length: int) -> Iterator[Product | Softmax]:
+def _parts(module: nn.Module, inputs: tuple[Any, ...], lengths: list[int]) -> Iterator[Product | Softmax]:
     if isinstance(module, Router):
-        yield Product(length, module.weight.shape[1], (module.experts,))
+        yield Product(sum(lengths), module.weight.shape[1], (module.experts,))
     elif isinstance(module, Experts):
         experts, hidden, width = module.up.weight.shape
         rows = inputs[1].numel() // experts
@@ -116,9 +116,9 @@ def _parts(module: nn.Module, inputs: tuple[Any, ...], length: int) -> Iterator[
             yield Product(rows, width, first)
             yield Product(rows, hidden, (module.down.weight.shape[1],))
     elif isinstance(module, Attention):
-        yield Softmax(length, module.heads, module.kv_heads, module.head_dim, module.head_dim)
+        yield from (Softmax(n, module.heads, module.kv_heads, module.head_dim, module.head_dim) for n in lengths)
     elif isinstance(module, LatentAttention):
-        yield Softmax(length, module.heads, module.heads, module.key_dim, module.value_dim)
+        yield from (Softmax(n, module.heads, module.heads, module.key_dim, module.value_dim) for n in lengths)
 
 
 class Passes(NamedTuple):
@@ -237,16 +237,16 @@ def softmax_passes(at: Softmax) -> Passes:
 
 
 class Unavoidable:
-    """The work of a step of the model in a folder, on a row of so many tokens."""
+    """The work of a step of the model in a folder, on a row of documents of so many tokens."""
 
-    def __init__(self, folder: Path, length: int) -> None:
+    def __init__(self, folder: Path, lengths: list[int]) -> None:
         from hydra.utils import instantiate
 
         from longreach.models import hf
 
         with torch.device("meta"):
             model = instantiate(hf.read_settings(folder), _convert_="all")
-        self.work = work_of(model, length)
+        self.work = work_of(model, lengths)
         self._passes = {
             part: product_passes(part) if isinstance(part, Product) else softmax_passes(part)
             for part in dict.fromkeys(self.work.parts)
