@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..run.failure import remedy
-from .stored import FORMAT, INDEX, CheckpointError, is_complete, is_kept, keep_for_ever, step_of, steps
+from .stored import FORMAT, INDEX, CheckpointError, is_complete, is_kept, keep_for_ever, sealed, step_of, steps
 from .tensor_files import TensorWriter
 
 LEFT = ".left"  # how the names of checkpoints end that a rollback has left behind
@@ -96,7 +96,7 @@ def _complete(path: Path, temporary: Path, index: dict[str, Any]) -> None:
         if not (temporary / file).exists() or (temporary / file).stat().st_size != entry["bytes"]:
             raise OSError(f"{file} is not there; run.dir must be on a file system that all ranks share")
     with open(temporary / INDEX, "w") as file:
-        json.dump({"format": FORMAT, **index}, file, indent=1)
+        json.dump(sealed({"format": FORMAT, **index}), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(temporary)

@@ -148,6 +148,7 @@ def test_too_many_bad_steps_roll_the_run_back_past_their_rows(texts: Path, tmp_p
     assert (proof.steps, proof.findings[0].passed, proof.findings[0].tokens) == (8, 16 * 96, 48 * 96)
     other = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
     began = json.loads((other / "index.json").read_text())
+    del began["crc32"]
     assert began["state"]["data"]["row"] == 16
     began["state"]["data"]["row"] = 32
     (other / "index.json").write_text(json.dumps(began))
@@ -173,7 +174,7 @@ def test_rollbacks_come_to_an_end(texts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_a_rollback_has_left_behind_is_not_gone_on_from(texts: Path, tmp_path: Path, kept: bool) -> None:
-    """The second rollback takes step 2, and the run ends before it has passed step 4 again, which the first one took."""
+    """The second rollback takes step 2, and the run ends before it has passed step 4, that of the first one, again."""
     more = {"trainer__max_skipped_steps": 2, "trainer__steps": 7, "checkpoint__keep": 9, "data__audit": True}
     more |= {"checkpoint__milestones": 2 * kept} | QUIET
 
