@@ -205,7 +205,8 @@ def _check_bytes(stored: Stored, keys: list[str]) -> None:
             raise _Damage(f"the bytes of {key} in {file} have changed since they were written")
 
 
-def _is_undamaged(path: Path) -> bool:
+def is_undamaged(path: Path) -> bool:
+    """Whether a checkpoint is complete and its bytes are those that were written; it reads all of them."""
     try:
         stored = _read(path)
         _check_bytes(stored, list(stored.tensors))
@@ -215,4 +216,4 @@ def _is_undamaged(path: Path) -> bool:
 
 
 def _refusal(path: Path, damage: _Damage) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path, _is_undamaged)}")
+    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path, is_undamaged)}")
