@@ -5,6 +5,7 @@ On two ranks, by the real command line, where ranks have to agree: none hangs, a
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -148,7 +149,7 @@ def test_a_checkpoint_with_old_paths_of_classes_is_resumed_generated_from_and_ex
         before = now.replace(".mixers.softmax.softmax_attention.", ".mixers.softmax_attention.")
         before = before.replace(".feed_forward.swiglu.", ".feed_forward.")
         assert before != now
-        file.write_text(before)
+        file.write_text(re.sub(r',\s*"crc32": \d+\s*}\s*$', "}", before))  # as the index was then
     model = "model.mixers.softmax._target_=longreach.models.mixers.softmax_attention.SoftmaxAttention"
     finish(start(ALONE, "run.dir=other", "trainer.steps=1", f"init_from={checkpoint}"))
     assert saved(tmp_path / "other")

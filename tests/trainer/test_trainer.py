@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Container
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,20 @@ def uninterrupted(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     run = tmp_path_factory.mktemp("whole") / "run"
     run_ranks(2, train, settings(texts, run, parallel__sequence=2))
     return run
+
+
+def train_with_a_full_log(rank: int, world: int, chosen: Settings) -> list[int]:
+    done = []
+    with suppress(OSError), open("/dev/full", "w") as full, redirect_stdout(full):
+        train(rank, world, chosen)
+        done.append(rank)
+    return done
+
+
+def test_a_disk_too_full_for_what_is_printed_ends_no_run(texts: Path, tmp_path: Path) -> None:
+    chosen = settings(texts, tmp_path / "run", trainer__steps=2, evaluation__every=0, evaluation__sample_tokens=0)
+    assert run_ranks(1, train_with_a_full_log, chosen) == [[0]]
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2]
 
 
 def test_a_run_learns_and_leaves_what_it_should(uninterrupted: Path) -> None:
@@ -290,6 +304,7 @@ def test_every_rank_refuses_with_the_same_words(texts: Path, uninterrupted: Path
     for file in old.glob("checkpoints/*/index.json"):
         index = json.loads(file.read_text())
         index["state"]["data"]["version"] = 1
+        del index["crc32"]
         file.write_text(json.dumps(index))
     bad.append((settings(texts, old), "version must be 2; got 1. Its rows come in another order: use the"))
     heads = settings(tmp_path / "nothing", tmp_path)  # a model is refused before its data are read

@@ -187,6 +187,8 @@ class _Writing:
                 shutil.rmtree(self.target.temporary, ignore_errors=True)
         except RuntimeError as failure:  # of the store: its host is lost
             problem, self.broken = f"the ranks' store does not answer ({failure})", True
+        except Exception as failure:  # of any other kind: a thread that ended in silence would pass for one that wrote
+            problem, self.broken = f"{type(failure).__name__}: {failure}", True
         self.error = unwritten(self.target.path, problem) if problem else None
 
     def _write(self) -> Written:

@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..run.failure import remedy
-from .stored import FORMAT, INDEX, CheckpointError, is_complete, is_kept, keep_for_ever, step_of, steps
+from .stored import FORMAT, INDEX, CheckpointError, is_complete, is_kept, keep_for_ever, sealed, step_of, steps
 from .tensor_files import TensorWriter
 
+LEFT = ".left"  # how the names of checkpoints end that a rollback has left behind
 Written = tuple[dict[str, Any], str | None]  # a rank's files with their entries in the index, and what went wrong
 
 
@@ -94,7 +96,7 @@ def _complete(path: Path, temporary: Path, index: dict[str, Any]) -> None:
         if not (temporary / file).exists() or (temporary / file).stat().st_size != entry["bytes"]:
             raise OSError(f"{file} is not there; run.dir must be on a file system that all ranks share")
     with open(temporary / INDEX, "w") as file:
-        json.dump({"format": FORMAT, **index}, file, indent=1)
+        json.dump(sealed({"format": FORMAT, **index}), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(temporary)
@@ -118,11 +120,28 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def leave_behind(path: Path) -> None:
+    """Sets aside the checkpoints after `path`, for a run that has gone back there and will come to other ones.
+
+    As the newest they would be gone on from. They make way for the next that is written, unless they are marked to
+    stay.
+    """
+    for later in steps(path.parent):
+        if step_of(later) > step_of(path):
+            aside = later.with_name(f"{later.name}{LEFT}")
+            with suppress(OSError):
+                _remove(aside)
+                os.rename(later, aside)
+
+
 def _prune(written: Path, retention: Retention) -> None:
     """Those after `written` stay: of a run that goes on from an earlier one, since they are damaged, until it is there.
 
     Nor do damaged ones count among those that are kept.
     """
+    for left in written.parent.glob(f"step-*{LEFT}"):
+        if not is_kept(left):
+            shutil.rmtree(left, ignore_errors=True)
     keep, spare, _ = retention
     kept, spared = 1, spare is None or step_of(written) <= spare
     for path in reversed([path for path in steps(written.parent) if step_of(path) < step_of(written)]):

@@ -15,7 +15,7 @@ from ...models.hf import Entries, new_folder
 from ...models.language_model import LanguageModel
 from ..engine import saved_buffers
 from .source import Source
-from .stored import BUFFERS, FORMAT, INDEX
+from .stored import BUFFERS, FORMAT, INDEX, sealed
 from .tensor_files import TensorWriter
 
 Shapes = dict[str, tuple[int, ...]]
@@ -53,7 +53,7 @@ def rewrite(
             "adam_steps": 0,
             "files": {w.path.name: {"bytes": w.size, "crc32": w.checksums} for w in written},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(sealed(index), indent=1), encoding="utf-8")
 
 
 def _shapes(tensors: dict[str, Any]) -> Shapes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ...parallel.mesh import Mesh
 from .tensor_files import Place, checksum, map_tensor, read_places
 
 INDEX = "index.json"
+CHECK = "crc32"  # of the index, in itself
 KEPT = "kept"  # a file that marks a checkpoint as one to stay
 FORMAT = "longreach checkpoint 1"
 BUFFERS = "buffers"
@@ -127,6 +129,16 @@ def advice(path: Path, is_good: Callable[[Path], bool]) -> str:
     return f"Use {other}" if (other := next(others, None)) else "Use another one"
 
 
+def sealed(index: Mapping[str, Any]) -> dict[str, Any]:
+    """An index as it is written: with a checksum of all that it says, since a run goes on from the numbers in it."""
+    told = json.loads(json.dumps(index))
+    return {**told, CHECK: _checksum(told)}
+
+
+def _checksum(told: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({key: told[key] for key in told if key != CHECK}, sort_keys=True).encode())
+
+
 class _Damage(Exception):
     """What is wrong with a checkpoint."""
 
@@ -136,6 +148,8 @@ def _read(path: Path) -> Stored:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise _Damage(f"its {INDEX} is not of the format {FORMAT!r}")
+        if CHECK in index and index[CHECK] != _checksum(index):  # those from before it had one are read too
+            raise _Damage(f"its {INDEX} has changed since it was written")
         tensors: dict[str, tuple[str, Place, int]] = {}
         for file, entry in index["files"].items():
             tensors.update(_read_file(path, Path(file).name, entry))
@@ -191,7 +205,8 @@ def _check_bytes(stored: Stored, keys: list[str]) -> None:
             raise _Damage(f"the bytes of {key} in {file} have changed since they were written")
 
 
-def _is_undamaged(path: Path) -> bool:
+def is_undamaged(path: Path) -> bool:
+    """Whether a checkpoint is complete and its bytes are those that were written; it reads all of them."""
     try:
         stored = _read(path)
         _check_bytes(stored, list(stored.tensors))
@@ -201,4 +216,4 @@ def _is_undamaged(path: Path) -> bool:
 
 
 def _refusal(path: Path, damage: _Damage) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path, _is_undamaged)}")
+    return CheckpointError(f"checkpoint {path} must be complete and undamaged; {damage}. {advice(path, is_undamaged)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -60,11 +61,16 @@ class Ledger:
         self.path, self.segment, self.stage = folder / NAME, segment, stage
 
     def add(self, kind: str, step: int, rows: tuple[int, int], reason: str, **more: Any) -> None:
-        """Adds a line; a disk that has no room for it costs the line alone."""
+        """Adds a line; a disk that has no room for it costs the line alone, and neither those before nor after it."""
         more |= {key: value for key, value in (("stage", self.stage), ("segment", self.segment)) if value}
         line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, "rows": rows, "reason": reason}
-        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | more) + "\n")
+        with suppress(OSError), self.path.open("a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")  # by a kill, or a loss of power
+            data = ("\n" * torn + json.dumps(line | more) + "\n").encode()
+            if file.write(data) != len(data):
+                file.truncate(end)
 
     def passages(self) -> list[Passage]:
         """What the segment passes over because of earlier ends and rollbacks."""

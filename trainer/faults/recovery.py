@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import checkpoint
+from ..checkpoint.commit import leave_behind
 from ..checkpoint.stored import step_of, steps
 from ..data.packing import segment_of
 from ..data.reading import StepPart
@@ -143,6 +144,8 @@ class Recovery:
         stop, step, reason = trainer.row, trainer.step, f"{self.in_a_row} steps in a row were skipped"
         skipped = self.skipped
         state = checkpoint.load(trainer.engine, path, examined=True)
+        if trainer.mesh.rank == 0:
+            leave_behind(path)
         trainer.begin_at(state)
         self._write("rollback", (trainer.row, stop), reason, step=step, to=trainer.step)
         passages = [*self.passages, Passage(trainer.row, stop, f"rolled back: {reason}")]

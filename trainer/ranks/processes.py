@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -100,8 +101,9 @@ def leave(status: int) -> None:
     """
     if status in (0, AGAIN):
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk must not change the status, nor keep the process here
+            stream.flush()
     os._exit(status)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -136,7 +136,8 @@ def _interrupt() -> bool:
 def _say_now(text: str) -> None:
     """From the first rank, in a signal's handler: what was being printed when it came is not to be mixed up."""
     if int(os.environ.get("RANK", "0")) == 0:
-        os.write(2, f"\n{text}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
 
 
 def asked() -> int:
@@ -177,7 +178,8 @@ def report(
         return
     others = peers.joined()
     lost = others.lost() if others is not None and is_consequence(error) else []
-    print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
+    with suppress(OSError):  # where errors go to a disk that is full
+        print(message(error, started=started, hint=hint, lost=lost), file=sys.stderr, flush=True)
     if isinstance(error, NotFinite) or not isinstance(error, RunFailed | KeyboardInterrupt | Stopped) or lost:
         keep("a lost rank" if is_consequence(error) else type(error).__name__)
     if others is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -11,13 +12,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..memory.allocations import size
 
 
+class _Terminal(Console):
+    """Rich's, but a process that has lost whoever read its output (`| tee`) goes on: rich would end it."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class RunProgress:
-    """Shows step, loss, tokens/s, meters and time left; `say` prints a message above the bar, in one write."""
+    """Shows step, loss, tokens/s, meters and time left; `say` prints a message above the bar, in one write.
+
+    What cannot be printed, since the disk that the output goes to is full or nobody reads it any more, ends no run.
+    """
 
     def __init__(self, steps: int, first: int, every: int, *, quiet: bool, console: Console | None = None) -> None:
         self.steps, self.every, self.quiet = steps, every, quiet
         # A wide line where the output is a file: wrapping is the reader's business.
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Terminal(highlight=False, soft_wrap=True)
         self._seconds: deque[float] = deque(maxlen=50)
         self._first = first
         self._bar: Progress | None = None
@@ -56,11 +68,13 @@ class RunProgress:
 
     def say(self, message: str) -> None:
         if not self.quiet:
-            self.console.print(message, markup=False, soft_wrap=True)
+            with suppress(OSError):
+                self.console.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
             self._bar = None
 
 

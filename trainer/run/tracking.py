@@ -65,8 +65,8 @@ class Tracker:
 
         identity = run_dir / "wandb" / "run-id.txt"
         identity.parent.mkdir(parents=True, exist_ok=True)
-        kept = identity.read_text().strip() if identity.exists() else uuid.uuid4().hex[:8]
-        run_id = os.environ.get("WANDB_RUN_ID") or kept
+        kept = identity.read_text().strip() if identity.exists() else ""  # empty after a full disk, too
+        run_id = os.environ.get("WANDB_RUN_ID") or kept or uuid.uuid4().hex[:8]
         identity.write_text(run_id + "\n")
         self._run = wandb.init(
             project=settings.project or os.environ.get("WANDB_PROJECT") or "longreach",

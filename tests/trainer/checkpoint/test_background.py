@@ -135,13 +135,13 @@ def test_what_does_not_end_in_time_is_abandoned_and_leaves_the_one_before(tmp_pa
     assert not (tmp_path / "step-00000002").exists()
 
 
-def lose_the_store(rank: int, world: int, folder: Path, victim: int) -> str:
+def lose_the_store(rank: int, world: int, folder: Path, victim: int, error: Exception) -> str:
     background = Background(make_engine(1))
     with pytest.MonkeyPatch.context() as patch:
         if rank == victim:
 
             def put(notes: object, name: str, value: object) -> None:
-                raise RuntimeError("Connection reset by peer")
+                raise error
 
             patch.setattr("longreach.trainer.checkpoint.background._Notes.put", put)
         background.begin(folder, {"step": 1}, Retention(1))
@@ -149,10 +149,19 @@ def lose_the_store(rank: int, world: int, folder: Path, victim: int) -> str:
     return str(background.news()[1])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_cannot_reach_the_others_ends_their_waiting(tmp_path: Path, victim: int) -> None:
-    said = run_ranks(2, lose_the_store, tmp_path, victim)
-    assert "store does not answer (Connection reset by peer)" in said[victim]
+@pytest.mark.parametrize(
+    ("victim", "error", "told"),
+    [
+        (0, RuntimeError("Connection reset by peer"), "store does not answer (Connection reset by peer)"),
+        (1, RuntimeError("Connection reset by peer"), "store does not answer (Connection reset by peer)"),
+        (1, MemoryError("no room"), "could not be written: MemoryError: no room"),
+    ],
+)
+def test_a_rank_that_cannot_reach_the_others_ends_their_waiting(
+    tmp_path: Path, victim: int, error: Exception, told: str
+) -> None:
+    said = run_ranks(2, lose_the_store, tmp_path, victim, error)
+    assert told in said[victim]
     assert "it was abandoned" in said[1 - victim]
     assert latest(tmp_path) is None
 

@@ -205,6 +205,12 @@ def cut_index(path):
     (path / "index.json").write_text((path / "index.json").read_text()[:100])
 
 
+def another_row(path):
+    text = (path / "index.json").read_text()
+    assert text.count('"step": 2') == 1
+    (path / "index.json").write_text(text.replace('"step": 2', '"step": 3'))
+
+
 def other_format(path):
     (path / "index.json").write_text('{"format": "something else"}')
 
@@ -241,6 +247,7 @@ DAMAGE = [
     (remove_file, "weights-00002-of-00002.safetensors cannot be read"),
     (remove_index, "index.json cannot be read"),
     (cut_index, "index.json cannot be read"),
+    (another_row, "index.json has changed since it was written"),
     (other_format, "not of the format"),
     (foreign_index, "index.json cannot be read"),
 ]

@@ -1,8 +1,11 @@
 """The ledger of faults: rows in which a run died twice alike, or from which it went back, are passed over."""
 
+import io
 import itertools
 import json
 from pathlib import Path
+
+import pytest
 
 from longreach.trainer.faults.ledger import Ledger, Passage, beyond
 
@@ -37,6 +40,30 @@ def test_what_happened_once_is_met_again_and_what_happened_twice_is_not(tmp_path
     assert [tuple(passage)[:2] for passage in ledger.passages()] == [(0, 3), (4, 6)]
     kinds = [json.loads(line)["kind"] for line in ledger.path.read_text().splitlines() if line.endswith("}")]
     assert kinds == ["died", "died", "died", "skipped", "died", "rollback"]
+
+
+def test_half_a_line_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a loss of power has torn, without its end, and one that the disk had room for a part of."""
+    ledger = Ledger(tmp_path)
+    ledger.add("rollback", 9, (0, 3), "alike")
+    with ledger.path.open("a") as file:
+        file.write('{"kind": "rollback", "st')
+    ledger.add("rollback", 12, (8, 10), "alike")
+    whole, opened = ledger.path.read_bytes(), Path.open
+
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            return super().write(data[:20])
+
+    def fill(path: Path, mode: str, **_: object) -> io.FileIO:
+        return Full(path, mode)
+
+    monkeypatch.setattr(Path, "open", fill)
+    ledger.add("rollback", 15, (20, 30), "alike")
+    monkeypatch.setattr(Path, "open", opened)
+    assert ledger.path.read_bytes() == whole
+    ledger.add("rollback", 18, (40, 50), "alike")
+    assert [passage[:2] for passage in ledger.passages()] == [(0, 3), (8, 10), (40, 50)]
 
 
 def test_rows_of_another_segment_are_others(tmp_path: Path) -> None:

@@ -103,12 +103,19 @@ def test_a_loss_of_nan_and_a_spike_change_no_weight_and_are_named(
     assert all(len(of_row) > 0 for line in told for of_row in line["documents"])
 
 
-def bad_rows(rank: int, world: int, chosen: Settings, first: int, stop: int) -> tuple[list[int], list[str], str]:
-    """The gradient of rows first .. stop is not finite on one rank: the steps in turn, and why the run failed."""
+def bad_rows(
+    rank: int, world: int, chosen: Settings, first: int, stop: int, ends: int | None = None
+) -> tuple[list[int], list[str], str]:
+    """The gradient of rows first .. stop is not finite on one rank: the steps in turn, and why the run failed.
+
+    ends: the run is interrupted in the step after this one, once rows behind the bad ones have been read.
+    """
     with heard(chosen) as (trainer, said):
         met, backward = [0], trainer.engine.backward
 
         def spoil(loss: torch.Tensor, *rest: object) -> None:
+            if ends == trainer.step and trainer.row >= stop:
+                raise KeyboardInterrupt
             if met[-1] != trainer.step + 1:
                 met.append(trainer.step + 1)
             backward(loss * math.inf if first <= trainer.row < stop and rank == 0 else loss, *rest)
@@ -116,7 +123,7 @@ def bad_rows(rank: int, world: int, chosen: Settings, first: int, stop: int) -> 
         trainer.engine.backward = spoil  # type: ignore[method-assign]
         try:
             trainer.run()
-        except failure.NotFinite as error:
+        except (failure.NotFinite, KeyboardInterrupt) as error:
             return met[1:], said, str(error)
     return met[1:], said, ""
 
@@ -141,6 +148,7 @@ def test_too_many_bad_steps_roll_the_run_back_past_their_rows(texts: Path, tmp_p
     assert (proof.steps, proof.findings[0].passed, proof.findings[0].tokens) == (8, 16 * 96, 48 * 96)
     other = shutil.copytree(run / "checkpoints/step-00000004", tmp_path / "step-00000004")
     began = json.loads((other / "index.json").read_text())
+    del began["crc32"]
     assert began["state"]["data"]["row"] == 16
     began["state"]["data"]["row"] = 32
     (other / "index.json").write_text(json.dumps(began))
@@ -162,6 +170,29 @@ def test_rollbacks_come_to_an_end(texts: Path, tmp_path: Path) -> None:
     assert "got 2 step(s) in a row, 3 to 4, where it was not" in failed
     assert "after 2 rollback(s) (trainer.max_rollbacks)" in failed
     assert '"kind": "died", "step": 5, ' in (tmp_path / "run/faults.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_rollback_has_left_behind_is_not_gone_on_from(texts: Path, tmp_path: Path, kept: bool) -> None:
+    """The second rollback takes step 2, and the run ends before it has passed step 4, that of the first one, again."""
+    more = {"trainer__max_skipped_steps": 2, "trainer__steps": 7, "checkpoint__keep": 9, "data__audit": True}
+    more |= {"checkpoint__milestones": 2 * kept} | QUIET
+
+    def chosen(run: str) -> Settings:
+        return settings(texts, tmp_path / run, **more)
+
+    ((whole, said, _),) = run_ranks(1, bad_rows, chosen("whole"), 20, 36)
+    assert whole == [1, 2, 3, 4, 5, 6, 7, 5, 6, 3, 4, 5, 6, 7]
+    ((ended, said, _),) = run_ranks(1, bad_rows, chosen("run"), 20, 36, 3)
+    assert ended == whole[:10]
+    assert any("back from step 6 to step-00000002" in line for line in said)
+    left = tmp_path / "run/checkpoints/step-00000004.left"
+    assert left.is_dir()  # until another one is written
+    assert prove(tmp_path / "run").holds
+    assert run_ranks(1, bad_rows, chosen("run"), 20, 36)[0][0] == [3, 4, 5, 6, 7]
+    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+    assert prove(tmp_path / "run").holds
+    assert left.is_dir() == kept
 
 
 def deadly_rows(rank: int, world: int, chosen: Settings) -> tuple[list[str], str]:

@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
+
+from longreach.trainer.ranks import processes
 
 PROGRAM = """
 import torch
@@ -43,6 +46,16 @@ def test_a_process_on_a_cpu_is_deterministic_unless_it_is_told_otherwise():
     result = run(["-c", DETERMINISM])
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["True", "False", "False", "False", "True", "False"]
+
+
+def test_output_that_cannot_be_written_changes_no_status(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        print("still in the buffer")
+        processes.leave(1)
+    assert left == [1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """What the terminal shows: a bar where there is one, plain lines elsewhere, nothing on other ranks."""
 
+import errno
 import io
+import os
 
 import pytest
 from rich.console import Console
@@ -46,6 +48,32 @@ def test_a_terminal_gets_a_bar() -> None:
     shown = run(terminal=True)
     for part in ("10/10", "loss 0.5000", "12.3k tokens/s", "0 s left", "━"):
         assert part in shown
+
+
+def test_output_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a full disk, where what is printed comes when there is room again, nor a reader that has gone."""
+
+    class Full(io.StringIO):
+        room = False
+
+        def write(self, text: str) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text)
+
+    out = Full()
+    monkeypatch.setattr("sys.stdout", out)
+    progress = RunProgress(10, 0, 1, quiet=False)
+    progress.say("lost")
+    out.room = True
+    progress.say("there")
+    assert out.getvalue().endswith("there\n")
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        progress.say("to nobody")
+        progress.say("to nobody")
 
 
 def test_other_ranks_are_silent() -> None:

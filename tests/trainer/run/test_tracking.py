@@ -106,6 +106,9 @@ def test_settings_come_before_the_variables_of_wandb(tmp_path: Path, monkeypatch
         tmp_path.name,
         "variable",  # the run's own, from its first start
     ]
+    (tmp_path / "wandb" / "run-id.txt").write_text("")  # as a full disk leaves it
+    Tracker(WandbSettings("offline"), tmp_path, {}, print)
+    assert given["id"] not in ("", "variable")
 
 
 def test_what_fails_is_said_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

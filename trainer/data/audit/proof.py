@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...checkpoint.stored import CheckpointError, is_complete, step_of, verify
+from ...checkpoint.stored import CheckpointError, is_undamaged, step_of, verify
 from ...checkpoint.stored import steps as checkpoints
 from ..packing import TokenStream
 from .file import NAME, AuditFile, AuditRows, AuditSource
@@ -157,8 +157,11 @@ def prove(run: Path) -> Proof:
 
 
 def _cut_off(run: Path, last: int) -> list[str]:
-    """What is wrong with the file's end: a checkpoint is written after the steps before it."""
-    later = [path for path in checkpoints(run / "checkpoints") if step_of(path) > last and is_complete(path)]
+    """What is wrong with the file's end: a checkpoint is written after the steps before it.
+
+    A run that has passed over a damaged one comes to its step again.
+    """
+    later = [path for path in checkpoints(run / "checkpoints") if step_of(path) > last and is_undamaged(path)]
     if not later:
         return []
     step = step_of(later[-1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stored_checkpoints
 
 from longreach.trainer.checkpoint.stored import FORMAT, INDEX
 from longreach.trainer.data.audit.file import NAME, AuditFile, AuditRows, AuditSource, packed
@@ -215,6 +216,14 @@ def test_a_file_without_the_last_steps_before_a_checkpoint_proves_nothing(tmp_pa
     assert not proof.holds
     assert f"steps {kept + 1} to 8 are not in the audit" in proof.table()[-1]
     assert proof_of(tmp_path, made).holds
+
+
+def test_a_damaged_checkpoint_says_nothing_of_the_steps_that_are_missing(tmp_path: Path) -> None:
+    """A run that has passed over it, and has not come to its step again, has an audit that holds."""
+    later = stored_checkpoints.store(tmp_path / "checkpoints", 14)
+    assert not proof_of(tmp_path, records("concat")).holds
+    stored_checkpoints.flipped(later)
+    assert proof_of(tmp_path, records("concat")).holds
 
 
 @pytest.mark.slow
