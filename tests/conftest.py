@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 with suppress(ModuleNotFoundError):  # a bare GPU machine has none, and most tests that need a GPU need none
     from hypothesis import settings
@@ -43,6 +44,27 @@ def module_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == tmp_path:
             del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    """What a test leaves behind is found by another one of its process, in whichever order they run: it fails here."""
+    before = process()
+    yield
+    assert process() == before
+
+
+def process() -> dict[str, object]:
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return {
+        "working directory": os.getcwd(),
+        "type": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dispatch mode": is_in_torch_dispatch_mode(),
+        "compilation": "default" if compiler is None else compiler._stance.stance,
+    }
 
 
 # Files that take minutes begin first, the longest ahead: none is then left to one core when the other has ended.

@@ -5,7 +5,7 @@
 
 `state`: models of width 64, in which each mixer stands behind a gated short convolution, learn problems of 4, 8, 16 and
 32 pairs in turn, at three learning rates, of which the best is kept; the size of the state is varied. `length`: a model
-of each kind learns 8 pairs in rows of 64 to 512 tokens, and is tested in rows of up to 8,192.
+of each kind learns 4 pairs, then 8 in rows of 64 to 512 tokens, and is tested in rows of up to 8,192.
 Runs that are finished in the folder are not run again; `--minutes` starts no run later, and `--studies` without a name
 starts none. `--write` keeps the table in benchmarks/results/ and the figures in docs/ of the runs that there are.
 """
@@ -60,12 +60,12 @@ TOLD = {
         f"task. Hybrids, which are deeper, may take {PATIENT} times the steps."
     ),
     "length": (
-        f"The same models, of the largest state, learned {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of "
-        f"rows of {', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, with queries anywhere in the second "
-        "and blanks between, and were tested in longer rows without another step. Percent of queries recalled. State: "
-        f"of {LENGTH_TASKS[-1].length} tokens. Each length is tested with {TESTED_ROWS * LONGER[0].queries} queries, "
-        f"{LONGER[0].queries} a row as in training; what ends at {LENGTH_TASKS[-1].length} tokens is of earlier runs, "
-        "with 128 to 1,024 queries."
+        f"The same models, of the largest state, learned {TASKS[0].pairs} pairs in {TASKS[0].length} tokens first, and "
+        f"then {LENGTH_TASKS[0].pairs} pairs anywhere in the first half of rows of "
+        f"{', '.join(str(task.length) for task in LENGTH_TASKS)} tokens, queries anywhere in the second and blanks "
+        "between, and were tested in longer rows without another step. Percent of queries recalled. State: of "
+        f"{LENGTH_TASKS[-1].length} tokens. Each length is tested with {TESTED_ROWS * LONGER[0].queries} queries, "
+        f"{LONGER[0].queries} a row as in training."
     ),
 }  # fmt: skip
 

@@ -101,7 +101,7 @@ class Shape(NamedTuple):
 
 
 HYBRID = {"2048": 1.8, "8192": 2.5}
-ROWS = {"2048": [2048], "8192": [8192], "packed": [3072, 2048, 1280, 768, 512, 256, 128, 128]}
+ROWS = {"2048": [2048], "4096": [4096], "8192": [8192], "packed": [3072, 2048, 1280, 768, 512, 256, 128, 128]}
 SHAPES = {
     "llama": Shape({**COMMON}, {"2048": 1.1, "8192": 1.1}, "4 layers of softmax attention", packs=True),
     "qwen3_next": Shape(
@@ -363,7 +363,7 @@ def write(rows: dict[tuple[str, str], str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["2048", "8192", "packed"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
