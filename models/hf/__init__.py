@@ -208,8 +208,8 @@ def _read_config(path: str | Path) -> dict[str, Any]:
         )
     if not (Path(path) / CONFIG).is_file():
         raise ValueError(
-            f"init_from must be a folder with {CONFIG}; got {path} without it. Name the folder of a model, or a run that "
-            "has saved a checkpoint"
+            f"init_from must be a folder with {CONFIG}; got {path} without it. Name the folder of a model, or a "
+            "run that has saved a checkpoint"
         )
     config = read_json(Path(path) / CONFIG)
     alone = (family.alone(config) for family in known_families().values())
