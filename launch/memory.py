@@ -13,7 +13,8 @@ from ..trainer.memory.account import account
 from ..trainer.preparation import configured_model
 from ..trainer.requirements import at_least, one_of
 from ..trainer.run import failure
-from ..trainer.settings import Settings, check
+from ..trainer.settings import Settings
+from ..trainer.stages.opening import check_models
 from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
@@ -46,6 +47,9 @@ def lines(settings: Settings, chosen: MemorySettings) -> list[str]:
     at_least("memory.ranks", chosen.ranks, 1)
     one_of("memory.device", chosen.device, DEVICES)
     made, plan = [], plan_of(settings)
+    plan.check(chosen.ranks, torch.device(chosen.device))
+    if plan.staged:
+        check_models(build, plan)
     for stage in plan.stages:
         with stage.checked():
             made += [f"stage {stage.name}"] * plan.staged + _lines(stage.settings, chosen)
@@ -54,7 +58,6 @@ def lines(settings: Settings, chosen: MemorySettings) -> list[str]:
 
 def _lines(settings: Settings, chosen: MemorySettings) -> list[str]:
     device = torch.device(chosen.device)
-    check(settings, chosen.ranks, device)
     model = configured_model(settings)
     model["vocabulary"] = model.get("vocabulary") or settings.data.vocabulary_size or VOCABULARY
     made = account(lambda: build(model), settings, chosen.ranks, device)

@@ -17,7 +17,8 @@ from ..trainer.planning.report import lines
 from ..trainer.preparation import configured_model
 from ..trainer.requirements import at_least
 from ..trainer.run import failure
-from ..trainer.settings import Settings, check
+from ..trainer.settings import Settings
+from ..trainer.stages.opening import check_models
 from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
@@ -43,6 +44,9 @@ def told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) 
     at_least("budget", budget, 1)
     cluster.check()
     plan = plan_of(settings)
+    plan.check(cluster.gpus, torch.device("cuda"))
+    if plan.staged:
+        check_models(build, plan)
     for stage in plan.stages:
         if stage.number:
             yield ""
@@ -53,7 +57,6 @@ def told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) 
 
 
 def _told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) -> Iterator[str]:
-    check(settings, cluster.gpus, torch.device("cuda"))
     model = configured_model(settings)
     for name in ("activation_checkpointing", "tile_tokens", "offload_activations"):  # they are of the settings
         model.pop(name, None)

@@ -74,8 +74,8 @@ def _start_from(settings: Settings, origin: str, overrides: list[str]) -> None:
     if with_text and not any(item.lstrip("+").startswith("data.tokenizer=") for item in overrides):
         if own is not None and not (own / "tokenizer").is_dir():
             raise ValueError(
-                f"data.tokenizer must be given with init_from of a run without text, as with data=recall; got {own}. "
-                "Name one that the model has rows for"
+                "data.tokenizer must be given with init_from of a checkpoint without the folder tokenizer, as those of "
+                f"data=recall are; got {own}. Name one that the model has rows for"
             )
         settings.data.tokenizer = origin if own is None else str(own / "tokenizer")
 

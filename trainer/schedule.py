@@ -47,6 +47,7 @@ class Schedule:
     peak: float
     steps: int
     first: int = 0  # steps that the run takes before the first of these
+    span: str = field(default="trainer.steps", compare=False)  # what messages call `steps`
 
     def __post_init__(self) -> None:
         chosen = self.settings
@@ -73,8 +74,8 @@ class Schedule:
             _ = self._rest
         elif self.warmup + self.decay > self.steps:
             raise ValueError(
-                f"schedule.warmup_steps and schedule.decay_steps must fit into trainer.steps={self.steps}; "
-                f"got {self.warmup} and {self.decay}. Lower them or raise trainer.steps"
+                f"schedule.warmup_steps and schedule.decay_steps must fit into {self.span}={self.steps}; "
+                f"got {self.warmup} and {self.decay}. Lower them or raise {self.span}"
             )
 
     @property

@@ -27,7 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ...trainer.ranks import launchers
 from ...trainer.settings import Settings
-from . import page
+from . import items, page
 
 CONFIGURATIONS = "../conf"
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -101,7 +101,9 @@ def run_main(compose: Callable[[], Any], config_name: str, texts: Collection[str
     try:
         _refuse_flags(sys.argv[1:])
         compose()
-    except (*ConfigurationError, FlagError) as error:
+    except (*ConfigurationError, TypeError, ValueError) as error:
+        if not (isinstance(error, (*ConfigurationError, FlagError)) or items.is_about_one(error)):
+            raise
         if int(os.environ.get("RANK", "0")) == 0:
             print(_as_written(explain(error, config_name, sys.argv[1:])), file=sys.stderr, flush=True)
         else:
@@ -235,6 +237,8 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
         override = error.override
         if not override or re.fullmatch(r"[\w.@/+]+", override):
             return f"error: an argument must be NAME=VALUE; got {override!r}. Write {override}=VALUE; --help lists all"
+        if dotted := items.with_dots(override):
+            return f"error: an item of a list must be named by a dot and its number; got {override}. Write {dotted}"
         return f"error: {override!r} cannot be read: {lines[0]}\nPut the value in quotes: \"name='value'\""
     cause = error.__cause__
     if cause is not None and str(cause).splitlines():
@@ -242,7 +246,9 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
         if first not in lines[0]:
             lines.append(first)
     message = "\n".join(lines)
-    option = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", message)
+    if told := items.explained(message, overrides):
+        return f"error: {told}"
+    option = re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", message)
     key = re.search(r"Could not override '([^'@]+)'", message)
     merged = re.search(r"Error merging override [+~]*([\w.]+)=(.*)\n(.*)", message)
     value = merged and re.search(r"could not be converted to (\w+)", merged[3])
@@ -261,6 +267,8 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
         return f"error: {there[1]} must be set without +, since it is there; got {given}. Write {given.lstrip('+')}"
     if kept:
         return f"error: {kept[1]} must stay, with a value; got ~{kept[1]}. Leave ~{kept[1]} out for its default"
+    if merged and "is not Optional" in merged[3]:
+        return f"error: {merged[1]} must have a value; got {merged[2]}. Leave it out for its default"
     if merged and "is not a valid bool" in merged[3]:
         return f"error: {merged[1]} must be {TYPES['Boolean']}; got {merged[2]}"
     if merged and value:

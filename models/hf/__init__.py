@@ -206,6 +206,11 @@ def _read_config(path: str | Path) -> dict[str, Any]:
             f"init_from must be a folder with a Hugging Face model; got {path}. "
             "Download a model of the hub first: hf download NAME --local-dir PATH"
         )
+    if not (Path(path) / CONFIG).is_file():
+        raise ValueError(
+            f"init_from must be a folder with {CONFIG}; got {path} without it. Name the folder of a model, or a "
+            "run that has saved a checkpoint"
+        )
     config = read_json(Path(path) / CONFIG)
     alone = (family.alone(config) for family in known_families().values())
     return dict(next((text for text in alone if text is not None), config))

@@ -23,6 +23,7 @@ from longreach.launch.generate import GenerationSettings
 from longreach.launch.train import TEXTS, to_settings
 from longreach.trainer.preparation import configured_model
 from longreach.trainer.settings import PATHS, Settings
+from longreach.trainer.stages.plan import plan_of
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
@@ -168,6 +169,12 @@ def test_the_quickstart_is_what_it_promises() -> None:
         ("evaluation.lengths=512", ["evaluation.lengths must be a list; got 512. Write 'evaluation.lengths=[512]'"]),
         ("evaluation.tasks=needle", ["evaluation.tasks must be a list; got needle. Write 'evaluation.tasks=[needle]'"]),
         ("evaluation.tasks={task: needle}", ["evaluation.tasks must be a list; got {task: needle}. Write "]),
+        ("checkpoint.every=null", ["checkpoint.every must have a value; got null. Leave it out for its default"]),
+        ("experiment=", ["experiment must be one of llama_4k_to_131k, ", "; got ''. "]),
+        ("stages.7.steps=1", ["stages.7.steps must name an item that the list has by its number, counted from 0"]),
+        ("stages.x.steps=1", ["stages.x.steps must name an item", "; got stages.x.steps=1. Or give all of it"]),
+        ("model.pattern.x=softmax", ["model.pattern.x must name an item", "; got model.pattern.x=softmax"]),
+        ("stages[0].steps=1", ["an item of a list must be named by a dot", "[0].steps=1. Write stages.0.steps=1"]),
         ("evaluation=x", ["evaluation must be settings, each by its name; got x. Write evaluation.NAME=VALUE"]),
         ("trainer.steps", ["error: an argument must be NAME=VALUE; got 'trainer.steps'"]),
         ("--steps=5", ["error: an argument must be NAME=VALUE; got --steps=5. Settings are written without dashes"]),
@@ -182,6 +189,15 @@ def test_wrong_overrides_are_named_with_what_is_near(
     assert "Traceback" not in printed
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1, "more than a line"
+
+
+def test_what_an_entry_of_stages_does_not_have_yet_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = complaint(monkeypatch, "experiment=moba_stages", "stages.1.data.sequence_length=64")
+    assert printed.rstrip().endswith("; got stages.1.data.sequence_length=64. Write +stages.1.data.sequence_length=64")
+    assert printed.count("\n") == 1
+    changed = settings("experiment=moba_stages", "+stages.1.data.sequence_length=64", "stages.0.steps=3")
+    first, second, _ = plan_of(changed).stages
+    assert (first.stop, second.settings.data.sequence_length) == (3, 64)
 
 
 def test_only_the_first_rank_prints(monkeypatch: pytest.MonkeyPatch) -> None:

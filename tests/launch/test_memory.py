@@ -3,7 +3,8 @@
 import hydra
 import pytest
 
-from longreach.launch import memory
+from longreach.launch import memory, plan
+from longreach.launch.configuration import to_schema
 from longreach.launch.train import to_settings
 
 
@@ -41,3 +42,22 @@ def test_what_training_refuses_is_refused():
         lines("trainer.activation_checkpointing={softmx: full}")
     with pytest.raises(ValueError, match=r"memory.device must be one of cuda, cpu; got 'tpu'"):
         lines(device="tpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("stages=[{steps: 2}, {steps: 2}]", "checkpoint.every=0"), r"stages\[0\] \(1\): checkpoint.every must be at"),
+        (("stages=[{steps: 2}, {steps: 2, model.depth: 8}]",), r"stages\[1\] \(2\): model must keep its parameters"),
+        (("stages=[{steps: 2}, {steps: 2, parallel.sequence: 3}]",), r"stages\[1\] \(2\): parallel.sequence must"),
+    ],
+)
+def test_stages_that_training_refuses_are_refused_before_any_is_told(overrides: tuple[str, ...], message: str):
+    """By the planner too."""
+    with pytest.raises(ValueError, match=message):
+        lines("model.depth=16", *overrides)
+    with hydra.initialize_config_module("longreach.conf", version_base="1.3"):
+        config = hydra.compose("plan", ["model=minimax_01_tiny", "model.depth=16", *overrides])
+    settings = to_settings(config, [], {})
+    with pytest.raises(ValueError, match=message):
+        next(plan.told(settings, to_schema(config, plan.Configuration).cluster, 1e12, 0))

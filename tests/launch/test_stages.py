@@ -46,6 +46,14 @@ def test_steps_are_not_given_twice() -> None:
         settings("stages=[{steps: 3}]", "trainer.steps=5")
 
 
+def test_a_stage_too_short_for_its_schedule_is_not_told_to_raise_the_steps_of_the_run() -> None:
+    """Which are the sum of the stages' and cannot be given."""
+    with pytest.raises(ValueError, match=r"stages\[0\] \(1\): schedule.warmup_steps .* must fit into") as refused:
+        plan_of(settings("stages=[{steps: 2}, {steps: 9, schedule.warmup_steps: 1}]", "schedule.warmup_steps=3"))
+    assert "trainer.steps" not in str(refused.value)
+    assert "the steps of the stages that share a schedule=2" in str(refused.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_can_run(name: str) -> None:

@@ -622,7 +622,7 @@ def test_pickles_hub_names_and_other_families_are_refused(tmp_path, folder):
         load(folder)
     with pytest.raises(ValueError, match=r"init_from must be a folder .* got meta-llama/Llama-3.2-1B. Download"):
         hf.read_settings("meta-llama/Llama-3.2-1B")
-    with pytest.raises(ValueError, match=r"with config.json; got .* without it"):
+    with pytest.raises(ValueError, match=r"init_from must be a folder with config.json; got .* without it"):
         hf.read_settings(tmp_path)
     (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(ValueError, match=r"model_type must be one of llama, mistral, qwen2, qwen3; got 'mamba'"):

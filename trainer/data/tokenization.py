@@ -98,7 +98,8 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
 def _refuse_nothing(documents: int, source: Source, skipped: LeftOut) -> None:
     if not documents:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "no document"
-        raise ValueError(f"{source.setting} must hold readable text; got {source.place} ({left_out}). Name another")
+        remedy = "Convert it to UTF-8, or name another" if skipped["invalid UTF-8"] else "Name another"
+        raise ValueError(f"{source.setting} must hold readable text; got {source.place} ({left_out}). {remedy}")
 
 
 def _entries(source: Source, tokenizer: Tokenizer | None, skipped: LeftOut) -> Iterator[Entry]:

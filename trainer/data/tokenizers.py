@@ -205,7 +205,7 @@ def load_tokenizer(name: str | Path, bos: str = "auto") -> Tokenizer:
         file = path / TOKENIZER_FILE
     elif path.is_file():
         file = path
-    elif path.is_absolute() or str(name).startswith((".", "~")) or path.suffix == ".json":
+    elif path.is_absolute() or _only_a_path(str(name)):
         raise ValueError(f"data.tokenizer must be a file or directory that exists; got {name}. Check the path")
     else:
         file = _download(str(name)) / TOKENIZER_FILE
@@ -239,6 +239,11 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
     if not folder.is_dir():
         raise ValueError(f"checkpoint must be of a model of text; got {path}, which has no tokenizer. Name another")
     return load_tokenizer(folder)
+
+
+def _only_a_path(name: str) -> bool:
+    """Whether a name is none of the hub's, which are NAME or OWNER/NAME."""
+    return name.startswith((".", "~")) or name.endswith(("/", ".json")) or name.count("/") > 1
 
 
 def _download(name: str) -> Path:

@@ -192,7 +192,8 @@ def _stages(base: Settings, made: list[tuple[_Entry, Settings, dict[str, Any], i
         # The group may be the run's own, or that of a stage with a setting of its own.
         settings.trainer = replace(settings.trainer, steps=base.trainer.steps)
         with _named(entry.setting):
-            schedule = Schedule(settings.schedule, settings.optimizer.learning_rate, length, first=borders[begin])
+            rate, span = settings.optimizer.learning_rate, "the steps of the stages that share a schedule"
+            schedule = Schedule(settings.schedule, rate, length, first=borders[begin], span=span)
         rows = steps * settings.data.rows_per_step
         yield Stage(entry.number, entry.name, first, stop, settings, schedule, changes, rows)
         first = stop

@@ -371,7 +371,7 @@ class TestBadInput:
     def test_nothing_readable(self, tmp_path: Path, tokenizer: str) -> None:
         (tmp_path / "latin.txt").write_bytes(b"\xff")
         (tmp_path / "blank.txt").write_bytes(b"\n\n")
-        match = r"data\.path must hold readable text; got .*\(1 blank, 1 invalid UTF-8\)"
+        match = r"data\.path must hold readable text; got .*\(1 blank, 1 invalid UTF-8\)\. Convert it to UTF-8, or"
         with pytest.raises(ValueError, match=match):
             opened(tmp_path, path=str(tmp_path / "*.txt"), tokenizer=tokenizer)
         assert [file.suffix for file in (tmp_path / "cache").iterdir() if file.is_dir()] == []

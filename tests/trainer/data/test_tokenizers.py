@@ -226,6 +226,12 @@ def test_a_name_is_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
         load_tokenizer("owner/name")
 
 
+@pytest.mark.parametrize("name", ["no-such/", "my/no/such", "./no-such", "no-such/tokenizer.json"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match=f"must be a file or directory that exists; got {name}. Check the path"):
+        load_tokenizer(name)
+
+
 def test_what_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither an eos_token"):
         load_tokenizer(foreign(tmp_path / "no_end", end="<stop>"))
