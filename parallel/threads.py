@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .waiting import Waits
 
@@ -59,16 +60,28 @@ def run_as_threads(ranks: int, function: Callable[[int], Result], *, timeout: fl
             world.end()
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
     try:
-        _join(threads, world, timeout)
+        with _Modes():
+            for thread in threads:
+                thread.start()
+            _join(threads, world, timeout)
     except BaseException as error:  # of the caller: an interrupt
         world.fail(error)
         raise
     if world.error is not None:
         raise world.error
     return [results[rank] for rank in range(ranks)]
+
+
+class _Modes(TorchDispatchMode):
+    """Puts back torch's notes of whether a dispatch mode is on, which are one for all threads.
+
+    Modes of ranks that end in another order than they began in leave them wrong.
+    """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # ranks may compile within
 
 
 def _join(threads: list[threading.Thread], world: _World, timeout: float) -> None:

@@ -6,7 +6,9 @@ import time
 import pytest
 import torch
 from distributed import run_ranks, run_threads
+from largest_tensor import LargestTensor
 from parallel_cases import STRATEGIES, agree, fits, shared
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from longreach.kernels.documents import Documents
 from longreach.kernels.masks import Mask
@@ -269,3 +271,24 @@ def test_a_rank_that_never_comes_is_told_with_its_place(monkeypatch: pytest.Monk
             run_as_threads(2, compute_for_ever, timeout=0.2)
     finally:
         release.set()
+
+
+def test_modes_that_end_in_another_order_than_they_began_leave_nothing_behind() -> None:
+    def watched(rank: int) -> None:
+        seq, mode = row(rank, 2), LargestTensor()
+        if rank == 0:
+            with mode:
+                meet(seq)
+                meet(seq)
+            meet(seq)
+        else:
+            meet(seq)
+            with mode:
+                meet(seq)
+                meet(seq)
+
+    def meet(seq: Sequence) -> None:
+        sum_over_ranks(torch.ones(1), seq)
+
+    run_as_threads(2, watched)
+    assert not is_in_torch_dispatch_mode()
