@@ -14,7 +14,7 @@ from ..trainer.preparation import configured_model
 from ..trainer.requirements import at_least, one_of
 from ..trainer.run import failure
 from ..trainer.settings import Settings
-from ..trainer.stages.opening import check_models
+from ..trainer.stages.opening import check_stages
 from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
@@ -47,9 +47,7 @@ def lines(settings: Settings, chosen: MemorySettings) -> list[str]:
     at_least("memory.ranks", chosen.ranks, 1)
     one_of("memory.device", chosen.device, DEVICES)
     made, plan = [], plan_of(settings)
-    plan.check(chosen.ranks, torch.device(chosen.device))
-    if plan.staged:
-        check_models(build, plan)
+    check_stages(build, plan, chosen.ranks, torch.device(chosen.device))
     for stage in plan.stages:
         with stage.checked():
             made += [f"stage {stage.name}"] * plan.staged + _lines(stage.settings, chosen)

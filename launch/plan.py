@@ -18,7 +18,7 @@ from ..trainer.preparation import configured_model
 from ..trainer.requirements import at_least
 from ..trainer.run import failure
 from ..trainer.settings import Settings
-from ..trainer.stages.opening import check_models
+from ..trainer.stages.opening import check_stages
 from ..trainer.stages.plan import plan_of
 from . import configuration
 from .build import build
@@ -44,9 +44,7 @@ def told(settings: Settings, cluster: ClusterSettings, budget: float, top: int) 
     at_least("budget", budget, 1)
     cluster.check()
     plan = plan_of(settings)
-    plan.check(cluster.gpus, torch.device("cuda"))
-    if plan.staged:
-        check_models(build, plan)
+    check_stages(build, plan, cluster.gpus, torch.device("cuda"))
     for stage in plan.stages:
         if stage.number:
             yield ""

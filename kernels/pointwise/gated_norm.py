@@ -12,6 +12,7 @@ from ..dispatch import by_kernels
 from ..operation import Function
 from . import gated_tiles
 from .rms_norm import rms_norm
+from .tiles import on_cpu
 
 ACTIVATIONS = ("silu", "sigmoid")
 
@@ -50,7 +51,7 @@ def gated_norm(
     kernels, kind = by_kernels("gated_norm", x), (activation == "silu", centred, gate_first)
     if kernels is not None and kernels.takes_norm(x):
         return _GatedNorm.call(kernels, x, gate, weight, bias, eps, kind)
-    if x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
+    if on_cpu(x):
         return _GatedNorm.call(gated_tiles, x, gate, weight, bias, eps, kind)
     active = F.silu if activation == "silu" else torch.sigmoid
     if not gate_first:

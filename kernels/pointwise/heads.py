@@ -8,25 +8,21 @@ import torch
 from torch import Tensor
 
 from ..operation import Function
-from .tiles import in_cache
+from .tiles import in_cache, on_cpu
 
 
 def scale_heads(x: Tensor, factor: Tensor) -> Tensor:
     """x factor for x `[B, T, H, V]` and a factor `[B, T, H]` in any type, which is rounded to x's."""
-    if _in_tiles(x):
+    if on_cpu(x):
         return _Scale.call(x, factor)
     return x * factor.to(x.dtype).unsqueeze(-1)
 
 
 def add_skip(out: Tensor, x: Tensor, skip: Tensor) -> Tensor:
     """out + skip x for out, x `[B, T, H, V]` of one type and a skip `[H]` in any, which is rounded to it."""
-    if _in_tiles(x):
+    if on_cpu(x):
         return _Skip.call(out, x, skip)
     return out + skip.to(x.dtype)[:, None] * x
-
-
-def _in_tiles(x: Tensor) -> bool:
-    return x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
 
 
 class _Scale(Function):

@@ -15,15 +15,20 @@ Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 TILE = 1 << 17  # numbers of a tile; of half as many, operations take too long to start
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is computed by a CPU, operation by operation, so that tiles pay; on `meta` as there."""
+    return x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
+
+
 def in_cache(compute: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], outputs: int) -> tuple[Tensor, ...]:
     """compute(*rows), on a CPU some rows at a time, so that no result between two operations leaves its caches.
 
     rows: `[R, …]` each; `compute` must treat each by itself, and returns `outputs` tensors `[n, …]` of n rows and then
     what is summed over rows. Not differentiable. On `meta` two tiles stand for all; see `starts`.
     """
-    count, device = rows[0].shape[0], rows[0].device
-    if device.type not in ("cpu", "meta") or torch.compiler.is_compiling():
+    if not on_cpu(rows[0]):
         return compute(*rows)
+    count, device = rows[0].shape[0], rows[0].device
     size = max(1, TILE // max(1, rows[0].shape[1:].numel()))
     if count <= size:
         return compute(*rows)

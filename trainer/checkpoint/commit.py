@@ -120,11 +120,11 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def leave_behind(path: Path) -> None:
+def leave_behind(path: Path) -> list[str]:
     """Sets aside the checkpoints after `path`, for a run that has gone back there and will come to other ones.
 
     As the newest they would be gone on from. They make way for the next that is written, unless they are marked to
-    stay.
+    stay. Returns what a disk that cannot be written has kept where it was.
     """
     for later in steps(path.parent):
         if step_of(later) > step_of(path):
@@ -132,6 +132,7 @@ def leave_behind(path: Path) -> None:
             with suppress(OSError):
                 _remove(aside)
                 os.rename(later, aside)
+    return [later.name for later in steps(path.parent) if step_of(later) > step_of(path)]
 
 
 def _prune(written: Path, retention: Retention) -> None:

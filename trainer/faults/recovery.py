@@ -144,8 +144,7 @@ class Recovery:
         stop, step, reason = trainer.row, trainer.step, f"{self.in_a_row} steps in a row were skipped"
         skipped = self.skipped
         state = checkpoint.load(trainer.engine, path, examined=True)
-        if trainer.mesh.rank == 0:
-            leave_behind(path)
+        there = leave_behind(path) if trainer.mesh.rank == 0 else []
         trainer.begin_at(state)
         self._write("rollback", (trainer.row, stop), reason, step=step, to=trainer.step)
         passages = [*self.passages, Passage(trainer.row, stop, f"rolled back: {reason}")]
@@ -157,6 +156,11 @@ class Recovery:
             f"back from step {step} to {path.name}, as {reason}; {named_rows(trainer.row, stop)} are passed over "
             f"(rollback {self.rollbacks} of {trainer.settings.trainer.max_rollbacks})"
         )
+        if there:
+            trainer.outputs.say(
+                f"{', '.join(there)} could not be set aside, and would be gone on from if the run ended before another "
+                "is written. Check run.dir"
+            )
 
     def died(self, reason: str) -> None:
         """The run ends by an error; called on the rank that says why.

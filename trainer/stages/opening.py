@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...models.part import named_weights, shape_of
 from ...parallel.mesh import Mesh
 from ..checkpoint import checkpoint
@@ -21,6 +23,16 @@ from .plan import Plan, Stage
 
 log = logging.getLogger("longreach")
 STAND_IN = 61  # tokens, where models are compared before their tokenizer is known
+
+
+def check_stages(build: Build, plan: Plan, ranks: int, device: torch.device) -> None:
+    """Raises ValueError for what training refuses of any stage, for those who tell of one after the other.
+
+    Without stages the model is made soon anyway.
+    """
+    plan.check(ranks, device)
+    if plan.staged:
+        check_models(build, plan)
 
 
 def check_models(build: Build, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from stored_checkpoints import DAMAGE, flipped, missing, store, truncated
 
 from longreach.parallel.mesh import Mesh
 from longreach.trainer.checkpoint.choice import choose, locate
+from longreach.trainer.checkpoint.commit import leave_behind
 from longreach.trainer.checkpoint.stored import check_bytes, verify
 from longreach.trainer.run.directory import RunDirectory
 
@@ -101,3 +102,17 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(tmp_path: Path) -> N
     assert "step-00000008 must be complete and undamaged; moments-00001-of-00001.safetensors cannot be read" in said
     assert "step-00000006 must be complete and undamaged; weights-00001-of-00001.safetensors has" in said
     assert "have changed" in said
+
+
+def test_what_a_rollback_leaves_behind_is_not_gone_on_from_or_is_named(tmp_path: Path, monkeypatch) -> None:
+    first, *_ = (store(tmp_path / "run" / "checkpoints", step) for step in (2, 4, 6))
+
+    def refuse(*_: object) -> None:
+        raise OSError("Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", refuse)
+        assert leave_behind(first) == ["step-00000004", "step-00000006"]
+    assert find(tmp_path / "run")[0] == "run/checkpoints/step-00000006"
+    assert leave_behind(first) == []
+    assert find(tmp_path / "run")[0] == "run/checkpoints/step-00000002"

@@ -161,11 +161,12 @@ def _cut_off(run: Path, last: int) -> list[str]:
 
     A run that has passed over a damaged one comes to its step again.
     """
-    later = [path for path in checkpoints(run / "checkpoints") if step_of(path) > last and is_undamaged(path)]
-    if not later:
+    later = (path for path in reversed(checkpoints(run / "checkpoints")) if step_of(path) > last)
+    good = next(filter(is_undamaged, later), None)
+    if good is None:
         return []
-    step = step_of(later[-1])
-    return [f"{later[-1].name} was saved after step {step}: steps {last + 1} to {step} are not in the audit"]
+    step = step_of(good)
+    return [f"{good.name} was saved after step {step}: steps {last + 1} to {step} are not in the audit"]
 
 
 def _missing(records: list[AuditRows]) -> list[str]:
